@@ -1,0 +1,1 @@
+"""Entry points: compose a configuration, start Flower on Ray, record the run."""

@@ -1,0 +1,1 @@
+"""One file per federated method, and `base.py`, the only one that speaks to Flower."""
