@@ -1,0 +1,247 @@
+"""The only place where values change representation for the wire.
+
+A payload (factors or a sparse delta) is one flat array and a JSON header, because 192 small arrays
+cost twenty times more to pack than one of the same size. NumPy has no bfloat16, so bfloat16
+travels as the bit pattern in uint16 and comes back as float32.
+
+A Flower message carries a cohort: the distinct start payloads once, however many clients share
+them, and one row per job. Layout of a request (`RecordDict`):
+
+    starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
+    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash)
+
+and of a reply:
+
+    payloads ArrayRecord  "0", "1", ...: the flat array of each update, in the order of results
+    results  ConfigRecord rows (JSON): one update, evaluation or failure per job
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedlora.config import build, describe
+from fedlora.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    Factors,
+    Failure,
+    LocalPlan,
+    Payload,
+    Ranks,
+    SparseDelta,
+    TrainJob,
+    Update,
+    payload_floats,
+    payload_tensors,
+)
+
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+"""Bytes per number on the wire, by wire dtype."""
+
+Flat: TypeAlias = NDArray[Any]
+Job: TypeAlias = TrainJob | EvaluateJob
+Result: TypeAlias = Update | Evaluation | Failure
+
+
+def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]:
+    """A payload as one flat array and the JSON header that `decode_payload` needs.
+
+    Raises:
+        ValueError: for a wire dtype other than float32, bfloat16 or float64.
+    """
+    if dtype not in WIRE_BYTES:
+        raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
+    target = getattr(torch, dtype)
+    parts = [t.detach().to("cpu", target).reshape(-1) for _, t in payload_tensors(payload)]
+    flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
+    array = flat.view(torch.uint16).numpy() if dtype == "bfloat16" else flat.numpy()
+    header: dict[str, Any] = {"dtype": dtype}
+    if isinstance(payload, SparseDelta):
+        header["sparse"] = [payload.seed, payload.density]
+        header["values"] = [[path, v.numel()] for path, v in payload.values.items()]
+    else:
+        header["factors"] = [
+            [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
+        ]
+    return array, json.dumps(header)
+
+
+def decode_payload(array: Flat, header: str) -> Payload:
+    """The inverse of `encode_payload`. Tensors are fresh (float32, or float64 if sent so).
+
+    Raises:
+        ValueError: if the array's length is not what the header promises.
+    """
+    h = json.loads(header)
+    dtype = torch.float64 if h["dtype"] == "float64" else torch.float32
+    flat = torch.from_numpy(np.array(array))  # a writable copy: messages own their memory
+    flat = (flat.view(torch.bfloat16) if h["dtype"] == "bfloat16" else flat).to(dtype)
+    if "sparse" in h:
+        sizes = [n for _, n in h["values"]]
+        _check_length(flat, sum(sizes))
+        seed, density = h["sparse"]
+        values = zip((path for path, _ in h["values"]), flat.split(sizes), strict=True)
+        return SparseDelta(int(seed), float(density), {p: v.clone() for p, v in values})
+    sizes = [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
+    _check_length(flat, sum(sizes))
+    parts = iter(flat.split(sizes))
+    return {
+        path: Factors(next(parts).view(r, d).clone(), next(parts).view(m, r).clone(), alpha)
+        for path, r, m, d, alpha in h["factors"]
+    }
+
+
+def _check_length(flat: torch.Tensor, expected: int) -> None:
+    if flat.numel() != expected:
+        raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {expected}")
+
+
+def payload_bytes(payload: Payload | None, dtype: str = "float32") -> int:
+    """Bytes that a real client would send or receive for this payload."""
+    return 0 if payload is None else payload_floats(payload) * WIRE_BYTES[dtype]
+
+
+def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
+    """A plan as JSON with the class in ``_target_``."""
+    return json.dumps(describe(plan))
+
+
+def plan_from_json(text: str) -> LocalPlan | EvaluatePlan:
+    """The inverse of `plan_to_json`."""
+    plan = build(json.loads(text), object, "plan")
+    return cast(LocalPlan | EvaluatePlan, plan)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a worker finds in a request."""
+
+    worker: str
+    """JSON description of the worker: model, data, engine, device."""
+    source: str
+    """Hash of the server's sources; a worker with other sources refuses."""
+    wire: str
+    jobs: list[Job]
+
+
+class _Distinct:
+    """Numbers values by first appearance, so that each is sent once."""
+
+    def __init__(self) -> None:
+        self.index: dict[Any, int] = {}
+        self.values: list[Any] = []
+
+    def add(self, key: Any, value: Any) -> int:
+        if key not in self.index:
+            self.index[key] = len(self.values)
+            self.values.append(value)
+        return self.index[key]
+
+
+def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> RecordDict:
+    """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
+    payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
+    rows = []
+    for job in jobs:
+        payload = job.start if isinstance(job, TrainJob) else job.adapter
+        start = -1 if payload is None else payloads.add(id(payload), payload)
+        plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
+        client = [job.client.id, job.client.num_examples, job.client.tier]
+        rows.append([job.seed, job.round, *client, pattern, start, plan])
+    encoded = [encode_payload(p, wire) for p in payloads.values]
+    header = {
+        "rows": rows,
+        "payloads": [h for _, h in encoded],
+        "plans": [plan_to_json(p) for p in plans.values],
+        "ranks": [dict(r) for r in ranks.values],
+    }
+    config = {"header": json.dumps(header), "worker": worker, "source": source, "wire": wire}
+    return RecordDict(
+        {
+            "starts": ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)}),
+            "cohort": ConfigRecord(config),
+        }
+    )
+
+
+def decode_jobs(content: RecordDict) -> Envelope:
+    """The inverse of `encode_jobs`."""
+    config = content.config_records["cohort"]
+    header = json.loads(str(config["header"]))
+    arrays = content.array_records["starts"]
+    payloads = [
+        decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])
+    ]
+    plans = [plan_from_json(p) for p in header["plans"]]
+    ranks = [Ranks(r) for r in header["ranks"]]
+    jobs: list[Job] = []
+    for seed, round_, cid, n, tier, pattern, start, plan in header["rows"]:
+        client = Client(cid, ranks[pattern], n, tier)
+        payload = None if start < 0 else payloads[start]
+        local = plans[plan]
+        if isinstance(local, LocalPlan):
+            jobs.append(TrainJob(seed, round_, client, cast(Payload, payload), local))
+        else:
+            jobs.append(EvaluateJob(seed, round_, client, payload, local))
+    return Envelope(str(config["worker"]), str(config["source"]), str(config["wire"]), jobs)
+
+
+def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
+    """Results of a cohort as the content of one Flower reply."""
+    arrays: dict[str, Array] = {}
+    rows = []
+    for result in results:
+        row: dict[str, Any] = {"client": result.client.id}
+        if isinstance(result, Update):
+            array, header = encode_payload(result.payload, wire)
+            arrays[str(len(arrays))] = Array(array)
+            row |= {
+                "payload": header,
+                "ranks": dict(result.client.ranks),
+                "num_examples": result.num_examples,
+                "metrics": dict(result.metrics),
+            }
+        elif isinstance(result, Evaluation):
+            row["metrics"] = dict(result.metrics)
+        else:
+            row["failure"] = [result.kind, result.message, result.traceback]
+        rows.append(row)
+    return RecordDict(
+        {"payloads": ArrayRecord(arrays), "results": ConfigRecord({"rows": json.dumps(rows)})}
+    )
+
+
+def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:
+    """The inverse of `encode_results`; ``clients`` are those that were asked, by id.
+
+    Raises:
+        ValueError: for a reply of a client that was not asked.
+    """
+    arrays = content.array_records["payloads"]
+    results: list[Result] = []
+    used = 0
+    for row in json.loads(str(content.config_records["results"]["rows"])):
+        client = clients.get(row["client"])
+        if client is None:
+            raise ValueError(f"reply of client {row['client']}, which was not asked")
+        if "failure" in row:
+            results.append(Failure(client, *row["failure"]))
+        elif "payload" in row:
+            payload = decode_payload(arrays[str(used)].numpy(), row["payload"])
+            used += 1
+            sender = client
+            if dict(client.ranks) != row["ranks"]:
+                sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
+            results.append(Update(sender, payload, row["num_examples"], row["metrics"]))
+        else:
+            results.append(Evaluation(client, row["metrics"]))
+    return results

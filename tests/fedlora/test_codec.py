@@ -1,0 +1,121 @@
+"""Round trips over the wire are exact, and a damaged message is refused."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.codec import (
+    decode_jobs,
+    decode_payload,
+    decode_results,
+    encode_jobs,
+    encode_payload,
+    encode_results,
+    payload_bytes,
+)
+from fedlora.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    Factors,
+    Failure,
+    LocalPlan,
+    Ranks,
+    SelfPrune,
+    SparseDelta,
+    TrainJob,
+    Update,
+)
+
+
+def adapter(seed: int, ranks: dict[str, int], dtype=torch.float32):
+    g = torch.Generator().manual_seed(seed)
+    return {
+        p: Factors(
+            torch.randn(r, 5, generator=g).to(dtype), torch.randn(7, r, generator=g).to(dtype), 12.0
+        )
+        for p, r in ranks.items()
+    }
+
+
+def same(x, y):
+    if isinstance(x, SparseDelta):
+        assert (x.seed, x.density) == (y.seed, y.density)
+        assert all(torch.equal(x.values[p], y.values[p]) for p in x.values)
+        return
+    assert list(x) == list(y)
+    for p in x:
+        assert torch.equal(x[p].a.float(), y[p].a.float())
+        assert torch.equal(x[p].b.float(), y[p].b.float())
+        assert x[p].alpha == y[p].alpha
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(
+    ranks=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from(["float32", "bfloat16", "float64"]),
+)
+def test_payload_round_trip_is_exact(ranks, seed, dtype):
+    x = adapter(seed, {f"layer.{i}": r for i, r in enumerate(ranks)}, getattr(torch, dtype))
+    array, header = encode_payload(x, dtype)
+    same(x, decode_payload(array, header))
+    assert payload_bytes(x, dtype) == array.nbytes
+
+
+def test_sparse_round_trip():
+    x = SparseDelta(3, 0.25, {"a": torch.randn(4), "b": torch.zeros(0)})
+    same(x, decode_payload(*encode_payload(x)))
+
+
+def test_a_cut_payload_is_refused():
+    array, header = encode_payload(adapter(0, {"q": 2}))
+    with pytest.raises(ValueError, match="holds 23 numbers, its header promises 24"):
+        decode_payload(array[:-1], header)
+
+
+def test_jobs_round_trip_and_send_shared_starts_once():
+    small, large = Ranks({"q": 1}), Ranks({"q": 3})
+    start = {small: adapter(0, dict(small)), large: adapter(1, dict(large))}
+    plan = LocalPlan(lr=0.5, self_prune=SelfPrune(0.1, 0.9, 2))
+    clients = [Client(i, small if i % 3 else large, 10 + i, f"t{i % 3}") for i in range(6)]
+    jobs = [TrainJob(7, 2, c, start[c.ranks], plan) for c in clients]
+    jobs.append(EvaluateJob(7, 2, clients[0], None, EvaluatePlan(split="eval")))
+    content = encode_jobs(jobs, worker="{}", source="abc", wire="float32")
+    assert len(content.array_records["starts"]) == 2
+    back = decode_jobs(content)
+    assert (back.worker, back.source, back.wire) == ("{}", "abc", "float32")
+    for job, got in zip(jobs, back.jobs, strict=True):
+        assert (job.seed, job.round, job.client, job.plan) == (
+            got.seed,
+            got.round,
+            got.client,
+            got.plan,
+        )
+        if isinstance(job, TrainJob):
+            same(job.start, got.start)
+    assert back.jobs[-1].adapter is None
+
+
+def test_results_round_trip():
+    ranks = Ranks({"q": 3})
+    a, b, c = (Client(i, ranks, 4) for i in range(3))
+    shrunk = Client(0, Ranks({"q": 2}), 4)
+    results = [
+        Update(shrunk, adapter(0, {"q": 2}), 4, {"loss": 1.5}),
+        Evaluation(b, {"rouge_l": 0.25}),
+        Failure(c, "ValueError", "no data", "trace"),
+    ]
+    back = decode_results(encode_results(results, wire="float32"), {x.id: x for x in (a, b, c)})
+    assert back[0].client == shrunk
+    same(back[0].payload, results[0].payload)
+    assert back[1] == results[1]
+    assert back[2] == results[2]
+
+
+def test_a_stranger_is_refused():
+    content = encode_results([Evaluation(Client(9, Ranks({"q": 1}), 1), {})], wire="float32")
+    with pytest.raises(ValueError, match="client 9"):
+        decode_results(content, {})
