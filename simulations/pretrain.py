@@ -1,0 +1,560 @@
+"""Pre-train `model=tiny`, the small Llama that fedlora ships, from text anyone can install.
+
+    python -m simulations.pretrain --output fedlora/models/assets/tiny --tokens 14000000 --seed 0
+
+Corpus, tokenizer, packing, training, evaluation and saving are one function each. On one thread the
+run is deterministic for its arguments; an interrupted run goes on from its last checkpoint.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from types import FrameType
+from typing import Any, Self
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fedlora.data.template import prompt
+from simulations.corpus import SOURCES, Document, MissingSource, corpus, split
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
+SAMPLES = (
+    "Fellow-Citizens of the Senate and House of Representatives:\n\n",
+    "The commerce of the United States with",
+    prompt("What does the word 'river' mean?"),
+    prompt("Write the text in capital letters.", "a large ship on the sea"),
+    prompt("How many words does the text have?", "the treaty was signed in the spring"),
+    prompt("Answer the question with Yes or No.", "Is oak a kind of tree?"),
+    prompt("What part of speech is 'quickly' in the sentence?", "he ran quickly to the house"),
+    prompt("Give a synonym of 'big'."),
+)
+
+Tokens = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the versions of the libraries."""
+
+    tokens: int = 14_000_000
+    seed: int = 0
+    vocabulary: int = 2048
+    hidden: int = 128
+    intermediate: int = 352
+    layers: int = 4
+    heads: int = 4
+    positions: int = 1024
+    batch: int = 32  # sequences
+    length: int = 256  # tokens of a sequence
+    long_every: int = 8  # every n-th step has the same tokens in sequences of `positions`
+    lr: float = 3e-3
+    warmup: int = 100  # steps
+    decay: float = 0.1
+    clip: float = 1.0
+    instruction_share: float = 0.33  # of the characters made from WordNet
+    sotu_repeats: int = 3  # per epoch
+    held_out: float = 0.025  # share of the addresses, and of the runs of senses
+    wordnet: str = "/usr/share/wordnet"
+
+    @property
+    def block(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.batch * self.length
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps, the last one whole."""
+        return max(1, math.ceil(self.tokens / self.block))
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then a cosine down to a tenth."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must remember besides weights and optimiser."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # one per step
+    curve: list[dict[str, float]] = field(default_factory=list)
+
+
+# --- tokens --------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the texts; digits stay single, and every text can be encoded."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=list(SPECIALS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=bpe,
+        pad_token=SPECIALS[PAD],
+        bos_token=SPECIALS[BOS],
+        eos_token=SPECIALS[EOS],
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+
+
+def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
+    """Each document as BOS, its tokens, EOS."""
+    rows = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
+    return [np.array([BOS, *row.ids, EOS], dtype=np.uint16) for row in rows]
+
+
+def packed(rows: Sequence[Tokens], size: int, seed: int) -> Iterator[Tokens]:
+    """Endless blocks of `size` tokens, the documents in a new order each epoch."""
+    rest = np.empty(0, dtype=np.uint16)
+    epoch = 0
+    while True:
+        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
+        stream = np.concatenate([rest, *(rows[i] for i in order)])
+        whole = len(stream) // size
+        yield from stream[: whole * size].reshape(whole, size)
+        rest = stream[whole * size :]
+        epoch += 1
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def build_model(recipe: Recipe) -> LlamaForCausalLM:
+    """A new Llama with tied embeddings, initialised from the recipe's seed."""
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.hidden,
+        intermediate_size=recipe.intermediate,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=recipe.positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        pad_token_id=PAD,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        use_cache=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def build_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and none on the gains of the norms."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    gains = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.decay},
+        {"params": gains, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+def train_step(
+    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, block: Tokens, step: int, recipe: Recipe
+) -> float:
+    """One optimiser step on one block; returns the mean loss per token."""
+    long = recipe.long_every > 0 and step % recipe.long_every == recipe.long_every - 1
+    length = recipe.positions if long else recipe.length
+    batch = torch.from_numpy(block.astype(np.int64)).view(-1, length)
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.rate(step)
+    loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def evaluate(model: LlamaForCausalLM, rows: Sequence[Tokens], length: int) -> float:
+    """Mean loss per token of the concatenated rows, read in windows of `length` tokens."""
+    stream = np.concatenate(rows).astype(np.int64)
+    total = 0.0
+    for at in range(0, len(stream) - 1, length * 16):
+        inputs = torch.from_numpy(stream[at : at + length * 16 + 1])
+        full = (len(inputs) - 1) // length * length
+        pieces = [(inputs[:full], inputs[1 : full + 1], length)] if full else []
+        if tail := len(inputs) - 1 - full:
+            pieces.append((inputs[full:-1], inputs[full + 1 :], tail))
+        for given, wanted, width in pieces:
+            logits = model(input_ids=given.view(-1, width), use_cache=False).logits
+            total += float(functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum"))
+    return total / (len(stream) - 1)
+
+
+class Stop:
+    """Becomes true at the first SIGINT or SIGTERM, so that a run ends between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def __enter__(self) -> Self:
+        self._before = [signal.signal(number, self._ask) for number in self._numbers]
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for number, handler in zip(self._numbers, self._before, strict=True):
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print(f"signal {number}: saving after this step", flush=True)
+
+
+def announce(progress: Progress, recipe: Recipe, speed: float) -> None:
+    """Note the mean loss of the last 50 steps in the curve, and print how far the run is."""
+    recent = progress.losses[-50:]
+    mean = round(sum(recent) / len(recent), 4)
+    progress.curve.append({"step": progress.step, "loss": mean})
+    left = (recipe.steps - progress.step) * recipe.block / speed
+    print(
+        f"step {progress.step}/{recipe.steps}  tokens {progress.step * recipe.block:,}  "
+        f"loss {mean:.4f}  lr {recipe.rate(progress.step - 1):.2e}  "
+        f"{speed:,.0f} tokens/s  {left / 60:.1f} min left",
+        flush=True,
+    )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def publish(source: Path, output: Path) -> None:
+    """Move every file of `source` over those of `output`, each atomically."""
+    output.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.iterdir()):
+        path.chmod(0o644)
+        path.replace(output / path.name)
+
+
+def save(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    report: dict[str, Any],
+    output: Path,
+) -> None:
+    """Write model, tokenizer and training.json, never leaving half a file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".pretrain-") as name:
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        special = {"pad_token": SPECIALS[PAD], "bos_token": SPECIALS[BOS]}
+        special["eos_token"] = SPECIALS[EOS]
+        for file, content in (("special_tokens_map", special), ("training", report)):
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            Path(name, f"{file}.json").write_text(text, encoding="utf-8")
+        publish(Path(name), output)
+
+
+def state_path(recipe: Recipe) -> Path:
+    """Where an interrupted run of exactly this recipe is kept, outside the output."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedlora"
+    digest = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:16]
+    return cache / f"pretrain-{digest}.pt"
+
+
+def save_state(
+    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
+) -> None:
+    """Write weights, optimiser and progress, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "progress": asdict(progress),
+    }
+    partial = path.with_suffix(f".{os.getpid()}")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> Progress:
+    """Take up an interrupted run, or begin a new one where there is none."""
+    if not path.is_file():
+        return Progress()
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return Progress(**state["progress"])
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+def count(documents: Sequence[Document], rows: Sequence[Tokens]) -> dict[str, dict[str, int]]:
+    """Documents, characters and tokens (with BOS and EOS) of each source."""
+    documents_of: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for document, row in zip(documents, rows, strict=True):
+        documents_of[document.source] += 1
+        characters[document.source] += len(document.text)
+        tokens[document.source] += len(row)
+    return {
+        source: {
+            "documents": documents_of[source],
+            "characters": characters[source],
+            "tokens": tokens[source],
+        }
+        for source in SOURCES
+    }
+
+
+def held_out_losses(
+    model: LlamaForCausalLM, documents: Sequence[Document], rows: Sequence[Tokens], length: int
+) -> dict[str, dict[str, float]]:
+    """Loss per token and bits per character (BOS and EOS included) of each source."""
+    counts = count(documents, rows)
+    result = {}
+    for source in SOURCES:
+        own = [r for d, r in zip(documents, rows, strict=True) if d.source == source]
+        loss = evaluate(model, own, length)
+        bits = loss * counts[source]["tokens"] / counts[source]["characters"] / math.log(2)
+        result[source] = {"loss": round(loss, 4), "bits_per_character": round(bits, 4)}
+    return result
+
+
+def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> list[dict[str, str]]:
+    """Greedy continuations of a few texts, as they come."""
+    result = []
+    for text in SAMPLES:
+        ids = torch.tensor([[BOS, *tokenizer.encode(text, add_special_tokens=False)]])
+        start = ids.shape[1]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=False,
+        )
+        answer = tokenizer.decode(out[0, start:], skip_special_tokens=True)
+        result.append({"text": text, "continuation": str(answer)})
+    return result
+
+
+def describe(recipe: Recipe, progress: Progress, command: str) -> dict[str, Any]:
+    """The part of training.json that is known at any time."""
+    return {
+        "command": command,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+            "numpy": np.__version__,
+        },
+        "recipe": asdict(recipe),
+        "threads": torch.get_num_threads(),
+        "complete": progress.step >= recipe.steps,
+        "steps": progress.step,
+        "tokens": progress.step * recipe.block,
+        "seconds": round(progress.seconds, 1),
+        "curve": progress.curve,
+    }
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Text:
+    """The corpus as tokens: what is trained on, what is held out, and how much of each."""
+
+    tokenizer: PreTrainedTokenizerFast
+    train: list[Tokens]  # addresses as often as an epoch shows them
+    held: list[Document]
+    held_rows: list[Tokens]
+    counts: dict[str, dict[str, dict[str, int]]]
+
+
+def build_text(recipe: Recipe) -> Text:
+    """Corpus, held-out split and tokenizer of a recipe."""
+    documents = corpus(Path(recipe.wordnet), recipe.instruction_share, recipe.seed)
+    train, held = split(documents, recipe.held_out, recipe.seed)
+    times = [recipe.sotu_repeats if d.source == "sotu" else 1 for d in train]
+    texts = [d.text for d, n in zip(train, times, strict=True) for _ in range(n)]
+    tokenizer = train_tokenizer(texts, recipe.vocabulary)
+    rows, held_rows = encode(train, tokenizer), encode(held, tokenizer)
+    repeated = [row for row, n in zip(rows, times, strict=True) for _ in range(n)]
+    counts = {"train": count(train, rows), "held_out": count(held, held_rows)}
+    return Text(tokenizer, repeated, held, held_rows, counts)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One pre-training run: its recipe, its text, and where it goes."""
+
+    recipe: Recipe
+    text: Text
+    output: Path
+    command: str
+    save_every: int
+
+    def train(
+        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
+    ) -> None:
+        """Take the steps that are left, saving on the way; ends early on a signal."""
+        recipe = self.recipe
+        stream = packed(self.text.train, recipe.block, recipe.seed)
+        first, before, began = progress.step, progress.seconds, time.perf_counter()
+        with Stop() as stop:
+            for block in islice(stream, first, recipe.steps):
+                progress.losses.append(train_step(model, optimizer, block, progress.step, recipe))
+                progress.step += 1
+                elapsed = time.perf_counter() - began
+                progress.seconds = before + elapsed
+                if progress.step % 50 == 0 or progress.step == recipe.steps:
+                    announce(progress, recipe, (progress.step - first) * recipe.block / elapsed)
+                due = progress.step % self.save_every == 0 and progress.step < recipe.steps
+                if stop.asked or due:
+                    save_state(state_path(recipe), model, optimizer, progress)
+                    self.checkpoint(model, progress)
+                if stop.asked:
+                    raise SystemExit("stopped; the same command goes on from here")
+
+    def checkpoint(
+        self, model: LlamaForCausalLM, progress: Progress, last: bool = False
+    ) -> dict[str, Any]:
+        """Evaluate and save; the last time also at full length, and with samples."""
+        text, recipe = self.text, self.recipe
+        losses = held_out_losses(model, text.held, text.held_rows, recipe.length)
+        report = {
+            **describe(recipe, progress, self.command),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "corpus": text.counts,
+            "held_out": losses,
+        }
+        if last:
+            full = held_out_losses(model, text.held, text.held_rows, recipe.positions)
+            report |= {"held_out_full_length": full, "samples": sample(model, text.tokenizer)}
+        save(model, text.tokenizer, report, self.output)
+        print(f"saved {self.output} at step {progress.step}: {json.dumps(losses)}", flush=True)
+        return report
+
+
+def pretrain(recipe: Recipe, output: Path, command: str, save_every: int = 200) -> dict[str, Any]:
+    """Build, train, evaluate and save; returns what training.json holds."""
+    run = Run(recipe, build_text(recipe), output, command, save_every)
+    print(json.dumps(run.text.counts), flush=True)
+    model = build_model(recipe)
+    optimizer = build_optimizer(model, recipe)
+    progress = load_state(state_path(recipe), model, optimizer)
+    run.train(model, optimizer, progress)
+    report = run.checkpoint(model, progress, last=True)
+    state_path(recipe).unlink(missing_ok=True)
+    return report
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line; every field of the recipe is an option."""
+    parser = argparse.ArgumentParser(
+        prog="python -m simulations.pretrain",
+        description="Pre-train the tiny Llama that fedlora ships (model=tiny).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    default = Recipe()
+    option = parser.add_argument
+    option("--output", type=Path, required=True, help="directory of the model, made if missing")
+    option("--tokens", type=int, default=default.tokens, help="training tokens in all")
+    option("--seed", type=int, default=default.seed, help="of corpus, split, order and weights")
+    option("--vocabulary", type=int, default=default.vocabulary, help="tokens of the tokenizer")
+    option("--hidden", type=int, default=default.hidden, help="width of the model")
+    option("--intermediate", type=int, default=default.intermediate, help="width of the MLP")
+    option("--layers", type=int, default=default.layers, help="number of layers")
+    option("--heads", type=int, default=default.heads, help="attention heads")
+    option("--positions", type=int, default=default.positions, help="longest sequence")
+    option("--batch", type=int, default=default.batch, help="sequences of a step")
+    option("--length", type=int, default=default.length, help="tokens of a sequence")
+    option(
+        "--long-every",
+        type=int,
+        default=default.long_every,
+        help="every n-th step packs its tokens into sequences of --positions; 0: never",
+    )
+    option("--lr", type=float, default=default.lr, help="peak learning rate")
+    option("--warmup", type=int, default=default.warmup, help="steps of linear warm-up")
+    option("--decay", type=float, default=default.decay, help="weight decay of the matrices")
+    option("--clip", type=float, default=default.clip, help="largest gradient norm")
+    option(
+        "--instruction-share",
+        type=float,
+        default=default.instruction_share,
+        help="share of WordNet's characters that are instruction records",
+    )
+    option(
+        "--sotu-repeats",
+        type=int,
+        default=default.sotu_repeats,
+        help="times that an epoch shows the addresses",
+    )
+    option("--held-out", type=float, default=default.held_out, help="share of the groups held out")
+    option("--wordnet", default=default.wordnet, help="directory with WordNet's data.* files")
+    option("--threads", type=int, default=1, help="torch threads; one is reproducible")
+    option("--save-every", type=int, default=200, help="steps between two checkpoints")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = vars(parse(given))
+    output, threads = options.pop("output"), options.pop("threads")
+    save_every = options.pop("save_every")
+    recipe = Recipe(**options)
+    if recipe.long_every and recipe.block % recipe.positions:
+        raise SystemExit(
+            f"pretrain: --batch x --length is {recipe.block}, which is not a multiple of "
+            f"--positions {recipe.positions}, as --long-every needs"
+        )
+    torch.set_num_threads(threads)
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    command = shlex.join(["python", "-m", "simulations.pretrain", *given])
+    try:
+        pretrain(recipe, output, command, save_every)
+    except MissingSource as error:
+        raise SystemExit(f"pretrain: {error}") from error
+
+
+if __name__ == "__main__":
+    main()
