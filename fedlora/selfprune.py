@@ -43,7 +43,8 @@ def tail_product(a: Tensor, b: Tensor, keep: int) -> Tensor:
     Differentiable. The gradient is finite where a factor's tail is zero (there the norm's
     subgradient 0 is taken), which is where every run starts, with ``B = 0``.
     """
-    return torch.linalg.vector_norm(b[:, keep:]) * torch.linalg.vector_norm(a[keep:, :])
+    product: Tensor = torch.linalg.vector_norm(b[:, keep:]) * torch.linalg.vector_norm(a[keep:, :])
+    return product
 
 
 def penalty(pairs: Iterable[tuple[Tensor, Tensor]], prune: SelfPrune) -> Tensor:

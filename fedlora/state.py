@@ -1,10 +1,11 @@
 """A server's state is a flat mapping of named tensors; here values enter it and come out again.
 
 Keys are ``<prefix><module path>/<name>``: ``model.layers.0.mlp.up_proj/a``. Because nothing else is
-ever in a state, writing it to safetensors and reading it back is a complete checkpoint.
+ever in a state, writing it to safetensors and reading it back is a complete checkpoint. Such a file
+keeps no order, so the order of the model's modules is itself a tensor, named ``order``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -30,9 +31,26 @@ def unpack(state: Mapping[str, Tensor], alpha: float, prefix: str = "") -> dict[
 
 
 def paths(state: Mapping[str, Tensor], name: str, prefix: str = "") -> list[str]:
-    """The module paths that have a tensor of this name under the prefix, in the state's order."""
+    """The module paths with a tensor of this name under the prefix.
+
+    In the order of the model's modules if the state holds ``order``, else sorted.
+    """
     end = f"/{name}"
-    return [k[len(prefix) : -len(end)] for k in state if k.startswith(prefix) and k.endswith(end)]
+    found = sorted(
+        key[len(prefix) : -len(end)]
+        for key in state
+        if key.startswith(prefix) and key.endswith(end)
+    )
+    positions = state.get(f"{prefix}order")
+    if positions is None:
+        return found
+    return [path for _, path in sorted(zip(positions.tolist(), found, strict=True))]
+
+
+def order(module_paths: Iterable[str]) -> Tensor:
+    """``[modules]`` int64: for each path in sorted order, its position in the model's order."""
+    position = {path: i for i, path in enumerate(module_paths)}
+    return integers(position[path] for path in sorted(position))
 
 
 def scalar(value: float) -> Tensor:
@@ -48,14 +66,9 @@ def integers(values: int | Iterable[int]) -> Tensor:
 
 def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The part of a state below a prefix, with the prefix cut off."""
-    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+    return {key[len(prefix) :]: t for key, t in state.items() if key.startswith(prefix)}
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The inverse of `under`."""
-    return {f"{prefix}{k}": v for k, v in state.items()}
-
-
-def in_order(state: Mapping[str, Tensor], names: Sequence[str]) -> list[Tensor]:
-    """The tensors of these names, in this order."""
-    return [state[n] for n in names]
+    return {f"{prefix}{key}": t for key, t in state.items()}
