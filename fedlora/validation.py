@@ -1,0 +1,177 @@
+"""What the server checks before it lets an update into the average. Nothing is repaired."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from fedlora.types import Adapter, Client, Factors, Payload, SparseDelta, Update, payload_tensors
+
+
+class RejectedUpdate(ValueError):
+    """An update that must not be averaged, with the client who sent it and the reason."""
+
+    def __init__(self, client: int, reason: str) -> None:
+        super().__init__(f"update of client {client} rejected: {reason}")
+        self.client = client
+        self.reason = reason
+
+
+def check_update(
+    update: Update,
+    expected: Client,
+    start: Payload,
+    max_norm: float,
+    *,
+    allow_shrink: bool = False,
+) -> None:
+    """Refuse an update that is not what was asked for, is not finite or went too far.
+
+    Args:
+        update: what arrived.
+        expected: the client as it was enlisted for the round.
+        start: what it started the round from; the shapes come from here.
+        max_norm: bound on the Frobenius norm of the change of the effective weights,
+            ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
+        allow_shrink: ranks may be smaller than expected (self-pruning was planned).
+
+    Raises:
+        RejectedUpdate: naming the client, the first thing wrong, and what was expected.
+    """
+    reason = (
+        _wrong_sender(update, expected)
+        or _wrong_form(update, expected, start, allow_shrink)
+        or _wrong_dtype(update.payload)
+        or not_finite(update.payload)
+    )
+    if not reason and max_norm:
+        norm = change_norm(start, update.payload)
+        if not norm <= max_norm:
+            reason = f"the change of its weights has norm {norm:.6g}, above {max_norm:g}"
+    if reason:
+        raise RejectedUpdate(expected.id, reason)
+
+
+def not_finite(payload: Payload) -> str:
+    """The first tensor with NaN or infinite entries and how many it has; empty if there is none.
+
+    A sum is finite only if every term is, so one sum usually settles a whole payload.
+    """
+    tensors = list(payload_tensors(payload))
+    if tensors and math.isfinite(float(torch.cat([t.reshape(-1) for _, t in tensors]).sum())):
+        return ""
+    for name, t in tensors:
+        bad = t.numel() - int(torch.isfinite(t).sum())
+        if bad:
+            return f"{name} has {bad} of {t.numel()} entries that are NaN or infinite"
+    return ""
+
+
+def change_norm(start: Payload, end: Payload) -> float:
+    """``||ΔW_end - ΔW_start||_F`` over all modules, without building a dense ``ΔW``.
+
+    With ``B = [s_1 B_1, -s_0 B_0]`` and ``A = [A_1; A_0]`` the squared norm of ``B A`` is the
+    sum of ``(BᵀB) * (A Aᵀ)``: Gram matrices of the size of the ranks, in float64 as they cancel.
+    """
+    if isinstance(start, SparseDelta) or isinstance(end, SparseDelta):
+        if not (isinstance(start, SparseDelta) and isinstance(end, SparseDelta)):
+            raise TypeError("factors and a SparseDelta have no common change")
+        squares = [
+            float((end.values[p].double() - v.double()).square().sum())
+            for p, v in start.values.items()
+        ]
+        return math.sqrt(math.fsum(squares))
+    return math.sqrt(math.fsum(_squared_change(start[path], f) for path, f in end.items()))
+
+
+def _squared_change(start: Factors, end: Factors) -> float:
+    b = torch.cat([end.b.double() * end.scale, start.b.double() * -start.scale], dim=1)
+    a = torch.cat([end.a.double(), start.a.double()])
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def _wrong_sender(update: Update, expected: Client) -> str:
+    n = update.num_examples
+    if update.client.id != expected.id:
+        return f"it says it comes from client {update.client.id}"
+    if not 0 < n <= expected.num_examples:
+        return f"it claims {n} examples, the client has {expected.num_examples}"
+    return ""
+
+
+def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) -> str:
+    payload = update.payload
+    if isinstance(start, SparseDelta):
+        if isinstance(payload, SparseDelta):
+            return _wrong_delta(payload, start)
+        return "it holds factors where a SparseDelta was due"
+    if isinstance(payload, SparseDelta):
+        return "it holds a SparseDelta where factors were due"
+    wrong = _wrong_names(payload.keys(), start.keys())
+    if wrong:
+        return wrong
+    for path, factors in payload.items():
+        wrong = _wrong_factors(factors, start[path], expected.ranks[path], shrink)
+        if wrong:
+            return f"{path}: {wrong}"
+    return _wrong_ranks(update, payload)
+
+
+def _wrong_names(found: Iterable[str], due: Iterable[str]) -> str:
+    names, wanted = set(found), set(due)
+    if names == wanted:
+        return ""
+    missing, extra = sorted(wanted - names), sorted(names - wanted)
+    parts = [f"lacks {missing[0]}"] if missing else []
+    parts += [f"has the unknown {extra[0]}"] if extra else []
+    return (
+        f"it {' and '.join(parts)} ({len(names)} modules, {len(missing)} missing, "
+        f"{len(extra)} unknown)"
+    )
+
+
+def _wrong_factors(f: Factors, start: Factors, rank: int, shrink: bool) -> str:
+    d_in, d_out = start.a.shape[1], start.b.shape[0]
+    if f.a.shape[1] != d_in or f.b.shape[0] != d_out:
+        return (
+            f"A {tuple(f.a.shape)} and B {tuple(f.b.shape)} do not fit a layer "
+            f"of {d_in} inputs and {d_out} outputs"
+        )
+    if f.rank != rank and not (shrink and 1 <= f.rank < rank):
+        return f"rank {f.rank}, expected {'at most ' if shrink else ''}{rank}"
+    if not math.isclose(f.alpha, start.alpha, rel_tol=1e-6):
+        return f"alpha {f.alpha:g}, expected {start.alpha:g}"
+    return ""
+
+
+def _wrong_ranks(update: Update, adapter: Adapter) -> str:
+    ranks = update.client.ranks
+    for path, factors in adapter.items():
+        if ranks.get(path) != factors.rank:
+            return f"{path}: it states rank {ranks.get(path)} and sends rank {factors.rank}"
+    return ""
+
+
+def _wrong_delta(delta: SparseDelta, start: SparseDelta) -> str:
+    if (delta.seed, delta.density) != (start.seed, start.density):
+        return (
+            f"its mask has seed {delta.seed} and density {delta.density:g}, "
+            f"expected {start.seed} and {start.density:g}"
+        )
+    wrong = _wrong_names(delta.values.keys(), start.values.keys())
+    if wrong:
+        return wrong
+    for path, values in delta.values.items():
+        if values.shape != start.values[path].shape:
+            return (
+                f"{path}: values {tuple(values.shape)}, "
+                f"the mask has {tuple(start.values[path].shape)}"
+            )
+    return ""
+
+
+def _wrong_dtype(payload: Payload) -> str:
+    for name, t in payload_tensors(payload):
+        if not t.dtype.is_floating_point:
+            return f"{name} is {t.dtype}, expected a floating-point type"
+    return ""
