@@ -8,12 +8,12 @@ A Flower message carries a cohort: the distinct start payloads once, however man
 them, and one row per job. Layout of a request (`RecordDict`):
 
     starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
-    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash)
+    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), tag
 
 and of a reply:
 
     payloads ArrayRecord  "0", "1", ...: the flat array of each update, in the order of results
-    results  ConfigRecord rows (JSON): one update, evaluation or failure per job
+    results  ConfigRecord rows (JSON): one update, evaluation or failure per job; the tag again
 """
 
 import json
@@ -130,6 +130,8 @@ class Envelope:
     source: str
     """Hash of the server's sources; a worker with other sources refuses."""
     wire: str
+    tag: str
+    """What the server calls this batch of jobs; the reply repeats it."""
     jobs: list[Job]
 
 
@@ -147,7 +149,9 @@ class _Distinct:
         return self.index[key]
 
 
-def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> RecordDict:
+def encode_jobs(
+    jobs: Sequence[Job], *, worker: str, source: str, wire: str, tag: str = ""
+) -> RecordDict:
     """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
@@ -164,13 +168,17 @@ def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> 
         "plans": [plan_to_json(p) for p in plans.values],
         "ranks": [dict(r) for r in ranks.values],
     }
-    config = {"header": json.dumps(header), "worker": worker, "source": source, "wire": wire}
-    return RecordDict(
+    config = ConfigRecord(
         {
-            "starts": ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)}),
-            "cohort": ConfigRecord(config),
+            "header": json.dumps(header),
+            "worker": worker,
+            "source": source,
+            "wire": wire,
+            "tag": tag,
         }
     )
+    starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
+    return RecordDict({"starts": starts, "cohort": config})
 
 
 def decode_jobs(content: RecordDict) -> Envelope:
@@ -192,10 +200,11 @@ def decode_jobs(content: RecordDict) -> Envelope:
             jobs.append(TrainJob(seed, round_, client, cast(Payload, payload), local))
         else:
             jobs.append(EvaluateJob(seed, round_, client, payload, local))
-    return Envelope(str(config["worker"]), str(config["source"]), str(config["wire"]), jobs)
+    texts = (str(config[key]) for key in ("worker", "source", "wire", "tag"))
+    return Envelope(*texts, jobs)
 
 
-def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
+def encode_results(results: Sequence[Result], *, wire: str, tag: str = "") -> RecordDict:
     """Results of a cohort as the content of one Flower reply."""
     arrays: dict[str, Array] = {}
     rows = []
@@ -215,9 +224,13 @@ def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
         else:
             row["failure"] = [result.kind, result.message, result.traceback]
         rows.append(row)
-    return RecordDict(
-        {"payloads": ArrayRecord(arrays), "results": ConfigRecord({"rows": json.dumps(rows)})}
-    )
+    config = ConfigRecord({"rows": json.dumps(rows), "tag": tag})
+    return RecordDict({"payloads": ArrayRecord(arrays), "results": config})
+
+
+def results_tag(content: RecordDict) -> str:
+    """The tag of the request that this reply answers."""
+    return str(content.config_records["results"]["tag"])
 
 
 def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:

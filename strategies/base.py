@@ -3,21 +3,53 @@
 To add a method, write one file beside this one: pure functions of tensors, and below them a frozen
 dataclass that inherits `LoRAStrategy`. Its fields are the method's hyperparameters and the schema
 of its YAML; its hooks are pure functions of an explicit state and never see Flower, Ray or a path.
+
+The Flower side sends cohorts of virtual clients to whatever nodes there are (a node is a slot, not
+a client) and hands the replies to the `Session`, which decides everything else.
 """
 
+import logging
+import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
-from flwr.serverapp.strategy import Strategy
-from torch import Tensor
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common.typing import Run
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
 
-from fedlora.types import Client, LocalPlan, Payload, Ranks, Setting, Update
+from fedlora.codec import (
+    decode_results,
+    encode_jobs,
+    encode_payload,
+    results_tag,
+)
+from fedlora.session import RunError, Session, State
+from fedlora.types import (
+    Client,
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    LocalPlan,
+    Payload,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
 
-State: TypeAlias = Mapping[str, Tensor]
-"""What the server remembers between rounds: named tensors, never mutated. A checkpoint holds
-exactly this, so everything that matters to the next round must be in it."""
+log = logging.getLogger(__name__)
+
+Job: TypeAlias = TrainJob | EvaluateJob
+S = TypeVar("S", bound="LoRAStrategy")
+
+NODE_PATIENCE_S = 120.0
+"""How long to wait for the first Flower node: on a busy machine Ray needs half a minute."""
+DEATH = ("ActorDied", "ActorUnavailable", "WorkerCrashed", "OutOfMemoryError: Task was killed")
+"""Marks of a worker process that is gone. Flower never replaces it: it would fail every further
+message it is given, so the run stops and goes on from its checkpoint in a new pool."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +59,9 @@ class LoRAStrategy(Strategy):
     Subclasses override the hooks below; each is a pure function. `aggregate` receives updates
     sorted by client id, already validated, never empty; its result must not depend on their order
     beyond floating-point rounding, and must not alias or change its inputs.
+
+    ``State`` is what the server remembers between rounds: named tensors, never mutated. A
+    checkpoint holds exactly this, so everything that matters to the next round must be in it.
     """
 
     @abstractmethod
@@ -52,3 +87,254 @@ class LoRAStrategy(Strategy):
     @abstractmethod
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
+
+    # --- Flower -------------------------------------------------------------------------------
+
+    def bind(self: S, session: Session, *, worker: str, source: str) -> S:
+        """Attach the run that this strategy serves.
+
+        Args:
+            session: the run's state and records.
+            worker: JSON description of what a worker process has to build.
+            source: hash of this process's sources; workers with others refuse to work.
+        """
+        object.__setattr__(self, "_wire", _Wire(session, worker, source))
+        return self
+
+    @property
+    def _bound(self) -> "_Wire":
+        wire = getattr(self, "_wire", None)
+        if wire is None:
+            raise RunError(f"{type(self).__name__} serves no run: call bind() before start()")
+        assert isinstance(wire, _Wire)
+        return wire
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Flower's own loop over the rounds that are left, with an evaluation before the first.
+
+        Rounds, seconds and the initial adapter default to what the bound session says.
+
+        Raises:
+            RunError: if the run cannot go on.
+        """
+        wire, session = self._bound, self._bound.session
+        watched = _WatchedGrid(grid, wire)
+        seconds = session.rounds.timeout_s if timeout is None else timeout
+        left = session.rounds.rounds - session.done if num_rounds is None else num_rounds
+        if session.done == 0:
+            first = self.configure_evaluate(0, ArrayRecord(), ConfigRecord(), watched)
+            self.aggregate_evaluate(0, watched.send_and_receive(first, timeout=seconds))
+        wire.offset = session.done
+        return super().start(
+            grid=watched,
+            initial_arrays=wire.arrays() if initial_arrays is None else initial_arrays,
+            num_rounds=left,
+            timeout=seconds,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+        )
+
+    def summary(self) -> None:
+        """One line for Flower's log."""
+        session = self._bound.session
+        log.info(
+            "%s: %d clients (%s), %d per round",
+            self,
+            len(session.roster.clients),
+            ", ".join(f"rank {r}: {n}" for r, n in session.roster.rank_counts().items()),
+            session.roster.per_round,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The cohort of this round, packed into messages. ``arrays`` and ``config`` are not used:
+        every virtual client gets the start adapter of its own rank from the method's state."""
+        wire = self._bound
+        cohorts = wire.session.train_cohorts(server_round + wire.offset)
+        return wire.messages([("train", jobs) for jobs in cohorts], MessageType.TRAIN, grid)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Hand the replies to the session; Flower gets the global adapter and the numbers."""
+        wire = self._bound
+        results = [r for found in wire.results(replies).values() for r in found]
+        training = [r for r in results if not isinstance(r, Evaluation)]
+        record = wire.session.finish_training(training)
+        wire.raise_if_dead()
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        return wire.arrays(), MetricRecord(dict(numbers))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Evaluation jobs, if the schedule says so, packed into messages."""
+        wire = self._bound
+        batches = wire.session.evaluate_cohorts(server_round + wire.offset)
+        return wire.messages(batches, MessageType.EVALUATE, grid)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Hand the replies to the session; Flower gets the first group's numbers."""
+        wire = self._bound
+        results: dict[str, list[Evaluation | Failure]] = {
+            tag: [r for r in found if not isinstance(r, Update)]
+            for tag, found in wire.results(replies).items()
+        }
+        numbers = wire.session.finish_evaluation(server_round + wire.offset, results)
+        wire.raise_if_dead()
+        return MetricRecord(dict(numbers)) if numbers else None
+
+
+class _Wire:
+    """Jobs to messages and replies to results, with what is under way remembered by message id."""
+
+    def __init__(self, session: Session, worker: str, source: str) -> None:
+        self.session, self.worker, self.source = session, worker, source
+        self.offset = 0
+        self.asked: dict[str, tuple[str, Sequence[Job]]] = {}
+        self.dead = ""
+
+    def arrays(self) -> ArrayRecord:
+        """The global adapter at the population's largest ranks, as Flower's model arrays."""
+        session = self.session
+        adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
+        return ArrayRecord([encode_payload(adapter, session.rounds.wire)[0]])
+
+    def messages(
+        self, batches: Sequence[tuple[str, Sequence[Job]]], kind: str, grid: Grid
+    ) -> list[Message]:
+        """One message per batch, dealt round-robin over the registered nodes."""
+        if not batches:
+            return []
+        nodes = _nodes(grid)
+        self.asked = {}
+        out = []
+        for i, (tag, jobs) in enumerate(batches):
+            content = encode_jobs(
+                jobs,
+                worker=self.worker,
+                source=self.source,
+                wire=self.session.rounds.wire,
+                tag=f"{i}|{tag}",
+            )
+            self.asked[f"{i}|{tag}"] = (tag, jobs)
+            out.append(Message(content, nodes[i % len(nodes)], kind))
+        return out
+
+    def results(
+        self, replies: Iterable[Message]
+    ) -> dict[str, list[Update | Evaluation | Failure]]:
+        """Results by tag. Jobs whose message came back broken, or not at all, are failures."""
+        missing = dict(self.asked)
+        found: dict[str, list[Update | Evaluation | Failure]] = {
+            tag: [] for tag, _ in self.asked.values()
+        }
+        reasons = []
+        for reply in replies:
+            if reply.has_error():
+                reasons.append(reply.error.reason or f"error code {reply.error.code}")
+                continue
+            tag, jobs = missing.pop(results_tag(reply.content))
+            clients = {j.client.id: j.client for j in jobs}
+            found[tag] += decode_results(reply.content, clients)
+        for tag, jobs in missing.values():
+            kind, why = ("WorkerError", _essence(reasons[0])) if reasons else ("NoReply", "timeout")
+            found[tag] += [Failure(j.client, kind, why, "\n".join(reasons[:1])) for j in jobs]
+        deaths = [r for r in reasons if any(mark in r for mark in DEATH)]
+        self.dead = _essence(deaths[0]) if deaths else self.dead
+        return found
+
+    def raise_if_dead(self) -> None:
+        """Stop after the round in which a worker process died."""
+        if self.dead:
+            session = self.session
+            raise RunError(
+                f"a worker process died ({self.dead}) and Flower does not replace it. Rounds "
+                f"1..{session.done} are safe; the same command with resume=auto continues"
+            )
+
+
+def _nodes(grid: Grid) -> list[int]:
+    """Registered nodes, once their number has settled: they register while the server starts.
+
+    Raises:
+        RunError: if there is none for two minutes.
+    """
+    deadline, before = time.monotonic() + NODE_PATIENCE_S, -1
+    while True:
+        nodes = sorted(grid.get_node_ids())
+        if nodes and len(nodes) == before:
+            return nodes
+        before = len(nodes)
+        if time.monotonic() > deadline:
+            raise RunError(f"no Flower node registered within {NODE_PATIENCE_S:.0f} s")
+        time.sleep(0.05)
+
+
+def _essence(reason: str) -> str:
+    """The line of an error reply that a person wants to read."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line or "died" in line]
+    return (telling or lines or ["unknown"])[-1][:300]
+
+
+class _WatchedGrid(Grid):
+    """A grid that tells the session of every reply as it comes."""
+
+    def __init__(self, grid: Grid, wire: _Wire) -> None:
+        self._grid, self._wire = grid, wire
+
+    def set_run(self, run: Run) -> None:
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        return self._grid.run
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        return self._grid.create_message(*args, **kwargs)  # type: ignore[arg-type]
+
+    def get_node_ids(self) -> Iterable[int]:
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        pending = set(self.push_messages(messages))
+        deadline = None if timeout is None else time.monotonic() + timeout
+        replies: list[Message] = []
+        while pending and (deadline is None or time.monotonic() < deadline):
+            arrived = list(self.pull_messages(pending))
+            for reply in arrived:
+                pending.discard(reply.metadata.reply_to_message_id)
+                self._tell(reply)
+            replies += arrived
+            if pending and not arrived:
+                time.sleep(0.05)
+        return replies
+
+    def _tell(self, reply: Message) -> None:
+        if reply.has_error():
+            return
+        _, jobs = self._wire.asked[results_tag(reply.content)]
+        clients = {j.client.id: j.client for j in jobs}
+        self._wire.session.heard(decode_results(reply.content, clients))

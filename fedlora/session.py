@@ -1,0 +1,446 @@
+"""One federated run as the server sees it, free of Flower: who works, what comes of it, what is
+written down.
+
+`Session` turns a method's hooks into batches of jobs and turns results into the next state. It is
+driven by `strategies.base.LoRAStrategy`, which only carries the jobs and results over the wire.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from fedlora import checkpoint
+from fedlora.codec import WIRE_BYTES, payload_bytes
+from fedlora.linalg import aggregation_diagnostics
+from fedlora.population import Roster, cohort, deal, panel
+from fedlora.progress import RoundProgress, round_summary
+from fedlora.tracking import Tracker, summarise
+from fedlora.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    LocalPlan,
+    Payload,
+    Ranks,
+    Setting,
+    SparseDelta,
+    TrainJob,
+    Update,
+    at_least,
+    one_of,
+    share,
+)
+from fedlora.validation import RejectedUpdate, check_update
+
+log = logging.getLogger(__name__)
+
+State = Mapping[str, Tensor]
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what is safe."""
+
+
+class Method(Protocol):
+    """The hooks of a federated method; documented on `strategies.base.LoRAStrategy`."""
+
+    def init_state(self, setting: Setting) -> State: ...
+    def enlist(self, state: State, client: Client) -> Client: ...
+    def start_adapter(self, state: State, client: Client) -> Payload: ...
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan: ...
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
+
+
+@dataclass(frozen=True)
+class EvaluationSchedule:
+    """Which clients are evaluated, when, and with which adapter."""
+
+    every: int = 1
+    """Rounds between evaluations; the last round is always evaluated; 0: never."""
+    first: bool = True
+    """Also before round 1."""
+    groups: tuple[str, ...] = ("unseen_random",)
+    """Of ``seen``, ``unseen_random``, ``unseen_task`` (fixed panels) and ``participants`` (those
+    who will train next, as the FlexLoRA code evaluates)."""
+    clients: int = 20
+    """Panel size per group; 0: everybody."""
+    adapters: tuple[str, ...] = ("full",)
+    """``full``: the global update as exactly as it is known; ``own``: cut to the client's ranks."""
+    plan: EvaluatePlan = field(default_factory=EvaluatePlan)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.every", self.every, 0)
+        at_least("evaluate.clients", self.clients, 0)
+        for group in self.groups:
+            one_of(
+                "evaluate.groups", group, ("seen", "unseen_random", "unseen_task", "participants")
+            )
+        for adapter in self.adapters:
+            one_of("evaluate.adapters", adapter, ("full", "own"))
+
+    def due(self, round: int, last: int) -> bool:
+        """Whether this round is followed by an evaluation."""
+        if not self.every or not self.groups:
+            return False
+        return self.first if round == 0 else round % self.every == 0 or round == last
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long a run lasts, and when it must stop instead."""
+
+    rounds: int = 3
+    lr_decay: float = 1.0
+    """The local learning rate is multiplied by this once ``lr_decay_round`` is complete."""
+    lr_decay_round: int = 0
+    """0: never. The FlexLoRA code halves it after round 15."""
+    min_success: float = 0.5
+    """Share of a round's clients that must succeed, or the run stops."""
+    min_clients: int = 1
+    max_update_norm: float = 0.0
+    """Updates that move further than this (Frobenius) are rejected; 0: no bound."""
+    clients_per_message: int = 0
+    """Clients in one Flower message; 0: about four messages per worker."""
+    wire: str = "float32"
+    """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``."""
+    timeout_s: float = 3600.0
+    """Seconds that a round waits for its slowest client."""
+    keep: int = 3
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        at_least("lr_decay", self.lr_decay, 0, strict=True)
+        at_least("lr_decay_round", self.lr_decay_round, 0)
+        share("min_success", self.min_success)
+        at_least("min_clients", self.min_clients, 1)
+        at_least("max_update_norm", self.max_update_norm, 0)
+        at_least("clients_per_message", self.clients_per_message, 0)
+        at_least("timeout_s", self.timeout_s, 0, strict=True)
+        at_least("keep", self.keep, 1)
+        one_of("wire", self.wire, WIRE_BYTES)
+
+    def plan(self, base: LocalPlan, round: int) -> LocalPlan:
+        """The configured plan with the learning rate of this round."""
+        if self.lr_decay_round and round > self.lr_decay_round:
+            return replace(base, lr=base.lr * self.lr_decay)
+        return base
+
+
+@dataclass
+class _Phase:
+    """What is under way: training or one evaluation of one round."""
+
+    round: int
+    jobs: dict[int, TrainJob]
+    started: float
+    progress: RoundProgress
+
+
+@dataclass
+class Session:
+    """The state of a run and everything that happens to it between messages."""
+
+    method: Method
+    setting: Setting
+    roster: Roster
+    plan: LocalPlan
+    schedule: EvaluationSchedule
+    rounds: Rounds
+    workers: int
+    """Processes that train at once, as far as the server knows: how finely cohorts are split."""
+    folder: Path
+    """The run folder; checkpoints go to its ``checkpoints/``."""
+    tracker: Tracker
+    config_hash: str = ""
+    emit: Callable[[str], None] = log.info
+    state: State = field(init=False)
+    done: int = field(init=False, default=0)
+    """Rounds complete."""
+    last: dict[str, float | int | str] = field(init=False, default_factory=dict)
+    """The last round's record, for the run's closing line."""
+
+    def __post_init__(self) -> None:
+        self.state = self.method.init_state(self.setting)
+        self._phase: _Phase | None = None
+
+    # --- resuming -----------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Go on after the newest intact checkpoint of the run folder; the number of rounds done.
+
+        Raises:
+            RunError: if that checkpoint was written under another configuration.
+        """
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            return 0
+        theirs = str(found.extra.get("config_hash", ""))
+        if theirs != self.config_hash:
+            raise RunError(
+                f"{self.folder}: the checkpoint of round {found.round} was written under another "
+                f"configuration ({theirs}, now {self.config_hash}); rounds may be raised, anything "
+                "else needs a new run folder"
+            )
+        self.state, self.done = found.state, found.round
+        return self.done
+
+    # --- training -----------------------------------------------------------------------------
+
+    def train_cohorts(self, round: int) -> list[list[TrainJob]]:
+        """The round's jobs, split over messages by predicted cost."""
+        clients = [
+            self.method.enlist(self.state, c)
+            for c in cohort(self.roster, self.setting.seed, round)
+        ]
+        plan, starts, plans = self.rounds.plan(self.plan, round), {}, {}
+        for c in clients:
+            if c.ranks not in starts:
+                starts[c.ranks] = self.method.start_adapter(self.state, c)
+                plans[c.ranks] = self.method.plan(self.state, c, plan)
+        jobs = [
+            TrainJob(self.setting.seed, round, c, starts[c.ranks], plans[c.ranks]) for c in clients
+        ]
+        limit = plan.max_examples or max(c.num_examples for c in clients)
+        weights = [float(min(c.num_examples, limit)) for c in clients]
+        progress = RoundProgress(
+            len(jobs), label=f"round {round}/{self.rounds.rounds}  train", emit=self.emit
+        )
+        self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic(), progress)
+        return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
+
+    def _messages(self, jobs: int) -> int:
+        size = self.rounds.clients_per_message
+        return -(-jobs // size) if size else min(jobs, 4 * self.workers)
+
+    def heard(self, results: Iterable[Update | Evaluation | Failure]) -> None:
+        """Show progress when a reply arrives."""
+        if self._phase is None:
+            return
+        results = list(results)
+        losses = [r.metrics["loss"] for r in results if isinstance(r, Update)]
+        failed = sum(isinstance(r, Failure) for r in results)
+        self._phase.progress.done(len(results), losses=losses, failed=failed)
+
+    def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
+        """Validate and aggregate a round's results, write the checkpoint and the records.
+
+        Clients of whom nothing came count as failed.
+
+        Raises:
+            RunError: if too few clients succeeded. Completed rounds stay on disk.
+        """
+        assert self._phase is not None
+        phase, arrived = self._phase, time.monotonic()
+        by_client = {r.client.id: r for r in results}
+        updates, failures = self._sort_out(phase, by_client)
+        self._report_clients(phase, updates, failures)
+        self._require_enough(phase, updates, failures)
+        before, self.state = self.state, self.method.aggregate(self.state, updates)
+        seconds = time.monotonic() - arrived
+        record = self._record(phase, updates, failures, arrived)
+        record["round/aggregate_seconds"] = seconds
+        record |= self._diagnose(before, updates)
+        self.done = phase.round
+        checkpoint.save(
+            self.folder / "checkpoints",
+            self.done,
+            self.state,
+            {"config_hash": self.config_hash},
+            self.rounds.keep,
+        )
+        record["state/hash"] = checkpoint.state_hash(self.state)[:12]
+        record["round/seconds"] = time.monotonic() - phase.started
+        self.tracker.round(record)
+        self.emit(round_summary(record))
+        self.last, self._phase = record, None
+        return record
+
+    def _sort_out(
+        self, phase: _Phase, by_client: Mapping[int, Update | Failure]
+    ) -> tuple[list[Update], list[Failure]]:
+        """Accepted updates and failures, each by client id."""
+        updates, failures = [], []
+        for cid, job in sorted(phase.jobs.items()):
+            result = by_client.get(cid)
+            if result is None:
+                failures.append(Failure(job.client, "NoReply", "no reply came"))
+            elif isinstance(result, Failure):
+                failures.append(result)
+            else:
+                try:
+                    check_update(
+                        result,
+                        job.client,
+                        job.start,
+                        max_norm=self.rounds.max_update_norm,
+                        allow_shrink=job.plan.self_prune is not None,
+                    )
+                    updates.append(result)
+                except RejectedUpdate as error:
+                    failures.append(Failure(job.client, "RejectedUpdate", error.reason))
+        return updates, failures
+
+    def _require_enough(
+        self, phase: _Phase, updates: Sequence[Update], failures: Sequence[Failure]
+    ) -> None:
+        for f in failures[:5]:
+            tier = f"{f.client.tier}, " if f.client.tier else ""
+            self.emit(
+                f"round {phase.round}: client {f.client.id} ({tier}rank {f.client.ranks.label}) "
+                f"failed: {f.kind}: {f.message}"
+            )
+            if f.traceback:
+                log.debug("client %d: %s", f.client.id, f.traceback)
+        if len(failures) > 5:
+            self.emit(f"round {phase.round}: and {len(failures) - 5} more, see clients.jsonl")
+        needed = max(self.rounds.min_clients, self.rounds.min_success * len(phase.jobs))
+        if len(updates) < needed or not updates:
+            first = f"; first failure: {failures[0].kind}: {failures[0].message}" if failures else ""
+            raise RunError(
+                f"round {phase.round}: only {len(updates)} of {len(phase.jobs)} clients succeeded "
+                f"(min_success={self.rounds.min_success}, min_clients={self.rounds.min_clients})"
+                f"{first}. Rounds 1..{self.done} are safe in {self.folder}"
+            )
+
+    def _report_clients(
+        self, phase: _Phase, updates: Sequence[Update], failures: Sequence[Failure]
+    ) -> None:
+        wire = self.rounds.wire
+
+        def row(client: Client) -> dict[str, object]:
+            start = phase.jobs[client.id].start
+            return {
+                "round": phase.round,
+                "client": client.id,
+                "tier": client.tier,
+                "rank": client.ranks.label,
+                "examples": client.num_examples,
+                "bytes_down": payload_bytes(start, wire),
+            }
+
+        rows = [
+            row(u.client) | {"bytes_up": payload_bytes(u.payload, wire), **u.metrics}
+            for u in updates
+        ]
+        rows += [
+            row(f.client) | {"bytes_up": 0, "failure": f.kind, "message": f.message}
+            for f in failures
+        ]
+        self.tracker.clients(rows)
+
+    def _record(
+        self,
+        phase: _Phase,
+        updates: Sequence[Update],
+        failures: Sequence[Failure],
+        arrived: float,
+    ) -> dict[str, float | int | str]:
+        rejected = sum(f.kind == "RejectedUpdate" for f in failures)
+        tokens = sum(u.metrics.get("tokens", 0.0) for u in updates)
+        seconds = arrived - phase.started
+
+        def mean(name: str) -> float:
+            weights = [u.metrics.get("tokens", 1.0) for u in updates]
+            values = [u.metrics.get(name, 0.0) for u in updates]
+            return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
+
+        wire = self.rounds.wire
+        return {
+            "kind": "round",
+            "round": phase.round,
+            "rounds": self.rounds.rounds,
+            "clients": len(updates),
+            "failed": len(failures) - rejected,
+            "rejected": rejected,
+            "train/loss": mean("loss"),
+            "train/loss_first": mean("loss_first"),
+            "train/loss_last": mean("loss_last"),
+            "train/tokens": tokens,
+            "round/train_seconds": seconds,
+            "round/clients_per_second": len(phase.jobs) / max(seconds, 1e-9),
+            "wire/up_bytes": sum(payload_bytes(u.payload, wire) for u in updates),
+            "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
+        }
+
+    def _diagnose(self, before: State, updates: Sequence[Update]) -> dict[str, float]:
+        """What the aggregation kept and lost, where updates are low-rank factors."""
+        adapter = self.method.global_adapter(self.state)
+        if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
+            return {}
+        ranks = [self.method.global_adapter(self.state, r) for r in self.setting.rank_patterns]
+        labels = [r.label for r in self.setting.rank_patterns]
+        found = aggregation_diagnostics(updates, adapter, dict(zip(labels, ranks, strict=True)))
+        return {f"aggregate/{k}": v for k, v in found.items()}
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
+        """Tagged batches of evaluation jobs after this round; empty where none is due."""
+        if not self.schedule.due(round, self.rounds.rounds):
+            return []
+        batches: list[tuple[str, list[EvaluateJob]]] = []
+        starts: dict[tuple[str, Ranks | None], Payload] = {}
+        for group in self.schedule.groups:
+            if group == "participants":
+                clients = cohort(self.roster, self.setting.seed, round + 1)
+            else:
+                clients = panel(self.roster, group, self.schedule.clients, self.setting.seed)
+            for kind in self.schedule.adapters:
+                jobs = []
+                for c in clients:
+                    c = self.method.enlist(self.state, c)
+                    ranks = c.ranks if kind == "own" else None
+                    if (kind, ranks) not in starts:
+                        starts[kind, ranks] = self.method.global_adapter(self.state, ranks)
+                    jobs.append(
+                        EvaluateJob(
+                            self.setting.seed, round, c, starts[kind, ranks], self.schedule.plan
+                        )
+                    )
+                hands = deal([1.0] * len(jobs), self._messages(len(jobs)))
+                batches += [(f"{group}:{kind}", [jobs[i] for i in hand]) for hand in hands]
+        self._phase = None
+        self._evaluation_started = time.monotonic()
+        return batches
+
+    def finish_evaluation(
+        self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]
+    ) -> dict[str, float]:
+        """Summarise tagged results, write one record per tag; the first tag's numbers."""
+        numbers: dict[str, float] = {}
+        for tag, found in results.items():
+            group, _, adapter = tag.partition(":")
+            good = sorted(
+                (r for r in found if isinstance(r, Evaluation)), key=lambda r: r.client.id
+            )
+            failed = [r for r in found if isinstance(r, Failure)]
+            for f in failed[:3]:
+                self.emit(
+                    f"round {round}: evaluating client {f.client.id} failed: {f.kind}: {f.message}"
+                )
+            if not good:
+                continue
+            summary = summarise(good)
+            record: dict[str, float | int | str] = {
+                "kind": "evaluate",
+                "round": round,
+                "rounds": self.rounds.rounds,
+                "group": group,
+                "adapter": adapter,
+                "failed": len(failed),
+                "round/evaluate_seconds": time.monotonic() - self._evaluation_started,
+                **summary,
+            }
+            self.tracker.round(record)
+            self.emit(round_summary(record))
+            numbers |= {f"{tag}/{k}": v for k, v in summary.items()} if numbers else dict(summary)
+        return numbers

@@ -1,0 +1,73 @@
+"""Hydra's side of the door: two strings become the resolved configuration of one run.
+
+Flower's run config holds scalars only, so it holds ``experiment`` (a file of conf/experiment) and
+``overrides`` (Hydra's grammar in one string). `simulations.run` composes the same way.
+"""
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlora.config import ConfigError
+from fedlora.identity import ROOT
+
+CONF = ROOT / "conf"
+
+
+def split_overrides(experiment: str, overrides: str) -> list[str]:
+    """The two strings of Flower's run config as Hydra overrides.
+
+    Raises:
+        ConfigError: for an unbalanced quote.
+    """
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides!r}: {error}") from error
+    return [f"experiment={experiment}", *words] if experiment else words
+
+
+def load(overrides: Sequence[str]) -> DictConfig:
+    """The whole configuration with every interpolation still in place.
+
+    ``name`` is set to ``<strategy>-<ranks>-<data>-<model>-s<seed>`` where it is empty.
+
+    Raises:
+        ConfigError: one sentence for a misspelt group, option, key or value.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+        choices = cfg.hydra.runtime.choices
+        with open_dict(cfg):
+            cfg.pop("hydra")
+            if not cfg.name:
+                parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
+                cfg.name = "-".join([*parts, f"s{cfg.seed}"])
+        OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_sentence(error, overrides)) from error
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """What Hydra says, on one line, with what was typed and what could have been."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
+    text = " ".join(lines)
+    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
+    return f"{text} (overrides: {' '.join(overrides) or 'none'}; groups: {', '.join(groups)})"
+
+
+def absolute(path: str, base: Path | None = None) -> Path:
+    """A user's path, ``~`` expanded, made absolute against ``base`` or the current directory."""
+    return Path(os.path.abspath((base or Path.cwd()) / Path(path).expanduser()))
