@@ -1,0 +1,121 @@
+"""A base model as a folder on disk: where it is, whether it is whole, and what identifies it."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+ASSETS_VARIABLE = "FEDLORA_ASSETS"
+CACHE_VARIABLE = "FEDLORA_CACHE"
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_PARTS = (
+    *TOKENIZER,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two trainings apart
+
+
+class ModelError(RuntimeError):
+    """A base model that cannot be used, in a sentence for the person who named it."""
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: ``$FEDLORA_CACHE``, else ``~/.cache/fedlora``."""
+    root = os.environ.get(CACHE_VARIABLE)
+    return Path(root).expanduser().absolute() if root else Path.home() / ".cache" / "fedlora"
+
+
+def _asset_folders() -> Iterator[Path]:
+    """Where assets may be. Flower ships an app without binaries, so beside this file is not enough:
+    the folder that the package was installed from, or into, has them."""
+    if root := os.environ.get(ASSETS_VARIABLE):
+        yield Path(root).expanduser()
+    yield Path(__file__).parent / "assets"
+    inside = Path("fedlora", "models", "assets")
+    for distribution in metadata.distributions(name="fedlora"):
+        origin = distribution.read_text("direct_url.json")
+        if origin and (url := urlparse(json.loads(origin)["url"])).scheme == "file":
+            yield Path(unquote(url.path)) / inside
+        yield Path(str(distribution.locate_file(inside)))
+    yield Path.cwd() / inside
+
+
+def find_assets(name: str) -> Path:
+    """The absolute folder of a model that ships with fedlora.
+
+    Raises:
+        ModelError: naming every folder that was tried.
+    """
+    tried = list(dict.fromkeys(folder.absolute() / name for folder in _asset_folders()))
+    for folder in tried:
+        if (folder / "config.json").is_file():
+            return folder
+    raise ModelError(
+        f"the model {name!r} that ships with fedlora is in none of {[str(t) for t in tried]}; "
+        f"install fedlora from a checkout (pip install -e .) or set {ASSETS_VARIABLE} to its "
+        "fedlora/models/assets"
+    )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of weights, safetensors before pickles (which transformers reads with care)."""
+    for pattern in WEIGHTS:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    return []
+
+
+def check(folder: Path, *, weights: bool = True) -> None:
+    """Refuse a folder that cannot hold a model with its tokenizer.
+
+    Raises:
+        ModelError: naming the folder, what is missing and what is there.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"model.path: {folder} is not a folder")
+    missing = []
+    if not (folder / "config.json").is_file():
+        missing.append("config.json")
+    if weights and not weight_files(folder):
+        missing.append("weights (*.safetensors)")
+    if not any((folder / name).is_file() for name in TOKENIZER):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        there = sorted(p.name for p in folder.iterdir())
+        listing = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "") or "nothing"
+        raise ModelError(f"model folder {folder} lacks {', '.join(missing)}; it has: {listing}")
+
+
+def tokenizer_id(folder: Path) -> str:
+    """Hash of the tokenizer's files: equal ids make equal tokens, wherever the folder is."""
+    digest = hashlib.sha256()
+    for name in sorted(TOKENIZER_PARTS):
+        if (folder / name).is_file():
+            digest.update(f"{name}\0".encode() + (folder / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(folder: Path) -> str:
+    """Identity of configuration and weights, in milliseconds.
+
+    Of each file of weights it reads size, header and evenly spaced samples: enough to tell two
+    models or two trainings apart, not to detect a flipped bit.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in weight_files(folder):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES):
+                file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

