@@ -200,8 +200,13 @@ def decode_jobs(content: RecordDict) -> Envelope:
             jobs.append(TrainJob(seed, round_, client, cast(Payload, payload), local))
         else:
             jobs.append(EvaluateJob(seed, round_, client, payload, local))
-    texts = (str(config[key]) for key in ("worker", "source", "wire", "tag"))
-    return Envelope(*texts, jobs)
+    return Envelope(
+        worker=str(config["worker"]),
+        source=str(config["source"]),
+        wire=str(config["wire"]),
+        tag=str(config["tag"]),
+        jobs=jobs,
+    )
 
 
 def encode_results(results: Sequence[Result], *, wire: str, tag: str = "") -> RecordDict:

@@ -123,6 +123,6 @@ def describe(value: Any) -> dict[str, Any]:
         if dataclasses.is_dataclass(v) and not isinstance(v, type):
             v = describe(v)
         elif isinstance(v, tuple):
-            v = [describe(x) if dataclasses.is_dataclass(x) else x for x in v]  # type: ignore[arg-type]
+            v = [describe(x) if dataclasses.is_dataclass(x) else x for x in v]
         out[f.name] = v
     return out

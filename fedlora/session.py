@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedlora import checkpoint
 from fedlora.codec import WIRE_BYTES, payload_bytes
-from fedlora.linalg import aggregation_diagnostics
+from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
 from fedlora.tracking import Tracker, summarise
@@ -46,6 +46,10 @@ State = Mapping[str, Tensor]
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
+
+
+class WorkerDied(RunError):
+    """A worker process is gone. The run can go on from its checkpoint in a new pool."""
 
 
 class Method(Protocol):
@@ -183,12 +187,11 @@ class Session:
         found = checkpoint.latest(self.folder / "checkpoints")
         if found is None:
             return 0
-        theirs = str(found.extra.get("config_hash", ""))
-        if theirs != self.config_hash:
+        if found.config_hash != self.config_hash:
             raise RunError(
                 f"{self.folder}: the checkpoint of round {found.round} was written under another "
-                f"configuration ({theirs}, now {self.config_hash}); rounds may be raised, anything "
-                "else needs a new run folder"
+                f"configuration ({found.config_hash[:12]}, now {self.config_hash[:12]}); rounds "
+                "and runtime may change, anything else needs a new run folder"
             )
         self.state, self.done = found.state, found.round
         return self.done
@@ -211,9 +214,8 @@ class Session:
         ]
         limit = plan.max_examples or max(c.num_examples for c in clients)
         weights = [float(min(c.num_examples, limit)) for c in clients]
-        progress = RoundProgress(
-            len(jobs), label=f"round {round}/{self.rounds.rounds}  train", emit=self.emit
-        )
+        label = f"round {round}/{self.rounds.rounds}  train"
+        progress = RoundProgress(len(jobs), label, emit=self.emit)
         self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic(), progress)
         return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
 
@@ -228,7 +230,7 @@ class Session:
         results = list(results)
         losses = [r.metrics["loss"] for r in results if isinstance(r, Update)]
         failed = sum(isinstance(r, Failure) for r in results)
-        self._phase.progress.done(len(results), losses=losses, failed=failed)
+        self._phase.progress.done(len(results), losses, failed)
 
     def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
         """Validate and aggregate a round's results, write the checkpoint and the records.
@@ -244,23 +246,24 @@ class Session:
         updates, failures = self._sort_out(phase, by_client)
         self._report_clients(phase, updates, failures)
         self._require_enough(phase, updates, failures)
-        before, self.state = self.state, self.method.aggregate(self.state, updates)
+        self.state = self.method.aggregate(self.state, updates)
         seconds = time.monotonic() - arrived
         record = self._record(phase, updates, failures, arrived)
         record["round/aggregate_seconds"] = seconds
-        record |= self._diagnose(before, updates)
+        record |= self._diagnose(updates)
         self.done = phase.round
         checkpoint.save(
             self.folder / "checkpoints",
             self.done,
             self.state,
-            {"config_hash": self.config_hash},
+            {},
             self.rounds.keep,
+            config_hash=self.config_hash,
         )
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         self.tracker.round(record)
-        self.emit(round_summary(record))
+        self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
         self.last, self._phase = record, None
         return record
 
@@ -357,7 +360,6 @@ class Session:
         return {
             "kind": "round",
             "round": phase.round,
-            "rounds": self.rounds.rounds,
             "clients": len(updates),
             "failed": len(failures) - rejected,
             "rejected": rejected,
@@ -371,15 +373,25 @@ class Session:
             "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
         }
 
-    def _diagnose(self, before: State, updates: Sequence[Update]) -> dict[str, float]:
+    def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""
         adapter = self.method.global_adapter(self.state)
         if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
             return {}
-        ranks = [self.method.global_adapter(self.state, r) for r in self.setting.rank_patterns]
-        labels = [r.label for r in self.setting.rank_patterns]
-        found = aggregation_diagnostics(updates, adapter, dict(zip(labels, ranks, strict=True)))
-        return {f"aggregate/{k}": v for k, v in found.items()}
+        found = exactness_gap(updates, [u.num_examples for u in updates], adapter)
+        record = {
+            "aggregate/exactness_gap": found["gap"],
+            "aggregate/exactness_gap_relative": found["relative"],
+            "aggregate/update_norm": found["norm"],
+        }
+        values = spectra(adapter)
+        patterns = self.setting.rank_patterns
+        ranks = sorted({r for pattern in patterns for r in pattern.values()})
+        for rank, energy in singular_value_energy(values, ranks).items():
+            record[f"aggregate/energy_at_rank_{rank}"] = energy
+        for label, error in truncation_error(values, patterns).items():
+            record[f"aggregate/truncation_error_{label}"] = error
+        return record
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -433,7 +445,6 @@ class Session:
             record: dict[str, float | int | str] = {
                 "kind": "evaluate",
                 "round": round,
-                "rounds": self.rounds.rounds,
                 "group": group,
                 "adapter": adapter,
                 "failed": len(failed),
@@ -441,6 +452,6 @@ class Session:
                 **summary,
             }
             self.tracker.round(record)
-            self.emit(round_summary(record))
+            self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
             numbers |= {f"{tag}/{k}": v for k, v in summary.items()} if numbers else dict(summary)
         return numbers

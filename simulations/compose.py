@@ -52,6 +52,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
             if not cfg.name:
                 parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
                 cfg.name = "-".join([*parts, f"s{cfg.seed}"])
+            _anchor(cfg)
         OmegaConf.to_container(cfg, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_sentence(error, overrides)) from error
@@ -68,6 +69,18 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     return f"{text} (overrides: {' '.join(overrides) or 'none'}; groups: {', '.join(groups)})"
 
 
-def absolute(path: str, base: Path | None = None) -> Path:
-    """A user's path, ``~`` expanded, made absolute against ``base`` or the current directory."""
-    return Path(os.path.abspath((base or Path.cwd()) / Path(path).expanduser()))
+def _anchor(cfg: DictConfig) -> None:
+    """Make paths of existing files absolute: workers run in other directories than the user."""
+    for group in ("data", "model"):
+        path = cfg[group].get("path")
+        if isinstance(path, str) and path and absolute(path).exists():
+            cfg[group].path = str(absolute(path))
+
+
+def absolute(path: str) -> Path:
+    """A user's path, ``~`` expanded, made absolute against the directory the user works in.
+
+    The launcher runs Flower in a neutral directory and names the user's in ``FEDLORA_CWD``.
+    """
+    base = Path(os.environ.get("FEDLORA_CWD") or Path.cwd())
+    return Path(os.path.abspath(base / Path(path).expanduser()))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
-from flwr.common.typing import Run
+from flwr.supercore.run import Run
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -26,7 +26,7 @@ from fedlora.codec import (
     encode_payload,
     results_tag,
 )
-from fedlora.session import RunError, Session, State
+from fedlora.session import RunError, Session, State, WorkerDied
 from fedlora.types import (
     Client,
     EvaluateJob,
@@ -258,10 +258,14 @@ class _Wire:
         return found
 
     def raise_if_dead(self) -> None:
-        """Stop after the round in which a worker process died."""
+        """Stop after the round in which a worker process died.
+
+        Raises:
+            WorkerDied: so that a launcher can go on in a new pool.
+        """
         if self.dead:
             session = self.session
-            raise RunError(
+            raise WorkerDied(
                 f"a worker process died ({self.dead}) and Flower does not replace it. Rounds "
                 f"1..{session.done} are safe; the same command with resume=auto continues"
             )

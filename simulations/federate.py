@@ -1,0 +1,298 @@
+"""From a composed configuration to a finished run: the same for Flower's ServerApp, the launcher's
+in-process runs, tests and notebooks.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from flwr.serverapp import Grid
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora import checkpoint
+from fedlora.config import ConfigError, build
+from fedlora.data.source import Source
+from fedlora.data.store import TokenStore, cache_root, prepare
+from fedlora.engine.base import EngineSpec
+from fedlora.environment import environment
+from fedlora.identity import source_hash
+from fedlora.lock import claim
+from fedlora.models.export import save_peft
+from fedlora.models.modules import ModelInfo
+from fedlora.models.spec import ModelSpec
+from fedlora.population import Population, Roster, enroll, panel
+from fedlora.ranks import RankDistribution
+from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
+from fedlora.tracking import Trackers, Tracking, track
+from fedlora.types import LocalPlan, Setting, SparseDelta
+from fedlora.worker import WorkerSpec
+from simulations.compose import absolute
+from simulations.report import write_report
+from simulations.runtime import Runtime
+from strategies.base import LoRAStrategy
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
+"""Keys that may change between a run and its continuation: results do not depend on them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A configuration as values: every group built and checked, nothing loaded yet."""
+
+    name: str
+    seed: int
+    output_dir: str
+    resume: str
+    report: bool
+    strategy: LoRAStrategy
+    client: LocalPlan
+    ranks: RankDistribution
+    population: Population
+    model: ModelSpec
+    data: Source
+    engine: EngineSpec
+    evaluate: EvaluationSchedule
+    runtime: Runtime
+    tracking: Tracking
+    federation: Rounds
+    resolved: dict[str, Any]
+    """The whole configuration as plain values, for the run folder."""
+
+    @property
+    def hash(self) -> str:
+        """Identity of everything that results depend on."""
+        stable = {k: v for k, v in self.resolved.items() if k not in VOLATILE}
+        stable["federation"] = {
+            k: v
+            for k, v in self.resolved["federation"].items()
+            if k not in ("rounds", "timeout_s", "keep", "clients_per_message")
+        }
+        return checkpoint.config_hash(stable)
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Every group of a composed configuration as a checked value.
+
+    Raises:
+        ConfigError: naming group, key, value and what is allowed.
+    """
+
+    def part(group: str, base: type[T]) -> T:
+        return build(cfg[group], base, group)
+
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    try:
+        for key, kind in (("seed", int), ("rounds", int), ("report", bool)):
+            if not isinstance(cfg[key], kind) or (kind is int and isinstance(cfg[key], bool)):
+                raise ValueError(f"{key}={cfg[key]!r} must be of type {kind.__name__}")
+        if cfg.seed < 0:
+            raise ValueError(f"seed={cfg.seed} must be >= 0")
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return Parts(
+        name=str(cfg.name),
+        seed=cfg.seed,
+        output_dir=str(cfg.output_dir),
+        resume=str(cfg.resume),
+        report=cfg.report,
+        strategy=part("strategy", LoRAStrategy),  # type: ignore[type-abstract]
+        client=part("client", LocalPlan),
+        ranks=part("ranks", RankDistribution),
+        population=part("population", Population),
+        model=part("model", ModelSpec),  # type: ignore[type-abstract]
+        data=part("data", Source),  # type: ignore[type-abstract]
+        engine=part("engine", EngineSpec),
+        evaluate=part("evaluate", EvaluationSchedule),
+        runtime=part("runtime", Runtime),
+        tracking=part("tracking", Tracking),  # type: ignore[type-abstract]
+        federation=part("federation", Rounds),
+        resolved={str(k): v for k, v in resolved.items()},
+    )
+
+
+def run_folder(parts: Parts) -> Path:
+    """Where this run writes, absolute. A new run never writes into an old run's folder.
+
+    Raises:
+        ConfigError: if ``resume`` names a folder that is not there.
+    """
+    if parts.resume not in ("never", "auto"):
+        folder = absolute(parts.resume)
+        if not folder.is_dir():
+            raise ConfigError(
+                f"resume={parts.resume!r} is neither never, auto nor a run folder ({folder})"
+            )
+        return folder
+    base = absolute(parts.output_dir) / parts.name
+    taken = [p for p in _numbered(base) if p.exists()]
+    if parts.resume == "auto":
+        return taken[-1] if taken else base
+    return next(p for p in _numbered(base, endless=True) if not p.exists())
+
+
+def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
+    """``name``, ``name-2``, ``name-3``, ...: all in use, or without end."""
+    i = 1
+    while True:
+        path = base if i == 1 else base.with_name(f"{base.name}-{i}")
+        if not endless and not path.exists():
+            return
+        yield path
+        i += 1
+
+
+def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
+    """Do the whole run, and leave a run folder.
+
+    Args:
+        cfg: a composed configuration.
+        grid_of: gives the Flower grid once the parts are known.
+        emit: shows one line to whoever watches.
+
+    Returns:
+        The absolute run folder.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: one sentence each; whatever rounds were
+            complete are on disk.
+    """
+    parts = build_parts(cfg)
+    folder = run_folder(parts)
+    emit(f"run folder: {folder}")
+    with claim(folder):
+        session, worker, info = open_session(parts, folder, emit)
+        try:
+            with _status(folder, session):
+                strategy = parts.strategy.bind(
+                    session, worker=worker.to_json(), source=source_hash()
+                )
+                if session.done < session.rounds.rounds:
+                    strategy.start(grid_of(parts))
+                _export(session, parts, info)
+        finally:
+            session.tracker.close()
+    if parts.report:
+        emit(f"report: {write_report(folder)}")
+    emit(f"run folder: {folder}")
+    return folder
+
+
+def open_session(
+    parts: Parts, folder: Path, emit: Callable[[str], None]
+) -> tuple[Session, WorkerSpec, ModelInfo]:
+    """Describe the model, prepare the data, enrol the clients and write the run's first files."""
+    model = parts.model.resolved()
+    info = model.describe()
+    store_folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
+    store = TokenStore(store_folder)
+    roster = enroll(
+        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
+    )
+    check_groups(parts.evaluate, roster)
+    setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
+    emit(
+        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
+        f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
+        f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
+    )
+    write_start(parts, folder, roster)
+    session = Session(
+        method=parts.strategy,
+        setting=setting,
+        roster=roster,
+        plan=parts.client,
+        schedule=parts.evaluate,
+        rounds=parts.federation,
+        workers=parts.runtime.expected_workers,
+        folder=folder,
+        tracker=Trackers(()),
+        config_hash=parts.hash,
+        emit=emit,
+    )
+    if parts.resume != "never" and session.resume():
+        emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
+    session.tracker.config(parts.resolved | {"environment": environment()})
+    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device), info
+
+
+def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
+    """Refuse to evaluate a group that has no clients.
+
+    Raises:
+        ConfigError: naming the group and how to fill it.
+    """
+    for group in schedule.groups:
+        if schedule.every and group != "participants" and not panel(roster, group, 1, 0):
+            raise ConfigError(
+                f"evaluate.groups: {group} has no clients; set population.unseen_share or "
+                "population.unseen_categories, or leave the group out"
+            )
+
+
+def write_start(parts: Parts, folder: Path, roster: Roster) -> None:
+    """config.yaml, environment.json and population.json of the run folder."""
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(parts.resolved), encoding="utf-8")
+    _write_json(folder / "environment.json", environment())
+    population = {
+        "clients": len(roster.clients),
+        "per_round": roster.per_round,
+        "tiers": roster.tier_counts(),
+        "ranks": roster.rank_counts(),
+        "groups": {name: len(ids) for name, ids in roster.groups.items()},
+    }
+    _write_json(folder / "population.json", population)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _status(folder: Path, session: Session) -> Iterator[None]:
+    """status.json says how the run ended, also if it is killed (then it still says running)."""
+
+    def write(status: str, error: BaseException | None = None) -> None:
+        _write_json(
+            folder / "status.json",
+            {
+                "status": status,
+                "rounds_done": session.done,
+                "kind": type(error).__name__ if error else "",
+                "message": str(error) if error else "",
+            },
+        )
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        write("failed", error)
+        raise
+    write("completed")
+
+
+def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
+    """The global adapter at the population's largest ranks, in PEFT's format."""
+    adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
+    if isinstance(adapter, SparseDelta):
+        session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
+        return
+    save_peft(
+        adapter,
+        info,
+        session.folder / "adapter",
+        base_name=str(parts.model.resolved().folder()),
+        dropout=parts.client.dropout,
+    )
+
+
+__all__ = ["Parts", "RunError", "build_parts", "check_groups", "open_session", "run", "run_folder"]

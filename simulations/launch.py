@@ -1,0 +1,231 @@
+"""Runs the app through Flower on this machine, in a SuperLink of its own, and says how it ended.
+
+``flwr run`` returns 0 whatever becomes of the run, leaves its SuperLink running for ever, and lets
+workers import whatever lies in the directory where that was started. This launcher starts a
+SuperLink with a home and a port of its own from a neutral directory, streams the run's log, reads
+the run's status, and takes everything down again. It is the only module that knows how.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedlora.identity import ROOT
+from simulations.guard import VARIABLE, end
+from simulations.runtime import Runtime
+
+QUIET = {
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's announced future behaviour, silently
+    "RAY_DEDUP_LOGS": "0",
+    "PYTHONUNBUFFERED": "1",
+}
+START_PATIENCE_S = 60.0
+FOLDER = re.compile(r"^run folder: (.+)$")
+
+
+class LaunchError(RuntimeError):
+    """Flower could not be started or asked; the message holds what it said."""
+
+
+def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
+    """Do one run through Flower; its true exit code: 0 only if the run completed.
+
+    A run that fails because a worker process died goes on from its last checkpoint in a new pool,
+    ``runtime.restarts`` times.
+
+    Raises:
+        LaunchError: if Flower does not start or refuses the app.
+    """
+    attempt, words = 0, overrides
+    while True:
+        with _superlink(runtime) as flwr:
+            status, folder = _run(flwr, words, runtime, emit)
+        if status == "finished:completed":
+            return 0
+        emit(f"Flower says: {status}")
+        if attempt == runtime.restarts or not _worker_died(folder):
+            return 1
+        attempt += 1
+        emit(f"starting again from the last checkpoint ({attempt} of {runtime.restarts})")
+        words = [*(w for w in overrides if not w.startswith("resume=")), f"resume='{folder}'"]
+
+
+def _worker_died(folder: Path | None) -> bool:
+    try:
+        status = json.loads((folder / "status.json").read_text()) if folder else {}
+    except (OSError, ValueError):
+        return False
+    return status.get("kind") == "WorkerDied"
+
+
+class _Flower:
+    """The ``flwr`` command of this environment against one SuperLink."""
+
+    def __init__(self, home: Path, port: int, environment: dict[str, str]) -> None:
+        self.home, self.port = home, port
+        self.environment = environment | {"FLWR_HOME": str(home)}
+        # `flwr` itself needs no mark: it ends by itself, and is ours to end.
+        self.environment.pop(VARIABLE, None)
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "flwr.cli.app", *words]
+
+    def ask(self, *words: str) -> dict[str, object]:
+        """Run a ``flwr`` command that answers in JSON."""
+        done = subprocess.run(
+            self.command(*words, "--format", "json"),
+            env=self.environment,
+            cwd=self.home,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        try:
+            answer = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError:
+            answer = {"success": False, "error-message": (done.stdout + done.stderr).strip()}
+        if not answer.get("success", True) or done.returncode:
+            raise LaunchError(f"flwr {words[0]}: {answer.get('error-message', answer)}")
+        assert isinstance(answer, dict)
+        return answer
+
+
+@contextmanager
+def _superlink(runtime: Runtime) -> Iterator[_Flower]:
+    """A SuperLink that lives as long as the block, with all it started, whatever happens."""
+    home = Path(tempfile.mkdtemp(prefix="fedlora-flower-"))
+    mark, port = uuid.uuid4().hex, _free_port()
+    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "FEDLORA_CWD": os.getcwd()}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    if runtime.ray_address:
+        environment["RAY_ADDRESS"] = runtime.ray_address
+    else:
+        environment.pop("RAY_ADDRESS", None)
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
+        "insecure = true\n"
+    )
+    command = ["--insecure", "--simulation", "--disable-runtime-dependency-installation"]
+    command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
+    log = (home / "superlink.log").open("w")
+    guard = subprocess.Popen(
+        [sys.executable, str(ROOT / "simulations" / "guard.py"), mark]
+        + [str(Path(sys.executable).parent / "flower-superlink"), *command],
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        cwd=home,
+        env=environment,
+        start_new_session=True,
+    )
+    try:
+        _wait_for(port, guard, home / "superlink.log")
+        yield _Flower(home, port, environment)
+    finally:
+        assert guard.stdin is not None
+        guard.stdin.close()
+        try:
+            guard.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            guard.kill()
+            end(mark)
+        log.close()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _wait_for(port: int, guard: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + START_PATIENCE_S
+    while time.monotonic() < deadline and guard.poll() is None:
+        with socket.socket() as s:
+            s.settimeout(0.2)
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+    raise LaunchError(f"the SuperLink did not start on port {port}:\n{tail}")
+
+
+def _run(
+    flwr: _Flower, overrides: list[str], runtime: Runtime, emit: Callable[[str], None]
+) -> tuple[str, Path | None]:
+    """Submit, stream the log, read the status. Returns it and the run folder."""
+    text = " ".join(quote(word) for word in overrides)
+    answer = flwr.ask(
+        "run",
+        str(ROOT),
+        "own",
+        "--federation-config",
+        runtime.federation_config(),
+        "--run-config",
+        f"overrides={toml_string(text)}",
+    )
+    run_id, folder = str(answer["run-id"]), None
+    stream = subprocess.Popen(
+        flwr.command("log", run_id, "own", "--stream"),
+        env=flwr.environment,
+        cwd=flwr.home,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    try:
+        assert stream.stdout is not None
+        for line in stream.stdout:
+            emit(line.rstrip())
+            if match := FOLDER.match(line.strip()):
+                folder = Path(match[1])
+        return _status(flwr, run_id), folder
+    finally:
+        stream.terminate()
+        stream.wait()
+
+
+def _status(flwr: _Flower, run_id: str) -> str:
+    """How the run ended; the log may close a moment before the status is final."""
+    deadline = time.monotonic() + START_PATIENCE_S
+    while True:
+        answer = flwr.ask("list", "own", "--run-id", run_id)
+        runs = answer["runs"]
+        assert isinstance(runs, list)
+        status = str(runs[0]["status"])
+        if status.startswith("finished") or time.monotonic() > deadline:
+            return status
+        time.sleep(0.3)
+
+
+def quote(word: str) -> str:
+    """A Hydra override as one word of a shell-like string."""
+    return word if re.fullmatch(r"[\w@%+=:,./\[\]{}~-]+", word) else '"' + word.replace('"', '\\"') + '"'
+
+
+def toml_string(text: str) -> str:
+    """Text for ``--run-config``, whose grammar is one line of TOML without escapes.
+
+    Raises:
+        LaunchError: if the text holds both kinds of quotes.
+    """
+    if "'" not in text:
+        return f"'{text}'"
+    if '"' not in text:
+        return f'"{text}"'
+    raise LaunchError(f"overrides must not mix both kinds of quotes: {text}")

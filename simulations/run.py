@@ -1,0 +1,68 @@
+"""The launcher and Hydra twin of ``flwr run``: same configuration, live progress, true exit code.
+
+    python -m simulations.run                                   one run of conf/config.yaml
+    python -m simulations.run strategy=fedit rounds=20          ... with overrides
+    python -m simulations.run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
+    python -m simulations.run runtime=in_process                without Ray and Flower's SuperLink
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from fedlora.config import ConfigError
+from simulations.compose import load
+from simulations.federate import build_parts, run
+from simulations.launch import LaunchError, launch
+
+
+def say(line: str) -> None:
+    """One line of progress, at once."""
+    print(line, flush=True)
+
+
+def _as_interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def one_run(overrides: list[str]) -> int:
+    """Check the configuration, then run it; the exit code."""
+    try:
+        cfg = load(overrides)
+        parts = build_parts(cfg)
+        if parts.runtime.in_process:
+            from simulations.client_app import app
+            from simulations.grid import InProcessGrid
+
+            run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
+            return 0
+        return launch(overrides, parts.runtime, say)
+    except (ConfigError, LaunchError) as error:
+        say(f"RUN FAILED: {error}")
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted: everything that this run started is being stopped")
+        return 130
+    except Exception as error:
+        say(f"RUN FAILED: {type(error).__name__}: {error}")
+        if os.environ.get("FEDLORA_TRACEBACK"):
+            raise
+        return 1
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    """Hydra has composed and checked the overrides; the run composes them again where it runs."""
+    code = one_run(list(HydraConfig.get().overrides.task))
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    main()
