@@ -1,0 +1,25 @@
+"""Federated data: sources of records, and the token store that workers read."""
+
+from fedlora.data.jsonl import Jsonl
+from fedlora.data.natural_instructions import NaturalInstructions, task_group, unseen_tasks
+from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.sotu import Sotu
+from fedlora.data.source import Source
+from fedlora.data.store import ClientInfo, Example, TokenStore, cache_root, prepare
+
+__all__ = [
+    "SPLITS",
+    "ClientInfo",
+    "DataError",
+    "Example",
+    "Jsonl",
+    "NaturalInstructions",
+    "Record",
+    "Sotu",
+    "Source",
+    "TokenStore",
+    "cache_root",
+    "prepare",
+    "task_group",
+    "unseen_tasks",
+]

@@ -1,0 +1,190 @@
+"""Writes a token store: the layout of its folder, and the one pass over the records.
+
+Tokens and references lie in the order in which the source gave them; the index names where each
+example lies, sorted by client, split and arrival.
+
+    tokens.npy       uint16 or uint32 [tokens]
+    references.utf8  the response texts, end to end
+    index.npy        int64 [examples, 6], columns `COLUMNS`
+    clients.npy      int64 [3 * clients + 1], first row of the index of each (client, split)
+    meta.json        names, versions, file sizes, checksums
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import time
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.data.encode import Encoder, Tokenizer
+from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.source import Source
+from fedlora.data.template import VERSION as TEMPLATE_VERSION
+
+FORMAT = 1  # of the folder: part of the key
+COLUMNS = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes", "flags")
+TRUNCATED, EMPTY_OUTPUT = 1, 2
+ARRAYS = ("tokens.npy", "references.utf8", "index.npy", "clients.npy")
+CHECKED = ("index.npy", "clients.npy")  # with a checksum: small, and the rest hangs on them
+_BATCH = 2048
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Draft:
+    """What is gathered while records stream by: about 60 bytes and the tokens of each."""
+
+    tokens: list[NDArray[Any]] = field(default_factory=list)
+    rows: "array[int]" = field(default_factory=lambda: array("q"))
+    homes: "array[int]" = field(default_factory=lambda: array("q"))
+    """``3 * client + split`` of each row."""
+    categories: dict[int, Counter[str]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    token_count: int = 0
+    reference_bytes: int = 0
+    empty: int = 0
+
+    def add(self, batch: list[Record], encoder: Encoder, references: BinaryIO, dtype: type) -> None:
+        """Tokenise a batch, write its references and note where everything lies."""
+        flat: list[int] = []
+        for record, encoded in zip(batch, encoder.encode(batch), strict=True):
+            reference = record.output.encode()
+            references.write(reference)
+            start, flags = self.token_count + len(flat), TRUNCATED * encoded.truncated
+            flags += EMPTY_OUTPUT * (not record.output)
+            self.rows.extend((start, len(encoded.ids), encoded.prompt_tokens))
+            self.rows.extend((self.reference_bytes, len(reference), flags))
+            self.reference_bytes += len(reference)
+            self.empty += not record.output
+            flat += encoded.ids
+            self._note_client(record)
+        self.tokens.append(np.array(flat, dtype=dtype))
+        self.token_count += len(flat)
+
+    def _note_client(self, record: Record) -> None:
+        if record.split not in SPLITS or record.client < 0:
+            raise DataError(
+                f"a record has split={record.split!r} and client={record.client}: the split must "
+                f"be one of {list(SPLITS)}, the client 0 or more"
+            )
+        self.homes.append(len(SPLITS) * record.client + SPLITS.index(record.split))
+        self.categories.setdefault(record.client, Counter())[record.category] += 1
+        if record.client_name:
+            self.names.setdefault(record.client, record.client_name)
+
+    def clients(self, source_name: str) -> int:
+        """How many clients there are.
+
+        Raises:
+            DataError: if there is nothing to learn, or if ids are no ids of ``0..N-1``.
+        """
+        count = len(self.homes)
+        if not count:
+            raise DataError(f"data={source_name} has no records")
+        if self.empty == count:
+            raise DataError(f"data={source_name}: all {count} outputs are empty: nothing to learn")
+        clients = max(self.categories) + 1
+        if clients > 2 * len(self.categories) + 64:
+            raise DataError(
+                f"data={source_name}: client ids reach {clients - 1} but only "
+                f"{len(self.categories)} clients have records; ids must run from 0 to N-1"
+            )
+        return clients
+
+
+def write_store(
+    source: Source, tokenizer: Tokenizer, tokenizer_id: str, folder: Path, key: str
+) -> None:
+    """Tokenise every record of a source into an empty folder.
+
+    Raises:
+        DataError: if the source cannot be read or makes no sense.
+    """
+    encoder = Encoder(tokenizer, source.cutoff, source.truncation)
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    draft = Draft()
+    began = time.monotonic()
+    log.info("data=%s is tokenised once, for all later runs", source.name)
+    records = iter(source.records())
+    with (folder / "references.utf8").open("wb") as references:
+        while batch := [_encodable(r) for r in islice(records, _BATCH)]:
+            draft.add(batch, encoder, references, dtype)
+            if len(draft.tokens) % 10 == 0:
+                log.info("data=%s: %d records tokenised", source.name, len(draft.homes))
+    clients = draft.clients(source.name)
+    _write_arrays(draft, clients, folder, dtype)
+    meta = {
+        "format": FORMAT,
+        "key": key,
+        "source": {
+            "name": source.name,
+            "fingerprint": source.fingerprint(),
+            "cutoff": source.cutoff,
+            "truncation": source.truncation,
+        },
+        "tokenizer": {"id": tokenizer_id, "size": len(tokenizer)},
+        "template": TEMPLATE_VERSION,
+        "files": {name: _identity(folder / name) for name in ARRAYS},
+        "clients": [
+            [
+                draft.categories[k].most_common(1)[0][0] if k in draft.categories else "",
+                draft.names.get(k, str(k)),
+            ]
+            for k in range(clients)
+        ],
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    seconds = time.monotonic() - began
+    log.info("data=%s: %d records in %.1f s", source.name, len(draft.homes), seconds)
+
+
+def _encodable(record: Record) -> Record:
+    """The record without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    try:
+        f"{record.instruction}{record.input}{record.output}".encode()
+    except UnicodeEncodeError:
+        return dataclasses.replace(
+            record,
+            instruction=record.instruction.encode(errors="replace").decode(),
+            input=record.input.encode(errors="replace").decode(),
+            output=record.output.encode(errors="replace").decode(),
+        )
+    return record
+
+
+def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None:
+    tokens = np.lib.format.open_memmap(
+        folder / "tokens.npy", mode="w+", dtype=dtype, shape=(draft.token_count,)
+    )
+    at = 0
+    for chunk in draft.tokens:
+        tokens[at : at + len(chunk)] = chunk
+        at += len(chunk)
+    tokens.flush()
+    homes = np.frombuffer(draft.homes, dtype=np.int64)
+    order = np.argsort(homes, kind="stable")
+    rows = np.frombuffer(draft.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+    np.save(folder / "index.npy", rows[order])
+    bounds = np.searchsorted(homes[order], np.arange(len(SPLITS) * clients + 1))
+    np.save(folder / "clients.npy", bounds.astype(np.int64))
+
+
+def _identity(path: Path) -> dict[str, int | str]:
+    size: dict[str, int | str] = {"bytes": path.stat().st_size}
+    return size | {"sha256": checksum(path)} if path.name in CHECKED else size
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

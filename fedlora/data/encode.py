@@ -1,0 +1,117 @@
+"""Records to tokens: BOS, prompt, response, EOS, cut to a length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from fedlora.data.records import DataError, Record
+from fedlora.data.template import ANSWER, prompt, question
+
+_CHARACTERS_PER_TOKEN = 16
+"""No text is read further than so many characters per token of the cutoff: the longest inputs of
+Natural Instructions have 300,000 characters, of which a model sees two thousand."""
+
+
+class Tokenizer(Protocol):
+    """What is used of a Hugging Face tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __len__(self) -> int: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One tokenised record."""
+
+    ids: list[int]
+    prompt_tokens: int
+    """With BOS. The response is ``ids[prompt_tokens:]``."""
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Tokenises records. Prompt and response are tokenised apart, so their border is exact."""
+
+    tokenizer: Tokenizer
+    cutoff: int
+    truncation: str
+    """``input`` or ``right``: see `fedlora.data.source.Source`."""
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no EOS token: a response could never end")
+        mark = len(self._tokens([ANSWER])[0])
+        if mark + 2 > self.cutoff // 2:
+            raise DataError(
+                f"data.cutoff={self.cutoff} must be >= {2 * (mark + 2)}: the prompt's last line "
+                f"alone has {mark} tokens"
+            )
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded]:
+        """Tokenise a batch."""
+        limit = _CHARACTERS_PER_TOKEN * self.cutoff
+        texts = [(r.instruction[:limit], r.input[:limit], r.output[:limit]) for r in records]
+        shortened = [
+            any(len(text) > limit for text in (r.instruction, r.input, r.output)) for r in records
+        ]
+        prompts = [self._begin() + ids for ids in self._tokens([prompt(i, x) for i, x, _ in texts])]
+        responses = self._tokens([y for _, _, y in texts])
+        for record, response in zip(records, responses, strict=True):
+            if len(record.output) <= limit:  # the model must not learn to stop where we cut
+                response.append(int(self.tokenizer.eos_token_id or 0))
+        long = [
+            i
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+            if len(p) + len(r) > self.cutoff
+        ]
+        if long and self.truncation == "input":
+            mark = self._tokens([ANSWER])[0]
+            for i, head in zip(long, self._heads(prompts, mark, long, texts), strict=True):
+                room = prompt_room(len(prompts[i]), len(responses[i]), self.cutoff)
+                if room < len(prompts[i]):
+                    prompts[i] = head[: room - len(mark)] + mark
+        cut = set(long)
+        return [
+            Encoded((p + r)[: self.cutoff], min(len(p), self.cutoff), i in cut or shortened[i])
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+
+    def _heads(
+        self,
+        prompts: Sequence[list[int]],
+        mark: list[int],
+        which: Sequence[int],
+        texts: Sequence[tuple[str, str, str]],
+    ) -> list[list[int]]:
+        """Some prompts without their last lines.
+
+        Usually these end in the tokens of the last lines alone; only where the tokenizer merges
+        across that border is the text tokenised again.
+        """
+        heads = {i: prompts[i][: -len(mark)] for i in which if prompts[i][-len(mark) :] == mark}
+        merged = [i for i in which if i not in heads]
+        if merged:
+            again = self._tokens([question(*texts[i][:2]) for i in merged])
+            for i, ids in zip(merged, again, strict=True):
+                heads[i] = self._begin() + ids
+        return [heads[i] for i in which]
+
+    def _begin(self) -> list[int]:
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+def prompt_room(prompt: int, response: int, cutoff: int) -> int:
+    """How many tokens a prompt keeps so that the response survives.
+
+    The prompt gives way first, but keeps half of the cutoff against a response that is longer than
+    the other half; then the response is cut too.
+    """
+    return min(prompt, max(cutoff - response, cutoff // 2))

@@ -1,0 +1,208 @@
+"""Your own instruction records: JSON lines, divided over clients by a key or by a partitioner.
+
+The partitioners are those of `flwr-datasets`, so a federation here is the one that other Flower
+projects get from the same data and seed.
+"""
+
+import contextlib
+import glob
+import io
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.source import Source, file_identity
+from fedlora.seeding import generator
+from fedlora.types import at_least, one_of, share
+
+PARTITIONS = ("natural", "iid", "dirichlet")
+_SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "eval", "valid": "eval", "dev": "eval"}
+_VERSION = 1  # of the reading below: part of the fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Jsonl(Source):
+    """Alpaca-style records from JSON-lines files."""
+
+    name: ClassVar[str] = "jsonl"
+
+    path: str
+    """A file or a pattern such as ``data/*.jsonl``; ``**`` descends into folders."""
+    instruction_field: str = "instruction"
+    input_field: str = "input"
+    """May be missing in a record."""
+    output_field: str = "output"
+    category_field: str = "category"
+    """May be missing in a record."""
+    split_field: str = ""
+    """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: records
+    are drawn at random by the two shares."""
+    eval_share: float = 0.1
+    test_share: float = 0.1
+    """Of each client's records, at least one if the client has three or more."""
+    partition: str = "natural"
+    """``natural``: one client per value of `key`. ``iid``: `clients` equal random parts.
+    ``dirichlet``: `clients` parts; their shares of each value of `by` are drawn from
+    Dir(`alpha`)."""
+    key: str = "client"
+    clients: int = 100
+    alpha: float = 0.5
+    by: str = "category"
+    min_examples: int = 1
+    """Of a client under ``dirichlet``: shares are drawn again until every client has as many."""
+    seed: int = 0
+    """Of the partition and the split; not the seed of the run, so that runs share their data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("data.partition", self.partition, PARTITIONS)
+        share("data.eval_share", self.eval_share)
+        share("data.test_share", self.test_share)
+        at_least("data.clients", self.clients, 1)
+        at_least("data.min_examples", self.min_examples, 1)
+        at_least("data.alpha", self.alpha, 0, strict=True)
+        at_least("data.seed", self.seed, 0)
+        if self.eval_share + self.test_share >= 1:
+            raise ValueError(
+                f"data.eval_share={self.eval_share} and data.test_share={self.test_share} must "
+                "leave something to train on: their sum must be < 1"
+            )
+
+    def fingerprint(self) -> str:
+        """Every option but the path, and the content of every file."""
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
+        files = [file_identity(f) for f in self._files()]
+        return json.dumps([_VERSION, options, files], sort_keys=True)
+
+    def records(self) -> Iterator[Record]:
+        """Records by client, each client's in random order (in file order with `split_field`)."""
+        rows = [self._checked(row, where) for row, where in self._rows()]
+        if not rows:
+            raise DataError(f"data.path={self.path!r}: the files have no records")
+        for client, (name, members) in enumerate(self._partition(rows)):
+            for i, split in self._splits(client, rows, members):
+                row = rows[i]
+                category = row.get(self.category_field)
+                yield Record(
+                    client,
+                    split,
+                    "" if category is None else str(category),
+                    _text(row.get(self.instruction_field)),
+                    _text(row.get(self.input_field)),
+                    _text(row.get(self.output_field)),
+                    name,
+                )
+
+    def _files(self) -> list[Path]:
+        pattern = str(Path(self.path).expanduser())
+        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
+        if not found:
+            raise DataError(f"data.path={self.path!r} matches no file (from {Path.cwd()})")
+        return found
+
+    def _rows(self) -> Iterator[tuple[Any, str]]:
+        for file in self._files():
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    where = f"{file}:{number}"
+                    if not line.strip():
+                        continue
+                    try:
+                        yield json.loads(line), where
+                    except ValueError as error:  # also bytes that are not UTF-8
+                        raise DataError(f"{where} is not JSON: {error}") from error
+
+    def _checked(self, row: Any, where: str) -> dict[str, Any]:
+        """The row, if it has what this configuration reads."""
+        if not isinstance(row, dict):
+            raise DataError(f"{where} must be an object, not {type(row).__name__}")
+        needed = [self.instruction_field, self.output_field]
+        needed += {"natural": [self.key], "iid": [], "dirichlet": [self.by]}[self.partition]
+        needed += [self.split_field] if self.split_field else []
+        for name in needed:
+            if row.get(name) is None:
+                raise DataError(f"{where} has no field {name!r}; found {sorted(row)}")
+        for name in (self.instruction_field, self.input_field, self.output_field):
+            if not isinstance(row.get(name, ""), str | int | float | None):
+                kind = type(row[name]).__name__
+                raise DataError(f"{where}: {name!r} must be a text or a number, not {kind}")
+        if self.split_field and str(row[self.split_field]) not in _SPLIT_NAMES:
+            raise DataError(
+                f"{where}: {self.split_field}={row[self.split_field]!r} is not one of "
+                f"{sorted(_SPLIT_NAMES)}"
+            )
+        return row
+
+    def _partition(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[int]]]:
+        """Name and row numbers of each client."""
+        import datasets
+        from flwr_datasets import partitioner as partitioners
+
+        columns: dict[str, list[Any]] = {"row": list(range(len(rows)))}
+        column = {"natural": self.key, "iid": "", "dirichlet": self.by}[self.partition]
+        if column:
+            columns["label"] = [str(row[column]) for row in rows]
+        table = datasets.Dataset.from_dict(columns)
+        partitioner: Any
+        if self.partition == "natural":
+            partitioner = partitioners.NaturalIdPartitioner(partition_by="label")
+        elif self.partition == "iid":
+            partitioner = partitioners.IidPartitioner(num_partitions=self.clients)
+            table = table.shuffle(seed=self.seed)  # the partitioner cuts in order
+        else:
+            partitioner = partitioners.DirichletPartitioner(
+                num_partitions=self.clients,
+                partition_by="label",
+                alpha=self.alpha,
+                min_partition_size=self.min_examples,
+                seed=self.seed,
+            )
+        if self.partition != "natural" and self.clients > len(rows):
+            raise DataError(f"data.clients={self.clients} is more than the {len(rows)} records")
+        partitioner.dataset = table
+        with _quiet():
+            try:
+                parts = [
+                    partitioner.load_partition(k)["row"] for k in range(partitioner.num_partitions)
+                ]
+            except ValueError as error:
+                raise DataError(
+                    f"data.partition={self.partition} with clients={self.clients}, "
+                    f"alpha={self.alpha}, min_examples={self.min_examples}: {error}"
+                ) from error
+        for part in parts:
+            members = [int(i) for i in part]
+            yield (str(rows[members[0]][self.key]) if self.partition == "natural" else ""), members
+
+    def _splits(
+        self, client: int, rows: Sequence[Mapping[str, Any]], members: Sequence[int]
+    ) -> Iterator[tuple[int, str]]:
+        if self.split_field:
+            yield from ((i, _SPLIT_NAMES[str(rows[i][self.split_field])]) for i in members)
+            return
+        n = len(members)
+        evals, tests = (
+            max(round(s * n), int(s > 0)) if n > 2 else 0
+            for s in (self.eval_share, self.test_share)
+        )
+        order = generator(self.seed, "split", client).permutation(n).tolist()
+        train = max(1, n - evals - tests)
+        for position, i in enumerate(order):
+            held_out = "eval" if position < train + evals else "test"
+            yield members[i], "train" if position < train else held_out
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the partitioners' progress bars and their warning at each new draw."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore", UserWarning)
+        yield

@@ -1,0 +1,28 @@
+"""What every source of data yields: an instruction record that belongs to one client's split."""
+
+from dataclasses import dataclass
+
+SPLITS = ("train", "eval", "test")
+
+
+class DataError(ValueError):
+    """A mistake in the data or its description: one sentence for the person who owns it."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example of one client, as text."""
+
+    client: int
+    """In ``0..N-1``."""
+    split: str
+    """One of `SPLITS`."""
+    category: str
+    """What the client's data is about (task group, author, topic): for statistics and hold-outs."""
+    instruction: str
+    input: str
+    """May be empty."""
+    output: str
+    """May be empty: the model then has to learn to say nothing."""
+    client_name: str = ""
+    """What the source itself calls the client; empty: its id."""

@@ -1,0 +1,282 @@
+"""The tokenised data on disk: built once, then memory-mapped by every worker."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.data.build import (
+    ARRAYS,
+    CHECKED,
+    EMPTY_OUTPUT,
+    FORMAT,
+    TRUNCATED,
+    checksum,
+    write_store,
+)
+from fedlora.data.encode import Tokenizer
+from fedlora.data.records import SPLITS, DataError
+from fedlora.data.source import Source
+from fedlora.data.template import VERSION as TEMPLATE_VERSION
+from fedlora.data.template import prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One tokenised example: BOS, prompt, response, EOS (each as far as the cutoff allows)."""
+
+    input_ids: NDArray[np.int32]
+    """``[tokens]``"""
+    prompt_tokens: int
+    """With BOS. The response is ``input_ids[prompt_tokens:]``."""
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """Who a client is and how many examples it holds."""
+
+    id: int
+    category: str
+    """Of most of its examples."""
+    num_train: int
+    num_eval: int
+    num_test: int
+    name: str
+    """What the source calls it."""
+
+
+def cache_root() -> Path:
+    """Where stores live: ``FEDLORA_CACHE``, or a folder of the user's cache."""
+    return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora").expanduser()
+
+
+def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
+    """Hash of everything that the store's content depends on."""
+    probe = tokenizer([prompt("Probe: 2 + 40?", "naïve TEXT\n")], add_special_tokens=False)
+    parts = {
+        "source": [source.name, source.fingerprint(), source.cutoff, source.truncation],
+        "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "probe": [int(i) for i in probe["input_ids"][0]],  # a tokenizer that changed under its name
+        "template": TEMPLATE_VERSION,
+        "format": FORMAT,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path) -> Path:
+    """Tokenise a source once and return the store's folder; later calls return at once.
+
+    Processes that call this together build one store: the first takes a lock, the others wait. A
+    store appears under its name by one rename, and a damaged one is built anew.
+
+    Args:
+        source: the data.
+        tokenizer: any Hugging Face tokenizer.
+        tokenizer_id: part of the key, for example a hub id with revision or a file's hash.
+        cache: the folder of all stores.
+
+    Raises:
+        DataError: if the source cannot be read or makes no sense.
+    """
+    key = store_key(source, tokenizer, tokenizer_id)
+    folder = cache / f"{source.name}-{key[:16]}"
+    if folder.exists() and not damage(folder):
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(cache / f"{folder.name}.lock"):
+        if folder.exists():
+            reason = damage(folder)
+            if not reason:
+                return folder
+            log.warning("%s is damaged (%s) and is built anew", folder, reason)
+            shutil.rmtree(folder)
+        for left in cache.glob(f".{folder.name}.*"):  # by a process that died while building
+            shutil.rmtree(left, ignore_errors=True)
+        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
+        try:
+            write_store(source, tokenizer, tokenizer_id, building, key)
+            building.chmod(0o755)
+            building.rename(folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock that dies with its holder; where there is none, go on without.
+
+    Without a lock two processes may do the same work, and the second rename fails loudly.
+    """
+    with path.open("w") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except (ImportError, OSError) as error:
+            log.warning("no lock on %s (%s): start one process first", path, error)
+        yield
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a store, or an empty text. Reads the index, not the tokens."""
+    try:
+        files = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["files"]
+        for name in ARRAYS:
+            size = (folder / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes instead of {files[name]['bytes']}"
+        for name in CHECKED:
+            if checksum(folder / name) != files[name]["sha256"]:
+                return f"{name} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+class TokenStore:
+    """A built store, memory-mapped: opening costs milliseconds, examples are read on demand."""
+
+    def __init__(self, folder: Path | str) -> None:
+        """Open a store that `prepare` returned.
+
+        Raises:
+            DataError: if it is damaged.
+        """
+        self.folder = Path(folder)
+        reason = damage(self.folder)
+        if reason:
+            raise DataError(f"the token store {self.folder} is damaged: {reason}")
+        self._meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+        self._index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
+        self._bounds: list[int] = np.load(self.folder / "clients.npy").tolist()
+        self._tokens: NDArray[Any] = np.load(self.folder / "tokens.npy", mmap_mode="r")
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
+        return TokenStore, (self.folder,)
+
+    @property
+    def num_clients(self) -> int:
+        """Clients have the ids ``0..num_clients - 1``."""
+        return len(self._meta["clients"])
+
+    @cached_property
+    def clients(self) -> tuple[ClientInfo, ...]:
+        """Every client, ``clients[k].id == k``."""
+        held = np.diff(self._bounds).reshape(-1, len(SPLITS)).tolist()
+        return tuple(
+            ClientInfo(k, category, train, evals, tests, name)
+            for k, ((category, name), (train, evals, tests)) in enumerate(
+                zip(self._meta["clients"], held, strict=True)
+            )
+        )
+
+    @cached_property
+    def categories(self) -> tuple[str, ...]:
+        """The distinct categories in order of first appearance."""
+        return tuple(dict.fromkeys(category for category, _ in self._meta["clients"] if category))
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Name, fingerprint, cutoff and truncation of the source."""
+        return dict(self._meta["source"])
+
+    def count(self, client: int, split: str) -> int:
+        """How many examples a client's split has."""
+        first, end = self._rows(client, split)
+        return end - first
+
+    def example(self, client: int, split: str, i: int) -> Example:
+        """One example.
+
+        Raises:
+            IndexError: naming the client, the split and how many examples it has.
+        """
+        first, end = self._rows(client, split)
+        if not 0 <= i < end - first:
+            raise IndexError(f"client {client}'s {split} split has {end - first} examples, no #{i}")
+        return self._example(first + i)
+
+    def examples(self, client: int, split: str) -> list[Example]:
+        """All examples of a client's split, in the source's order."""
+        return [self._example(row) for row in range(*self._rows(client, split))]
+
+    def references(self, client: int, split: str) -> list[str]:
+        """The whole response texts of a client's split, uncut, for ROUGE."""
+        rows = self._index[slice(*self._rows(client, split)), 3:5].tolist()
+        return [bytes(self._references[at : at + n]).decode() for at, n in rows]
+
+    @cached_property
+    def _references(self) -> NDArray[np.uint8]:
+        path = self.folder / "references.utf8"
+        if not path.stat().st_size:
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r")
+
+    def _rows(self, client: int, split: str) -> tuple[int, int]:
+        if not 0 <= client < self.num_clients:
+            raise IndexError(f"client {client} is not in 0..{self.num_clients - 1}")
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is not one of {list(SPLITS)}")
+        home = len(SPLITS) * client + SPLITS.index(split)
+        return self._bounds[home], self._bounds[home + 1]
+
+    def _example(self, row: int) -> Example:
+        start, tokens, prompt_tokens = self._index[row, :3].tolist()
+        return Example(self._tokens[start : start + tokens].astype(np.int32), prompt_tokens)
+
+    def statistics(self) -> dict[str, Any]:
+        """Plain numbers about the whole store; shares lie in [0, 1]."""
+        tokens, prompts, flags = (self._index[:, c] for c in (1, 2, 5))
+        empty = (flags & EMPTY_OUTPUT) > 0
+        held = np.diff(self._bounds).reshape(-1, len(SPLITS))
+        owner = np.repeat(np.arange(self.num_clients), held.sum(axis=1))
+        speaks = np.bincount(owner[~empty], minlength=self.num_clients) > 0
+        train = held[:, 0]
+        silent = ~speaks & (held.sum(axis=1) > 0)
+        return {
+            "source": self.source["name"],
+            "tokenizer": self._meta["tokenizer"]["id"],
+            "cutoff": self.source["cutoff"],
+            "truncation": self.source["truncation"],
+            "clients": self.num_clients,
+            "examples": dict(zip(SPLITS, held.sum(axis=0).tolist(), strict=True)),
+            "train_examples_per_client": _spread(train),
+            "tokens": int(tokens.sum()),
+            "tokens_per_example": _spread(tokens),
+            "response_token_share": float((tokens - prompts).sum() / tokens.sum()),
+            "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
+            "without_response": int((tokens == prompts).sum()),
+            "empty_outputs": int(empty.sum()),
+            "clients_with_only_empty_outputs": np.flatnonzero(silent).tolist(),
+            "clients_without_training_examples": np.flatnonzero(train == 0).tolist(),
+            "categories": len(self.categories),
+            "largest_categories": dict(Counter(c.category for c in self.clients).most_common(10)),
+        }
+
+
+def _spread(values: NDArray[np.int64]) -> dict[str, float]:
+    return {
+        "min": int(values.min()),
+        "mean": float(values.mean()),
+        "median": float(np.median(values)),
+        "p95": float(np.percentile(values, 95)),
+        "max": int(values.max()),
+    }

@@ -1,0 +1,52 @@
+"""Reads the tokenizer of a model folder without loading the model's library.
+
+`transformers` takes seconds to import; the statistics of a data set need two files and the package
+`tokenizers`. The ids are the same: the same Rust code reads the same ``tokenizer.json``.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fedlora.data.records import DataError
+
+
+class FolderTokenizer:
+    """The part of a Hugging Face tokenizer that a token store needs, and decoding."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def __init__(self, folder: Path) -> None:
+        """Read ``tokenizer.json`` and ``tokenizer_config.json``.
+
+        Raises:
+            DataError: if the folder has no ``tokenizer.json``.
+        """
+        import tokenizers
+
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise DataError(f"{folder} has no tokenizer.json")
+        self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = folder / "tokenizer_config.json"
+        named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        self.bos_token_id = self._id(named.get("bos_token"))
+        self.eos_token_id = self._id(named.get("eos_token"))
+
+    def _id(self, token: str | dict[str, Any] | None) -> int | None:
+        content = token["content"] if isinstance(token, dict) else token
+        return None if content is None else self._tokenizer.token_to_id(content)
+
+    def __len__(self) -> int:
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        encodings = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": [e.ids for e in encodings]}
+
+    def decode(self, ids: list[int]) -> str:
+        """Tokens to text, special tokens included."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
