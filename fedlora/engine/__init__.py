@@ -1,0 +1,1 @@
+"""Engines: how the jobs of a cohort are executed."""

@@ -1,0 +1,40 @@
+"""What an engine is: it executes jobs and never knows why they were given.
+
+The sequential engine is the specification. Every other engine must give the same results up to
+rounding, one per job, in any order of completion.
+"""
+
+import traceback
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedlora.data.store import TokenStore
+from fedlora.models.language_model import LanguageModel
+from fedlora.types import Client, EvaluateJob, Evaluation, Failure, TrainJob, Update
+
+
+class Engine(Protocol):
+    """Executes jobs on one resident model. A job that raises becomes a `Failure`."""
+
+    def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        """One result per job, as they finish."""
+
+    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        """One result per job, as they finish."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The configuration of an engine; a worker opens it once and keeps it."""
+
+    @abstractmethod
+    def open(self, model: LanguageModel, store: TokenStore) -> Engine:
+        """The engine on this model and these data."""
+
+
+def failure(client: Client, error: Exception) -> Failure:
+    """An exception as a record that can travel."""
+    text = "".join(traceback.format_exception(error))
+    return Failure(client, type(error).__name__, str(error), text)

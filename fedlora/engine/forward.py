@@ -1,0 +1,44 @@
+"""Logits of the supervised positions alone.
+
+The vocabulary is the widest layer of a small model, so padded positions, and prompts when only
+the response has a loss, should not pass through it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.batches import Batch
+
+
+def supervised_logits(network: Any, batch: Batch) -> Tensor:
+    """Logits ``[n, vocabulary]`` of ``batch.positions``, on the batch's device.
+
+    Positions are selected in front of the output embedding, inside the model's own forward, so
+    that what an architecture does to its logits afterwards (scaling, soft capping) still happens.
+    Where a model has no such layer, or feeds it something else, all logits are computed first.
+    """
+    shape = batch.inputs.shape
+
+    def select(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args or args[0].shape[:-1] != shape:
+            return None
+        return (_rows(args[0], batch.positions), *args[1:])
+
+    head = network.get_output_embeddings()
+    handle = None if head is None else head.register_forward_pre_hook(select)
+    try:
+        logits: Tensor = network(input_ids=batch.inputs, use_cache=False).logits
+    finally:
+        if handle is not None:
+            handle.remove()
+    if logits.shape[:-1] == shape:
+        logits = _rows(logits, batch.positions)
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+def _rows(x: Tensor, positions: Tensor) -> Tensor:
+    """``x [b, t, d]`` at flat positions ``[n]`` -> ``[n, d]``."""
+    flat = x.flatten(0, 1)
+    return flat if positions.shape[0] == flat.shape[0] else flat.index_select(0, positions)

@@ -1,0 +1,54 @@
+"""The reference engine: one client after another on one resident model."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedlora.client import LoRAClient
+from fedlora.data.store import TokenStore
+from fedlora.engine.base import EngineSpec, failure
+from fedlora.models.language_model import LanguageModel
+from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update, at_least
+
+
+@dataclass(frozen=True)
+class Sequential(EngineSpec):
+    """Configuration of the reference engine."""
+
+    threads: int = 1
+    """Intra-op threads of a worker process; 0 leaves PyTorch's choice. With one, results do not
+    depend on the machine's number of cores, and many workers do not fight over them."""
+
+    def __post_init__(self) -> None:
+        at_least("engine.threads", self.threads, 0)
+
+    def open(self, model: LanguageModel, store: TokenStore) -> "SequentialEngine":
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        return SequentialEngine(model, store)
+
+
+class SequentialEngine:
+    """Runs a `LoRAClient` per job. Nothing of a job, failed or not, outlives it."""
+
+    def __init__(self, model: LanguageModel, store: TokenStore) -> None:
+        self.model = model
+        self.store = store
+
+    def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        for job in jobs:
+            try:
+                yield self._client(job).train(job)
+            except Exception as error:
+                yield failure(job.client, error)
+
+    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        for job in jobs:
+            try:
+                yield self._client(job).evaluate_job(job)
+            except Exception as error:
+                yield failure(job.client, error)
+
+    def _client(self, job: TrainJob | EvaluateJob) -> LoRAClient:
+        return LoRAClient(self.model, self.store, job.client, job.seed)
