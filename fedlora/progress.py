@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,8 @@ class RoundProgress:
 
     total: int
     """Clients of this phase."""
-    round: int
-    rounds: int
-    phase: str = "train"
+    label: str
+    """What every line begins with, for example ``round 3/20  train``."""
     now: Callable[[], float] = time.monotonic
     emit: Callable[[str], object] = log.info
     min_interval: float = 2.0
@@ -31,22 +30,19 @@ class RoundProgress:
     failed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self._loss_sum = 0.0
-        self._losses = 0
+        self._losses: list[float] = []
         self._began = self._last = self.now()
 
-    def done(self, clients: int, loss_sum: float = 0.0, losses: int = 0, failed: int = 0) -> None:
+    def done(self, clients: int, losses: Iterable[float] = (), failed: int = 0) -> None:
         """Count clients that were heard from.
 
         Args:
             clients: how many, the failed ones included.
-            loss_sum: sum of the losses of those that reported one.
-            losses: how many reported one.
+            losses: of those that reported one.
             failed: how many of ``clients`` failed.
         """
         self.clients += clients
         self.failed += failed
-        self._loss_sum += loss_sum
         self._losses += losses
         now = self.now()
         if now - self._last >= self.min_interval:
@@ -55,15 +51,11 @@ class RoundProgress:
 
     def line(self, now: float) -> str:
         """Where the phase stands at a time of the clock."""
-        parts = [
-            f"round {self.round}/{self.rounds}",
-            self.phase,
-            f"{self.clients}/{self.total} clients",
-        ]
+        parts = [self.label, f"{self.clients}/{self.total} clients"]
         if self.failed:
             parts.append(f"{self.failed} failed")
         if self._losses:
-            parts.append(f"loss {self._loss_sum / self._losses:.3f}")
+            parts.append(f"loss {sum(self._losses) / len(self._losses):.3f}")
         seconds = now - self._began
         if self.clients and seconds > 0:
             rate = self.clients / seconds
@@ -88,16 +80,15 @@ def size(num_bytes: float) -> str:
     return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def round_summary(record: Mapping[str, Any], rounds: int = 0) -> str:
+def round_summary(record: Mapping[str, Any]) -> str:
     """The one line that a finished round or evaluation leaves in the log.
 
     Args:
         record: as in ``metrics.jsonl``; keys that are missing or null are left out.
-        rounds: of the whole run; 0: not shown.
     """
-    number = f"round {record['round']}" + (f"/{rounds}" if rounds else "")
-    show = _evaluation if record.get("kind") == "evaluate" else _training
     given = {key: value for key, value in record.items() if value is not None}
+    number = f"round {given['round']}" + (f"/{given['rounds']}" if "rounds" in given else "")
+    show = _evaluation if given.get("kind") == "evaluate" else _training
     return "  ".join([number, *show(given)])
 
 
@@ -123,9 +114,12 @@ def _training(record: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluation(record: Mapping[str, Any]) -> list[str]:
-    parts = [f"evaluate {record.get('group', '')}".strip()]
+    own = " (own rank)" if record.get("adapter") == "own" else ""
+    parts = [f"evaluate {record.get('group', '')}".strip() + own]
     if "clients" in record:
         parts.append(f"{record['clients']} clients")
+    if record.get("failed"):
+        parts.append(f"{record['failed']} failed")
     for key, name in (
         ("loss_response", "loss"),
         ("perplexity", "perplexity"),
