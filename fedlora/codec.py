@@ -186,9 +186,7 @@ def decode_jobs(content: RecordDict) -> Envelope:
     config = content.config_records["cohort"]
     header = json.loads(str(config["header"]))
     arrays = content.array_records["starts"]
-    payloads = [
-        decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])
-    ]
+    payloads = [decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])]
     plans = [plan_from_json(p) for p in header["plans"]]
     ranks = [Ranks(r) for r in header["ranks"]]
     jobs: list[Job] = []

@@ -8,7 +8,7 @@ value and what is allowed.
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,17 +97,20 @@ def _convert(cls: type, fields: dict[str, Any], where: str) -> dict[str, Any]:
     return {name: _frozen(getattr(values, name)) for name in fields}
 
 
+_PLAIN = (int, float, bool, str)
+
+
 def _schema_type(hint: Any) -> Any:
     """What OmegaConf can check of an annotation; anything richer is left to the class."""
-    if hint in (int, float, bool, str) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+    if hint in _PLAIN or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return hint
     args = get_args(hint)
-    if args and type(None) in args:
-        (inner,) = [a for a in args if a is not type(None)][:1]
-        return inner | None
-    if getattr(hint, "__origin__", None) is tuple:
-        return list[args[0]]  # type: ignore[valid-type]
-    return Any if args == () else hint
+    if get_origin(hint) is tuple:
+        return list[args[0]] if args[0] in _PLAIN else list[Any]  # type: ignore[valid-type]
+    if type(None) in args and len(args) == 2:
+        inner = _schema_type(args[0] if args[1] is type(None) else args[1])
+        return Any if inner is Any else inner | None
+    return Any
 
 
 def _frozen(value: Any) -> Any:

@@ -201,8 +201,7 @@ class Session:
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by predicted cost."""
         clients = [
-            self.method.enlist(self.state, c)
-            for c in cohort(self.roster, self.setting.seed, round)
+            self.method.enlist(self.state, c) for c in cohort(self.roster, self.setting.seed, round)
         ]
         plan, starts, plans = self.rounds.plan(self.plan, round), {}, {}
         for c in clients:
@@ -307,7 +306,9 @@ class Session:
             self.emit(f"round {phase.round}: and {len(failures) - 5} more, see clients.jsonl")
         needed = max(self.rounds.min_clients, self.rounds.min_success * len(phase.jobs))
         if len(updates) < needed or not updates:
-            first = f"; first failure: {failures[0].kind}: {failures[0].message}" if failures else ""
+            first = (
+                f"; first failure: {failures[0].kind}: {failures[0].message}" if failures else ""
+            )
             raise RunError(
                 f"round {phase.round}: only {len(updates)} of {len(phase.jobs)} clients succeeded "
                 f"(min_success={self.rounds.min_success}, min_clients={self.rounds.min_clients})"

@@ -57,7 +57,9 @@ class WorkerSpec:
         Raises:
             ValueError: for a device that is not there.
         """
-        return self.engine.open(self.model.load(resolve_device(self.device)), TokenStore(self.store))
+        return self.engine.open(
+            self.model.load(resolve_device(self.device)), TokenStore(self.store)
+        )
 
 
 @functools.lru_cache(maxsize=1)

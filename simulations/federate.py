@@ -4,7 +4,6 @@ in-process runs, tests and notebooks.
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +21,10 @@ from fedlora.environment import environment
 from fedlora.identity import source_hash
 from fedlora.lock import claim
 from fedlora.models.export import save_peft
-from fedlora.models.modules import ModelInfo
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.ranks import RankDistribution
-from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
+from fedlora.session import EvaluationSchedule, Rounds, Session
 from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
@@ -34,8 +32,6 @@ from simulations.compose import absolute
 from simulations.report import write_report
 from simulations.runtime import Runtime
 from strategies.base import LoRAStrategy
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -168,7 +164,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     folder = run_folder(parts)
     emit(f"run folder: {folder}")
     with claim(folder):
-        session, worker, info = open_session(parts, folder, emit)
+        session, worker = open_session(parts, folder, emit)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
@@ -176,7 +172,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                 )
                 if session.done < session.rounds.rounds:
                     strategy.start(grid_of(parts))
-                _export(session, parts, info)
+                _export(session, parts)
         finally:
             session.tracker.close()
     if parts.report:
@@ -187,7 +183,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
 
 def open_session(
     parts: Parts, folder: Path, emit: Callable[[str], None]
-) -> tuple[Session, WorkerSpec, ModelInfo]:
+) -> tuple[Session, WorkerSpec]:
     """Describe the model, prepare the data, enrol the clients and write the run's first files."""
     model = parts.model.resolved()
     info = model.describe()
@@ -221,7 +217,7 @@ def open_session(
         emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     session.tracker.config(parts.resolved | {"environment": environment()})
-    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device), info
+    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device)
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
@@ -280,19 +276,11 @@ def _status(folder: Path, session: Session) -> Iterator[None]:
     write("completed")
 
 
-def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
+def _export(session: Session, parts: Parts) -> None:
     """The global adapter at the population's largest ranks, in PEFT's format."""
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
         return
-    save_peft(
-        adapter,
-        info,
-        session.folder / "adapter",
-        base_name=str(parts.model.resolved().folder()),
-        dropout=parts.client.dropout,
-    )
-
-
-__all__ = ["Parts", "RunError", "build_parts", "check_groups", "open_session", "run", "run_folder"]
+    base = str(parts.model.resolved().folder())
+    save_peft(adapter, session.folder / "adapter", base_name=base, dropout=parts.client.dropout)

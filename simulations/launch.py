@@ -215,7 +215,11 @@ def _status(flwr: _Flower, run_id: str) -> str:
 
 def quote(word: str) -> str:
     """A Hydra override as one word of a shell-like string."""
-    return word if re.fullmatch(r"[\w@%+=:,./\[\]{}~-]+", word) else '"' + word.replace('"', '\\"') + '"'
+    return (
+        word
+        if re.fullmatch(r"[\w@%+=:,./\[\]{}~-]+", word)
+        else '"' + word.replace('"', '\\"') + '"'
+    )
 
 
 def toml_string(text: str) -> str:

@@ -1,9 +1,9 @@
 """The launcher and Hydra twin of ``flwr run``: same configuration, live progress, true exit code.
 
-    python -m simulations.run                                   one run of conf/config.yaml
-    python -m simulations.run strategy=fedit rounds=20          ... with overrides
-    python -m simulations.run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
-    python -m simulations.run runtime=in_process                without Ray and Flower's SuperLink
+python -m simulations.run                                   one run of conf/config.yaml
+python -m simulations.run strategy=fedit rounds=20          ... with overrides
+python -m simulations.run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
+python -m simulations.run runtime=in_process                without Ray and Flower's SuperLink
 """
 
 import os

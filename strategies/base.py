@@ -11,7 +11,7 @@ a client) and hands the replies to the `Session`, which decides everything else.
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -19,6 +19,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.supercore.run import Run
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
 
 from fedlora.codec import (
     decode_results,
@@ -87,6 +88,14 @@ class LoRAStrategy(Strategy):
     @abstractmethod
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
+
+    def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        """The state whose global update is this dense one, as nearly as the method can hold it.
+
+        For methods that begin elsewhere and go on with another's rule (SLoRA). ``delta`` maps each
+        module path to ``[d_out, d_in]``; whatever a server optimizer remembers starts anew.
+        """
+        raise TypeError(f"{type(self).__name__} cannot continue from an update it did not make")
 
     # --- Flower -------------------------------------------------------------------------------
 
@@ -173,8 +182,7 @@ class LoRAStrategy(Strategy):
         training = [r for r in results if not isinstance(r, Evaluation)]
         record = wire.session.finish_training(training)
         wire.raise_if_dead()
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-        return wire.arrays(), MetricRecord(dict(numbers))
+        return wire.arrays(), _brief(record, ("clients", "failed", "rejected", "train/loss"))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -195,7 +203,8 @@ class LoRAStrategy(Strategy):
         }
         numbers = wire.session.finish_evaluation(server_round + wire.offset, results)
         wire.raise_if_dead()
-        return MetricRecord(dict(numbers)) if numbers else None
+        shown = ("clients", "loss_response", "loss_full", "rouge_l")
+        return _brief(numbers, shown) if numbers else None
 
 
 class _Wire:
@@ -234,9 +243,7 @@ class _Wire:
             out.append(Message(content, nodes[i % len(nodes)], kind))
         return out
 
-    def results(
-        self, replies: Iterable[Message]
-    ) -> dict[str, list[Update | Evaluation | Failure]]:
+    def results(self, replies: Iterable[Message]) -> dict[str, list[Update | Evaluation | Failure]]:
         """Results by tag. Jobs whose message came back broken, or not at all, are failures."""
         missing = dict(self.asked)
         found: dict[str, list[Update | Evaluation | Failure]] = {
@@ -269,6 +276,12 @@ class _Wire:
                 f"a worker process died ({self.dead}) and Flower does not replace it. Rounds "
                 f"1..{session.done} are safe; the same command with resume=auto continues"
             )
+
+
+def _brief(record: Mapping[str, float | int | str], keys: Iterable[str]) -> MetricRecord:
+    """The numbers that Flower's own log repeats at the end; metrics.jsonl has all of them."""
+    numbers = ((k, record[k]) for k in keys if k in record)
+    return MetricRecord({k: v for k, v in numbers if isinstance(v, int | float)})
 
 
 def _nodes(grid: Grid) -> list[int]:
