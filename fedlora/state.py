@@ -6,11 +6,15 @@ keeps no order, so the order of the model's modules is itself a tensor, named ``
 """
 
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedlora.types import Adapter, Factors
+
+State: TypeAlias = Mapping[str, Tensor]
+"""What a server remembers between rounds. Never mutated."""
 
 
 def pack(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:
@@ -22,7 +26,7 @@ def pack(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:
     return out
 
 
-def unpack(state: Mapping[str, Tensor], alpha: float, prefix: str = "") -> dict[str, Factors]:
+def unpack(state: State, alpha: float, prefix: str = "") -> dict[str, Factors]:
     """The inverse of `pack`: one `Factors` per module that has an ``a`` under the prefix."""
     return {
         path: Factors(a=state[f"{prefix}{path}/a"], b=state[f"{prefix}{path}/b"], alpha=alpha)
@@ -30,7 +34,7 @@ def unpack(state: Mapping[str, Tensor], alpha: float, prefix: str = "") -> dict[
     }
 
 
-def paths(state: Mapping[str, Tensor], name: str, prefix: str = "") -> list[str]:
+def paths(state: State, name: str, prefix: str = "") -> list[str]:
     """The module paths with a tensor of this name under the prefix.
 
     In the order of the model's modules if the state holds ``order``, else sorted.
@@ -64,11 +68,11 @@ def integers(values: int | Iterable[int]) -> Tensor:
     return torch.tensor(plain, dtype=torch.int64)
 
 
-def under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def under(state: State, prefix: str) -> dict[str, Tensor]:
     """The part of a state below a prefix, with the prefix cut off."""
     return {key[len(prefix) :]: t for key, t in state.items() if key.startswith(prefix)}
 
 
-def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def prefixed(state: State, prefix: str) -> dict[str, Tensor]:
     """The inverse of `under`."""
     return {f"{prefix}{key}": t for key, t in state.items()}

@@ -1,0 +1,181 @@
+r"""FlexLoRA: average the full-size updates, then give each client what its rank can hold.
+
+    W ← Σ_k p_k s_k B_k A_k = U S Vᵀ        s_k = alpha / r_k,  p_k = n_k / Σ_j n_j
+    a client of rank r starts from  B = U[:, :r] S[:r] / s_r,  A = V[:, :r]ᵀ:  s_r B A = T_r(W)
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources", arXiv:2402.11505. Options from later work: ``weighting=covered`` is raFLoRA's
+(arXiv:2602.13486), ``residual=carry`` follows FedHL (arXiv:2505.18494). Where the authors' code and
+paper differ, see docs/fidelity.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fedlora.initial import initial_a
+from fedlora.linalg import (
+    BACKENDS,
+    SPLITS,
+    SVD,
+    client_shares,
+    complete,
+    coverage,
+    covered_shares,
+    factors_of_rank,
+    stack,
+    svd,
+    svd_of_product,
+)
+from fedlora.server_optimizer import NoServerOptimizer, ServerOptimizer
+from fedlora.state import State, order, paths, prefixed, scalar, under
+from fedlora.types import Adapter, Client, Factors, Ranks, Setting, Update, one_of
+from strategies.base import LoRAStrategy
+
+GLOBAL, SERVER = "global/", "server/"
+
+
+def stacked(
+    factors: Sequence[Factors], p: Sequence[float], weighting: str
+) -> tuple[Tensor, Tensor]:
+    """``(Bs, As)`` with ``Bs As = W``, every rank index weighted as ``weighting`` says."""
+    if weighting == "covered":
+        return stack(factors, covered_shares(p, [f.rank for f in factors]))
+    return stack(factors, p)
+
+
+def left_behind(w: SVD, p: Sequence[float], ranks: Sequence[int], weighting: str) -> SVD:
+    """``W - Σ_k p_k T_{r_k}(W)``: what the cohort could not hold, without its zero directions.
+
+    Direction ``i`` keeps the share of the clients whose rank is at most ``i``.
+    """
+    held = coverage(p, ranks)
+    if weighting == "covered":
+        held = (held > 0).to(held.dtype)
+    kept = torch.ones(w.rank, dtype=torch.float64)
+    n = min(w.rank, held.shape[0])
+    kept[:n] -= held[:n]
+    kept[kept < 1e-12] = 0.0
+    alive = kept > 0
+    return SVD(u=w.u[:, alive], s=w.s[alive] * kept[alive].to(w.s.dtype), v=w.v[alive])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FlexLoRA(LoRAStrategy):
+    weights: str = "examples"
+    """``examples`` (``n_k``) or ``uniform``."""
+    weighting: str = "all"
+    """Over whom a rank index is averaged: ``all`` clients, or those ``covered`` by their rank."""
+    svd_split: str = "b"
+    """Which factor holds the singular values: ``b``, ``balanced`` or ``a``."""
+    residual: str = "drop"
+    """What no client could hold is ``drop``-ped, or ``carry``-ed over to the next round."""
+    backend: str = "auto"
+    """Of the SVD: ``auto``, ``dense``, ``core``, ``gram`` or ``random``."""
+    server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
+    """Acts on ``W``, dense; then the SVD is dense too."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        one_of("strategy.weighting", self.weighting, ("all", "covered"))
+        one_of("strategy.svd_split", self.svd_split, SPLITS)
+        one_of("strategy.residual", self.residual, ("drop", "carry"))
+        one_of("strategy.backend", self.backend, BACKENDS)
+
+    def init_state(self, setting: Setting) -> State:
+        top = setting.max_ranks
+        a0 = {m.path: initial_a(setting.seed, m, top[m.path]) for m in setting.modules}
+        nothing = {m.path: torch.zeros(m.d_out, m.d_in) for m in setting.modules}
+        state: dict[str, Tensor] = {
+            "alpha": scalar(setting.alpha),
+            f"{GLOBAL}order": order(a0),
+        }
+        for m in setting.modules:
+            empty = SVD(torch.zeros(m.d_out, 0), torch.zeros(0), torch.zeros(0, m.d_in))
+            state |= _module_state(m.path, empty, a0[m.path])
+        return state | prefixed(self.server_optimizer.init(nothing), SERVER)
+
+    def start_adapter(self, state: State, client: Client) -> Adapter:
+        return self._at(state, client.ranks)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        p = client_shares(updates, self.weights)
+        averages = {
+            path: self._average(_svd(state, path), [u.adapter[path] for u in updates], p)
+            for path in paths(state, "s", GLOBAL)
+        }
+        if not isinstance(self.server_optimizer, NoServerOptimizer):
+            return self._server_step(state, averages)
+        top = {path: state[f"{GLOBAL}{path}/a0"].shape[0] for path in averages}
+        return _replaced(
+            state,
+            {
+                path: svd_of_product(b, a, self.backend, top[path])
+                for path, (b, a) in averages.items()
+            },
+        )
+
+    def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        kept = {key: t for key, t in state.items() if not key.startswith(SERVER)}
+        memory = prefixed(self.server_optimizer.init(delta), SERVER)
+        return _replaced(kept | memory, {path: svd(w) for path, w in delta.items()})
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+        if ranks is not None:
+            return self._at(state, ranks)
+        whole = {path: _svd(state, path) for path in paths(state, "s", GLOBAL)}
+        return self._at(state, Ranks({path: max(1, w.rank) for path, w in whole.items()}))
+
+    def _at(self, state: State, ranks: Ranks) -> dict[str, Factors]:
+        alpha = float(state["alpha"])
+        return {
+            path: factors_of_rank(
+                _svd(state, path), r, alpha, self.svd_split, state[f"{GLOBAL}{path}/v"]
+            )
+            for path, r in ranks.items()
+        }
+
+    def _average(
+        self, old: SVD, factors: Sequence[Factors], p: Sequence[float]
+    ) -> tuple[Tensor, Tensor]:
+        """One module's new ``W`` as a product."""
+        b, a = stacked(factors, p, self.weighting)
+        if self.residual == "carry":
+            rest = left_behind(old, p, [f.rank for f in factors], self.weighting)
+            root = rest.s.sqrt()
+            b = torch.cat([b, (rest.u * root).to(b.dtype)], dim=1)
+            a = torch.cat([a, (root[:, None] * rest.v).to(a.dtype)])
+        return b, a
+
+    def _server_step(self, state: State, averages: Mapping[str, tuple[Tensor, Tensor]]) -> State:
+        old = {path: _svd(state, path).dense() for path in averages}
+        mean = {path: b @ a for path, (b, a) in averages.items()}
+        new, memory = self.server_optimizer.step(old, mean, under(state, SERVER))
+        kept = {key: t for key, t in state.items() if not key.startswith(SERVER)}
+        return _replaced(kept | prefixed(memory, SERVER), {path: svd(w) for path, w in new.items()})
+
+
+def _svd(state: State, path: str) -> SVD:
+    u, s, v = (state[f"{GLOBAL}{path}/{name}"] for name in "usv")
+    return SVD(u=u, s=s, v=v[: s.shape[0]])
+
+
+def _module_state(path: str, w: SVD, a0: Tensor) -> dict[str, Tensor]:
+    """``u [d_out, k]``, ``s [k]``, ``v [max(k, r_max), d_in]`` and ``a0 [r_max, d_in]``.
+
+    Rows of ``v`` beyond ``k`` are what clients of a larger rank start ``A`` from: orthonormal to
+    the first ``k`` and to each other, or ``a0`` itself as long as there is no update.
+    """
+    v = complete(w.v, a0) if w.rank else a0
+    return {f"{GLOBAL}{path}/{name}": t for name, t in zip("usv", (w.u, w.s, v), strict=True)} | {
+        f"{GLOBAL}{path}/a0": a0
+    }
+
+
+def _replaced(state: State, updates: Mapping[str, SVD]) -> State:
+    new = dict(state)
+    for path, w in updates.items():
+        new |= _module_state(path, w, state[f"{GLOBAL}{path}/a0"])
+    return new

@@ -1,0 +1,220 @@
+r"""SLoRA (the federated method, not the serving system S-LoRA): sparse first, then low-rank.
+
+    stage 1   client k trains the coordinates of mask_k:  D ← D + Σ_k p_k mask_k ∘ (D_k - D)
+    then      D = U S Vᵀ over the unchanged base W_0:  B = U[:, :r] S[:r] / s_r,  A = V[:, :r]ᵀ
+    stage 2   LoRA rounds from there, by the rule of ``aggregator``
+
+Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models",
+arXiv:2308.06522. The masks are ``u < density_k`` with one uniform ``u`` for all clients, hence
+nested; where the authors' code and paper differ, see docs/fidelity.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.linalg import client_shares
+from fedlora.seeding import mask_noise
+from fedlora.state import State, integers, order, paths, prefixed, scalar, under
+from fedlora.types import (
+    Client,
+    LocalPlan,
+    Payload,
+    Ranks,
+    Setting,
+    SparseDelta,
+    Update,
+    at_least,
+    one_of,
+    share,
+)
+from strategies.base import LoRAStrategy
+
+SPARSE, NESTED = "sparse/", "aggregator/"
+
+CODE_DENSITY = {"T1": 0.0012, "T2": 0.0246, "T3": 0.0822, "T4": 0.1222}
+"""By tier, as written in the FlexLoRA code: shares of a 1.3 B model (T1 and T2 with slips)."""
+
+
+def lora_share(ranks: Ranks, shapes: Mapping[str, tuple[int, int]], parameters: int) -> float:
+    """LoRA parameters at these ranks over the base model's parameters, at most 1."""
+    lora = sum(r * sum(shapes[path]) for path, r in ranks.items())
+    return min(1.0, lora / parameters)
+
+
+def sparse_step(
+    delta: Tensor,
+    noise: Tensor,
+    values: Sequence[Tensor],
+    densities: Sequence[float],
+    p: Sequence[float],
+    rule: str,
+) -> Tensor:
+    """``D + Σ_k p_k mask_k ∘ (D_k - D)``; by ``coverage``, divided by ``Σ_k p_k mask_k``.
+
+    Args:
+        delta: ``[d_out, d_in]``, the server's ``D``.
+        noise: ``[d_out, d_in]``; ``mask_k = noise < densities[k]``.
+        values: per client ``[nnz_k]``, its ``D_k`` on its mask in row-major order.
+        densities: per client.
+        p: per client, summing to 1.
+        rule: ``plain`` or ``coverage``.
+    """
+    change = torch.zeros(delta.numel(), dtype=torch.promote_types(values[0].dtype, delta.dtype))
+    cover = torch.zeros_like(change)
+    old, u = delta.reshape(-1), noise.reshape(-1)
+    for density in sorted(set(densities)):
+        at = (u < density).nonzero().squeeze(1)
+        group = [k for k, d in enumerate(densities) if d == density]
+        for k in group:
+            change[at] += p[k] * (values[k] - old[at])
+        cover[at] += sum(p[k] for k in group)
+    if rule == "coverage":
+        change = torch.where(cover > 0, change / cover, change)
+    return (old + change).reshape(delta.shape)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SLoRA(LoRAStrategy):
+    aggregator: LoRAStrategy
+    """The method of stage 2."""
+    stage1_rounds: int = 5
+    """Rounds of sparse training; 0: stage 2 from the start."""
+    density: str = "budget"
+    """A client's share of trained coordinates: its LoRA ``budget``, the released ``code``'s
+    constants by tier, or a number for everybody."""
+    sparse_average: str = "plain"
+    """``plain``: who does not train a coordinate votes for the server's value; ``coverage``: who
+    trains it decides."""
+    weights: str = "examples"
+    """Of stage 1: ``examples`` (``n_k``) or ``uniform``."""
+    stage1_lr: float = 0.0
+    """Learning rate of stage 1; 0: the client's."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.sparse_average", self.sparse_average, ("plain", "coverage"))
+        one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        at_least("strategy.stage1_rounds", self.stage1_rounds, 0)
+        at_least("strategy.stage1_lr", self.stage1_lr, 0)
+        if self.density not in ("budget", "code"):
+            self._constant_density()
+
+    def init_state(self, setting: Setting) -> State:
+        nested = self.aggregator.init_state(setting)
+        state = {"rounds": integers(0)} | prefixed(nested, NESTED)
+        if not self.stage1_rounds:
+            return state
+        zero = {m.path: torch.zeros(m.d_out, m.d_in) for m in setting.modules}
+        self.aggregator.adopt(nested, zero)  # refuses now rather than in round stage1_rounds
+        patterns = setting.rank_patterns
+        state |= {
+            f"{SPARSE}order": order(zero),
+            f"{SPARSE}seed": integers(setting.seed),
+            f"{SPARSE}parameters": integers(setting.model_parameters),
+            f"{SPARSE}patterns": torch.tensor([list(p.values()) for p in patterns]),
+            f"{SPARSE}densities": torch.stack(
+                [scalar(self._density_of(p, setting)) for p in patterns]
+            ),
+        }
+        return state | {f"{SPARSE}{path}/delta": d for path, d in zero.items()}
+
+    def enlist(self, state: State, client: Client) -> Client:
+        if self._sparse(state):
+            return client
+        return self.aggregator.enlist(under(state, NESTED), client)
+
+    def start_adapter(self, state: State, client: Client) -> Payload:
+        if self._sparse(state):
+            return _masked(state, _density(state, client.ranks))
+        return self.aggregator.start_adapter(under(state, NESTED), client)
+
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
+        """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
+        if not self._sparse(state):
+            return self.aggregator.plan(under(state, NESTED), client, base)
+        return replace(base, weight_decay=0.0, lr=self.stage1_lr or base.lr)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        done = {"rounds": state["rounds"] + 1}
+        nested = under(state, NESTED)
+        if not self._sparse(state):
+            return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
+        delta = self._sparse_round(state, updates)
+        if int(done["rounds"]) == self.stage1_rounds:
+            return done | prefixed(self.aggregator.adopt(nested, delta), NESTED)
+        return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
+        if not self._sparse(state):
+            return self.aggregator.global_adapter(under(state, NESTED), ranks)
+        if ranks is None:
+            return _masked(state, float(state[f"{SPARSE}densities"].max()))
+        return _masked(state, _density(state, ranks))
+
+    def _sparse(self, state: State) -> bool:
+        return int(state["rounds"]) < self.stage1_rounds
+
+    def _constant_density(self) -> float:
+        try:
+            value = float(self.density)
+        except ValueError:
+            raise ValueError(
+                f"strategy.density={self.density!r} is not budget, code or a number in [0, 1]"
+            ) from None
+        share("strategy.density", value)
+        return value
+
+    def _density_of(self, pattern: Ranks, setting: Setting) -> float:
+        if self.density == "budget":
+            shapes = {m.path: (m.d_out, m.d_in) for m in setting.modules}
+            return lora_share(pattern, shapes, setting.model_parameters)
+        if self.density != "code":
+            return self._constant_density()
+        tier = next(c.tier for c in setting.clients if c.ranks == pattern)
+        if tier not in CODE_DENSITY:
+            raise ValueError(
+                f"strategy.density=code knows the tiers {sorted(CODE_DENSITY)}, not {tier!r}: "
+                "choose density=budget or a number"
+            )
+        return CODE_DENSITY[tier]
+
+    def _sparse_round(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
+        p = client_shares(updates, self.weights)
+        payloads = [_sparse_payload(u) for u in updates]
+        densities = [s.density for s in payloads]
+        out: dict[str, Tensor] = {}
+        for path in paths(state, "delta", SPARSE):
+            delta = state[f"{SPARSE}{path}/delta"]
+            noise = mask_noise(int(state[f"{SPARSE}seed"]), path, *delta.shape)
+            values = [s.values[path] for s in payloads]
+            out[path] = sparse_step(delta, noise, values, densities, p, self.sparse_average)
+        return out
+
+
+def _masked(state: State, density: float) -> SparseDelta:
+    """The server's ``D`` on the mask of one density."""
+    seed = int(state[f"{SPARSE}seed"])
+    values = {}
+    for path in paths(state, "delta", SPARSE):
+        d = state[f"{SPARSE}{path}/delta"]
+        values[path] = d[mask_noise(seed, path, *d.shape) < density]
+    return SparseDelta(seed=seed, density=density, values=values)
+
+
+def _density(state: State, ranks: Ranks) -> float:
+    """Of a rank pattern of the population; any other pattern has its LoRA budget."""
+    row = torch.tensor(list(ranks.values()))
+    match = (state[f"{SPARSE}patterns"] == row).all(dim=1)
+    if bool(match.any()):
+        return float(state[f"{SPARSE}densities"][match][0])
+    shapes = {p: state[f"{SPARSE}{p}/delta"].shape for p in ranks}
+    plain = {p: (int(m), int(n)) for p, (m, n) in shapes.items()}
+    return lora_share(ranks, plain, int(state[f"{SPARSE}parameters"]))
+
+
+def _sparse_payload(update: Update) -> SparseDelta:
+    if not isinstance(update.payload, SparseDelta):
+        raise TypeError(f"client {update.client.id} sent factors where a SparseDelta was due")
+    return update.payload
