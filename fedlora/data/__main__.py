@@ -7,18 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import fedlora
 from fedlora.config import build
 from fedlora.data import SPLITS, DataError, Source, TokenStore, cache_root, prepare
-from fedlora.data.source import file_identity
 from fedlora.data.tokenizer import FolderTokenizer
+from fedlora.models.folder import ModelError, find_assets, tokenizer_id
 
 SOURCES = {
     "sotu": "fedlora.data.sotu.Sotu",
     "natural_instructions": "fedlora.data.natural_instructions.NaturalInstructions",
     "jsonl": "fedlora.data.jsonl.Jsonl",
 }
-TINY = Path(fedlora.__file__).parent / "models" / "assets" / "tiny"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,17 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         source = parse_source(options.settings)
-        folder = TINY if options.model == "tiny" else Path(options.model).expanduser()
+        tiny = options.model == "tiny"
+        folder = find_assets("tiny") if tiny else Path(options.model).expanduser()
         tokenizer = FolderTokenizer(folder)
-        identity = file_identity(folder / "tokenizer.json")
-        store = TokenStore(prepare(source, tokenizer, identity, options.cache or cache_root()))
+        cache = options.cache or cache_root()
+        store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache))
         if options.command == "stats":
             lines = statistics_lines(store.statistics())
         else:
             lines = example_lines(store, tokenizer, options.client, options.split, options.index)
         for line in lines:
             sys.stdout.write(line + "\n")
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, ModelError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

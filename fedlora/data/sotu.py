@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -149,14 +150,19 @@ def corpus_passages() -> Iterator[Passage]:
             yield Passage(row["president_full"], int(row["year"]), first, rest)
 
 
+def _sentence_ends(text: str) -> list[int]:
+    """Where the next sentence starts: not after initials and titles."""
+    return [
+        match.end()
+        for match in _END.finditer(text)
+        if not _ABBREVIATION.search(text, max(0, match.start() - 8), match.end())
+    ]
+
+
 def sentences(paragraph: str) -> list[str]:
-    """Split at sentence ends, but not after initials and titles; nothing is lost but spaces."""
-    found, start = [], 0
-    for match in _END.finditer(paragraph):
-        if not _ABBREVIATION.search(paragraph, start, match.end()):
-            found.append(paragraph[start : match.end()].strip())
-            start = match.end()
-    return [*found, paragraph[start:].strip()]
+    """Split a paragraph into sentences; nothing is lost but spaces."""
+    cuts = [0, *_sentence_ends(paragraph), len(paragraph)]
+    return [paragraph[i:j].strip() for i, j in pairwise(cuts)]
 
 
 def passages(text: str) -> list[str]:
@@ -185,9 +191,7 @@ def passages(text: str) -> list[str]:
 def halves(passage: str) -> tuple[str, str]:
     """Cut a passage near its middle: after a sentence if possible, else a clause, else a word."""
     middle = len(passage) / 2
-    ends = [m.end() for m in _END.finditer(passage)]
-    ends = [e for e in ends if not _ABBREVIATION.search(passage, 0, e)]
-    ends += [m.end() for m in re.finditer("\n", passage)]
+    ends = _sentence_ends(passage) + [m.end() for m in re.finditer("\n", passage)]
     for cuts in (ends, [m.end() for m in _CLAUSE.finditer(passage)]):
         near = [c for c in cuts if abs(c - middle) <= middle / 2]
         if near:

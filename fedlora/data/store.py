@@ -61,7 +61,8 @@ class ClientInfo:
 
 def cache_root() -> Path:
     """Where stores live: ``FEDLORA_CACHE``, or a folder of the user's cache."""
-    return Path(os.environ.get("FEDLORA_CACHE") or Path.home() / ".cache" / "fedlora").expanduser()
+    root = os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora"
+    return Path(root).expanduser().absolute()
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
