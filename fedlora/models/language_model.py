@@ -12,12 +12,11 @@ from fedlora.models.layers import (
     AdaptedLinear,
     LowRank,
     SparseValues,
-    dense_weight,
     mask_index,
 )
-from fedlora.models.modules import ModelInfo
+from fedlora.models.modules import ModelInfo, check_adapter, check_paths
 from fedlora.seeding import mask_noise
-from fedlora.types import Adapter, Factors, Module, Payload, SparseDelta
+from fedlora.types import Adapter, Payload, SparseDelta
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
 
@@ -49,7 +48,6 @@ class LanguageModel:
             m.path: _wrap(network, m.path) for m in info.modules
         }
         """Module path -> wrapped layer, in module order."""
-        self._modules = {m.path: m for m in info.modules}
         self._sparse: tuple[int, float] | None = None  # (seed, density) of a mounted SparseDelta
         self._masks: OrderedDict[tuple[int, float], dict[str, Tensor]] = OrderedDict()
 
@@ -118,7 +116,18 @@ class LanguageModel:
     def effective_weight(self, path: str) -> Tensor:
         """The weight ``[d_out, d_in]`` that a module multiplies by as mounted, without dropout."""
         layer = self.layers[path]
-        return effective_weight(layer, layer.update)
+        return layer.effective_weight(layer.update)
+
+    def base_state(self) -> dict[str, Tensor]:
+        """The base's own tensors, shared, under the names they have in the network unwrapped."""
+        state = {
+            name: tensor
+            for name, tensor in self.network.state_dict().items()
+            if not _ancestors(name) & self.layers.keys()
+        }
+        for path, layer in self.layers.items():
+            state |= {f"{path}.{name}": t for name, t in layer.base.state_dict().items()}
+        return state
 
     def updates(self, payload: Payload, dropout: float = 0.0) -> dict[str, LowRank | SparseValues]:
         """What a payload would put on each module it names, in module order.
@@ -126,39 +135,32 @@ class LanguageModel:
         Raises:
             ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
         """
-        named = payload.values if isinstance(payload, SparseDelta) else payload
-        for path in named:
-            if path not in self._modules:
-                raise ValueError(
-                    f"the payload updates {path!r}, which is not an adapted module of "
-                    f"{self.info.name} (model.targets decides); it has {list(self._modules)[:4]}, "
-                    f"... ({len(self._modules)} modules)"
-                )
         if isinstance(payload, SparseDelta):
+            check_paths(payload.values, self.info)
             return dict(self._sparse_updates(payload))
+        check_adapter(payload, self.info)
         return dict(self._low_rank_updates(payload, dropout))
 
     def _low_rank_updates(self, adapter: Adapter, dropout: float) -> dict[str, LowRank]:
-        updates = {}
-        for path, module in self._modules.items():
-            if path in adapter:
-                _check(module, adapter[path])
-                update = LowRank(adapter[path], dropout, self.dtype)
-                updates[path] = update if self.device.type == "cpu" else update.to(self.device)
-        return updates
+        device, dtype = self.device, self.dtype
+        return {
+            path: LowRank(adapter[path], dropout, device, dtype)
+            for path in self.layers
+            if path in adapter
+        }
 
     def _sparse_updates(self, delta: SparseDelta) -> dict[str, SparseValues]:
-        masks = self._mask(delta.seed, delta.density)
+        masks, dtype = self._mask(delta.seed, delta.density), self.dtype
         updates = {}
-        for path in self._modules:
+        for path, index in masks.items():
             if path in delta.values:
-                values, index = delta.values[path], masks[path]
+                values = delta.values[path]
                 if values.shape != index.shape:
                     raise ValueError(
                         f"{path}: {tuple(values.shape)} values, but the mask of seed {delta.seed} "
                         f"and density {delta.density} has {tuple(index.shape)} coordinates"
                     )
-                updates[path] = SparseValues(values.to(self.device), index, self.dtype)
+                updates[path] = SparseValues(values, index, dtype)
         return updates
 
     def _mask(self, seed: int, density: float) -> dict[str, Tensor]:
@@ -177,18 +179,10 @@ class LanguageModel:
         return self._masks[key]
 
 
-def effective_weight(layer: AdaptedLinear, update: nn.Module | None) -> Tensor:
-    """The weight ``[d_out, d_in]`` of a layer under an update, detached.
-
-    Raises:
-        TypeError: if the base is quantised, or the update has no ``weight``.
-    """
-    with torch.no_grad():
-        if update is None:
-            return dense_weight(layer.base).clone()
-        if not isinstance(update, LowRank | SparseValues):
-            raise TypeError(f"{type(update).__name__} has no effective weight")
-        return update.weight(layer.base)
+def _ancestors(name: str) -> set[str]:
+    """``a.b.weight`` -> ``{a, a.b}``."""
+    parts = name.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
 def _wrap(network: Any, path: str) -> AdaptedLinear:
@@ -200,18 +194,3 @@ def _wrap(network: Any, path: str) -> AdaptedLinear:
         layer = AdaptedLinear(layer)
         setattr(parent, name, layer)
     return layer
-
-
-def _check(module: Module, factors: Factors) -> None:
-    """Refuse factors that do not fit a module."""
-    d_in, d_out = factors.a.shape[1], factors.b.shape[0]
-    if (d_out, d_in) != (module.d_out, module.d_in):
-        raise ValueError(
-            f"{module.path}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} do not fit "
-            f"a layer with d_out={module.d_out}, d_in={module.d_in}"
-        )
-    if not 1 <= factors.rank <= module.max_rank:
-        raise ValueError(
-            f"{module.path}: rank {factors.rank} is not in 1..{module.max_rank} = "
-            f"min(d_out={module.d_out}, d_in={module.d_in})"
-        )

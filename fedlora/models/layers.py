@@ -35,27 +35,47 @@ def dense_weight(base: nn.Module) -> Tensor:
     return weight.t() if stored_transposed(base) else weight
 
 
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each number with probability ``p`` and divide the rest by ``1 - p``.
+
+    On a CPU the bits come from torch's default generator four numbers at a time, because drawing
+    them one by one, as ``functional.dropout`` does, takes a quarter of a small model's training
+    step. The probability is then a multiple of 2^-16, and the division is by exactly its
+    complement.
+    """
+    dropped = round(p * 2**16)
+    if x.device.type != "cpu" or not 0 < dropped < 2**16:
+        return functional.dropout(x, p)
+    count = x.numel()
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    kept = words.view(torch.int16)[:count].view(x.shape) >= dropped - 2**15
+    return x * (kept * (2**16 / (2**16 - dropped)))
+
+
 class LowRank(nn.Module):
     """``y = W x + (alpha / r) B (A dropout(x))``.
 
     Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
-    evaluation mode), and draws from torch's current generator.
+    evaluation mode), and draws from torch's default generator of the device.
     """
 
-    def __init__(self, factors: Factors, dropout: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, factors: Factors, p: float, device: torch.device, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.a = nn.Parameter(factors.a.detach().to(dtype, copy=True))
-        self.b = nn.Parameter(factors.b.detach().to(dtype, copy=True))
+        self.a = nn.Parameter(factors.a.detach().to(device, dtype, copy=True))
+        self.b = nn.Parameter(factors.b.detach().to(device, dtype, copy=True))
         self.alpha = factors.alpha
         self.scale = factors.scale
-        self.dropout = dropout
+        self.p = p
+        """Dropout rate."""
 
     def forward(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = base(x)
         x = x.to(self.a.dtype)
-        if self.dropout > 0:
-            x = functional.dropout(x, self.dropout)
+        if self.p > 0:
+            x = dropout(x, self.p)
         low = functional.linear(functional.linear(x, self.a), self.b)
         return torch.add(y, low, alpha=self.scale).to(y.dtype)
 
@@ -73,7 +93,7 @@ class SparseValues(nn.Module):
 
     def __init__(self, values: Tensor, index: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.values = nn.Parameter(values.detach().to(dtype, copy=True))
+        self.values = nn.Parameter(values.detach().to(index.device, dtype, copy=True))
         self.index = index
         """Of the mask's coordinates (row-major over ``[d_out, d_in]``) in the stored weight."""
 
@@ -110,6 +130,19 @@ class AdaptedLinear(nn.Module):
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = self.base(x) if self.update is None else self.update(x, self.base)
         return y
+
+    def effective_weight(self, update: nn.Module | None) -> Tensor:
+        """A detached copy of the weight ``[d_out, d_in]`` under an update, mounted here or not.
+
+        Raises:
+            TypeError: if the base is quantised, or the update has no weight of its own.
+        """
+        with torch.no_grad():
+            if update is None:
+                return dense_weight(self.base).clone()
+            if not isinstance(update, LowRank | SparseValues):
+                raise TypeError(f"{type(update).__name__} has no effective weight")
+            return update.weight(self.base)
 
     @property
     def weight(self) -> Tensor:

@@ -1,13 +1,13 @@
 """Which linear layers of a causal language model carry an adapter, and what they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from fedlora.models.folder import ModelError
-from fedlora.types import Module
+from fedlora.types import Adapter, Module
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def shape(layer: nn.Module) -> tuple[int, int]:
     return int(weight.shape[1]), int(weight.shape[0])
 
 
-def _kind(path: str) -> Any:
+def kind(path: str) -> Literal["attention", "mlp"]:
+    """Attention if a part of the path says so (``self_attn``, ``attn``, ``attention``)."""
     parts = path.lower().split(".")
     return "attention" if any("attn" in p or "attention" in p for p in parts) else "mlp"
 
@@ -76,7 +77,36 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
                     f"{type(network).__name__}; allowed: 'all-linear' or ends such as {ends}"
                 )
             chosen |= matches
-    found = tuple(Module(p, _kind(p), *shape(layer)) for p, layer in linear.items() if p in chosen)
+    found = tuple(Module(p, kind(p), *shape(layer)) for p, layer in linear.items() if p in chosen)
     if not found:
         raise ModelError(f"{type(network).__name__} has no linear layer that could be adapted")
     return found
+
+
+def check_paths(paths: Iterable[str], info: ModelInfo) -> None:
+    """Raise a ValueError that names the first path that is not an adapted module of the model."""
+    known = [m.path for m in info.modules]
+    for path in sorted(set(paths) - set(known)):
+        raise ValueError(
+            f"the payload updates {path!r}, which is not an adapted module of {info.name} "
+            f"(model.targets decides); it has {known[:4]}, ... ({len(known)} modules)"
+        )
+
+
+def check_adapter(adapter: Adapter, info: ModelInfo) -> None:
+    """Raise a ValueError that names the first module that the model lacks or that does not fit."""
+    check_paths(adapter, info)
+    for module in info.modules:
+        if module.path not in adapter:
+            continue
+        factors = adapter[module.path]
+        if (factors.b.shape[0], factors.a.shape[1]) != (module.d_out, module.d_in):
+            raise ValueError(
+                f"{module.path}: A {tuple(factors.a.shape)} and B {tuple(factors.b.shape)} do not "
+                f"fit a layer with d_out={module.d_out}, d_in={module.d_in}"
+            )
+        if not 1 <= factors.rank <= module.max_rank:
+            raise ValueError(
+                f"{module.path}: rank {factors.rank} is not in 1..{module.max_rank} = "
+                f"min(d_out={module.d_out}, d_in={module.d_in})"
+            )

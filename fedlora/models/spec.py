@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from fedlora.models.language_model import LanguageModel
 
+CONTEXT_IF_UNSTATED = 2048
+
 
 @dataclass(frozen=True)
 class ModelSpec(ABC):
@@ -88,7 +90,7 @@ class ModelSpec(ABC):
             name=self.name,
             modules=find_modules(network, self.targets),
             parameters=sum(p.numel() for p in network.parameters()),
-            context=int(getattr(config, "max_position_embeddings", None) or 1024),
+            context=_context(config),
             fingerprint=folders.fingerprint(folder),
         )
 
@@ -174,6 +176,12 @@ class ModelSpec(ABC):
     def _placement(self, device: torch.device) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
         return {}
+
+
+def _context(config: Any) -> int:
+    """Longest sequence; models whose positions are relative may not state any."""
+    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(stated) if stated else CONTEXT_IF_UNSTATED
 
 
 @contextmanager

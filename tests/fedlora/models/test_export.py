@@ -1,0 +1,153 @@
+"""What is saved is what was mounted, for PEFT, for us and for plain transformers."""
+
+import json
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedlora.models.export import CONFIG, WEIGHTS, load_peft, merge, save_peft
+from fedlora.models.folder import ModelError
+from fedlora.types import Factors, SparseDelta
+from tests.fedlora.models.networks import ALPHA, NETWORKS, adapter, llama, logits, same, wrap
+
+LAWS = settings(derandomize=True, deadline=None, max_examples=15)
+RANKS = {"equal": 5, "unequal": lambda i: 1 + i % 7}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("alphas", ["one", "many"])
+def test_peft_computes_what_we_mounted(name, rank, alphas, tmp_path):
+    model = wrap(NETWORKS[name]().double())
+    factors = adapter(model.info.modules, rank)
+    if alphas == "many":
+        factors = {
+            p: Factors(f.a, f.b, ALPHA + i % 3 / 2) for i, (p, f) in enumerate(factors.items())
+        }
+    model.mount(factors)
+    save_peft(factors, model.info, tmp_path, base_name="base", dropout=0.1)
+    theirs = peft.PeftModel.from_pretrained(NETWORKS[name]().double(), tmp_path).double().eval()
+    # PEFT reads adapters in float32
+    torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-5, atol=1e-6)
+    assert theirs.peft_config["default"].base_model_name_or_path == "base"
+    assert theirs.peft_config["default"].lora_dropout == 0.1
+
+
+@LAWS
+@given(ranks=st.lists(st.integers(1, 16), min_size=14, max_size=14), alpha=st.floats(0.5, 64))
+def test_round_trip_is_exact(ranks, alpha, tmp_path_factory):
+    info = wrap(llama()).info
+    factors = adapter(info.modules, lambda i: ranks[i], alpha=alpha)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_peft(factors, info, folder)
+    assert same(load_peft(folder), factors)
+
+
+def test_reads_what_peft_wrote(tmp_path):
+    theirs = peft.get_peft_model(
+        llama().double(),
+        peft.LoraConfig(
+            r=6,
+            lora_alpha=10,
+            target_modules="all-linear",
+            rank_pattern={"q_proj": 3, "layers.1.mlp.up_proj": 2},
+            alpha_pattern={"v_proj": 7},
+            init_lora_weights="gaussian",
+        ),
+    ).eval()
+    _randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = wrap(llama().double())
+    model.mount(load_peft(tmp_path))
+    torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-12, atol=1e-12)
+
+
+def test_rank_stabilised_scale_is_kept(tmp_path):
+    config = peft.LoraConfig(r=9, lora_alpha=10, target_modules=["q_proj"], use_rslora=True)
+    theirs = peft.get_peft_model(llama().double(), config).eval()
+    _randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_peft(tmp_path)
+    assert all(f.scale == pytest.approx(10 / 3) for f in ours.values())
+    model = wrap(llama().double())
+    model.mount(ours)
+    torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"invented_in_the_future": 1}, "invented_in_the_future"),
+    ],
+)
+def test_more_than_two_factors_is_refused_by_name(option, named, tmp_path):
+    info = wrap(llama()).info
+    save_peft(adapter(info.modules, 2), info, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text()) | option
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=named):
+        load_peft(tmp_path)
+
+
+def test_incomplete_adapters_are_refused_by_name(tmp_path):
+    with pytest.raises(ModelError, match="adapter_config"):
+        load_peft(tmp_path / "nowhere")
+    info = wrap(llama()).info
+    save_peft(adapter(info.modules, 2), info, tmp_path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({key: torch.ones(2, 16)}, tmp_path / WEIGHTS)
+    with pytest.raises(ModelError, match="q_proj has lora_A alone"):
+        load_peft(tmp_path)
+    save_file({"base_model.model.embed.lora_embedding_A": torch.ones(2)}, tmp_path / WEIGHTS)
+    with pytest.raises(ModelError, match="lora_embedding_A"):
+        load_peft(tmp_path)
+
+
+def test_an_adapter_that_fits_no_model_is_not_saved(tmp_path):
+    info = wrap(llama()).info
+    with pytest.raises(ValueError, match="without modules"):
+        save_peft({}, info, tmp_path)
+    with pytest.raises(ValueError, match="elsewhere"):
+        save_peft({"elsewhere": Factors(torch.ones(1, 2), torch.ones(2, 1), ALPHA)}, info, tmp_path)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("kind", ["adapter", "sparse", "nothing"])
+def test_the_merged_model_computes_the_same(name, kind, tmp_path):
+    model = wrap(NETWORKS[name]().double())
+    payload = {
+        "adapter": adapter(model.info.modules, lambda i: 1 + i % 7),
+        "sparse": SparseDelta(
+            3, 1.0, {m.path: torch.full((m.d_out * m.d_in,), 0.01) for m in model.info.modules}
+        ),
+        "nothing": {},
+    }[kind]
+    mounted = adapter(model.info.modules, 2, seed=9)
+    model.mount(mounted)
+    merge(model, payload, tmp_path)
+    assert same(model.payload(), mounted), "what was mounted stays"
+    model.mount(payload)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    torch.testing.assert_close(logits(plain), logits(model.network), rtol=1e-5, atol=1e-5)
+    assert plain.config.use_cache
+    assert not model.network.config.use_cache
+    assert plain.state_dict().keys() == NETWORKS[name]().state_dict().keys()
+    assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == model.tokenizer.vocab_size
+
+
+def _randomise(network) -> None:
+    g = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for n, p in network.named_parameters():
+            if "lora_" in n:
+                p.copy_(0.2 * torch.randn(p.shape, generator=g, dtype=torch.float64))
