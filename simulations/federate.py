@@ -21,6 +21,7 @@ from fedlora.environment import environment
 from fedlora.identity import source_hash
 from fedlora.lock import claim
 from fedlora.models.export import save_peft
+from fedlora.models.modules import ModelInfo
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.ranks import RankDistribution
@@ -164,7 +165,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     folder = run_folder(parts)
     emit(f"run folder: {folder}")
     with claim(folder):
-        session, worker = open_session(parts, folder, emit)
+        session, worker, info = open_session(parts, folder, emit)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
@@ -172,7 +173,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                 )
                 if session.done < session.rounds.rounds:
                     strategy.start(grid_of(parts))
-                _export(session, parts)
+                _export(session, parts, info)
         finally:
             session.tracker.close()
     if parts.report:
@@ -183,7 +184,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
 
 def open_session(
     parts: Parts, folder: Path, emit: Callable[[str], None]
-) -> tuple[Session, WorkerSpec]:
+) -> tuple[Session, WorkerSpec, ModelInfo]:
     """Describe the model, prepare the data, enrol the clients and write the run's first files."""
     model = parts.model.resolved()
     info = model.describe()
@@ -217,7 +218,7 @@ def open_session(
         emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     session.tracker.config(parts.resolved | {"environment": environment()})
-    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device)
+    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device), info
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
@@ -276,11 +277,11 @@ def _status(folder: Path, session: Session) -> Iterator[None]:
     write("completed")
 
 
-def _export(session: Session, parts: Parts) -> None:
+def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
     """The global adapter at the population's largest ranks, in PEFT's format."""
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
         return
     base = str(parts.model.resolved().folder())
-    save_peft(adapter, session.folder / "adapter", base_name=base, dropout=parts.client.dropout)
+    save_peft(adapter, info, session.folder / "adapter", base, parts.client.dropout)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 
 import psutil
 
@@ -45,10 +46,8 @@ def end(mark: str) -> None:
 
 
 def _send(process: psutil.Process, what: signal.Signals) -> None:
-    try:
+    with suppress(psutil.Error):
         process.send_signal(what)
-    except psutil.Error:
-        pass
 
 
 def main() -> None:

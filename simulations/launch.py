@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,6 +34,11 @@ QUIET = {
 }
 START_PATIENCE_S = 60.0
 FOLDER = re.compile(r"^run folder: (.+)$")
+ROUTINE = re.compile(r"^(\x1b\[9[23]m(INFO|WARNING)|Using SuperLink|Successfully installed|$)")
+EXPLAINED = re.compile(
+    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint)Error|^RUN FAILED: WorkerDied"
+)
+OURS = re.compile(r"^(RUN |run folder|report)")
 
 
 class LaunchError(RuntimeError):
@@ -110,6 +115,9 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     mark, port = uuid.uuid4().hex, _free_port()
     environment = os.environ | QUIET | {"FLWR_HOME": str(home), "FEDLORA_CWD": os.getcwd()}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    assets = ROOT / "fedlora" / "models" / "assets"  # Flower's copy of the app holds no binaries
+    if assets.is_dir():
+        environment.setdefault("FEDLORA_ASSETS", str(assets))
     if runtime.ray_address:
         environment["RAY_ADDRESS"] = runtime.ray_address
     else:
@@ -120,10 +128,10 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     )
     command = ["--insecure", "--simulation", "--disable-runtime-dependency-installation"]
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
+    superlink = str(Path(sys.executable).parent / "flower-superlink")
     log = (home / "superlink.log").open("w")
     guard = subprocess.Popen(
-        [sys.executable, str(ROOT / "simulations" / "guard.py"), mark]
-        + [str(Path(sys.executable).parent / "flower-superlink"), *command],
+        [sys.executable, str(ROOT / "simulations" / "guard.py"), mark, superlink, *command],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -190,14 +198,28 @@ def _run(
     )
     try:
         assert stream.stdout is not None
-        for line in stream.stdout:
-            emit(line.rstrip())
-            if match := FOLDER.match(line.strip()):
+        for line in told(stream.stdout):
+            emit(line)
+            if match := FOLDER.match(line):
                 folder = Path(match[1])
         return _status(flwr, run_id), folder
     finally:
         stream.terminate()
         stream.wait()
+
+
+def told(lines: Iterable[str]) -> Iterator[str]:
+    """Of a run's log, what a person wants: the app's own lines and whatever went wrong.
+
+    Flower's routine lines are left out, and so is the stack trace after a failure that explains
+    itself. ``FEDLORA_VERBOSE=1`` shows everything.
+    """
+    everything, explained = bool(os.environ.get("FEDLORA_VERBOSE")), False
+    for line in lines:
+        text = line.rstrip()
+        explained = explained or bool(EXPLAINED.match(text))
+        if everything or not (ROUTINE.match(text) or (explained and not OURS.match(text))):
+            yield text
 
 
 def _status(flwr: _Flower, run_id: str) -> str:
