@@ -168,7 +168,7 @@ def _module_state(path: str, w: SVD, a0: Tensor) -> dict[str, Tensor]:
     Rows of ``v`` beyond ``k`` are what clients of a larger rank start ``A`` from: orthonormal to
     the first ``k`` and to each other, or ``a0`` itself as long as there is no update.
     """
-    v = complete(w.v, a0) if w.rank else a0
+    v = complete(w.v, a0) if w.rank else a0.clone()  # a file of tensors cannot share memory
     return {f"{GLOBAL}{path}/{name}": t for name, t in zip("usv", (w.u, w.s, v), strict=True)} | {
         f"{GLOBAL}{path}/a0": a0
     }

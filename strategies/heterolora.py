@@ -105,7 +105,7 @@ class HeteroLoRA(LoRAStrategy):
             r = top[m.path]
             a0 = initial_a(setting.seed, m, r)
             fresh = torch.ones(r, dtype=torch.uint8)
-            state |= _module_state(m.path, a0, torch.zeros(m.d_out, r), a0, fresh)
+            state |= _module_state(m.path, a0.clone(), torch.zeros(m.d_out, r), a0, fresh)
         return state
 
     def enlist(self, state: State, client: Client) -> Client:

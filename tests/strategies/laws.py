@@ -1,0 +1,344 @@
+"""The laws of every strategy, as plain functions that raise AssertionError.
+
+A law takes a strategy and a seed, sees it only through its hooks, and works for any payload. The
+contract applies all of them to everything under conf/strategy; the planted faults show that each
+fault is caught by at least one of them.
+"""
+
+import dataclasses
+import importlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedlora.state import State
+from fedlora.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Payload,
+    Ranks,
+    Setting,
+    SparseDelta,
+    Update,
+    payload_tensors,
+)
+from strategies.base import LoRAStrategy
+from tests.generators import dense, setting, trained
+
+PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
+
+
+def cohort(
+    strategy: LoRAStrategy, state: State, population: Setting, seed: int, size: float = 1.0
+) -> list[Update]:
+    """What every client of the population sends back after some training."""
+    updates = []
+    for client in population.clients:
+        c = strategy.enlist(state, client)
+        payload = trained(strategy.start_adapter(state, c), 1000 * seed + c.id, size)
+        updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
+    return updates
+
+
+def after_rounds(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int = 1
+) -> tuple[State, list[Update]]:
+    """A state some rounds in, and the updates of one more round."""
+    state = strategy.init_state(population)
+    for t in range(rounds):
+        state = strategy.aggregate(state, cohort(strategy, state, population, seed + 17 * t))
+    return state, cohort(strategy, state, population, seed + 1)
+
+
+def effects(strategy: LoRAStrategy, state: State, population: Setting) -> list[dict[str, Tensor]]:
+    """What each client's start adds to the base weights."""
+    return [
+        dense(strategy.start_adapter(state, strategy.enlist(state, c))) for c in population.clients
+    ]
+
+
+def assert_close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], what: str) -> None:
+    assert list(a) == list(b), f"{what}: modules {list(a)} and {list(b)}"
+    for path in a:
+        torch.testing.assert_close(
+            a[path].double(), b[path].double(), rtol=1e-9, atol=1e-9, msg=f"{what}: {path}"
+        )
+
+
+def assert_same(a: Payload, b: Payload, what: str) -> None:
+    """Bit by bit."""
+    left, right = dict(payload_tensors(a)), dict(payload_tensors(b))
+    assert list(left) == list(right), f"{what}: {list(left)} and {list(right)}"
+    for name, t in left.items():
+        assert torch.equal(t, right[name]), f"{what}: {name}"
+
+
+def weighs_by_examples(strategy: LoRAStrategy) -> bool:
+    return getattr(strategy, "weights", "examples") == "examples"
+
+
+def everything(
+    strategy: LoRAStrategy, state: State, population: Setting
+) -> list[tuple[str, Payload]]:
+    """Every payload that a state can give."""
+    out = [("global", strategy.global_adapter(state))]
+    for c in population.clients:
+        e = strategy.enlist(state, c)
+        out.append((f"start of {c.id}", strategy.start_adapter(state, e)))
+        out.append((f"global at {c.id}", strategy.global_adapter(state, e.ranks)))
+    return out
+
+
+# ---------------------------------------------------------------------------------------- laws
+
+
+def client_order_does_not_matter(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    state, updates = after_rounds(strategy, population, seed)
+    shuffled = random.Random(seed).sample(updates, len(updates))
+    one, other = (strategy.aggregate(state, u) for u in (updates, shuffled))
+    for x, y in zip(
+        effects(strategy, one, population), effects(strategy, other, population), strict=True
+    ):
+        assert_close(x, y, "another order")
+
+
+def a_lone_client_gets_its_update_back(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    state = strategy.init_state(population)
+    for update in cohort(strategy, state, population, seed):
+        after = strategy.aggregate(state, [update])
+        client = strategy.enlist(after, population.clients[update.client.id])
+        back = dense(strategy.start_adapter(after, client))
+        assert_close(back, dense(update.payload), f"lone client {client.id}")
+
+
+def splitting_a_client_in_two_changes_nothing(strategy: LoRAStrategy, seed: int) -> None:
+    if not weighs_by_examples(strategy):
+        return
+    population = setting()
+    state, updates = after_rounds(strategy, population, seed)
+    whole = dataclasses.replace(updates[0], num_examples=40)
+    halves = [dataclasses.replace(updates[0], num_examples=n) for n in (25, 15)]
+    one = strategy.aggregate(state, [whole, *updates[1:]])
+    two = strategy.aggregate(state, [*halves, *updates[1:]])
+    for x, y in zip(
+        effects(strategy, one, population), effects(strategy, two, population), strict=True
+    ):
+        assert_close(x, y, "a split client")
+
+
+def examples_are_what_is_averaged(strategy: LoRAStrategy, seed: int) -> None:
+    """Where nothing is lost (equal ranks, equal A), the result is the mean per example."""
+    if not weighs_by_examples(strategy):
+        return
+    population = setting(("T4", "T4", "T4"))
+    state = strategy.init_state(population)
+    updates = cohort(strategy, state, population, seed)
+    first = updates[0].payload
+    if not isinstance(first, SparseDelta):
+        updates = [
+            dataclasses.replace(
+                u,
+                payload={p: Factors(first[p].a, f.b, f.alpha) for p, f in u.adapter.items()},
+            )
+            for u in updates
+        ]
+    after = strategy.aggregate(state, updates)
+    total = sum(u.num_examples for u in updates)
+    parts = [{p: u.num_examples / total * d for p, d in dense(u.payload).items()} for u in updates]
+    mean = {p: sum((part[p] for part in parts[1:]), parts[0][p]) for p in parts[0]}
+    for got in effects(strategy, after, population):
+        assert_close(got, mean, "mean per example")
+
+
+def inputs_are_not_touched(strategy: LoRAStrategy, seed: int) -> None:
+    """Neither changed nor aliased."""
+    population = setting()
+    state, updates = after_rounds(strategy, population, seed)
+    copies = {k: t.clone() for k, t in state.items()}
+    sent = [{n: t.clone() for n, t in payload_tensors(u.payload)} for u in updates]
+    after = strategy.aggregate(state, updates)
+    everything(strategy, after, population)
+    everything(strategy, state, population)
+    assert list(copies) == list(state), "the state's names changed"
+    for key, t in state.items():
+        assert torch.equal(copies[key], t), f"{key} of the state changed"
+    storage = {t.untyped_storage().data_ptr() for t in after.values() if t.numel()}
+    for update, before in zip(updates, sent, strict=True):
+        for name, t in payload_tensors(update.payload):
+            assert torch.equal(before[name], t), f"{name} of an update changed"
+            aliased = t.numel() and t.untyped_storage().data_ptr() in storage
+            assert not aliased, f"the state aliases {name} of client {update.client.id}"
+
+
+def hooks_are_pure(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    state, updates = after_rounds(strategy, population, seed)
+    first, second = (strategy.aggregate(state, updates) for _ in range(2))
+    assert list(first) == list(second)
+    for key, t in first.items():
+        assert torch.equal(t, second[key]), f"{key} differs between two calls"
+    for (name, x), (_, y) in zip(
+        everything(strategy, first, population),
+        everything(strategy, first, population),
+        strict=True,
+    ):
+        assert_same(x, y, name)
+    for c in population.clients:
+        assert strategy.enlist(first, c) == strategy.enlist(first, c)
+        assert strategy.plan(first, c, PLAN) == strategy.plan(first, c, PLAN)
+
+
+def a_state_is_a_complete_checkpoint(strategy: LoRAStrategy, seed: int) -> None:
+    """Through safetensors bytes and back, bit by bit, and so is the round after it."""
+    population = setting()
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds)
+        raw = safetensors.torch.save({k: t.contiguous() for k, t in state.items()})
+        loaded = safetensors.torch.load(raw)
+        pairs = (state, loaded), tuple(strategy.aggregate(s, updates) for s in (state, loaded))
+        for one, other in pairs:
+            for (name, x), (_, y) in zip(
+                everything(strategy, one, population),
+                everything(strategy, other, population),
+                strict=True,
+            ):
+                assert_same(x, y, f"{name} after loading round {rounds}")
+            for c in population.clients:
+                assert strategy.enlist(one, c) == strategy.enlist(other, c)
+                assert strategy.plan(one, c, PLAN) == strategy.plan(other, c, PLAN)
+
+
+def no_direction_is_dead(strategy: LoRAStrategy, seed: int) -> None:
+    """A generic loss has a gradient for every rank index of every start, at every rank."""
+    population = setting()
+    state = strategy.init_state(population)
+    states = [state]
+    moved = cohort(strategy, state, population, seed)
+    still = [dataclasses.replace(u, payload=strategy.start_adapter(state, u.client)) for u in moved]
+    smallest = [u for u in moved if u.client.ranks == population.clients[0].ranks]
+    states += [strategy.aggregate(state, u) for u in (moved, still, moved[:1], smallest)]
+    states.append(strategy.aggregate(states[1], cohort(strategy, states[1], population, seed + 1)))
+    for i, s in enumerate(states):
+        for c in population.clients:
+            payload = strategy.start_adapter(s, strategy.enlist(s, c))
+            if not isinstance(payload, SparseDelta):
+                _assert_alive(payload, f"state {i}, client {c.id}")
+
+
+def _assert_alive(adapter: Mapping[str, Factors], what: str) -> None:
+    for path, f in adapter.items():
+        g = torch.randn(
+            f.b.shape[0], f.a.shape[1], generator=torch.Generator().manual_seed(1)
+        ).double()
+        of_b = f.scale * g @ f.a.double().T  # [d_out, r]
+        of_a = f.scale * f.b.double().T @ g  # [r, d_in]
+        alive = of_b.norm(dim=0) + of_a.norm(dim=1)
+        assert bool((alive > 1e-6).all()), f"{what}: {path} has a dead direction: {alive.tolist()}"
+
+
+def starts_have_the_ranks_of_their_clients(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    for rounds in (0, 1, 2):
+        state, _ = after_rounds(strategy, population, seed, rounds)
+        for c in population.clients:
+            e = strategy.enlist(state, c)
+            for payload in (
+                strategy.start_adapter(state, e),
+                strategy.global_adapter(state, e.ranks),
+            ):
+                if not isinstance(payload, SparseDelta):
+                    got = Ranks({p: f.rank for p, f in payload.items()})
+                    assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
+                    assert all(f.alpha == population.alpha for f in payload.values())
+
+
+def unequal_ranks_are_applied(strategy: LoRAStrategy, seed: int) -> None:
+    """Clients that hold unequal ranks get payloads of unequal size, unless the method says so."""
+    rule = getattr(strategy, "aggregator", strategy)
+    if getattr(rule, "heterogeneous", "") == "smallest":
+        return
+    population = setting()
+    for rounds in (0, 1):
+        state, _ = after_rounds(strategy, population, seed, rounds)
+        sizes = {
+            c.tier: sum(
+                t.numel()
+                for _, t in payload_tensors(
+                    strategy.start_adapter(state, strategy.enlist(state, c))
+                )
+            )
+            for c in population.clients
+        }
+        assert sizes["T1"] < sizes["T2"] < sizes["T3"] < sizes["T4"], f"payload sizes {sizes}"
+
+
+def equal_ranks_start_alike(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    state, _ = after_rounds(strategy, population, seed)
+    for c in population.clients:
+        e = strategy.enlist(state, c)
+        twin = Client(id=99, ranks=e.ranks, num_examples=1)
+        assert_same(strategy.start_adapter(state, e), strategy.start_adapter(state, twin), "a twin")
+        assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
+
+
+def training_is_not_forgotten(strategy: LoRAStrategy, seed: int) -> None:
+    """After a round every client starts from something else than before it."""
+    population = setting()
+    state = strategy.init_state(population)
+    after = strategy.aggregate(state, cohort(strategy, state, population, seed))
+    for before, now in zip(
+        effects(strategy, state, population), effects(strategy, after, population), strict=True
+    ):
+        moved = sum(float((now[path].double() - d.double()).norm()) for path, d in before.items())
+        assert moved > 1e-3, "a client starts from what it started from before"
+
+
+def everything_is_finite_when_nobody_trains(strategy: LoRAStrategy, seed: int) -> None:
+    population = setting()
+    state = strategy.init_state(population)
+    for _ in range(3):
+        updates = []
+        for client in population.clients:
+            c = strategy.enlist(state, client)
+            start = strategy.start_adapter(state, c)
+            updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
+        state = strategy.aggregate(state, updates)
+        for name, payload in everything(strategy, state, population):
+            for key, t in payload_tensors(payload):
+                assert bool(torch.isfinite(t).all()), f"{name}: {key}"
+
+
+def is_frozen_and_names_its_source(strategy: LoRAStrategy, seed: int) -> None:
+    cls = type(strategy)
+    assert dataclasses.is_dataclass(cls), f"{cls.__name__} is no dataclass"
+    params = cls.__dataclass_params__  # type: ignore[attr-defined]
+    assert params.frozen, f"{cls.__name__} is not frozen"
+    text = importlib.import_module(cls.__module__).__doc__ or ""
+    assert "arXiv:" in text, f"{cls.__module__} names no source"
+
+
+Law = Callable[[LoRAStrategy, int], None]
+
+LAWS: Sequence[Law] = (
+    client_order_does_not_matter,
+    a_lone_client_gets_its_update_back,
+    splitting_a_client_in_two_changes_nothing,
+    examples_are_what_is_averaged,
+    inputs_are_not_touched,
+    hooks_are_pure,
+    a_state_is_a_complete_checkpoint,
+    no_direction_is_dead,
+    starts_have_the_ranks_of_their_clients,
+    unequal_ranks_are_applied,
+    equal_ranks_start_alike,
+    training_is_not_forgotten,
+    everything_is_finite_when_nobody_trains,
+    is_frozen_and_names_its_source,
+)

@@ -1,0 +1,62 @@
+"""Every strategy under conf/strategy obeys the laws: a new file is tested on arrival."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import conf
+from fedlora.config import build
+from strategies.base import LoRAStrategy
+from tests.strategies.laws import LAWS, Law
+
+CONF = Path(next(iter(conf.__path__)))
+NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
+
+OPTIONS = [
+    ["strategy=fedavg", "strategy.weights=uniform"],
+    ["strategy=fedavg", "strategy/server_optimizer=fedavgm"],
+    ["strategy=flexlora", "strategy/server_optimizer=fedavgm"],
+    ["strategy=flexlora", "strategy.weights=uniform"],
+    ["strategy=flexlora", "strategy.weighting=covered"],
+    ["strategy=flexlora", "strategy.residual=carry"],
+    ["strategy=flexlora", "strategy.residual=carry", "strategy.weighting=covered"],
+    ["strategy=flexlora", "strategy.svd_split=balanced"],
+    ["strategy=flexlora", "strategy.svd_split=a"],
+    ["strategy=flexlora", "strategy.backend=dense"],
+    ["strategy=flexlora", "strategy.backend=core"],
+    ["strategy=heterolora", "strategy.weights=examples"],
+    ["strategy=heterolora", "strategy.weights=examples_sparsity"],
+    ["strategy=heterolora", "strategy.norm_scope=model"],
+    ["strategy=heterolora", "strategy.scale=raw"],
+    ["strategy=heterolora", "strategy.uncovered=zero"],
+    ["strategy=heterolora", "strategy.prune=false"],
+    ["strategy=slora", "strategy.stage1_rounds=0"],
+    ["strategy=slora", "strategy.stage1_rounds=2"],
+    ["strategy=slora", "strategy.sparse_average=coverage"],
+    ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedit"],
+    ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=heterolora"],
+]
+"""Options that change what is computed; the defaults come from the files themselves."""
+
+CHOICES = [[f"strategy={name}"] for name in NAMES] + OPTIONS
+
+
+def composed(overrides: list[str]) -> LoRAStrategy:
+    with initialize_config_dir(str(CONF), version_base=None):
+        node = compose("config", overrides=overrides).strategy
+    return build(node, LoRAStrategy, "strategy")
+
+
+@pytest.fixture(scope="module", params=CHOICES, ids=lambda o: ",".join(o).replace("strategy", "s"))
+def strategy(request: pytest.FixtureRequest) -> LoRAStrategy:
+    return composed(request.param)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
+def test_laws(strategy: LoRAStrategy, law: Law) -> None:
+    law(strategy, 1)
+
+
+def test_there_is_something_to_test() -> None:
+    assert {"fedavg", "fedit", "flexlora", "heterolora", "slora"} <= set(NAMES)
