@@ -221,7 +221,7 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int) -> None:
     states = [state]
     moved = cohort(strategy, state, population, seed)
     still = [dataclasses.replace(u, payload=strategy.start_adapter(state, u.client)) for u in moved]
-    smallest = [u for u in moved if u.client.ranks == population.clients[0].ranks]
+    smallest = [u for u in moved if u.client.ranks == moved[0].client.ranks]
     states += [strategy.aggregate(state, u) for u in (moved, still, moved[:1], smallest)]
     states.append(strategy.aggregate(states[1], cohort(strategy, states[1], population, seed + 1)))
     for i, s in enumerate(states):

@@ -1,0 +1,142 @@
+"""Do the laws bite? Each fault was found in released code or lies one step from it.
+
+Which law catches what: ``pytest tests/strategies/test_planted_faults.py --log-cli-level=INFO``.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import pytest
+
+from fedlora.state import State
+from fedlora.types import Adapter, Client, Factors, Payload, Ranks, SparseDelta, Update
+from strategies.base import LoRAStrategy
+from strategies.fedavg import FedAvg
+from strategies.fedit import FedIT
+from strategies.flexlora import FlexLoRA
+from strategies.heterolora import HeteroLoRA
+from strategies.slora import SLoRA
+from tests.strategies.laws import LAWS
+
+log = logging.getLogger(__name__)
+
+Hook = Callable[..., Any]
+
+
+def with_hook(strategy: LoRAStrategy, name: str, hook: Hook) -> LoRAStrategy:
+    """The strategy with one hook replaced by ``hook(strategy, the right hook, *arguments)``."""
+    cls = type(strategy)
+    right = getattr(cls, name)
+
+    def wrong(self: LoRAStrategy, *arguments: Any) -> Any:
+        return hook(self, partial(right, self), *arguments)
+
+    broken = type(cls.__name__, (cls,), {name: wrong, "__module__": cls.__module__})
+    values = {f.name: getattr(strategy, f.name) for f in dataclasses.fields(cls)}
+    return broken(**values)
+
+
+def first_counted_twice(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    return right(state, [updates[0], *updates])
+
+
+def unweighted_mean(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    return right(state, [dataclasses.replace(u, num_examples=1) for u in updates])
+
+
+def never_loaded(self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]) -> State:
+    right(state, updates)
+    return state
+
+
+def _rescaled(payload: Payload, by: Callable[[Factors], float]) -> Payload:
+    if isinstance(payload, SparseDelta):
+        return payload
+    return {p: Factors(f.a, by(f) * f.b, f.alpha) for p, f in payload.items()}
+
+
+def scale_dropped_on_redistribution(
+    self: LoRAStrategy, right: Hook, state: State, client: Client
+) -> Payload:
+    return _rescaled(right(state, client), lambda f: f.scale)
+
+
+def scale_dropped_on_arrival(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    return right(
+        state,
+        [
+            dataclasses.replace(u, payload=_rescaled(u.payload, lambda f: 1 / f.scale))
+            for u in updates
+        ],
+    )
+
+
+def alpha_is_always_16(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
+    return _rescaled(right(state, client), lambda f: f.alpha / 16.0)
+
+
+def ranks_not_applied(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Client:
+    return dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1)))
+
+
+def start_ignores_ranks(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
+    return right(state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))))
+
+
+def zero_padded(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Adapter:
+    return {
+        p: Factors(f.a * (f.b != 0).any(dim=0)[:, None], f.b, f.alpha)
+        for p, f in right(state, client).items()
+    }
+
+
+FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
+AVERAGE, FEDIT = FedAvg(), FedIT()
+SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
+SECOND = SLoRA(aggregator=FlexLoRA(), stage1_rounds=0)
+
+FAULTS = [
+    *[(s, "aggregate", first_counted_twice) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
+    *[(s, "aggregate", unweighted_mean) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
+    *[(s, "aggregate", never_loaded) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
+    *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "enlist", ranks_not_applied) for s in (FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "start_adapter", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "start_adapter", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "hook", "fault"),
+    FAULTS,
+    ids=[f"{f.__name__}-{type(s).__name__}{getattr(s, 'stage1_rounds', '')}" for s, _, f in FAULTS],
+)
+def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hook) -> None:
+    broken = with_hook(strategy, hook, fault)
+    caught = []
+    for law in LAWS:
+        try:
+            law(broken, 1)
+        except (AssertionError, ValueError) as error:
+            caught.append(f"{law.__name__}: {str(error).splitlines()[0]}")
+    assert caught, f"no law noticed {fault.__name__}"
+    log.info("%s of %s: %s", fault.__name__, type(strategy).__name__, caught)
+
+
+@pytest.mark.parametrize("strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND])
+def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
+    """What is caught above is the fault, not the wrapping."""
+    same = with_hook(strategy, "aggregate", lambda self, right, *arguments: right(*arguments))
+    for law in LAWS:
+        law(same, 1)
