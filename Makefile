@@ -45,7 +45,7 @@ smoke: setup  ## one small run through Flower and Ray, end to end
 notebooks: setup  ## write and execute notebooks/*.ipynb from their scripts
 	@set -e; for script in $(wildcard notebooks/*.py); do \
 	    echo "== $$script"; \
-	    PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupytext --to ipynb --execute $$script; \
+	    PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupytext --to ipynb --set-kernel python3 --execute $$script; \
 	done
 
 smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
