@@ -1,14 +1,15 @@
 """A frozen linear layer with room for one update, and the updates that fit there.
 
-A base model is wrapped once; mounting another client's update is an assignment. The engine of
-another method may put its own ``nn.Module`` of signature ``(x, base) -> y`` there.
+A base model is wrapped once; mounting another client's update is an assignment. Updates are plain
+objects (`LinearUpdate`), because registering an ``nn.Module`` per layer and client doubles the cost
+of mounting; the engine of another method may put its own there.
 
-PEFT's LoRA layers compute the same (tests/fedlora/models/test_layers.py holds the two together, in
+PEFT's LoRA layers compute the same (tests/fedlora/models/test_language_model.py holds them to it, in
 values and gradients). They are not used here because re-mounting them writes into their private
 dictionaries, and because nothing but low-rank factors fits into them.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,19 @@ def dense_weight(base: nn.Module) -> Tensor:
     return weight.t() if stored_transposed(base) else weight
 
 
+class LinearUpdate(Protocol):
+    """What stands between a frozen linear layer and its output."""
+
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Whatever could be trained."""
+
+    def weight(self, base: nn.Module) -> Tensor:
+        """The effective weight ``[d_out, d_in]``, without dropout."""
+
+
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each number with probability ``p`` and divide the rest by ``1 - p``.
 
@@ -52,7 +66,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     return x * (kept * (2**16 / (2**16 - dropped)))
 
 
-class LowRank(nn.Module):
+class LowRank:
     """``y = W x + (alpha / r) B (A dropout(x))``.
 
     Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
@@ -62,7 +76,6 @@ class LowRank(nn.Module):
     def __init__(
         self, factors: Factors, p: float, device: torch.device, dtype: torch.dtype
     ) -> None:
-        super().__init__()
         self.a = nn.Parameter(factors.a.detach().to(device, dtype, copy=True))
         self.b = nn.Parameter(factors.b.detach().to(device, dtype, copy=True))
         self.alpha = factors.alpha
@@ -70,7 +83,7 @@ class LowRank(nn.Module):
         self.p = p
         """Dropout rate."""
 
-    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = base(x)
         x = x.to(self.a.dtype)
@@ -78,6 +91,10 @@ class LowRank(nn.Module):
             x = dropout(x, self.p)
         low = functional.linear(functional.linear(x, self.a), self.b)
         return torch.add(y, low, alpha=self.scale).to(y.dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B."""
+        return [self.a, self.b]
 
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight ``W + (alpha / r) B A``, ``[d_out, d_in]``, in the factors' type."""
@@ -88,19 +105,22 @@ class LowRank(nn.Module):
         return Factors(self.a.detach().clone(), self.b.detach().clone(), self.alpha)
 
 
-class SparseValues(nn.Module):
+class SparseValues:
     """``y = W' x`` with ``W' = W + values`` at the mask and ``W' = W``, bit for bit, elsewhere."""
 
     def __init__(self, values: Tensor, index: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
         self.values = nn.Parameter(values.detach().to(index.device, dtype, copy=True))
         self.index = index
         """Of the mask's coordinates (row-major over ``[d_out, d_in]``) in the stored weight."""
 
-    def forward(self, x: Tensor, base: nn.Module) -> Tensor:
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         bias: Any = base.bias
         return functional.linear(x, self.weight(base), bias)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The values."""
+        return [self.values]
 
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight, ``[d_out, d_in]``, in the base's type."""
@@ -124,25 +144,23 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.update: nn.Module | None = None
+        self.update: LinearUpdate | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
-        y: Tensor = self.base(x) if self.update is None else self.update(x, self.base)
+        if self.update is not None:
+            return self.update(x, self.base)
+        y: Tensor = self.base(x)
         return y
 
-    def effective_weight(self, update: nn.Module | None) -> Tensor:
+    def effective_weight(self, update: LinearUpdate | None) -> Tensor:
         """A detached copy of the weight ``[d_out, d_in]`` under an update, mounted here or not.
 
         Raises:
-            TypeError: if the base is quantised, or the update has no weight of its own.
+            TypeError: if the base is quantised.
         """
         with torch.no_grad():
-            if update is None:
-                return dense_weight(self.base).clone()
-            if not isinstance(update, LowRank | SparseValues):
-                raise TypeError(f"{type(update).__name__} has no effective weight")
-            return update.weight(self.base)
+            return dense_weight(self.base).clone() if update is None else update.weight(self.base)
 
     @property
     def weight(self) -> Tensor:
