@@ -219,7 +219,7 @@ def backend_flops(backend: str, m: int, n: int, inner: int, rank: int) -> float:
 
 def cheapest_backend(m: int, n: int, inner: int, rank: int) -> str:
     """``dense`` or ``core``: whichever is estimated to be cheaper. Both are exact."""
-    return min(("core", "dense"), key=lambda name: backend_flops(name, m, n, inner, rank))
+    return min(("dense", "core"), key=lambda name: backend_flops(name, m, n, inner, rank))
 
 
 def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
