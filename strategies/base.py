@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
-from flwr.supercore.run import Run
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore.run import Run
 from torch import Tensor
 
 from fedlora.codec import (

@@ -1,0 +1,102 @@
+"""Every option and every recorded experiment composes and builds, so that none can rot."""
+
+from pathlib import Path
+
+import pytest
+
+from fedlora.config import ConfigError
+from fedlora.identity import ROOT
+from simulations.compose import load, split_overrides
+from simulations.federate import build_parts
+
+CONF = ROOT / "conf"
+EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
+OPTIONS = sorted(
+    f"{p.parent.name}={p.stem}" for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment"
+)
+NEEDED = {
+    # options that name something only a user can name
+    "data=jsonl": ["data.path=records.jsonl"],
+    "model=hf": ["model.path=somewhere"],
+    "engine=faulty": ["engine.raise_share=0.2"],
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_builds(option):
+    parts = build_parts(load([option, *NEEDED.get(option, [])]))
+    assert parts.name
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiment_builds(name):
+    parts = build_parts(load(split_overrides(name, "")))
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    assert text.startswith("# @package _global_\n# "), "an experiment says what it claims"
+    assert parts.federation.rounds >= 1
+
+
+def test_every_strategy_has_one_file_and_one_yaml():
+    files = {p.stem for p in (ROOT / "strategies").glob("*.py")} - {"__init__", "base"}
+    assert files == {p.stem for p in (CONF / "strategy").glob("*.yaml")}
+
+
+def test_fedavg_brings_its_own_optimizer_and_the_command_line_wins():
+    assert build_parts(load(["strategy=fedavg"])).client.optimizer == "sgd"
+    assert build_parts(load(["strategy=fedavg", "client=adamw"])).client.optimizer == "adamw"
+    assert build_parts(load(["strategy=fedit"])).client.optimizer == "adamw"
+
+
+def test_the_name_says_what_ran():
+    cfg = load(["strategy=fedit", "ranks=uniform", "seed=7"])
+    assert cfg.name == "fedit-uniform-sotu-tiny-s7"
+
+
+def test_the_hash_ignores_what_cannot_matter():
+    def of(*words: str) -> str:
+        return build_parts(load(list(words))).hash
+
+    assert of() == of("rounds=9", "output_dir=/elsewhere", "runtime=multi_gpu", "name=x")
+    assert of() == of("federation.keep=1", "tracking=wandb", "federation.clients_per_message=1")
+    assert of() != of("seed=1")
+    assert of() != of("client.lr=1e-9")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("roundz=3", "roundz"),
+        ("strategy=flexlore", "flexlore"),
+        ("stragety=flexlora", "stragety"),
+        ("client.lrr=1", "lrr"),
+        ("client.lr=fast", "'fast'"),
+        ("client.epochs=1.5", "1.5"),
+        ("client.optimizer=adam", "'adam' is not one of"),
+        ("seed=-1", "seed=-1 must be >= 0"),
+        ("seed=x", "seed='x' must be of type int"),
+        ("rounds=0", "rounds=0 must be >= 1"),
+        ("ranks.distribution=zipf", "'zipf' is not one of"),
+        ("ranks=homogeneous ranks.rank=-1", "rank=-1 must be >= 0"),
+        ("population.fraction=2", "fraction=2.0 must lie in"),
+        ("evaluate.groups=[everyone]", "'everyone' is not one of"),
+        ("federation.wire=int8", "'int8' is not one of"),
+        ("runtime.gpus_per_worker=-1", "gpus_per_worker=-1.0 must be >= 0"),
+        ("runtime.ray_address=a:1 runtime.num_cpus=2", "the cluster's resources are its own"),
+        ("engine=faulty engine.kill_round=1", "needs engine.kill_marker"),
+        ("strategy._target_=strategies.nowhere.X", "names no class"),
+        ("experiment=nothing", "nothing"),
+        ("'unbalanced", "No closing quotation"),
+    ],
+)
+def test_a_mistake_ends_in_one_sentence_that_names_it(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        build_parts(load(split_overrides("", overrides)))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_are_made_absolute_where_the_user_works(tmp_path, monkeypatch):
+    (tmp_path / "mine.jsonl").write_text("{}")
+    monkeypatch.setenv("FEDLORA_CWD", str(tmp_path))
+    cfg = load(["data=jsonl", "data.path=mine.jsonl"])
+    assert Path(cfg.data.path) == tmp_path / "mine.jsonl"
