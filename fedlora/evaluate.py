@@ -188,19 +188,23 @@ def _greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -
         ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
     network: Any = model.network
-    # A model may ship sampling or a repetition penalty as its defaults; a fresh config has neither.
-    config = type(network.generation_config)(
+    shipped = network.generation_config
+    # What a call leaves open, transformers takes from the model: some ship sampling or a repetition
+    # penalty as their defaults. A fresh config has neither.
+    network.generation_config = type(shipped)(
         do_sample=False,
         max_new_tokens=min(max_new_tokens, max(1, model.info.context - width)),
         use_cache=True,
         eos_token_id=eos,
         pad_token_id=eos,
     )
-    out = network.generate(
-        input_ids=torch.from_numpy(ids).to(model.device),
-        attention_mask=torch.from_numpy(mask).to(model.device),
-        generation_config=config,
-    )
+    try:
+        out = network.generate(
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+        )
+    finally:
+        network.generation_config = shipped
     new = out[:, width:].cpu().numpy()
     return [row[: _until(row, eos)] for row in new]
 

@@ -1,0 +1,93 @@
+"""A small exact world for engines: float64 networks, a few clients with random examples."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedlora.models.language_model import LanguageModel
+from fedlora.types import Adapter, Client, LocalPlan, Payload, Ranks, TrainJob, payload_tensors
+from tests.fedlora.models.networks import VOCABULARY, adapter, gpt2, llama, wrap
+
+SEED = 11
+EOS = 0
+
+
+@dataclass(frozen=True, eq=False)
+class FakeExample:
+    input_ids: Any
+    prompt_tokens: int
+
+
+@dataclass
+class FakeStore:
+    """Examples by client; every split is the same."""
+
+    held: dict[int, list[FakeExample]]
+    texts: dict[int, list[str]] = field(default_factory=dict)
+
+    def count(self, client: int, split: str) -> int:
+        return len(self.held[client])
+
+    def examples(self, client: int, split: str) -> list[FakeExample]:
+        return list(self.held[client])
+
+    def references(self, client: int, split: str) -> list[str]:
+        return list(self.texts[client])
+
+
+def example(ids: list[int], prompt_tokens: int = 1) -> FakeExample:
+    return FakeExample(np.array(ids, dtype=np.int32), prompt_tokens)
+
+
+def examples(n: int, seed: int = 0, longest: int = 12) -> list[FakeExample]:
+    """Of unequal length, each with a response of at least one token."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n):
+        length = int(rng.integers(4, longest + 1))
+        ids = [1, *rng.integers(1, VOCABULARY, length - 2).tolist(), EOS]
+        found.append(example(ids, int(rng.integers(1, length - 1))))
+    return found
+
+
+def exact(network: Any) -> Any:
+    """The network in float64 throughout: Llama's own norm computes in float32."""
+    network = network.double()
+    for name, layer in list(network.named_modules()):
+        if type(layer).__name__ == "LlamaRMSNorm":
+            parent, _, leaf = name.rpartition(".")
+            norm = nn.RMSNorm(layer.weight.shape[0], eps=layer.variance_epsilon)
+            setattr(network.get_submodule(parent), leaf, norm.double())
+    return network
+
+
+NETWORKS = {"llama": lambda: exact(llama()), "gpt2": lambda: exact(gpt2())}
+
+
+def model(name: str = "gpt2") -> LanguageModel:
+    return wrap(NETWORKS[name]())
+
+
+def start(on: LanguageModel, rank: Any = 2, seed: int = 1) -> Adapter:
+    return adapter(on.info.modules, rank, seed)
+
+
+def client(factors: Payload | None, id: int = 0, n: int = 7) -> Client:
+    ranks = {p: f.rank for p, f in factors.items()} if isinstance(factors, dict) else {"none": 1}
+    return Client(id, Ranks(ranks), n)
+
+
+def job(factors: Payload, plan: LocalPlan, id: int = 0, round: int = 3) -> TrainJob:
+    return TrainJob(SEED, round, client(factors, id), factors, plan)
+
+
+def vector(payload: Payload) -> torch.Tensor:
+    """All numbers of a payload in one row."""
+    return torch.cat([t.reshape(-1) for _, t in payload_tensors(payload)])
+
+
+def distance(a: Payload, b: Payload) -> float:
+    return float((vector(a) - vector(b)).norm())
