@@ -1,0 +1,225 @@
+"""FlexLoRA: exact before truncation, best after it; what is lost, what can be carried over."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from fedlora.linalg import SPLITS, covered_shares, shares, stack, svd, weighted_delta
+from fedlora.server_optimizer import FedAvgM
+from fedlora.state import State
+from fedlora.types import Ranks, Setting, Update
+from strategies.flexlora import FlexLoRA
+from tests.generators import dense, seeds, setting, single_module_setting, vector_updates
+from tests.strategies.laws import after_rounds, cohort
+
+close = torch.testing.assert_close
+
+
+def truncated(w: Tensor, rank: int) -> Tensor:
+    u, s, v = torch.linalg.svd(w, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank]
+
+
+def whole(state: State, rule: FlexLoRA | None = None) -> dict[str, Tensor]:
+    return dense((rule or FlexLoRA()).global_adapter(state))
+
+
+def untouched(rule: FlexLoRA, state: State, population: Setting) -> list[Update]:
+    """A round in which nobody trains."""
+    return [
+        Update(client=c, payload=rule.start_adapter(state, c), num_examples=c.num_examples)
+        for c in population.clients
+    ]
+
+
+def test_v1_through_the_hooks() -> None:
+    population = single_module_setting(6, 5, (1, 2, 3), alpha=4.0)
+    rule = FlexLoRA()
+    state = rule.aggregate(rule.init_state(population), vector_updates((1, 2, 3)))
+    w = whole(state)["w"]
+    assert float(w.square().sum()) == pytest.approx(5.61351370077, rel=1e-11)
+    for r, norm in ((1, 0.468264563483), (2, 1.08946873226), (5, 2.96160685396)):
+        f = rule.global_adapter(state, Ranks({"w": r}))["w"]
+        assert float(f.b.norm()) == pytest.approx(norm, rel=1e-11)
+        close(f.delta(), truncated(w, r))
+
+
+def test_v5_through_the_hooks() -> None:
+    population = single_module_setting(6, 5, (1, 2, 3), alpha=4.0)
+    rule = FlexLoRA(weighting="covered")
+    state = rule.aggregate(rule.init_state(population), vector_updates((1, 2, 3)))
+    assert float(whole(state)["w"].norm()) == pytest.approx(4.02866748949, rel=1e-11)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@given(seed=seeds)
+def test_every_rank_gets_the_best_of_it(split: str, seed: int) -> None:
+    """P1 to P3 through the hooks, for every split and every tier."""
+    population, rule = setting(), FlexLoRA(svd_split=split)
+    state, updates = after_rounds(rule, population, seed)
+    after = rule.aggregate(state, updates)
+    p = shares([u.num_examples for u in updates])
+    for path, w in whole(after, rule).items():
+        close(w, weighted_delta([u.adapter[path] for u in updates], p))
+    for c in population.clients:
+        for path, f in rule.start_adapter(after, c).items():
+            close(f.delta(), truncated(whole(after)[path], c.ranks[path]))
+
+
+def test_in_the_first_round_everybody_gets_a_prefix_of_one_initialisation() -> None:
+    population, rule = setting(), FlexLoRA()
+    state = rule.init_state(population)
+    largest = rule.start_adapter(state, population.clients[3])
+    for c in population.clients:
+        for path, f in rule.start_adapter(state, c).items():
+            assert torch.equal(f.a, largest[path].a[: f.rank])
+            assert not bool(f.b.any())
+
+
+def test_a_is_orthonormal_beyond_the_rank_of_the_update_too() -> None:
+    """P6, P12: a lone client of the smallest tier, starts for the largest."""
+    population, rule = setting(), FlexLoRA()
+    state = rule.init_state(population)
+    after = rule.aggregate(state, cohort(rule, state, population, seed=4)[:1])
+    for f in rule.start_adapter(after, population.clients[3]).values():
+        eye = torch.eye(f.rank, dtype=torch.float64)
+        close(f.a @ f.a.T, eye, rtol=0, atol=1e-6)  # the completion comes from float32 rows
+        assert not bool(f.b[:, 2:].any())
+
+
+def test_untrained_directions_are_forgotten_or_carried() -> None:
+    """P18, P21: a cohort of small clients that does not train."""
+    big = setting(("T4", "T4"))
+    small = dataclasses.replace(big, clients=setting(("T2", "T2")).clients)
+    for weighting in ("all", "covered"):
+        drop = FlexLoRA(weighting=weighting)
+        carry = FlexLoRA(weighting=weighting, residual="carry")
+        state, _ = after_rounds(drop, big, seed=5)
+        w = whole(state)
+        kept = whole(carry.aggregate(state, untouched(carry, state, small)))
+        left = whole(drop.aggregate(state, untouched(drop, state, small)))
+        for path in w:
+            close(kept[path], w[path])
+            close(left[path], truncated(w[path], 2))
+            lost = svd(w[path]).s[2:].square().sum()
+            gone = (w[path] - left[path]).square().sum()
+            assert float(gone) == pytest.approx(float(lost), rel=1e-9)
+
+
+@given(seed=seeds)
+def test_carrying_adds_what_the_clients_could_not_hold(seed: int) -> None:
+    """P18: ``W + Σ p_k (s_k B_k A_k - T_{r_k}(W))``; like drop where every rank holds W."""
+    population, carry, drop = setting(), FlexLoRA(residual="carry"), FlexLoRA()
+    state, updates = after_rounds(carry, population, seed)
+    w, after = whole(state), whole(carry.aggregate(state, updates))
+    p = shares([u.num_examples for u in updates])
+    for path in w:
+        want = w[path].clone()
+        for share, u in zip(p, updates, strict=True):
+            f = u.adapter[path]
+            want += share * (f.delta() - truncated(w[path], f.rank))
+        close(after[path], want)
+    smallest = drop.aggregate(
+        drop.init_state(population), cohort(drop, drop.init_state(population), population, seed)[:1]
+    )
+    able = [u for u in cohort(drop, smallest, population, seed + 1) if u.client.tier != "T1"]
+    able = [u for u in able if all(r >= 2 for r in u.client.ranks.values())]
+    one, two = whole(carry.aggregate(smallest, able)), whole(drop.aggregate(smallest, able))
+    for path in one:
+        close(one[path], two[path])
+
+
+def test_carrying_by_slices_follows_its_equation() -> None:
+    """With rank-partitioned weights: ``W + Σ_k Σ_i w_k^i (update - start)_i``."""
+    population, rule = setting(), FlexLoRA(weighting="covered", residual="carry")
+    state, updates = after_rounds(rule, population, seed=6)
+    after = whole(rule.aggregate(state, updates))
+    p = shares([u.num_examples for u in updates])
+    for path, w in whole(state).items():
+        fs = [u.adapter[path] for u in updates]
+        weights = covered_shares(p, [f.rank for f in fs])
+        starts = [rule.start_adapter(state, u.client)[path] for u in updates]
+        b, a = stack(fs, weights)
+        b0, a0 = stack(starts, weights)
+        close(after[path], w + b @ a - b0 @ a0)
+
+
+def test_equal_ranks_make_the_weightings_equal() -> None:
+    """P20."""
+    population = setting(("T3",) * 4)
+    state, updates = after_rounds(FlexLoRA(), population, seed=7)
+    one, two = (whole(FlexLoRA(weighting=w).aggregate(state, updates)) for w in ("all", "covered"))
+    for path in one:
+        close(one[path], two[path])
+
+
+@pytest.mark.parametrize("residual", ["drop", "carry"])
+def test_server_momentum_of_zero_is_plain_averaging(residual: str) -> None:
+    population = setting()
+    plain = FlexLoRA(residual=residual)
+    other = FlexLoRA(residual=residual, server_optimizer=FedAvgM(lr=1.0, momentum=0.0))
+    left, right = plain.init_state(population), other.init_state(population)
+    for t in range(3):
+        updates = cohort(plain, left, population, seed=t)
+        left, right = plain.aggregate(left, updates), other.aggregate(right, updates)
+    one, two = whole(left, plain), whole(right, other)
+    for path in one:
+        close(one[path], two[path])
+
+
+def test_server_momentum_acts_on_the_dense_update() -> None:
+    population = setting()
+    rule = FlexLoRA(server_optimizer=FedAvgM(lr=0.5, momentum=0.9))
+    state = rule.init_state(population)
+    w: dict[str, Any] = dict.fromkeys(whole(state), 0.0)
+    v = dict(w)
+    for t in range(3):
+        updates = cohort(rule, state, population, seed=t)
+        state = rule.aggregate(state, updates)
+        p = shares([u.num_examples for u in updates])
+        for path in w:
+            target = weighted_delta([u.adapter[path] for u in updates], p)
+            v[path] = 0.9 * v[path] + (target - w[path])
+            w[path] = w[path] + 0.5 * v[path]
+            close(whole(state, rule)[path], w[path])
+
+
+@pytest.mark.parametrize("backend", ["dense", "core", "gram", "random"])
+def test_backends_give_the_same_starts(backend: str) -> None:
+    """P11 through the hooks. The sketch keeps what the largest client can hold."""
+    population = setting()
+    state, updates = after_rounds(FlexLoRA(), population, seed=8)
+    one, two = (FlexLoRA(backend=b).aggregate(state, updates) for b in ("auto", backend))
+    for c in population.clients:
+        starts = FlexLoRA().start_adapter(one, c), FlexLoRA().start_adapter(two, c)
+        for x, y in zip(*(dense(s).values() for s in starts), strict=True):
+            close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_one_step_of_sgd_from_the_first_start() -> None:
+    """P19: with B = 0, A does not move and dB = -lr s g (A x)ᵀ."""
+    population, rule = setting(), FlexLoRA()
+    f = next(iter(rule.start_adapter(rule.init_state(population), population.clients[3]).values()))
+    a, b = f.a.double().requires_grad_(), f.b.double().requires_grad_()
+    x, g = torch.arange(5.0).double(), torch.arange(6.0).double() - 2
+    (f.scale * (b @ (a @ x)) @ g).backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    assert not bool(a.grad.any())
+    close(b.grad, f.scale * torch.outer(g, (a @ x).detach()))
+
+
+def test_options_are_checked() -> None:
+    for key, value in {
+        "weights": "n",
+        "weighting": "some",
+        "svd_split": "c",
+        "residual": "keep",
+        "backend": "fast",
+    }.items():
+        with pytest.raises(ValueError, match=rf"strategy\.{key}='{value}' is not one of"):
+            FlexLoRA(**{key: value})  # type: ignore[arg-type]
