@@ -4,9 +4,9 @@ A base model is wrapped once; mounting another client's update is an assignment.
 objects (`LinearUpdate`), because registering an ``nn.Module`` per layer and client doubles the cost
 of mounting; the engine of another method may put its own there.
 
-PEFT's LoRA layers compute the same (tests/fedlora/models/test_language_model.py holds them to it, in
-values and gradients). They are not used here because re-mounting them writes into their private
-dictionaries, and because nothing but low-rank factors fits into them.
+PEFT's LoRA layers compute the same values and gradients, and test_language_model.py holds ours to
+them. They are not used here because re-mounting them writes into their private dictionaries, and
+because nothing but low-rank factors fits into them.
 """
 
 from typing import Any, Protocol
