@@ -268,7 +268,7 @@ def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> F
             ax.hist(
                 column,
                 bins=min(30, max(8, len(column) // 3)),
-                range=(low, high if high > low else low + 1),
+                range=(low, high) if high > low else (low - 0.5, low + 0.5),
                 alpha=0.55,
                 label=f"{name} ({len(column):,})",
             )
@@ -332,6 +332,7 @@ def exactness(runs: Sequence[Run]) -> Figure | None:
             _line(ax, run.series(key), "", **pen(0))
         ax.set_ylim(bottom=0)
         if not plain:
+            ax.set_ylim(top=max(ax.get_ylim()[1], 0.001))  # rounding noise is drawn as none
             ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         unit = "‖ΔW − Σ p ΔWₖ‖" + ("" if plain else " / ‖Σ p ΔWₖ‖")
         _rounds(ax, "Distance of the aggregate from the exact mean", unit)

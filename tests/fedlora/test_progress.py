@@ -84,7 +84,8 @@ def test_size(num_bytes, text):
 
 def test_the_summary_of_a_round_is_one_line():
     record = {
-        "kind": "round", "round": 3, "rounds": 20, "clients": 80, "failed": 1, "rejected": 0, "train/loss": 3.2,
+        "kind": "round", "round": 3, "rounds": 20, "clients": 80, "failed": 1, "rejected": 0,
+        "train/loss": 3.2,
         "train/loss_first": 3.456, "wire/up_bytes": 2**20, "wire/down_bytes": 2**21,
         "round/seconds": 6.61, "state/hash": "0123456789abcdef",
     }  # fmt: skip

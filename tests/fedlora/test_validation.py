@@ -165,7 +165,7 @@ def test_a_cohort_is_checked_in_a_fraction_of_a_second():
     end = update(
         adapter(ranks, 2, 128, 128, dtype=torch.float32), client=replace(CLIENT, ranks=ranks)
     )
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(80):
         check_update(end, end.client, start, max_norm=0.0)
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
