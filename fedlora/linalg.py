@@ -104,16 +104,16 @@ def weighted_delta(factors: Sequence[Factors], p: Sequence[float]) -> Tensor:
 
 
 def product_norm(b: Tensor, a: Tensor) -> float:
-    """``||B A||_F`` in float64.
+    """``||B A||_F``.
 
-    By ``||BA||² = <BᵀB, AAᵀ>`` where that is cheaper than the product itself. Cancellation leaves
-    a result below ``1e-8`` of the factors' norms meaningless.
+    By ``||BA||² = <BᵀB, AAᵀ>`` where that is cheaper than the product itself, then in float64, for
+    it cancels: a result below ``1e-8`` of the factors' norms means nothing.
     """
-    b, a = b.double(), a.double()
     (m, r), n = b.shape, a.shape[1]
-    if r * (m + n) < m * n:
-        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
-    return float((b @ a).norm())
+    if r * (m + n) >= m * n:
+        return float((b @ a).norm())
+    b, a = b.double(), a.double()
+    return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
 
 
 def delta_norm(f: Factors) -> float:
@@ -381,20 +381,29 @@ def exactness_gap(
     gap = norm = 0.0
     for path, g in global_adapter.items():
         b, a = stack([u.adapter[path] for u in updates], p)
-        mine_b, mine_a = stack([g], [1.0])
+        mine_b, mine_a = (t.to(b.dtype) for t in stack([g], [1.0]))
         norm += product_norm(b, a) ** 2
-        both = (
-            torch.cat([b.double(), -mine_b.double()], dim=1),
-            torch.cat([a.double(), mine_a.double()]),
-        )
-        gap += product_norm(*both) ** 2
+        gap += product_norm(torch.cat([b, -mine_b], dim=1), torch.cat([a, mine_a])) ** 2
     gap, norm = math.sqrt(gap), math.sqrt(norm)
     return {"gap": gap, "norm": norm, "relative": gap / norm if norm > 0 else 0.0}
 
 
 def spectra(adapter: Adapter) -> dict[str, Tensor]:
     """The singular values of every module's update, descending, without rounding noise."""
-    return {path: svd_of_product(*stack([f], [1.0])).s for path, f in adapter.items()}
+    return {path: _singular_values(*stack([f], [1.0])) for path, f in adapter.items()}
+
+
+def _singular_values(b: Tensor, a: Tensor) -> Tensor:
+    """Of ``B A``; without a decomposition where both factors are orthogonal, as after an SVD."""
+    lengths = []
+    for gram in (b.T @ b, a @ a.T):
+        length = gram.diagonal().clamp_min(0).sqrt()
+        angle = gram / (length[:, None] * length).clamp_min(torch.finfo(gram.dtype).tiny)
+        if bool((angle - angle.diagonal().diag()).abs().max() > 1e-3):  # cosines: error ~ 1e-6
+            return svd_of_product(b, a).s
+        lengths.append(length)
+    s = (lengths[0] * lengths[1]).sort(descending=True).values
+    return s[s > 0]
 
 
 def singular_value_energy(spectra: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[int, float]:

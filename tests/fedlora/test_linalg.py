@@ -422,6 +422,9 @@ def test_energy_and_truncation_error() -> None:
     error = truncation_error(values, [Ranks({"w": 2}), Ranks({"w": 5})])
     assert error["2"] == pytest.approx(math.sqrt(0.865745226442 / total), rel=1e-9)
     assert error["5"] == 0
+    skew = vector_factors(1, 3)
+    close(spectra({"w": skew})["w"], svd(skew.delta()).s)
+    assert spectra({"w": Factors(skew.a, 0 * skew.b, 4.0)})["w"].numel() == 0
     zero = {"w": torch.zeros(0)}
     assert singular_value_energy(zero, [1]) == {1: 1.0}
     assert truncation_error(zero, [Ranks({"w": 1})]) == {"1": 0.0}
