@@ -149,6 +149,47 @@ def test_a_response_that_is_cut_does_not_end():
     assert 2 not in encoded.ids[1:]
 
 
+class Long:
+    """One token per hundred characters, and the prompt's last lines alone are one token."""
+
+    bos_token_id, eos_token_id = 1, 2
+
+    def __init__(self, width=100):
+        self.width = width
+
+    def __len__(self):
+        return 2**16
+
+    def __call__(self, text, *, add_special_tokens):
+        def ids(t):
+            return (
+                [9]
+                if t == ANSWER
+                else [3 + len(t[i : i + 1]) for i in range(0, len(t), self.width)]
+            )
+
+        return {"input_ids": [ids(t) for t in text]}
+
+
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
+def test_a_response_that_was_not_read_to_its_end_does_not_end(truncation):
+    """With long tokens, what is read of an output can fit the cutoff without being all of it."""
+    encoded = encode(Long(), Record(0, "train", "", "a", "", "b" * 5000), truncation)
+    assert len(encoded.ids) < CUTOFF
+    assert encoded.truncated and encoded.ids[-1] != 2
+
+
+def test_a_cut_prompt_has_its_last_lines_once():
+    """Even where they have other tokens in a text than alone."""
+    encoded = encode(Long(width=1), Record(0, "train", "", "a" * 90, "", "b"))
+    assert encoded.ids[encoded.prompt_tokens - 1] == 9
+    kept = encoded.prompt_tokens - 2
+    assert kept == CUTOFF - 4
+    record = Record(0, "train", "", "a" * 30, "", "b" * 5)
+    encoded = encode(Long(width=1), record)
+    assert encoded.prompt_tokens - 2 == min(len(question("a" * 30)), CUTOFF - 6 - 2)
+
+
 def test_a_tokenizer_without_bos_begins_with_the_prompt():
     tokenizer = CharacterTokenizer(bos_token_id=None)
     encoded = encode(tokenizer, Record(0, "train", "", "Go", "", "ok"))

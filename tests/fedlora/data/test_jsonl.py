@@ -3,7 +3,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedlora.data import DataError, Jsonl
@@ -99,6 +99,7 @@ def test_dirichlet_is_more_even_with_a_larger_alpha(tmp_path):
     test_share=st.floats(0, 0.45),
     seed=st.integers(0, 3),
 )
+@example(n=3, eval_share=0.49, test_share=0.5, seed=0)
 def test_every_client_can_train_and_holds_out_what_was_asked(
     n, eval_share, test_share, seed, tmp_path_factory
 ):

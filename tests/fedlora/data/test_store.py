@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import SPLITS, DataError, Record, TokenStore, prepare
+from fedlora.data import SPLITS, DataError, Record, TokenStore, build, prepare
 from fedlora.data.encode import Encoder
 from fedlora.data.store import cache_root, store_key
 
@@ -33,8 +33,9 @@ THREE = (
 
 
 @pytest.fixture(autouse=True)
-def _forget_reads():
+def _small_batches(monkeypatch):
     Listed.reads.clear()
+    monkeypatch.setattr(build, "_BATCH", 4)
 
 
 @LAW
