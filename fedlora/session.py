@@ -19,7 +19,7 @@ from fedlora.codec import WIRE_BYTES, payload_bytes
 from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
-from fedlora.tracking import Tracker, summarise
+from fedlora.tracking import Tracker, read_jsonl, summarise
 from fedlora.types import (
     Client,
     EvaluateJob,
@@ -169,8 +169,6 @@ class Session:
     state: State = field(init=False)
     done: int = field(init=False, default=0)
     """Rounds complete."""
-    last: dict[str, float | int | str] = field(init=False, default_factory=dict)
-    """The last round's record, for the run's closing line."""
 
     def __post_init__(self) -> None:
         self.state = self.method.init_state(self.setting)
@@ -195,6 +193,17 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         return self.done
+
+    def evaluation_missing(self) -> bool:
+        """Whether the round that the run stands at still wants its evaluation: at the start, or
+        when a run was killed after a checkpoint and before what it had to say about it."""
+        if not self.schedule.due(self.done, self.rounds.rounds):
+            return False
+        file = self.folder / "metrics.jsonl"
+        records = read_jsonl(file) if file.exists() else []
+        return not any(
+            r.get("kind") == "evaluate" and r.get("round") == self.done for r in records
+        )
 
     # --- training -----------------------------------------------------------------------------
 
@@ -250,20 +259,22 @@ class Session:
         record = self._record(phase, updates, failures, arrived)
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
-        self.done = phase.round
+        record["state/hash"] = checkpoint.state_hash(self.state)[:12]
+        record["round/seconds"] = time.monotonic() - phase.started
+        # Records before the checkpoint: if a kill comes between, resuming drops them and repeats
+        # the round; the other way round they would be lost.
+        self.tracker.round(record)
         checkpoint.save(
             self.folder / "checkpoints",
-            self.done,
+            phase.round,
             self.state,
             {},
             self.rounds.keep,
             config_hash=self.config_hash,
         )
-        record["state/hash"] = checkpoint.state_hash(self.state)[:12]
-        record["round/seconds"] = time.monotonic() - phase.started
-        self.tracker.round(record)
+        self.done = phase.round
         self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
-        self.last, self._phase = record, None
+        self._phase = None
         return record
 
     def _sort_out(

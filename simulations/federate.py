@@ -171,13 +171,13 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                 strategy = parts.strategy.bind(
                     session, worker=worker.to_json(), source=source_hash()
                 )
-                if session.done < session.rounds.rounds:
+                if session.done < session.rounds.rounds or session.evaluation_missing():
                     strategy.start(grid_of(parts))
                 _export(session, parts, info)
         finally:
             session.tracker.close()
     if parts.report:
-        emit(f"report: {write_report(folder)}")
+        _report(folder, emit)
     emit(f"run folder: {folder}")
     return folder
 
@@ -275,6 +275,14 @@ def _status(folder: Path, session: Session) -> Iterator[None]:
         write("failed", error)
         raise
     write("completed")
+
+
+def _report(folder: Path, emit: Callable[[str], None]) -> None:
+    """A finished run stays finished whatever happens to its pictures."""
+    try:
+        emit(f"report: {write_report(folder)}")
+    except Exception as error:
+        emit(f"report.html was not written: {type(error).__name__}: {error}")
 
 
 def _export(session: Session, parts: Parts, info: ModelInfo) -> None:

@@ -139,10 +139,10 @@ class LoRAStrategy(Strategy):
         watched = _WatchedGrid(grid, wire)
         seconds = session.rounds.timeout_s if timeout is None else timeout
         left = session.rounds.rounds - session.done if num_rounds is None else num_rounds
-        if session.done == 0:
+        wire.offset = session.done
+        if session.evaluation_missing():
             first = self.configure_evaluate(0, ArrayRecord(), ConfigRecord(), watched)
             self.aggregate_evaluate(0, watched.send_and_receive(first, timeout=seconds))
-        wire.offset = session.done
         return super().start(
             grid=watched,
             initial_arrays=wire.arrays() if initial_arrays is None else initial_arrays,

@@ -1,0 +1,69 @@
+"""Whole runs in one process, on the embedded model and the default data."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from fedlora.tracking import read_jsonl
+from simulations.client_app import app
+from simulations.compose import load
+from simulations.federate import run
+from simulations.grid import InProcessGrid
+
+SMALL = [
+    "population.clients=24",
+    "population.per_round=6",
+    "client.steps=2",
+    "client.batch_size=2",
+    "ranks=uniform",
+    "ranks.alpha=12",
+    "evaluate=none",
+    "runtime=in_process",
+    "runtime.nodes=3",
+    "report=false",
+    "rounds=2",
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory):
+    """One token cache for the session, never the user's."""
+    if "FEDLORA_CACHE" not in os.environ:
+        os.environ["FEDLORA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+class Run:
+    """A finished run and what it said."""
+
+    def __init__(self, folder: Path, said: list[str]) -> None:
+        self.folder, self.said = folder, "\n".join(said)
+        self.rounds = [r for r in self.records if r["kind"] == "round"]
+        self.hash = self.rounds[-1]["state/hash"] if self.rounds else ""
+
+    @property
+    def records(self):
+        return read_jsonl(self.folder / "metrics.jsonl")
+
+    @property
+    def clients(self):
+        return read_jsonl(self.folder / "clients.jsonl")
+
+    @property
+    def status(self):
+        return json.loads((self.folder / "status.json").read_text())
+
+
+@pytest.fixture
+def federate(tmp_path):
+    """Do a small run with overrides; ``Run`` even if it fails (then ``error`` is set)."""
+
+    def do(*overrides: str, output: str = "out") -> Run:
+        said: list[str] = []
+        text = [] if any(w.startswith("data=") for w in overrides) else ["data.clients=400"]
+        cfg = load([*SMALL, *text, f"output_dir={tmp_path / output}", *overrides])
+        folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
+        return Run(folder, said)
+
+    return do
