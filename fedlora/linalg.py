@@ -109,6 +109,7 @@ def product_norm(b: Tensor, a: Tensor) -> float:
     By ``||BA||² = <BᵀB, AAᵀ>`` where that is cheaper than the product itself, then in float64, for
     it cancels: a result below ``1e-8`` of the factors' norms means nothing.
     """
+    b, a = _raised(b), _raised(a)
     (m, r), n = b.shape, a.shape[1]
     if r * (m + n) >= m * n:
         return float((b @ a).norm())

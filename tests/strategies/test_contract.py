@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import conf
-from fedlora.config import build
+from fedlora.config import ConfigError, build
 from strategies.base import LoRAStrategy
 from tests.strategies.laws import LAWS, Law
 
@@ -56,6 +56,28 @@ def strategy(request: pytest.FixtureRequest) -> LoRAStrategy:
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 def test_laws(strategy: LoRAStrategy, law: Law) -> None:
     law(strategy, 1)
+
+
+def client_of(*overrides: str) -> str:
+    with initialize_config_dir(str(CONF), version_base=None):
+        return str(compose("config", overrides=list(overrides)).client.optimizer)
+
+
+def test_fedavg_and_fedit_differ_by_the_local_optimizer() -> None:
+    """And what is asked for on the command line wins."""
+    assert client_of("strategy=fedavg") == "sgd"
+    assert client_of("strategy=fedit") == "adamw"
+    assert client_of("strategy=fedavg", "client=adamw") == "adamw"
+    assert client_of("strategy=slora", "strategy@strategy.aggregator=fedavg") == "sgd"
+
+
+def test_a_server_optimizer_is_refused_where_it_means_nothing() -> None:
+    node = {
+        "_target_": "strategies.heterolora.HeteroLoRA",
+        "server_optimizer": {"_target_": "fedlora.server_optimizer.FedAvgM"},
+    }
+    with pytest.raises(ConfigError, match="strategy: unknown key 'server_optimizer'"):
+        build(node, LoRAStrategy, "strategy")
 
 
 def test_there_is_something_to_test() -> None:
