@@ -19,7 +19,8 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def __len__(self) -> int: ...
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Any: ...
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
+        """``{"input_ids": [[...], ...]}``; not verbose, as long texts are cut here anyway."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class Encoder:
         return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        found = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = found["input_ids"]
         return ids
 
 

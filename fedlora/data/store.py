@@ -67,7 +67,8 @@ def cache_root() -> Path:
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
     """Hash of everything that the store's content depends on."""
-    probe = tokenizer([prompt("Probe: 2 + 40?", "naïve TEXT\n")], add_special_tokens=False)
+    text = prompt("Probe: 2 + 40?", "naïve TEXT\n")
+    probe = tokenizer([text], add_special_tokens=False, verbose=False)
     parts = {
         "source": [source.name, source.fingerprint(), source.cutoff, source.truncation],
         "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],

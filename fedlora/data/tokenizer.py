@@ -43,7 +43,9 @@ class FolderTokenizer:
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, verbose: bool = False
+    ) -> dict[str, list[list[int]]]:
         encodings = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [e.ids for e in encodings]}
 

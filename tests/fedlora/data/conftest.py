@@ -46,7 +46,9 @@ class CharacterTokenizer:
     def __len__(self) -> int:
         return self.size
 
-    def __call__(self, text: list[str], *, add_special_tokens: bool) -> dict[str, list[list[int]]]:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool, verbose: bool = False
+    ) -> dict[str, list[list[int]]]:
         assert not add_special_tokens
         merged = [t.replace(".\n\n", chr(0x10FFFF)) for t in text]
         return {"input_ids": [[ord(c) + 3 for c in t] for t in merged]}

@@ -128,7 +128,7 @@ class Spy:
     def __len__(self):
         return len(self.inner)
 
-    def __call__(self, text, *, add_special_tokens):
+    def __call__(self, text, *, add_special_tokens, verbose=False):
         self.seen.extend(text)
         return self.inner(text, add_special_tokens=add_special_tokens)
 
@@ -160,7 +160,7 @@ class Long:
     def __len__(self):
         return 2**16
 
-    def __call__(self, text, *, add_special_tokens):
+    def __call__(self, text, *, add_special_tokens, verbose=False):
         def ids(t):
             return (
                 [9]
@@ -207,9 +207,10 @@ def test_a_cutoff_without_room_for_the_prompt_is_refused():
         Encoder(CharacterTokenizer(), 20, "input")
 
 
-def test_ids_are_those_of_transformers(tokenizer, tokenizer_folder):
+def test_ids_are_those_of_transformers(tokenizer, tokenizer_folder, caplog):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokenizer_folder, model_max_length=32)
+    transformers.logging.enable_propagation()
     records = [
         Record(0, "train", "", "Translate.", text, out)
         for text, out in [("The cat", "Le chat"), ("東京 " * 40, "naïve"), ("", "")]
@@ -217,6 +218,7 @@ def test_ids_are_those_of_transformers(tokenizer, tokenizer_folder):
     assert Encoder(theirs, 64, "input").encode(records) == (
         Encoder(tokenizer, 64, "input").encode(records)
     )
+    assert "longer than the specified" not in caplog.text
     assert tokenizer.bos_token_id == theirs.bos_token_id
     assert tokenizer.eos_token_id == theirs.eos_token_id
     assert len(tokenizer) == len(theirs)
