@@ -124,7 +124,7 @@ def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenize
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token=SPECIALS[PAD],
         bos_token=SPECIALS[BOS],
@@ -548,7 +548,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--positions {recipe.positions}, as --long-every needs"
         )
     torch.set_num_threads(threads)
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
     command = shlex.join(["python", "-m", "simulations.pretrain", *given])
     try:
         pretrain(recipe, output, command, save_every)
