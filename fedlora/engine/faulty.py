@@ -1,18 +1,18 @@
 """An engine whose clients fail on purpose: a rehearsal of what a federation must survive.
 
-Which clients fail depends on the job's seed, round and client alone, so a rehearsal can be repeated.
+Which clients fail depends on the job's seed, round and client alone: a rehearsal can be repeated.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, EngineSpec
 from fedlora.engine.sequential import Sequential
 from fedlora.models.language_model import LanguageModel
-from fedlora.data.store import TokenStore
 from fedlora.seeding import generator
 from fedlora.types import (
     EvaluateJob,
@@ -102,7 +102,9 @@ def _spoil(update: Update, fault: str) -> Update:
 def _spoiled(payload: Payload, fault: str) -> Payload:
     if isinstance(payload, SparseDelta):
         path, values = next(iter(payload.values.items()))
-        bad = values[:-1] if fault == "shape" else values.index_fill(0, torch.tensor([0]), torch.nan)
+        bad = (
+            values[:-1] if fault == "shape" else values.index_fill(0, torch.tensor([0]), torch.nan)
+        )
         return replace(payload, values={**payload.values, path: bad})
     path, f = next(iter(payload.items()))
     if fault == "shape":

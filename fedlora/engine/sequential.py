@@ -8,6 +8,7 @@ import torch
 from fedlora.client import LoRAClient
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import EngineSpec, failure
+from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.language_model import LanguageModel
 from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update, at_least
 
@@ -19,6 +20,9 @@ class Sequential(EngineSpec):
     threads: int = 1
     """Intra-op threads of a worker process; 0 leaves PyTorch's choice. With one, results do not
     depend on the machine's number of cores, and many workers do not fight over them."""
+    reuse_memory: bool = True
+    """Keep up to 512 MiB of freed memory in the process, where glibc allows (`keep_freed_memory`):
+    faster on CPU, same numbers."""
 
     def __post_init__(self) -> None:
         at_least("engine.threads", self.threads, 0)
@@ -26,6 +30,8 @@ class Sequential(EngineSpec):
     def open(self, model: LanguageModel, store: TokenStore) -> "SequentialEngine":
         if self.threads:
             torch.set_num_threads(self.threads)
+        if self.reuse_memory:
+            keep_freed_memory()
         return SequentialEngine(model, store)
 
 

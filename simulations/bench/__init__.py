@@ -1,0 +1,1 @@
+"""Benchmarks: one question per file, answered in its docstring and its results."""
