@@ -236,6 +236,25 @@ def results_tag(content: RecordDict) -> str:
     return str(content.config_records["results"]["tag"])
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What a reply says without decoding its payloads."""
+
+    tag: str
+    clients: int
+    failed: int
+    losses: list[float]
+    """Training losses of the updates in it."""
+
+
+def glance(content: RecordDict) -> Glance:
+    """Look at a reply for progress alone: costs nothing that grows with the adapters."""
+    rows = json.loads(str(content.config_records["results"]["rows"]))
+    losses = [row["metrics"]["loss"] for row in rows if "loss" in row.get("metrics", {})]
+    failed = sum("failure" in row for row in rows)
+    return Glance(results_tag(content), len(rows), failed, losses)
+
+
 def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:
     """The inverse of `encode_results`; ``clients`` are those that were asked, by id.
 

@@ -54,8 +54,8 @@ _N = _normal()
 _UNIFORM = (0.25, 0.25, 0.25, 0.25)
 _LIGHT, _STRONG = (0.80, 0.05, 0.05, 0.10), (0.05, 0.05, 0.10, 0.80)
 SHARES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
-    "homogeneous": {v: (1.0, 0.0, 0.0, 0.0) for v in ("paper", "code", "readme")},
-    "uniform": {v: _UNIFORM for v in ("paper", "code", "readme")},
+    "homogeneous": dict.fromkeys(("paper", "code", "readme"), (1.0, 0.0, 0.0, 0.0)),
+    "uniform": dict.fromkeys(("paper", "code", "readme"), _UNIFORM),
     "heavy_tail_light": {"paper": _LIGHT, "code": _LIGHT, "readme": (0.85, 0.05, 0.05, 0.05)},
     "heavy_tail_strong": {"paper": _STRONG, "code": _STRONG, "readme": (0.05, 0.05, 0.05, 0.85)},
     "normal": {

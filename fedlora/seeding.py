@@ -36,4 +36,4 @@ def mask_noise(seed: int, path: str, d_out: int, d_in: int) -> Tensor:
     A sparse mask of density ``d`` is ``mask_noise(...) < d``, so masks are nested in ``d``.
     """
     g = torch_generator(seed, "mask", zlib.crc32(path.encode()))
-    return torch.rand(d_out, d_in, generator=g, dtype=torch.float64)
+    return torch.rand(d_out, d_in, generator=g)

@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fedlora import checkpoint
-from fedlora.codec import WIRE_BYTES, payload_bytes
+from fedlora.codec import WIRE_BYTES, Glance, payload_bytes
 from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
@@ -77,7 +77,8 @@ class EvaluationSchedule:
     clients: int = 20
     """Panel size per group; 0: everybody."""
     adapters: tuple[str, ...] = ("full",)
-    """``full``: the global update as exactly as it is known; ``own``: cut to the client's ranks."""
+    """``full``: the global update as exactly as it is known (for FlexLoRA the whole W: large for
+    large models); ``largest``: at the population's largest ranks; ``own``: at the client's."""
     plan: EvaluatePlan = field(default_factory=EvaluatePlan)
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class EvaluationSchedule:
                 "evaluate.groups", group, ("seen", "unseen_random", "unseen_task", "participants")
             )
         for adapter in self.adapters:
-            one_of("evaluate.adapters", adapter, ("full", "own"))
+            one_of("evaluate.adapters", adapter, ("full", "largest", "own"))
 
     def due(self, round: int, last: int) -> bool:
         """Whether this round is followed by an evaluation."""
@@ -146,7 +147,6 @@ class _Phase:
     round: int
     jobs: dict[int, TrainJob]
     started: float
-    progress: RoundProgress
 
 
 @dataclass
@@ -201,9 +201,7 @@ class Session:
             return False
         file = self.folder / "metrics.jsonl"
         records = read_jsonl(file) if file.exists() else []
-        return not any(
-            r.get("kind") == "evaluate" and r.get("round") == self.done for r in records
-        )
+        return not any(r.get("kind") == "evaluate" and r.get("round") == self.done for r in records)
 
     # --- training -----------------------------------------------------------------------------
 
@@ -222,23 +220,21 @@ class Session:
         ]
         limit = plan.max_examples or max(c.num_examples for c in clients)
         weights = [float(min(c.num_examples, limit)) for c in clients]
-        label = f"round {round}/{self.rounds.rounds}  train"
-        progress = RoundProgress(len(jobs), label, emit=self.emit)
-        self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic(), progress)
+        self._begin(round, "train", len(jobs))
+        self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic())
         return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
 
     def _messages(self, jobs: int) -> int:
         size = self.rounds.clients_per_message
         return -(-jobs // size) if size else min(jobs, 4 * self.workers)
 
-    def heard(self, results: Iterable[Update | Evaluation | Failure]) -> None:
+    def _begin(self, round: int, phase: str, clients: int) -> None:
+        label = f"round {round}/{self.rounds.rounds}  {phase}"
+        self._progress = RoundProgress(clients, label, emit=self.emit)
+
+    def heard(self, reply: Glance) -> None:
         """Show progress when a reply arrives."""
-        if self._phase is None:
-            return
-        results = list(results)
-        losses = [r.metrics["loss"] for r in results if isinstance(r, Update)]
-        failed = sum(isinstance(r, Failure) for r in results)
-        self._phase.progress.done(len(results), losses, failed)
+        self._progress.done(reply.clients, reply.losses, reply.failed)
 
     def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
         """Validate and aggregate a round's results, write the checkpoint and the records.
@@ -412,29 +408,30 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        starts: dict[tuple[str, Ranks | None], Payload] = {}
         for group in self.schedule.groups:
-            if group == "participants":
-                clients = cohort(self.roster, self.setting.seed, round + 1)
-            else:
-                clients = panel(self.roster, group, self.schedule.clients, self.setting.seed)
             for kind in self.schedule.adapters:
-                jobs = []
-                for c in clients:
-                    c = self.method.enlist(self.state, c)
-                    ranks = c.ranks if kind == "own" else None
-                    if (kind, ranks) not in starts:
-                        starts[kind, ranks] = self.method.global_adapter(self.state, ranks)
-                    jobs.append(
-                        EvaluateJob(
-                            self.setting.seed, round, c, starts[kind, ranks], self.schedule.plan
-                        )
-                    )
-                hands = deal([1.0] * len(jobs), self._messages(len(jobs)))
+                jobs = self._evaluation_jobs(round, group, kind)
+                # Fewer messages than in training: the full adapter can be as large as the model.
+                hands = deal([1.0] * len(jobs), min(2 * self.workers, self._messages(len(jobs))))
                 batches += [(f"{group}:{kind}", [jobs[i] for i in hand]) for hand in hands]
-        self._phase = None
+        self._begin(round, "evaluate", sum(len(jobs) for _, jobs in batches))
         self._evaluation_started = time.monotonic()
         return batches
+
+    def _evaluation_jobs(self, round: int, group: str, kind: str) -> list[EvaluateJob]:
+        seed = self.setting.seed
+        if group == "participants":
+            clients = cohort(self.roster, seed, round + 1)
+        else:
+            clients = panel(self.roster, group, self.schedule.clients, seed)
+        clients = [self.method.enlist(self.state, c) for c in clients]
+        fixed = {"full": None, "largest": self.setting.max_ranks}
+        wanted = [c.ranks if kind == "own" else fixed[kind] for c in clients]
+        adapters = {r: self.method.global_adapter(self.state, r) for r in dict.fromkeys(wanted)}
+        return [
+            EvaluateJob(seed, round, c, adapters[r], self.schedule.plan)
+            for c, r in zip(clients, wanted, strict=True)
+        ]
 
     def finish_evaluation(
         self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]

@@ -13,9 +13,10 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora import checkpoint
+from fedlora.cache import cache_root
 from fedlora.config import ConfigError, build
 from fedlora.data.source import Source
-from fedlora.data.store import TokenStore, cache_root, prepare
+from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.base import EngineSpec
 from fedlora.environment import environment
 from fedlora.identity import source_hash

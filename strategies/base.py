@@ -25,6 +25,7 @@ from fedlora.codec import (
     decode_results,
     encode_jobs,
     encode_payload,
+    glance,
     results_tag,
 )
 from fedlora.session import RunError, Session, State, WorkerDied
@@ -179,9 +180,9 @@ class LoRAStrategy(Strategy):
         """Hand the replies to the session; Flower gets the global adapter and the numbers."""
         wire = self._bound
         results = [r for found in wire.results(replies).values() for r in found]
+        wire.raise_if_dead()
         training = [r for r in results if not isinstance(r, Evaluation)]
         record = wire.session.finish_training(training)
-        wire.raise_if_dead()
         return wire.arrays(), _brief(record, ("clients", "failed", "rejected", "train/loss"))
 
     def configure_evaluate(
@@ -201,8 +202,8 @@ class LoRAStrategy(Strategy):
             tag: [r for r in found if not isinstance(r, Update)]
             for tag, found in wire.results(replies).items()
         }
-        numbers = wire.session.finish_evaluation(server_round + wire.offset, results)
         wire.raise_if_dead()
+        numbers = wire.session.finish_evaluation(server_round + wire.offset, results)
         shown = ("clients", "loss_response", "loss_full", "rouge_l")
         return _brief(numbers, shown) if numbers else None
 
@@ -226,10 +227,10 @@ class _Wire:
         self, batches: Sequence[tuple[str, Sequence[Job]]], kind: str, grid: Grid
     ) -> list[Message]:
         """One message per batch, dealt round-robin over the registered nodes."""
+        self.asked = {}
         if not batches:
             return []
         nodes = _nodes(grid)
-        self.asked = {}
         out = []
         for i, (tag, jobs) in enumerate(batches):
             content = encode_jobs(
@@ -260,21 +261,27 @@ class _Wire:
         for tag, jobs in missing.values():
             kind, why = ("WorkerError", _essence(reasons[0])) if reasons else ("NoReply", "timeout")
             found[tag] += [Failure(j.client, kind, why, "\n".join(reasons[:1])) for j in jobs]
-        deaths = [r for r in reasons if any(mark in r for mark in DEATH)]
-        self.dead = _essence(deaths[0]) if deaths else self.dead
         return found
 
+    def notice(self, reply: Message) -> None:
+        """Take note of a reply as it comes: progress, or the death of a worker."""
+        if not reply.has_error():
+            self.session.heard(glance(reply.content))
+            return
+        reason = reply.error.reason or ""
+        if any(mark in reason for mark in DEATH):
+            self.dead = _essence(reason)
+
     def raise_if_dead(self) -> None:
-        """Stop after the round in which a worker process died.
+        """Stop in the round in which a worker process died; what it lost is done again.
 
         Raises:
             WorkerDied: so that a launcher can go on in a new pool.
         """
         if self.dead:
-            session = self.session
             raise WorkerDied(
                 f"a worker process died ({self.dead}) and Flower does not replace it. Rounds "
-                f"1..{session.done} are safe; the same command with resume=auto continues"
+                f"1..{self.session.done} are safe; the same command with resume=auto continues"
             )
 
 
@@ -309,7 +316,7 @@ def _essence(reason: str) -> str:
 
 
 class _WatchedGrid(Grid):
-    """A grid that tells the session of every reply as it comes."""
+    """A grid that takes note of every reply as it comes, and stops waiting when a worker died."""
 
     def __init__(self, grid: Grid, wire: _Wire) -> None:
         self._grid, self._wire = grid, wire
@@ -343,15 +350,10 @@ class _WatchedGrid(Grid):
             arrived = list(self.pull_messages(pending))
             for reply in arrived:
                 pending.discard(reply.metadata.reply_to_message_id)
-                self._tell(reply)
+                self._wire.notice(reply)
             replies += arrived
+            if self._wire.dead:
+                break
             if pending and not arrived:
                 time.sleep(0.05)
         return replies
-
-    def _tell(self, reply: Message) -> None:
-        if reply.has_error():
-            return
-        _, jobs = self._wire.asked[results_tag(reply.content)]
-        clients = {j.client.id: j.client for j in jobs}
-        self._wire.session.heard(decode_results(reply.content, clients))

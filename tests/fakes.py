@@ -23,7 +23,7 @@ class Mean(LoRAStrategy):
         return state
 
     def enlist(self, state: State, client: Client) -> Client:
-        ranks = Ranks({p: self.rank for p in client.ranks})
+        ranks = Ranks(dict.fromkeys(client.ranks, self.rank))
         return Client(client.id, ranks, client.num_examples, client.tier)
 
     def start_adapter(self, state: State, client: Client) -> Payload:

@@ -5,7 +5,7 @@ from fedlora.data.natural_instructions import NaturalInstructions, task_group, u
 from fedlora.data.records import SPLITS, DataError, Record
 from fedlora.data.sotu import Sotu
 from fedlora.data.source import Source
-from fedlora.data.store import ClientInfo, Example, TokenStore, cache_root, prepare
+from fedlora.data.store import ClientInfo, Example, TokenStore, prepare
 
 __all__ = [
     "SPLITS",
@@ -18,7 +18,6 @@ __all__ = [
     "Sotu",
     "Source",
     "TokenStore",
-    "cache_root",
     "prepare",
     "task_group",
     "unseen_tasks",

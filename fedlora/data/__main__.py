@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedlora.cache import cache_root
 from fedlora.config import build
-from fedlora.data import SPLITS, DataError, Source, TokenStore, cache_root, prepare
+from fedlora.data import SPLITS, DataError, Source, TokenStore, prepare
 from fedlora.data.tokenizer import FolderTokenizer
 from fedlora.models.folder import ModelError, find_assets, tokenizer_id
 

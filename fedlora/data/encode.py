@@ -19,7 +19,9 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
 
     def __len__(self) -> int: ...
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
+    def __call__(
+        self, text: list[str], *, add_special_tokens: bool = ..., verbose: bool = ...
+    ) -> Any:
         """``{"input_ids": [[...], ...]}``; not verbose, as long texts are cut here anyway."""
 
 

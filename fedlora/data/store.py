@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -57,12 +56,6 @@ class ClientInfo:
     num_test: int
     name: str
     """What the source calls it."""
-
-
-def cache_root() -> Path:
-    """Where stores live: ``FEDLORA_CACHE``, or a folder of the user's cache."""
-    root = os.environ.get("FEDLORA_CACHE") or "~/.cache/fedlora"
-    return Path(root).expanduser().absolute()
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:

@@ -44,7 +44,7 @@ class FolderTokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def __call__(
-        self, text: list[str], *, add_special_tokens: bool, verbose: bool = False
+        self, text: list[str], *, add_special_tokens: bool = False, verbose: bool = False
     ) -> dict[str, list[list[int]]]:
         encodings = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
         return {"input_ids": [e.ids for e in encodings]}

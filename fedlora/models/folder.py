@@ -9,7 +9,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 ASSETS_VARIABLE = "FEDLORA_ASSETS"
-CACHE_VARIABLE = "FEDLORA_CACHE"
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -26,12 +25,6 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two train
 
 class ModelError(RuntimeError):
     """A base model that cannot be used, in a sentence for the person who named it."""
-
-
-def cache_root() -> Path:
-    """Where converted models are kept: ``$FEDLORA_CACHE``, else ``~/.cache/fedlora``."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return Path(root).expanduser().absolute() if root else Path.home() / ".cache" / "fedlora"
 
 
 def _asset_folders() -> Iterator[Path]:

@@ -45,7 +45,11 @@ def test_aggregated_weights_are_loaded(federate):
 
 def test_resumed_equals_uninterrupted(federate):
     whole = federate("rounds=3", "strategy=heterolora")
-    federate("rounds=1", "strategy=heterolora", output="cut", )
+    federate(
+        "rounds=1",
+        "strategy=heterolora",
+        output="cut",
+    )
     resumed = federate("rounds=3", "strategy=heterolora", "resume=auto", output="cut")
     assert resumed.hash == whole.hash
     assert [r["round"] for r in resumed.rounds] == [1, 2, 3]
@@ -96,7 +100,7 @@ def test_a_bad_update_is_rejected_and_named(federate, fault):
 
 
 def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_path):
-    with pytest.raises(RunError, match="only 0 of 6 clients succeeded.*Rounds 1..0 are safe"):
+    with pytest.raises(RunError, match=r"only 0 of 6 clients succeeded.*Rounds 1..0 are safe"):
         federate("engine=faulty", "engine.raise_share=1.0")
     (folder,) = (tmp_path / "out").iterdir()
     status = json.loads((folder / "status.json").read_text())
@@ -106,8 +110,11 @@ def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_pat
 
 def test_evaluation_is_written_and_summarised(federate):
     done = federate(
-        "evaluate=fast", "evaluate.clients=2", "evaluate.groups=[seen,unseen_random,participants]",
-        "evaluate.adapters=[full,own]", "evaluate.plan.max_new_tokens=4",
+        "evaluate=fast",
+        "evaluate.clients=2",
+        "evaluate.groups=[seen,unseen_random,participants]",
+        "evaluate.adapters=[full,own]",
+        "evaluate.plan.max_new_tokens=4",
     )
     found = [r for r in done.records if r["kind"] == "evaluate"]
     assert {(r["round"], r["group"], r["adapter"]) for r in found} == {

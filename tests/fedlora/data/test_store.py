@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.data import SPLITS, DataError, Record, TokenStore, build, prepare
 from fedlora.data.encode import Encoder
-from fedlora.data.store import cache_root, store_key
+from fedlora.data.store import store_key
 
 from .conftest import CharacterTokenizer, Listed
 
@@ -259,11 +259,3 @@ def test_statistics_count_what_is_there(tmp_path):
     assert s["train_examples_per_client"]["mean"] == 1
     assert s["largest_categories"] == {"y": 2, "x": 1, "": 1}
     assert json.loads(json.dumps(s)) == s
-
-
-def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-    assert cache_root() == tmp_path
-    monkeypatch.delenv("FEDLORA_CACHE")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_root() == tmp_path / ".cache" / "fedlora"

