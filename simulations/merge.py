@@ -1,0 +1,54 @@
+"""Add a run's adapter to its base model: a plain model in Hugging Face's layout.
+
+    python -m simulations.merge outputs/flexlora-heavy_tail_strong-sotu-tiny-s0 merged/
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from fedlora.config import ConfigError, build
+from fedlora.models.export import load_peft, merge
+from fedlora.models.folder import ModelError
+from fedlora.models.spec import ModelSpec
+
+
+def merge_run(run: Path, target: Path) -> None:
+    """Write the merged model of a finished run.
+
+    Raises:
+        ConfigError: if the folder is not that of a run.
+        ModelError: if the run has no adapter, or its base model is gone.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
+    config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+    assert isinstance(config, dict)
+    spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
+    adapter = load_peft(run / "adapter")
+    model = spec.load(torch.device("cpu"))
+    merge(model, adapter, target)
+    model.tokenizer.save_pretrained(target)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("run", type=Path, help="a run folder with adapter/")
+    parser.add_argument("target", type=Path, help="folder to write the model to")
+    options = parser.parse_args(arguments)
+    try:
+        merge_run(options.run, options.target)
+    except (ConfigError, ModelError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(f"merged model: {options.target.absolute()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
