@@ -61,7 +61,8 @@ def main() -> None:
     over = threading.Event()
 
     def watch_owner() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # sys.stdin would still hold its lock when this process ends
+            pass
         over.set()
 
     def watch_child() -> None:

@@ -9,6 +9,7 @@ the run's status, and takes everything down again. It is the only module that kn
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -34,7 +35,10 @@ QUIET = {
 }
 START_PATIENCE_S = 60.0
 FOLDER = re.compile(r"^run folder: (.+)$")
-ROUTINE = re.compile(r"^(\x1b\[9[23]m(INFO|WARNING)|Using SuperLink|Successfully installed|$)")
+ROUTINE = re.compile(
+    r"^(\x1b\[36m\(ClientAppActor pid=\d+(, ip=[\d.]+)?\)\x1b\[0m )?"
+    r"(\x1b\[9[23]m(INFO|WARNING)|Using SuperLink|Successfully installed|$)"
+)
 EXPLAINED = re.compile(
     r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint)Error|^RUN FAILED: WorkerDied"
 )
@@ -176,7 +180,7 @@ def _run(
     flwr: _Flower, overrides: list[str], runtime: Runtime, emit: Callable[[str], None]
 ) -> tuple[str, Path | None]:
     """Submit, stream the log, read the status. Returns it and the run folder."""
-    text = " ".join(quote(word) for word in overrides)
+    text = shlex.join(overrides)
     answer = flwr.ask(
         "run",
         str(ROOT),
@@ -235,23 +239,11 @@ def _status(flwr: _Flower, run_id: str) -> str:
         time.sleep(0.3)
 
 
-def quote(word: str) -> str:
-    """A Hydra override as one word of a shell-like string."""
-    return (
-        word
-        if re.fullmatch(r"[\w@%+=:,./\[\]{}~-]+", word)
-        else '"' + word.replace('"', '\\"') + '"'
-    )
-
-
 def toml_string(text: str) -> str:
-    """Text for ``--run-config``, whose grammar is one line of TOML without escapes.
+    """Text as a value of ``--run-config``: TOML on one line.
 
-    Raises:
-        LaunchError: if the text holds both kinds of quotes.
+    Flower ends a value at the next quote, escaped or not, so a quote inside is written by its
+    number; so is whatever else is not plainly printable.
     """
-    if "'" not in text:
-        return f"'{text}'"
-    if '"' not in text:
-        return f'"{text}"'
-    raise LaunchError(f"overrides must not mix both kinds of quotes: {text}")
+    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return '"' + "".join(plain) + '"'
