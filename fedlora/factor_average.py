@@ -8,17 +8,51 @@ under ``server/``, what the server optimizer remembers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from fedlora.initial import initial_factors
 from fedlora.linalg import at_rank, average, client_shares, factors_of_rank, svd
-from fedlora.server_optimizer import ServerOptimizer
+from fedlora.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.state import State, order, pack, prefixed, scalar, under, unpack
 from fedlora.types import Adapter, Client, Factors, Ranks, Setting, Update, one_of
 
 GLOBAL, SERVER = "global/", "server/"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FactorAverage:
+    """The hooks of a strategy (`strategies.base.LoRAStrategy`) that averages factors."""
+
+    weights: str = "examples"
+    """``examples`` (``n_k``) or ``uniform``."""
+    heterogeneous: str = "smallest"
+    """Clients of unequal rank: all train the ``smallest``, or ``refuse``."""
+    server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
+    """Acts on ``A`` and ``B``."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        one_of("strategy.heterogeneous", self.heterogeneous, ("smallest", "refuse"))
+
+    def init_state(self, setting: Setting) -> State:
+        return initial_state(setting, self.heterogeneous, self.server_optimizer)
+
+    def enlist(self, state: State, client: Client) -> Client:
+        return at_common_rank(state, client)
+
+    def start_adapter(self, state: State, client: Client) -> Adapter:
+        return factors(state)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        return next_state(state, updates, self.weights, self.server_optimizer)
+
+    def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        return continued(state, delta, self.server_optimizer)
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+        return at_ranks(state, ranks)
 
 
 def initial_state(setting: Setting, heterogeneous: str, optimizer: ServerOptimizer) -> State:

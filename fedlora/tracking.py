@@ -349,9 +349,10 @@ def summarise(
     """Means over clients of what was measured on them, each beside its weighted mean.
 
     ``<name>`` is the plain mean, ``<name>_weighted`` weights clients by the examples or tokens the
-    metric is a mean of. ``perplexity_weighted`` is the exponential of the weighted loss, which is
-    the perplexity of all tokens together. ``rouge_l_low`` and ``rouge_l_high`` bound the mean over
-    clients at 95 % by bootstrapping clients.
+    metric is a mean of. ``perplexity`` and ``perplexity_weighted`` are the exponentials of the mean
+    losses per response token (the latter is the perplexity of all tokens together): one client with
+    a loss of 20 would outweigh all others in a mean of perplexities. ``rouge_l_low`` and
+    ``rouge_l_high`` bound the mean over clients at 95 % by bootstrapping clients.
 
     Args:
         evaluations: in any order, one per client; values that are not finite are left out.
@@ -359,8 +360,9 @@ def summarise(
         resamples: of the bootstrap.
     """
     ordered = sorted(evaluations, key=lambda e: e.client.id)
-    rows = [_with_perplexity(e.metrics) for e in ordered]
-    names = dict.fromkeys(name for row in rows for name in row if name not in COUNTS)
+    rows = [e.metrics for e in ordered]
+    derived = {*COUNTS, "perplexity"}
+    names = dict.fromkeys(name for row in rows for name in row if name not in derived)
     summary: dict[str, float] = {"clients": len(rows)}
     for count in COUNTS:
         if any(count in row for row in rows):
@@ -376,8 +378,9 @@ def summarise(
         total = math.fsum(w for _, w in pairs)
         if total > 0:
             summary[f"{name}_weighted"] = math.fsum(v * w for v, w in pairs) / total
-    if "loss_response_weighted" in summary:
-        summary["perplexity_weighted"] = _exp(summary["loss_response_weighted"])
+    for kind in ("", "_weighted"):
+        if f"loss_response{kind}" in summary:
+            summary[f"perplexity{kind}"] = _exp(summary[f"loss_response{kind}"])
     scores = [row["rouge_l"] for row in rows if math.isfinite(row.get("rouge_l", math.nan))]
     if scores:
         low, high = bootstrap(scores, seed, resamples)
@@ -392,13 +395,6 @@ def bootstrap(values: Sequence[float], seed: int, resamples: int = 1000) -> tupl
     means = sample[random.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _with_perplexity(metrics: Mapping[str, float]) -> dict[str, float]:
-    found = dict(metrics)
-    if "loss_response" in found:
-        found.setdefault("perplexity", _exp(found["loss_response"]))
-    return found
 
 
 def _weight(name: str) -> str:
