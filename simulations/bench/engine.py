@@ -9,7 +9,8 @@ Three sides train the same clients from the same start, one after another on one
     trainer      the same PEFT model under one `transformers.Trainer` per client
 
 Sides are interleaved, and CPU time is what counts: other jobs may share the cores. Before
-anything is timed the sides must agree on every client's loss and on the adapter it ends with.
+anything is timed the sides must agree on every client's loss and on the adapter it ends with. All
+sides run in one process, so `fedlora.engine.memory` speeds up the other two as well.
 """
 
 import argparse
