@@ -347,7 +347,10 @@ def main() -> None:
             config = {**vars(case), "plan": describe(case.plan), "rank": RANK, "alpha": ALPHA}
             results[name] = {"config": config, **result}
     machine = {k: v for k, v in environment().items() if k not in ("executable", "host")}
-    record = {"command": "python -m simulations.bench.engine", "threads": args.threads}
+    command = (
+        f"python -m simulations.bench.engine --repeats {args.repeats} --threads {args.threads}"
+    )
+    record = {"command": command, "threads": args.threads}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(
         json.dumps({**record, "environment": machine, "settings": results}, indent=1) + "\n"

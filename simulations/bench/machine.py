@@ -1,0 +1,33 @@
+"""What every benchmark writes beside its numbers: where, when, with what, how busy it was."""
+
+import json
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Any
+
+from fedlora.environment import environment
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> str:
+    """Processor and number of usable cores as a word for a file name."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    name = match[1] if match else platform.processor() or platform.machine()
+    words = re.findall(r"[a-z0-9]+", name.lower().replace("(r)", "").replace("(tm)", ""))
+    return "-".join([*words[:4], f"{len(os.sched_getaffinity(0))}cpu"])
+
+
+def load() -> float:
+    """The machine's load average over the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def write(path: Path, record: dict[str, Any]) -> None:
+    """One JSON file with the environment, without what names a person's machine."""
+    where = {k: v for k, v in environment().items() if k not in ("executable", "host")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": where, **record}, indent=1) + "\n")
