@@ -50,16 +50,23 @@ class Setting:
     """A base model and the shape of its clients' data."""
 
     name: str
+    """The network's name, then what distinguishes the data."""
     clients: int
     examples: int
     tokens: tuple[int, int]
     """Shortest and longest example."""
     plan: LocalPlan
 
+    @property
+    def network(self) -> str:
+        """Which network it trains."""
+        return self.name.split()[0]
+
 
 SETTINGS = (
     Setting("tiny", 12, 5, (160, 260), LocalPlan(lr=2e-3, batch_size=4, dropout=0.0)),
-    Setting("llama256", 4, 16, (128, 128), LocalPlan(lr=2e-3, batch_size=8, dropout=0.0)),
+    Setting("llama256 8x128", 4, 8, (128, 128), LocalPlan(lr=2e-3, batch_size=4, dropout=0.0)),
+    Setting("llama256 16x128", 4, 16, (128, 128), LocalPlan(lr=2e-3, batch_size=8, dropout=0.0)),
 )
 
 
@@ -138,7 +145,7 @@ class SequentialSide:
     """Our engine."""
 
     def __init__(self, setting: Setting) -> None:
-        base = network(setting.name)
+        base = network(setting.network)
         info = ModelInfo(setting.name, find_modules(base, "all-linear"), 0, 512, "")
         tokenizer: Any = None  # training needs none
         self.model = LanguageModel(base, tokenizer, info)
@@ -172,7 +179,7 @@ class PeftLoop:
             lora_dropout=setting.plan.dropout,
             target_modules=list(start),
         )
-        self.network = peft.get_peft_model(network(setting.name), config)
+        self.network = peft.get_peft_model(network(setting.network), config)
         self.network.config.use_cache = False
         self.network.train()
         layers = {p: self.network.base_model.model.get_submodule(p) for p in start}
