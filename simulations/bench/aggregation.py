@@ -100,15 +100,15 @@ def cases(distribution: RankDistribution, clients: int) -> list[Case]:
         module = next(m for m in held if m.path == f"0.{names}.0")
         mine = [r[module.path] for r, n in zip(ranks, numbers, strict=True) for _ in range(n)]
         updates = factors(module, mine)
-        began = time.perf_counter()
+        began = time.process_time()
         b, a = stack(updates, [1 / clients] * clients)
-        spent = (time.perf_counter() - began) * 1e3
+        spent = (time.process_time() - began) * 1e3
         out.append(Case(names, count * LAYERS, b, a, spent, max(mine)))
     return out
 
 
 def measure(case: Case, backend: str, repeats: int, exact: tuple[Tensor, Tensor]) -> dict[str, Any]:
-    """Milliseconds of every repeat, and errors of the leading ``top`` directions."""
+    """CPU and wall milliseconds of every repeat, and errors of the leading ``top`` directions."""
     wall, cpu = [], []
     for _ in range(repeats):
         w0, c0 = time.perf_counter(), time.process_time()
@@ -151,7 +151,7 @@ def run(case: Case, repeats: int, limit: float) -> dict[str, Any]:
 
 
 def table(title: str, results: dict[str, Any]) -> str:
-    """Median milliseconds per module and whole rounds in seconds, ``*`` where ``auto`` goes."""
+    """Median CPU milliseconds per module and whole rounds in seconds, ``*`` where ``auto`` goes."""
     names = BACKENDS[1:]
     lines = [
         title,
@@ -162,7 +162,7 @@ def table(title: str, results: dict[str, Any]) -> str:
         m, n = r["shape"]
         cells = ""
         for backend in names:
-            times = r["backends"][backend].get("wall_ms")
+            times = r["backends"][backend].get("cpu_ms")
             ms = statistics.median(times) if times else float("nan")
             total[backend] += ms * r["modules"] / 1e3
             if r["auto"] == backend:
@@ -173,7 +173,7 @@ def table(title: str, results: dict[str, Any]) -> str:
         product = f"{m}x{r['stacked_rank']}x{n}"
         lines.append(f"{name + ' (' + str(r['modules']) + ')':<27}{product:>19}{cells}")
     whole = "".join(f"{total[n]:>10.2f} " for n in names).replace("nan", "  -")
-    lines.append(f"{'whole round, s':<46}{whole}")
+    lines.append(f"{'whole round, CPU s':<46}{whole}")
     lines.append(f"auto {total['auto']:.2f} s, and stacking {total['stack']:.2f} s")
     for what in ("singular_value_error", "update_error"):
         worst = {

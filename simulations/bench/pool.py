@@ -1,0 +1,87 @@
+"""A whole run on a plain pool of processes, without Flower and Ray: what `runtime` compares with.
+
+python -m simulations.bench.pool OVERRIDES...
+"""
+
+import multiprocessing
+import pickle
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedlora.data.store import TokenStore
+from fedlora.engine.base import Engine
+from fedlora.engine.sequential import Sequential
+from fedlora.models.language_model import LanguageModel
+from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update
+from fedlora.worker import worker
+
+
+@dataclass(frozen=True)
+class Stamped(Sequential):
+    """The sequential engine, which writes down when its first client begins to train."""
+
+    stamp: str = ""
+    """File for the time; written once for all workers."""
+
+    def open(self, model: LanguageModel, store: TokenStore) -> Engine:
+        """The engine behind a stamp."""
+        return _StampedEngine(super().open(model, store), Path(self.stamp))
+
+
+class _StampedEngine:
+    def __init__(self, inner: Engine, stamp: Path) -> None:
+        self._inner, self._stamp = inner, stamp
+
+    def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        """As the inner engine."""
+        with suppress(FileExistsError), self._stamp.open("x") as file:
+            file.write(repr(time.time()))
+        return self._inner.train(jobs)
+
+    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        """As the inner engine."""
+        return self._inner.evaluate(jobs)
+
+
+def open_worker(spec: str) -> None:
+    """Build model, data and engine when a process of the pool starts."""
+    worker(spec)
+
+
+def train(task: tuple[str, bytes]) -> bytes:
+    """Run one cohort on this process's engine."""
+    spec, jobs = task
+    return pickle.dumps(list(worker(spec).train(pickle.loads(jobs))))
+
+
+def say(line: str) -> None:
+    """One line, at once."""
+    print(line, flush=True)
+
+
+def main(overrides: list[str]) -> None:
+    """The rounds of `simulations.run` with the same overrides."""
+    # Here, for every process of the pool imports this module.
+    from fedlora.lock import claim
+    from simulations.compose import load
+    from simulations.federate import build_parts, open_session, run_folder
+
+    parts = build_parts(load(overrides))
+    folder = run_folder(parts)
+    with claim(folder):
+        session, described, _ = open_session(parts, folder, say)
+        spec = described.to_json()
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(session.workers, open_worker, (spec,)) as pool:
+            for round in range(1, session.rounds.rounds + 1):
+                tasks = [(spec, pickle.dumps(jobs)) for jobs in session.train_cohorts(round)]
+                answers = pool.imap_unordered(train, tasks)
+                session.finish_training([r for a in answers for r in pickle.loads(a)])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
