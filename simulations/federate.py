@@ -218,7 +218,8 @@ def open_session(
     if parts.resume != "never" and session.resume():
         emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
-    session.tracker.config(parts.resolved | {"environment": environment()})
+    about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
+    session.tracker.config(parts.resolved | about)
     return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device), info
 
 
