@@ -146,7 +146,6 @@ def test_a_running_cluster_is_used_on_all_nodes_and_left_alone(start, federate, 
     assert run.hash == federate().hash
     assert len({row["node"] for row in run.clients}) == 2
     assert run.left(20) == []
-    assert "2 node" in ray(tagged, "status", f"--address={address}") or tagged.processes()
     state = ray(tagged, "status", f"--address={address}")
     assert "0.0/2.0 CPU" in state, state
 
