@@ -1,14 +1,15 @@
 """Runs a command and everything it starts, and ends all of it when its owner goes away.
 
-    python -m simulations.guard MARK COMMAND...
+    python -m simulations.guard MARK SCRATCH COMMAND...
 
 The owner holds the other end of this process's standard input. When that closes, because the owner
 is done, was interrupted or was killed, every process that inherited the environment variable
 ``FEDLORA_RUN=MARK`` is terminated: Flower and Ray start theirs in sessions of their own, so neither
-process groups nor parent links would find them all.
+process groups nor parent links would find them all. The folder SCRATCH goes with its owner.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -54,15 +55,16 @@ def main() -> None:
     """Start the command, wait for the owner or the command to end, then leave nothing running."""
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)  # the owner decides; it closes our input
-    mark, command = sys.argv[1], sys.argv[2:]
+    mark, scratch, command = sys.argv[1], sys.argv[2], sys.argv[3:]
     os.environ[VARIABLE] = mark
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     os.environ.pop(VARIABLE)
-    over = threading.Event()
+    over, alone = threading.Event(), threading.Event()
 
     def watch_owner() -> None:
         while os.read(0, 1024):  # sys.stdin would still hold its lock when this process ends
             pass
+        alone.set()
         over.set()
 
     def watch_child() -> None:
@@ -73,6 +75,8 @@ def main() -> None:
         threading.Thread(target=watch, daemon=True).start()
     over.wait()
     end(mark)
+    if alone.is_set():  # else the owner may want to read what went wrong
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -134,8 +134,9 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     superlink = str(Path(sys.executable).parent / "flower-superlink")
     log = (home / "superlink.log").open("w")
+    guarded = [sys.executable, str(ROOT / "simulations" / "guard.py"), mark, str(home)]
     guard = subprocess.Popen(
-        [sys.executable, str(ROOT / "simulations" / "guard.py"), mark, superlink, *command],
+        [*guarded, superlink, *command],
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,

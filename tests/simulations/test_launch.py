@@ -4,6 +4,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from flwr.common.config import parse_config_args
@@ -116,8 +117,18 @@ time.sleep(600)
 """
 
 
-def guarded(mark: str, stay: str) -> list[str]:
-    return [sys.executable, str(GUARD), mark, sys.executable, "-S", "-c", FAMILY, stay]
+def guarded(mark: str, scratch: Path, stay: str) -> list[str]:
+    return [
+        sys.executable,
+        str(GUARD),
+        mark,
+        str(scratch),
+        sys.executable,
+        "-S",
+        "-c",
+        FAMILY,
+        stay,
+    ]
 
 
 @pytest.fixture
@@ -128,10 +139,11 @@ def family():
 
 
 @pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM, None])
-def test_the_guard_ends_all_that_was_started_when_its_owner_is_gone(family, death):
-    mark = family.tag[:8]
+def test_the_guard_ends_all_that_was_started_when_its_owner_is_gone(family, tmp_path, death):
+    mark, scratch = family.tag[:8], tmp_path / "scratch"
+    scratch.mkdir()
     owner = subprocess.Popen(
-        [sys.executable, "-S", "-c", OWNER, *guarded(mark, "stay" if death else "leave")],
+        [sys.executable, "-S", "-c", OWNER, *guarded(mark, scratch, "stay" if death else "leave")],
         env=family.environment,
     )
     until(lambda: len(marked(mark)) == 4, 60)
@@ -143,15 +155,17 @@ def test_the_guard_ends_all_that_was_started_when_its_owner_is_gone(family, deat
         owner.kill()
     owner.wait()
     assert family.left(60) == []
+    if death:
+        assert not scratch.exists()
 
 
-def test_the_guard_touches_nobody_else(family):
+def test_the_guard_touches_nobody_else(family, tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
         env=family.environment | {"FEDLORA_RUN": "another"},
     )
     guard = subprocess.Popen(
-        [sys.executable, str(GUARD), "mine", sys.executable, "-S", "-c", "pass"],
+        [sys.executable, str(GUARD), "mine", str(tmp_path), sys.executable, "-S", "-c", "pass"],
         stdin=subprocess.PIPE,
         env=family.environment,
     )
