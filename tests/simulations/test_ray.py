@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.simulations.launched import PATIENCE_S, SAME, Launched, Tagged
+from tests.simulations.launched import PATIENCE_S, SAME, Launched, Tagged, until
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 WHERE = ["engine._target_=tests.simulations.where.Where"]
@@ -146,8 +146,9 @@ def test_a_running_cluster_is_used_on_all_nodes_and_left_alone(start, federate, 
     assert run.hash == federate().hash
     assert len({row["node"] for row in run.clients}) == 2
     assert run.left(20) == []
-    state = ray(tagged, "status", f"--address={address}")
-    assert "0.0/2.0 CPU" in state, state
+    # Both nodes live, and what the run held of them is free again.
+    until(lambda: "0.0/2.0 CPU" in ray(tagged, "status", f"--address={address}"), 60)
+    assert "0.0/2.0 CPU" in ray(tagged, "status", f"--address={address}")
 
 
 def _free_port() -> int:
