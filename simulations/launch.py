@@ -122,10 +122,8 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     assets = ROOT / "fedlora" / "models" / "assets"  # Flower's copy of the app holds no binaries
     if assets.is_dir():
         environment.setdefault("FEDLORA_ASSETS", str(assets))
-    if runtime.ray_address:
-        environment["RAY_ADDRESS"] = runtime.ray_address
-    else:
-        environment.pop("RAY_ADDRESS", None)
+    # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.
+    environment["RAY_ADDRESS"] = runtime.ray_address or "local"
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
         "insecure = true\n"
