@@ -1,9 +1,11 @@
 """Runs of the launcher as a person starts them: a process, its output, and all that it started."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable
@@ -28,7 +30,9 @@ class Tagged:
     def __init__(self) -> None:
         self.tag = uuid.uuid4().hex
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        self.environment = os.environ | {TAG: self.tag, "PYTHONPATH": path}
+        self.scratch = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets: short names
+        own = {TAG: self.tag, "PYTHONPATH": path, "RAY_TMPDIR": str(self.scratch)}
+        self.environment = os.environ | own
 
     def processes(self) -> list[psutil.Process]:
         """Every living process that was started with this environment."""
@@ -54,8 +58,9 @@ class Tagged:
             for process in found:
                 process.kill()
             if not found:
-                return
+                break
             psutil.wait_procs(found, timeout=1)
+        shutil.rmtree(self.scratch, ignore_errors=True)
 
 
 class Launched(Tagged):
@@ -63,6 +68,9 @@ class Launched(Tagged):
 
     def __init__(self, folder: Path, *overrides: str) -> None:
         super().__init__()
+        note = self.scratch / "ray" / "ray_current_cluster"  # of a cluster that is no more
+        note.parent.mkdir()
+        note.write_text("127.0.0.1:1")
         self.output = folder / f"out-{self.tag[:6]}"
         self.log = folder / f"log-{self.tag[:6]}.txt"
         words = [w for w in overrides if w.startswith("output_dir=")] or [

@@ -185,11 +185,14 @@ def test_the_guard_touches_nobody_else(family, tmp_path):
 )
 def test_a_mistake_ends_at_once_in_one_message(tmp_path, words, message):
     run = Launched(tmp_path, *SAME, *words)
-    assert run.wait() in (1, 2)
-    assert message in run.said()
-    assert "Traceback" not in run.said()
-    assert "run folder" not in run.said()
-    assert run.left(1) == []
+    try:
+        assert run.wait() in (1, 2)
+        assert message in run.said()
+        assert "Traceback" not in run.said()
+        assert "run folder" not in run.said()
+        assert run.left(1) == []
+    finally:
+        run.kill()
 
 
 @pytest.mark.ray
