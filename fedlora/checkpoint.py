@@ -144,17 +144,28 @@ def load(path: Path) -> Checkpoint:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read, or None if there is none.
+    """The newest checkpoint that can be read, or None if there never was one.
 
     Damaged ones are logged and passed over; what a killed run left unfinished is removed.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read: starting over would throw
+            away what a person may still rescue.
     """
     for unfinished in folder.glob(f"{_UNFINISHED}*"):
         shutil.rmtree(unfinished, ignore_errors=True)
+    failures = []
     for _, path in sorted(_saved(folder), reverse=True):
         try:
             return load(path)
         except CheckpointError as error:
             log.warning("checkpoint passed over: %s", error)
+            failures.append(str(error))
+    if failures:
+        raise CheckpointError(
+            f"none of the {len(failures)} checkpoints in {folder} can be read; the newest: "
+            f"{failures[0]}"
+        )
     return None
 
 

@@ -8,15 +8,16 @@ A Flower message carries a cohort: the distinct start payloads once, however man
 them, and one row per job. Layout of a request (`RecordDict`):
 
     starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
-    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), tag
+    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), wire
 
 and of a reply:
 
     payloads ArrayRecord  "0", "1", ...: the flat array of each update, in the order of results
-    results  ConfigRecord rows (JSON): one update, evaluation or failure per job; the tag again
+    results  ConfigRecord rows (JSON): one update, evaluation or failure per job
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -43,6 +44,8 @@ from fedlora.types import (
     payload_floats,
     payload_tensors,
 )
+
+log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
@@ -105,9 +108,18 @@ def _check_length(flat: torch.Tensor, expected: int) -> None:
         raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {expected}")
 
 
-def payload_bytes(payload: Payload | None, dtype: str = "float32") -> int:
-    """Bytes that a real client would send or receive for this payload."""
-    return 0 if payload is None else payload_floats(payload) * WIRE_BYTES[dtype]
+def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
+    """Bytes that a real client would receive for this payload."""
+    return payload_floats(payload) * WIRE_BYTES[dtype]
+
+
+def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
+    """Bytes that a real client would send: a factor that the plan froze stays where it is."""
+    if isinstance(payload, SparseDelta):
+        return payload_bytes(payload, dtype)
+    sent = {"a": plan.train_a, "b": plan.train_b}
+    floats = sum(t.numel() for name, t in payload_tensors(payload) if sent[name[-1]])
+    return floats * WIRE_BYTES[dtype]
 
 
 def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
@@ -130,8 +142,6 @@ class Envelope:
     source: str
     """Hash of the server's sources; a worker with other sources refuses."""
     wire: str
-    tag: str
-    """What the server calls this batch of jobs; the reply repeats it."""
     jobs: list[Job]
 
 
@@ -149,9 +159,7 @@ class _Distinct:
         return self.index[key]
 
 
-def encode_jobs(
-    jobs: Sequence[Job], *, worker: str, source: str, wire: str, tag: str = ""
-) -> RecordDict:
+def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> RecordDict:
     """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
@@ -174,7 +182,6 @@ def encode_jobs(
             "worker": worker,
             "source": source,
             "wire": wire,
-            "tag": tag,
         }
     )
     starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
@@ -202,12 +209,11 @@ def decode_jobs(content: RecordDict) -> Envelope:
         worker=str(config["worker"]),
         source=str(config["source"]),
         wire=str(config["wire"]),
-        tag=str(config["tag"]),
         jobs=jobs,
     )
 
 
-def encode_results(results: Sequence[Result], *, wire: str, tag: str = "") -> RecordDict:
+def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
     """Results of a cohort as the content of one Flower reply."""
     arrays: dict[str, Array] = {}
     rows = []
@@ -227,20 +233,14 @@ def encode_results(results: Sequence[Result], *, wire: str, tag: str = "") -> Re
         else:
             row["failure"] = [result.kind, result.message, result.traceback]
         rows.append(row)
-    config = ConfigRecord({"rows": json.dumps(rows), "tag": tag})
+    config = ConfigRecord({"rows": json.dumps(rows)})
     return RecordDict({"payloads": ArrayRecord(arrays), "results": config})
-
-
-def results_tag(content: RecordDict) -> str:
-    """The tag of the request that this reply answers."""
-    return str(content.config_records["results"]["tag"])
 
 
 @dataclass(frozen=True)
 class Glance:
     """What a reply says without decoding its payloads."""
 
-    tag: str
     clients: int
     failed: int
     losses: list[float]
@@ -250,33 +250,51 @@ class Glance:
 def glance(content: RecordDict) -> Glance:
     """Look at a reply for progress alone: costs nothing that grows with the adapters."""
     rows = json.loads(str(content.config_records["results"]["rows"]))
-    losses = [row["metrics"]["loss"] for row in rows if "loss" in row.get("metrics", {})]
+    found = (row.get("metrics", {}).get("loss") for row in rows)
+    losses = [float(x) for x in found if isinstance(x, int | float)]
     failed = sum("failure" in row for row in rows)
-    return Glance(results_tag(content), len(rows), failed, losses)
+    return Glance(len(rows), failed, losses)
 
 
 def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:
-    """The inverse of `encode_results`; ``clients`` are those that were asked, by id.
+    """The inverse of `encode_results`.
 
-    Raises:
-        ValueError: for a reply of a client that was not asked.
+    A row that cannot be read becomes a `Failure` of kind ``RejectedUpdate`` of its client, so that
+    one bad client costs its own work alone. Clients that were asked and not answered for are
+    failures too; rows of clients that were not asked are left out.
+
+    Args:
+        content: of a reply.
+        clients: those that were asked, by id.
     """
     arrays = content.array_records["payloads"]
-    results: list[Result] = []
+    results: dict[int, Result] = {}
     used = 0
     for row in json.loads(str(content.config_records["results"]["rows"])):
-        client = clients.get(row["client"])
+        client = clients.get(row.get("client"))
+        array = str(used)
+        used += "payload" in row
         if client is None:
-            raise ValueError(f"reply of client {row['client']}, which was not asked")
-        if "failure" in row:
-            results.append(Failure(client, *row["failure"]))
-        elif "payload" in row:
-            payload = decode_payload(arrays[str(used)].numpy(), row["payload"])
-            used += 1
-            sender = client
-            if dict(client.ranks) != row["ranks"]:
-                sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
-            results.append(Update(sender, payload, row["num_examples"], row["metrics"]))
-        else:
-            results.append(Evaluation(client, row["metrics"]))
-    return results
+            log.warning("reply of client %r, which was not asked", row.get("client"))
+            continue
+        try:
+            results[client.id] = _decode_row(row, client, arrays, array)
+        except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
+            why = f"its reply cannot be read: {type(error).__name__}: {error}"
+            results[client.id] = Failure(client, "RejectedUpdate", why)
+    for cid in clients.keys() - results.keys():
+        results[cid] = Failure(clients[cid], "NoReply", "the reply says nothing of it")
+    return [results[cid] for cid in sorted(results)]
+
+
+def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord, key: str) -> Result:
+    if "failure" in row:
+        return Failure(client, *(str(text) for text in row["failure"]))
+    metrics = {str(k): float(v) for k, v in row["metrics"].items()}
+    if "payload" not in row:
+        return Evaluation(client, metrics)
+    payload = decode_payload(arrays[key].numpy(), row["payload"])
+    sender = client
+    if dict(client.ranks) != row["ranks"]:
+        sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
+    return Update(sender, payload, row["num_examples"], metrics)

@@ -51,7 +51,9 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
         ConfigError: naming the key, the value and what is allowed.
     """
     plain = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else node
-    fields = {str(k): v for k, v in plain.items()}  # type: ignore[union-attr]
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{where or 'config'}={plain!r} is no group of settings")
+    fields = {str(k): v for k, v in plain.items()}
     if "_target_" not in fields:
         raise ConfigError(f"{where or 'config'}: no _target_ among {sorted(fields)}")
     cls = locate(str(fields.pop("_target_")))
@@ -62,8 +64,9 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
                 f"{where or cls.__name__}: unknown key {key!r}={fields[key]!r}; "
                 f"{cls.__name__} has {sorted(known)}"
             )
+    hints = get_type_hints(cls)
     nested = {
-        k: build(v, object, f"{where}.{k}")
+        k: build(v, hints[k] if isinstance(hints[k], type) else object, f"{where}.{k}")
         for k, v in fields.items()
         if isinstance(v, Mapping) and "_target_" in v
     }

@@ -12,13 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
 from fedlora import checkpoint
-from fedlora.codec import WIRE_BYTES, Glance, payload_bytes
+from fedlora.codec import WIRE_BYTES, Glance, payload_bytes, update_bytes
 from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
+from fedlora.state import State
 from fedlora.tracking import Tracker, read_jsonl, summarise
 from fedlora.types import (
     Client,
@@ -41,8 +40,6 @@ from fedlora.validation import RejectedUpdate, check_update
 
 log = logging.getLogger(__name__)
 
-State = Mapping[str, Tensor]
-
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
@@ -61,6 +58,7 @@ class Method(Protocol):
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan: ...
     def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +82,11 @@ class EvaluationSchedule:
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)
         at_least("evaluate.clients", self.clients, 0)
+        if self.every and not (self.groups and self.adapters):
+            raise ValueError(
+                f"evaluate.groups={list(self.groups)} and evaluate.adapters={list(self.adapters)} "
+                "must not be empty; evaluate.every=0 turns evaluation off"
+            )
         for group in self.groups:
             one_of(
                 "evaluate.groups", group, ("seen", "unseen_random", "unseen_task", "participants")
@@ -93,7 +96,7 @@ class EvaluationSchedule:
 
     def due(self, round: int, last: int) -> bool:
         """Whether this round is followed by an evaluation."""
-        if not self.every or not self.groups:
+        if not self.every:
             return False
         return self.first if round == 0 else round % self.every == 0 or round == last
 
@@ -120,6 +123,9 @@ class Rounds:
     """Seconds that a round waits for its slowest client."""
     keep: int = 3
     """Checkpoints kept."""
+    threads: int = 1
+    """Intra-op threads of the server's linear algebra. More are faster on large layers; another
+    number gives other last bits, which is why it does not follow the machine."""
 
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)
@@ -131,6 +137,7 @@ class Rounds:
         at_least("clients_per_message", self.clients_per_message, 0)
         at_least("timeout_s", self.timeout_s, 0, strict=True)
         at_least("keep", self.keep, 1)
+        at_least("threads", self.threads, 1)
         one_of("wire", self.wire, WIRE_BYTES)
 
     def plan(self, base: LocalPlan, round: int) -> LocalPlan:
@@ -197,11 +204,21 @@ class Session:
     def evaluation_missing(self) -> bool:
         """Whether the round that the run stands at still wants its evaluation: at the start, or
         when a run was killed after a checkpoint and before what it had to say about it."""
-        if not self.schedule.due(self.done, self.rounds.rounds):
-            return False
-        file = self.folder / "metrics.jsonl"
-        records = read_jsonl(file) if file.exists() else []
-        return not any(r.get("kind") == "evaluate" and r.get("round") == self.done for r in records)
+        due = self.schedule.due(self.done, self.rounds.rounds)
+        panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
+        return due and bool(panels - self._evaluated(self.done))
+
+    def _evaluated(self, round: int) -> set[tuple[str, str]]:
+        """What metrics.jsonl already says about a round: (group, adapter)."""
+        records = read_jsonl(self.folder / "metrics.jsonl")
+        mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
+        return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+
+    def safe(self) -> str:
+        """What a run that stops here has kept, for messages."""
+        if not self.done:
+            return "No round was complete yet"
+        return f"The first {self.done} rounds are safe in {self.folder}"
 
     # --- training -----------------------------------------------------------------------------
 
@@ -248,11 +265,12 @@ class Session:
         phase, arrived = self._phase, time.monotonic()
         by_client = {r.client.id: r for r in results}
         updates, failures = self._sort_out(phase, by_client)
-        self._report_clients(phase, updates, failures)
+        self._report_clients(phase, updates, failures, by_client)
         self._require_enough(phase, updates, failures)
         self.state = self.method.aggregate(self.state, updates)
         seconds = time.monotonic() - arrived
         record = self._record(phase, updates, failures, arrived)
+        record["wire/up_bytes"] = sum(self._bytes_up(phase, r) for r in by_client.values())
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
@@ -319,11 +337,21 @@ class Session:
             raise RunError(
                 f"round {phase.round}: only {len(updates)} of {len(phase.jobs)} clients succeeded "
                 f"(min_success={self.rounds.min_success}, min_clients={self.rounds.min_clients})"
-                f"{first}. Rounds 1..{self.done} are safe in {self.folder}"
+                f"{first}. {self.safe()}"
             )
 
+    def _bytes_up(self, phase: _Phase, result: Update | Failure | None) -> int:
+        """What a client sent, accepted or not."""
+        if not isinstance(result, Update):
+            return 0
+        return update_bytes(result.payload, phase.jobs[result.client.id].plan, self.rounds.wire)
+
     def _report_clients(
-        self, phase: _Phase, updates: Sequence[Update], failures: Sequence[Failure]
+        self,
+        phase: _Phase,
+        updates: Sequence[Update],
+        failures: Sequence[Failure],
+        by_client: Mapping[int, Update | Failure],
     ) -> None:
         wire = self.rounds.wire
 
@@ -336,16 +364,11 @@ class Session:
                 "rank": client.ranks.label,
                 "examples": client.num_examples,
                 "bytes_down": payload_bytes(start, wire),
+                "bytes_up": self._bytes_up(phase, by_client.get(client.id)),
             }
 
-        rows = [
-            row(u.client) | {"bytes_up": payload_bytes(u.payload, wire), **u.metrics}
-            for u in updates
-        ]
-        rows += [
-            row(f.client) | {"bytes_up": 0, "failure": f.kind, "message": f.message}
-            for f in failures
-        ]
+        rows = [row(u.client) | dict(u.metrics) for u in updates]
+        rows += [row(f.client) | {"failure": f.kind, "message": f.message} for f in failures]
         self.tracker.clients(rows)
 
     def _record(
@@ -377,7 +400,6 @@ class Session:
             "train/tokens": tokens,
             "round/train_seconds": seconds,
             "round/clients_per_second": len(phase.jobs) / max(seconds, 1e-9),
-            "wire/up_bytes": sum(payload_bytes(u.payload, wire) for u in updates),
             "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
         }
 
@@ -386,7 +408,7 @@ class Session:
         adapter = self.method.global_adapter(self.state)
         if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
             return {}
-        found = exactness_gap(updates, [u.num_examples for u in updates], adapter)
+        found = exactness_gap(updates, self.method.reference_weights(updates), adapter)
         record = {
             "aggregate/exactness_gap": found["gap"],
             "aggregate/exactness_gap_relative": found["relative"],
@@ -408,8 +430,11 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
+        evaluated = self._evaluated(round)
         for group in self.schedule.groups:
             for kind in self.schedule.adapters:
+                if (group, kind) in evaluated:
+                    continue  # a run that was killed between two panels goes on here
                 jobs = self._evaluation_jobs(round, group, kind)
                 # Fewer messages than in training: the full adapter can be as large as the model.
                 hands = deal([1.0] * len(jobs), min(2 * self.workers, self._messages(len(jobs))))
@@ -449,8 +474,8 @@ class Session:
                     f"round {round}: evaluating client {f.client.id} failed: {f.kind}: {f.message}"
                 )
             if not good:
-                continue
-            summary = summarise(good)
+                self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
+            summary = summarise(good) if good else {"clients": 0.0}
             record: dict[str, float | int | str] = {
                 "kind": "evaluate",
                 "round": round,

@@ -94,11 +94,7 @@ def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) ->
         after_round: when resuming, the last complete round; records of later rounds are dropped.
             -1 for a new run: whatever an earlier run left is dropped.
     """
-    trackers: list[Tracker] = []
-    try:
-        trackers.append(JsonlTracker(folder, after_round))
-    except Exception:
-        log.exception("no metrics.jsonl in %s, the run goes on without it", folder)
+    trackers: list[Tracker] = [JsonlTracker(folder, after_round)]
     try:
         trackers.extend(tracking.open(folder, name))
     except Exception:

@@ -94,6 +94,8 @@ def _wrong_sender(update: Update, expected: Client) -> str:
     n = update.num_examples
     if update.client.id != expected.id:
         return f"it says it comes from client {update.client.id}"
+    if not isinstance(n, int) or isinstance(n, bool):
+        return f"it claims {n!r} examples, which is no whole number"
     if not 0 < n <= expected.num_examples:
         return f"it claims {n} examples, the client has {expected.num_examples}"
     return ""

@@ -31,7 +31,7 @@ def answer(message: Message) -> Message:
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
     sys.stdout.flush()
-    return Message(encode_results(results, wire=envelope.wire, tag=envelope.tag), reply_to=message)
+    return Message(encode_results(results, wire=envelope.wire), reply_to=message)
 
 
 @app.train()

@@ -19,10 +19,14 @@ from fedlora.config import ConfigError
 from fedlora.identity import ROOT
 
 CONF = ROOT / "conf"
+DATA_FILES = (".json", ".jsonl", ".parquet")
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
     """The two strings of Flower's run config as Hydra overrides.
+
+    ``overrides`` is split into words as a shell would: a quote that Hydra is to see needs another
+    kind of quote around its word.
 
     Raises:
         ConfigError: for an unbalanced quote.
@@ -70,10 +74,16 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
 
 
 def _anchor(cfg: DictConfig) -> None:
-    """Make paths of existing files absolute: workers run in other directories than the user."""
+    """Make paths of files absolute: the server and its workers run in other directories.
+
+    What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
+    """
     for group in ("data", "model"):
-        path = cfg[group].get("path")
-        if isinstance(path, str) and path and absolute(path).exists():
+        path = cfg[group].get("path") if isinstance(cfg.get(group), DictConfig) else None
+        if not isinstance(path, str) or not path:
+            continue
+        file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
+        if absolute(path).exists() or (group == "data" and file_like):
             cfg[group].path = str(absolute(path))
 
 

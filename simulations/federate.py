@@ -4,11 +4,13 @@ in-process runs, tests and notebooks.
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,6 +40,12 @@ from strategies.base import LoRAStrategy
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
 """Keys that may change between a run and its continuation: results do not depend on them."""
+ELSEWHERE = {
+    "federation": ("rounds", "timeout_s", "keep", "clients_per_message"),
+    "data": ("path",),
+    "model": ("path",),
+}
+"""The same, within groups; data and model are identified by what they contain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +71,17 @@ class Parts:
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
-    @property
-    def hash(self) -> str:
-        """Identity of everything that results depend on."""
+    def hash(self, data: str, model: str) -> str:
+        """Identity of everything that results depend on.
+
+        Args:
+            data: key of the token store: the content of the data, wherever it lies.
+            model: fingerprint of the base model, wherever it lies.
+        """
         stable = {k: v for k, v in self.resolved.items() if k not in VOLATILE}
-        stable["federation"] = {
-            k: v
-            for k, v in self.resolved["federation"].items()
-            if k not in ("rounds", "timeout_s", "keep", "clients_per_message")
-        }
-        return checkpoint.config_hash(stable)
+        for group, keys in ELSEWHERE.items():
+            stable[group] = {k: v for k, v in self.resolved[group].items() if k not in keys}
+        return checkpoint.config_hash(stable | {"_data": data, "_model": model})
 
 
 def build_parts(cfg: DictConfig) -> Parts:
@@ -87,14 +96,26 @@ def build_parts(cfg: DictConfig) -> Parts:
 
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
-    try:
-        for key, kind in (("seed", int), ("rounds", int), ("report", bool)):
-            if not isinstance(cfg[key], kind) or (kind is int and isinstance(cfg[key], bool)):
-                raise ValueError(f"{key}={cfg[key]!r} must be of type {kind.__name__}")
-        if cfg.seed < 0:
-            raise ValueError(f"seed={cfg.seed} must be >= 0")
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    known = {f.name for f in dataclasses.fields(Parts)} - {"resolved"} | {"rounds", "experiment"}
+    for key in resolved.keys() - known:
+        raise ConfigError(f"unknown key {key}={resolved[key]!r}; known: {sorted(known)}")
+    for key, kind in (
+        ("seed", int),
+        ("rounds", int),
+        ("report", bool),
+        ("name", str),
+        ("output_dir", str),
+        ("resume", str),
+    ):
+        if type(cfg[key]) is not kind:
+            raise ConfigError(f"{key}={cfg[key]!r} must be of type {kind.__name__}")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed={cfg.seed} must be >= 0")
+    if not re.fullmatch(r"[\w,=+-][\w.,=+ -]*", cfg.name):
+        raise ConfigError(
+            f"name={cfg.name!r} must be letters, digits and any of '_.,=+- ', not starting with a "
+            "dot: it becomes a folder of output_dir"
+        )
     return Parts(
         name=str(cfg.name),
         seed=cfg.seed,
@@ -120,20 +141,22 @@ def run_folder(parts: Parts) -> Path:
     """Where this run writes, absolute. A new run never writes into an old run's folder.
 
     Raises:
-        ConfigError: if ``resume`` names a folder that is not there.
+        ConfigError: if ``resume`` names a folder that no run has left.
     """
     if parts.resume not in ("never", "auto"):
         folder = absolute(parts.resume)
-        if not folder.is_dir():
+        if not (folder / "status.json").is_file():
             raise ConfigError(
-                f"resume={parts.resume!r} is neither never, auto nor a run folder ({folder})"
+                f"resume={parts.resume!r} is neither never, auto nor a run folder: there is no "
+                f"{folder / 'status.json'}"
             )
         return folder
     base = absolute(parts.output_dir) / parts.name
     taken = [p for p in _numbered(base) if p.exists()]
-    if parts.resume == "auto":
-        return taken[-1] if taken else base
-    return next(p for p in _numbered(base, endless=True) if not p.exists())
+    if parts.resume == "never":
+        return next(p for p in _numbered(base, endless=True) if not p.exists())
+    begun = [p for p in taken if any((p / "checkpoints").glob("round_*"))]
+    return (begun or taken or [base])[-1]
 
 
 def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
@@ -163,18 +186,21 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
             complete are on disk.
     """
     parts = build_parts(cfg)
+    # The server's linear algebra: its last bits must not depend on how many cores a machine has.
+    torch.set_num_threads(parts.federation.threads)
+    ground = prepare_ground(parts, emit)
     folder = run_folder(parts)
-    emit(f"run folder: {folder}")
     with claim(folder):
-        session, worker, info = open_session(parts, folder, emit)
+        emit(f"run folder: {folder}")
+        session = open_session(parts, ground, folder, emit)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
-                    session, worker=worker.to_json(), source=source_hash()
+                    session, worker=ground.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     strategy.start(grid_of(parts))
-                _export(session, parts, info)
+                _export(session, parts, ground.info)
         finally:
             session.tracker.close()
     if parts.report:
@@ -183,28 +209,45 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     return folder
 
 
-def open_session(
-    parts: Parts, folder: Path, emit: Callable[[str], None]
-) -> tuple[Session, WorkerSpec, ModelInfo]:
-    """Describe the model, prepare the data, enrol the clients and write the run's first files."""
+@dataclasses.dataclass(frozen=True)
+class Ground:
+    """What a run stands on. Made before its folder, so that a mistake leaves nothing behind."""
+
+    info: ModelInfo
+    store: Path
+    roster: Roster
+    worker: WorkerSpec
+
+
+def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
+    """Describe the model, prepare the data and enrol the clients."""
     model = parts.model.resolved()
     info = model.describe()
-    store_folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
-    store = TokenStore(store_folder)
+    folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
+    clients = TokenStore(folder).clients
     roster = enroll(
-        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
+        parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
     )
     check_groups(parts.evaluate, roster)
-    setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
     emit(
         f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
         f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
         f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
     )
-    write_start(parts, folder, roster)
+    worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
+    return Ground(info, folder, roster, worker)
+
+
+def open_session(
+    parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]
+) -> Session:
+    """The run's state, new or from its checkpoint; only then the run's first files."""
+    info, roster = ground.info, ground.roster
     session = Session(
         method=parts.strategy,
-        setting=setting,
+        setting=Setting(
+            info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed
+        ),
         roster=roster,
         plan=parts.client,
         schedule=parts.evaluate,
@@ -212,15 +255,16 @@ def open_session(
         workers=parts.runtime.expected_workers,
         folder=folder,
         tracker=Trackers(()),
-        config_hash=parts.hash,
+        config_hash=parts.hash(ground.store.name, info.fingerprint),
         emit=emit,
     )
     if parts.resume != "never" and session.resume():
         emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    write_start(parts, folder, roster)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
-    return session, WorkerSpec(model, store_folder, parts.engine, parts.runtime.device), info
+    return session
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
@@ -239,7 +283,7 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
 
 def write_start(parts: Parts, folder: Path, roster: Roster) -> None:
     """config.yaml, environment.json and population.json of the run folder."""
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(parts.resolved), encoding="utf-8")
+    _write(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     population = {
         "clients": len(roster.clients),
@@ -252,7 +296,14 @@ def write_start(parts: Parts, folder: Path, roster: Roster) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    _write(path, json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """All of a file or none of it, whenever the process ends."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
 
 
 @contextmanager

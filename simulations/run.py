@@ -59,14 +59,22 @@ def one_run(overrides: list[str]) -> int:
         return 1
 
 
-@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-def main(cfg: DictConfig) -> None:
-    """Hydra has composed and checked the overrides; the run composes them again where it runs."""
-    code = one_run(list(HydraConfig.get().overrides.task))
-    if code:
-        sys.exit(code)
+def main() -> int:
+    """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
+    not keep the others from being done."""
+    codes = []
+
+    @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
+    def task(_: DictConfig) -> None:
+        # Hydra has checked the overrides here; the run composes them again where it runs.
+        codes.append(one_run(list(HydraConfig.get().overrides.task)))
+
+    task()
+    if len(codes) > 1:
+        say(f"{codes.count(0)} of {len(codes)} runs completed")
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _as_interrupt)
-    main()
+    sys.exit(main())

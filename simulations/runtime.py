@@ -1,6 +1,7 @@
 """How a run meets the machine: Flower nodes, Ray workers, CPUs and GPUs."""
 
 import os
+import re
 from dataclasses import dataclass
 
 from fedlora.types import at_least
@@ -38,6 +39,8 @@ class Runtime:
         at_least("runtime.num_gpus", self.num_gpus, 0)
         at_least("runtime.workers", self.workers, 0)
         at_least("runtime.restarts", self.restarts, 0)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"runtime.device={self.device!r} is not auto, cpu, cuda or cuda:N")
         if self.ray_address and (self.num_cpus or self.num_gpus):
             raise ValueError(
                 f"runtime.ray_address={self.ray_address!r}: the cluster's resources are its own; "
@@ -52,6 +55,14 @@ class Runtime:
         by_cpu = (self.num_cpus or len(os.sched_getaffinity(0))) // self.cpus_per_worker
         by_gpu = self.num_gpus / self.gpus_per_worker if self.gpus_per_worker else by_cpu
         return max(1, int(min(by_cpu, by_gpu or by_cpu)))
+
+    @property
+    def worker_device(self) -> str:
+        """The device that workers are told: ``auto`` means a GPU only where workers were given one,
+        else every CPU worker would sit on the same card."""
+        if self.device == "auto" and not self.gpus_per_worker and not self.in_process:
+            return "cpu"
+        return self.device
 
     def federation_config(self) -> str:
         """The ``--federation-config`` of ``flwr run``."""

@@ -1,13 +1,17 @@
 """The Flower ServerApp: compose, federate, and end in a line that nobody overlooks."""
 
 import logging
+import os
 import sys
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from omegaconf import DictConfig
 
+from fedlora.config import build
 from simulations.compose import load, split_overrides
 from simulations.federate import run
+from simulations.runtime import Runtime
 
 app = ServerApp()
 
@@ -21,6 +25,12 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
+def federation_hint(cfg: DictConfig) -> str:
+    """What plain ``flwr run`` needs on its command line for the configured runtime."""
+    runtime = build(cfg.runtime, Runtime, "runtime")
+    return f'runtime.* would be --federation-config "{runtime.federation_config()}"'
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run. An exception ends it as failed, after one clear line."""
@@ -29,6 +39,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
+        if not os.environ.get("FEDLORA_CWD"):  # not started by the launcher
+            say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
         run(cfg, lambda _: grid, say)
     except BaseException as error:
         say(f"RUN FAILED: {type(error).__name__}: {error}")

@@ -12,6 +12,7 @@ import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
@@ -26,9 +27,9 @@ from fedlora.codec import (
     encode_jobs,
     encode_payload,
     glance,
-    results_tag,
 )
-from fedlora.session import RunError, Session, State, WorkerDied
+from fedlora.session import RunError, Session, WorkerDied
+from fedlora.state import State
 from fedlora.types import (
     Client,
     EvaluateJob,
@@ -89,6 +90,11 @@ class LoRAStrategy(Strategy):
     @abstractmethod
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        """By what the method weights its clients: the average against which the exactness gap is
+        measured. Methods with a choice of weights override this."""
+        return [float(u.num_examples) for u in updates]
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state whose global update is this dense one, as nearly as the method can hold it.
@@ -215,6 +221,8 @@ class _Wire:
         self.session, self.worker, self.source = session, worker, source
         self.offset = 0
         self.asked: dict[str, tuple[str, Sequence[Job]]] = {}
+        """What is under way, by message id."""
+        self._unsent: list[tuple[str, Sequence[Job]]] = []
         self.dead = ""
 
     def arrays(self) -> ArrayRecord:
@@ -227,22 +235,26 @@ class _Wire:
         self, batches: Sequence[tuple[str, Sequence[Job]]], kind: str, grid: Grid
     ) -> list[Message]:
         """One message per batch, dealt round-robin over the registered nodes."""
-        self.asked = {}
+        self.asked, self._unsent = {}, list(batches)
         if not batches:
             return []
         nodes = _nodes(grid)
         out = []
-        for i, (tag, jobs) in enumerate(batches):
-            content = encode_jobs(
-                jobs,
-                worker=self.worker,
-                source=self.source,
-                wire=self.session.rounds.wire,
-                tag=f"{i}|{tag}",
-            )
-            self.asked[f"{i}|{tag}"] = (tag, jobs)
+        wire = self.session.rounds.wire
+        for i, (_, jobs) in enumerate(batches):
+            content = encode_jobs(jobs, worker=self.worker, source=self.source, wire=wire)
             out.append(Message(content, nodes[i % len(nodes)], kind))
         return out
+
+    def sent(self, message_ids: Sequence[str]) -> None:
+        """Take note of the ids that the messages were given, in their order.
+
+        Raises:
+            RunError: if Flower did not take all of them.
+        """
+        if len(message_ids) != len(self._unsent):
+            raise RunError(f"Flower took {len(message_ids)} of {len(self._unsent)} messages")
+        self.asked = dict(zip(message_ids, self._unsent, strict=True))
 
     def results(self, replies: Iterable[Message]) -> dict[str, list[Update | Evaluation | Failure]]:
         """Results by tag. Jobs whose message came back broken, or not at all, are failures."""
@@ -250,23 +262,35 @@ class _Wire:
         found: dict[str, list[Update | Evaluation | Failure]] = {
             tag: [] for tag, _ in self.asked.values()
         }
-        reasons = []
         for reply in replies:
-            if reply.has_error():
-                reasons.append(reply.error.reason or f"error code {reply.error.code}")
+            key = reply.metadata.reply_to_message_id
+            if key not in missing:
+                log.warning("a reply to a message that is not under way was left out: %s", key)
                 continue
-            tag, jobs = missing.pop(results_tag(reply.content))
-            clients = {j.client.id: j.client for j in jobs}
-            found[tag] += decode_results(reply.content, clients)
+            tag, jobs = missing.pop(key)
+            found[tag] += self._read(reply, {j.client.id: j.client for j in jobs})
         for tag, jobs in missing.values():
-            kind, why = ("WorkerError", _essence(reasons[0])) if reasons else ("NoReply", "timeout")
-            found[tag] += [Failure(j.client, kind, why, "\n".join(reasons[:1])) for j in jobs]
+            found[tag] += [Failure(j.client, "NoReply", "timeout") for j in jobs]
         return found
+
+    def _read(
+        self, reply: Message, clients: dict[int, Client]
+    ) -> Sequence[Update | Evaluation | Failure]:
+        """The results of one reply, whatever it holds."""
+        if reply.has_error():
+            reason = reply.error.reason or f"error code {reply.error.code}"
+            return [Failure(c, "WorkerError", _essence(reason), reason) for c in clients.values()]
+        try:
+            return decode_results(reply.content, clients)
+        except Exception as error:  # a reply is foreign input: it must not end the run
+            why = f"its reply cannot be read: {type(error).__name__}: {error}"
+            return [Failure(c, "WorkerError", why) for c in clients.values()]
 
     def notice(self, reply: Message) -> None:
         """Take note of a reply as it comes: progress, or the death of a worker."""
         if not reply.has_error():
-            self.session.heard(glance(reply.content))
+            with suppress(Exception):  # what is wrong with it is said when it is read
+                self.session.heard(glance(reply.content))
             return
         reason = reply.error.reason or ""
         if any(mark in reason for mark in DEATH):
@@ -280,8 +304,8 @@ class _Wire:
         """
         if self.dead:
             raise WorkerDied(
-                f"a worker process died ({self.dead}) and Flower does not replace it. Rounds "
-                f"1..{self.session.done} are safe; the same command with resume=auto continues"
+                f"a worker process died ({self.dead}) and Flower does not replace it. "
+                f"{self.session.safe()}; the same command with resume=auto continues"
             )
 
 
@@ -343,7 +367,9 @@ class _WatchedGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        pending = set(self.push_messages(messages))
+        ids = list(self.push_messages(messages))
+        self._wire.sent(ids)
+        pending = set(ids)
         deadline = None if timeout is None else time.monotonic() + timeout
         replies: list[Message] = []
         while pending and (deadline is None or time.monotonic() < deadline):

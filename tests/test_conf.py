@@ -12,7 +12,9 @@ from simulations.federate import build_parts
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
-    f"{p.parent.name}={p.stem}" for p in CONF.glob("*/*.yaml") if p.parent.name != "experiment"
+    f"{p.parent.relative_to(CONF)}={p.stem}"
+    for p in CONF.glob("*/**/*.yaml")
+    if p.parent.name != "experiment"
 )
 NEEDED = {
     # options that name something only a user can name
@@ -54,11 +56,12 @@ def test_the_name_says_what_ran():
 
 def test_the_hash_ignores_what_cannot_matter():
     def of(*words: str) -> str:
-        return build_parts(load(list(words))).hash
+        return build_parts(load(list(words))).hash("data", "model")
 
     assert of() == of("rounds=9", "output_dir=/elsewhere", "runtime=multi_gpu", "name=x")
     assert of() == of("federation.keep=1", "tracking=wandb", "federation.clients_per_message=1")
     assert of() != of("seed=1")
+    assert of() == of("model.path=/moved/tiny")
     assert of() != of("client.lr=1e-9")
 
 
@@ -86,6 +89,15 @@ def test_the_hash_ignores_what_cannot_matter():
         ("strategy._target_=strategies.nowhere.X", "names no class"),
         ("experiment=nothing", "nothing"),
         ("'unbalanced", "No closing quotation"),
+        ("+foo=1", "unknown key foo=1"),
+        ("output_dir=null", "output_dir=None must be of type str"),
+        ("strategy=null", "strategy=None is no group of settings"),
+        ("name=..", "name='..' must be letters"),
+        ("name=/elsewhere", "name='/elsewhere' must be letters"),
+        ("client.lr=inf", "inf"),
+        ("evaluate.adapters=[]", "must not be empty"),
+        ("runtime.device=tpu", "'tpu' is not auto"),
+        ("strategy.server_optimizer._target_=fedlora.types.LocalPlan", "is not a ServerOptimizer"),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_that_names_it(overrides, message):
@@ -100,3 +112,21 @@ def test_paths_are_made_absolute_where_the_user_works(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_CWD", str(tmp_path))
     cfg = load(["data=jsonl", "data.path=mine.jsonl"])
     assert Path(cfg.data.path) == tmp_path / "mine.jsonl"
+
+
+def test_a_pattern_is_anchored_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CWD", str(tmp_path))
+    assert (
+        load(["data=jsonl", "data.path='parts/*.jsonl'"]).data.path == f"{tmp_path}/parts/*.jsonl"
+    )
+    assert load(["data=natural_instructions", "data.path=user/set"]).data.path == "user/set"
+
+
+def test_workers_without_a_gpu_share_are_told_to_use_the_cpu():
+    def device(*words: str) -> str:
+        return build_parts(load(list(words))).runtime.worker_device
+
+    assert device() == "cpu"
+    assert device("runtime=one_gpu") == "auto"
+    assert device("runtime=in_process") == "auto"
+    assert device("runtime.device=cuda:1") == "cuda:1"

@@ -1,5 +1,7 @@
 """Round trips over the wire are exact, and a damaged message is refused."""
 
+import json
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +14,9 @@ from fedlora.codec import (
     encode_jobs,
     encode_payload,
     encode_results,
+    glance,
     payload_bytes,
+    update_bytes,
 )
 from fedlora.types import (
     Client,
@@ -115,7 +119,54 @@ def test_results_round_trip():
     assert back[2] == results[2]
 
 
-def test_a_stranger_is_refused():
-    content = encode_results([Evaluation(Client(9, Ranks({"q": 1}), 1), {})], wire="float32")
-    with pytest.raises(ValueError, match="client 9"):
-        decode_results(content, {})
+ASKED = {i: Client(i, Ranks({"q": 3}), 4) for i in range(2)}
+
+
+def replied(change):
+    """A reply of two clients with the first row changed by ``change``."""
+    updates = [Update(c, adapter(i, {"q": 3}), 4, {"loss": 1.0}) for i, c in ASKED.items()]
+    content = encode_results(updates, wire="float32")
+    record = content.config_records["results"]
+    rows = json.loads(record["rows"])
+    change(rows[0])
+    record["rows"] = json.dumps(rows)
+    return content
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row.pop("payload"),
+        lambda row: row.pop("metrics"),
+        lambda row: row.pop("ranks"),
+        lambda row: row.update(ranks={"q": 0}),
+        lambda row: row["metrics"].update(loss=None),
+        lambda row: row["metrics"].update(loss="low"),
+        lambda row: row.update(payload="{}"),
+        lambda row: row.update(payload=row["payload"].replace('"q", 3', '"q", 4')),
+        lambda row: row.update(failure=[]),
+        lambda row: row.update(client=99),
+    ],
+)
+def test_a_row_that_cannot_be_read_costs_its_own_client_alone(change):
+    content = replied(change)
+    glance(content)
+    first, second = decode_results(content, ASKED)
+    if not isinstance(first, Evaluation):  # without a payload a row is a well-formed evaluation
+        assert isinstance(first, Failure)
+    assert isinstance(second, Update)
+    same(second.payload, adapter(1, {"q": 3}))
+
+
+def test_a_client_that_a_reply_is_silent_about_has_failed():
+    content = encode_results([Evaluation(ASKED[0], {"accuracy": 1.0})], wire="float32")
+    good, silent = decode_results(content, ASKED)
+    assert good == Evaluation(ASKED[0], {"accuracy": 1.0})
+    assert silent == Failure(ASKED[1], "NoReply", "the reply says nothing of it")
+
+
+def test_frozen_factors_cost_no_bytes():
+    x = adapter(0, {"q": 3})
+    assert update_bytes(x, LocalPlan()) == payload_bytes(x) == 4 * 3 * (5 + 7)
+    assert update_bytes(x, LocalPlan(train_a=False)) == 4 * 3 * 7
+    assert update_bytes(x, LocalPlan(train_b=False)) == 4 * 3 * 5

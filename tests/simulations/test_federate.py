@@ -1,12 +1,12 @@
 """Whole runs: what a run leaves behind, resuming, failures, and mistakes of the user."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 
 from fedlora import checkpoint
+from fedlora.checkpoint import CheckpointError
 from fedlora.config import ConfigError
 from fedlora.lock import RunFolderError, claim
 from fedlora.models.export import load_peft
@@ -100,7 +100,7 @@ def test_a_bad_update_is_rejected_and_named(federate, fault):
 
 
 def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_path):
-    with pytest.raises(RunError, match=r"only 0 of 6 clients succeeded.*Rounds 1..0 are safe"):
+    with pytest.raises(RunError, match=r"only 0 of 6 clients succeeded.*No round was complete yet"):
         federate("engine=faulty", "engine.raise_share=1.0")
     (folder,) = (tmp_path / "out").iterdir()
     status = json.loads((folder / "status.json").read_text())
@@ -200,8 +200,80 @@ def test_a_client_without_examples_is_never_sampled(federate, tmp_path):
     assert len(names) == 2
 
 
-def test_the_bundle_holds_what_flower_needs():
-    """Configuration and code travel in Flower's bundle; assets are found elsewhere."""
-    root = Path(__file__).parents[2]
-    assert (root / "conf" / "config.yaml").is_file()
-    assert (root / "fedlora" / "models" / "assets" / "tiny" / "model.safetensors").is_file()
+def test_the_number_of_server_threads_does_not_follow_the_machine(federate):
+    """Enough clients for QR and SVD to be cut into threads where there are any."""
+    words = ("rounds=1", "population.per_round=12", "ranks=heavy_tail_strong")
+    torch.set_num_threads(2)
+    try:
+        two = federate(*words)
+    finally:
+        torch.set_num_threads(1)
+    assert federate(*words).hash == two.hash
+
+
+def test_a_mistake_leaves_no_folder_behind(federate, tmp_path):
+    done = federate("rounds=1")
+    with pytest.raises(ValueError, match="the data has"):
+        federate("rounds=1", "population.clients=9999")
+    assert list((tmp_path / "out").iterdir()) == [done.folder]
+
+
+def test_only_a_run_folder_can_be_resumed(federate, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("precious: 1\n")
+    with pytest.raises(ConfigError, match=r"there is no .*status\.json"):
+        federate(f"resume={tmp_path / 'mine'}")
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "precious: 1\n"
+
+
+def test_a_refused_resume_changes_nothing(federate):
+    done = federate()
+    before = {p: p.read_bytes() for p in done.folder.glob("*.*") if p.name != "status.json"}
+    with pytest.raises(RunError, match="another configuration"):
+        federate("resume=auto", "client.lr=0.5", "rounds=3")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_without_a_readable_checkpoint_nothing_is_thrown_away(federate):
+    done = federate()
+    for meta in (done.folder / "checkpoints").glob("*/meta.json"):
+        meta.write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        federate("resume=auto", "rounds=3")
+    assert len(done.rounds) == 2
+
+
+def test_changed_data_may_not_be_resumed(federate, tmp_path):
+    path = tmp_path / "mine.jsonl"
+
+    def write(word: str) -> None:
+        rows = (
+            {"client": f"c{i % 3}", "instruction": f"Say {i}", "output": f"{word} {i}"}
+            for i in range(30)
+        )
+        path.write_text("\n".join(json.dumps(r) for r in rows))
+
+    words = ("data=jsonl", f"data.path={path}", "population.clients=0", "population.per_round=2",
+             "population.unseen_share=0")  # fmt: skip
+    write("word")
+    federate(*words, "rounds=1")
+    write("other")
+    with pytest.raises(RunError, match="another configuration"):
+        federate(*words, "rounds=2", "resume=auto")
+
+
+def test_an_evaluation_that_was_cut_short_is_completed(federate):
+    words = ("evaluate=loss", "evaluate.clients=2", "evaluate.groups=[seen,unseen_random]")
+    done = federate(*words, "rounds=1")
+    file = done.folder / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # killed between two groups
+    federate(*words, "rounds=1", "resume=auto")
+    found = [(r["round"], r["group"]) for r in done.records if r["kind"] == "evaluate"]
+    assert found == [(t, g) for t in (0, 1) for g in ("seen", "unseen_random")]
+
+
+def test_frozen_factors_are_not_sent(federate):
+    whole, half = federate("rounds=1"), federate("rounds=1", "client.train_a=false")
+    assert half.rounds[0]["wire/down_bytes"] == whole.rounds[0]["wire/down_bytes"]
+    assert half.rounds[0]["wire/up_bytes"] < 0.7 * whole.rounds[0]["wire/up_bytes"]
