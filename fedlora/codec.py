@@ -12,7 +12,7 @@ them, and one row per job. Layout of a request (`RecordDict`):
 
 and of a reply:
 
-    payloads ArrayRecord  "0", "1", ...: the flat array of each update, in the order of results
+    payloads ArrayRecord  the flat array of each update, by client id
     results  ConfigRecord rows (JSON): one update, evaluation or failure per job
 """
 
@@ -221,7 +221,7 @@ def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
         row: dict[str, Any] = {"client": result.client.id}
         if isinstance(result, Update):
             array, header = encode_payload(result.payload, wire)
-            arrays[str(len(arrays))] = Array(array)
+            arrays[str(result.client.id)] = Array(array)
             row |= {
                 "payload": header,
                 "ranks": dict(result.client.ranks),
@@ -269,16 +269,13 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
     """
     arrays = content.array_records["payloads"]
     results: dict[int, Result] = {}
-    used = 0
     for row in json.loads(str(content.config_records["results"]["rows"])):
         client = clients.get(row.get("client"))
-        array = str(used)
-        used += "payload" in row
         if client is None:
             log.warning("reply of client %r, which was not asked", row.get("client"))
             continue
         try:
-            results[client.id] = _decode_row(row, client, arrays, array)
+            results[client.id] = _decode_row(row, client, arrays)
         except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
             why = f"its reply cannot be read: {type(error).__name__}: {error}"
             results[client.id] = Failure(client, "RejectedUpdate", why)
@@ -287,13 +284,13 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
     return [results[cid] for cid in sorted(results)]
 
 
-def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord, key: str) -> Result:
+def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord) -> Result:
     if "failure" in row:
         return Failure(client, *(str(text) for text in row["failure"]))
     metrics = {str(k): float(v) for k, v in row["metrics"].items()}
     if "payload" not in row:
         return Evaluation(client, metrics)
-    payload = decode_payload(arrays[key].numpy(), row["payload"])
+    payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"])
     sender = client
     if dict(client.ranks) != row["ranks"]:
         sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
