@@ -23,7 +23,6 @@ from fedlora.engine.base import EngineSpec
 from fedlora.environment import environment
 from fedlora.identity import source_hash
 from fedlora.lock import claim
-from fedlora.models.export import save_peft
 from fedlora.models.modules import ModelInfo
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
@@ -33,7 +32,6 @@ from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
 from simulations.compose import absolute
-from simulations.report import write_report
 from simulations.runtime import Runtime
 from strategies.base import LoRAStrategy
 
@@ -332,6 +330,8 @@ def _status(folder: Path, session: Session) -> Iterator[None]:
 
 def _report(folder: Path, emit: Callable[[str], None]) -> None:
     """A finished run stays finished whatever happens to its pictures."""
+    from simulations.report import write_report  # matplotlib: seconds that a start need not wait
+
     try:
         emit(f"report: {write_report(folder)}")
     except Exception as error:
@@ -340,6 +340,8 @@ def _report(folder: Path, emit: Callable[[str], None]) -> None:
 
 def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
     """The global adapter at the population's largest ranks, in PEFT's format."""
+    from fedlora.models.export import save_peft  # PEFT: seconds that a start need not wait
+
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")

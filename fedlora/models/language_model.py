@@ -2,11 +2,10 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedlora.models.layers import (
     AdaptedLinear,
@@ -19,6 +18,9 @@ from fedlora.seeding import mask_noise
 from fedlora.types import Adapter, Payload, SparseDelta
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and whoever only configures needs none
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class LanguageModel:
@@ -36,7 +38,7 @@ class LanguageModel:
     """
 
     def __init__(
-        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, info: ModelInfo
+        self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", info: ModelInfo
     ) -> None:
         network.requires_grad_(False)
         network.train(False)
