@@ -13,7 +13,14 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from fedlora.initial import initial_factors
-from fedlora.linalg import at_rank, average, client_shares, factors_of_rank, svd
+from fedlora.linalg import (
+    at_rank,
+    average,
+    client_shares,
+    client_weights,
+    factors_of_rank,
+    svd,
+)
 from fedlora.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.state import State, order, pack, prefixed, scalar, under, unpack
 from fedlora.types import Adapter, Client, Factors, Ranks, Setting, Update, one_of
@@ -47,6 +54,9 @@ class FactorAverage:
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         return next_state(state, updates, self.weights, self.server_optimizer)
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        return client_weights(updates, self.weights)
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         return continued(state, delta, self.server_optimizer)

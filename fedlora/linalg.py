@@ -32,12 +32,15 @@ def shares(weights: Sequence[float]) -> list[float]:
     return [w / total for w in weights]
 
 
-def client_shares(updates: Sequence[Update], weights: str) -> list[float]:
-    """Each update's share of an average: by ``examples`` (``n_k``) or ``uniform``."""
+def client_weights(updates: Sequence[Update], weights: str) -> list[float]:
+    """Each update's weight in an average: by ``examples`` (``n_k``) or ``uniform`` (1)."""
     one_of("weights", weights, ("examples", "uniform"))
-    if weights == "uniform":
-        return shares([1.0] * len(updates))
-    return shares([u.num_examples for u in updates])
+    return [1.0 if weights == "uniform" else float(u.num_examples) for u in updates]
+
+
+def client_shares(updates: Sequence[Update], weights: str) -> list[float]:
+    """`client_weights`, made to sum to 1."""
+    return shares(client_weights(updates, weights))
 
 
 def covered_shares(p: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Who the clients are and who takes part in a round. Pure: a seed in, clients out."""
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class Population:
     clients: int = 0
     """How many of the data's clients exist (the first n); 0: all."""
     fraction: float = 0.05
-    """Share of the population that trains in a round: ``max(1, floor(fraction * N))``."""
+    """Share of the population that trains in a round: ``max(1, floor(fraction * N))``. A product
+    such as ``0.29 * 100`` counts as the whole number it means, not as the float just below."""
     per_round: int = 0
     """If positive, exactly so many instead."""
     unseen_share: float = 0.1
@@ -103,7 +105,7 @@ def enroll(
             f"no client is left to train: of {total}, {len(task)} are held out by category, "
             f"{len(unseen)} by population.unseen_share={population.unseen_share}"
         )
-    wanted = population.per_round or max(1, int(population.fraction * total))
+    wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
     if wanted > len(trainable) and population.per_round:
         raise ValueError(
             f"population.per_round={wanted}, but only {len(trainable)} clients can train"

@@ -107,11 +107,12 @@ class RankDistribution:
             _custom_tiers(self.tiers, self.distribution)
 
     def resolve(self, modules: Sequence[Module], model_parameters: int) -> tuple[Tier, ...]:
-        """The tiers for one model, with the shares of this distribution.
+        """The tiers that clients are in, for one model, with the shares of this distribution.
+
+        A tier of share zero is left out: nobody holds its ranks, so no model can be too small.
 
         Raises:
-            ValueError: for a rank that no module can hold, or any module cannot and ``clamp`` is
-                off.
+            ValueError: for a rank that some module cannot hold while ``clamp`` is off.
         """
         if self.tiers:
             tiers = _custom_tiers(self.tiers, self.distribution)
@@ -133,9 +134,10 @@ class RankDistribution:
             tiers = tuple(
                 Tier(t.name, s, t.attention, t.mlp) for t, s in zip(tiers, shares, strict=True)
             )
-        for tier in tiers:
+        held = tuple(t for t in tiers if t.share > 0)
+        for tier in held:
             module_ranks(tier, modules, clamp=self.clamp)
-        return tiers
+        return held
 
 
 def _custom_tiers(rows: Sequence[Mapping[str, object]], distribution: str) -> tuple[Tier, ...]:

@@ -5,6 +5,7 @@ papers: a client ``k`` holds factors ``A_k [r, d_in]`` and ``B_k [d_out, r]`` of
 linear layer and adds ``(alpha / r) B_k A_k`` to its frozen weight ``W [d_out, d_in]``.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,9 +24,10 @@ def one_of(name: str, value: T, allowed: Iterable[T]) -> None:
 
 
 def at_least(name: str, value: float, low: float, *, strict: bool = False) -> None:
-    """Raise a ValueError unless ``value >= low`` (``> low`` if strict). NaN is refused."""
-    if not (value > low if strict else value >= low):
-        raise ValueError(f"{name}={value!r} must be {'>' if strict else '>='} {low}")
+    """Raise a ValueError unless ``value >= low`` (``> low`` if strict) and finite."""
+    if not (math.isfinite(value) and (value > low if strict else value >= low)):
+        finite = "" if math.isfinite(value) else " and finite"
+        raise ValueError(f"{name}={value!r} must be {'>' if strict else '>='} {low}{finite}")
 
 
 def share(name: str, value: float) -> None:
@@ -53,7 +55,9 @@ class Module:
 class Ranks(Mapping[str, int]):
     """The rank of every adapted module of one client. Immutable, hashable, ordered by module.
 
-    Two clients with equal ``Ranks`` can share one start adapter, which is what messages exploit.
+    Equal means the same ranks of the same modules in the same order: states and messages store
+    ranks by position. Two clients with equal ``Ranks`` can share one start adapter, which is what
+    messages exploit.
     """
 
     __slots__ = ("_by_path", "_hash")
@@ -78,15 +82,21 @@ class Ranks(Mapping[str, int]):
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Ranks) and self._by_path == other._by_path
+        if not isinstance(other, Ranks):
+            return NotImplemented
+        return tuple(self._by_path.items()) == tuple(other._by_path.items())
 
     def __repr__(self) -> str:
         return f"Ranks({self.label})"
 
     @property
     def label(self) -> str:
-        """Short text for logs and tables: ``8``, or ``30/200`` where modules differ."""
-        return "/".join(str(r) for r in sorted(set(self._by_path.values())))
+        """Short text for logs and tables: ``8``, or ``30/200`` where modules differ.
+
+        Ranks come in the order of the modules in which they first appear: 30 in attention and 200
+        in the MLP is not 200 in attention and 30 in the MLP.
+        """
+        return "/".join(str(r) for r in dict.fromkeys(self._by_path.values()))
 
 
 @dataclass(frozen=True)
@@ -247,7 +257,8 @@ class LocalPlan:
     """Examples per optimizer step."""
     micro_batch_size: int = 0
     """Examples per forward; 0: the whole batch. Gradients accumulate with token weights, so that
-    the result does not depend on it (up to rounding)."""
+    without dropout the result does not depend on it (up to rounding). With dropout every forward
+    draws masks of its own: another division into forwards is another draw."""
     max_examples: int = 0
     """If positive, a client draws at most so many of its training examples each round."""
     clip: float = 1.0

@@ -21,6 +21,7 @@ from fedlora.linalg import (
     SPLITS,
     SVD,
     client_shares,
+    client_weights,
     complete,
     coverage,
     covered_shares,
@@ -73,7 +74,9 @@ class FlexLoRA(LoRAStrategy):
     residual: str = "drop"
     """What no client could hold is ``drop``-ped, or ``carry``-ed over to the next round."""
     backend: str = "auto"
-    """Of the SVD: ``auto``, ``dense``, ``core``, ``gram`` or ``random``."""
+    """Of the SVD: ``auto``, ``dense``, ``core``, ``gram``, or ``random``, which keeps no more of
+    ``W`` than the population's largest rank holds and therefore goes with ``residual=drop`` only.
+    """
     server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
     """Acts on ``W``, dense; then the SVD is dense too."""
 
@@ -83,6 +86,12 @@ class FlexLoRA(LoRAStrategy):
         one_of("strategy.svd_split", self.svd_split, SPLITS)
         one_of("strategy.residual", self.residual, ("drop", "carry"))
         one_of("strategy.backend", self.backend, BACKENDS)
+        if self.backend == "random" and self.residual == "carry":
+            raise ValueError(
+                "strategy.backend='random' drops whatever is beyond the population's largest rank, "
+                "which strategy.residual='carry' promises to keep: choose residual=drop, or "
+                "backend=auto, dense, core or gram"
+            )
 
     def init_state(self, setting: Setting) -> State:
         top = setting.max_ranks
@@ -116,6 +125,9 @@ class FlexLoRA(LoRAStrategy):
                 for path, (b, a) in averages.items()
             },
         )
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        return client_weights(updates, self.weights)
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         kept = {key: t for key, t in state.items() if not key.startswith(SERVER)}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.linalg import client_shares
+from fedlora.linalg import client_shares, client_weights
 from fedlora.seeding import mask_noise
 from fedlora.state import State, integers, order, paths, prefixed, scalar, under
 from fedlora.types import (
@@ -90,14 +90,14 @@ class SLoRA(LoRAStrategy):
     trains it decides."""
     weights: str = "examples"
     """Of stage 1: ``examples`` (``n_k``) or ``uniform``."""
-    stage1_lr: float = 0.0
-    """Learning rate of stage 1; 0: the client's."""
+    stage1_lr_scale: float = 1.0
+    """Stage 1's learning rate over the client's, which the round's decay is already part of."""
 
     def __post_init__(self) -> None:
         one_of("strategy.sparse_average", self.sparse_average, ("plain", "coverage"))
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
         at_least("strategy.stage1_rounds", self.stage1_rounds, 0)
-        at_least("strategy.stage1_lr", self.stage1_lr, 0)
+        at_least("strategy.stage1_lr_scale", self.stage1_lr_scale, 0, strict=True)
         if self.density not in ("budget", "code"):
             self._constant_density()
 
@@ -127,14 +127,14 @@ class SLoRA(LoRAStrategy):
 
     def start_adapter(self, state: State, client: Client) -> Payload:
         if self._sparse(state):
-            return _masked(state, _density(state, client.ranks))
+            return _masked(state, self._density(state, client.ranks))
         return self.aggregator.start_adapter(under(state, NESTED), client)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
         """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
         if not self._sparse(state):
             return self.aggregator.plan(under(state, NESTED), client, base)
-        return replace(base, weight_decay=0.0, lr=self.stage1_lr or base.lr)
+        return replace(base, weight_decay=0.0, lr=self.stage1_lr_scale * base.lr)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         done = {"rounds": state["rounds"] + 1}
@@ -146,12 +146,17 @@ class SLoRA(LoRAStrategy):
             return done | prefixed(self.aggregator.adopt(nested, delta), NESTED)
         return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
 
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        if isinstance(updates[0].payload, SparseDelta):
+            return client_weights(updates, self.weights)
+        return self.aggregator.reference_weights(updates)
+
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
         if not self._sparse(state):
             return self.aggregator.global_adapter(under(state, NESTED), ranks)
         if ranks is None:
             return _masked(state, float(state[f"{SPARSE}densities"].max()))
-        return _masked(state, _density(state, ranks))
+        return _masked(state, self._density(state, ranks))
 
     def _sparse(self, state: State) -> bool:
         return int(state["rounds"]) < self.stage1_rounds
@@ -180,6 +185,19 @@ class SLoRA(LoRAStrategy):
             )
         return CODE_DENSITY[tier]
 
+    def _density(self, state: State, ranks: Ranks) -> float:
+        """Of a rank pattern of the population. Any other pattern has the constant density, or its
+        LoRA budget: the released code's constants know tiers, not ranks."""
+        row = torch.tensor(list(ranks.values()))
+        match = (state[f"{SPARSE}patterns"] == row).all(dim=1)
+        if bool(match.any()):
+            return float(state[f"{SPARSE}densities"][match][0])
+        if self.density not in ("budget", "code"):
+            return self._constant_density()
+        shapes = {p: state[f"{SPARSE}{p}/delta"].shape for p in ranks}
+        plain = {p: (int(m), int(n)) for p, (m, n) in shapes.items()}
+        return lora_share(ranks, plain, int(state[f"{SPARSE}parameters"]))
+
     def _sparse_round(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
         p = client_shares(updates, self.weights)
         payloads = [_sparse_payload(u) for u in updates]
@@ -201,17 +219,6 @@ def _masked(state: State, density: float) -> SparseDelta:
         d = state[f"{SPARSE}{path}/delta"]
         values[path] = d[mask_noise(seed, path, *d.shape) < density]
     return SparseDelta(seed=seed, density=density, values=values)
-
-
-def _density(state: State, ranks: Ranks) -> float:
-    """Of a rank pattern of the population; any other pattern has its LoRA budget."""
-    row = torch.tensor(list(ranks.values()))
-    match = (state[f"{SPARSE}patterns"] == row).all(dim=1)
-    if bool(match.any()):
-        return float(state[f"{SPARSE}densities"][match][0])
-    shapes = {p: state[f"{SPARSE}{p}/delta"].shape for p in ranks}
-    plain = {p: (int(m), int(n)) for p, (m, n) in shapes.items()}
-    return lora_share(ranks, plain, int(state[f"{SPARSE}parameters"]))
 
 
 def _sparse_payload(update: Update) -> SparseDelta:

@@ -1,7 +1,7 @@
 """Federated data: sources of records, and the token store that workers read."""
 
 from fedlora.data.jsonl import Jsonl
-from fedlora.data.natural_instructions import NaturalInstructions, task_group, unseen_tasks
+from fedlora.data.natural_instructions import NaturalInstructions, task_group
 from fedlora.data.records import SPLITS, DataError, Record
 from fedlora.data.sotu import Sotu
 from fedlora.data.source import Source
@@ -20,5 +20,4 @@ __all__ = [
     "TokenStore",
     "prepare",
     "task_group",
-    "unseen_tasks",
 ]

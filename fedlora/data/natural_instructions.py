@@ -23,22 +23,6 @@ DUPLICATE_CLIENT = 1613
 """In the authors' folder, client 1612 again with its rows shuffled over the splits. Using both
 would leak test rows into training; the authors' own code never samples it."""
 
-UNSEEN_TASK_GROUPS = (
-    "Textual Entailment",
-    "Cause Effect Classification",
-    "Coreference Resolution",
-    "Dialogue Act Recognition",
-    "Answerability Classification",
-    "Word Analogy",
-    "Overlap Extraction",
-    "Keyword Tagging",
-    "Question Rewriting",
-    "Title Generation",
-    "Data to Text",
-    "Grammar Error Correction",
-)
-"""The test categories of Natural Instructions' default split: 155 of the 1,613 clients."""
-
 _FILE = re.compile(r"local_(training|eval|test)_(\d+)\.json")
 _FILE_SPLITS = {"training": "train", "eval": "eval", "test": "test"}
 _HUB_SPLITS = {"train": "train", "validation": "eval", "eval": "eval", "test": "test"}
@@ -49,11 +33,6 @@ _VERSION = 1  # of the reading below: part of the fingerprint
 def task_group(category: str) -> str:
     """The task group of an authors' category: ``"Data to Text 7.json"`` is ``"Data to Text"``."""
     return re.sub(r" \d+\.json$", "", category)
-
-
-def unseen_tasks(categories: Sequence[str]) -> list[int]:
-    """Positions (client ids) whose category is of a group that is held out to test unseen tasks."""
-    return [k for k, c in enumerate(categories) if task_group(c) in UNSEEN_TASK_GROUPS]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from fedlora.linalg import (
     backend_flops,
     cheapest_backend,
     client_shares,
+    client_weights,
     complete,
     covered_shares,
     delta_norm,
@@ -208,6 +209,9 @@ def test_shares() -> None:
     updates = vector_updates((1, 2, 3))
     assert client_shares(updates, "examples") == pytest.approx([1 / 6, 2 / 6, 3 / 6])
     assert client_shares(updates, "uniform") == pytest.approx([1 / 3] * 3)
+    for weights, want in (("examples", list(VECTOR_EXAMPLES)), ("uniform", [1, 1, 1])):
+        assert client_weights(updates, weights) == want
+        assert client_shares(updates, weights) == shares(want)
     with pytest.raises(ValueError, match="weights='tokens'"):
         client_shares(updates, "tokens")
 

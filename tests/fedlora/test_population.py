@@ -137,6 +137,30 @@ def test_own_tiers():
     assert r.tier_counts() == {"phone": 6, "server": 2}
 
 
+def test_a_share_of_the_population_is_the_whole_number_it_means():
+    """0.29 of 100 clients are 29, although 0.29 * 100 is a float below it."""
+    for percent in range(1, 100):
+        r = roster(100, Population(fraction=percent / 100, unseen_share=0))
+        assert r.per_round == percent
+    assert roster(99, Population(fraction=0.29)).per_round == 28  # of 28.71
+    assert roster(9, Population(fraction=0.01)).per_round == 1
+
+
+def test_tiers_that_nobody_is_in_are_not_asked_for():
+    """A small homogeneous rank is not refused because of tiers of share zero."""
+    small = RankDistribution("homogeneous", rank=4, clamp=False)
+    assert [(t.name, t.attention, t.mlp) for t in small.resolve(SMOLLM2, PARAMETERS)] == [
+        ("T1", 4, 4)
+    ]
+    assert {c.ranks.label for c in roster(50, ranks=small).clients} == {"4"}
+    rows = ({"rank": 2, "share": 1.0}, {"rank": 9999, "share": 0.0})
+    own = RankDistribution("custom", tiers=rows, clamp=False)
+    assert roster(50, ranks=own).tier_counts() == {"T1": 50}
+    for distribution in set(SHARES) - {"homogeneous"}:
+        with pytest.raises(ValueError, match="rank 200 is above 192"):
+            roster(ranks=RankDistribution(distribution, preset="paper", clamp=False))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

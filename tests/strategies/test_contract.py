@@ -1,5 +1,6 @@
 """Every strategy under conf/strategy obeys the laws: a new file is tested on arrival."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hydra import compose, initialize_config_dir
 import conf
 from fedlora.config import ConfigError, build
 from strategies.base import LoRAStrategy
-from tests.strategies.laws import LAWS, Law
+from tests.strategies.laws import ABOUT, DOUBLE, LAWS, SINGLE, Law, Precision, why_not
 
 CONF = Path(next(iter(conf.__path__)))
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
@@ -25,6 +26,7 @@ OPTIONS = [
     ["strategy=flexlora", "strategy.svd_split=a"],
     ["strategy=flexlora", "strategy.backend=dense"],
     ["strategy=flexlora", "strategy.backend=core"],
+    ["strategy=flexlora", "strategy.residual=carry", "strategy.backend=core"],
     ["strategy=heterolora", "strategy.weights=examples"],
     ["strategy=heterolora", "strategy.weights=examples_sparsity"],
     ["strategy=heterolora", "strategy.norm_scope=model"],
@@ -42,20 +44,31 @@ OPTIONS = [
 CHOICES = [[f"strategy={name}"] for name in NAMES] + OPTIONS
 
 
-def composed(overrides: list[str]) -> LoRAStrategy:
+@cache
+def composed(*overrides: str) -> LoRAStrategy:
     with initialize_config_dir(str(CONF), version_base=None):
-        node = compose("config", overrides=overrides).strategy
+        node = compose("config", overrides=list(overrides)).strategy
     return build(node, LoRAStrategy, "strategy")
 
 
 @pytest.fixture(scope="module", params=CHOICES, ids=lambda o: ",".join(o).replace("strategy", "s"))
 def strategy(request: pytest.FixtureRequest) -> LoRAStrategy:
-    return composed(request.param)
+    return composed(*request.param)
 
 
+@pytest.mark.parametrize("precision", [DOUBLE, SINGLE], ids=["float64", "float32"])
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-def test_laws(strategy: LoRAStrategy, law: Law) -> None:
-    law(strategy, 1)
+def test_laws(strategy: LoRAStrategy, law: Law, precision: Precision) -> None:
+    if reason := why_not(law, strategy):
+        pytest.skip(reason)
+    law(strategy, 1, precision)
+
+
+@pytest.mark.parametrize("law", ABOUT, ids=lambda law: law.__name__)
+def test_no_law_is_skipped_for_good(law: Law) -> None:
+    about = [o for o in CHOICES if not why_not(law, composed(*o))]
+    assert len(about) >= 2, about
+    assert law in LAWS
 
 
 def client_of(*overrides: str) -> str:

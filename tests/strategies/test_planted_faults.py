@@ -19,7 +19,7 @@ from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
-from tests.strategies.laws import LAWS
+from tests.strategies.laws import LAWS, SINGLE, why_not
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +125,9 @@ FAULTS = [
 def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hook) -> None:
     broken = with_hook(strategy, hook, fault)
     caught = []
-    for law in LAWS:
+    for law in (law for law in LAWS if not why_not(law, broken)):
         try:
-            law(broken, 1)
+            law(broken, 1, SINGLE)
         except (AssertionError, ValueError) as error:
             caught.append(f"{law.__name__}: {str(error).splitlines()[0]}")
     assert caught, f"no law noticed {fault.__name__}"
@@ -138,5 +138,5 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""
     same = with_hook(strategy, "aggregate", lambda self, right, *arguments: right(*arguments))
-    for law in LAWS:
-        law(same, 1)
+    for law in (law for law in LAWS if not why_not(law, same)):
+        law(same, 1, SINGLE)

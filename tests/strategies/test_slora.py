@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 
 from fedlora.linalg import factors_of_rank, svd
 from fedlora.seeding import mask_noise
-from fedlora.types import LocalPlan, SparseDelta, Update
+from fedlora.types import LocalPlan, Ranks, SparseDelta, Update
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import CODE_DENSITY, SLoRA, sparse_step
 from tests.generators import MODULES, dense, numbers, seeds, setting
-from tests.strategies.laws import after_rounds, cohort
-
-close = torch.testing.assert_close
+from tests.strategies.laws import after_rounds, close, cohort
 
 
 def v4() -> torch.Tensor:
@@ -38,7 +36,7 @@ def test_v4_the_start_of_stage_two() -> None:
     assert float(d.norm()) == pytest.approx(0.80622577483, rel=1e-10)
     found = svd(d)
     values = "0.495262870529 0.481459654462 0.39110183354 0.108416072964 0.0905350822886"
-    close(found.s, numbers(values), rtol=1e-10, atol=0)
+    close(found.s, numbers(values), 1e-10)
     f = factors_of_rank(found, 2, 16.0, "b", torch.eye(5, dtype=torch.float64))
     assert float(f.b.norm()) == pytest.approx(0.0863395105999, rel=1e-10)
     assert float(f.a.norm()) == pytest.approx(2**0.5, rel=1e-12)
@@ -58,7 +56,7 @@ def test_the_sparse_average_follows_its_equation(seed: int, rule: str) -> None:
         own = old.clone()
         own[mask] = v
         change += w * (own - old)
-        cover += w * mask
+        cover += w * mask.double()
     if rule == "coverage":
         change[cover > 0] /= cover[cover > 0]
     close(sparse_step(old, noise, values, densities, p, rule), old + change)
@@ -114,15 +112,61 @@ def test_other_densities() -> None:
 
 def test_stage_one_neither_decays_nor_prunes() -> None:
     population = setting()
-    rule = SLoRA(aggregator=HeteroLoRA(), stage1_rounds=1, stage1_lr=0.5)
+    rule = SLoRA(aggregator=HeteroLoRA(), stage1_rounds=1)
     base = LocalPlan(lr=0.02, weight_decay=0.1)
     state, updates = after_rounds(rule, population, seed=1, rounds=0)
     plan = rule.plan(state, population.clients[0], base)
-    assert plan == dataclasses.replace(base, weight_decay=0.0, lr=0.5)
+    assert plan == dataclasses.replace(base, weight_decay=0.0)
     after = rule.aggregate(state, updates)
     second = rule.plan(after, population.clients[0], base)
     assert second.self_prune is not None
     assert dataclasses.replace(second, self_prune=None) == base
+
+
+@given(st.floats(1e-3, 1e3), st.floats(1e-6, 1.0))
+def test_the_step_size_of_stage_one_follows_the_rounds(scale: float, decay: float) -> None:
+    """The plan comes with the round's decay in it; stage 1 scales that, stage 2 takes it."""
+    population = setting()
+    rule = SLoRA(aggregator=FlexLoRA(), stage1_rounds=1, stage1_lr_scale=scale)
+    state, updates = after_rounds(rule, population, seed=1, rounds=0)
+    first, later = LocalPlan(lr=0.02), LocalPlan(lr=0.02 * decay)
+    client = population.clients[0]
+    lr = [rule.plan(state, client, base).lr for base in (first, later)]
+    assert lr[1] == pytest.approx(decay * lr[0], rel=1e-12)
+    assert lr[0] == pytest.approx(scale * 0.02, rel=1e-12)
+    assert rule.plan(rule.aggregate(state, updates), client, later) == later
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_step_size_that_is_none_is_refused(scale: float) -> None:
+    with pytest.raises(ValueError, match=r"strategy\.stage1_lr_scale="):
+        SLoRA(aggregator=FlexLoRA(), stage1_lr_scale=scale)
+
+
+def test_a_constant_density_is_that_of_any_ranks() -> None:
+    """Ranks that nobody in the population holds, too: only a budget depends on ranks."""
+    population = setting()
+    strange = Ranks(dict.fromkeys(population.max_ranks, 3))
+    assert strange not in population.rank_patterns
+    wanted = {"0.25": 0.25, "budget": 3 * (11 + 16 + 13) / 700, "code": 3 * (11 + 16 + 13) / 700}
+    for option, density in wanted.items():
+        rule = SLoRA(aggregator=FlexLoRA(), density=option)
+        found = rule.global_adapter(rule.init_state(population), strange)
+        assert isinstance(found, SparseDelta)
+        assert found.density == density
+
+
+def test_the_reference_of_the_gap_is_the_stages() -> None:
+    population = setting()
+    rule = SLoRA(aggregator=FlexLoRA(weights="uniform"), stage1_rounds=1)
+    state, sparse = after_rounds(rule, population, seed=1, rounds=0)
+    factors = cohort(rule, rule.aggregate(state, sparse), population, seed=2)
+    examples = [c.num_examples for c in population.clients]
+    assert rule.reference_weights(sparse) == examples
+    assert rule.reference_weights(factors) == [1.0] * len(examples)
+    other = SLoRA(aggregator=HeteroLoRA(), stage1_rounds=1, weights="uniform")
+    assert other.reference_weights(sparse) == [1.0] * len(examples)
+    assert other.reference_weights(factors) == examples
 
 
 @pytest.mark.parametrize(
