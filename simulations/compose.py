@@ -58,7 +58,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
                 cfg.name = "-".join([*parts, f"s{cfg.seed}"])
             _anchor(cfg)
         OmegaConf.to_container(cfg, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_sentence(error, overrides)) from error
     assert isinstance(cfg, DictConfig)
     return cfg

@@ -1,6 +1,6 @@
 """Add a run's adapter to its base model: a plain model in Hugging Face's layout.
 
-    python -m simulations.merge outputs/flexlora-heavy_tail_strong-sotu-tiny-s0 merged/
+python -m simulations.merge outputs/flexlora-heavy_tail_strong-sotu-tiny-s0 merged/
 """
 
 import argparse

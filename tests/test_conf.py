@@ -91,7 +91,7 @@ def test_the_hash_ignores_what_cannot_matter():
         ("'unbalanced", "No closing quotation"),
         ("+foo=1", "unknown key foo=1"),
         ("output_dir=null", "output_dir=None must be of type str"),
-        ("strategy=null", "strategy=None is no group of settings"),
+        ("strategy=null", "Config group override must be a string"),
         ("name=..", "name='..' must be letters"),
         ("name=/elsewhere", "name='/elsewhere' must be letters"),
         ("client.lr=inf", "inf"),

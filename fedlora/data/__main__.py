@@ -74,9 +74,7 @@ def parse_source(settings: Sequence[str]) -> Source:
     if name not in SOURCES:
         raise DataError(f"data={name!r} is not one of {list(SOURCES)}")
     if name == "natural_instructions":
-        values.setdefault(
-            "path", os.environ.get("FEDLORA_NI", "natural_instructions.parquet")
-        )
+        values.setdefault("path", os.environ.get("FEDLORA_NI", "natural_instructions.parquet"))
     elif name == "jsonl" and "path" not in values:
         raise DataError("data=jsonl needs path=<a file or a pattern such as data/*.jsonl>")
     return build({"_target_": SOURCES[name], **values}, Source, "data")  # type: ignore[type-abstract]
