@@ -114,8 +114,9 @@ def _training(record: Mapping[str, Any]) -> list[str]:
 
 
 def _evaluation(record: Mapping[str, Any]) -> list[str]:
-    own = " (own rank)" if record.get("adapter") == "own" else ""
-    parts = [f"evaluate {record.get('group', '')}".strip() + own]
+    adapter = record.get("adapter", "full")
+    at = "" if adapter == "full" else f" ({adapter} rank)"
+    parts = [f"evaluate {record.get('group', '')}".strip() + at]
     if "clients" in record:
         parts.append(f"{record['clients']} clients")
     if record.get("failed"):

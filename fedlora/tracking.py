@@ -85,7 +85,7 @@ class Wandb(Tracking):
 
 
 def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) -> "Trackers":
-    """All trackers of a run, behind one that never raises.
+    """All trackers of a run behind one. Only the run folder's own records may raise (a full disk).
 
     Args:
         tracking: the configured choice.
@@ -126,6 +126,8 @@ class Trackers:
             try:
                 getattr(tracker, method)(*values)
             except Exception as error:
+                if isinstance(tracker, JsonlTracker):
+                    raise  # a round without a record would be a round that nobody can cite
                 if i not in self._failed:
                     log.exception("%s failed, the run goes on", type(tracker).__name__)
                     self._failed.add(i)

@@ -50,8 +50,9 @@ class Run:
         groups: dict[str, list[Record]] = {}
         for row in self.evaluations:
             label = str(row.get("group", "")).replace("_", " ")
-            own = ", own rank" if row.get("adapter") == "own" else ""
-            groups.setdefault(f"{label}{own}", []).append(row)
+            adapter = str(row.get("adapter", "full"))
+            at = "" if adapter == "full" else f", {adapter} rank"
+            groups.setdefault(f"{label}{at}", []).append(row)
         return groups
 
     def suffixes(self, prefix: str) -> list[str]:

@@ -370,3 +370,11 @@ def test_the_bootstrap_is_deterministic_and_as_wide_as_theory_says():
     assert (low, high) != bootstrap(values, seed=8, resamples=4000)
     assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 20, rel=0.05)
     assert bootstrap([0.3], seed=1) == (0.3, 0.3)
+
+
+def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):
+    """Unlike any other tracker: a round without a record could not be cited."""
+    trackers = track(Silent(), tmp_path, "x")
+    (tmp_path / "metrics.jsonl").mkdir()  # as good as a full disk
+    with pytest.raises(OSError, match=r"metrics\.jsonl"):
+        trackers.round({"kind": "round", "round": 1})
