@@ -104,7 +104,8 @@ def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) ->
 
 @dataclass
 class Trackers:
-    """Passes everything on. A tracker that raises is logged once; the run and the others go on."""
+    """Passes everything on. A tracker that raises is logged once and the run goes on; only the run
+    folder's own records must be written."""
 
     trackers: Sequence[Tracker]
     _failed: set[int] = field(default_factory=set, init=False)
