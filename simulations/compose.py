@@ -5,6 +5,7 @@ Flower's run config holds scalars only, so it holds ``experiment`` (a file of co
 """
 
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,9 +69,15 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     """What Hydra says, on one line, with what was typed and what could have been."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
-    text = " ".join(lines)
+    text = " ".join(lines).partition(" Config search path:")[0].partition(" To append to your")[0]
     groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
-    return f"{text} (overrides: {' '.join(overrides) or 'none'}; groups: {', '.join(groups)})"
+    allowed = f"groups: {', '.join(groups)}"
+    if unknown := re.search(r"Could not override '(?:([\w.]+)\.)?\w+'", text):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = OmegaConf.select(compose("config"), unknown[1]) if unknown[1] else None
+        if isinstance(node, DictConfig):
+            allowed = f"{unknown[1]} has: {', '.join(sorted(str(k) for k in node))}"
+    return f"{text} (overrides: {' '.join(overrides) or 'none'}; {allowed})"
 
 
 def _anchor(cfg: DictConfig) -> None:

@@ -21,6 +21,9 @@ from simulations.compose import load
 from simulations.federate import build_parts, run
 from simulations.launch import LaunchError, launch
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
 
 def say(line: str) -> None:
     """One line of progress, at once."""
@@ -51,7 +54,7 @@ def one_run(overrides: list[str]) -> int:
         return 2
     except KeyboardInterrupt:
         say("interrupted: everything that this run started is being stopped")
-        return 130
+        return INTERRUPTED
     except Exception as error:
         say(f"RUN FAILED: {type(error).__name__}: {error}")
         if os.environ.get("FEDLORA_TRACEBACK"):
@@ -62,12 +65,21 @@ def one_run(overrides: list[str]) -> int:
 def main() -> int:
     """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
     not keep the others from being done."""
-    codes = []
+    codes: list[int] = []
+    words = sys.argv[1:]
+    if not any(w.startswith("-") for w in words):  # one run: our sentence instead of Hydra's
+        try:
+            load(words)
+        except ConfigError as error:
+            say(f"RUN FAILED: {error}")
+            return 2
 
     @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
     def task(_: DictConfig) -> None:
         # Hydra has checked the overrides here; the run composes them again where it runs.
         codes.append(one_run(list(HydraConfig.get().overrides.task)))
+        if codes[-1] == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run
 
     task()
     if len(codes) > 1:

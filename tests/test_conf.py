@@ -71,7 +71,7 @@ def test_the_hash_ignores_what_cannot_matter():
         ("roundz=3", "roundz"),
         ("strategy=flexlore", "flexlore"),
         ("stragety=flexlora", "stragety"),
-        ("client.lrr=1", "lrr"),
+        ("client.lrr=1", "client has: _target_, autocast, batch_size,"),
         ("client.lr=fast", "'fast'"),
         ("client.epochs=1.5", "1.5"),
         ("client.optimizer=adam", "'adam' is not one of"),
