@@ -1,0 +1,149 @@
+"""Where strategies meet Flower: what a foreign reply, a silence or a death does to a run."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Error, Message
+
+from fedlora.codec import decode_jobs, encode_results
+from fedlora.population import Roster
+from fedlora.session import EvaluationSchedule, Rounds, RunError, Session, WorkerDied
+from fedlora.tracking import Trackers
+from fedlora.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
+from simulations.grid import InProcessGrid
+from tests.fakes import Mean
+
+MODULES = (Module("q_proj", "attention", 6, 5),)
+CLIENTS = tuple(Client(i, Ranks({"q_proj": 2}), 10) for i in range(8))
+
+
+def add_one(message: Message) -> Message:
+    """Every client adds one to its factors."""
+    jobs = decode_jobs(message.content).jobs
+    updates = [
+        Update(
+            j.client,
+            {p: Factors(f.a + 1, f.b + 1, f.alpha) for p, f in j.start.items()},
+            j.client.num_examples,
+            {"loss": 1.0, "tokens": 4.0},
+        )
+        for j in jobs
+    ]
+    return Message(encode_results(updates, wire="float32"), reply_to=message)
+
+
+def served(folder, app, **rounds):
+    """A bound strategy and its session; ``app`` answers every message."""
+    said: list[str] = []
+    method = Mean(rank=2)
+    session = Session(
+        method=method,
+        setting=Setting(MODULES, 1000, 12.0, CLIENTS, 3),
+        roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6),
+        plan=LocalPlan(),
+        schedule=EvaluationSchedule(every=0),
+        rounds=Rounds(**{"rounds": 2, "clients_per_message": 2, **rounds}),
+        workers=1,
+        folder=folder,
+        tracker=Trackers(()),
+        emit=said.append,
+    )
+    strategy = method.bind(session, worker="{}", source="")
+    return strategy, session, said, InProcessGrid(lambda m, _: app(m), 3)
+
+
+def test_two_rounds_add_two(tmp_path):
+    strategy, session, said, grid = served(tmp_path, add_one)
+    before = session.state["q_proj/a"].clone()
+    result = strategy.start(grid)
+    torch.testing.assert_close(session.state["q_proj/a"], before + 2)
+    assert session.done == 2
+    assert result.train_metrics_clientapp[2]["clients"] == 6
+    assert sum("done" in line for line in said) == 2
+
+
+def spoiled(change):
+    """An app of whose messages the one that holds the lowest client id comes back changed."""
+
+    def app(message):
+        reply = add_one(message)
+        ids = [j.client.id for j in decode_jobs(message.content).jobs]
+        app.lowest = min([*ids, getattr(app, "lowest", 99)])
+        return change(message, reply) if app.lowest in ids else reply
+
+    return app
+
+
+def no_results(message, reply):
+    del reply.content["results"]
+    return reply
+
+
+def nonsense(message, reply):
+    reply.content["results"] = ConfigRecord({"rows": "not JSON"})
+    return reply
+
+
+def error(message, reply):
+    return Message(Error(code=0, reason="ValueError: no such file"), reply_to=message)
+
+
+@pytest.mark.parametrize("change", [no_results, nonsense, error])
+def test_a_broken_reply_costs_its_own_clients_alone(tmp_path, change):
+    strategy, session, said, grid = served(tmp_path, spoiled(change), rounds=1, min_success=0.1)
+    strategy.start(grid)
+    assert session.done == 1
+    text = "\n".join(said)
+    assert "failed: WorkerError" in text
+    assert "done" in text
+
+
+def test_a_dead_worker_stops_the_round_and_nothing_of_it_is_kept(tmp_path):
+    def dies(message, reply):
+        return Message(Error(code=0, reason="x.ActorDiedError: gone"), reply_to=message)
+
+    strategy, session, _, grid = served(tmp_path, spoiled(dies))
+    before = session.state
+    with pytest.raises(WorkerDied, match=r"No round was complete yet; the same command"):
+        strategy.start(grid)
+    assert session.state is before
+    assert session.done == 0
+
+
+def test_silence_is_a_failure(tmp_path):
+    strategy, _, said, grid = served(tmp_path, add_one, rounds=1, min_success=0.1)
+    grid.pull_messages = lambda ids: []
+    with pytest.raises(RunError, match="only 0 of 6 clients succeeded"):
+        strategy.start(grid, timeout=0.2)
+    assert "NoReply" in "\n".join(said)
+
+
+def test_too_few_successes_stop_the_run(tmp_path):
+    def app(message):
+        jobs = decode_jobs(message.content).jobs
+        failures = [Failure(j.client, "ValueError", "no") for j in jobs]
+        return Message(encode_results(failures, wire="float32"), reply_to=message)
+
+    strategy, *_, grid = served(tmp_path, app)
+    with pytest.raises(RunError, match=r"only 0 of 6 .* first failure: ValueError: no"):
+        strategy.start(grid)
+
+
+def test_an_unbound_strategy_says_so(tmp_path):
+    with pytest.raises(RunError, match="Mean serves no run"):
+        Mean().start(InProcessGrid(lambda m, _: m))
+
+
+def test_resuming_goes_on_from_the_checkpoint(tmp_path):
+    whole, session, _, grid = served(tmp_path / "whole", add_one, rounds=3)
+    whole.start(grid)
+    first, _, _, grid = served(tmp_path / "cut", add_one, rounds=1)
+    first.start(grid)
+    second, again, _, grid = served(tmp_path / "cut", add_one, rounds=3)
+    assert again.resume() == 1
+    second.start(grid)
+    assert all(torch.equal(session.state[k], again.state[k]) for k in session.state)
+    stranger = replace(again, config_hash="other")
+    with pytest.raises(RunError, match="another configuration"):
+        stranger.resume()
