@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,6 @@ class Checkpoint:
     """The last complete round."""
     state: Mapping[str, Tensor]
     """Named tensors on the CPU, in the order in which they were saved."""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values that travelled with the state."""
     config_hash: str = ""
     """`config_hash` of the run that wrote it; empty if it named none."""
 
@@ -69,7 +67,6 @@ def save(
     folder: Path,
     round: int,
     state: Mapping[str, Tensor],
-    extra: Mapping[str, Any],
     keep: int,
     *,
     config_hash: str = "",
@@ -83,7 +80,6 @@ def save(
         folder: holds the checkpoints of one run; created if missing.
         round: the last complete round.
         state: named tensors of any dtype and shape.
-        extra: what else the next round needs, as JSON values.
         keep: how many checkpoints to keep; 0: all.
         config_hash: of the run's configuration, for whoever resumes it.
 
@@ -103,7 +99,6 @@ def save(
             "sha256": hashlib.sha256(blob).hexdigest(),
             "config_hash": config_hash,
             "names": list(state),
-            "extra": dict(extra),
         }
         _write(unfinished / "state.safetensors", blob)
         _write(unfinished / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
@@ -140,7 +135,7 @@ def load(path: Path) -> Checkpoint:
         state = {name: tensors[name] for name in meta["names"]}
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{file} does not hold what meta.json lists: {error}") from error
-    return Checkpoint(meta["round"], state, meta["extra"], meta["config_hash"])
+    return Checkpoint(meta["round"], state, meta["config_hash"])
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -186,7 +181,7 @@ def _forget(folder: Path, newest: int, keep: int) -> None:
 
 def _meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
-    kinds = {"round": int, "sha256": str, "config_hash": str, "names": list, "extra": dict}
+    kinds = {"round": int, "sha256": str, "config_hash": str, "names": list}
     try:
         meta = json.loads(file.read_bytes())
     except OSError as error:

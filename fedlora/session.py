@@ -282,7 +282,6 @@ class Session:
             self.folder / "checkpoints",
             phase.round,
             self.state,
-            {},
             self.rounds.keep,
             config_hash=self.config_hash,
         )

@@ -65,14 +65,10 @@ def one_run(overrides: list[str]) -> int:
 def main() -> int:
     """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
     not keep the others from being done."""
-    codes: list[int] = []
     words = sys.argv[1:]
-    if not any(w.startswith("-") for w in words):  # one run: our sentence instead of Hydra's
-        try:
-            load(words)
-        except ConfigError as error:
-            say(f"RUN FAILED: {error}")
-            return 2
+    if not any(w.startswith("-") for w in words):
+        return one_run(words)  # nothing to sweep: nothing that Hydra's own program would add
+    codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
     def task(_: DictConfig) -> None:

@@ -24,7 +24,7 @@ from fedlora.linalg import BACKENDS, backend_flops, cheapest_backend, stack, svd
 from fedlora.ranks import RankDistribution, module_ranks, quotas
 from fedlora.seeding import torch_generator
 from fedlora.types import Factors, Module
-from simulations.bench.machine import RESULTS, load, machine, write
+from simulations.bench.machine import RESULTS, command, load, machine, write
 
 LAYERS = 30
 PARAMETERS = 134_515_008
@@ -198,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     record: dict[str, Any] = {
-        "command": "python -m simulations.bench.aggregation",
+        "command": command("aggregation"),
         "config": {k: v for k, v in vars(args).items() if k != "out"} | {"noise": NOISE},
         "sampling": "one module of each kind, times its number of modules",
         "load_before": load(),

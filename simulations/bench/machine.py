@@ -4,6 +4,8 @@ import json
 import os
 import platform
 import re
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,11 @@ def machine() -> str:
     name = match[1] if match else platform.processor() or platform.machine()
     words = re.findall(r"[a-z0-9]+", name.lower().replace("(r)", "").replace("(tm)", ""))
     return "-".join([*words[:4], f"{len(os.sched_getaffinity(0))}cpu"])
+
+
+def command(benchmark: str) -> str:
+    """What was typed, so that whoever reads the numbers can type it again."""
+    return shlex.join(["python", "-m", f"simulations.bench.{benchmark}", *sys.argv[1:]])
 
 
 def load() -> float:

@@ -34,7 +34,7 @@ import psutil
 from fedlora.cache import cache_root
 from fedlora.data.store import TokenStore, prepare
 from fedlora.tracking import read_jsonl
-from simulations.bench.machine import RESULTS, load, machine, write
+from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.compose import load as compose
 from simulations.federate import build_parts
 
@@ -206,7 +206,7 @@ def main() -> None:
     model = parts.model.resolved()
     store = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     say(f"{len(TokenStore(store).clients)} clients tokenised; load {load()}")
-    record: dict[str, Any] = {"command": "python -m simulations.bench.runtime"}
+    record: dict[str, Any] = {"command": command("runtime")}
     record |= {"config": {k: v for k, v in vars(args).items() if k != "out"}, "overrides": words}
     record["load_before"] = load()
     if args.rounds:

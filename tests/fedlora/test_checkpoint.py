@@ -49,11 +49,10 @@ def bits(state: dict[str, Tensor]) -> list[tuple]:
 )
 @given(state=states(), round=st.integers(0, 200_000))
 def test_a_state_comes_back_bit_for_bit_and_in_its_order(tmp_path, state, round):
-    extra = {"schedule": [1, 2.5, None], "name": "ü"}
-    path = save(tmp_path, round, state, extra, keep=1, config_hash="abc")
+    path = save(tmp_path, round, state, keep=1, config_hash="abc")
     found = load(path)
     assert bits(found.state) == bits(state)
-    assert (found.round, found.extra, found.config_hash) == (round, extra, "abc")
+    assert (found.round, found.config_hash) == (round, "abc")
     assert state_hash(found.state) == state_hash(state)
 
 
@@ -67,7 +66,7 @@ def test_nan_payloads_views_and_shared_memory_survive(tmp_path):
         "again": base,
         "wide": base[:, :1].expand(3, 5),
     }
-    found = load(save(tmp_path, 3, state, {}, keep=2)).state
+    found = load(save(tmp_path, 3, state, keep=2)).state
     for name, t in state.items():
         assert torch.equal(found[name].view(torch.int32), t.contiguous().view(torch.int32)), name
 
@@ -75,7 +74,7 @@ def test_nan_payloads_views_and_shared_memory_survive(tmp_path):
 def test_the_state_that_was_saved_is_not_changed_and_the_loaded_one_is_writable(tmp_path):
     state = some_state(2)
     before = state_hash(state)
-    found = load(save(tmp_path, 2, state, {}, keep=1)).state
+    found = load(save(tmp_path, 2, state, keep=1)).state
     found["w"].add_(1)
     assert state_hash(state) == before
 
@@ -97,21 +96,20 @@ def test_the_hash_sees_names_dtypes_shapes_and_bytes_but_not_the_order():
 
 def test_only_the_last_are_kept_and_an_abandoned_future_goes(tmp_path):
     for n in range(1, 6):
-        save(tmp_path, n, some_state(n), {}, keep=2)
+        save(tmp_path, n, some_state(n), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round_00004", "round_00005"]
-    save(tmp_path, 2, some_state(2), {}, keep=3)
+    save(tmp_path, 2, some_state(2), keep=3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round_00002"]
     for n in range(3, 7):
-        save(tmp_path, n, some_state(n), {}, keep=0)
+        save(tmp_path, n, some_state(n), keep=0)
     assert len(list(tmp_path.iterdir())) == 5
     assert latest(tmp_path).round == 6
 
 
 def test_a_round_written_twice_is_the_second_one(tmp_path):
-    save(tmp_path, 7, some_state(1), {}, keep=2)
-    save(tmp_path, 7, some_state(2), {"again": True}, keep=2)
+    save(tmp_path, 7, some_state(1), keep=2)
+    save(tmp_path, 7, some_state(2), keep=2)
     found = latest(tmp_path)
-    assert found.extra == {"again": True}
     assert state_hash(found.state) == state_hash(some_state(2))
 
 
@@ -155,8 +153,8 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, kind):
     damage, words = DAMAGE[kind]
-    save(tmp_path, 1, some_state(1), {}, keep=3)
-    path = save(tmp_path, 2, some_state(2), {}, keep=3)
+    save(tmp_path, 1, some_state(1), keep=3)
+    path = save(tmp_path, 2, some_state(2), keep=3)
     damage(path)
     with pytest.raises(CheckpointError, match=words) as error:
         load(path)
@@ -168,12 +166,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
 
 
 def test_an_exception_while_writing_leaves_the_previous_one_and_no_litter(tmp_path, monkeypatch):
-    save(tmp_path, 1, some_state(1), {}, keep=1)
+    save(tmp_path, 1, some_state(1), keep=1)
     monkeypatch.setattr(
         checkpoint, "_write", lambda file, content: (_ for _ in ()).throw(OSError())
     )
     with pytest.raises(OSError):  # noqa: PT011 - whatever the disk says
-        save(tmp_path, 2, some_state(2), {}, keep=1)
+        save(tmp_path, 2, some_state(2), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["round_00001"]
     assert latest(tmp_path).round == 1
 
@@ -194,7 +192,7 @@ def killed_at(n: int, folder: Path, round: int) -> bool:
 
         for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (Path, "open")):
             setattr(owner, name, deadly(getattr(owner, name)))
-        save(folder, round, some_state(20), {}, keep=1)
+        save(folder, round, some_state(20), keep=1)
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
@@ -205,8 +203,8 @@ def test_a_kill_at_any_step_leaves_a_complete_checkpoint(tmp_path, again):
     allowed = {state_hash(some_state(v)) for v in (10, 11, 20)}
     for n in range(40):
         folder = tmp_path / str(n)
-        save(folder, 10, some_state(10), {}, keep=2)
-        save(folder, 11, some_state(11), {}, keep=2)
+        save(folder, 10, some_state(10), keep=2)
+        save(folder, 11, some_state(11), keep=2)
         killed = killed_at(n, folder, 11 if again else 12)
         found = latest(folder)
         assert state_hash(found.state) in allowed
