@@ -3,7 +3,8 @@
     python -m simulations.bench.engine               all cases: half an hour on two cores
     python -m simulations.bench.engine --quick       the short-text cases: two minutes
     python -m simulations.bench.engine --sweep all   one thing varied at a time, one core each
-    python -m simulations.bench.engine --overhead    where the time of tiny clients goes
+    python -m simulations.bench.engine --overhead    what a client costs beyond its passes
+    python -m simulations.bench.engine --profile --cases "short tiny"   operators by their time
 
 Rows of a case, on the same data, batches and start adapters:
 
@@ -26,17 +27,19 @@ sending, training and collecting count.
 
 import argparse
 import warnings
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from simulations.bench.engine_cases import CASES, EXTRA, Case, Draw, variants
+from simulations.bench.engine_cases import CASES, EXTRA, Case, variants
 from simulations.bench.engine_measure import ENTRIES, LABELS, Effort, Entry, measure
-from simulations.bench.engine_table import table, write_plot
+from simulations.bench.engine_profile import overhead, profiles
+from simulations.bench.engine_sweeps import SWEEPS, run_sweep
+from simulations.bench.engine_table import table, write_curves, write_plot
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 QUICK = Effort(repeats=2, trainer_clients=4)
+ONE_AT_A_TIME = Effort(repeats=3)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,9 +47,12 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     names = [c.name for c in (*CASES, *EXTRA)]
     words.add_argument("--quick", action="store_true", help="two minutes: short texts alone")
-    words.add_argument("--repeats", type=int, default=0, help="0: 5, or 2 with --quick")
+    words.add_argument("--sweep", choices=[*SWEEPS, "all"], help="vary one thing instead")
+    words.add_argument("--overhead", action="store_true", help="profile tiny clients instead")
+    words.add_argument("--profile", action="store_true", help="operators of the cases instead")
+    words.add_argument("--repeats", type=int, default=0, help="0: 5, or fewer where it takes long")
     words.add_argument("--cases", nargs="*", choices=names, help="default: all but the last")
-    words.add_argument("--entries", nargs="*", choices=list(LABELS), help="sides to run")
+    words.add_argument("--entries", nargs="*", choices=list(LABELS), help="default: all")
     words.add_argument("--trainer-clients", type=int, default=16, help="stand for all; 0: all")
     words.add_argument("--plain", action="store_true", help="no variants: no dropout, no bfloat16")
     words.add_argument("--out", type=Path, help="the JSON; the plot lies beside it")
@@ -58,47 +64,67 @@ def chosen(args: argparse.Namespace) -> list[Case]:
     cases = [c for c in (*CASES, *EXTRA) if c.name in (args.cases or [c.name for c in CASES])]
     if args.quick and not args.cases:
         cases = [c for c in CASES if c.name.startswith("short")]
-    if not args.quick and not args.plain:
-        cases = [v for c in cases for v in variants(c)]
     for case in cases:
         if case.missing():
             print(f"{case.name}: skipped, {case.missing()}", flush=True)
-    return [c for c in cases if not c.missing()]
+    cases = [c for c in cases if not c.missing()]
+    alone = args.quick or args.plain or args.profile
+    return cases if alone else [v for c in cases for v in variants(c)]
 
 
-def entries(args: argparse.Namespace) -> list[Entry]:
+def ways(args: argparse.Namespace) -> list[Entry]:
     """The ways to run that were asked for; the PEFT loop is always among them."""
     named = args.entries or [e.label for e in ENTRIES]
     found = [e for e in ENTRIES if e.label in named]
     return found if any(e.side == "peft loop" for e in found) else [Entry("peft loop"), *found]
 
 
-def run_cases(cases: Sequence[Case], ways: Sequence[Entry], effort: Effort) -> dict[str, Any]:
-    """Measure and print case after case."""
-    records = {}
-    for case in cases:
+def run_cases(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Measure and print case after case; what is complete is on disk whatever happens later."""
+    effort = QUICK if args.quick else Effort(trainer_clients=args.trainer_clients)
+    effort = replace(effort, repeats=args.repeats or effort.repeats)
+    records: dict[str, Any] = {}
+    for case in chosen(args):
         before = load()
-        record = measure(case, ways, effort)
+        record = measure(case, ways(args), effort)
         records[case.name] = record | {"load_before": before, "load_after": load()}
         print(table(case.name, record) + "\n", flush=True)
+        write(out, {"command": command("engine"), "effort": vars(effort), "cases": records})
+        write_plot(out.with_suffix(".png"), records)
     return records
+
+
+def run_sweeps(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """One sweep or all; the records of all points by sweep and label."""
+    effort = replace(ONE_AT_A_TIME, repeats=args.repeats or ONE_AT_A_TIME.repeats)
+    sweeps: dict[str, Any] = {}
+    for name in SWEEPS if args.sweep == "all" else [args.sweep]:
+        before = load()
+        sweeps[name] = run_sweep(name, effort)
+        busy = {"load_before": before, "load_after": load()}
+        write(out, {"command": command("engine"), **busy, "sweeps": sweeps})
+        write_curves(out.with_suffix(".png"), sweeps)
+    return {f"{n} {label}": r for n, points in sweeps.items() for label, r in points.items()}
 
 
 def main() -> None:
     """Measure, print, write."""
     args = parser().parse_args()
     warnings.filterwarnings("ignore")
-    default = RESULTS / ("local/engine-quick.json" if args.quick else f"engine-{machine()}.json")
-    out = args.out or default
-    effort = QUICK if args.quick else Effort(trainer_clients=args.trainer_clients)
-    effort = replace(effort, repeats=args.repeats or effort.repeats)
-    records = run_cases(chosen(args), entries(args), effort)
-    write(out, {"command": command("engine"), "effort": vars(effort), "cases": records})
-    if records:
-        write_plot(out.with_suffix(".png"), records)
-    wrong = [n for n, r in records.items() if any(e["error"] for e in r["entries"].values())]
-    if wrong:
-        raise SystemExit(f"sides disagree: {wrong}")
+    kind = "sweeps" if args.sweep else "overhead" if args.overhead else "profile"
+    name = f"engine-{kind}" if args.sweep or args.overhead or args.profile else "engine"
+    usual = f"local/{name}-quick.json" if args.quick else f"{name}-{machine()}.json"
+    out = args.out or RESULTS / usual
+    if args.overhead:
+        write(out, {"command": command("engine"), "sides": overhead(args.repeats or 5)})
+    elif args.profile:
+        sides = list(dict.fromkeys(e.side for e in ways(args) if e.side != "trainer"))
+        write(out, {"command": command("engine"), "cases": profiles(chosen(args), sides)})
+    else:
+        records = (run_sweeps if args.sweep else run_cases)(args, out)
+        wrong = [n for n, r in records.items() if any(e["error"] for e in r["entries"].values())]
+        if wrong:
+            raise SystemExit(f"sides disagree in {wrong}")
 
 
 if __name__ == "__main__":

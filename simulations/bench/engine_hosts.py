@@ -13,7 +13,7 @@ import re
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.codec import decode_jobs, encode_jobs
+from fedlora.engine.base import EngineSpec
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.population import deal
 from fedlora.types import TrainJob
@@ -69,9 +70,9 @@ class Run:
 class Opened:
     """A side in this process, and what passes through its base model."""
 
-    def __init__(self, name: str, case: Case) -> None:
+    def __init__(self, side: str | EngineSpec, case: Case) -> None:
         self.world = World(case)
-        self.side: Side = open_side(name, self.world)
+        self.side: Side = open_side(side, self.world)
         self.count = Count()
         self.side.network.get_input_embeddings().register_forward_pre_hook(self._note)
 
@@ -80,13 +81,13 @@ class Opened:
         self.count.forwards += 1
 
 
-def serve(connection: Connection, name: str, case: Case) -> None:
+def serve(connection: Connection, side: str | EngineSpec, case: Case) -> None:
     """Answer until the other end closes."""
     warnings.filterwarnings("ignore")
     try:
         keep_freed_memory()  # for every side, so that no side is slower for want of it
         warm_up()
-        opened = Opened(name, case)
+        opened = Opened(side, case)
         gc.collect()
         reset_peak()
         before = resident("VmRSS")
@@ -96,7 +97,7 @@ def serve(connection: Connection, name: str, case: Case) -> None:
     except EOFError:
         return
     except Exception:
-        connection.send(RuntimeError(f"{name} on {case.name}:\n{traceback.format_exc()}"))
+        connection.send(RuntimeError(f"{side} on {case.name}:\n{traceback.format_exc()}"))
 
 
 def answer(connection: Connection, opened: Opened, before: float) -> None:
@@ -149,9 +150,9 @@ def reset_peak() -> None:
 class Host:
     """One process with one side."""
 
-    def __init__(self, name: str, case: Case) -> None:
+    def __init__(self, side: str | EngineSpec, case: Case) -> None:
         self.connection, theirs = _context().Pipe()
-        self.process = _context().Process(target=serve, args=(theirs, name, case), daemon=True)
+        self.process = _context().Process(target=serve, args=(theirs, side, case), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -181,7 +182,7 @@ class Host:
         return part
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Run ``function(opened, *arguments)`` there; a function of a module, values that travel."""
+        """Run ``function(opened, *arguments)`` there; all of it must be picklable."""
         self.send("call", function, arguments)
         return self.receive()
 
@@ -245,17 +246,25 @@ def _context() -> Any:
 
 
 @contextmanager
-def hosts(case: Case, counts: dict[str, int]) -> Iterator[dict[str, list[Host]]]:
-    """Processes by side, opened on a case and closed at the end."""
+def hosts(
+    case: Case, counts: Mapping[str, int], sides: Mapping[str, EngineSpec] | None = None
+) -> Iterator[dict[str, list[Host]]]:
+    """Processes by side, opened on a case and closed at the end.
+
+    They open one after another: an engine may measure the machine when it does.
+
+    Args:
+        case: for all of them.
+        counts: processes of each side.
+        sides: engines for names that `engine_sides` does not know.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    opened: dict[str, list[Host]] = {}
+    opened: dict[str, list[Host]] = {name: [] for name in counts}
     try:
         for name, count in counts.items():
-            opened[name] = []
             for _ in range(count):
-                opened[name].append(Host(name, case))
-        for host in (h for group in opened.values() for h in group):
-            host.ready()
+                opened[name].append(Host((sides or {}).get(name, name), case))
+                opened[name][-1].ready()
         yield opened
     finally:
         for host in (h for group in opened.values() for h in group):

@@ -3,7 +3,7 @@
 import gc
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,7 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
         growth, peak = memory.get(e.label, (None, None))
         found[e.label] |= {"peak_growth_mb": growth, "peak_mb": peak}
     return {
-        "config": {**vars(case), "plan": describe(everyone.jobs[0].plan)},
+        "config": {**asdict(case), "plan": describe(everyone.jobs[0].plan)},
         "clients": len(everyone.jobs),
         "tokens": everyone.tokens,
         "flop": work,

@@ -86,31 +86,25 @@ class PeftLoop:
     def __init__(self, world: World) -> None:
         self.store = world.store
         self.network = world.network
-        self.model: Any = None
-        self._active = ""
-        self._trained: dict[Ranks, tuple[str, list[Tensor]]] = {}
+        patterns: dict[Ranks, TrainJob] = {}
         for job in world.jobs:
-            if job.client.ranks not in self._trained:
-                self._trained[job.client.ranks] = self._add(job, f"pattern{len(self._trained)}")
-        self.network.config.use_cache = False
+            patterns.setdefault(job.client.ranks, job)
+        first, *others = (lora_config(job) for job in patterns.values())
+        self.model: Any = peft.get_peft_model(self.network, first, adapter_name="pattern0")
+        for i, config in enumerate(others, 1):
+            self.model.add_adapter(f"pattern{i}", config)
+        self.model.config.use_cache = False
         self.model.train()
+        self._active = ""
+        self._trained = {
+            ranks: (f"pattern{i}", self._weights(job, f"pattern{i}"))
+            for i, (ranks, job) in enumerate(patterns.items())
+        }
 
-    def _add(self, job: TrainJob, name: str) -> tuple[str, list[Tensor]]:
-        """A PEFT adapter for clients with this job's ranks, and its weights in a row's order."""
-        start = adapter_of(job)
-        config = peft.LoraConfig(
-            r=next(iter(job.client.ranks.values())),
-            rank_pattern=dict(job.client.ranks),
-            lora_alpha=int(next(iter(start.values())).alpha),
-            lora_dropout=job.plan.dropout,
-            target_modules=list(start),
-        )
-        if self.model is None:
-            self.model = peft.get_peft_model(self.network, config, adapter_name=name)
-        else:
-            self.model.add_adapter(name, config)
-        layers = [self.model.base_model.model.get_submodule(path) for path in start]
-        return name, [w for x in layers for w in (x.lora_A[name].weight, x.lora_B[name].weight)]
+    def _weights(self, job: TrainJob, name: str) -> list[Tensor]:
+        """A and B of each module of a PEFT adapter, in a row's order."""
+        layers = [self.model.base_model.model.get_submodule(path) for path in adapter_of(job)]
+        return [w for x in layers for w in (x.lora_A[name].weight, x.lora_B[name].weight)]
 
     def reset(self, job: TrainJob) -> list[Any]:
         """Make the job's adapter the active one and give it its start values."""
@@ -155,7 +149,8 @@ class ClientTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """The steps in their order."""
-        loader = DataLoader(self.train_dataset, batch_size=None, collate_fn=self.data_collator)
+        steps: Any = self.train_dataset
+        loader = DataLoader(steps, batch_size=None, collate_fn=self.data_collator)
         return self.accelerator.prepare(loader)
 
 
@@ -199,14 +194,25 @@ def arguments(plan: LocalPlan, count: int) -> TrainingArguments:
 
 
 REFERENCES: Mapping[str, Callable[[World], Side]] = {"peft loop": PeftLoop, "trainer": TrainerSide}
-NAMES = (*REFERENCES, *ENGINES)
 
 
-def open_side(name: str, world: World) -> Side:
-    """A side by its name."""
-    if name in REFERENCES:
-        return REFERENCES[name](world)
-    return EngineSide(world, ENGINES[name])
+def open_side(side: str | EngineSpec, world: World) -> Side:
+    """A side by its name, or any of our engines."""
+    if isinstance(side, EngineSpec):
+        return EngineSide(world, side)
+    return REFERENCES[side](world) if side in REFERENCES else EngineSide(world, ENGINES[side])
+
+
+def lora_config(job: TrainJob) -> peft.LoraConfig:
+    """PEFT's description of an adapter with this job's ranks."""
+    start = adapter_of(job)
+    return peft.LoraConfig(
+        r=max(job.client.ranks.values()),
+        rank_pattern=dict(job.client.ranks),
+        lora_alpha=int(next(iter(start.values())).alpha),
+        lora_dropout=job.plan.dropout,
+        target_modules=list(start),
+    )
 
 
 def adapter_of(job: TrainJob) -> Adapter:

@@ -1,7 +1,7 @@
 """What a benchmark of the engines says, as text and as a picture."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ NAMES = {
 }
 HEAD = (
     f"{'':<24}{'proc':>5}{'thr':>4}{'tokens/s':>10}{'(best)':>9}{'ms wall':>9}{'ms CPU':>8}"
-    f"{'clients/s':>10}{'limit':>7}{'MB':>7}{'padding':>8}{'x loop':>8}{'d loss':>9}{'d adapter':>10}"
+    f"{'clients/s':>10}{'limit':>7}{'MB':>7}{'padding':>8}{'x loop':>8}{'d loss':>9}"
+    f"{'d adapter':>10}"
 )
 
 
@@ -112,7 +113,7 @@ def _bars(ax: Axes, name: str, record: Mapping[str, Any]) -> None:
     ax.tick_params(labelsize=7)
 
 
-def write_curves(path: Path, sweeps: Mapping[str, Sequence[tuple[str, Mapping[str, Any]]]]) -> None:
+def write_curves(path: Path, sweeps: Mapping[str, Mapping[str, Any]]) -> None:
     """Each sweep's sides as lines of speed over its points."""
     figure = Figure(figsize=(9, 2.8 * -(-len(sweeps) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(sweeps) // 2), min(2, len(sweeps)), squeeze=False).ravel()
@@ -123,21 +124,24 @@ def write_curves(path: Path, sweeps: Mapping[str, Sequence[tuple[str, Mapping[st
     save(figure, path)
 
 
-def _curves(ax: Axes, name: str, points: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
-    labels = [label for label, _ in points]
-    lines = {label: None for _, record in points for label in record["entries"]}
-    for i, label in enumerate(lines):
-        found = [record["entries"].get(label) for _, record in points]
-        shares = [
-            rate(e) / limit(record, cores(e)) if e and e["repeats"] else float("nan")
-            for e, (_, record) in zip(found, points, strict=True)
-        ]
-        ax.plot(labels, shares, marker="o", color=COLOURS[i % len(COLOURS)], label=label)
+def _curves(ax: Axes, name: str, points: Mapping[str, Any]) -> None:
+    ways = dict.fromkeys(label for record in points.values() for label in record["entries"])
+    for colour, way in zip(COLOURS, ways, strict=False):
+        shares = [_share(record, way) for record in points.values()]
+        ax.plot(list(points), shares, marker="o", color=colour, label=way)
     ax.set_title(name, loc="left", fontsize=9)
     ax.set_ylim(0, 1)
     ax.set_ylabel("share of the limit", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=7)
+
+
+def _share(record: Mapping[str, Any], way: str) -> float:
+    """Speed over the limit; not a number where it was not measured."""
+    entry = record["entries"].get(way)
+    if not entry or not entry["repeats"]:
+        return float("nan")
+    return rate(entry) / limit(record, cores(entry))
 
 
 def save(figure: Figure, path: Path) -> None:
