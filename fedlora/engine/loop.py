@@ -6,7 +6,6 @@ buffer, so that clearing, measuring, clipping and stepping are one operation eac
 per tensor (a LoRA client has hundreds of small ones).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from fedlora import selfprune
 from fedlora.batches import Batch, TokenExample, micro_batches, num_steps, step_indices
 from fedlora.engine.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.seeding import torch_seed
+from fedlora.seeding import dropout_seeds
 from fedlora.types import LocalPlan
 
 
@@ -138,18 +137,6 @@ def optimizer_for(plan: LocalPlan, buffers: list[nn.Parameter]) -> torch.optim.O
     )
 
 
-@contextlib.contextmanager
-def private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of ``device`` for a while, then restore them."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def optimise(
     model: LanguageModel,
     parameters: Sequence[nn.Parameter],
@@ -170,14 +157,14 @@ def optimise(
     rates = learning_rates(num_steps(len(examples), plan), plan)
     order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
     losses, norms, tokens = [], [], []
+    seeds = dropout_seeds(seed, round, client, len(model.layers))
     try:
-        with private_rng(torch_seed(seed, "dropout", round, client), model.device):
-            for rate, indices in zip(rates, order, strict=True):
-                batches = micro_batches(examples, indices, plan)
-                tokens.append(sum(b.tokens for b in batches))
-                flat.zero_grad()
-                losses.append(_backward(model, batches, tokens[-1], plan))
-                norms.append(_step(optimizer, flat, rate, plan.clip))
+        for rate, indices in zip(rates, order, strict=True):
+            batches = micro_batches(examples, indices, plan)
+            tokens.append(sum(b.tokens for b in batches))
+            flat.zero_grad()
+            losses.append(_backward(model, batches, seeds, tokens[-1], plan))
+            norms.append(_step(optimizer, flat, rate, plan.clip))
         change = flat.change()
     finally:
         flat.release()
@@ -194,12 +181,17 @@ def optimise(
 
 
 def _backward(
-    model: LanguageModel, batches: Sequence[Batch], tokens: int, plan: LocalPlan
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    seeds: Iterator[Sequence[int]],
+    tokens: int,
+    plan: LocalPlan,
 ) -> Tensor:
     """Add the gradient of one step's loss; the mean cross-entropy, a detached scalar."""
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
+        model.seed_dropout(next(seeds))
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):
