@@ -36,6 +36,15 @@ class Trace:
     delta_norm: float
     """Euclidean norm of the change of all trained numbers."""
 
+    @staticmethod
+    def of(
+        losses: Sequence[Tensor], tokens: Sequence[int], norms: Sequence[Tensor], change: Tensor
+    ) -> "Trace":
+        """From scalars on a device, in one transfer: it would have to wait for each."""
+        numbers = torch.stack([*losses, *norms, change]).tolist()
+        steps = len(losses)
+        return Trace(tuple(numbers[:steps]), tuple(tokens), tuple(numbers[steps:-1]), numbers[-1])
+
     def metrics(self) -> dict[str, float]:
         """The round in a few numbers; ``loss`` is the mean over tokens."""
         tokens = sum(self.tokens)
@@ -164,19 +173,12 @@ def optimise(
             tokens.append(sum(b.tokens for b in batches))
             flat.zero_grad()
             losses.append(_backward(model, batches, seeds, tokens[-1], plan))
-            norms.append(_step(optimizer, flat, rate, plan.clip))
+            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
         change = flat.change()
     finally:
         flat.release()
-    # One transfer at the end: a read per step would make an accelerator wait for each.
-    numbers = torch.stack([*losses, *norms, change]).tolist()
-    trace = Trace(
-        losses=tuple(numbers[: len(losses)]),
-        tokens=tuple(tokens),
-        grad_norms=tuple(numbers[len(losses) : -1]),
-        delta_norm=numbers[-1],
-    )
-    _check(trace, plan)
+    trace = Trace.of(losses, tokens, norms, change)
+    check_trace(trace, plan)
     return trace
 
 
@@ -206,20 +208,21 @@ def _backward(
     return total
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, flat: FlatParameters, rate: float, clip: float
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, buffers: Sequence[nn.Parameter], rate: float, clip: float
 ) -> Tensor:
-    """Clip, step; the gradient norm before clipping."""
-    norm = get_total_norm(flat.grads)
+    """One optimizer step at a learning rate, after clipping; the gradient norm before that."""
+    norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
     if clip > 0:
-        clip_grads_with_norm_(flat.buffers, clip, norm)
+        clip_grads_with_norm_(buffers, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return norm
 
 
-def _check(trace: Trace, plan: LocalPlan) -> None:
+def check_trace(trace: Trace, plan: LocalPlan) -> None:
+    """Raise a FloatingPointError that names the first step whose loss is not finite."""
     steps = len(trace.losses)
     setting = f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, client.clip={plan.clip}"
     for step, loss in enumerate(trace.losses, 1):

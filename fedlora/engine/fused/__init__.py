@@ -1,0 +1,1 @@
+"""Many clients' adapters trained in one forward of one frozen base model (m-LoRA's idea)."""
