@@ -1,13 +1,11 @@
 """The tokenised data on disk: built once, then memory-mapped by every worker."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.cache import locked
 from fedlora.data.build import (
     ARRAYS,
     CHECKED,
@@ -92,7 +91,7 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
     if folder.exists() and not damage(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{folder.name}.lock"):
+    with locked(cache / f"{folder.name}.lock"):
         if folder.exists():
             reason = damage(folder)
             if not reason:
@@ -109,22 +108,6 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that dies with its holder; where there is none, go on without.
-
-    Without a lock two processes may do the same work, and the second rename fails loudly.
-    """
-    with path.open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            log.warning("no lock on %s (%s): start one process first", path, error)
-        yield
 
 
 def damage(folder: Path) -> str:
