@@ -128,7 +128,7 @@ class _Places:
 
 def _width(example: TokenExample) -> int:
     """Input tokens of an example: all but the last."""
-    return max(1, len(example.input_ids) - 1)
+    return len(example.input_ids) - 1
 
 
 def _grouped(lanes: Sequence[Lane], counts: Sequence[int], blank_share: float) -> tuple[Group, ...]:
@@ -171,8 +171,8 @@ def _assemble(
     within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
     row = np.repeat(starts, lengths) + within
     inputs, following = np.full(rows, PAD, np.int64), np.zeros(rows, np.int64)
-    inputs[row] = np.concatenate([e.input_ids[: _width(e)] for e in examples])
-    following[row] = np.concatenate([_following(e) for e in examples])
+    inputs[row] = np.concatenate([e.input_ids[:-1] for e in examples])
+    following[row] = np.concatenate([e.input_ids[1:] for e in examples])
     owner = np.array(places.owner)
     first = [
         first_target(e, lanes[k].loss) - 1 for e, k in zip(examples, places.owner, strict=True)
@@ -201,12 +201,6 @@ def _assemble(
         drawn=drawn,
         tokens=int(lengths.sum()),
     )
-
-
-def _following(example: TokenExample) -> Ids:
-    """The token after each input token."""
-    ids = example.input_ids
-    return ids[1:] if len(ids) > 1 else ids
 
 
 def _thresholds(lanes: Sequence[Lane], rows: Ids) -> Tensor | None:

@@ -52,11 +52,19 @@ class FusedModel:
         return dtype
 
     @contextmanager
-    def mounted(self, bank: AdapterBank, autocast: bool = False) -> Iterator[None]:
-        """Let the network compute with a bank's adapters; nothing of it stays afterwards."""
+    def mounted(
+        self, bank: AdapterBank, autocast: bool = False, generate: bool = False
+    ) -> Iterator[None]:
+        """Let the network compute with a bank's adapters; nothing of it stays afterwards.
+
+        Args:
+            bank: where the adapters are.
+            autocast: compute in bfloat16 where torch's autocast does.
+            generate: leave attention to the network, for `prepare_rows`.
+        """
         layers = self.model.layers.values()
         with ExitStack() as stack:
-            if self.is_ragged:
+            if self.is_ragged and not generate:
                 stack.enter_context(ragged(self.model.network, self._attention))
             if self.checkpoint:
                 stack.enter_context(recomputing(self.model.network))

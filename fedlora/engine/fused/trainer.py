@@ -69,7 +69,7 @@ def chain(job: TrainJob, store: TokenStore, layouts: Layouts, fused: FusedModel)
         tuple(tuple(part) for part in parts(indices, job.plan))
         for indices in step_indices(len(examples), job.plan, **who)
     )
-    lengths = [max(1, len(e.input_ids) - 1) for e in examples]
+    lengths = [len(e.input_ids) - 1 for e in examples]
     forwards = tuple(
         Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
         for step in steps
