@@ -37,6 +37,7 @@ from fedlora.types import (
     share,
 )
 from fedlora.validation import RejectedUpdate, check_update
+from fedlora.workload import evaluation_tokens, training_tokens
 
 log = logging.getLogger(__name__)
 
@@ -223,7 +224,7 @@ class Session:
     # --- training -----------------------------------------------------------------------------
 
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
-        """The round's jobs, split over messages by predicted cost."""
+        """The round's jobs, split over messages by the tokens that each will probably need."""
         clients = [
             self.method.enlist(self.state, c) for c in cohort(self.roster, self.setting.seed, round)
         ]
@@ -235,8 +236,7 @@ class Session:
         jobs = [
             TrainJob(self.setting.seed, round, c, starts[c.ranks], plans[c.ranks]) for c in clients
         ]
-        limit = plan.max_examples or max(c.num_examples for c in clients)
-        weights = [float(min(c.num_examples, limit)) for c in clients]
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         self._begin(round, "train", len(jobs))
         self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic())
         return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
@@ -436,7 +436,8 @@ class Session:
                     continue  # a run that was killed between two panels goes on here
                 jobs = self._evaluation_jobs(round, group, kind)
                 # Fewer messages than in training: the full adapter can be as large as the model.
-                hands = deal([1.0] * len(jobs), min(2 * self.workers, self._messages(len(jobs))))
+                weights = [evaluation_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+                hands = deal(weights, min(2 * self.workers, self._messages(len(jobs))))
                 batches += [(f"{group}:{kind}", [jobs[i] for i in hand]) for hand in hands]
         self._begin(round, "evaluate", sum(len(jobs) for _, jobs in batches))
         self._evaluation_started = time.monotonic()
