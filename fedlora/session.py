@@ -41,6 +41,12 @@ from fedlora.workload import evaluation_tokens, training_tokens
 
 log = logging.getLogger(__name__)
 
+MOST_PER_MESSAGE = 256
+"""Clients in one message, unless asked otherwise. A worker and the server hold a reply in memory
+whole (half a MiB per client of the default run, tens for larger models), progress is seen by
+replies alone, and whoever dies loses a whole message: with everybody of a large population in one
+round, a share of the round per worker would be too much of all three."""
+
 
 class RunError(RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
@@ -117,7 +123,8 @@ class Rounds:
     max_update_norm: float = 0.0
     """Updates that move further than this (Frobenius) are rejected; 0: no bound."""
     clients_per_message: int = 0
-    """Clients in one Flower message; 0: about four messages per worker."""
+    """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
+    a worker's share of the round), and no more than `MOST_PER_MESSAGE`."""
     wire: str = "float32"
     """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``."""
     timeout_s: float = 3600.0
@@ -172,6 +179,8 @@ class Session:
     folder: Path
     """The run folder; checkpoints go to its ``checkpoints/``."""
     tracker: Tracker
+    messages_per_worker: int = 4
+    """Into how many messages a worker's share of a round is cut: as the engine likes it."""
     config_hash: str = ""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
@@ -239,11 +248,19 @@ class Session:
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         self._begin(round, "train", len(jobs))
         self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic())
-        return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
+        hands = deal(weights, self._messages(len(jobs)), self._most)
+        return [[jobs[i] for i in hand] for hand in hands]
+
+    @property
+    def _most(self) -> int:
+        """Clients that one message may hold."""
+        return self.rounds.clients_per_message or MOST_PER_MESSAGE
 
     def _messages(self, jobs: int) -> int:
-        size = self.rounds.clients_per_message
-        return -(-jobs // size) if size else min(jobs, 4 * self.workers)
+        needed = -(-jobs // self._most)
+        if self.rounds.clients_per_message:
+            return needed
+        return max(needed, min(jobs, self.messages_per_worker * self.workers))
 
     def _begin(self, round: int, phase: str, clients: int) -> None:
         label = f"round {round}/{self.rounds.rounds}  {phase}"
@@ -435,7 +452,8 @@ class Session:
                 if (group, kind) in evaluated:
                     continue  # a run that was killed between two panels goes on here
                 jobs = self._evaluation_jobs(round, group, kind)
-                # Fewer messages than in training: the full adapter can be as large as the model.
+                # Fewer messages than in training: the full adapter can be as large as the model,
+                # and what comes back are a few numbers per client.
                 weights = [evaluation_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
                 hands = deal(weights, min(2 * self.workers, self._messages(len(jobs))))
                 batches += [(f"{group}:{kind}", [jobs[i] for i in hand]) for hand in hands]

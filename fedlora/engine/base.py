@@ -29,6 +29,12 @@ class Engine(Protocol):
 class EngineSpec:
     """The configuration of an engine; a worker opens it once and keeps it."""
 
+    @property
+    def messages_per_worker(self) -> int:
+        """Into how many messages per worker a round is cut. Few large ones suit an engine that
+        works on many jobs at once, many small ones keep workers evenly busy."""
+        return 4
+
     @abstractmethod
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The engine on this model and these data."""

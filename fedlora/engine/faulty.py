@@ -54,6 +54,10 @@ class Faulty(EngineSpec):
                 "not exist yet"
             )
 
+    @property
+    def messages_per_worker(self) -> int:
+        return self.inner.messages_per_worker
+
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The inner engine behind the faults."""
         return _FaultyEngine(self, self.inner.open(model, store))
