@@ -190,6 +190,8 @@ class Session:
     def __post_init__(self) -> None:
         self.state = self.method.init_state(self.setting)
         self._phase: _Phase | None = None
+        self._said: set[str] = set()  # engines' notes that whoever watches has read
+        self._notes: set[str] = set()  # of the phase under way
 
     # --- resuming -----------------------------------------------------------------------------
 
@@ -263,11 +265,17 @@ class Session:
         return max(needed, min(jobs, self.messages_per_worker * self.workers))
 
     def _begin(self, round: int, phase: str, clients: int) -> None:
+        self._notes = set()
         label = f"round {round}/{self.rounds.rounds}  {phase}"
         self._progress = RoundProgress(clients, label, emit=self.emit)
 
     def heard(self, reply: Glance) -> None:
-        """Show progress when a reply arrives."""
+        """Show progress when a reply arrives, and what an engine says of itself if it is new."""
+        for note in reply.notes:
+            if note not in self._said:
+                self.emit(f"engine: {note}")
+        self._said.update(reply.notes)
+        self._notes.update(reply.notes)
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
     def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
@@ -287,6 +295,7 @@ class Session:
         self.state = self.method.aggregate(self.state, updates)
         seconds = time.monotonic() - arrived
         record = self._record(phase, updates, failures, arrived)
+        record |= self._engines(updates)
         record["wire/up_bytes"] = sum(self._bytes_up(phase, r) for r in by_client.values())
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
@@ -418,6 +427,16 @@ class Session:
             "round/clients_per_second": len(phase.jobs) / max(seconds, 1e-9),
             "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
         }
+
+    def _engines(self, updates: Sequence[Update]) -> dict[str, float | int | str]:
+        """What trained: the engines' notes, and the share of clients that trained with others."""
+        record: dict[str, float | int | str] = {}
+        if self._notes:
+            record["engine"] = "; ".join(sorted(self._notes))
+        fused = [u.metrics["fused"] for u in updates if "fused" in u.metrics]
+        if fused:
+            record["engine/fused_share"] = sum(fused) / len(fused)
+        return record
 
     def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""

@@ -24,6 +24,10 @@ class Engine(Protocol):
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         """One result per job, as they finish."""
 
+    def notes(self) -> tuple[str, ...]:
+        """What this engine is and what it had to do otherwise so far, a few words each, the same
+        words for the same thing: ``fused, ragged, 1024 tokens per step``. A run says each once."""
+
 
 @dataclass(frozen=True)
 class EngineSpec:

@@ -81,6 +81,9 @@ class _FaultyEngine:
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         return self._inner.evaluate(jobs)
 
+    def notes(self) -> tuple[str, ...]:
+        return self._inner.notes()
+
     def _fault(self, job: TrainJob) -> str:
         draw = generator(job.seed, "fault", job.round, job.client.id).random()
         for name in ("raise", "nan", "shape"):

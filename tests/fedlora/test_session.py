@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.codec import Glance
 from fedlora.engine.faulty import Faulty
 from fedlora.engine.sequential import Sequential
 from fedlora.population import Roster
 from fedlora.session import MOST_PER_MESSAGE, EvaluationSchedule, Rounds, Session
 from fedlora.tracking import Trackers
-from fedlora.types import Client, EvaluatePlan, LocalPlan, Module, Ranks, Setting
+from fedlora.types import Client, EvaluatePlan, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.workload import evaluation_tokens, training_tokens
 from tests.fakes import Mean
 from tests.fedlora.test_workload import Held
@@ -36,8 +37,7 @@ def session(held, workers=2, folder=None, clients_per_message=0, **given) -> Ses
         workers=workers,
         folder=folder,
         tracker=Trackers(()),
-        emit=lambda line: None,
-        **given,
+        **{"emit": lambda line: None, **given},
     )
 
 
@@ -106,3 +106,19 @@ class Large(Sequential):
 def test_a_rehearsal_deals_as_the_engine_behind_it():
     assert Faulty(inner=Large()).messages_per_worker == Large().messages_per_worker == 2
     assert Faulty().messages_per_worker == Sequential().messages_per_worker
+
+
+def test_a_note_is_said_once_and_recorded_where_it_was_heard(tmp_path):
+    said: list[str] = []
+    run = session([Held(1, 9)] * 3, folder=tmp_path, emit=said.append)
+    records = []
+    for round, notes in enumerate([("b", "a"), ("b",), ()], 1):
+        jobs = [j for jobs in run.train_cohorts(round) for j in jobs]
+        for half in (1, 2):  # two replies that say the same
+            run.heard(Glance(half, 0, [], notes))
+        metrics = {"tokens": 1.0} | ({"fused": 1.0} if round == 2 else {})
+        updates = [Update(j.client, j.start, 1, metrics if j.client.id else {}) for j in jobs]
+        records.append(run.finish_training(updates))
+    assert [line for line in said if line.startswith("engine")] == ["engine: b", "engine: a"]
+    assert [r.get("engine") for r in records] == ["a; b", "b", None]
+    assert [r.get("engine/fused_share") for r in records] == [None, 1.0, None]
