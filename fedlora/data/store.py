@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """Who a client is and how many examples it holds."""
+    """Who a client is and how much it holds."""
 
     id: int
     category: str
@@ -55,6 +55,18 @@ class ClientInfo:
     num_test: int
     name: str
     """What the source calls it."""
+    train_tokens: int
+    eval_tokens: int
+    test_tokens: int
+
+    def holds(self, split: str) -> tuple[int, int]:
+        """How many examples of a split it has, and of how many tokens together."""
+        held = {
+            "train": (self.num_train, self.train_tokens),
+            "eval": (self.num_eval, self.eval_tokens),
+            "test": (self.num_test, self.test_tokens),
+        }
+        return held[split]
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
@@ -159,10 +171,13 @@ class TokenStore:
     def clients(self) -> tuple[ClientInfo, ...]:
         """Every client, ``clients[k].id == k``."""
         held = np.diff(self._bounds).reshape(-1, len(SPLITS)).tolist()
+        # Sums between bounds as differences of running sums: many splits are empty.
+        running = np.concatenate([[0], np.cumsum(self._index[:, 1])])
+        tokens = np.diff(running[self._bounds]).reshape(-1, len(SPLITS)).tolist()
         return tuple(
-            ClientInfo(k, category, train, evals, tests, name)
-            for k, ((category, name), (train, evals, tests)) in enumerate(
-                zip(self._meta["clients"], held, strict=True)
+            ClientInfo(k, category, train, evals, tests, name, *lengths)
+            for k, ((category, name), (train, evals, tests), lengths) in enumerate(
+                zip(self._meta["clients"], held, tokens, strict=True)
             )
         )
 
