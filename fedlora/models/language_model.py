@@ -59,6 +59,12 @@ class LanguageModel:
         return next(self.network.parameters()).device
 
     @property
+    def vocabulary(self) -> int:
+        """How many token ids the network has embeddings for."""
+        embeddings: Any = self.network.get_input_embeddings()
+        return int(embeddings.num_embeddings)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of mounted parameters: float32, or the base's type if that is wider."""
         return torch.promote_types(self.network.dtype, torch.float32)

@@ -100,7 +100,9 @@ class Layout:
             path: p.alpha for path, p in zip(self.paths, self.parts, strict=True) if p is not None
         }
         return {
-            path: Factors(a.clone(), bt.t().contiguous(), alphas[path])
+            path: Factors(
+                a.clone(), bt.t().clone(memory_format=torch.contiguous_format), alphas[path]
+            )
             for path, (a, bt) in self.factors(row).items()
         }
 

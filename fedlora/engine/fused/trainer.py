@@ -46,36 +46,42 @@ class Chain:
         return [(s, i) for s, step in enumerate(self.steps) for i in range(len(step))]
 
 
-def chain(job: TrainJob, store: TokenStore, layouts: Layouts, fused: FusedModel) -> Chain:
-    """Plan a job; the examples are read again when its turn comes, so that waiting costs nothing.
+class Planner:
+    """Turns jobs into chains."""
 
-    Raises:
-        ValueError: if the job cannot be trained, naming client and reason.
-        IndexError: if an example holds a token that the model does not have.
-    """
-    if isinstance(job.start, SparseDelta):
-        raise TypeError("the fused engine trains low-rank factors, not a SparseDelta")
-    check_adapter(job.start, fused.model.info)
-    examples = training_examples(store, job)
-    vocabulary = fused.model.network.get_input_embeddings().num_embeddings
-    for e in examples:
-        if not 0 <= e.input_ids.min() <= e.input_ids.max() < vocabulary:
-            raise IndexError(
-                f"client {job.client.id} holds token {int(e.input_ids.max())}, but "
-                f"{fused.model.info.name} has a vocabulary of {vocabulary:,}"
-            )
-    who = {"seed": job.seed, "round": job.round, "client": job.client.id}
-    steps = tuple(
-        tuple(tuple(part) for part in parts(indices, job.plan))
-        for indices in step_indices(len(examples), job.plan, **who)
-    )
-    lengths = [len(e.input_ids) - 1 for e in examples]
-    forwards = tuple(
-        Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
-        for step in steps
-        for part in step
-    )
-    return Chain(job, layouts(job.start), steps, Work(forwards))
+    def __init__(self, fused: FusedModel, store: TokenStore) -> None:
+        self._info, self._store = fused.model.info, store
+        self._vocabulary = fused.model.vocabulary
+        self._layouts = Layouts(self._info.modules)
+
+    def chain(self, job: TrainJob) -> Chain:
+        """Plan a job. Examples are read again when its turn comes: waiting takes no memory.
+
+        Raises:
+            ValueError: if the job cannot be trained, naming client and reason.
+            IndexError: if an example holds a token that the model does not have.
+        """
+        assert not isinstance(job.start, SparseDelta)
+        check_adapter(job.start, self._info)
+        examples = training_examples(self._store, job)
+        for e in examples:
+            if not 0 <= e.input_ids.min() <= e.input_ids.max() < self._vocabulary:
+                raise IndexError(
+                    f"client {job.client.id} holds token {int(e.input_ids.max())}, but "
+                    f"{self._info.name} has a vocabulary of {self._vocabulary:,}"
+                )
+        who = {"seed": job.seed, "round": job.round, "client": job.client.id}
+        steps = tuple(
+            tuple(tuple(part) for part in parts(indices, job.plan))
+            for indices in step_indices(len(examples), job.plan, **who)
+        )
+        lengths = [len(e.input_ids) - 1 for e in examples]
+        forwards = tuple(
+            Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
+            for step in steps
+            for part in step
+        )
+        return Chain(job, self._layouts(job.start), steps, Work(forwards))
 
 
 @dataclass(eq=False)
