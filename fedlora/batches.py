@@ -8,7 +8,7 @@ at what follows a token, so no attention mask is needed, and padded positions ha
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ class TokenExample(Protocol):
         """How many leading tokens are prompt, BOS included."""
 
 
+E = TypeVar("E", bound=TokenExample)
+
+
 @dataclass(frozen=True)
 class Batch:
     """The examples of one forward pass."""
@@ -44,6 +47,9 @@ class Batch:
     """``[n]`` int64: supervised positions as indices into ``inputs.flatten()``."""
     targets: Tensor
     """``[n]`` int64: the token that follows each of these positions."""
+    position_ids: Tensor | None = None
+    """Of every input in its own sequence, shaped like ``inputs``, where rows hold several; None:
+    counted from each row's start."""
 
     @property
     def tokens(self) -> int:
@@ -52,7 +58,9 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        return Batch(self.inputs.to(device), self.positions.to(device), self.targets.to(device))
+        places = None if self.position_ids is None else self.position_ids.to(device)
+        rest = (self.positions.to(device), self.targets.to(device), places)
+        return Batch(self.inputs.to(device), *rest)
 
 
 def first_target(example: TokenExample, loss: str) -> int:
@@ -117,16 +125,20 @@ def step_indices(
         yield permutation[at * plan.batch_size : (at + 1) * plan.batch_size]
 
 
+def parts(indices: NDArray[np.int64], plan: LocalPlan) -> list[list[int]]:
+    """The examples of one optimizer step, cut into those of each forward pass."""
+    size, chosen = plan.micro_batch_size or plan.batch_size, indices.tolist()
+    return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+
+
 def micro_batches(
     examples: Sequence[TokenExample], indices: NDArray[np.int64], plan: LocalPlan
 ) -> list[Batch]:
     """The forward passes of one optimizer step."""
-    size = plan.micro_batch_size or plan.batch_size
-    chosen = [examples[int(i)] for i in indices]
-    return [collate(chosen[i : i + size], plan.loss) for i in range(0, len(chosen), size)]
+    return [collate([examples[i] for i in part], plan.loss) for part in parts(indices, plan)]
 
 
-def trainable(examples: Sequence[TokenExample], loss: str) -> list[TokenExample]:
+def trainable(examples: Sequence[E], loss: str) -> list[E]:
     """The examples that have a token to learn from.
 
     A response can be missing when the prompt alone fills the context; such an example would add
@@ -135,9 +147,7 @@ def trainable(examples: Sequence[TokenExample], loss: str) -> list[TokenExample]
     return [e for e in examples if supervised_tokens(e, loss) > 0]
 
 
-def drawn(
-    examples: Sequence[TokenExample], plan: LocalPlan, *, seed: int, round: int, client: int
-) -> list[TokenExample]:
+def drawn(examples: Sequence[E], plan: LocalPlan, *, seed: int, round: int, client: int) -> list[E]:
     """What a client trains on this round: its trainable examples, or a random part of them."""
     usable = trainable(examples, plan.loss)
     chosen = subset(len(usable), plan.max_examples, seed, "subset", round, client)

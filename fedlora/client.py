@@ -10,7 +10,7 @@ message, it runs in any Flower app:
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 from flwr.app import Context
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedlora import evaluate, selfprune
 from fedlora.batches import drawn
 from fedlora.codec import decode_payload, encode_payload, plan_from_json
-from fedlora.data.store import TokenStore
+from fedlora.data.store import Example, TokenStore
 from fedlora.engine.loop import optimise
 from fedlora.models.language_model import LanguageModel
 from fedlora.types import (
@@ -64,33 +64,23 @@ class LoRAClient(NumPyClient):
         self._check_identity(job.client)
         wall, cpu = time.perf_counter(), time.process_time()
         plan, who = job.plan, self.client.id
-        stream = {"seed": job.seed, "round": job.round, "client": who}
-        examples = drawn(self.store.examples(who, "train"), plan, **stream)
-        if not examples:
-            held = self.store.count(who, "train")
-            raise ValueError(
-                f"client {who} has nothing to train on: {held} training examples, none with a "
-                f"token that has a loss (client.loss={plan.loss})"
-            )
+        examples = training_examples(self.store, job)
         try:
             parameters = self.model.mount(
                 job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
             )
-            if not parameters:
-                raise ValueError("the plan trains nothing: train_a and train_b are both false")
-            trace = optimise(self.model, parameters, examples, plan, **stream)
+            trace = optimise(
+                self.model, parameters, examples, plan, seed=job.seed, round=job.round, client=who
+            )
             payload = self.model.payload()
         finally:
             self.model.unmount()
-        client = self.client
-        if plan.self_prune is not None:
-            client, payload = self_pruned(client, job.start, payload, plan.self_prune)
-        metrics = trace.metrics() | {
+        spent = {
             "examples": float(len(examples)),
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
         }
-        return Update(client, payload, self.store.count(who, "train"), metrics)
+        return completed(job, payload, trace.metrics() | spent, self.store.count(who, "train"))
 
     def evaluate_job(self, job: EvaluateJob) -> Evaluation:
         """Measure the job's adapter, or the bare base model, on this client's examples.
@@ -165,6 +155,35 @@ class LoRAClient(NumPyClient):
     def _check_identity(self, client: Client) -> None:
         if client.id != self.client.id:
             raise ValueError(f"client {self.client.id} was given a job of client {client.id}")
+
+
+def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
+    """What a job's client trains on this round.
+
+    Raises:
+        ValueError: if that is nothing, or the plan trains nothing.
+    """
+    plan, who = job.plan, job.client.id
+    if not (plan.train_a or plan.train_b):
+        raise ValueError("the plan trains nothing: train_a and train_b are both false")
+    held = store.examples(who, "train")
+    examples = drawn(held, plan, seed=job.seed, round=job.round, client=who)
+    if not examples:
+        raise ValueError(
+            f"client {who} has nothing to train on: {len(held)} training examples, none with a "
+            f"token that has a loss (client.loss={plan.loss})"
+        )
+    return examples
+
+
+def completed(
+    job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
+) -> Update:
+    """A trained payload as the job's update, pruned if the plan says so."""
+    client = job.client
+    if job.plan.self_prune is not None:
+        client, payload = self_pruned(client, job.start, payload, job.plan.self_prune)
+    return Update(client, payload, num_examples, metrics)
 
 
 def self_pruned(

@@ -13,7 +13,8 @@ them, and one row per job. Layout of a request (`RecordDict`):
 and of a reply:
 
     payloads ArrayRecord  the flat array of each update, by client id
-    results  ConfigRecord rows (JSON): one update, evaluation or failure per job
+    results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
+                          the engine
 """
 
 import json
@@ -213,8 +214,10 @@ def decode_jobs(content: RecordDict) -> Envelope:
     )
 
 
-def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
-    """Results of a cohort as the content of one Flower reply."""
+def encode_results(
+    results: Sequence[Result], *, wire: str, notes: Sequence[str] = ()
+) -> RecordDict:
+    """Results of a cohort, and what its engine says of itself, as the content of one reply."""
     arrays: dict[str, Array] = {}
     rows = []
     for result in results:
@@ -233,7 +236,7 @@ def encode_results(results: Sequence[Result], *, wire: str) -> RecordDict:
         else:
             row["failure"] = [result.kind, result.message, result.traceback]
         rows.append(row)
-    config = ConfigRecord({"rows": json.dumps(rows)})
+    config = ConfigRecord({"rows": json.dumps(rows), "notes": json.dumps(list(notes))})
     return RecordDict({"payloads": ArrayRecord(arrays), "results": config})
 
 
@@ -245,15 +248,19 @@ class Glance:
     failed: int
     losses: list[float]
     """Training losses of the updates in it."""
+    notes: tuple[str, ...] = ()
+    """What the engine says of itself."""
 
 
 def glance(content: RecordDict) -> Glance:
     """Look at a reply for progress alone: costs nothing that grows with the adapters."""
-    rows = json.loads(str(content.config_records["results"]["rows"]))
+    results = content.config_records["results"]
+    rows = json.loads(str(results["rows"]))
+    notes = tuple(str(note) for note in json.loads(str(results.get("notes", "[]"))))
     found = (row.get("metrics", {}).get("loss") for row in rows)
     losses = [float(x) for x in found if isinstance(x, int | float)]
     failed = sum("failure" in row for row in rows)
-    return Glance(len(rows), failed, losses)
+    return Glance(len(rows), failed, losses, notes)
 
 
 def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:

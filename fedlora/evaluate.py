@@ -15,7 +15,7 @@ counts as one of their tokens.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -59,14 +59,40 @@ def measure(
         (with generation) ``truncated_prompts``. A metric of response tokens is absent where no
         response is left after truncation.
     """
-    chosen = subset(len(examples), plan.max_examples, seed, "evaluate", client)
-    examples = [examples[i] for i in chosen]
-    metrics = likelihoods(model, examples, plan)
+    panel = chosen(examples, references, plan, seed=seed, client=client)
+    metrics = likelihoods(model, panel.examples, plan)
     if plan.generate:
-        if references is None:
-            raise ValueError("evaluate.generate needs the reference texts")
-        metrics |= generation(model, examples, [references[i] for i in chosen], plan)
+        metrics |= generation(model, panel.examples, panel.references, plan)
     return metrics
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The examples of one client that are measured."""
+
+    examples: list[TokenExample]
+    references: list[str]
+    """Of the examples; empty without generation."""
+
+
+def chosen(
+    examples: Sequence[TokenExample],
+    references: Sequence[str] | None,
+    plan: EvaluatePlan,
+    *,
+    seed: int,
+    client: int,
+) -> Panel:
+    """A client's part of its examples; the arguments are those of `measure`.
+
+    Raises:
+        ValueError: if there is generation and no references.
+    """
+    if plan.generate and references is None:
+        raise ValueError("evaluate.generate needs the reference texts")
+    indices = subset(len(examples), plan.max_examples, seed, "evaluate", client)
+    texts = [references[i] for i in indices] if plan.generate and references is not None else []
+    return Panel([examples[i] for i in indices], texts)
 
 
 def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
@@ -84,20 +110,34 @@ class _Sums:
     tokens_response: int = 0
 
 
+Guess: TypeAlias = tuple[Tensor, Tensor]
+"""Of every token of an example after BOS: its negative log-likelihood (float64) and the most likely
+token in its place, both ``[t - 1]``, on the CPU."""
+
+
 def likelihoods(
     model: LanguageModel, examples: Sequence[TokenExample], plan: EvaluatePlan
 ) -> dict[str, float]:
     """Everything that needs only the true tokens."""
-    sums, scores = _Sums(), []
+    guesses: dict[int, Guess] = {}
     for rows in by_length([len(e.input_ids) for e in examples], plan.batch_size):
         group = [examples[i] for i in rows]
-        nll, best = next_tokens(model, group)
-        sizes = [max(0, len(e.input_ids) - 1) for e in group]
-        for e, loss, guess in zip(group, nll.split(sizes), best.split(sizes), strict=True):
-            _add(sums, e, loss, guess)
-            if plan.teacher_forced_rouge:
-                texts = (_text(model, e.input_ids[1:]), _text(model, guess.numpy()))
-                scores.append(rouge_l(*texts))
+        guesses |= zip(rows, next_tokens(model, group), strict=True)
+    return likelihood_metrics(model, examples, [guesses[i] for i in range(len(examples))], plan)
+
+
+def likelihood_metrics(
+    model: LanguageModel,
+    examples: Sequence[TokenExample],
+    guesses: Sequence[Guess],
+    plan: EvaluatePlan,
+) -> dict[str, float]:
+    """The metrics that follow from the guesses of a client's examples."""
+    sums, scores = _Sums(), []
+    for e, (nll, guess) in zip(examples, guesses, strict=True):
+        _add(sums, e, nll, guess)
+        if plan.teacher_forced_rouge:
+            scores.append(rouge_l(_text(model, e.input_ids[1:]), _text(model, guess.numpy())))
     metrics = {
         "examples": float(len(examples)),
         "tokens_full": float(sums.tokens_full),
@@ -124,16 +164,22 @@ def _add(sums: _Sums, example: TokenExample, loss: Tensor, guess: Tensor) -> Non
     sums.tokens_response += len(loss) - at
 
 
-def next_tokens(model: LanguageModel, examples: Sequence[TokenExample]) -> tuple[Tensor, Tensor]:
-    """Of every token after BOS, example after example: its negative log-likelihood (float64) and
-    the most likely token in its place. Both ``[Σ(t - 1)]``, on the CPU."""
+def next_tokens(model: LanguageModel, examples: Sequence[TokenExample]) -> list[Guess]:
+    """The guesses of each example, in one forward pass."""
     batch = collate(examples, "full").to(model.device)
     if batch.tokens == 0:
-        return torch.zeros(0, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+        return guesses_of(torch.zeros(0, 1), batch.targets, examples)
     with torch.no_grad():
-        logits = supervised_logits(model.network, batch)
-        nll = functional.cross_entropy(logits, batch.targets, reduction="none")
-        return nll.double().cpu(), logits.argmax(-1).cpu()
+        return guesses_of(supervised_logits(model.network, batch), batch.targets, examples)
+
+
+def guesses_of(logits: Tensor, targets: Tensor, examples: Sequence[TokenExample]) -> list[Guess]:
+    """Logits ``[n, vocabulary]`` and targets ``[n]`` of the examples' tokens after BOS, as guesses
+    example by example."""
+    nll = functional.cross_entropy(logits, targets, reduction="none").double().cpu()
+    best = logits.argmax(-1).cpu()
+    sizes = [max(0, len(e.input_ids) - 1) for e in examples]
+    return list(zip(nll.split(sizes), best.split(sizes), strict=True))
 
 
 def perplexity(loss: float) -> float:
@@ -148,17 +194,40 @@ def generation(
     plan: EvaluatePlan,
 ) -> dict[str, float]:
     """Scores of what the model writes after each prompt."""
-    room = max(1, model.info.context - plan.max_new_tokens)
-    whole = [e.input_ids[: max(1, e.prompt_tokens)] for e in examples]
-    prompts = [trimmed(ids, room) for ids in whole]
-    texts = generate(model, prompts, plan)
+    texts = generate(model, prompts(model, examples, plan), plan)
+    return generation_metrics(model, examples, references, texts, plan)
+
+
+def prompts(
+    model: LanguageModel, examples: Sequence[TokenExample], plan: EvaluatePlan
+) -> list[Ids]:
+    """What each example's response is generated after, with room for it in the context."""
+    return [trimmed(ids, _room(model, plan)) for ids in map(_prompt, examples)]
+
+
+def _prompt(example: TokenExample) -> Ids:
+    return example.input_ids[: max(1, example.prompt_tokens)]
+
+
+def _room(model: LanguageModel, plan: EvaluatePlan) -> int:
+    return max(1, model.info.context - plan.max_new_tokens)
+
+
+def generation_metrics(
+    model: LanguageModel,
+    examples: Sequence[TokenExample],
+    references: Sequence[str],
+    texts: Sequence[str],
+    plan: EvaluatePlan,
+) -> dict[str, float]:
+    """The metrics that follow from the texts generated for a client's examples."""
     scored = list(zip(references, texts, strict=True))
-    n = len(scored)
+    n, room = len(scored), _room(model, plan)
     return {
         "rouge_l": math.fsum(rouge_l(r, t) for r, t in scored) / n,
         "rouge_l_unicode": math.fsum(rouge_l(r, t, unicode=True) for r, t in scored) / n,
         "exact_match": math.fsum(exact_match(r, t) for r, t in scored) / n,
-        "truncated_prompts": float(sum(len(ids) > room for ids in whole)),
+        "truncated_prompts": float(sum(len(_prompt(e)) > room for e in examples)),
     }
 
 
@@ -171,12 +240,16 @@ def trimmed(ids: Ids, room: int) -> Ids:
 
 def generate(model: LanguageModel, prompts: Sequence[Ids], plan: EvaluatePlan) -> list[str]:
     """Greedy continuations as text, up to EOS or ``plan.max_new_tokens``."""
-    texts = [""] * len(prompts)
+    texts: dict[int, str] = {}
     for rows in by_length([len(p) for p in prompts], plan.batch_size):
-        new = _greedy(model, [prompts[i] for i in rows], plan.max_new_tokens)
-        for i, ids in zip(rows, new, strict=True):
-            texts[i] = _text(model, ids)
-    return texts
+        batch = [prompts[i] for i in rows]
+        texts |= zip(rows, greedy(model, batch, plan.max_new_tokens), strict=True)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -> list[str]:
+    """The continuation of each prompt, all in one batch."""
+    return [_text(model, ids) for ids in _greedy(model, prompts, max_new_tokens)]
 
 
 def _greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -> list[Ids]:

@@ -1,5 +1,6 @@
 """Who the clients are and who takes part in a round. Pure: a seed in, clients out."""
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ class Shard(Protocol):
     def category(self) -> str: ...
     @property
     def num_train(self) -> int: ...
+    def holds(self, split: str) -> tuple[int, int]:
+        """How many examples of a split it has, and of how many tokens together."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Roster:
     groups: Mapping[str, tuple[int, ...]]
     """Evaluation groups: ``seen`` (= trainable), ``unseen_random``, ``unseen_task``."""
     per_round: int
+    shards: tuple[Shard, ...]
+    """What the clients hold, ``shards[i].id == i``: tells how long they will work."""
 
     def tier_counts(self) -> dict[str, int]:
         """Clients per tier, for logs and reports."""
@@ -115,7 +120,7 @@ def enroll(
         "unseen_random": tuple(sorted(unseen)),
         "unseen_task": tuple(sorted(task)),
     }
-    return Roster(clients, trainable, groups, min(wanted, len(trainable)))
+    return Roster(clients, trainable, groups, min(wanted, len(trainable)), tuple(shards))
 
 
 def _assign(
@@ -170,15 +175,22 @@ def panel(roster: Roster, group: str, size: int, seed: int) -> list[Client]:
     return [roster.clients[i] for i in ids]
 
 
-def deal(weights: Sequence[float], hands: int) -> list[list[int]]:
+def deal(weights: Sequence[float], hands: int, most: int = 0) -> list[list[int]]:
     """Deal indices over ``hands`` so that sums are even: longest processing time first.
 
     Empty hands are dropped; within a hand indices ascend.
+
+    Args:
+        weights: of what is dealt, none negative.
+        hands: at most so many, unless they cannot hold everything.
+        most: how many indices a hand can hold; 0: any number.
     """
-    loads = [0.0] * max(1, hands)
-    dealt: list[list[int]] = [[] for _ in loads]
+    hands = max(1, hands, math.ceil(len(weights) / most) if most else 0)
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    open_hands = [(0.0, 0, h) for h in range(hands)]  # load, size, hand: a heap, lightest first
     for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
-        lightest = min(range(len(loads)), key=lambda h: (loads[h], h))
-        loads[lightest] += weights[i]
-        dealt[lightest].append(i)
+        load, size, h = heapq.heappop(open_hands)
+        dealt[h].append(i)
+        if size + 1 != most:
+            heapq.heappush(open_hands, (load + weights[i], size + 1, h))
     return [sorted(hand) for hand in dealt if hand]

@@ -5,6 +5,7 @@ CRC keeps streams of different purposes apart even when all other numbers agree.
 """
 
 import zlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -28,6 +29,20 @@ def torch_seed(seed: int, purpose: str, *keys: int) -> int:
 def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     """A CPU torch generator for one purpose."""
     return torch.Generator().manual_seed(torch_seed(seed, purpose, *keys))
+
+
+def dropout_seeds(seed: int, round: int, client: int, modules: int) -> Iterator[list[int]]:
+    """The seeds of a client's dropout masks in one round, forward pass after forward pass.
+
+    A mask is a function of (client, forward, module), whatever else runs beside it and whether or
+    not it is computed twice.
+
+    Yields:
+        One seed per module, ``[modules]``.
+    """
+    stream = generator(seed, "dropout", round, client)
+    while True:
+        yield stream.integers(2**63, size=modules).tolist()
 
 
 def mask_noise(seed: int, path: str, d_out: int, d_in: int) -> Tensor:

@@ -37,8 +37,15 @@ from fedlora.types import (
     share,
 )
 from fedlora.validation import RejectedUpdate, check_update
+from fedlora.workload import evaluation_tokens, training_tokens
 
 log = logging.getLogger(__name__)
+
+MOST_PER_MESSAGE = 256
+"""Clients in one message, unless asked otherwise. A worker and the server hold a reply in memory
+whole (half a MiB per client of the default run, tens for larger models), progress is seen by
+replies alone, and whoever dies loses a whole message: with everybody of a large population in one
+round, a share of the round per worker would be too much of all three."""
 
 
 class RunError(RuntimeError):
@@ -116,7 +123,8 @@ class Rounds:
     max_update_norm: float = 0.0
     """Updates that move further than this (Frobenius) are rejected; 0: no bound."""
     clients_per_message: int = 0
-    """Clients in one Flower message; 0: about four messages per worker."""
+    """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
+    a worker's share of the round), and no more than `MOST_PER_MESSAGE`."""
     wire: str = "float32"
     """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``."""
     timeout_s: float = 3600.0
@@ -171,6 +179,8 @@ class Session:
     folder: Path
     """The run folder; checkpoints go to its ``checkpoints/``."""
     tracker: Tracker
+    messages_per_worker: int = 4
+    """Into how many messages a worker's share of a round is cut: as the engine likes it."""
     config_hash: str = ""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
@@ -180,6 +190,8 @@ class Session:
     def __post_init__(self) -> None:
         self.state = self.method.init_state(self.setting)
         self._phase: _Phase | None = None
+        self._said: set[str] = set()  # engines' notes that whoever watches has read
+        self._notes: set[str] = set()  # of the phase under way
 
     # --- resuming -----------------------------------------------------------------------------
 
@@ -223,7 +235,7 @@ class Session:
     # --- training -----------------------------------------------------------------------------
 
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
-        """The round's jobs, split over messages by predicted cost."""
+        """The round's jobs, split over messages by the tokens that each will probably need."""
         clients = [
             self.method.enlist(self.state, c) for c in cohort(self.roster, self.setting.seed, round)
         ]
@@ -235,22 +247,35 @@ class Session:
         jobs = [
             TrainJob(self.setting.seed, round, c, starts[c.ranks], plans[c.ranks]) for c in clients
         ]
-        limit = plan.max_examples or max(c.num_examples for c in clients)
-        weights = [float(min(c.num_examples, limit)) for c in clients]
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         self._begin(round, "train", len(jobs))
         self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic())
-        return [[jobs[i] for i in hand] for hand in deal(weights, self._messages(len(jobs)))]
+        hands = deal(weights, self._messages(len(jobs)), self._most)
+        return [[jobs[i] for i in hand] for hand in hands]
+
+    @property
+    def _most(self) -> int:
+        """Clients that one message may hold."""
+        return self.rounds.clients_per_message or MOST_PER_MESSAGE
 
     def _messages(self, jobs: int) -> int:
-        size = self.rounds.clients_per_message
-        return -(-jobs // size) if size else min(jobs, 4 * self.workers)
+        needed = -(-jobs // self._most)
+        if self.rounds.clients_per_message:
+            return needed
+        return max(needed, min(jobs, self.messages_per_worker * self.workers))
 
     def _begin(self, round: int, phase: str, clients: int) -> None:
+        self._notes = set()
         label = f"round {round}/{self.rounds.rounds}  {phase}"
         self._progress = RoundProgress(clients, label, emit=self.emit)
 
     def heard(self, reply: Glance) -> None:
-        """Show progress when a reply arrives."""
+        """Show progress when a reply arrives, and what an engine says of itself if it is new."""
+        for note in reply.notes:
+            if note not in self._said:
+                self.emit(f"engine: {note}")
+        self._said.update(reply.notes)
+        self._notes.update(reply.notes)
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
     def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
@@ -270,6 +295,7 @@ class Session:
         self.state = self.method.aggregate(self.state, updates)
         seconds = time.monotonic() - arrived
         record = self._record(phase, updates, failures, arrived)
+        record |= self._engines(updates)
         record["wire/up_bytes"] = sum(self._bytes_up(phase, r) for r in by_client.values())
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
@@ -402,6 +428,16 @@ class Session:
             "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
         }
 
+    def _engines(self, updates: Sequence[Update]) -> dict[str, float | int | str]:
+        """What trained: the engines' notes, and the share of clients that trained with others."""
+        record: dict[str, float | int | str] = {}
+        if self._notes:
+            record["engine"] = "; ".join(sorted(self._notes))
+        fused = [u.metrics["fused"] for u in updates if "fused" in u.metrics]
+        if fused:
+            record["engine/fused_share"] = sum(fused) / len(fused)
+        return record
+
     def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""
         adapter = self.method.global_adapter(self.state)
@@ -435,8 +471,10 @@ class Session:
                 if (group, kind) in evaluated:
                     continue  # a run that was killed between two panels goes on here
                 jobs = self._evaluation_jobs(round, group, kind)
-                # Fewer messages than in training: the full adapter can be as large as the model.
-                hands = deal([1.0] * len(jobs), min(2 * self.workers, self._messages(len(jobs))))
+                # Fewer messages than in training: the full adapter can be as large as the model,
+                # and what comes back are a few numbers per client.
+                weights = [evaluation_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+                hands = deal(weights, min(2 * self.workers, self._messages(len(jobs))))
                 batches += [(f"{group}:{kind}", [jobs[i] for i in hand]) for hand in hands]
         self._begin(round, "evaluate", sum(len(jobs) for _, jobs in batches))
         self._evaluation_started = time.monotonic()

@@ -31,7 +31,8 @@ def answer(message: Message) -> Message:
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
     sys.stdout.flush()
-    return Message(encode_results(results, wire=envelope.wire), reply_to=message)
+    content = encode_results(results, wire=envelope.wire, notes=engine.notes())
+    return Message(content, reply_to=message)
 
 
 @app.train()

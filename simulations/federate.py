@@ -251,6 +251,7 @@ def open_session(
         schedule=parts.evaluate,
         rounds=parts.federation,
         workers=parts.runtime.expected_workers,
+        messages_per_worker=parts.engine.messages_per_worker,
         folder=folder,
         tracker=Trackers(()),
         config_hash=parts.hash(ground.store.name, info.fingerprint),

@@ -248,6 +248,8 @@ def _header(run: Run) -> str:
         parts.append(escape(where))
     if env.get("recorded"):
         parts.append(escape(str(env["recorded"]).replace("T", " ").replace("+00:00", " UTC")))
+    if run.rounds and run.rounds[-1].get("engine"):
+        parts.append(escape(f"engine: {run.rounds[-1]['engine']}"))
     if run.rounds and run.rounds[-1].get("state/hash"):
         parts.append(f"state <code>{escape(str(run.rounds[-1]['state/hash'])[:12])}</code>")
     message = str(run.status.get("message", ""))

@@ -1,13 +1,11 @@
 """The tokenised data on disk: built once, then memory-mapped by every worker."""
 
-import contextlib
 import hashlib
 import json
 import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.cache import locked
 from fedlora.data.build import (
     ARRAYS,
     CHECKED,
@@ -46,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """Who a client is and how many examples it holds."""
+    """Who a client is and how much it holds."""
 
     id: int
     category: str
@@ -56,6 +55,18 @@ class ClientInfo:
     num_test: int
     name: str
     """What the source calls it."""
+    train_tokens: int
+    eval_tokens: int
+    test_tokens: int
+
+    def holds(self, split: str) -> tuple[int, int]:
+        """How many examples of a split it has, and of how many tokens together."""
+        held = {
+            "train": (self.num_train, self.train_tokens),
+            "eval": (self.num_eval, self.eval_tokens),
+            "test": (self.num_test, self.test_tokens),
+        }
+        return held[split]
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
@@ -92,7 +103,7 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
     if folder.exists() and not damage(folder):
         return folder
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / f"{folder.name}.lock"):
+    with locked(cache / f"{folder.name}.lock"):
         if folder.exists():
             reason = damage(folder)
             if not reason:
@@ -109,22 +120,6 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold an advisory lock that dies with its holder; where there is none, go on without.
-
-    Without a lock two processes may do the same work, and the second rename fails loudly.
-    """
-    with path.open("w") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except (ImportError, OSError) as error:
-            log.warning("no lock on %s (%s): start one process first", path, error)
-        yield
 
 
 def damage(folder: Path) -> str:
@@ -176,10 +171,13 @@ class TokenStore:
     def clients(self) -> tuple[ClientInfo, ...]:
         """Every client, ``clients[k].id == k``."""
         held = np.diff(self._bounds).reshape(-1, len(SPLITS)).tolist()
+        # Sums between bounds as differences of running sums: many splits are empty.
+        running = np.concatenate([[0], np.cumsum(self._index[:, 1])])
+        tokens = np.diff(running[self._bounds]).reshape(-1, len(SPLITS)).tolist()
         return tuple(
-            ClientInfo(k, category, train, evals, tests, name)
-            for k, ((category, name), (train, evals, tests)) in enumerate(
-                zip(self._meta["clients"], held, strict=True)
+            ClientInfo(k, category, train, evals, tests, name, *lengths)
+            for k, ((category, name), (train, evals, tests), lengths) in enumerate(
+                zip(self._meta["clients"], held, tokens, strict=True)
             )
         )
 

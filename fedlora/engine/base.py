@@ -24,10 +24,20 @@ class Engine(Protocol):
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         """One result per job, as they finish."""
 
+    def notes(self) -> tuple[str, ...]:
+        """What this engine is and what it had to do otherwise so far, a few words each, the same
+        words for the same thing: ``fused, ragged, 1024 tokens per step``. A run says each once."""
+
 
 @dataclass(frozen=True)
 class EngineSpec:
     """The configuration of an engine; a worker opens it once and keeps it."""
+
+    @property
+    def messages_per_worker(self) -> int:
+        """Into how many messages per worker a round is cut. Few large ones suit an engine that
+        works on many jobs at once, many small ones keep workers evenly busy."""
+        return 4
 
     @abstractmethod
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:

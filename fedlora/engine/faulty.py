@@ -54,6 +54,10 @@ class Faulty(EngineSpec):
                 "not exist yet"
             )
 
+    @property
+    def messages_per_worker(self) -> int:
+        return self.inner.messages_per_worker
+
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The inner engine behind the faults."""
         return _FaultyEngine(self, self.inner.open(model, store))
@@ -76,6 +80,9 @@ class _FaultyEngine:
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         return self._inner.evaluate(jobs)
+
+    def notes(self) -> tuple[str, ...]:
+        return self._inner.notes()
 
     def _fault(self, job: TrainJob) -> str:
         draw = generator(job.seed, "fault", job.round, job.client.id).random()

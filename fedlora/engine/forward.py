@@ -29,7 +29,8 @@ def supervised_logits(network: Any, batch: Batch) -> Tensor:
     head = network.get_output_embeddings()
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
-        logits: Tensor = network(input_ids=batch.inputs, use_cache=False).logits
+        places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        logits: Tensor = network(input_ids=batch.inputs, use_cache=False, **places).logits
     finally:
         if handle is not None:
             handle.remove()

@@ -6,7 +6,6 @@ buffer, so that clearing, measuring, clipping and stepping are one operation eac
 per tensor (a LoRA client has hundreds of small ones).
 """
 
-import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from fedlora import selfprune
 from fedlora.batches import Batch, TokenExample, micro_batches, num_steps, step_indices
 from fedlora.engine.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.seeding import torch_seed
+from fedlora.seeding import dropout_seeds
 from fedlora.types import LocalPlan
 
 
@@ -36,6 +35,15 @@ class Trace:
     """Global gradient norm before clipping."""
     delta_norm: float
     """Euclidean norm of the change of all trained numbers."""
+
+    @staticmethod
+    def of(
+        losses: Sequence[Tensor], tokens: Sequence[int], norms: Sequence[Tensor], change: Tensor
+    ) -> "Trace":
+        """From scalars on a device, in one transfer: it would have to wait for each."""
+        numbers = torch.stack([*losses, *norms, change]).tolist()
+        steps = len(losses)
+        return Trace(tuple(numbers[:steps]), tuple(tokens), tuple(numbers[steps:-1]), numbers[-1])
 
     def metrics(self) -> dict[str, float]:
         """The round in a few numbers; ``loss`` is the mean over tokens."""
@@ -138,18 +146,6 @@ def optimizer_for(plan: LocalPlan, buffers: list[nn.Parameter]) -> torch.optim.O
     )
 
 
-@contextlib.contextmanager
-def private_rng(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators of the CPU and of ``device`` for a while, then restore them."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def optimise(
     model: LanguageModel,
     parameters: Sequence[nn.Parameter],
@@ -170,36 +166,34 @@ def optimise(
     rates = learning_rates(num_steps(len(examples), plan), plan)
     order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
     losses, norms, tokens = [], [], []
+    seeds = dropout_seeds(seed, round, client, len(model.layers))
     try:
-        with private_rng(torch_seed(seed, "dropout", round, client), model.device):
-            for rate, indices in zip(rates, order, strict=True):
-                batches = micro_batches(examples, indices, plan)
-                tokens.append(sum(b.tokens for b in batches))
-                flat.zero_grad()
-                losses.append(_backward(model, batches, tokens[-1], plan))
-                norms.append(_step(optimizer, flat, rate, plan.clip))
+        for rate, indices in zip(rates, order, strict=True):
+            batches = micro_batches(examples, indices, plan)
+            tokens.append(sum(b.tokens for b in batches))
+            flat.zero_grad()
+            losses.append(_backward(model, batches, seeds, tokens[-1], plan))
+            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
         change = flat.change()
     finally:
         flat.release()
-    # One transfer at the end: a read per step would make an accelerator wait for each.
-    numbers = torch.stack([*losses, *norms, change]).tolist()
-    trace = Trace(
-        losses=tuple(numbers[: len(losses)]),
-        tokens=tuple(tokens),
-        grad_norms=tuple(numbers[len(losses) : -1]),
-        delta_norm=numbers[-1],
-    )
-    _check(trace, plan)
+    trace = Trace.of(losses, tokens, norms, change)
+    check_trace(trace, plan)
     return trace
 
 
 def _backward(
-    model: LanguageModel, batches: Sequence[Batch], tokens: int, plan: LocalPlan
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    seeds: Iterator[Sequence[int]],
+    tokens: int,
+    plan: LocalPlan,
 ) -> Tensor:
     """Add the gradient of one step's loss; the mean cross-entropy, a detached scalar."""
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
+        model.seed_dropout(next(seeds))
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):
@@ -214,20 +208,21 @@ def _backward(
     return total
 
 
-def _step(
-    optimizer: torch.optim.Optimizer, flat: FlatParameters, rate: float, clip: float
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, buffers: Sequence[nn.Parameter], rate: float, clip: float
 ) -> Tensor:
-    """Clip, step; the gradient norm before clipping."""
-    norm = get_total_norm(flat.grads)
+    """One optimizer step at a learning rate, after clipping; the gradient norm before that."""
+    norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
     if clip > 0:
-        clip_grads_with_norm_(flat.buffers, clip, norm)
+        clip_grads_with_norm_(buffers, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
     return norm
 
 
-def _check(trace: Trace, plan: LocalPlan) -> None:
+def check_trace(trace: Trace, plan: LocalPlan) -> None:
+    """Raise a FloatingPointError that names the first step whose loss is not finite."""
     steps = len(trace.losses)
     setting = f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, client.clip={plan.clip}"
     for step, loss in enumerate(trace.losses, 1):

@@ -56,5 +56,8 @@ class SequentialEngine:
             except Exception as error:
                 yield failure(job.client, error)
 
+    def notes(self) -> tuple[str, ...]:
+        return ("sequential",)
+
     def _client(self, job: TrainJob | EvaluateJob) -> LoRAClient:
         return LoRAClient(self.model, self.store, job.client, job.seed)

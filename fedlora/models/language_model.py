@@ -1,7 +1,7 @@
 """The resident base model of one worker: adapters come and go, the base never changes a bit."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,8 +28,8 @@ class LanguageModel:
 
     The network stays in evaluation mode (no dropout in the base) and builds no key-value cache
     unless asked to; only mounted parameters require gradients. Dropout of the mounted factors acts
-    while it was mounted with a positive rate and draws from torch's current generator: who trains
-    seeds it within ``torch.random.fork_rng()``, who evaluates mounts with ``dropout=0``.
+    while it was mounted with a positive rate: who trains calls `seed_dropout` before every forward,
+    who evaluates mounts with ``dropout=0``. No global generator is used.
 
     Args:
         network: wrapped in place: each adapted layer becomes an `AdaptedLinear` over the original.
@@ -57,6 +57,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where the network lives."""
         return next(self.network.parameters()).device
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the network has embeddings for."""
+        embeddings: Any = self.network.get_input_embeddings()
+        return int(embeddings.num_embeddings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,6 +99,16 @@ class LanguageModel:
     def unmount(self) -> None:
         """Leave the base alone."""
         self.mount(None)
+
+    def seed_dropout(self, seeds: Sequence[int]) -> None:
+        """Determine the masks of the next forward.
+
+        Args:
+            seeds: one per adapted module, in module order (`fedlora.seeding.dropout_seeds`).
+        """
+        for layer, seed in zip(self.layers.values(), seeds, strict=True):
+            if isinstance(layer.update, LowRank):
+                layer.update.seed = seed
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""

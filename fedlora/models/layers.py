@@ -49,28 +49,54 @@ class LinearUpdate(Protocol):
         """The effective weight ``[d_out, d_in]``, without dropout."""
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def dropped_share(p: float) -> int:
+    """A dropout rate in units of 2^-16, as `survivors` counts it."""
+    return round(p * 2**16)
+
+
+def random_words(count: int, device: torch.device) -> Tensor:
+    """Room for the random words of ``count`` numbers, ``[ceil(count / 4)]`` int64, uninitialised.
+
+    A word decides over four numbers, sixteen bits each: drawing bits one number at a time, as
+    torch's own dropout does on a CPU, takes a quarter of a small model's training step.
+    """
+    return torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+
+
+def draw_words(words: Tensor, generator: torch.Generator) -> Tensor:
+    """Fill with uniform 64-bit words, in place."""
+    return words.random_(-(2**63), None, generator=generator)
+
+
+def survivors(bits: Tensor, dropped: int, dtype: torch.dtype) -> Tensor:
+    """1 where a number survives a dropout, 0 elsewhere, from its sixteen random bits (int16).
+
+    Numbers rather than booleans, which torch compares and multiplies four times slower on a CPU.
+    """
+    kept = torch.empty(bits.shape, dtype=dtype, device=bits.device)
+    return torch.ge(bits, dropped - 2**15, out=kept)
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """Zero each number with probability ``p`` and divide the rest by ``1 - p``.
 
-    On a CPU the bits come from torch's default generator four numbers at a time, because drawing
-    them one by one, as ``functional.dropout`` does, takes a quarter of a small model's training
-    step. The probability is then a multiple of 2^-16, and the division is by exactly its
-    complement.
+    The probability is a multiple of 2^-16, and the division is by exactly its complement.
     """
-    dropped = round(p * 2**16)
-    if x.device.type != "cpu" or not 0 < dropped < 2**16:
-        return functional.dropout(x, p)
-    count = x.numel()
-    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int16)[:count].view(x.shape) >= dropped - 2**15
-    return x * (kept * (2**16 / (2**16 - dropped)))
+    dropped = dropped_share(p)
+    if dropped == 0:
+        return x
+    if dropped == 2**16:
+        return torch.zeros_like(x)
+    words = draw_words(random_words(x.numel(), x.device), generator)
+    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
+    return x * survivors(bits, dropped, x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 class LowRank:
     """``y = W x + (alpha / r) B (A dropout(x))``.
 
     Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
-    evaluation mode), and draws from torch's default generator of the device.
+    evaluation mode). Its mask is a function of ``seed`` and the shape of ``x`` alone.
     """
 
     def __init__(
@@ -82,13 +108,19 @@ class LowRank:
         self.scale = factors.scale
         self.p = p
         """Dropout rate."""
+        self.seed: int | None = None
+        """Of the next forward's mask."""
 
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = base(x)
         x = x.to(self.a.dtype)
         if self.p > 0:
-            x = dropout(x, self.p)
+            if self.seed is None:
+                raise RuntimeError(
+                    f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
+                )
+            x = dropout(x, self.p, torch.Generator(x.device).manual_seed(self.seed))
         low = functional.linear(functional.linear(x, self.a), self.b)
         return torch.add(y, low, alpha=self.scale).to(y.dtype)
 

@@ -46,6 +46,10 @@ class _StampedEngine:
         """As the inner engine."""
         return self._inner.evaluate(jobs)
 
+    def notes(self) -> tuple[str, ...]:
+        """As the inner engine."""
+        return self._inner.notes()
+
 
 def open_worker(spec: str) -> None:
     """Build model, data and engine when a process of the pool starts."""

@@ -119,6 +119,16 @@ def test_results_round_trip():
     assert back[2] == results[2]
 
 
+def test_an_engines_notes_travel_with_its_results():
+    done = [Evaluation(ASKED[0], {"accuracy": 1.0})]
+    content = encode_results(done, wire="float32", notes=("fused, ragged", "padded: why"))
+    assert glance(content).notes == ("fused, ragged", "padded: why")
+    assert decode_results(content, {0: ASKED[0]}) == done
+    assert glance(encode_results(done, wire="float32")).notes == ()
+    del content.config_records["results"]["notes"]
+    assert glance(content).notes == ()
+
+
 ASKED = {i: Client(i, Ranks({"q": 3}), 4) for i in range(2)}
 
 

@@ -34,6 +34,9 @@ class Shard:
     category: str = "a 0.json"
     num_train: int = 8
 
+    def holds(self, split):
+        return self.num_train, 20 * self.num_train
+
 
 def shards(n):
     return [Shard(i, f"{'ab'[i % 5 == 0]} {i}.json", 0 if i == 3 else 8) for i in range(n)]
@@ -123,6 +126,20 @@ def test_dealing_keeps_every_card_and_evens_the_load(weights, hands):
     assert sorted(i for hand in dealt for i in hand) == list(range(len(weights)))
     loads = [sum(weights[i] for i in hand) for hand in dealt]
     assert max(loads) <= sum(weights) / hands + max(weights)
+
+
+@laws
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.integers(1, 9), st.integers(1, 9))
+def test_a_hand_holds_no_more_than_it_may(weights, hands, most):
+    """However unequal the weights; there are more hands only if these cannot hold everything."""
+    dealt = deal(weights, hands, most)
+    assert sorted(i for hand in dealt for i in hand) == list(range(len(weights)))
+    assert max(len(hand) for hand in dealt) <= most
+    assert len(dealt) <= max(hands, -(-len(weights) // most))
+
+
+def test_cards_without_weight_are_spread_as_well():
+    assert sorted(len(hand) for hand in deal([0.0] * 12, 4)) == [3, 3, 3, 3]
 
 
 def test_own_tiers():

@@ -273,6 +273,28 @@ def test_an_evaluation_that_was_cut_short_is_completed(federate):
     assert found == [(t, g) for t in (0, 1) for g in ("seen", "unseen_random")]
 
 
+def test_the_engine_says_what_it_is_and_gets_the_messages_it_likes(federate):
+    """Once per run, in every round's record, and in a resumed run as well."""
+    words = ("engine._target_=tests.simulations.talkative.Talkative", "evaluate=loss",
+             "evaluate.clients=2")  # fmt: skip
+    whole = federate(*words, "rounds=2")
+    assert whole.said.count("engine: talkative") == whole.said.count("engine: 6 at once") == 1
+    assert whole.said.count("engine: ") == 2
+    federate(*words, "rounds=1", output="cut")
+    resumed = federate(*words, "rounds=2", "resume=auto", output="cut")
+    for run in (whole, resumed):
+        assert [r["engine"] for r in run.rounds] == ["6 at once; talkative"] * 2
+        assert [r["engine/fused_share"] for r in run.rounds] == [0.5] * 2
+    assert {r["fused"] for r in whole.clients} == {0.0, 1.0}
+
+
+def test_the_sequential_engine_needs_one_word(federate):
+    done = federate("engine=faulty")
+    assert [x for x in done.said.splitlines() if x.startswith("engine")] == ["engine: sequential"]
+    assert [r["engine"] for r in done.rounds] == ["sequential"] * 2
+    assert not any("engine/fused_share" in r for r in done.rounds)
+
+
 def test_frozen_factors_are_not_sent(federate):
     whole, half = federate("rounds=1"), federate("rounds=1", "client.train_a=false")
     assert half.rounds[0]["wire/down_bytes"] == whole.rounds[0]["wire/down_bytes"]

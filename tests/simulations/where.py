@@ -34,6 +34,9 @@ class _Located:
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         return self._inner.evaluate(jobs)
 
+    def notes(self) -> tuple[str, ...]:
+        return self._inner.notes()
+
 
 def _here() -> dict[str, float]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or "-1"

@@ -1,6 +1,6 @@
 """Where strategies meet Flower: what a foreign reply, a silence or a death does to a run."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -16,6 +16,19 @@ from tests.fakes import Mean
 
 MODULES = (Module("q_proj", "attention", 6, 5),)
 CLIENTS = tuple(Client(i, Ranks({"q_proj": 2}), 10) for i in range(8))
+
+
+@dataclass(frozen=True)
+class Shard:
+    id: int
+    category: str = ""
+    num_train: int = 10
+
+    def holds(self, split: str) -> tuple[int, int]:
+        return 10, 100 * (self.id + 1)
+
+
+SHARDS = tuple(Shard(i) for i in range(8))
 
 
 def add_one(message: Message) -> Message:
@@ -40,7 +53,7 @@ def served(folder, app, **rounds):
     session = Session(
         method=method,
         setting=Setting(MODULES, 1000, 12.0, CLIENTS, 3),
-        roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6),
+        roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6, SHARDS),
         plan=LocalPlan(),
         schedule=EvaluationSchedule(every=0),
         rounds=Rounds(**{"rounds": 2, "clients_per_message": 2, **rounds}),

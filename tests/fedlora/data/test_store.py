@@ -56,6 +56,8 @@ def test_a_store_holds_what_the_source_gave(records, tmp_path_factory):
         for split in SPLITS:
             held = expected[k, split]
             assert store.count(k, split) == len(held)
+            tokens = sum(len(e.input_ids) for e in store.examples(k, split))
+            assert store.clients[k].holds(split) == (len(held), tokens)
             assert store.references(k, split) == [r.output for r in held]
             for i, (example, encoded) in enumerate(
                 zip(store.examples(k, split), encoder.encode(held), strict=True)

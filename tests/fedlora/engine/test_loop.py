@@ -16,7 +16,7 @@ from fedlora.engine import loop
 from fedlora.engine.forward import supervised_logits
 from fedlora.engine.loop import FlatParameters, learning_rates
 from fedlora.models import layers
-from fedlora.seeding import generator, torch_seed
+from fedlora.seeding import dropout_seeds, generator
 from fedlora.types import Factors, LocalPlan, SelfPrune, SparseDelta, Update
 from tests.fedlora.engine.world import (
     NETWORKS,
@@ -49,14 +49,14 @@ def train(plan, *, on="gpt2", rank=2, held=HELD, **kwargs) -> Update:
 
 
 class SameDropout(torch.nn.Module):
-    """Draws as the resident model does, so that both sides drop the same numbers."""
+    """Drops the same numbers as the resident model: a mask for every forward and module."""
 
     def __init__(self, p):
         super().__init__()
         self.p = p
 
     def forward(self, x):
-        return layers.dropout(x, self.p)
+        return layers.dropout(x, self.p, torch.Generator().manual_seed(self.seed))
 
 
 def peft_network(name, factors, dropout):
@@ -123,7 +123,7 @@ def reference(name, factors, plan, held):
         }[plan.schedule],
     )
     micro = plan.micro_batch_size or plan.batch_size
-    torch.manual_seed(torch_seed(SEED, "dropout", 3, 0))
+    seeds = dropout_seeds(SEED, 3, 0, len(adapted))
     losses = []
     for rows in batches:
         optimizer.zero_grad()
@@ -132,6 +132,8 @@ def reference(name, factors, plan, held):
         tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in prepared)
         losses.append(0.0)
         for ids, mask, labels in prepared:
+            for layer, seed in zip(adapted.values(), next(seeds), strict=True):
+                layer.lora_dropout["default"].seed = seed
             if plan.dropout:  # the same shapes, so that the same random numbers fall alike
                 logits = twin(input_ids=ids[:, :-1]).logits
             else:

@@ -191,18 +191,23 @@ def test_the_base_never_drops_out():
     assert torch.equal(logits(model.network), logits(model.network))
 
 
-def test_dropout_follows_the_generator_and_is_off_without_a_rate(model):
+def test_dropout_follows_its_seeds_and_is_off_without_a_rate(model):
     factors = adapter(model.info.modules, 3)
 
     def draw(seed: int, p: float) -> torch.Tensor:
         model.mount(factors, dropout=p)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return logits(model.network)
+        model.seed_dropout(range(seed, seed + len(model.layers)))
+        return logits(model.network)
 
     assert torch.equal(draw(1, 0.2), draw(1, 0.2))
     assert not torch.equal(draw(1, 0.2), draw(2, 0.2))
     assert torch.equal(draw(1, 0.0), draw(2, 0.0))
+
+
+def test_dropout_without_a_seed_is_refused(model):
+    model.mount(adapter(model.info.modules, 3), dropout=0.2)
+    with pytest.raises(RuntimeError, match=r"dropout=0\.2 without a seed"):
+        logits(model.network)
 
 
 def test_a_rank_that_no_module_can_have_is_refused_by_name(model):

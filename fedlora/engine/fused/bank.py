@@ -1,0 +1,211 @@
+"""Adapters of many clients as rows of one matrix, and each module's factors as views of it.
+
+A row holds ``[A of every module | B^T of every module]`` of one client, exactly as large as its
+ranks ask for: nothing is padded, so no padded entry can ever train. ``B`` is stored transposed,
+which keeps the small rank on the fast side of the matrix products
+(`fedlora.engine.fused.kernels`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedlora.types import Adapter, Factors, Module
+
+
+class Views(NamedTuple):
+    """One module's factors and gradients in consecutive rows.
+
+    ``[r, d]`` for one row, ``[rows, r, d]`` for several.
+    """
+
+    a: Tensor
+    bt: Tensor
+    grad_a: Tensor
+    grad_bt: Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one module's factors lie in a row, and their scale."""
+
+    rank: int
+    d_in: int
+    d_out: int
+    a: int
+    """Offset of ``A [rank, d_in]``."""
+    bt: int
+    """Offset of ``B^T [rank, d_out]``."""
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        """``alpha / rank``."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A row's arrangement for one pattern of ranks and scales. `Layouts` makes one per pattern, so
+    that clients can be compared by the identity of theirs."""
+
+    paths: tuple[str, ...]
+    """Of the model's modules, in order."""
+    parts: tuple[Part | None, ...]
+    """Of every module of the model, in order; None where the adapter has nothing."""
+    a_size: int
+    """Numbers in all A: the row's first section."""
+    size: int
+    """Numbers in a row."""
+
+    @staticmethod
+    def of(adapter: Adapter, modules: Sequence[Module]) -> "Layout":
+        """The layout of an adapter that fits the modules (`models.modules.check_adapter`)."""
+        held = [(m, adapter.get(m.path)) for m in modules]
+        a_size = sum(f.rank * m.d_in for m, f in held if f is not None)
+        parts: list[Part | None] = []
+        at_a, at_b = 0, a_size
+        for m, f in held:
+            if f is None:
+                parts.append(None)
+                continue
+            parts.append(Part(f.rank, m.d_in, m.d_out, at_a, at_b, f.alpha))
+            at_a += f.rank * m.d_in
+            at_b += f.rank * m.d_out
+        return Layout(tuple(m.path for m in modules), tuple(parts), a_size, at_b)
+
+    def factors(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Views ``(A [r, d_in], B^T [r, d_out])`` of a row ``[size]``, by module path."""
+        return {
+            path: (
+                row[p.a : p.a + p.rank * p.d_in].view(p.rank, p.d_in),
+                row[p.bt : p.bt + p.rank * p.d_out].view(p.rank, p.d_out),
+            )
+            for path, p in zip(self.paths, self.parts, strict=True)
+            if p is not None
+        }
+
+    def write(self, adapter: Adapter, row: Tensor) -> None:
+        """Copy an adapter into a row ``[size]``."""
+        for path, (a, bt) in self.factors(row).items():
+            a.copy_(adapter[path].a)
+            bt.copy_(adapter[path].b.t())
+
+    def read(self, row: Tensor) -> dict[str, Factors]:
+        """A copy of the adapter in a row ``[size]``, on the row's device."""
+        alphas = {
+            path: p.alpha for path, p in zip(self.paths, self.parts, strict=True) if p is not None
+        }
+        return {
+            path: Factors(
+                a.clone(), bt.t().clone(memory_format=torch.contiguous_format), alphas[path]
+            )
+            for path, (a, bt) in self.factors(row).items()
+        }
+
+
+class Layouts:
+    """The layouts of a model's adapters, one per pattern of ranks and scales."""
+
+    def __init__(self, modules: Sequence[Module]) -> None:
+        self._modules = modules
+        self._known: dict[tuple[tuple[int, float] | None, ...], Layout] = {}
+
+    def __call__(self, adapter: Adapter) -> Layout:
+        """The layout of an adapter that fits the modules (`models.modules.check_adapter`)."""
+        held = [adapter.get(m.path) for m in self._modules]
+        key = tuple(None if f is None else (f.rank, f.alpha) for f in held)
+        if key not in self._known:
+            self._known[key] = Layout.of(adapter, self._modules)
+        return self._known[key]
+
+
+class AdapterBank:
+    """Parameters and gradients ``[slots, width]`` of the clients in training.
+
+    Args:
+        slots: how many clients at once.
+        width: of the largest row that will be loaded.
+        dtype: of parameters and gradients.
+        device: where they live.
+        compute: the type that forward passes compute in; if another, they see a copy (`refresh`).
+    """
+
+    _KEPT = 1024  # lists of views, of which a round on s slots needs a few s
+
+    def __init__(
+        self,
+        slots: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        compute: torch.dtype | None = None,
+    ) -> None:
+        self.params = torch.zeros(slots, width, dtype=dtype, device=device)
+        self.grads = torch.zeros_like(self.params)
+        self._seen = self.params if compute in (None, dtype) else self.params.to(compute)
+        self._views: dict[tuple[int, int, Layout], list[Views | None]] = {}
+
+    def refresh(self) -> None:
+        """Let forward passes see the present parameters."""
+        if self._seen is not self.params:
+            self._seen.copy_(self.params)
+
+    def load(self, slot: int, layout: Layout, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """Copy an adapter into a slot and clear its gradient.
+
+        Returns:
+            The row of parameters and the row of gradients, ``[layout.size]``, as views.
+
+        Raises:
+            ValueError: if the adapter is larger than the bank's rows, or the slot does not exist.
+        """
+        slots, width = self.params.shape
+        if not 0 <= slot < slots:
+            raise ValueError(f"slot {slot} is not in 0..{slots - 1}")
+        if layout.size > width:
+            raise ValueError(
+                f"an adapter of {layout.size:,} numbers does not fit a bank whose rows hold "
+                f"{width:,}: its ranks are larger than those the bank was made for"
+            )
+        row, grad = self.params[slot, : layout.size], self.grads[slot, : layout.size]
+        layout.write(adapter, row)
+        grad.zero_()
+        return row, grad
+
+    def views(self, slot: int, rows: int, layout: Layout) -> list[Views | None]:
+        """Every module's factors in ``rows`` consecutive slots of one layout, in module order."""
+        key = (slot, rows, layout)
+        found = self._views.get(key)
+        if found is None:
+            if len(self._views) >= self._KEPT:
+                self._views.clear()
+            found = [None if p is None else self._part(slot, rows, p) for p in layout.parts]
+            self._views[key] = found
+        return found
+
+    def _part(self, slot: int, rows: int, part: Part) -> Views:
+        width = self.params.shape[1]
+
+        def view(source: Tensor, offset: int, d: int) -> Tensor:
+            shape, stride = [rows, part.rank, d], [width, d, 1]
+            first = 1 if rows == 1 else 0
+            return source.as_strided(shape[first:], stride[first:], slot * width + offset)
+
+        return Views(
+            view(self._seen, part.a, part.d_in),
+            view(self._seen, part.bt, part.d_out),
+            view(self.grads, part.a, part.d_in),
+            view(self.grads, part.bt, part.d_out),
+        )
+
+
+def moved(row: Tensor, layout: Layout, start: Adapter) -> Tensor:
+    """Euclidean distance of a row from the adapter it started as, a scalar."""
+    before = torch.empty_like(row)
+    layout.write(start, before)
+    distance: Tensor = torch.linalg.vector_norm(row - before)
+    return distance

@@ -1,0 +1,360 @@
+"""What a fused step costs in seconds and bytes, fitted to a few probe steps of this machine.
+
+    seconds = step + token * tokens + client * clients
+    bytes   = base + token * tokens + supervised * supervised tokens + row * slots
+
+A step of a small model is bound by its fixed cost and by the caches, one of a large model by its
+tokens. The token budget is therefore measured, once per machine and model, and kept.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedlora.cache import cache_root, locked
+from fedlora.engine.fused.schedule import Schedule, Work, cost
+from fedlora.types import at_least
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of the tuning file: another one is measured anew
+CANDIDATES = (256, 512, 1024, 2048, 4096)
+"""Token budgets that are tried, ascending. An accelerator may want larger ones."""
+TOLERANCE = 0.05
+"""A budget is as good as the best one if a token costs at most this much more."""
+SPARE = 1.5
+"""Slots per client that a step has tokens for: some residents do not fit, or finish."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One probe step: training, forward to optimizer."""
+
+    tokens: int
+    """Tokens of the step, as `schedule.cost` counts them."""
+    clients: int
+    supervised: int
+    """Tokens with a loss."""
+    seconds: float
+    bytes: float
+    """Peak memory beyond the model and the adapter bank; 0 where it cannot be told."""
+
+    def __post_init__(self) -> None:
+        at_least("tokens", self.tokens, 1)
+        at_least("clients", self.clients, 1)
+        at_least("supervised", self.supervised, 0)
+        at_least("seconds", self.seconds, 0, strict=True)
+        at_least("bytes", self.bytes, 0)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Predicts steps and rounds. No coefficient is negative."""
+
+    step_seconds: float
+    token_seconds: float
+    client_seconds: float
+    """Per client in a step; told apart from tokens only if probes differ in tokens per client."""
+    base_bytes: float
+    token_bytes: float
+    supervised_bytes: float
+    row_bytes: float
+    """Of a slot: ``16 P`` with ``P`` float32 parameters, their gradients and two moments."""
+    samples: tuple[Sample, ...]
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "samples":
+                at_least(name, value, 0)
+        if not self.samples:
+            raise ValueError("a cost model needs at least one sample")
+
+    def seconds(self, tokens: int, clients: int) -> float:
+        """Of one step."""
+        return self.step_seconds + self.token_seconds * tokens + self.client_seconds * clients
+
+    def memory(self, tokens: int, supervised: int, slots: int) -> float:
+        """Bytes beyond the model, at the peak of a step."""
+        step = self.base_bytes + self.token_bytes * tokens + self.supervised_bytes * supervised
+        return step + self.row_bytes * slots
+
+    def predict(self, schedule: Schedule) -> float:
+        """Seconds of a whole round. Uses the schedule up: give it a fresh one."""
+        works = schedule.works
+        total = 0.0
+        for step in schedule:
+            forwards = [works[client].forwards[index] for client, _, index in step.active]
+            total += self.seconds(cost(forwards, schedule.padded), len(forwards))
+        return total
+
+    def share(self, work: Work, budget: int) -> float:
+        """Seconds that a client adds to a round of full ragged steps: for dealing out clients."""
+        tokens = sum(f.tokens for f in work.forwards)
+        per_token = self.token_seconds + self.step_seconds / budget
+        return per_token * tokens + self.client_seconds * len(work.forwards)
+
+    def dump(self) -> str:
+        """As JSON, readable by `load` and by people."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
+
+    @classmethod
+    def load(cls, text: str) -> "CostModel":
+        """The model that `dump` wrote.
+
+        Raises:
+            ValueError: if the text is anything else.
+        """
+        try:
+            fields = json.loads(text)
+            if fields.pop("format") != FORMAT:
+                raise ValueError("another format")
+            samples = tuple(Sample(**sample) for sample in fields.pop("samples"))
+            return cls(**fields, samples=samples)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"no cost model: {type(error).__name__}: {error}") from error
+
+
+# --- fitting -------------------------------------------------------------------------------------
+
+
+def fit(samples: Sequence[Sample], row_bytes: float) -> CostModel:
+    """The non-negative coefficients with the least relative squared error.
+
+    Where samples leave open which term a cost belongs to, fewer terms are used, tokens first.
+
+    Args:
+        samples: at least one; three with different tokens per client determine all terms.
+        row_bytes: memory of a slot, `CostModel.row_bytes`.
+    """
+    ones = np.ones(len(samples))
+    tokens = np.array([s.tokens for s in samples], dtype=np.float64)
+    clients = np.array([s.clients for s in samples], dtype=np.float64)
+    supervised = np.array([s.supervised for s in samples], dtype=np.float64)
+    seconds = np.array([s.seconds for s in samples])
+    memory = np.array([s.bytes for s in samples], dtype=np.float64)
+    time_fit = nonnegative(np.stack([tokens, ones, clients], axis=1), seconds)
+    memory_fit = nonnegative(np.stack([tokens, ones, supervised], axis=1), memory)
+    return CostModel(
+        step_seconds=time_fit[1],
+        token_seconds=time_fit[0],
+        client_seconds=time_fit[2],
+        base_bytes=memory_fit[1],
+        token_bytes=memory_fit[0],
+        supervised_bytes=memory_fit[2],
+        row_bytes=row_bytes,
+        samples=tuple(samples),
+    )
+
+
+def nonnegative(columns: Array, target: Array) -> list[float]:
+    """``argmin_x Σ_i ((columns x - target)_i / target_i)²`` over ``x >= 0``.
+
+    The optimum is the ordinary least-squares solution over its own support, so with a handful of
+    columns it is found by trying all supports, the small ones first.
+
+    Args:
+        columns: ``[n, c]``, not negative.
+        target: ``[n]``, not negative; entries below a thousandth of the largest weigh like that.
+    """
+    if not target.any():
+        return [0.0] * columns.shape[1]
+    weight = 1 / np.maximum(target, target.max() / 1000)
+    goal = target * weight
+    scaled = columns * weight[:, None]
+    norms = np.maximum(np.linalg.norm(scaled, axis=0), np.finfo(np.float64).tiny)
+    best, least = np.zeros(columns.shape[1]), float(goal @ goal)
+    for size in range(1, columns.shape[1] + 1):
+        for support in itertools.combinations(range(columns.shape[1]), size):
+            chosen = list(support)
+            part = scaled[:, chosen] / norms[chosen]
+            solution = np.linalg.lstsq(part, goal, rcond=None)[0]
+            error = float(np.sum((part @ solution - goal) ** 2))
+            if (solution >= 0).all() and error < least - 1e-12:
+                best, least = np.zeros(columns.shape[1]), error
+                best[chosen] = solution / norms[chosen]
+    return [float(x) for x in best]
+
+
+# --- what to use ---------------------------------------------------------------------------------
+
+
+def best_budget(model: CostModel, memory: float = math.inf, slots: int = 1) -> int:
+    """The smallest budget whose measured time per token is within 5 % of the best one's.
+
+    Args:
+        model: with the samples to choose from.
+        memory: bytes that steps and slots may take; budgets that took more are no choice. If none
+            is left, the smallest is taken with a warning.
+        slots: how many clients are resident.
+    """
+    samples = sorted(model.samples, key=lambda s: s.tokens)
+    fitting = [s for s in samples if s.bytes + model.row_bytes * slots <= memory]
+    if not fitting:
+        log.warning(
+            "the smallest probed step takes %.0f MiB with %d slots, the limit is %.0f MiB",
+            (samples[0].bytes + model.row_bytes * slots) / 2**20,
+            slots,
+            memory / 2**20,
+        )
+        return samples[0].tokens
+    least = min(s.seconds / s.tokens for s in fitting)
+    return next(s.tokens for s in fitting if s.seconds / s.tokens <= least * (1 + TOLERANCE))
+
+
+def slots_for(
+    budget: int,
+    works: Sequence[Work],
+    model: CostModel | None = None,
+    memory: float = math.inf,
+    padded: bool = False,
+) -> int:
+    """How many clients to keep resident: half as many again as fill the budget.
+
+    Args:
+        budget: tokens of a step.
+        works: the clients' chains.
+        model: what memory costs; needed only with a limit.
+        memory: bytes that a step of the whole budget and the slots may take together, when as
+            many of the tokens have a loss as in the probe steps.
+        padded: whether the budget counts padding.
+
+    Returns:
+        At least 1, at most the number of clients.
+    """
+    sizes = [cost([f], padded) for w in works for f in w.forwards]
+    slots = math.ceil(SPARE * budget / statistics.median(sizes)) if sizes else 1
+    if model is not None and model.row_bytes > 0 and memory < math.inf:
+        supervised = max(s.supervised / s.tokens for s in model.samples)
+        left = memory - model.memory(budget, math.ceil(supervised * budget), 0)
+        slots = min(slots, math.floor(left / model.row_bytes))
+    return max(1, min(slots, len(works)))
+
+
+# --- measuring once ------------------------------------------------------------------------------
+
+Probe = Callable[[int], Sample]
+"""Runs training steps of so many tokens and says what one costs."""
+
+
+def measure(
+    probe: Probe, candidates: Sequence[int] = CANDIDATES, limit_s: float = 2.0
+) -> list[Sample]:
+    """Probe growing budgets until one takes too long or does not fit; at least one sample.
+
+    Args:
+        probe: what measures.
+        candidates: token budgets, ascending.
+        limit_s: the probe that took longer than this, warm-up and repeats included, is the last.
+    """
+    samples: list[Sample] = []
+    for tokens in candidates:
+        start = time.perf_counter()
+        try:
+            samples.append(probe(tokens))
+        except (MemoryError, torch.OutOfMemoryError):
+            if not samples:
+                raise
+            log.info("a step of %d tokens does not fit into memory", tokens)
+            break
+        if time.perf_counter() - start > limit_s:
+            break
+    return samples
+
+
+def tuned(
+    key: str,
+    probe: Probe,
+    row_bytes: float,
+    folder: Path | None = None,
+    candidates: Sequence[int] = CANDIDATES,
+    limit_s: float = 2.0,
+) -> CostModel:
+    """The cost model of this machine and model, measured once and kept in a file.
+
+    Processes that ask together measure once: the first takes a lock, the others wait and read. A
+    file that cannot be read is measured anew.
+
+    Args:
+        key: what the measurement depends on, `tuning_key`.
+        probe: what measures, called only if there is no usable file.
+        row_bytes: `CostModel.row_bytes`, which is not measured and need not be part of the key.
+        folder: where the files are; by default ``tuning`` in the cache.
+        candidates: as in `measure`.
+        limit_s: as in `measure`.
+    """
+    path = (folder or cache_root() / "tuning") / f"{key}.json"
+    found = _read(path)
+    if found is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_suffix(".lock")):
+            found = _read(path)  # by whoever had the lock before
+            if found is None:
+                found = fit(measure(probe, candidates, limit_s), row_bytes)
+                _write(path, found.dump())
+    return replace(found, row_bytes=row_bytes)
+
+
+def _read(path: Path) -> CostModel | None:
+    try:
+        return CostModel.load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s is of no use (%s): measuring again", path, error)
+        return None
+
+
+def _write(path: Path, text: str) -> None:
+    """Under its name by one rename: a reader never sees half a file."""
+    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise
+
+
+def tuning_key(
+    model: str, dtype: torch.dtype, device: torch.device, threads: int, *details: object
+) -> str:
+    """16 hexadecimal digits over what a measurement depends on.
+
+    Args:
+        model: fingerprint of the base model.
+        dtype: what it computes in.
+        device: what it computes on; an accelerator counts by its name.
+        threads: of a step.
+        details: more, such as the length of a bank row and the layout.
+    """
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else device.type
+    parts = [_cpu(), torch.__version__, threads, name, model, dtype, FORMAT, *details]
+    return hashlib.sha256(json.dumps([str(p) for p in parts]).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

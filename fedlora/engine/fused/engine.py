@@ -1,0 +1,213 @@
+"""The fused engine, and the one that decides by itself."""
+
+import logging
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from fedlora.data.store import TokenStore
+from fedlora.engine.base import EngineSpec, failure
+from fedlora.engine.fused import cost
+from fedlora.engine.fused.check import why_not_ragged
+from fedlora.engine.fused.evaluation import FusedEvaluator
+from fedlora.engine.fused.model import FusedModel
+from fedlora.engine.fused.probe import Prober
+from fedlora.engine.fused.schedule import POLICIES, Schedule, policy
+from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
+from fedlora.engine.memory import keep_freed_memory
+from fedlora.engine.sequential import SequentialEngine
+from fedlora.models.language_model import LanguageModel
+from fedlora.types import (
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    SparseDelta,
+    TrainJob,
+    Update,
+    at_least,
+    one_of,
+)
+
+log = logging.getLogger(__name__)
+
+EVALUATION_TOKENS = 1024  # of a forward pass without gradients, where nothing is configured
+
+
+@dataclass(frozen=True)
+class Fused(EngineSpec):
+    """Configuration of the fused engine."""
+
+    threads: int = 1
+    """Intra-op threads of a worker process; 0 leaves PyTorch's choice."""
+    reuse_memory: bool = True
+    """Keep up to 512 MiB of freed memory in the process, where glibc allows."""
+    tokens: int = 0
+    """Of one fused step; 0: measured once per machine and model, and kept in the cache. Results
+    depend on it in their last bits."""
+    slots: int = 0
+    """Clients in training at a time; 0: half as many again as fill a step."""
+    policy: str = "refill"
+    """Who runs in which step: `fedlora.engine.fused.schedule.POLICIES`."""
+    layout: str = "auto"
+    """``ragged``: sequences end to end; ``padded``: one per row; ``auto``: ragged where the model
+    can (tried when it is opened)."""
+    checkpoint: bool = False
+    """Compute activations again in the backward pass instead of keeping them."""
+    memory: float = 0.5
+    """Share of the memory that is free when training begins that steps and slots may take."""
+
+    def __post_init__(self) -> None:
+        at_least("engine.threads", self.threads, 0)
+        at_least("engine.tokens", self.tokens, 0)
+        at_least("engine.slots", self.slots, 0)
+        one_of("engine.policy", self.policy, POLICIES)
+        one_of("engine.layout", self.layout, ("auto", "ragged", "padded"))
+        if not 0 < self.memory <= 1:
+            raise ValueError(f"engine.memory={self.memory} must lie in (0, 1]")
+
+    @property
+    def messages_per_worker(self) -> int:
+        """Two: large enough cohorts to fill steps, and the second evens out the first."""
+        return 2
+
+    def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
+        """The engine on this model and these data.
+
+        Raises:
+            ValueError: if a ragged layout was asked for and the model cannot run it.
+        """
+        self._prepare()
+        return FusedEngine(self, model, store)
+
+    def _prepare(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.reuse_memory:
+            keep_freed_memory()
+
+
+class FusedEngine:
+    """Trains and evaluates many clients at once; what it cannot do is done one by one, with a note.
+
+    Args:
+        spec: the configuration.
+        model: on which clients are trained.
+        store: whose data.
+    """
+
+    def __init__(self, spec: Fused, model: LanguageModel, store: TokenStore) -> None:
+        self.spec, self.model, self.store = spec, model, store
+        self._alone = SequentialEngine(model, store)
+        self._notes: dict[str, None] = {}
+        reason = "" if spec.layout == "padded" else why_not_ragged(model)
+        if reason and spec.layout == "ragged":
+            raise ValueError(f"engine.layout=ragged: {reason}; use auto or padded")
+        self._ragged = spec.layout != "padded" and not reason
+        if reason:
+            self._note(f"padded, for {reason}")
+        self.fused = FusedModel(model, self._ragged, spec.checkpoint)
+        self._planner = Planner(self.fused, store)
+
+    def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        chains: list[Chain] = []
+        alone: list[TrainJob] = []
+        for job in jobs:
+            if isinstance(job.start, SparseDelta):
+                self._note("sparse updates one by one")
+                alone.append(job)
+                continue
+            try:
+                chains.append(self._planner.chain(job))
+            except Exception as error:
+                yield failure(job.client, error)
+        if chains:
+            yield from self._train(chains)
+        yield from self._alone.train(alone)
+
+    def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:
+        limits = self._limits(chains)
+        if not self._worth_fusing(chains, limits):
+            self._note("sequential")
+            yield from self._alone.train([c.job for c in chains])
+            return
+        layout = "ragged" if self._ragged else "padded"
+        self._note(f"fused, {layout}, {limits.tokens} tokens per step")
+        largest = max(f.tokens for c in chains for f in c.work.forwards)
+        if largest > limits.tokens:
+            self._note("forward passes larger than a step run alone")
+        trainer = FusedTrainer(self.fused, self.store)
+        yield from trainer.train(chains, limits)
+        if trainer.rescue:
+            self._note("clients of fused steps that failed one by one")
+            yield from self._alone.train(trainer.rescue)
+
+    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        alone = [j for j in jobs if isinstance(j.adapter, SparseDelta)]
+        evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or EVALUATION_TOKENS)
+        yield from evaluator.evaluate([j for j in jobs if not isinstance(j.adapter, SparseDelta)])
+        yield from self._alone.evaluate([*alone, *evaluator.rescue])
+
+    def notes(self) -> tuple[str, ...]:
+        return tuple(self._notes)
+
+    def _note(self, text: str) -> None:
+        self._notes.setdefault(text)
+
+    def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
+        """Whether to fuse at all: this engine always does."""
+        return True
+
+    def _limits(self, chains: Sequence[Chain]) -> Limits:
+        """How much runs at once: as configured, else as measured on this machine."""
+        spec, works = self.spec, [c.work for c in chains]
+        memory = spec.memory * _free_memory(self.model.device)
+        tokens, model = spec.tokens, None
+        if not tokens:
+            model = self.cost_model(max(chains, key=lambda c: c.layout.size))
+            typical = statistics.median(f.tokens for w in works for f in w.forwards)
+            residents = max(1, min(len(chains), round(cost.SPARE * 1024 / typical)))
+            tokens = cost.best_budget(model, memory, residents)
+        slots = spec.slots or cost.slots_for(tokens, works, model, memory, not self._ragged)
+        return Limits(policy(spec.policy), tokens, slots)
+
+    def cost_model(self, chain: Chain) -> cost.CostModel:
+        """What steps of clients like this one cost here, measured once per machine and model."""
+        return Prober(self.fused, chain).cost_model(self.spec.threads)
+
+
+@dataclass(frozen=True)
+class Auto(Fused):
+    """The fused engine where it is expected to be faster, the sequential one elsewhere.
+
+    The decision is made for each cohort from the measured cost of steps and tokens: fusing always
+    saves steps, but where a model has to be padded it may cost more padding than it saves.
+    """
+
+    def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
+        """The engine on this model and these data."""
+        self._prepare()
+        return AutoEngine(self, model, store)
+
+
+class AutoEngine(FusedEngine):
+    """Decides cohort by cohort."""
+
+    def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
+        """By the predicted time of this schedule and of clients one by one."""
+        if self._ragged:  # the same tokens without padding, in fewer steps
+            return True
+        model = self.cost_model(max(chains, key=lambda c: c.layout.size))
+        works = [c.work for c in chains]
+        schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
+        alone = sum(model.seconds(f.rows * f.width, 1) for w in works for f in w.forwards)
+        return model.predict(schedule) < alone
+
+
+def _free_memory(device: torch.device) -> float:
+    """Bytes that this process could still take."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    return float(psutil.virtual_memory().available)

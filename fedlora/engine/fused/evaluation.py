@@ -1,0 +1,213 @@
+"""Evaluation of many clients in common forward passes, whether or not they share an adapter."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fedlora import evaluate
+from fedlora.batches import TokenExample
+from fedlora.data.store import TokenStore
+from fedlora.engine.base import failure
+from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
+from fedlora.engine.fused.batch import Group, Lane
+from fedlora.engine.fused.model import FusedModel
+from fedlora.models.modules import check_adapter
+from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload, SparseDelta
+
+ADAPTERS = 32
+"""Distinct adapters in memory at once."""
+ROWS = 64
+"""Sequences that are generated together."""
+
+
+@dataclass(eq=False)
+class Task:
+    """One job, and what has been found out for it so far."""
+
+    job: EvaluateJob
+    slot: int
+    panel: evaluate.Panel
+    guesses: dict[int, evaluate.Guess] = field(default_factory=dict)
+    texts: dict[int, str] = field(default_factory=dict)
+
+    def result(self, fused: FusedModel) -> Evaluation:
+        """The metrics, once everything is known."""
+        model, plan, examples = fused.model, self.job.plan, self.panel.examples
+        guesses = [self.guesses[i] for i in range(len(examples))]
+        metrics = evaluate.likelihood_metrics(model, examples, guesses, plan)
+        if plan.generate:
+            texts = [self.texts[i] for i in range(len(examples))]
+            metrics |= evaluate.generation_metrics(
+                model, examples, self.panel.references, texts, plan
+            )
+        return Evaluation(self.job.client, metrics)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One example of one task."""
+
+    task: Task
+    index: int
+
+    @property
+    def example(self) -> TokenExample:
+        """The example."""
+        return self.task.panel.examples[self.index]
+
+
+class FusedEvaluator:
+    """Measures jobs on a fused model.
+
+    Args:
+        fused: the model.
+        store: whose examples.
+        tokens: of one forward pass.
+    """
+
+    def __init__(self, fused: FusedModel, store: TokenStore, tokens: int) -> None:
+        self._fused, self._store, self._tokens = fused, store, tokens
+        self._layouts = Layouts(fused.model.info.modules)
+        self.rescue: list[EvaluateJob] = []
+        """Jobs that must be evaluated another way."""
+
+    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        """One result per job, except for those that are left in `rescue`."""
+        adapters = list({id(j.adapter): j.adapter for j in jobs}.values())
+        for at in range(0, len(adapters), ADAPTERS):
+            slots = {id(a): slot for slot, a in enumerate(adapters[at : at + ADAPTERS])}
+            yield from self._together([j for j in jobs if id(j.adapter) in slots], slots)
+
+    def _together(
+        self, jobs: Sequence[EvaluateJob], slots: dict[int, int]
+    ) -> Iterator[Evaluation | Failure]:
+        tasks = []
+        for job in jobs:
+            try:
+                tasks.append(self._task(job, slots[id(job.adapter)]))
+            except Exception as error:
+                yield failure(job.client, error)
+        if not tasks:
+            return
+        try:
+            self._run(tasks)
+        except Exception:
+            self.rescue += [task.job for task in tasks]
+            return
+        for task in tasks:
+            try:
+                yield task.result(self._fused)
+            except Exception as error:
+                yield failure(task.job.client, error)
+
+    def _task(self, job: EvaluateJob, slot: int) -> Task:
+        plan, who, store = job.plan, job.client.id, self._store
+        if isinstance(job.adapter, SparseDelta):
+            raise TypeError("the fused engine evaluates low-rank factors, not a SparseDelta")
+        if job.adapter is not None:
+            check_adapter(job.adapter, self._fused.model.info)
+        if store.count(who, plan.split) == 0:
+            raise ValueError(f"client {who} has no examples in split {plan.split!r}")
+        references = store.references(who, plan.split) if plan.generate else None
+        examples = store.examples(who, plan.split)
+        return Task(
+            job, slot, evaluate.chosen(examples, references, plan, seed=job.seed, client=who)
+        )
+
+    def _run(self, tasks: Sequence[Task]) -> None:
+        adapters = {t.slot: _factors(t.job.adapter) for t in tasks}
+        layouts = {slot: self._layouts(a) for slot, a in adapters.items()}
+        model = self._fused.model
+        bank = AdapterBank(
+            max(adapters) + 1,
+            max(layout.size for layout in layouts.values()),
+            model.dtype,
+            model.device,
+            self._fused.compute_dtype(False),
+        )
+        for slot, adapter in adapters.items():
+            bank.load(slot, layouts[slot], adapter)
+        with torch.no_grad():
+            with self._fused.mounted(bank):
+                self._likelihoods(tasks, layouts)
+            generated = [t for t in tasks if t.job.plan.generate]
+            with self._fused.mounted(bank, generate=True):
+                for longest, some in _by_plan(generated):
+                    self._generate(some, layouts, longest)
+
+    def _likelihoods(self, tasks: Sequence[Task], layouts: dict[int, Layout]) -> None:
+        items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
+        for item in items:
+            if len(item.example.input_ids) < 2:  # nothing after BOS
+                item.task.guesses[item.index] = (
+                    torch.zeros(0, dtype=torch.float64),
+                    torch.zeros(0, dtype=torch.int64),
+                )
+        lengths = {id(item): len(item.example.input_ids) - 1 for item in items}
+        line = sorted((i for i in items if lengths[id(i)]), key=lambda i: -lengths[id(i)])
+        for packed in _packed(line, [lengths[id(i)] for i in line], self._tokens):
+            packed.sort(key=lambda i: i.task.slot)
+            lanes = [
+                Lane(slot, layouts[slot], [i.example for i in of_slot], "full", 1)
+                for slot, of_slot in _by_slot(packed)
+            ]
+            logits, targets = self._fused.logits(self._fused.batch(lanes))
+            found = evaluate.guesses_of(logits, targets, [i.example for i in packed])
+            for item, guess in zip(packed, found, strict=True):
+                item.task.guesses[item.index] = guess
+
+    def _generate(
+        self, tasks: Sequence[Task], layouts: dict[int, Layout], max_new_tokens: int
+    ) -> None:
+        model = self._fused.model
+        prompts = {
+            (id(t), i): ids
+            for t in tasks
+            for i, ids in enumerate(evaluate.prompts(model, t.panel.examples, t.job.plan))
+        }
+        items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
+        items.sort(key=lambda i: -len(prompts[id(i.task), i.index]))
+        for at in range(0, len(items), ROWS):
+            batch = sorted(items[at : at + ROWS], key=lambda i: i.task.slot)
+            groups = [
+                Group((Lane(slot, layouts[slot], (), "full", 1),), len(of_slot))
+                for slot, of_slot in _by_slot(batch)
+            ]
+            self._fused.prepare_rows(groups)
+            ids = [prompts[id(i.task), i.index] for i in batch]
+            for item, text in zip(batch, evaluate.greedy(model, ids, max_new_tokens), strict=True):
+                item.task.texts[item.index] = text
+
+
+def _factors(payload: Payload | None) -> Adapter:
+    """The bare base model is an adapter of no module."""
+    assert not isinstance(payload, SparseDelta)
+    return {} if payload is None else payload
+
+
+def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:
+    """Runs of one slot, of items sorted by slot."""
+    grouped = itertools.groupby(items, key=lambda i: i.task.slot)
+    return [(slot, list(run)) for slot, run in grouped]
+
+
+def _by_plan(tasks: Sequence[Task]) -> list[tuple[int, list[Task]]]:
+    """Tasks that generate equally many tokens."""
+    lengths = dict.fromkeys(t.job.plan.max_new_tokens for t in tasks)
+    return [(n, [t for t in tasks if t.job.plan.max_new_tokens == n]) for n in lengths]
+
+
+def _packed(items: Sequence[Item], costs: Sequence[int], limit: int) -> Iterator[list[Item]]:
+    """Consecutive items whose costs stay within the limit; one alone may exceed it."""
+    packed: list[Item] = []
+    total = 0
+    for item, cost in zip(items, costs, strict=True):
+        if packed and total + cost > limit:
+            yield packed
+            packed, total = [], 0
+        packed.append(item)
+        total += cost
+    if packed:
+        yield packed

@@ -1,0 +1,221 @@
+"""One frozen network with the adapters of many clients on it at once."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.engine.forward import supervised_logits
+from fedlora.engine.fused.bank import AdapterBank
+from fedlora.engine.fused.batch import FusedBatch, Group, Lane, padded_batch, ragged_batch
+from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import draw_words, random_words, stored_transposed
+from fedlora.models.ragged import RaggedAttention, ragged
+from fedlora.models.recompute import recomputing
+
+log = logging.getLogger(__name__)
+
+
+class FusedModel:
+    """Runs fused batches on a resident `LanguageModel`, which it leaves as it found it.
+
+    Args:
+        model: whose adapted layers take the clients' adapters while `mounted`.
+        is_ragged: whether sequences are laid end to end (`check_ragged` says if they can be).
+        checkpoint: recompute each block's activations in the backward pass: less memory, a third
+            more time.
+    """
+
+    def __init__(self, model: LanguageModel, is_ragged: bool, checkpoint: bool = False) -> None:
+        self.model = model
+        self.is_ragged = is_ragged
+        self.checkpoint = checkpoint
+        self._attention = RaggedAttention()
+        self._anchor = torch.zeros((), device=model.device, requires_grad=True)
+        self._bits = torch.Generator(model.device)
+        self._autocast = False
+        self._cast: dict[int, Tensor] = {}
+        self._bank: AdapterBank | None = None
+        self._known: dict[tuple[object, ...], list[Segment]] = {}
+        self._segments: list[list[Segment]] = []
+        self._sizes: list[int] = []
+        self._batch: FusedBatch | None = None
+
+    def compute_dtype(self, autocast: bool) -> torch.dtype:
+        """What the adapted layers compute in: bfloat16 under autocast, else the base's own type."""
+        dtype: torch.dtype = torch.bfloat16 if autocast else self.model.network.dtype
+        return dtype
+
+    @contextmanager
+    def mounted(
+        self, bank: AdapterBank, autocast: bool = False, generate: bool = False
+    ) -> Iterator[None]:
+        """Let the network compute with a bank's adapters; nothing of it stays afterwards.
+
+        Args:
+            bank: where the adapters are.
+            autocast: compute in bfloat16 where torch's autocast does.
+            generate: leave attention to the network, for `prepare_rows`.
+        """
+        layers = self.model.layers.values()
+        with ExitStack() as stack:
+            if self.is_ragged and not generate:
+                stack.enter_context(ragged(self.model.network, self._attention))
+            if self.checkpoint:
+                stack.enter_context(recomputing(self.model.network))
+            self._bank, self._autocast = bank, autocast
+            for index, layer in enumerate(layers):
+                layer.update = _ManyAdapters(self, index)
+            try:
+                yield
+            finally:
+                self.model.unmount()
+                self._bank = self._batch = None
+                self._known, self._segments, self._cast = {}, [], {}
+
+    def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
+        """Lanes, in the order of their slots, as this model takes them."""
+        return ragged_batch(lanes) if self.is_ragged else padded_batch(lanes)
+
+    def backward(self, batch: FusedBatch) -> Tensor:
+        """Add every lane's gradient to its row of the bank.
+
+        Returns:
+            ``[lanes]``: each lane's part of its step's loss, the sum over its supervised tokens
+            divided by `Lane.tokens`.
+        """
+        nll = self.nll(batch)
+        weighted = nll * batch.weights.to(nll.device, nll.dtype)
+        weighted.sum().backward()
+        return self.per_lane(weighted.detach(), batch)
+
+    def nll(self, batch: FusedBatch) -> Tensor:
+        """The negative log-likelihood of every supervised token, ``[n]``."""
+        logits, targets = self.logits(batch)
+        return functional.cross_entropy(logits, targets, reduction="none")
+
+    def logits(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+        """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
+        self.prepare(batch)
+        moved = batch.batch.to(self.model.device)
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+            logits = supervised_logits(self.model.network, moved)
+        return logits, moved.targets
+
+    def prepare(self, batch: FusedBatch) -> None:
+        """Tell layers and attention where whose rows are in what comes next."""
+        self.prepare_rows(batch.groups)
+        self._batch = batch
+        if batch.geometry is not None:
+            self._attention.geometry = batch.geometry.to(self.model.device)
+
+    def prepare_rows(self, groups: Sequence[Group]) -> None:
+        """The same for inputs ``[rows, width]`` of any width, such as those of generation, where
+        `Group.rows` counts sequences and there is no dropout."""
+        assert self._bank is not None
+        self._bank.refresh()
+        self._batch = None
+        self._sizes = [group.rows for group in groups]
+        by_group = [self._of_group(group) for group in groups]
+        self._segments = [list(of_layer) for of_layer in zip(*by_group, strict=True)]
+
+    @staticmethod
+    def per_lane(values: Tensor, batch: FusedBatch) -> Tensor:
+        """Sums ``[lanes]`` of what the supervised tokens have, ``[n]``."""
+        sums = values.new_zeros(len(batch.lanes))
+        return sums.index_add_(0, batch.owners.to(values.device), values)
+
+    def _of_group(self, group: Group) -> list[Segment]:
+        """A group's part in every layer."""
+        assert self._bank is not None
+        lane, clients = group.lanes[0], len(group.lanes)
+        flags = (lane.train_a, lane.train_b, lane.dropped)
+        key = (lane.slot, clients, lane.layout, *flags)
+        if key not in self._known:
+            boost = 2**16 / (2**16 - lane.dropped) if lane.dropped < 2**16 else 0.0
+            views = self._bank.views(lane.slot, clients, lane.layout)
+            scales = [0.0 if p is None else p.scale * boost for p in lane.layout.parts]
+            self._known[key] = [
+                Segment(clients, v, scale, lane.train_a, lane.train_b)
+                for v, scale in zip(views, scales, strict=True)
+            ]
+        return self._known[key]
+
+    def _plan(self, index: int, x: Tensor) -> LayerPlan:
+        """The part of layer ``index`` in what was prepared."""
+        d_in = x.shape[-1]
+        stretch, rest = divmod(x.numel() // d_in, sum(self._sizes))
+        if rest:
+            raise ValueError(
+                f"layer {index} was given {x.numel() // d_in} rows, which is no multiple of the "
+                f"{sum(self._sizes)} that were prepared: the model reorders its tokens"
+            )
+        bits, thresholds = self._draw(index, d_in)
+        sizes = [rows * stretch for rows in self._sizes]
+        return LayerPlan(sizes, self._segments[index], bits, thresholds)
+
+    def _draw(self, index: int, d_in: int) -> tuple[Tensor | None, Tensor | None]:
+        """Random bits ``[N, d_in]`` of one layer's dropout and thresholds ``[N, 1]``.
+
+        Drawn client by client in the shape that the client's own padded batch has, so that the
+        masks are those of the client trained alone.
+        """
+        batch, device = self._batch, self.model.device
+        if batch is None or batch.thresholds is None:
+            return None, None
+        counts = [rows * d_in for rows in batch.drawn]
+        parts = [random_words(n, device) for n in counts]
+        for lane, words in zip(batch.lanes, parts, strict=True):
+            if lane.dropped:
+                draw_words(words, self._bits.manual_seed(lane.seeds[index]))
+        drawn = [w.view(torch.int16)[:n] for w, n in zip(parts, counts, strict=True)]
+        bits = (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).view(-1, d_in)
+        if batch.source is not None:
+            bits = bits.index_select(0, batch.source.to(device))
+        return bits, batch.thresholds.to(device)
+
+    def layer(self, x: Tensor, base: nn.Module, index: int) -> Tensor:
+        """What the adapted layer ``index`` gives for ``x [..., d_in]``."""
+        plan = self._plan(index, x)
+        weight = base.weight
+        assert isinstance(weight, Tensor)
+        if not weight.is_floating_point():
+            y: Tensor = base(x)
+            delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], plan)  # type: ignore[no-untyped-call]
+            return y + delta
+        bias: Any = base.bias
+        if self._autocast:
+            weight, bias = self._lowered(weight), None if bias is None else self._lowered(bias)
+        across = weight if stored_transposed(base) else weight.t()
+        out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, plan)  # type: ignore[no-untyped-call]
+        return out
+
+    def _lowered(self, tensor: Tensor) -> Tensor:
+        """A frozen tensor in bfloat16, cast once while mounted."""
+        key = tensor.data_ptr()
+        if key not in self._cast:
+            self._cast[key] = tensor.detach().to(torch.bfloat16)
+        return self._cast[key]
+
+
+class _ManyAdapters:
+    """What stands on one adapted layer while a fused model is mounted."""
+
+    def __init__(self, fused: FusedModel, index: int) -> None:
+        self._fused, self._index = fused, index
+
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
+        return self._fused.layer(x, base, self._index)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """None of autograd's: gradients go to the bank."""
+        return []
+
+    def weight(self, base: nn.Module) -> Tensor:
+        """Refused: a layer under many adapters has no one weight."""
+        raise TypeError("many clients' adapters are mounted: there is no one effective weight")

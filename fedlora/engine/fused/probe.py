@@ -1,0 +1,121 @@
+"""Measures fused steps of this model on this machine, for the cost model."""
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from fedlora.engine.fused.bank import AdapterBank
+from fedlora.engine.fused.batch import Lane
+from fedlora.engine.fused.cost import CostModel, Sample, tuned, tuning_key
+from fedlora.engine.fused.model import FusedModel
+from fedlora.engine.fused.trainer import Chain
+from fedlora.engine.loop import clip_and_step, optimizer_for
+from fedlora.seeding import generator
+from fedlora.types import SparseDelta
+
+LENGTH = 128
+"""Tokens of a probe's sequences: instructions of a sentence or two."""
+REPEATS = 3
+QUICK_S = 0.7
+"""A step that takes longer is not repeated."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Example:
+    input_ids: NDArray[np.int64]
+    prompt_tokens: int
+
+
+class Prober:
+    """Trains random text with copies of one client's start adapter.
+
+    Args:
+        fused: the model.
+        like: a client whose ranks, loss and precision the probe has.
+    """
+
+    def __init__(self, fused: FusedModel, like: Chain) -> None:
+        self._fused, self._like = fused, like
+        self._before = _used(fused.model.device)
+
+    def cost_model(self, threads: int) -> CostModel:
+        """Measured now, or before on this machine."""
+        fused, plan = self._fused, self._like.job.plan
+        row = self._like.layout.size
+        key = tuning_key(
+            fused.model.info.fingerprint,
+            fused.model.network.dtype,
+            fused.model.device,
+            threads or torch.get_num_threads(),
+            row.bit_length(),
+            fused.is_ragged,
+            fused.checkpoint,
+            plan.autocast,
+        )
+        size = fused.model.dtype.itemsize
+        return tuned(key, self.sample, row_bytes=4.0 * size * row)
+
+    def sample(self, tokens: int) -> Sample:
+        """Steps of ``tokens`` tokens; the fastest counts."""
+        fused, plan = self._fused, self._like.job.plan
+        length = min(LENGTH, fused.model.info.context - 1, tokens)
+        clients = max(1, tokens // length)
+        start = self._like.job.start
+        assert not isinstance(start, SparseDelta)
+        layout, model = self._like.layout, fused.model
+        autocast = plan.autocast == "bf16"
+        bank = AdapterBank(
+            clients, layout.size, model.dtype, model.device, fused.compute_dtype(autocast)
+        )
+        rows = [bank.load(slot, layout, start) for slot in range(clients)]
+        lanes = [
+            Lane(slot, layout, [self._example(slot, length)], "full", length)
+            for slot in range(clients)
+        ]
+        times: list[float] = []
+        with fused.mounted(bank, autocast):
+            while len(times) < REPEATS and (not times or times[-1] < QUICK_S):
+                began = time.perf_counter()
+                fused.backward(fused.batch(lanes))
+                for row, grad in rows:
+                    buffer = torch.nn.Parameter(row)
+                    buffer.grad = grad
+                    clip_and_step(optimizer_for(plan, [buffer]), [buffer], plan.lr, plan.clip)
+                    grad.zero_()
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize(model.device)
+                times.append(time.perf_counter() - began)
+        rows_bytes = 4.0 * layout.size * model.dtype.itemsize * clients
+        taken = max(0.0, _peak(model.device) - self._before - rows_bytes)
+        return Sample(clients * length, clients, clients * length, min(times), taken)
+
+    def _example(self, slot: int, length: int) -> _Example:
+        random = generator(0, "probe", slot)
+        return _Example(random.integers(0, self._fused.model.vocabulary, length + 1), 1)
+
+
+def _used(device: torch.device) -> float:
+    """Bytes in use now; `_peak` starts over."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.memory_allocated(device))
+    with contextlib.suppress(OSError):  # where the kernel does not let us, the old peak stays
+        Path("/proc/self/clear_refs").write_text("5")
+    return float(psutil.Process().memory_info().rss)
+
+
+def _peak(device: torch.device) -> float:
+    """The most bytes in use since; 0 where the system does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024.0 * int(line.split()[1])
+    return 0.0

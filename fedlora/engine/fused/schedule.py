@@ -1,0 +1,353 @@
+"""Which clients run in which fused step.
+
+A client is a chain of forward passes that must run in order; a fused step runs at most one of each
+of several clients that sit in the slots of the adapter bank. A schedule is a pure function of the
+work, the policy, the token budget and the number of slots: what a client computes never depends on
+it, only when. The policies are compared in docs/fused.md, which also says how m-LoRA's scheduling
+strategies map to them:
+
+=========== ====================== ================
+README      code                   here
+=========== ====================== ================
+Trivial     ``none``, dispatcher   ``fifo_refill``
+Optimal-Fit ``optim`` (MinPad)     ``length_match``
+Fast-Fit    not published          (``refill``)
+=========== ====================== ================
+
+Ye et al., "mLoRA: Fine-Tuning LoRA Adapters via Highly-Efficient Pipeline Parallelism in Multiple
+GPUs", arXiv:2312.02515, whose first version is called ASPEN.
+"""
+
+import bisect
+import heapq
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from fedlora.types import at_least
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward pass of one client (a micro-batch): the unit of scheduling."""
+
+    rows: int
+    """Sequences."""
+    width: int
+    """Tokens of the longest sequence."""
+    tokens: int
+    """Real tokens, padding excluded."""
+
+    def __post_init__(self) -> None:
+        if not (self.rows > 0 and 0 < self.tokens <= self.rows * self.width):
+            raise ValueError(f"{self} has no token or more than rows * width")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's chain of forward passes, in order; never empty."""
+
+    forwards: tuple[Forward, ...]
+
+    def __post_init__(self) -> None:
+        if not self.forwards:
+            raise ValueError("a client without a forward pass cannot be scheduled")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one fused step does."""
+
+    admitted: tuple[tuple[int, int], ...]
+    """``(client, slot)``: to be loaded before this step."""
+    active: tuple[tuple[int, int, int], ...]
+    """``(client, slot, forward index)``, in the order of slots; never empty."""
+    finished: tuple[int, ...]
+    """Clients whose last forward this is: their slots may be given away at the next step."""
+
+
+def cost(forwards: Collection[Forward], padded: bool) -> int:
+    """Tokens that a step computes: the real ones, or all rows at the largest width if padded."""
+    if not padded:
+        return sum(f.tokens for f in forwards)
+    return sum(f.rows for f in forwards) * max((f.width for f in forwards), default=0)
+
+
+def check_limits(budget: int, slots: int) -> None:
+    """Raise a ValueError that names the key, unless both limits are at least 1."""
+    at_least("engine.tokens", budget, 1)
+    at_least("engine.slots", slots, 1)
+
+
+# --- choosing who runs ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Resident:
+    """A client in a slot, and how far it has come."""
+
+    client: int
+    slot: int
+    work: Work
+    forward: Forward
+    """What it runs next."""
+    forwards_left: int
+    tokens_left: int
+
+    @property
+    def index(self) -> int:
+        """Which of its forwards is the next one."""
+        return len(self.work.forwards) - self.forwards_left
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one step may hold. A single forward that exceeds it is accepted alone."""
+
+    budget: int
+    """Tokens, counted as `cost` does."""
+    padded: bool
+    least: int
+    """No forward of any client has fewer real tokens: with less room than that, a step is full."""
+
+    def packed(self, line: Sequence[Resident]) -> list[Resident]:
+        """The first in line, and whoever behind it still fits."""
+        chosen = [line[0]]
+        first = line[0].forward
+        rows, width, tokens = first.rows, first.width, first.tokens
+        for resident in line[1:]:
+            f = resident.forward
+            if self.padded:
+                if (rows + 1) * width > self.budget:
+                    break
+                fits = (rows + f.rows) * max(width, f.width) <= self.budget
+            else:
+                if tokens + self.least > self.budget:
+                    break
+                fits = tokens + f.tokens <= self.budget
+            if fits:
+                chosen.append(resident)
+                rows, width, tokens = rows + f.rows, max(width, f.width), tokens + f.tokens
+        return chosen
+
+
+Choose = Callable[[Sequence[Resident], Room], list[Resident]]
+"""Who of the residents (at least one, in order of admission) runs the next step: at least one."""
+
+
+def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
+    """First come, first served; whoever does not fit waits, smaller ones may still fit."""
+    return room.packed(residents)
+
+
+def longest_remaining(residents: Sequence[Resident], room: Room) -> list[Resident]:
+    """The longest remaining chain first: a chain cannot be sped up, so it must not wait.
+
+    Chains are compared by forwards, then by tokens.
+    """
+    line = sorted(residents, key=lambda r: (-r.forwards_left, -r.tokens_left, r.client))
+    return room.packed(line)
+
+
+def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
+    """Neighbours in width: of all runs of the line sorted by width, the best within the budget.
+
+    A run is as long as the budget allows. Its score is its real tokens times their share of what
+    the padded layout would compute: full steps and little padding.
+    """
+    line = sorted(residents, key=lambda r: (r.forward.width, -r.forwards_left, r.client))
+    start, rows, tokens = 0, 0, 0
+    best, most = (0, 1), 0.0
+    for end, resident in enumerate(line, 1):
+        width = resident.forward.width
+        rows, tokens = rows + resident.forward.rows, tokens + resident.forward.tokens
+        while start < end - 1 and (rows * width if room.padded else tokens) > room.budget:
+            rows -= line[start].forward.rows
+            tokens -= line[start].forward.tokens
+            start += 1
+        score = tokens * tokens / (rows * width)
+        if score > most:
+            best, most = (start, end), score
+    return line[slice(*best)]
+
+
+# --- policies ------------------------------------------------------------------------------------
+
+
+def first_come(works: Sequence[Work]) -> list[int]:
+    """Clients as they are given."""
+    return list(range(len(works)))
+
+
+def longest_first(works: Sequence[Work]) -> list[int]:
+    """Clients by forwards, then by tokens, the largest first."""
+    size = [(-len(w.forwards), -sum(f.tokens for f in w.forwards)) for w in works]
+    return sorted(range(len(works)), key=lambda k: (size[k], k))
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How clients come into slots, and who of them runs."""
+
+    order: Callable[[Sequence[Work]], list[int]]
+    """The line in which clients wait for a slot."""
+    choose: Choose
+    """Who of the residents runs a step."""
+    wave: bool = False
+    """Whether slots are given away only when all are free."""
+    lookahead: int = 0
+    """Clients behind the first in line, per slot, to which a free slot may go instead: it goes to
+    the one whose mean width is nearest to the residents'."""
+
+
+POLICIES: Mapping[str, Policy] = MappingProxyType(
+    {
+        "refill": Policy(longest_first, longest_remaining),
+        "fifo_refill": Policy(first_come, in_line),
+        "fifo_wave": Policy(first_come, in_line, wave=True),
+        "lpt_wave": Policy(longest_first, longest_remaining, wave=True),
+        "length_match": Policy(longest_first, similar_widths, lookahead=3),
+    }
+)
+
+
+def policy(name: str) -> Policy:
+    """The policy of that name; a ValueError says which there are."""
+    if name not in POLICIES:
+        raise ValueError(f"engine.policy={name!r} must be one of {', '.join(sorted(POLICIES))}")
+    return POLICIES[name]
+
+
+# --- the schedule --------------------------------------------------------------------------------
+
+
+class Schedule(Iterator[Step]):
+    """The steps of a round: every forward of every client once, in its order.
+
+    Free slots are given away lowest first, so that the occupied ones stay together. A step exceeds
+    the budget only if it is a single forward.
+
+    Args:
+        works: the chains, ``works[k]`` being client k's.
+        policy: who is admitted and who runs.
+        budget: tokens of a step, counted as `cost` does.
+        slots: how many clients may be resident at a time.
+        padded: whether a step computes padding, as `cost` counts it.
+
+    Raises:
+        ValueError: if the budget or the number of slots is below 1.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[Work],
+        policy: Policy,
+        budget: int,
+        slots: int,
+        padded: bool = False,
+    ) -> None:
+        check_limits(budget, slots)
+        self.works = tuple(works)
+        self.padded = padded
+        self._policy = policy
+        least = min((f.tokens for w in self.works for f in w.forwards), default=1)
+        self._room = Room(budget, padded, least)
+        self._free = list(range(min(slots, len(self.works))))
+        self._residents: list[Resident] = []
+        self._waiting = _Waiting(self.works, policy, len(self._free))
+
+    def __next__(self) -> Step:
+        admitted = tuple(self._admit())
+        if not self._residents:
+            raise StopIteration
+        active = self._policy.choose(self._residents, self._room)
+        active.sort(key=lambda r: r.slot)
+        lanes = tuple((r.client, r.slot, r.index) for r in active)
+        finished = tuple(r.client for r in active if r.forwards_left == 1)
+        for resident in active:
+            _advance(resident)
+        if finished:
+            self._leave(set(finished))
+        return Step(admitted, lanes, finished)
+
+    def drop(self, client: int) -> None:
+        """Take out a client that failed: its slot is free, the rest of its chain never runs.
+
+        A client that has finished or was dropped before stays out.
+
+        Raises:
+            ValueError: if there is no such client.
+        """
+        if not 0 <= client < len(self.works):
+            raise ValueError(f"client {client} is none of the {len(self.works)} scheduled ones")
+        self._waiting.remove(client)
+        self._leave({client})
+
+    def _admit(self) -> Iterator[tuple[int, int]]:
+        if self._policy.wave and self._residents:
+            return
+        while self._free:
+            client = self._waiting.next(self._residents)
+            if client is None:
+                return
+            work, slot = self.works[client], heapq.heappop(self._free)
+            tokens = sum(f.tokens for f in work.forwards)
+            self._residents.append(
+                Resident(client, slot, work, work.forwards[0], len(work.forwards), tokens)
+            )
+            yield client, slot
+
+    def _leave(self, clients: set[int]) -> None:
+        for resident in self._residents:
+            if resident.client in clients:
+                heapq.heappush(self._free, resident.slot)
+        self._residents = [r for r in self._residents if r.client not in clients]
+
+
+def _advance(resident: Resident) -> None:
+    resident.tokens_left -= resident.forward.tokens
+    resident.forwards_left -= 1
+    if resident.forwards_left:
+        resident.forward = resident.work.forwards[resident.index]
+
+
+class _Waiting:
+    """Clients without a slot: a line, of which the first few are candidates, sorted by width."""
+
+    def __init__(self, works: Sequence[Work], policy: Policy, slots: int) -> None:
+        self._widths = [sum(f.width for f in w.forwards) / len(w.forwards) for w in works]
+        self._line = deque(policy.order(works))
+        self._room = policy.lookahead * slots + 1
+        self._candidates: list[tuple[float, int]] = []
+        self._gone: set[int] = set()
+
+    def remove(self, client: int) -> None:
+        """Whoever was removed is never given a slot."""
+        self._gone.add(client)
+
+    def next(self, residents: Sequence[Resident]) -> int | None:
+        """The client that a free slot is for; None if nobody waits."""
+        self._refill()
+        if not self._candidates:
+            return None
+        return self._candidates.pop(self._nearest(residents))[1]
+
+    def _refill(self) -> None:
+        self._candidates = [c for c in self._candidates if c[1] not in self._gone]
+        while self._line and len(self._candidates) < self._room:
+            client = self._line.popleft()
+            if client not in self._gone:
+                bisect.insort(self._candidates, (self._widths[client], client))
+
+    def _nearest(self, residents: Sequence[Resident]) -> int:
+        """Which candidate is nearest in width to the residents' mean; without any, the widest."""
+        last = len(self._candidates) - 1
+        if last == 0 or not residents:
+            return last
+        target = sum(self._widths[r.client] for r in residents) / len(residents)
+        above = bisect.bisect(self._candidates, (target, -1))
+        if not 0 < above <= last:
+            return min(above, last)
+        gap = self._candidates[above][0] - target
+        return above if gap < target - self._candidates[above - 1][0] else above - 1
