@@ -119,6 +119,11 @@ def answer(connection: Connection, opened: Opened, before: float) -> None:
         connection.send((peak - before, peak))
 
 
+def notes_of(opened: Opened) -> tuple[str, ...]:
+    """What a side says of itself, such as its token budget."""
+    return opened.side.notes()
+
+
 def warm_up() -> None:
     """Load the code that training runs, so that it is not counted as a side's memory."""
     case = Case("warm-up", "llama64x1", 1, SHORT)

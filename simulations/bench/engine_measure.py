@@ -10,9 +10,10 @@ import numpy as np
 
 from fedlora.codec import encode_payload
 from fedlora.config import describe
-from fedlora.types import TrainJob
+from fedlora.engine.base import EngineSpec
+from fedlora.types import TrainJob, payload_floats
 from simulations.bench.engine_cases import Case, World, fed, real_tokens, sample
-from simulations.bench.engine_hosts import Group, Host, Run, hosts
+from simulations.bench.engine_hosts import Group, Host, Run, hosts, notes_of
 from simulations.bench.engine_sides import ENGINES, REFERENCES, Outcome
 from simulations.bench.peak import flop, gemm_peak, measure_shape
 
@@ -111,6 +112,7 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
     counts: dict[str, int] = {}
     for e in entries:
         counts[e.side] = max(counts.get(e.side, 0), e.processes)
+    tune(case, everyone, {e.side: ENGINES[e.side] for e in entries if e.side in ENGINES})
     peaks = [gemm_peak(case.dtype)]
     with hosts(case, counts) as opened:
         checked = check(case, opened, {e.side: cohorts[e.label] for e in entries})
@@ -138,31 +140,53 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
     }
 
 
+def tune(case: Case, cohort: Cohort, sides: Mapping[str, EngineSpec]) -> None:
+    """Let engines measure this machine once, in processes that end: nothing of it is counted."""
+    largest = max(range(len(cohort.jobs)), key=lambda i: payload_floats(cohort.jobs[i].start))
+    with hosts(case, dict.fromkeys(sides, 1), sides) as opened:
+        for group in opened.values():
+            Group(group).train([cohort.jobs[largest]], [cohort.weights[largest]])
+
+
 def check(
     case: Case, opened: Mapping[str, list[Host]], cohorts: Mapping[str, Cohort]
 ) -> dict[str, dict[str, Any]]:
     """Train once with every side, on all of its processes, and compare; this also warms them up.
 
-    With dropout our engines draw masks of their own: there is nothing to compare.
+    With dropout PEFT draws other masks than our engines, which are then compared among themselves.
     """
     runs = {s: Group(opened[s]).train(c.jobs, c.weights) for s, c in cohorts.items()}
     exact = all(j.plan.dropout == 0 for j in cohorts["peft loop"].jobs)
     found: dict[str, dict[str, Any]] = {}
     for side, run in runs.items():
-        own = cohorts[side]
-        found[side] = {"error": "", "loss_difference": None, "adapter_difference": None}
-        found[side] |= padding(side, own, run)
-        if not exact:
-            continue
-        loss, adapter = differences(own.jobs, run.outcomes, runs["peft loop"].outcomes)
-        found[side] |= {"loss_difference": loss, "adapter_difference": adapter}
-        allowed = TOLERANCE[case.dtype]
-        if not (loss <= allowed[0] and adapter <= allowed[1]):
-            found[side]["error"] = (
-                f"differs from the PEFT loop: loss by {loss:.1e} (allowed {allowed[0]:.0e}), "
-                f"adapter by {adapter:.1e} (allowed {allowed[1]:.0e})"
-            )
+        known = "peft loop" if exact else "sequential" if side in ENGINES else ""
+        agreed = agreement(case, cohorts[side], run, runs[known]) if known in runs else Agreement()
+        found[side] = vars(agreed) | {"reference": known} | padding(side, cohorts[side], run)
+        notes = (host.call(notes_of) for host in opened[side])
+        found[side]["notes"] = sorted({note for of_host in notes for note in of_host})
     return found
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a side is from the one it is held against."""
+
+    error: str = ""
+    """If it is further than rounding explains."""
+    loss_difference: float | None = None
+    adapter_difference: float | None = None
+
+
+def agreement(case: Case, cohort: Cohort, run: Run, reference: Run) -> Agreement:
+    """Compare two trainings of the same jobs."""
+    loss, adapter = differences(cohort.jobs, run.outcomes, reference.outcomes)
+    allowed, error = TOLERANCE[case.dtype], ""
+    if not (loss <= allowed[0] and adapter <= allowed[1]):
+        error = (
+            f"trains something else: loss differs by {loss:.1e} (allowed {allowed[0]:.0e}), "
+            f"adapter by {adapter:.1e} (allowed {allowed[1]:.0e})"
+        )
+    return Agreement(error, loss, adapter)
 
 
 def padding(side: str, cohort: Cohort, run: Run) -> dict[str, Any]:

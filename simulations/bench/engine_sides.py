@@ -58,6 +58,9 @@ class Side(Protocol):
             RuntimeError: if a client fails.
         """
 
+    def notes(self) -> tuple[str, ...]:
+        """What it says of itself."""
+
 
 class EngineSide:
     """One of our engines."""
@@ -74,6 +77,10 @@ class EngineSide:
                 raise RuntimeError(f"client {result.client.id} failed: {result.traceback}")
             losses = {k: result.metrics[k] for k in ("loss", "loss_first", "loss_last")}
             yield Outcome(result.client.id, losses, encode_payload(result.payload)[0])
+
+    def notes(self) -> tuple[str, ...]:
+        """The engine's."""
+        return self.engine.notes()
 
 
 class PeftLoop:
@@ -125,6 +132,10 @@ class PeftLoop:
             losses = self.optimise(job, trained)
             yield Outcome(job.client.id, losses, row(trained))
 
+    def notes(self) -> tuple[str, ...]:
+        """None."""
+        return ()
+
     def optimise(self, job: TrainJob, trained: list[Any]) -> dict[str, float]:
         """One client's steps; its losses."""
         plan, batches = job.plan, steps(job, self.store)
@@ -136,7 +147,8 @@ class PeftLoop:
             rows = collate(batch, plan.loss)
             loss = self.model(**rows).loss
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+            if plan.clip > 0:
+                torch.nn.utils.clip_grad_norm_(trained, plan.clip)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())

@@ -18,8 +18,7 @@ from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
 from simulations.bench.engine_cases import SHORT, Case, Draw, World
 from simulations.bench.engine_hosts import Group, Run, hosts
-from simulations.bench.engine_measure import TOLERANCE, Cohort, cohort_of, differences, padding
-from simulations.bench.engine_sides import Outcome
+from simulations.bench.engine_measure import Cohort, agreement, cohort_of, padding, tune
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 POLICIES = ("fifo_wave", "lpt_wave", "fifo_refill", "length_match", "refill")
@@ -42,8 +41,9 @@ class Result:
     steps: int
     """Forward passes of the base model."""
     padding_share: float | None
-    loss_difference: float
-    adapter_difference: float
+    loss_difference: float | None
+    adapter_difference: float | None
+    error: str = ""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
 
@@ -66,7 +66,9 @@ def measure(case: Case, sides: Mapping[str, EngineSpec], repeats: int) -> dict[s
     """
     cohort = cohort_of(World(case))
     few = Cohort(cohort.jobs[:32], cohort.weights[:32], 0)
-    names, reference, results = list(sides), list[Outcome](), dict[str, Result]()
+    names, results = list(sides), dict[str, Result]()
+    reference: Run | None = None
+    tune(case, cohort, sides)
     with hosts(case, dict.fromkeys(names, 1), sides) as opened:
         for name in names:
             Group(opened[name]).train(few.jobs, few.weights)  # warms up
@@ -75,24 +77,20 @@ def measure(case: Case, sides: Mapping[str, EngineSpec], repeats: int) -> dict[s
             for name in names[at:] + names[:at]:
                 run = Group(opened[name]).train(cohort.jobs, cohort.weights)
                 if r == 0:
-                    reference = reference or run.outcomes
+                    reference = reference or run
                     results[name] = first_result(name, cohort, run, reference)
                 results[name].seconds.append(run.wall)
                 results[name].cpu_seconds.append(run.cpu)
     return results
 
 
-def first_result(name: str, cohort: Cohort, run: Run, reference: list[Outcome]) -> Result:
+def first_result(name: str, cohort: Cohort, run: Run, reference: Run) -> Result:
     """What one run says, but for its time."""
-    loss, adapter = differences(cohort.jobs, run.outcomes, reference)
-    allowed = TOLERANCE["float32"]
-    if not (loss <= allowed[0] and adapter <= allowed[1]):
-        raise RuntimeError(
-            f"{name} does not train what the sequential engine trains: loss differs by {loss:.1e}, "
-            f"adapter by {adapter:.1e}"
-        )
+    agreed = agreement(CASE, cohort, run, reference)
+    if agreed.error:
+        raise RuntimeError(f"{name} {agreed.error}")
     packed = padding(name, cohort, run)
-    return Result(packed["forwards"], packed["padding_share"], loss, adapter)
+    return Result(packed["forwards"], packed["padding_share"], **vars(agreed))
 
 
 def table(results: Mapping[str, Result], tokens: int) -> str:
