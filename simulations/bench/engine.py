@@ -1,6 +1,6 @@
 """What does a client cost in the engines, beside a plain PEFT loop, a Trainer, and arithmetic?
 
-    python -m simulations.bench.engine               all cases: half an hour on two cores
+    python -m simulations.bench.engine               all cases: under an hour on two cores
     python -m simulations.bench.engine --quick       the short-text cases: two minutes
     python -m simulations.bench.engine --sweep all   one thing varied at a time, one core each
     python -m simulations.bench.engine --overhead    what a client costs beyond its passes
@@ -38,7 +38,6 @@ from simulations.bench.engine_sweeps import SWEEPS, run_sweep
 from simulations.bench.engine_table import table, write_curves, write_plot
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
-QUICK = Effort(repeats=2, trainer_clients=4)
 ONE_AT_A_TIME = Effort(repeats=3)
 
 
@@ -50,8 +49,8 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--sweep", choices=[*SWEEPS, "all"], help="vary one thing instead")
     words.add_argument("--overhead", action="store_true", help="profile tiny clients instead")
     words.add_argument("--profile", action="store_true", help="operators of the cases instead")
-    words.add_argument("--repeats", type=int, default=0, help="0: 5, or fewer where it takes long")
-    words.add_argument("--cases", nargs="*", choices=names, help="default: all but the last")
+    words.add_argument("--repeats", type=int, default=0, help="0: as many as suit each")
+    words.add_argument("--cases", nargs="*", choices=names, help="default: all but the last three")
     words.add_argument("--entries", nargs="*", choices=list(LABELS), help="default: all")
     words.add_argument("--trainer-clients", type=int, default=16, help="stand for all; 0: all")
     words.add_argument("--plain", action="store_true", help="no variants: no dropout, no bfloat16")
@@ -81,15 +80,14 @@ def ways(args: argparse.Namespace) -> list[Entry]:
 
 def run_cases(args: argparse.Namespace, out: Path) -> dict[str, Any]:
     """Measure and print case after case; what is complete is on disk whatever happens later."""
-    effort = QUICK if args.quick else Effort(trainer_clients=args.trainer_clients)
-    effort = replace(effort, repeats=args.repeats or effort.repeats)
     records: dict[str, Any] = {}
     for case in chosen(args):
-        before = load()
+        before, repeats = load(), args.repeats or (2 if args.quick else case.repeats)
+        effort = Effort(repeats, 4 if args.quick else args.trainer_clients)
         record = measure(case, ways(args), effort)
         records[case.name] = record | {"load_before": before, "load_after": load()}
         print(table(case.name, record) + "\n", flush=True)
-        write(out, {"command": command("engine"), "effort": vars(effort), "cases": records})
+        write(out, {"command": command("engine"), "cases": records})
         write_plot(out.with_suffix(".png"), records)
     return records
 

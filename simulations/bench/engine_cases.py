@@ -87,6 +87,8 @@ class Case:
     """Clients, ranks and data of the first round of this experiment instead of random ones."""
     overrides: tuple[str, ...] = ()
     """Of that experiment."""
+    repeats: int = 5
+    """Of a full measurement."""
 
     def missing(self) -> str:
         """What this machine lacks for the case, or an empty text."""
@@ -259,38 +261,45 @@ def sample(jobs: Sequence[TrainJob], weights: Sequence[int], size: int) -> list[
 
 SHORT = LocalPlan(lr=2e-3, batch_size=2, dropout=0.0)
 WIDE = LocalPlan(lr=2e-3, batch_size=4, dropout=0.0)
+ROUND = Case("ni", "tiny", 80, replace(WIDE, steps=4), experiment="ni1613_flexlora", repeats=3)
+"""80 clients of Natural Instructions, as the experiment trains them but for its dropout."""
 CASES = (
     Case("short tiny", "tiny", 80, SHORT),
     Case("short llama64", "llama64x4", 80, SHORT),
+    ROUND,
+    Case("d256 8x128", "llama256x4", 4, WIDE, Draw(129, 129), Draw(8, 8), repeats=3),
     Case(
-        "ni",
-        "tiny",
-        80,
-        replace(WIDE, steps=4),
-        experiment="ni1613_flexlora",
+        "d256 16x128",
+        "llama256x4",
+        4,
+        replace(WIDE, batch_size=8),
+        Draw(129, 129),
+        Draw(16, 16),
+        repeats=3,
     ),
-    Case("d256 8x128", "llama256x4", 8, WIDE, Draw(128, 128), Draw(8, 8)),
-    Case("d256 16x128", "llama256x4", 8, replace(WIDE, batch_size=8), Draw(128, 128), Draw(16, 16)),
-    Case("d768 4x64", "llama768x2", 8, WIDE, Draw(64, 64), Draw(8, 8)),
-    Case("smollm2", "smollm2", 4, replace(WIDE, steps=1), Draw(48, 160), Draw(4, 4)),
+    Case("d768 4x64", "llama768x2", 4, WIDE, Draw(65, 65), Draw(8, 8), repeats=3),
+    Case("smollm2", "smollm2", 4, replace(WIDE, steps=1), Draw(48, 160), Draw(4, 4), repeats=3),
 )
 """What is measured without further words."""
 EXTRA = (
-    Case(
-        "ni all",
-        "tiny",
-        0,
-        replace(WIDE, steps=4),
-        experiment="ni1613_flexlora",
+    replace(ROUND, name="ni dropout", plan=replace(ROUND.plan, dropout=0.05)),
+    replace(ROUND, name="ni response", overrides=("client.loss=response",)),
+    replace(
+        ROUND,
+        name="ni all",
+        clients=0,
         overrides=("population.fraction=1", "population.unseen_share=0"),
+        repeats=1,
     ),
 )
-"""Measured if named: minutes each."""
+"""Measured if named: a quarter of an hour each with all sides."""
 
 
 def variants(case: Case) -> Iterator[Case]:
     """A case with and without dropout, and where the layers are wide also on a bfloat16 base."""
     yield case
-    yield replace(case, name=f"{case.name}, dropout 0.05", plan=replace(case.plan, dropout=0.05))
+    if not case.experiment:
+        plan = replace(case.plan, dropout=0.05)
+        yield replace(case, name=f"{case.name}, dropout 0.05", plan=plan)
     if case.network.startswith(("llama256", "llama768")):
         yield replace(case, name=f"{case.name}, bfloat16", dtype="bfloat16")
