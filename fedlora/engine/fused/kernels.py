@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from fedlora.engine.fused.bank import Views
+from fedlora.engine.fused.batch import Spread
+from fedlora.models.ragged import moved
 
 
 class Segment(NamedTuple):
@@ -47,19 +49,31 @@ class LayerPlan:
     a forward that is computed again under gradient checkpointing is the same."""
 
     sizes: Sequence[int]
-    """Rows of each segment; their sum is the rows of the input."""
+    """Rows of each segment, in the copy where there is one (`batch.Spread`)."""
     segments: Sequence[Segment]
     bits: Tensor | None = None
-    """``[N, d_in]`` int16, sixteen random bits per number; None: no dropout."""
+    """``[M, d_in]`` int16, sixteen random bits per number; None: no dropout."""
     thresholds: Tensor | None = None
-    """``[N, 1]`` int16: a number is dropped whose bits are smaller."""
+    """``[M, 1]`` int16: a number is dropped whose bits are smaller."""
+    spread: Spread | None = None
+    """Of ``N`` rows to ``M``; None: segments are the rows themselves, ``M = N``."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """``[N, d_in]``: one where a number survives dropout, zero elsewhere."""
+        """``[M, d_in]``: one where a number survives dropout, zero elsewhere."""
         if self.bits is None or self.thresholds is None:
             return None
         kept = torch.empty(self.bits.shape, dtype=dtype, device=self.bits.device)
         return torch.ge(self.bits, self.thresholds, out=kept)
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether any A is trained, which takes the input."""
+        return any(s.train_a and s.views is not None for s in self.segments)
+
+    def inputs(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """``x [N, d]`` as the adapters see it, ``[M, d]``."""
+        rows = x if self.spread is None else x.index_select(0, self.spread.out)
+        return rows if mask is None else rows * mask
 
 
 def up(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
@@ -121,17 +135,69 @@ def down(
 
 def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
     """``total += scale a b``, of matrices or of stacks of them."""
-    if total.dtype != a.dtype:  # an activation in bfloat16, a gradient in float32
-        total.add_(torch.matmul(a, b), alpha=scale)
-    elif total.dim() == 2:
+    if total.dim() == 2 and total.dtype == a.dtype:
         total.addmm_(a, b, alpha=scale)
-    else:
+    elif total.is_contiguous() and total.dtype == a.dtype:
         total.baddbmm_(a, b, alpha=scale)
+    else:  # the bank's rows lie apart, which baddbmm answers with a product for each
+        total.add_(torch.matmul(a, b), alpha=scale)
 
 
 def _lanes(x: Tensor, s: Segment) -> Tensor:
     """``[clients n, d]`` as ``[clients, n, d]``."""
     return x.view(s.clients, -1, x.shape[-1])
+
+
+def add_adapters(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
+    """Add the adapters' part of the layer to ``y [N, d_out]``, in place.
+
+    Args:
+        y: what the frozen weight gives.
+        x: ``[N, d_in]``.
+        plan: the adapters.
+
+    Returns:
+        What `add_gradients` needs.
+    """
+    inputs = plan.inputs(x, plan.mask(x.dtype))
+    if plan.spread is None:
+        return up(y, inputs, plan)
+    delta = y.new_zeros(inputs.shape[0], y.shape[1])
+    hidden = up(delta, inputs, plan)
+    y.add_(delta.index_select(0, plan.spread.back))
+    return hidden
+
+
+def add_gradients(
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor | None,
+    hidden: Sequence[Tensor | None],
+    plan: LayerPlan,
+) -> None:
+    """The backward pass of `add_adapters`: to the bank, and to ``dx [N, d_in]``, in place.
+
+    Args:
+        dx: the frozen weight's part; None where the input needs no gradient.
+        g: ``[N, d_out]``.
+        x: ``[N, d_in]``; None where no A is trained.
+        hidden: what `add_adapters` returned.
+        plan: the adapters.
+    """
+    spread, mask = plan.spread, plan.mask(g.dtype)
+    grads = g if spread is None else moved(g, spread.out, spread.pads)
+    rows = grads.shape[0]
+    inputs = g.new_empty(rows, 0) if x is None else plan.inputs(x, mask)
+    if spread is None and mask is None:
+        down(dx, grads, inputs, hidden, plan)
+        return
+    through = None if dx is None else dx.new_zeros(rows, dx.shape[1])
+    down(through, grads, inputs, hidden, plan)
+    if dx is None or through is None:
+        return
+    if mask is not None:
+        through.mul_(mask)
+    dx.add_(through if spread is None else through.index_select(0, spread.back))
 
 
 class FusedLinear(torch.autograd.Function):
@@ -148,10 +214,8 @@ class FusedLinear(torch.autograd.Function):
         """``x [..., d_in]``, ``weight [d_in, d_out]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        mask = plan.mask(flat.dtype)
-        hidden = up(y, flat if mask is None else flat * mask, plan)
-        trains_a = any(s.train_a and s.views is not None for s in plan.segments)
-        ctx.save_for_backward(flat if trains_a else None, weight, *hidden)
+        hidden = add_adapters(y, flat, plan)
+        ctx.save_for_backward(flat if plan.trains_a else None, weight, *hidden)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
@@ -161,7 +225,7 @@ class FusedLinear(torch.autograd.Function):
         flat, weight, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = g @ weight.t() if ctx.needs_input_grad[0] else None
-        _down_masked(dx, g, flat, hidden, ctx.plan)
+        add_gradients(dx, g, flat, hidden, ctx.plan)
         return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None
 
 
@@ -173,9 +237,8 @@ class FusedDelta(torch.autograd.Function):
         """``x [..., d_in]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1])
         y = flat.new_zeros(flat.shape[0], d_out)
-        mask = plan.mask(flat.dtype)
-        hidden = up(y, flat if mask is None else flat * mask, plan)
-        ctx.save_for_backward(flat, *hidden)
+        hidden = add_adapters(y, flat, plan)
+        ctx.save_for_backward(flat if plan.trains_a else None, *hidden)
         ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], d_out)
 
@@ -184,26 +247,7 @@ class FusedDelta(torch.autograd.Function):
         """Of the input alone."""
         flat, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        dx = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        _down_masked(dx, g, flat, hidden, ctx.plan)
+        wanted = ctx.needs_input_grad[0]
+        dx = g.new_zeros(g.shape[0], ctx.shape[-1]) if wanted else None
+        add_gradients(dx, g, flat, hidden, ctx.plan)
         return None if dx is None else dx.view(ctx.shape), None, None, None
-
-
-def _down_masked(
-    dx: Tensor | None,
-    g: Tensor,
-    x: Tensor | None,
-    hidden: Sequence[Tensor | None],
-    plan: LayerPlan,
-) -> None:
-    """`down` with the mask of the forward on both sides of every adapter."""
-    mask = plan.mask(g.dtype)
-    if x is None:  # no A is trained
-        x = g.new_empty(0).expand(g.shape[0], 0)
-    if mask is None:
-        down(dx, g, x, hidden, plan)
-        return
-    through = None if dx is None else torch.zeros_like(dx)
-    down(through, g, x * mask if x.shape[1] else x, hidden, plan)
-    if dx is not None and through is not None:
-        dx.addcmul_(through, mask)

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.engine.forward import supervised_logits
+from fedlora.engine.forward import supervised_hidden, supervised_logits
 from fedlora.engine.fused.bank import AdapterBank
-from fedlora.engine.fused.batch import FusedBatch, Group, Lane, padded_batch, ragged_batch
+from fedlora.engine.fused.batch import (
+    FusedBatch,
+    Group,
+    Lane,
+    Spread,
+    padded_batch,
+    ragged_batch,
+)
+from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import draw_words, random_words, stored_transposed
@@ -38,6 +46,8 @@ class FusedModel:
         self._attention = RaggedAttention()
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._bits = torch.Generator(model.device)
+        self._hidden = int(model.network.config.get_text_config().hidden_size)
+        self._plain_head = is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._bank: AdapterBank | None = None
@@ -45,6 +55,7 @@ class FusedModel:
         self._segments: list[list[Segment]] = []
         self._sizes: list[int] = []
         self._batch: FusedBatch | None = None
+        self._spread: Spread | None = None
 
     def compute_dtype(self, autocast: bool) -> torch.dtype:
         """What the adapted layers compute in: bfloat16 under autocast, else the base's own type."""
@@ -75,12 +86,13 @@ class FusedModel:
                 yield
             finally:
                 self.model.unmount()
-                self._bank = self._batch = None
+                self._bank = self._batch = self._spread = None
                 self._known, self._segments, self._cast = {}, [], {}
 
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, as this model takes them."""
-        return ragged_batch(lanes) if self.is_ragged else padded_batch(lanes)
+        lay = ragged_batch if self.is_ragged else padded_batch
+        return lay(lanes, self._hidden)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -96,21 +108,32 @@ class FusedModel:
 
     def nll(self, batch: FusedBatch) -> Tensor:
         """The negative log-likelihood of every supervised token, ``[n]``."""
-        logits, targets = self.logits(batch)
-        return functional.cross_entropy(logits, targets, reduction="none")
+        if not self._plain_head:
+            logits, targets = self.logits(batch)
+            return functional.cross_entropy(logits, targets, reduction="none")
+        self.prepare(batch)
+        moved, network = batch.batch.to(self.model.device), self.model.network
+        with self._precision():
+            hidden = supervised_hidden(network, moved)
+            return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 
     def logits(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
         """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+        with self._precision():
             logits = supervised_logits(self.model.network, moved)
         return logits, moved.targets
+
+    def _precision(self) -> torch.autocast:
+        device = self.model.device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocast)
 
     def prepare(self, batch: FusedBatch) -> None:
         """Tell layers and attention where whose rows are in what comes next."""
         self.prepare_rows(batch.groups)
         self._batch = batch
+        self._spread = None if batch.spread is None else batch.spread.to(self.model.device)
         if batch.geometry is not None:
             self._attention.geometry = batch.geometry.to(self.model.device)
 
@@ -119,7 +142,7 @@ class FusedModel:
         `Group.rows` counts sequences and there is no dropout."""
         assert self._bank is not None
         self._bank.refresh()
-        self._batch = None
+        self._batch = self._spread = None
         self._sizes = [group.rows for group in groups]
         by_group = [self._of_group(group) for group in groups]
         self._segments = [list(of_layer) for of_layer in zip(*by_group, strict=True)]
@@ -148,16 +171,19 @@ class FusedModel:
 
     def _plan(self, index: int, x: Tensor) -> LayerPlan:
         """The part of layer ``index`` in what was prepared."""
-        d_in = x.shape[-1]
-        stretch, rest = divmod(x.numel() // d_in, sum(self._sizes))
-        if rest:
+        d_in, segments = x.shape[-1], self._segments[index]
+        rows, spread = x.numel() // d_in, self._spread
+        if spread is None:
+            stretch, rest = divmod(rows, sum(self._sizes))
+        else:
+            stretch, rest = divmod(rows, spread.back.shape[0])
+        if rest or stretch == 0 or (stretch > 1 and self._batch is not None):
             raise ValueError(
-                f"layer {index} was given {x.numel() // d_in} rows, which is no multiple of the "
-                f"{sum(self._sizes)} that were prepared: the model reorders its tokens"
+                f"layer {index} was given {rows} rows where another number was prepared: the model "
+                "does not pass every token through it once"
             )
-        bits, thresholds = self._draw(index, d_in)
-        sizes = [rows * stretch for rows in self._sizes]
-        return LayerPlan(sizes, self._segments[index], bits, thresholds)
+        sizes = [n * stretch for n in self._sizes]
+        return LayerPlan(sizes, segments, *self._draw(index, d_in), spread)
 
     def _draw(self, index: int, d_in: int) -> tuple[Tensor | None, Tensor | None]:
         """Random bits ``[N, d_in]`` of one layer's dropout and thresholds ``[N, 1]``.
