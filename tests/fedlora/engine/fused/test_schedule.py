@@ -1,6 +1,7 @@
 """Laws of schedules, for every policy, layout, budget and number of slots."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from fedlora.engine.fused.schedule import (
     POLICIES,
     Forward,
+    Policy,
     Resident,
     Room,
     Schedule,
@@ -235,8 +237,7 @@ def test_similar_widths_are_the_best_of_all_runs(held, budget, padded):
     def score(run: list[Forward]) -> float:
         return cost(run, False) ** 2 / cost(run, True)
 
-    line = sorted(residents_of(held), key=lambda r: (r.forward.width, -r.forwards_left, r.client))
-    ordered = [r.forward for r in line]
+    ordered = sorted(held, key=lambda f: f.width)
     runs = [ordered[i:j] for j in range(1, len(held) + 1) for i in range(j)]
     fitting = [run for run in runs if len(run) == 1 or cost(run, padded) <= budget]
     chosen = [r.forward for r in similar_widths(residents_of(held), Room(budget, padded, 1))]
@@ -288,16 +289,18 @@ def test_on_unequal_clients_refill_beats_waves_and_nears_the_bound(budget, slots
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("budget", "slots"), [(1024, 9), (4096, 36)])
-def test_matching_lengths_pads_less_than_first_come(budget, slots, seed):
+def test_matching_lengths_pads_least(budget, slots, seed):
     works = population(seed=seed)
 
-    def computed(name: str) -> int:
-        return sum(
-            cost(active(works, step), True) for step in run(works, name, budget, slots, True)
-        )
+    def computed(policy: Policy) -> int:
+        steps = Schedule(works, policy, budget, slots, padded=True)
+        return sum(cost(active(works, step), True) for step in steps)
 
-    assert computed("length_match") < min(computed("fifo_wave"), computed("fifo_refill"))
-    assert computed("length_match") < computed("refill")
+    least = computed(POLICIES["length_match"])
+    assert all(least < computed(p) for name, p in POLICIES.items() if name != "length_match")
+    # Each of its two parts is needed.
+    assert least < computed(replace(POLICIES["length_match"], choose=longest_remaining))
+    assert least < computed(replace(POLICIES["length_match"], lookahead=0))
 
 
 def test_first_come_is_first_served():
