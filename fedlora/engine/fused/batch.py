@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fedlora.batches import PAD, Batch, TokenExample, first_target
 from fedlora.engine.fused.bank import Layout
+from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
 
 SPREAD_LANES = 4
@@ -45,8 +46,8 @@ class Lane:
     train_b: bool = True
     dropped: int = 0
     """`dropped_share` of the dropout rate."""
-    seeds: Sequence[int] = ()
-    """One per module, where there is dropout."""
+    seed: int = 0
+    """Of its dropout masks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,11 +216,11 @@ def _assemble(
 
 def _thresholds(groups: Sequence[Group]) -> Tensor | None:
     """Of every row. Where everything is dropped the scale is zero (`FusedModel`), not the mask."""
-    dropped = np.array([g.lanes[0].dropped % 2**16 for g in groups])
-    if not dropped.any():
+    dropped = [g.lanes[0].dropped % 2**16 for g in groups]
+    if not any(dropped):
         return None
-    rows = [g.rows for g in groups]
-    return torch.from_numpy(np.repeat(dropped - 2**15, rows).astype(np.int16)).view(-1, 1)
+    each = np.array([threshold(d) for d in dropped], np.int16)
+    return torch.from_numpy(np.repeat(each, [g.rows for g in groups])).view(-1, 1)
 
 
 def _draws(

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedlora.engine.fused.bank import Views
 from fedlora.engine.fused.batch import Spread
+from fedlora.models.layers import survivors
 from fedlora.models.ragged import moved
 
 
@@ -62,57 +63,60 @@ class LayerPlan:
         """``[M, d_in]``: one where a number survives dropout, zero elsewhere."""
         if self.bits is None or self.thresholds is None:
             return None
-        kept = torch.empty(self.bits.shape, dtype=dtype, device=self.bits.device)
-        return torch.ge(self.bits, self.thresholds, out=kept)
+        return survivors(self.bits, self.thresholds, dtype)
 
     @property
     def trains_a(self) -> bool:
         """Whether any A is trained, which takes the input."""
         return any(s.train_a and s.views is not None for s in self.segments)
 
-    def inputs(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """``x [N, d]`` as the adapters see it, ``[M, d]``."""
-        rows = x if self.spread is None else x.index_select(0, self.spread.out)
-        return rows if mask is None else rows * mask
 
-
-def up(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
-    """Add every segment's ``s B A x`` to ``y``, in place.
+def up(y: Tensor, x: Tensor, plan: LayerPlan, fresh: bool) -> list[Tensor | None]:
+    """Every segment's ``s B A x``, added to ``y`` in place, or written to it.
 
     Args:
-        y: ``[N, d_out]``.
-        x: ``[N, d_in]``, masked where there is dropout.
+        y: ``[M, d_out]``.
+        x: ``[M, d_in]``, masked where there is dropout.
         plan: the segments.
+        fresh: whether ``y`` is uninitialised.
 
     Returns:
-        ``h = A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``: what `down` needs.
+        ``s h = s A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``: what `down` needs.
     """
     hidden: list[Tensor | None] = []
     for s, ys, xs in zip(plan.segments, y.split(plan.sizes), x.split(plan.sizes), strict=True):
         if s.views is None:
             hidden.append(None)
-        elif s.clients == 1:
-            h = torch.mm(s.views.a, xs.t())
-            ys.addmm_(h.t(), s.views.bt, alpha=s.scale)
-            hidden.append(h)
+            if fresh:
+                ys.zero_()
+            continue
+        ys, xs = (ys, xs) if s.clients == 1 else (_lanes(ys, s), _lanes(xs, s))
+        h = torch.matmul(s.views.a, xs.mT).mul_(s.scale)
+        if fresh:
+            torch.matmul(h.mT, s.views.bt, out=ys)
         else:
-            h = torch.bmm(s.views.a, _lanes(xs, s).transpose(1, 2))
-            _lanes(ys, s).baddbmm_(h.transpose(1, 2), s.views.bt, alpha=s.scale)
-            hidden.append(h)
+            _accumulate(ys, h.mT, s.views.bt)
+        hidden.append(h)
     return hidden
 
 
 def down(
-    dx: Tensor | None, g: Tensor, x: Tensor, hidden: Sequence[Tensor | None], plan: LayerPlan
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor | None],
+    plan: LayerPlan,
+    fresh: bool,
 ) -> None:
-    """Add every segment's gradients: of its factors, and of its input to ``dx``, in place.
+    """Add every segment's gradients to the bank, and of its input to ``dx``, in place.
 
     Args:
-        dx: ``[N, d_in]``, or None where the input needs no gradient.
-        g: ``[N, d_out]``, the gradient of the output.
-        x: ``[N, d_in]``, masked where there was dropout.
+        dx: ``[M, d_in]``, or None where the input needs no gradient.
+        g: ``[M, d_out]``, the gradient of the output.
+        x: ``[M, d_in]``, masked where there was dropout.
         hidden: what `up` returned.
         plan: the segments.
+        fresh: whether ``dx`` is uninitialised.
     """
     sizes = plan.sizes
     inputs: Sequence[Tensor | None] = [None] * len(sizes) if dx is None else dx.split(sizes)
@@ -120,27 +124,32 @@ def down(
         plan.segments, hidden, g.split(sizes), x.split(sizes), inputs, strict=True
     ):
         if s.views is None or h is None:
+            if fresh and dxs is not None:
+                dxs.zero_()
             continue
-        one = s.clients == 1
-        gs, xs = (gs, xs) if one else (_lanes(gs, s), _lanes(xs, s))
+        if s.clients > 1:
+            gs, xs, dxs = _lanes(gs, s), _lanes(xs, s), None if dxs is None else _lanes(dxs, s)
         if s.train_b:
-            _accumulate(s.views.grad_bt, h, gs, s.scale)
-        if s.train_a or dxs is not None:
-            dh = torch.matmul(s.views.bt, gs.mT)
-            if s.train_a:
-                _accumulate(s.views.grad_a, dh, xs, s.scale)
-            if dxs is not None:
-                _accumulate(dxs if one else _lanes(dxs, s), dh.mT, s.views.a, s.scale)
+            _accumulate(s.views.grad_bt, h, gs)
+        if not s.train_a and dxs is None:
+            continue
+        dh = torch.matmul(s.views.bt, gs.mT).mul_(s.scale)
+        if s.train_a:
+            _accumulate(s.views.grad_a, dh, xs)
+        if dxs is not None and fresh:
+            torch.matmul(dh.mT, s.views.a, out=dxs)
+        elif dxs is not None:
+            _accumulate(dxs, dh.mT, s.views.a)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``total += scale a b``, of matrices or of stacks of them."""
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a b``, of matrices or of stacks of them."""
     if total.dim() == 2 and total.dtype == a.dtype:
-        total.addmm_(a, b, alpha=scale)
+        total.addmm_(a, b)
     elif total.is_contiguous() and total.dtype == a.dtype:
-        total.baddbmm_(a, b, alpha=scale)
+        total.baddbmm_(a, b)
     else:  # the bank's rows lie apart, which baddbmm answers with a product for each
-        total.add_(torch.matmul(a, b), alpha=scale)
+        total.add_(torch.matmul(a, b))
 
 
 def _lanes(x: Tensor, s: Segment) -> Tensor:
@@ -148,22 +157,23 @@ def _lanes(x: Tensor, s: Segment) -> Tensor:
     return x.view(s.clients, -1, x.shape[-1])
 
 
-def add_adapters(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
+def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None]:
     """Add the adapters' part of the layer to ``y [N, d_out]``, in place.
 
     Args:
         y: what the frozen weight gives.
-        x: ``[N, d_in]``.
+        rows: the layer's input, copied if rows are spread, ``[M, d_in]``.
         plan: the adapters.
 
     Returns:
         What `add_gradients` needs.
     """
-    inputs = plan.inputs(x, plan.mask(x.dtype))
+    mask = plan.mask(rows.dtype)
+    inputs = rows if mask is None else rows * mask
     if plan.spread is None:
-        return up(y, inputs, plan)
-    delta = y.new_zeros(inputs.shape[0], y.shape[1])
-    hidden = up(delta, inputs, plan)
+        return up(y, inputs, plan, fresh=False)
+    delta = y.new_empty(rows.shape[0], y.shape[1])
+    hidden = up(delta, inputs, plan, fresh=True)
     y.add_(delta.index_select(0, plan.spread.back))
     return hidden
 
@@ -171,7 +181,7 @@ def add_adapters(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
 def add_gradients(
     dx: Tensor | None,
     g: Tensor,
-    x: Tensor | None,
+    rows: Tensor | None,
     hidden: Sequence[Tensor | None],
     plan: LayerPlan,
 ) -> None:
@@ -180,19 +190,21 @@ def add_gradients(
     Args:
         dx: the frozen weight's part; None where the input needs no gradient.
         g: ``[N, d_out]``.
-        x: ``[N, d_in]``; None where no A is trained.
+        rows: ``[M, d_in]`` as in `add_adapters`; None where no A is trained.
         hidden: what `add_adapters` returned.
         plan: the adapters.
     """
     spread, mask = plan.spread, plan.mask(g.dtype)
     grads = g if spread is None else moved(g, spread.out, spread.pads)
-    rows = grads.shape[0]
-    inputs = g.new_empty(rows, 0) if x is None else plan.inputs(x, mask)
+    if rows is None:
+        inputs = g.new_empty(grads.shape[0], 0)
+    else:
+        inputs = rows if mask is None else rows * mask
     if spread is None and mask is None:
-        down(dx, grads, inputs, hidden, plan)
+        down(dx, grads, inputs, hidden, plan, fresh=False)
         return
-    through = None if dx is None else dx.new_zeros(rows, dx.shape[1])
-    down(through, grads, inputs, hidden, plan)
+    through = None if dx is None else dx.new_empty(grads.shape[0], dx.shape[1])
+    down(through, grads, inputs, hidden, plan, fresh=True)
     if dx is None or through is None:
         return
     if mask is not None:
@@ -209,45 +221,58 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, plan: LayerPlan
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        plan: LayerPlan,
     ) -> Tensor:
-        """``x [..., d_in]``, ``weight [d_in, d_out]`` -> ``[..., d_out]``."""
+        """``x [..., d_in]`` and its copy ``rows [M, d_in]`` if rows are spread, ``weight [d_in,
+        d_out]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        hidden = add_adapters(y, flat, plan)
-        ctx.save_for_backward(flat if plan.trains_a else None, weight, *hidden)
+        rows = flat if rows is None else rows
+        hidden = add_adapters(y, rows, plan)
+        ctx.save_for_backward(rows if plan.trains_a else None, weight, *hidden)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         """Of the input alone."""
-        flat, weight, *hidden = ctx.saved_tensors
+        rows, weight, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = g @ weight.t() if ctx.needs_input_grad[0] else None
-        add_gradients(dx, g, flat, hidden, ctx.plan)
-        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None
+        add_gradients(dx, g, rows, hidden, ctx.plan)
+        if dx is not None:
+            dx = dx.view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, None, None
 
 
 class FusedDelta(torch.autograd.Function):
     """The adapters' part alone, beside a layer that keeps its weight to itself (quantised)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, d_out: int, plan: LayerPlan) -> Tensor:
-        """``x [..., d_in]`` -> ``[..., d_out]``."""
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, d_out: int, rows: Tensor | None, plan: LayerPlan
+    ) -> Tensor:
+        """``x [..., d_in]`` and its copy, if rows are spread -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1])
         y = flat.new_zeros(flat.shape[0], d_out)
-        hidden = add_adapters(y, flat, plan)
-        ctx.save_for_backward(flat if plan.trains_a else None, *hidden)
+        rows = flat if rows is None else rows
+        hidden = add_adapters(y, rows, plan)
+        ctx.save_for_backward(rows if plan.trains_a else None, *hidden)
         ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], d_out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Of the input alone."""
-        flat, *hidden = ctx.saved_tensors
+        rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         wanted = ctx.needs_input_grad[0]
         dx = g.new_zeros(g.shape[0], ctx.shape[-1]) if wanted else None
-        add_gradients(dx, g, flat, hidden, ctx.plan)
-        return None if dx is None else dx.view(ctx.shape), None, None, None
+        add_gradients(dx, g, rows, hidden, ctx.plan)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None
