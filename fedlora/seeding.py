@@ -31,18 +31,15 @@ def torch_generator(seed: int, purpose: str, *keys: int) -> torch.Generator:
     return torch.Generator().manual_seed(torch_seed(seed, purpose, *keys))
 
 
-def dropout_seeds(seed: int, round: int, client: int, modules: int) -> Iterator[list[int]]:
-    """The seeds of a client's dropout masks in one round, forward pass after forward pass.
+def dropout_seeds(seed: int, round: int, client: int) -> Iterator[int]:
+    """The seeds of a client's dropout masks in one round, one for each forward pass.
 
     A mask is a function of (client, forward, module), whatever else runs beside it and whether or
     not it is computed twice.
-
-    Yields:
-        One seed per module, ``[modules]``.
     """
     stream = generator(seed, "dropout", round, client)
     while True:
-        yield stream.integers(2**63, size=modules).tolist()
+        yield int(stream.integers(2**63))
 
 
 def mask_noise(seed: int, path: str, d_out: int, d_in: int) -> Tensor:

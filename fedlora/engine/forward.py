@@ -39,6 +39,27 @@ def supervised_logits(network: Any, batch: Batch) -> Tensor:
     return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
+def supervised_hidden(network: Any, batch: Batch) -> Tensor:
+    """What the output embedding is given at ``batch.positions``, ``[n, d]``.
+
+    The output embedding itself is computed for one position alone. Only for a network whose logits
+    are those of its output embedding and nothing more (`fedlora.engine.fused.head.is_plain`).
+    """
+    taken: list[Tensor] = []
+
+    def take(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        taken.append(_rows(args[0], batch.positions))
+        return (args[0][:, :1], *args[1:])
+
+    handle = network.get_output_embeddings().register_forward_pre_hook(take)
+    try:
+        places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
+        network(input_ids=batch.inputs, use_cache=False, **places)
+    finally:
+        handle.remove()
+    return taken[0]
+
+
 def _rows(x: Tensor, positions: Tensor) -> Tensor:
     """``x [b, t, d]`` at flat positions ``[n]`` -> ``[n, d]``."""
     flat = x.flatten(0, 1)

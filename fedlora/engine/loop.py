@@ -166,7 +166,7 @@ def optimise(
     rates = learning_rates(num_steps(len(examples), plan), plan)
     order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
     losses, norms, tokens = [], [], []
-    seeds = dropout_seeds(seed, round, client, len(model.layers))
+    seeds = dropout_seeds(seed, round, client)
     try:
         for rate, indices in zip(rates, order, strict=True):
             batches = micro_batches(examples, indices, plan)
@@ -185,7 +185,7 @@ def optimise(
 def _backward(
     model: LanguageModel,
     batches: Sequence[Batch],
-    seeds: Iterator[Sequence[int]],
+    seeds: Iterator[int],
     tokens: int,
     plan: LocalPlan,
 ) -> Tensor:
@@ -193,7 +193,7 @@ def _backward(
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
-        model.seed_dropout(next(seeds))
+        model.seed_dropout(next(seeds), batch.inputs.numel())
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):

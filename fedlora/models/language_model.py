@@ -1,7 +1,7 @@
 """The resident base model of one worker: adapters come and go, the base never changes a bit."""
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from fedlora.models.layers import (
     AdaptedLinear,
     LowRank,
     SparseValues,
+    dropout_bits,
     mask_index,
 )
 from fedlora.models.modules import ModelInfo, check_adapter, check_paths
@@ -100,15 +101,19 @@ class LanguageModel:
         """Leave the base alone."""
         self.mount(None)
 
-    def seed_dropout(self, seeds: Sequence[int]) -> None:
-        """Determine the masks of the next forward.
+    def seed_dropout(self, seed: int, rows: int) -> None:
+        """Determine the masks of the next forward; without dropout nothing is drawn.
 
         Args:
-            seeds: one per adapted module, in module order (`fedlora.seeding.dropout_seeds`).
+            seed: of all its masks (`fedlora.seeding.dropout_seeds`).
+            rows: tokens of the forward, padding included.
         """
-        for layer, seed in zip(self.layers.values(), seeds, strict=True):
+        if not any(isinstance(x.update, LowRank) and x.update.p > 0 for x in self.layers.values()):
+            return
+        drawn = dropout_bits(rows, [m.d_in for m in self.info.modules], seed, self.device)
+        for layer, bits in zip(self.layers.values(), drawn, strict=True):
             if isinstance(layer.update, LowRank):
-                layer.update.seed = seed
+                layer.update.bits = bits
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""

@@ -9,6 +9,7 @@ them. They are not used here because re-mounting them writes into their private 
 because nothing but low-rank factors fits into them.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -54,49 +55,73 @@ def dropped_share(p: float) -> int:
     return round(p * 2**16)
 
 
-def random_words(count: int, device: torch.device) -> Tensor:
-    """Room for the random words of ``count`` numbers, ``[ceil(count / 4)]`` int64, uninitialised.
+def dropout_bits(rows: int, widths: Sequence[int], seed: int, device: torch.device) -> list[Tensor]:
+    """Sixteen random bits for every number that goes into the adapters of one forward pass.
 
-    A word decides over four numbers, sixteen bits each: drawing bits one number at a time, as
-    torch's own dropout does on a CPU, takes a quarter of a small model's training step.
+    They are drawn at once, in 64-bit words: drawing bits one number at a time, as torch's own
+    dropout does on a CPU, takes a quarter of a small model's training step.
+
+    Args:
+        rows: tokens of the forward pass, padding included.
+        widths: ``d_in`` of each module.
+        seed: what the bits are a function of.
+        device: where the generator and the bits are.
+
+    Returns:
+        ``[rows, d_in]`` int16 for each module.
     """
-    return torch.empty((count + 3) // 4, dtype=torch.int64, device=device)
+    words = [-(-rows * width // 4) for width in widths]
+    drawn = torch.empty(sum(words), dtype=torch.int64, device=device)
+    drawn.random_(-(2**63), None, generator=torch.Generator(device).manual_seed(seed))
+    parts = drawn.view(torch.int16).split([4 * n for n in words])
+    return [
+        part[: rows * width].view(rows, width) for part, width in zip(parts, widths, strict=True)
+    ]
 
 
-def draw_words(words: Tensor, generator: torch.Generator) -> Tensor:
-    """Fill with uniform 64-bit words, in place."""
-    return words.random_(-(2**63), None, generator=generator)
-
-
-def survivors(bits: Tensor, dropped: int, dtype: torch.dtype) -> Tensor:
-    """1 where a number survives a dropout, 0 elsewhere, from its sixteen random bits (int16).
+def survivors(bits: Tensor, thresholds: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """1 where a number survives a dropout, 0 elsewhere, in the shape of ``bits``.
 
     Numbers rather than booleans, which torch compares and multiplies four times slower on a CPU.
+
+    Args:
+        bits: int16.
+        thresholds: `threshold` of the rate, or an int16 tensor of them for every row ``[rows, 1]``.
+        dtype: of the result.
     """
     kept = torch.empty(bits.shape, dtype=dtype, device=bits.device)
-    return torch.ge(bits, dropped - 2**15, out=kept)
+    return torch.ge(bits, thresholds, out=kept)
 
 
-def dropout(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
+def threshold(dropped: int) -> int:
+    """Below it sixteen bits, as an int16, drop a number: for a `dropped_share` below 2^16."""
+    return dropped - 2**15
+
+
+def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
     """Zero each number with probability ``p`` and divide the rest by ``1 - p``.
 
     The probability is a multiple of 2^-16, and the division is by exactly its complement.
+
+    Args:
+        x: any shape.
+        p: the rate.
+        bits: int16, as many numbers as ``x`` has, uniform.
     """
     dropped = dropped_share(p)
     if dropped == 0:
         return x
     if dropped == 2**16:
         return torch.zeros_like(x)
-    words = draw_words(random_words(x.numel(), x.device), generator)
-    bits = words.view(torch.int16)[: x.numel()].view(x.shape)
-    return x * survivors(bits, dropped, x.dtype).mul_(2**16 / (2**16 - dropped))
+    kept = survivors(bits.view(x.shape), threshold(dropped), x.dtype)
+    return x * kept.mul_(2**16 / (2**16 - dropped))
 
 
 class LowRank:
     """``y = W x + (alpha / r) B (A dropout(x))``.
 
     Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
-    evaluation mode). Its mask is a function of ``seed`` and the shape of ``x`` alone.
+    evaluation mode); its mask is a function of ``bits``.
     """
 
     def __init__(
@@ -108,19 +133,19 @@ class LowRank:
         self.scale = factors.scale
         self.p = p
         """Dropout rate."""
-        self.seed: int | None = None
-        """Of the next forward's mask."""
+        self.bits: Tensor | None = None
+        """Of the next forward's mask (`dropout_bits`)."""
 
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = base(x)
         x = x.to(self.a.dtype)
         if self.p > 0:
-            if self.seed is None:
+            if self.bits is None:
                 raise RuntimeError(
                     f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
                 )
-            x = dropout(x, self.p, torch.Generator(x.device).manual_seed(self.seed))
+            x = dropout(x, self.p, self.bits)
         low = functional.linear(functional.linear(x, self.a), self.b)
         return torch.add(y, low, alpha=self.scale).to(y.dtype)
 

@@ -62,25 +62,17 @@ class Geometry:
     """``[N]``: place of every row."""
     pads: Tensor | None
     """``[p]``: places that hold a repeated token."""
-    blanks: Tensor | None
-    """``[q]``: rows of no sequence."""
 
     @staticmethod
-    def of(starts: Sequence[int], lengths: Sequence[int], rows: int) -> "Geometry":
-        """Of sequences that start at ``starts`` and do not overlap.
-
-        Args:
-            starts: first row of each sequence.
-            lengths: tokens of each sequence, at least one.
-            rows: ``N``; rows of no sequence are computed and ignored.
-        """
-        start, length = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
-        longest = int(length.max())
-        if len(set(lengths)) == 1 and longest * len(lengths) == rows:
-            return Geometry(((len(lengths), longest),), None, None, None, None)
+    def of(lengths: Sequence[int]) -> "Geometry":
+        """Of sequences of so many tokens, at least one each, one after another."""
+        length = np.asarray(lengths, np.int64)
+        start, longest = np.cumsum(length) - length, int(length.max())
+        if len(set(lengths)) == 1:
+            return Geometry(((len(lengths), longest),), None, None, None)
         stack = -(-STACKS * length // longest)
         shapes, gather, pads = [], [], []
-        scatter, filled, at = np.zeros(rows, np.int64), np.zeros(rows, bool), 0
+        scatter, at = np.zeros(int(length.sum()), np.int64), 0
         for s in np.unique(stack)[::-1]:
             chosen = np.flatnonzero(stack == s)
             n, first = length[chosen], start[chosen]
@@ -90,7 +82,6 @@ class Geometry:
             source = first[:, None] + np.minimum(steps, n[:, None] - 1)
             place = at + np.arange(source.size).reshape(source.shape)
             scatter[source[real]] = place[real]
-            filled[source[real]] = True
             gather.append(source.reshape(-1))
             pads.append(place[~real])
             shapes.append((len(chosen), width))
@@ -99,51 +90,51 @@ class Geometry:
             tuple(shapes),
             torch.from_numpy(np.concatenate(gather)),
             torch.from_numpy(scatter),
-            _indices(np.concatenate(pads)),
-            _indices(np.flatnonzero(~filled)),
+            indices(np.concatenate(pads)),
         )
 
     def to(self, device: torch.device) -> "Geometry":
         """The same on another device."""
-        tensors = (self.gather, self.scatter, self.pads, self.blanks)
+        tensors = (self.gather, self.scatter, self.pads)
         return Geometry(self.shapes, *(None if t is None else t.to(device) for t in tensors))
 
 
-def _indices(found: NDArray[np.int64]) -> Tensor | None:
+def indices(found: NDArray[np.int64]) -> Tensor | None:
+    """As a tensor; None without any."""
     return torch.from_numpy(found) if len(found) else None
+
+
+def moved(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
+    """The rows ``[M, d]`` of ``x`` that ``index [M]`` names, but zero in the rows of ``empty``."""
+    rows = x.index_select(0, index)
+    return rows if empty is None else rows.index_fill_(0, empty, 0)
 
 
 class _Stack(torch.autograd.Function):
     """Rows ``[N, d]`` to places ``[M, d]``. A place that repeats a token passes no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, geometry: Geometry) -> Tensor:
-        ctx.geometry = geometry
-        return _moved(x, geometry.gather, None)
+    def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
+        ctx.scatter = scatter
+        return x.index_select(0, gather)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _moved(grad, ctx.geometry.scatter, ctx.geometry.blanks), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.scatter), None, None
 
 
 class _Unstack(torch.autograd.Function):
-    """Places ``[M, d]`` back to rows ``[N, d]``; zero in rows of no sequence."""
+    """Places ``[M, d]`` back to rows ``[N, d]``."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, geometry: Geometry) -> Tensor:
+        assert geometry.scatter is not None
         ctx.geometry = geometry
-        return _moved(y, geometry.scatter, geometry.blanks)
+        return y.index_select(0, geometry.scatter)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _moved(grad, ctx.geometry.gather, ctx.geometry.pads), None
-
-
-def _moved(x: Tensor, index: Tensor | None, empty: Tensor | None) -> Tensor:
-    """The rows that ``index`` names, except that those of ``empty`` are zero."""
-    assert index is not None
-    moved = x.index_select(0, index)
-    return moved if empty is None else moved.index_fill_(0, empty, 0)
+        return moved(grad, ctx.geometry.gather, ctx.geometry.pads), None
 
 
 class RaggedAttention:
@@ -206,7 +197,7 @@ class RaggedAttention:
         _, heads, rows, d = x.shape
         places = x.transpose(1, 2).reshape(rows, heads * d)
         if geometry.gather is not None:
-            places = _Stack.apply(places, geometry)  # type: ignore[no-untyped-call]
+            places = _Stack.apply(places, geometry.gather, geometry.scatter)  # type: ignore[no-untyped-call]
         parts = places.split([s * t for s, t in geometry.shapes])
         return [
             p.view(s, t, heads, d).transpose(1, 2)

@@ -39,7 +39,8 @@ class ModelSpec(ABC):
     """``all-linear`` (all but the output embedding, as in PEFT) or a list of ends of module paths,
     for example ``[q_proj, v_proj]``."""
     dtype: str = "float32"
-    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case."""
+    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case. Workers
+    of a machine share the memory of a base that is held as its file has it (see `load`)."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
@@ -116,6 +117,11 @@ class ModelSpec(ABC):
 
     def load(self, device: torch.device) -> "LanguageModel":
         """The base model with its weights, frozen, on a device.
+
+        On a CPU the weights are pages of their safetensors files, mapped copy-on-write by
+        transformers: all processes of a machine hold them once, and a write would stay in its own.
+        A file in another number format than ``dtype`` is converted in memory, once per process:
+        ``dtype=bfloat16`` avoids that for a file in bfloat16.
 
         Raises:
             ModelError: if weights are missing or do not fit the configuration.

@@ -1,9 +1,11 @@
 """One fused forward: whose examples, and how they lie beside one another.
 
-Ragged: all sequences of all clients end to end, ``[1, N]``, not one padded position. Clients of
-one layout in consecutive slots may be given equally many rows, so that their small products become
-one batched product; the blanks that costs are weighed against the calls it saves. Padded: one
+Ragged: all sequences of all clients end to end, ``[1, N]``, not one padded position. Padded: one
 sequence per row, ``[S, width]``, padded on the right, for models whose attention is their own.
+
+Either way a client's rows are consecutive. The products with its own factors are small, and a call
+for each of many clients costs more than the arithmetic; then they are done for stacks of clients,
+in a copy of the rows that gives each client of a stack equally many (`Spread`).
 """
 
 from collections.abc import Sequence
@@ -16,12 +18,14 @@ from torch import Tensor
 
 from fedlora.batches import PAD, Batch, TokenExample, first_target
 from fedlora.engine.fused.bank import Layout
-from fedlora.models.ragged import Geometry
+from fedlora.models.layers import threshold
+from fedlora.models.ragged import Geometry, indices
 
-BLANK_SHARE = 0.06
-"""Of a batch's rows that may be blank so that small products can be batched. At d = 128 and rank
-15 the calls saved are worth about a tenth of the step of clients of 30 tokens, and less of larger
-ones (`simulations.bench.engine`)."""
+SPREAD_LANES = 4
+"""Fewer clients are not worth a copy of their rows."""
+SPREAD_NUMBERS = 25_000
+"""Of a hidden state that a client has on average, above which a call of its own costs less than
+copying them: rows times width (`simulations.bench.engine`)."""
 
 Ids = NDArray[np.int64]
 
@@ -42,8 +46,8 @@ class Lane:
     train_b: bool = True
     dropped: int = 0
     """`dropped_share` of the dropout rate."""
-    seeds: Sequence[int] = ()
-    """One per module, where there is dropout."""
+    seed: int = 0
+    """Of its dropout masks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +56,24 @@ class Group:
 
     lanes: tuple[Lane, ...]
     rows: int
-    """Of all its lanes together, blanks included."""
+    """Of all its lanes together, in the copy where there is one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A copy of the rows in which the lanes of a group have equally many."""
+
+    out: Tensor
+    """``[M]`` int64: the row that each row of the copy repeats; a pad repeats its lane's last."""
+    back: Tensor
+    """``[N]`` int64: where each row is in the copy."""
+    pads: Tensor | None
+    """``[p]`` int64: rows of the copy that are nobody's."""
+
+    def to(self, device: torch.device) -> "Spread":
+        """The same on another device."""
+        pads = None if self.pads is None else self.pads.to(device)
+        return Spread(self.out.to(device), self.back.to(device), pads)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,11 +92,14 @@ class FusedBatch:
     """In the order of the rows; what `owners` counts."""
     geometry: Geometry | None
     """None: padded."""
+    spread: Spread | None
+    """None: the products with the clients' factors use the rows as they are."""
     source: Tensor | None
-    """``[N]`` int64: which row of the clients' own padded batches a row is; None: all rows are, in
-    order. Dropout masks are drawn for those batches, as a client alone draws them."""
+    """Which row of the clients' own padded batches a row (of the copy, ``[M]``, where there is one,
+    else ``[N]``) is; None: all rows are, in order. Dropout masks are drawn for those batches, as a
+    client alone draws them."""
     thresholds: Tensor | None
-    """``[N, 1]`` int16: sixteen random bits below it drop a number; None: no dropout."""
+    """``[M or N, 1]`` int16: sixteen random bits below it drop a number; None: no dropout."""
     drawn: tuple[int, ...]
     """Rows of each lane's own padded batch."""
     tokens: int
@@ -83,47 +107,28 @@ class FusedBatch:
 
     @property
     def rows(self) -> int:
-        """What the frozen layers compute: real tokens, pads and blanks."""
+        """What the frozen layers compute: real tokens and pads."""
         return self.batch.inputs.numel()
 
 
-def ragged_batch(lanes: Sequence[Lane], blank_share: float = BLANK_SHARE) -> FusedBatch:
-    """Lanes, in the order of their slots, end to end."""
-    counts = [sum(_width(e) for e in lane.examples) for lane in lanes]
-    groups = _grouped(lanes, counts, blank_share)
-    lengths, starts, owner, at, index = [], [], [], 0, 0
-    for group in groups:
-        each = group.rows // len(group.lanes)
-        for lane in group.lanes:
-            place = at
-            for e in lane.examples:
-                lengths.append(_width(e))
-                starts.append(place)
-                owner.append(index)
-                place += lengths[-1]
-            at += each
-            index += 1
-    return _assemble(groups, _Places(lengths, starts, owner), (1, at))
+def ragged_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
+    """Lanes, in the order of their slots, end to end.
 
-
-def padded_batch(lanes: Sequence[Lane]) -> FusedBatch:
-    """Lanes, in the order of their slots, one sequence per row."""
-    width = max(_width(e) for lane in lanes for e in lane.examples)
-    counts = [len(lane.examples) * width for lane in lanes]
+    Args:
+        lanes: at least one.
+        hidden: width of the model, which decides whether rows are worth a copy.
+    """
     lengths = [_width(e) for lane in lanes for e in lane.examples]
-    owner = [k for k, lane in enumerate(lanes) for _ in lane.examples]
-    starts = [row * width for row in range(len(lengths))]
-    groups = _grouped(lanes, counts, 0.0)
-    return _assemble(groups, _Places(lengths, starts, owner), (len(lengths), width), ragged=False)
+    rows = sum(lengths)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    return _assemble(lanes, lengths, starts, (1, rows), hidden)
 
 
-@dataclass(frozen=True)
-class _Places:
-    """Of every sequence: tokens, first row, lane."""
-
-    lengths: list[int]
-    starts: list[int]
-    owner: list[int]
+def padded_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
+    """Lanes, in the order of their slots, one sequence per row; arguments as `ragged_batch`."""
+    lengths = [_width(e) for lane in lanes for e in lane.examples]
+    shape = (len(lengths), max(lengths))
+    return _assemble(lanes, lengths, np.arange(len(lengths)) * shape[1], shape, hidden)
 
 
 def _width(example: TokenExample) -> int:
@@ -131,59 +136,64 @@ def _width(example: TokenExample) -> int:
     return len(example.input_ids) - 1
 
 
-def _grouped(lanes: Sequence[Lane], counts: Sequence[int], blank_share: float) -> tuple[Group, ...]:
-    """Runs of lanes that can be batched, grown while blanks stay within their share."""
-    groups: list[Group] = []
-    run: list[int] = []
+def _alike(a: Lane, b: Lane) -> bool:
+    """Whether the products of two lanes can be batched, ``b`` following ``a``."""
+    flags = [(x.layout, x.train_a, x.train_b, x.dropped) for x in (a, b)]
+    return flags[0] == flags[1] and a.slot + 1 == b.slot
 
-    def close() -> None:
-        each = max(counts[i] for i in run)
-        groups.append(Group(tuple(lanes[i] for i in run), each * len(run)))
-        run.clear()
 
-    longest = total = 0
-    for i, (lane, count) in enumerate(zip(lanes, counts, strict=True)):
-        if run:
-            last = lanes[run[-1]]
-            alike = (
-                last.layout is lane.layout
-                and last.slot + 1 == lane.slot
-                and (last.train_a, last.train_b, last.dropped)
-                == (lane.train_a, lane.train_b, lane.dropped)
-            )
-            rows = max(longest, count) * (len(run) + 1)
-            if not alike or rows - total - count > blank_share * rows:
-                close()
-                longest = total = 0
-        run.append(i)
-        longest, total = max(longest, count), total + count
-    close()
-    return tuple(groups)
+def _grouped(lanes: Sequence[Lane], counts: Sequence[int], spread: bool) -> tuple[Group, ...]:
+    """Runs of lanes that can be batched: those of equal rows, or all if rows are spread."""
+    runs: list[list[int]] = []
+    for i, lane in enumerate(lanes):
+        last = runs[-1][-1] if runs else -1
+        if last >= 0 and _alike(lanes[last], lane) and (spread or counts[last] == counts[i]):
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+    return tuple(
+        Group(tuple(lanes[i] for i in run), max(counts[i] for i in run) * len(run)) for run in runs
+    )
+
+
+def _spread(groups: Sequence[Group], counts: Ids) -> Spread:
+    """The copy in which each lane has as many rows as the largest of its group."""
+    room = np.repeat([g.rows // len(g.lanes) for g in groups], [len(g.lanes) for g in groups])
+    start, place = np.cumsum(counts) - counts, np.cumsum(room) - room
+    within = np.arange(room.sum()) - np.repeat(place, room)
+    real = within < np.repeat(counts, room)
+    out = np.repeat(start, room) + np.minimum(within, np.repeat(counts, room) - 1)
+    back = np.flatnonzero(real)
+    return Spread(torch.from_numpy(out), torch.from_numpy(back), indices(np.flatnonzero(~real)))
 
 
 def _assemble(
-    groups: tuple[Group, ...], places: _Places, shape: tuple[int, int], ragged: bool = True
+    lanes: Sequence[Lane], lengths: list[int], starts: Ids, shape: tuple[int, int], hidden: int
 ) -> FusedBatch:
-    lanes = tuple(lane for group in groups for lane in group.lanes)
     examples = [e for lane in lanes for e in lane.examples]
-    rows = shape[0] * shape[1]
-    lengths, starts = np.array(places.lengths), np.array(places.starts)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    row = np.repeat(starts, lengths) + within
-    inputs, following = np.full(rows, PAD, np.int64), np.zeros(rows, np.int64)
+    sizes = np.array([len(lane.examples) for lane in lanes])
+    owner, length = np.repeat(np.arange(len(lanes)), sizes), np.array(lengths)
+    rows, ragged = shape[0] * shape[1], shape[0] == 1 and shape[1] == sum(lengths)
+    counts = np.bincount(owner, length).astype(np.int64) if ragged else sizes * shape[1]
+    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
+    row = np.repeat(starts, length) + within
+    inputs, following, positions = np.full(rows, PAD), np.zeros(rows, int), np.zeros(rows, int)
     inputs[row] = np.concatenate([e.input_ids[:-1] for e in examples])
     following[row] = np.concatenate([e.input_ids[1:] for e in examples])
-    owner = np.array(places.owner)
-    first = [
-        first_target(e, lanes[k].loss) - 1 for e, k in zip(examples, places.owner, strict=True)
-    ]
-    supervised = within >= np.repeat(first, lengths)
-    chosen = row[supervised]
-    owners = np.repeat(owner, lengths)[supervised]
-    drawn, source = _draws(lanes, lengths, owner, row, within, rows)
-    each = np.repeat([g.rows // len(g.lanes) for g in groups], [len(g.lanes) for g in groups])
-    positions = np.zeros(rows, np.int64)
     positions[row] = within
+    first = [
+        first_target(e, lanes[k].loss) - 1 for e, k in zip(examples, owner.tolist(), strict=True)
+    ]
+    supervised = within >= np.repeat(first, length)
+    chosen, owners = row[supervised], np.repeat(owner, length)[supervised]
+    apart = len(lanes) >= SPREAD_LANES and rows * hidden <= SPREAD_NUMBERS * len(lanes)
+    groups = _grouped(lanes, counts.tolist(), apart)
+    spread = _spread(groups, counts) if apart else None
+    drawn, source = _draws(lanes, length, owner, row, within, rows)
+    if spread is not None and source is not None:
+        source = source[spread.out]
+    elif spread is not None:
+        source = spread.out
     return FusedBatch(
         batch=Batch(
             torch.from_numpy(inputs).view(shape),
@@ -194,21 +204,23 @@ def _assemble(
         owners=torch.from_numpy(owners),
         weights=torch.from_numpy((1 / np.array([lane.tokens for lane in lanes]))[owners]),
         groups=groups,
-        lanes=lanes,
-        geometry=Geometry.of(places.starts, places.lengths, rows) if ragged else None,
+        lanes=tuple(lanes),
+        geometry=Geometry.of(lengths) if ragged else None,
+        spread=spread,
         source=source,
-        thresholds=_thresholds(lanes, each),
+        thresholds=_thresholds(groups),
         drawn=drawn,
-        tokens=int(lengths.sum()),
+        tokens=int(length.sum()),
     )
 
 
-def _thresholds(lanes: Sequence[Lane], rows: Ids) -> Tensor | None:
+def _thresholds(groups: Sequence[Group]) -> Tensor | None:
     """Of every row. Where everything is dropped the scale is zero (`FusedModel`), not the mask."""
-    dropped = np.array([lane.dropped % 2**16 for lane in lanes])
-    if not dropped.any():
+    dropped = [g.lanes[0].dropped % 2**16 for g in groups]
+    if not any(dropped):
         return None
-    return torch.from_numpy(np.repeat(dropped - 2**15, rows).astype(np.int16)).view(-1, 1)
+    each = np.array([threshold(d) for d in dropped], np.int16)
+    return torch.from_numpy(np.repeat(each, [g.rows for g in groups])).view(-1, 1)
 
 
 def _draws(

@@ -54,10 +54,9 @@ def _sequences(model: LanguageModel) -> list[Tensor]:
 def _ragged_logits(model: LanguageModel, sequences: Sequence[Tensor]) -> tuple[Tensor, int]:
     """Logits ``[1, N, vocabulary]`` and how often the ragged attention was asked."""
     lengths = [len(s) for s in sequences]
-    starts = [sum(lengths[:i]) for i in range(len(lengths))]
     attention = RaggedAttention()
     with ragged(model.network, attention):
-        attention.geometry = Geometry.of(starts, lengths, sum(lengths)).to(model.device)
+        attention.geometry = Geometry.of(lengths).to(model.device)
         places = torch.cat([torch.arange(n, device=model.device) for n in lengths])
         return _logits(model, torch.cat(list(sequences))[None], places[None]), attention.calls
 

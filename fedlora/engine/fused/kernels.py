@@ -26,6 +26,9 @@ import torch
 from torch import Tensor
 
 from fedlora.engine.fused.bank import Views
+from fedlora.engine.fused.batch import Spread
+from fedlora.models.layers import survivors
+from fedlora.models.ragged import moved
 
 
 class Segment(NamedTuple):
@@ -47,58 +50,73 @@ class LayerPlan:
     a forward that is computed again under gradient checkpointing is the same."""
 
     sizes: Sequence[int]
-    """Rows of each segment; their sum is the rows of the input."""
+    """Rows of each segment, in the copy where there is one (`batch.Spread`)."""
     segments: Sequence[Segment]
     bits: Tensor | None = None
-    """``[N, d_in]`` int16, sixteen random bits per number; None: no dropout."""
+    """``[M, d_in]`` int16, sixteen random bits per number; None: no dropout."""
     thresholds: Tensor | None = None
-    """``[N, 1]`` int16: a number is dropped whose bits are smaller."""
+    """``[M, 1]`` int16: a number is dropped whose bits are smaller."""
+    spread: Spread | None = None
+    """Of ``N`` rows to ``M``; None: segments are the rows themselves, ``M = N``."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """``[N, d_in]``: one where a number survives dropout, zero elsewhere."""
+        """``[M, d_in]``: one where a number survives dropout, zero elsewhere."""
         if self.bits is None or self.thresholds is None:
             return None
-        kept = torch.empty(self.bits.shape, dtype=dtype, device=self.bits.device)
-        return torch.ge(self.bits, self.thresholds, out=kept)
+        return survivors(self.bits, self.thresholds, dtype)
+
+    @property
+    def trains_a(self) -> bool:
+        """Whether any A is trained, which takes the input."""
+        return any(s.train_a and s.views is not None for s in self.segments)
 
 
-def up(y: Tensor, x: Tensor, plan: LayerPlan) -> list[Tensor | None]:
-    """Add every segment's ``s B A x`` to ``y``, in place.
+def up(y: Tensor, x: Tensor, plan: LayerPlan, fresh: bool) -> list[Tensor | None]:
+    """Every segment's ``s B A x``, added to ``y`` in place, or written to it.
 
     Args:
-        y: ``[N, d_out]``.
-        x: ``[N, d_in]``, masked where there is dropout.
+        y: ``[M, d_out]``.
+        x: ``[M, d_in]``, masked where there is dropout.
         plan: the segments.
+        fresh: whether ``y`` is uninitialised.
 
     Returns:
-        ``h = A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``: what `down` needs.
+        ``s h = s A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``: what `down` needs.
     """
     hidden: list[Tensor | None] = []
     for s, ys, xs in zip(plan.segments, y.split(plan.sizes), x.split(plan.sizes), strict=True):
         if s.views is None:
             hidden.append(None)
-        elif s.clients == 1:
-            h = torch.mm(s.views.a, xs.t())
-            ys.addmm_(h.t(), s.views.bt, alpha=s.scale)
-            hidden.append(h)
+            if fresh:
+                ys.zero_()
+            continue
+        ys, xs = (ys, xs) if s.clients == 1 else (_lanes(ys, s), _lanes(xs, s))
+        h = torch.matmul(s.views.a, xs.mT).mul_(s.scale)
+        if fresh:
+            torch.matmul(h.mT, s.views.bt, out=ys)
         else:
-            h = torch.bmm(s.views.a, _lanes(xs, s).transpose(1, 2))
-            _lanes(ys, s).baddbmm_(h.transpose(1, 2), s.views.bt, alpha=s.scale)
-            hidden.append(h)
+            _accumulate(ys, h.mT, s.views.bt)
+        hidden.append(h)
     return hidden
 
 
 def down(
-    dx: Tensor | None, g: Tensor, x: Tensor, hidden: Sequence[Tensor | None], plan: LayerPlan
+    dx: Tensor | None,
+    g: Tensor,
+    x: Tensor,
+    hidden: Sequence[Tensor | None],
+    plan: LayerPlan,
+    fresh: bool,
 ) -> None:
-    """Add every segment's gradients: of its factors, and of its input to ``dx``, in place.
+    """Add every segment's gradients to the bank, and of its input to ``dx``, in place.
 
     Args:
-        dx: ``[N, d_in]``, or None where the input needs no gradient.
-        g: ``[N, d_out]``, the gradient of the output.
-        x: ``[N, d_in]``, masked where there was dropout.
+        dx: ``[M, d_in]``, or None where the input needs no gradient.
+        g: ``[M, d_out]``, the gradient of the output.
+        x: ``[M, d_in]``, masked where there was dropout.
         hidden: what `up` returned.
         plan: the segments.
+        fresh: whether ``dx`` is uninitialised.
     """
     sizes = plan.sizes
     inputs: Sequence[Tensor | None] = [None] * len(sizes) if dx is None else dx.split(sizes)
@@ -106,32 +124,92 @@ def down(
         plan.segments, hidden, g.split(sizes), x.split(sizes), inputs, strict=True
     ):
         if s.views is None or h is None:
+            if fresh and dxs is not None:
+                dxs.zero_()
             continue
-        one = s.clients == 1
-        gs, xs = (gs, xs) if one else (_lanes(gs, s), _lanes(xs, s))
+        if s.clients > 1:
+            gs, xs, dxs = _lanes(gs, s), _lanes(xs, s), None if dxs is None else _lanes(dxs, s)
         if s.train_b:
-            _accumulate(s.views.grad_bt, h, gs, s.scale)
-        if s.train_a or dxs is not None:
-            dh = torch.matmul(s.views.bt, gs.mT)
-            if s.train_a:
-                _accumulate(s.views.grad_a, dh, xs, s.scale)
-            if dxs is not None:
-                _accumulate(dxs if one else _lanes(dxs, s), dh.mT, s.views.a, s.scale)
+            _accumulate(s.views.grad_bt, h, gs)
+        if not s.train_a and dxs is None:
+            continue
+        dh = torch.matmul(s.views.bt, gs.mT).mul_(s.scale)
+        if s.train_a:
+            _accumulate(s.views.grad_a, dh, xs)
+        if dxs is not None and fresh:
+            torch.matmul(dh.mT, s.views.a, out=dxs)
+        elif dxs is not None:
+            _accumulate(dxs, dh.mT, s.views.a)
 
 
-def _accumulate(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``total += scale a b``, of matrices or of stacks of them."""
-    if total.dtype != a.dtype:  # an activation in bfloat16, a gradient in float32
-        total.add_(torch.matmul(a, b), alpha=scale)
-    elif total.dim() == 2:
-        total.addmm_(a, b, alpha=scale)
-    else:
-        total.baddbmm_(a, b, alpha=scale)
+def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a b``, of matrices or of stacks of them."""
+    if total.dim() == 2 and total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_contiguous() and total.dtype == a.dtype:
+        total.baddbmm_(a, b)
+    else:  # the bank's rows lie apart, which baddbmm answers with a product for each
+        total.add_(torch.matmul(a, b))
 
 
 def _lanes(x: Tensor, s: Segment) -> Tensor:
     """``[clients n, d]`` as ``[clients, n, d]``."""
     return x.view(s.clients, -1, x.shape[-1])
+
+
+def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None]:
+    """Add the adapters' part of the layer to ``y [N, d_out]``, in place.
+
+    Args:
+        y: what the frozen weight gives.
+        rows: the layer's input, copied if rows are spread, ``[M, d_in]``.
+        plan: the adapters.
+
+    Returns:
+        What `add_gradients` needs.
+    """
+    mask = plan.mask(rows.dtype)
+    inputs = rows if mask is None else rows * mask
+    if plan.spread is None:
+        return up(y, inputs, plan, fresh=False)
+    delta = y.new_empty(rows.shape[0], y.shape[1])
+    hidden = up(delta, inputs, plan, fresh=True)
+    y.add_(delta.index_select(0, plan.spread.back))
+    return hidden
+
+
+def add_gradients(
+    dx: Tensor | None,
+    g: Tensor,
+    rows: Tensor | None,
+    hidden: Sequence[Tensor | None],
+    plan: LayerPlan,
+) -> None:
+    """The backward pass of `add_adapters`: to the bank, and to ``dx [N, d_in]``, in place.
+
+    Args:
+        dx: the frozen weight's part; None where the input needs no gradient.
+        g: ``[N, d_out]``.
+        rows: ``[M, d_in]`` as in `add_adapters`; None where no A is trained.
+        hidden: what `add_adapters` returned.
+        plan: the adapters.
+    """
+    spread, mask = plan.spread, plan.mask(g.dtype)
+    grads = g if spread is None else moved(g, spread.out, spread.pads)
+    if rows is None:
+        inputs = g.new_empty(grads.shape[0], 0)
+    else:
+        inputs = rows if mask is None else rows * mask
+    if spread is None and mask is None:
+        down(dx, grads, inputs, hidden, plan, fresh=False)
+        return
+    through = None if dx is None else dx.new_empty(grads.shape[0], dx.shape[1])
+    down(through, grads, inputs, hidden, plan, fresh=True)
+    if dx is None or through is None:
+        return
+    if mask is not None:
+        through.mul_(mask)
+    dx.add_(through if spread is None else through.index_select(0, spread.back))
 
 
 class FusedLinear(torch.autograd.Function):
@@ -143,67 +221,58 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, weight: Tensor, bias: Tensor | None, plan: LayerPlan
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        plan: LayerPlan,
     ) -> Tensor:
-        """``x [..., d_in]``, ``weight [d_in, d_out]`` -> ``[..., d_out]``."""
+        """``x [..., d_in]`` and its copy ``rows [M, d_in]`` if rows are spread, ``weight [d_in,
+        d_out]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        mask = plan.mask(flat.dtype)
-        hidden = up(y, flat if mask is None else flat * mask, plan)
-        trains_a = any(s.train_a and s.views is not None for s in plan.segments)
-        ctx.save_for_backward(flat if trains_a else None, weight, *hidden)
+        rows = flat if rows is None else rows
+        hidden = add_adapters(y, rows, plan)
+        ctx.save_for_backward(rows if plan.trains_a else None, weight, *hidden)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         """Of the input alone."""
-        flat, weight, *hidden = ctx.saved_tensors
+        rows, weight, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = g @ weight.t() if ctx.needs_input_grad[0] else None
-        _down_masked(dx, g, flat, hidden, ctx.plan)
-        return None if dx is None else dx.view(ctx.shape).to(ctx.dtype), None, None, None, None
+        add_gradients(dx, g, rows, hidden, ctx.plan)
+        if dx is not None:
+            dx = dx.view(ctx.shape).to(ctx.dtype)
+        return dx, None, None, None, None, None
 
 
 class FusedDelta(torch.autograd.Function):
     """The adapters' part alone, beside a layer that keeps its weight to itself (quantised)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, d_out: int, plan: LayerPlan) -> Tensor:
-        """``x [..., d_in]`` -> ``[..., d_out]``."""
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, d_out: int, rows: Tensor | None, plan: LayerPlan
+    ) -> Tensor:
+        """``x [..., d_in]`` and its copy, if rows are spread -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1])
         y = flat.new_zeros(flat.shape[0], d_out)
-        mask = plan.mask(flat.dtype)
-        hidden = up(y, flat if mask is None else flat * mask, plan)
-        ctx.save_for_backward(flat, *hidden)
+        rows = flat if rows is None else rows
+        hidden = add_adapters(y, rows, plan)
+        ctx.save_for_backward(rows if plan.trains_a else None, *hidden)
         ctx.plan, ctx.shape = plan, x.shape
         return y.view(*x.shape[:-1], d_out)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Of the input alone."""
-        flat, *hidden = ctx.saved_tensors
+        rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
-        dx = torch.zeros_like(flat) if ctx.needs_input_grad[0] else None
-        _down_masked(dx, g, flat, hidden, ctx.plan)
-        return None if dx is None else dx.view(ctx.shape), None, None, None
-
-
-def _down_masked(
-    dx: Tensor | None,
-    g: Tensor,
-    x: Tensor | None,
-    hidden: Sequence[Tensor | None],
-    plan: LayerPlan,
-) -> None:
-    """`down` with the mask of the forward on both sides of every adapter."""
-    mask = plan.mask(g.dtype)
-    if x is None:  # no A is trained
-        x = g.new_empty(0).expand(g.shape[0], 0)
-    if mask is None:
-        down(dx, g, x, hidden, plan)
-        return
-    through = None if dx is None else torch.zeros_like(dx)
-    down(through, g, x * mask if x.shape[1] else x, hidden, plan)
-    if dx is not None and through is not None:
-        dx.addcmul_(through, mask)
+        wanted = ctx.needs_input_grad[0]
+        dx = g.new_zeros(g.shape[0], ctx.shape[-1]) if wanted else None
+        add_gradients(dx, g, rows, hidden, ctx.plan)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.engine.forward import supervised_logits
+from fedlora.engine.forward import supervised_hidden, supervised_logits
 from fedlora.engine.fused.bank import AdapterBank
-from fedlora.engine.fused.batch import FusedBatch, Group, Lane, padded_batch, ragged_batch
+from fedlora.engine.fused.batch import (
+    FusedBatch,
+    Group,
+    Lane,
+    Spread,
+    padded_batch,
+    ragged_batch,
+)
+from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import draw_words, random_words, stored_transposed
+from fedlora.models.layers import dropout_bits, stored_transposed
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import recomputing
 
@@ -37,7 +45,8 @@ class FusedModel:
         self.checkpoint = checkpoint
         self._attention = RaggedAttention()
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
-        self._bits = torch.Generator(model.device)
+        self._hidden = int(model.network.config.get_text_config().hidden_size)
+        self._plain_head = is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._bank: AdapterBank | None = None
@@ -45,6 +54,10 @@ class FusedModel:
         self._segments: list[list[Segment]] = []
         self._sizes: list[int] = []
         self._batch: FusedBatch | None = None
+        self._spread: Spread | None = None
+        self._bits: list[Tensor] = []
+        self._thresholds: Tensor | None = None
+        self._copied: tuple[Tensor, Tensor] | None = None
 
     def compute_dtype(self, autocast: bool) -> torch.dtype:
         """What the adapted layers compute in: bfloat16 under autocast, else the base's own type."""
@@ -75,12 +88,14 @@ class FusedModel:
                 yield
             finally:
                 self.model.unmount()
-                self._bank = self._batch = None
+                self._forget()
+                self._bank = None
                 self._known, self._segments, self._cast = {}, [], {}
 
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, as this model takes them."""
-        return ragged_batch(lanes) if self.is_ragged else padded_batch(lanes)
+        lay = ragged_batch if self.is_ragged else padded_batch
+        return lay(lanes, self._hidden)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -96,33 +111,52 @@ class FusedModel:
 
     def nll(self, batch: FusedBatch) -> Tensor:
         """The negative log-likelihood of every supervised token, ``[n]``."""
-        logits, targets = self.logits(batch)
-        return functional.cross_entropy(logits, targets, reduction="none")
+        if not self._plain_head:
+            logits, targets = self.logits(batch)
+            return functional.cross_entropy(logits, targets, reduction="none")
+        self.prepare(batch)
+        moved, network = batch.batch.to(self.model.device), self.model.network
+        with self._precision():
+            hidden = supervised_hidden(network, moved)
+            return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 
     def logits(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
         """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
-        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+        with self._precision():
             logits = supervised_logits(self.model.network, moved)
         return logits, moved.targets
+
+    def _precision(self) -> torch.autocast:
+        device = self.model.device.type
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocast)
 
     def prepare(self, batch: FusedBatch) -> None:
         """Tell layers and attention where whose rows are in what comes next."""
         self.prepare_rows(batch.groups)
+        device = self.model.device
         self._batch = batch
+        self._spread = None if batch.spread is None else batch.spread.to(device)
+        self._bits = self._drawn(batch)
+        self._thresholds = None if batch.thresholds is None else batch.thresholds.to(device)
         if batch.geometry is not None:
-            self._attention.geometry = batch.geometry.to(self.model.device)
+            self._attention.geometry = batch.geometry.to(device)
 
     def prepare_rows(self, groups: Sequence[Group]) -> None:
         """The same for inputs ``[rows, width]`` of any width, such as those of generation, where
         `Group.rows` counts sequences and there is no dropout."""
         assert self._bank is not None
         self._bank.refresh()
-        self._batch = None
+        self._forget()
         self._sizes = [group.rows for group in groups]
         by_group = [self._of_group(group) for group in groups]
         self._segments = [list(of_layer) for of_layer in zip(*by_group, strict=True)]
+
+    def _forget(self) -> None:
+        """Drop what belongs to one batch."""
+        self._batch = self._spread = self._thresholds = self._copied = None
+        self._bits = []
 
     @staticmethod
     def per_lane(values: Tensor, batch: FusedBatch) -> Tensor:
@@ -148,36 +182,42 @@ class FusedModel:
 
     def _plan(self, index: int, x: Tensor) -> LayerPlan:
         """The part of layer ``index`` in what was prepared."""
-        d_in = x.shape[-1]
-        stretch, rest = divmod(x.numel() // d_in, sum(self._sizes))
-        if rest:
+        d_in, segments = x.shape[-1], self._segments[index]
+        rows, spread = x.numel() // d_in, self._spread
+        if spread is None:
+            stretch, rest = divmod(rows, sum(self._sizes))
+        else:
+            stretch, rest = divmod(rows, spread.back.shape[0])
+        if rest or stretch == 0 or (stretch > 1 and self._batch is not None):
             raise ValueError(
-                f"layer {index} was given {x.numel() // d_in} rows, which is no multiple of the "
-                f"{sum(self._sizes)} that were prepared: the model reorders its tokens"
+                f"layer {index} was given {rows} rows where another number was prepared: the model "
+                "does not pass every token through it once"
             )
-        bits, thresholds = self._draw(index, d_in)
-        sizes = [rows * stretch for rows in self._sizes]
-        return LayerPlan(sizes, self._segments[index], bits, thresholds)
+        sizes = [n * stretch for n in self._sizes]
+        bits = self._bits[index] if self._bits else None
+        return LayerPlan(sizes, segments, bits, self._thresholds, spread)
 
-    def _draw(self, index: int, d_in: int) -> tuple[Tensor | None, Tensor | None]:
-        """Random bits ``[N, d_in]`` of one layer's dropout and thresholds ``[N, 1]``.
+    def _drawn(self, batch: FusedBatch) -> list[Tensor]:
+        """Random bits ``[M, d_in]`` of every layer's dropout; none without dropout.
 
-        Drawn client by client in the shape that the client's own padded batch has, so that the
-        masks are those of the client trained alone.
+        Drawn client by client in the shape of the client's own padded batch, so that the masks are
+        those of the client trained alone.
         """
-        batch, device = self._batch, self.model.device
-        if batch is None or batch.thresholds is None:
-            return None, None
-        counts = [rows * d_in for rows in batch.drawn]
-        parts = [random_words(n, device) for n in counts]
-        for lane, words in zip(batch.lanes, parts, strict=True):
-            if lane.dropped:
-                draw_words(words, self._bits.manual_seed(lane.seeds[index]))
-        drawn = [w.view(torch.int16)[:n] for w, n in zip(parts, counts, strict=True)]
-        bits = (torch.cat(drawn) if len(drawn) > 1 else drawn[0]).view(-1, d_in)
-        if batch.source is not None:
-            bits = bits.index_select(0, batch.source.to(device))
-        return bits, batch.thresholds.to(device)
+        if batch.thresholds is None:
+            return []
+        device = self.model.device
+        widths = [m.d_in for m in self.model.info.modules]
+        each = [
+            dropout_bits(rows, widths, lane.seed, device)
+            if lane.dropped
+            else [torch.empty(rows, width, dtype=torch.int16, device=device) for width in widths]
+            for lane, rows in zip(batch.lanes, batch.drawn, strict=True)
+        ]
+        bits = [torch.cat(of_layer) for of_layer in zip(*each, strict=True)]
+        if batch.source is None:
+            return bits
+        source = batch.source.to(device)
+        return [b.index_select(0, source) for b in bits]
 
     def layer(self, x: Tensor, base: nn.Module, index: int) -> Tensor:
         """What the adapted layer ``index`` gives for ``x [..., d_in]``."""
@@ -186,14 +226,25 @@ class FusedModel:
         assert isinstance(weight, Tensor)
         if not weight.is_floating_point():
             y: Tensor = base(x)
-            delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], plan)  # type: ignore[no-untyped-call]
+            rows = self._copy(x, x.dtype)
+            delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], rows, plan)  # type: ignore[no-untyped-call]
             return y + delta
         bias: Any = base.bias
         if self._autocast:
             weight, bias = self._lowered(weight), None if bias is None else self._lowered(bias)
         across = weight if stored_transposed(base) else weight.t()
-        out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, plan)  # type: ignore[no-untyped-call]
+        rows = self._copy(x, weight.dtype)
+        out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
         return out
+
+    def _copy(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The spread copy ``[M, d_in]`` of a layer's input; one for layers that share the input."""
+        if self._spread is None:
+            return None
+        if self._copied is None or self._copied[0] is not x:
+            flat = x.detach().reshape(-1, x.shape[-1]).to(dtype)
+            self._copied = (x, flat.index_select(0, self._spread.out))
+        return self._copied[1]
 
     def _lowered(self, tensor: Tensor) -> Tensor:
         """A frozen tensor in bfloat16, cast once while mounted."""

@@ -23,6 +23,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from types import MappingProxyType
 
 from fedlora.types import at_least
@@ -144,9 +145,9 @@ def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
 def longest_remaining(residents: Sequence[Resident], room: Room) -> list[Resident]:
     """The longest remaining chain first: a chain cannot be sped up, so it must not wait.
 
-    Chains are compared by forwards, then by tokens.
+    Chains are compared by forwards, then by tokens; between equals, first come, first served.
     """
-    line = sorted(residents, key=lambda r: (-r.forwards_left, -r.tokens_left, r.client))
+    line = sorted(residents, key=attrgetter("forwards_left", "tokens_left"), reverse=True)
     return room.packed(line)
 
 
@@ -156,7 +157,7 @@ def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
     A run is as long as the budget allows. Its score is its real tokens times their share of what
     the padded layout would compute: full steps and little padding.
     """
-    line = sorted(residents, key=lambda r: (r.forward.width, -r.forwards_left, r.client))
+    line = sorted(residents, key=attrgetter("forward.width"))
     start, rows, tokens = 0, 0, 0
     best, most = (0, 1), 0.0
     for end, resident in enumerate(line, 1):

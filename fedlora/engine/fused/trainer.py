@@ -110,8 +110,7 @@ class Resident:
         self._forwards = self.chain.forwards
         self._rates = learning_rates(num_steps(len(self.examples), plan), plan)
         job = self.chain.job
-        modules = len(self.chain.layout.parts)
-        self._seeds = dropout_seeds(job.seed, job.round, job.client.id, modules)
+        self._seeds = dropout_seeds(job.seed, job.round, job.client.id)
         self._dropped = dropped_share(plan.dropout)
 
     def lane(self, index: int) -> Lane:
@@ -133,7 +132,7 @@ class Resident:
             plan.train_a,
             plan.train_b,
             self._dropped,
-            next(self._seeds) if self._dropped else (),
+            next(self._seeds),
         )
 
     def learn(self, index: int, loss: Tensor) -> None:

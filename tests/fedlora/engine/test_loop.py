@@ -56,7 +56,7 @@ class SameDropout(torch.nn.Module):
         self.p = p
 
     def forward(self, x):
-        return layers.dropout(x, self.p, torch.Generator().manual_seed(self.seed))
+        return layers.dropout(x, self.p, self.bits)
 
 
 def peft_network(name, factors, dropout):
@@ -123,7 +123,8 @@ def reference(name, factors, plan, held):
         }[plan.schedule],
     )
     micro = plan.micro_batch_size or plan.batch_size
-    seeds = dropout_seeds(SEED, 3, 0, len(adapted))
+    seeds = dropout_seeds(SEED, 3, 0)
+    widths = [f.a.shape[1] for f in factors.values()]
     losses = []
     for rows in batches:
         optimizer.zero_grad()
@@ -132,8 +133,9 @@ def reference(name, factors, plan, held):
         tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in prepared)
         losses.append(0.0)
         for ids, mask, labels in prepared:
-            for layer, seed in zip(adapted.values(), next(seeds), strict=True):
-                layer.lora_dropout["default"].seed = seed
+            drawn = layers.dropout_bits(ids[:, :-1].numel(), widths, next(seeds), ids.device)
+            for layer, bits in zip(adapted.values(), drawn, strict=True):
+                layer.lora_dropout["default"].bits = bits
             if plan.dropout:  # the same shapes, so that the same random numbers fall alike
                 logits = twin(input_ids=ids[:, :-1]).logits
             else:

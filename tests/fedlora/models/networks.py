@@ -104,7 +104,7 @@ def logits(network: PreTrainedModel) -> torch.Tensor:
 
 def step(model: LanguageModel, parameters: list[torch.nn.Parameter], lr: float = 0.05) -> None:
     """One plain gradient step on `tokens`."""
-    model.seed_dropout(range(len(model.layers)))
+    model.seed_dropout(0, tokens().numel())
     model.network(input_ids=tokens(), labels=tokens()).loss.backward()
     with torch.no_grad():
         for p in parameters:

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import fedlora
 from fedlora.config import ConfigError, build, describe
@@ -16,9 +18,11 @@ from fedlora.models import folder as folders
 from fedlora.models.folder import ModelError, find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny
-from tests.fedlora.models.networks import gpt2, llama, logits, tokenizer
+from tests.fedlora.models.mapped import pages, ranges, use
+from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 
 CPU = torch.device("cpu")
+LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings need /proc")
 CONF = Path(fedlora.__file__).parents[1] / "conf" / "model"
 
 
@@ -249,6 +253,64 @@ def test_the_shipped_model_loads():
     ids = model.tokenizer("To the Senate and House of Representatives:", return_tensors="pt")
     loss = model.network(input_ids=ids.input_ids, labels=ids.input_ids).loss
     assert float(loss) < 6, "a random model of 2,048 tokens has 7.6"
+
+
+@LINUX
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("network", [llama, gpt2])
+def test_weights_stay_pages_of_their_file(network, dtype, tmp_path):
+    """However the model is used; a write is seen by this process alone."""
+    network().to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    model = HuggingFace(path=str(tmp_path), dtype=dtype).load(CPU)
+    model.mount(adapter(model.info.modules, 2))
+    use(model)
+    model.unmount()
+    mapped = ranges(file)
+    for name, p in model.network.named_parameters():
+        assert any(low <= p.data_ptr() < high for low, high in mapped), name
+    assert pages(file)["Anonymous"] == 0
+    shared = {p.data_ptr() for p in model.network.parameters()}
+    assert model.network.get_output_embeddings().weight.data_ptr() in shared  # still tied
+    stored, whole = load_file(file), file.read_bytes()
+    for name, tensor in stored.items():
+        found = {n: t for n, t in model.base_state().items() if n.endswith(name)}
+        assert all(torch.equal(t, tensor) for t in found.values()) and found
+    with torch.no_grad():
+        next(model.network.parameters()).add_(1)
+    assert pages(file)["Anonymous"] > 0
+    assert file.read_bytes() == whole
+
+
+@LINUX
+def test_two_processes_hold_the_weights_once(tmp_path):
+    config = llama().config
+    config.update({"hidden_size": 256, "intermediate_size": 1024})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size / 1024
+    command = [sys.executable, "-m", "tests.fedlora.models.mapped", str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen(command, **pipes) for _ in range(2)]
+
+    def ask(worker):
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+        return json.loads(worker.stdout.readline())
+
+    try:
+        for worker in workers:
+            ask(worker)  # both have loaded
+        for found in map(ask, workers):
+            assert found["Rss"] > 0.9 * size
+            assert found["Pss"] < 0.6 * size
+            assert found["Anonymous"] == 0
+    finally:
+        for worker in workers:
+            worker.stdin.close()
+            worker.wait()
+            worker.stdout.close()
 
 
 def _asset(folder: Path) -> None:

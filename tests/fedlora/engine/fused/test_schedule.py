@@ -1,6 +1,7 @@
 """Laws of schedules, for every policy, layout, budget and number of slots."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,19 @@ from hypothesis import strategies as st
 from fedlora.engine.fused.schedule import (
     POLICIES,
     Forward,
+    Policy,
+    Resident,
+    Room,
     Schedule,
     Step,
     Work,
     cost,
     first_come,
+    in_line,
     longest_first,
+    longest_remaining,
     policy,
+    similar_widths,
 )
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=150)
@@ -197,6 +204,78 @@ def test_where_only_tokens_are_scarce_refill_obeys_the_list_scheduling_bound(wor
         assert steps <= chain + sum(sizes) / (budget - widest + 1)
 
 
+def residents_of(held: list[Forward]) -> list[Resident]:
+    return [
+        Resident(k, k, Work((f, f)), f, forwards_left=1 + k % 2, tokens_left=f.tokens)
+        for k, f in enumerate(held)
+    ]
+
+
+@LAWS
+@given(
+    held=st.lists(forwards(), min_size=1, max_size=8),
+    choose=st.sampled_from([in_line, longest_remaining]),
+    budget=st.integers(1, 300),
+    padded=st.booleans(),
+)
+def test_nobody_waits_who_would_fit(held, choose, budget, padded):
+    line = residents_of(held)
+    chosen = choose(line, Room(budget, padded, min(f.tokens for f in held)))
+    running = [r.forward for r in chosen]
+    for resident in line:
+        if resident not in chosen:
+            assert cost([*running, resident.forward], padded) > budget
+
+
+@LAWS
+@given(
+    held=st.lists(forwards(), min_size=1, max_size=8),
+    budget=st.integers(1, 300),
+    padded=st.booleans(),
+)
+def test_similar_widths_are_the_best_of_all_runs(held, budget, padded):
+    def score(run: list[Forward]) -> float:
+        return cost(run, False) ** 2 / cost(run, True)
+
+    ordered = sorted(held, key=lambda f: f.width)
+    runs = [ordered[i:j] for j in range(1, len(held) + 1) for i in range(j)]
+    fitting = [run for run in runs if len(run) == 1 or cost(run, padded) <= budget]
+    chosen = [r.forward for r in similar_widths(residents_of(held), Room(budget, padded, 1))]
+    assert chosen in fitting
+    # Runs as long as the budget allows, that is: a shorter one may pad even less.
+    longest = [run for run in fitting if not any(_extends(o, run) for o in fitting)]
+    assert score(chosen) >= max(map(score, longest)) - 1e-9
+
+
+def _extends(other: list[Forward], run: list[Forward]) -> bool:
+    """Whether ``other`` ends as ``run`` does and starts earlier."""
+    return len(other) > len(run) and other[-len(run) :] == run
+
+
+@LAWS
+@given(works=WORKS, slots=st.integers(1, 4), budget=st.integers(1, 200))
+def test_matching_gives_a_slot_to_the_candidate_nearest_in_width(works, slots, budget):
+    def width(client: int) -> float:
+        chain = works[client].forwards
+        return sum(f.width for f in chain) / len(chain)
+
+    line, inside = longest_first(works), []
+    room = POLICIES["length_match"].lookahead * min(slots, len(works)) + 1
+    for step in run(works, "length_match", budget, slots):
+        for client, _ in step.admitted:
+            candidates = line[:room]
+            assert client in candidates
+            if inside:
+                mean = sum(map(width, inside)) / len(inside)
+                gaps = [abs(width(c) - mean) for c in candidates]
+                assert abs(width(client) - mean) <= min(gaps) + 1e-9
+            else:
+                assert width(client) == max(map(width, candidates))
+            line.remove(client)
+            inside.append(client)
+        inside = [client for client in inside if client not in step.finished]
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("budget", "slots"), [(1024, 9), (4096, 36)])
 def test_on_unequal_clients_refill_beats_waves_and_nears_the_bound(budget, slots, seed):
@@ -210,16 +289,18 @@ def test_on_unequal_clients_refill_beats_waves_and_nears_the_bound(budget, slots
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("budget", "slots"), [(1024, 9), (4096, 36)])
-def test_matching_lengths_pads_less_than_first_come(budget, slots, seed):
+def test_matching_lengths_pads_least(budget, slots, seed):
     works = population(seed=seed)
 
-    def computed(name: str) -> int:
-        return sum(
-            cost(active(works, step), True) for step in run(works, name, budget, slots, True)
-        )
+    def computed(policy: Policy) -> int:
+        steps = Schedule(works, policy, budget, slots, padded=True)
+        return sum(cost(active(works, step), True) for step in steps)
 
-    assert computed("length_match") < min(computed("fifo_wave"), computed("fifo_refill"))
-    assert computed("length_match") < computed("refill")
+    least = computed(POLICIES["length_match"])
+    assert all(least < computed(p) for name, p in POLICIES.items() if name != "length_match")
+    # Each of its two parts is needed.
+    assert least < computed(replace(POLICIES["length_match"], choose=longest_remaining))
+    assert least < computed(replace(POLICIES["length_match"], lookahead=0))
 
 
 def test_first_come_is_first_served():
