@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from simulations.bench.engine_cases import SHORT, Case, Draw
+from simulations.bench.engine_cases import SHORT, Case, Draw, sample
 from simulations.bench.engine_hosts import Opened, hosts
 from simulations.bench.engine_sides import ENGINES
 
 TINY_CLIENTS = Case("tiny clients", "tiny", 256, SHORT, Draw(4, 4), Draw(1, 1))
 """One step of one example of four tokens: what is left is the cost of being a client."""
+PROFILED = 32
+"""Clients in a profile of operators: it takes long to add up."""
 SIDES = ("peft loop", *ENGINES)
 
 
@@ -65,8 +67,7 @@ def divided(opened: Opened, repeats: int) -> list[dict[str, float]]:
     for _ in range(repeats + 1):
         parts, began = Parts(), time.perf_counter()
         with parts.watching(opened.side.network):
-            for _ in opened.side.train(jobs):
-                pass
+            opened.side.work(jobs)
         total = time.perf_counter() - began
         seconds = {"total": total, "forward": parts.forward, "backward": parts.backward}
         seconds["rest"] = total - parts.forward - parts.backward
@@ -77,11 +78,10 @@ def divided(opened: Opened, repeats: int) -> list[dict[str, float]]:
 def operators(opened: Opened, rows: int) -> list[tuple[str, float, int]]:
     """The operators that take longest: name, share of all operators' own time, calls."""
     torch.set_num_threads(1)
-    for _ in opened.side.train(opened.world.jobs):
-        pass
+    jobs = sample(opened.world.jobs, [j.client.num_examples for j in opened.world.jobs], PROFILED)
+    opened.side.work(jobs)
     with profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in opened.side.train(opened.world.jobs):
-            pass
+        opened.side.work(jobs)
     events = sorted(seen.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     return [(e.key, e.self_cpu_time_total / total, int(e.count)) for e in events[:rows]]
@@ -91,8 +91,7 @@ def functions(opened: Opened, rows: int) -> str:
     """The Python functions that take longest by themselves, as `pstats` prints them."""
     watch = cProfile.Profile()
     watch.enable()
-    for _ in opened.side.train(opened.world.jobs):
-        pass
+    opened.side.work(opened.world.jobs)
     watch.disable()
     text = io.StringIO()
     pstats.Stats(watch, stream=text).strip_dirs().sort_stats("tottime").print_stats(rows)

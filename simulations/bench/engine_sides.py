@@ -4,6 +4,7 @@ Every side takes the same jobs and gives, client by client, its losses and the a
 with as one row of numbers, so that they can be held against each other before anything is timed.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -58,6 +59,9 @@ class Side(Protocol):
             RuntimeError: if a client fails.
         """
 
+    def work(self, jobs: Sequence[TrainJob]) -> None:
+        """The same without anything that only the comparison needs."""
+
     def notes(self) -> tuple[str, ...]:
         """What it says of itself."""
 
@@ -69,6 +73,10 @@ class EngineSide:
         store: Any = world.store
         self.network = world.network
         self.engine = spec.open(world.model, store)
+
+    def work(self, jobs: Sequence[TrainJob]) -> None:
+        """All clients through the engine; what comes out is let go."""
+        deque(self.engine.train(jobs), maxlen=0)
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Outcome]:
         """All clients through the engine."""
@@ -124,6 +132,10 @@ class PeftLoop:
             for parameter, value in zip(trained, values, strict=True):
                 parameter.copy_(value)
         return trained
+
+    def work(self, jobs: Sequence[TrainJob]) -> None:
+        """One client after another."""
+        deque(self.train(jobs), maxlen=0)
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Outcome]:
         """One client after another."""

@@ -9,6 +9,7 @@ same ones, in a process of its own with one thread, and must end where the seque
 
 import argparse
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
 from simulations.bench.engine_cases import SHORT, Case, Draw, World
-from simulations.bench.engine_hosts import Group, Run, hosts
+from simulations.bench.engine_hosts import Group, Opened, Run, hosts
 from simulations.bench.engine_measure import Cohort, agreement, cohort_of, padding, tune
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
@@ -65,27 +66,36 @@ def measure(case: Case, sides: Mapping[str, EngineSpec], repeats: int) -> dict[s
         RuntimeError: if one does not train what the first one trains.
     """
     cohort = cohort_of(World(case))
-    few = Cohort(cohort.jobs[:32], cohort.weights[:32], 0)
-    names, results = list(sides), dict[str, Result]()
-    reference: Run | None = None
     tune(case, cohort, sides)
+    names, results = list(sides), dict[str, Result]()
     with hosts(case, dict.fromkeys(names, 1), sides) as opened:
+        reference: Run | None = None
         for name in names:
-            Group(opened[name]).train(few.jobs, few.weights)  # warms up
+            run = Group(opened[name]).train(cohort.jobs, cohort.weights)
+            reference = reference or run
+            results[name] = checked(name, cohort, run, reference)
         for r in range(repeats):
             at = r % len(names)
             for name in names[at:] + names[:at]:
-                run = Group(opened[name]).train(cohort.jobs, cohort.weights)
-                if r == 0:
-                    reference = reference or run
-                    results[name] = first_result(name, cohort, run, reference)
-                results[name].seconds.append(run.wall)
-                results[name].cpu_seconds.append(run.cpu)
+                wall, cpu = opened[name][0].call(timed)
+                results[name].seconds.append(wall)
+                results[name].cpu_seconds.append(cpu)
     return results
 
 
-def first_result(name: str, cohort: Cohort, run: Run, reference: Run) -> Result:
-    """What one run says, but for its time."""
+def timed(opened: Opened) -> tuple[float, float]:
+    """Seconds of wall and CPU for all clients, in the process that trains them."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    opened.side.work(opened.world.jobs)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def checked(name: str, cohort: Cohort, run: Run, reference: Run) -> Result:
+    """What a run says, but for its time.
+
+    Raises:
+        RuntimeError: if it did not train what the reference trained.
+    """
     agreed = agreement(CASE, cohort, run, reference)
     if agreed.error:
         raise RuntimeError(f"{name} {agreed.error}")
