@@ -275,7 +275,8 @@ def test_an_evaluation_that_was_cut_short_is_completed(federate):
 
 def test_the_engine_says_what_it_is_and_gets_the_messages_it_likes(federate):
     """Once per run, in every round's record, and in a resumed run as well."""
-    words = ("engine._target_=tests.simulations.talkative.Talkative", "evaluate=loss",
+    talkative = "engine._target_=tests.simulations.talkative.Talkative"
+    words = ("engine=sequential", talkative, "evaluate=loss",
              "evaluate.clients=2")  # fmt: skip
     whole = federate(*words, "rounds=2")
     assert whole.said.count("engine: talkative") == whole.said.count("engine: 6 at once") == 1

@@ -94,7 +94,6 @@ class Resident:
     forward: Forward
     """What it runs next."""
     forwards_left: int
-    tokens_left: int
 
     @property
     def index(self) -> int:
@@ -145,9 +144,10 @@ def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
 def longest_remaining(residents: Sequence[Resident], room: Room) -> list[Resident]:
     """The longest remaining chain first: a chain cannot be sped up, so it must not wait.
 
-    Chains are compared by forwards, then by tokens; between equals, first come, first served.
+    Chains are compared by forwards; of equal ones the lower slots go first, so that those who run
+    are neighbours, whose products can be batched (`fedlora.engine.fused.batch`).
     """
-    line = sorted(residents, key=attrgetter("forwards_left", "tokens_left"), reverse=True)
+    line = sorted(residents, key=lambda r: (-r.forwards_left, r.slot))
     return room.packed(line)
 
 
@@ -293,10 +293,8 @@ class Schedule(Iterator[Step]):
             if client is None:
                 return
             work, slot = self.works[client], heapq.heappop(self._free)
-            tokens = sum(f.tokens for f in work.forwards)
-            self._residents.append(
-                Resident(client, slot, work, work.forwards[0], len(work.forwards), tokens)
-            )
+            first, count = work.forwards[0], len(work.forwards)
+            self._residents.append(Resident(client, slot, work, first, count))
             yield client, slot
 
     def _leave(self, clients: set[int]) -> None:
@@ -307,7 +305,6 @@ class Schedule(Iterator[Step]):
 
 
 def _advance(resident: Resident) -> None:
-    resident.tokens_left -= resident.forward.tokens
     resident.forwards_left -= 1
     if resident.forwards_left:
         resident.forward = resident.work.forwards[resident.index]

@@ -205,10 +205,7 @@ def test_where_only_tokens_are_scarce_refill_obeys_the_list_scheduling_bound(wor
 
 
 def residents_of(held: list[Forward]) -> list[Resident]:
-    return [
-        Resident(k, k, Work((f, f)), f, forwards_left=1 + k % 2, tokens_left=f.tokens)
-        for k, f in enumerate(held)
-    ]
+    return [Resident(k, k, Work((f, f)), f, forwards_left=1 + k % 2) for k, f in enumerate(held)]
 
 
 @LAWS
