@@ -220,10 +220,10 @@ def repeat(
 # ------------------------------------------------------------------------------------------- rates
 
 
-def rate(entry: Mapping[str, Any], best: bool = False) -> float:
-    """Real tokens per second: median of the repeats, or the best of them."""
-    walls = [r["wall_s"] for r in entry["repeats"]]
-    return float(entry["tokens"] / (min(walls) if best else statistics.median(walls)))
+def rate(entry: Mapping[str, Any], best: bool = False, clock: str = "wall_s") -> float:
+    """Real tokens per second of wall or CPU (``cpu_s``): median of the repeats, or the best."""
+    seconds = [r[clock] for r in entry["repeats"]]
+    return float(entry["tokens"] / (min(seconds) if best else statistics.median(seconds)))
 
 
 def limit(record: Mapping[str, Any], cores: int = 1) -> float:

@@ -1,4 +1,7 @@
-"""Where the time of a side goes: forward, backward and the rest; operators; Python functions."""
+"""Where the time of a side goes: forward, backward and the rest; operators; Python functions.
+
+CPU time of one thread throughout, so that others who use the core do not count.
+"""
 
 import cProfile
 import io
@@ -23,7 +26,7 @@ SIDES = ("peft loop", *ENGINES)
 
 
 class Parts:
-    """Seconds within the base model's forward and within backward passes."""
+    """CPU seconds within the base model's forward and within backward passes."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0.0
@@ -45,16 +48,16 @@ class Parts:
                 handle.remove()
 
     def _enter(self, *_: Any) -> None:
-        self._entered = time.perf_counter()
+        self._entered = time.process_time()
 
     def _leave(self, *_: Any) -> None:
-        self.forward += time.perf_counter() - self._entered
+        self.forward += time.process_time() - self._entered
 
     def _timed(self, function: Callable[..., Any]) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = time.perf_counter()
+            began = time.process_time()
             result = function(*args, **kwargs)
-            self.backward += time.perf_counter() - began
+            self.backward += time.process_time() - began
             return result
 
         return call
@@ -65,10 +68,10 @@ def divided(opened: Opened, repeats: int) -> list[dict[str, float]]:
     jobs, found = opened.world.jobs, []
     torch.set_num_threads(1)
     for _ in range(repeats + 1):
-        parts, began = Parts(), time.perf_counter()
+        parts, began = Parts(), time.process_time()
         with parts.watching(opened.side.network):
             opened.side.work(jobs)
-        total = time.perf_counter() - began
+        total = time.process_time() - began
         seconds = {"total": total, "forward": parts.forward, "backward": parts.backward}
         seconds["rest"] = total - parts.forward - parts.backward
         found.append({name: s / len(jobs) * 1e3 for name, s in seconds.items()})
@@ -101,7 +104,9 @@ def functions(opened: Opened, rows: int) -> str:
 def overhead(repeats: int) -> dict[str, Any]:
     """What a client costs beyond its forward and backward passes; printed and returned."""
     n = TINY_CLIENTS.clients
-    print(f"{n} clients of one step of one example of four tokens, ms per client, least of repeats")
+    print(
+        f"{n} clients, one step of one example of four tokens: CPU ms per client, least of repeats"
+    )
     print(f"{'':<14}{'total':>9}{'forward':>9}{'backward':>9}{'the rest':>9}")
     records: dict[str, Any] = {}
     with hosts(TINY_CLIENTS, dict.fromkeys(SIDES, 1)) as opened:

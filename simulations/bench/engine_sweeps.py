@@ -1,6 +1,8 @@
 """One thing varied at a time: where does training clients together pay, and where not?
 
-Every side has one core here, so that a line shows an engine and not a number of processes.
+Every side has one core here, so that a line shows an engine and not a number of processes, and
+speed is per second of CPU, so that others who use the core do not count. Only the sweep over
+processes has two cores and looks at the clock on the wall.
 """
 
 from collections.abc import Iterator, Mapping
@@ -82,25 +84,32 @@ def run_sweep(name: str, effort: Effort) -> dict[str, Any]:
     """Measure and print one sweep; the record of every point by its label."""
     ways = TWO_CORES if name == "processes" else ONE_CORE
     print(f"{name}: {(SWEEPS[name].__doc__ or '').strip()}", flush=True)
-    print(heading([e.label for e in ways]), flush=True)
+    clock = clock_of(name)
+    print(heading([e.label for e in ways], clock), flush=True)
     records = {}
     for label, case in SWEEPS[name]():
         records[label] = measure(case, ways, effort)
-        print(line(label, records[label]), flush=True)
+        print(line(label, records[label], clock), flush=True)
     print(flush=True)
     return records
 
 
-def heading(labels: list[str]) -> str:
+def clock_of(name: str) -> str:
+    """By which of a repeat's times a sweep's speeds are told."""
+    return "wall_s" if name == "processes" else "cpu_s"
+
+
+def heading(labels: list[str], clock: str) -> str:
     """Tokens per second of each entry, then ratios to the first."""
     names = "".join(f"{x:>16}" for x in labels)
-    return f"{'tokens/s':<18}{names}{'limit/core':>12}   times the loop; padding of padded"
+    unit = "tokens/s" if clock == "wall_s" else "tokens/CPU s"
+    return f"{unit:<18}{names}{'limit/core':>12}   times the loop; padding of padded"
 
 
-def line(label: str, record: Mapping[str, Any]) -> str:
+def line(label: str, record: Mapping[str, Any], clock: str) -> str:
     """One point of a sweep."""
     found = record["entries"].values()
-    rates = [rate(e) if e["repeats"] else float("nan") for e in found]
+    rates = [rate(e, clock=clock) if e["repeats"] else float("nan") for e in found]
     ratios = " ".join(f"{r / rates[0]:.2f}" for r in rates[1:])
     padded = record["entries"]["padded 1x1"]["padding_share"]
     share = "-" if padded is None else f"{padded:.0%}"

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from simulations.bench.engine_measure import cores, fastest, limit, rate
 from simulations.bench.engine_sides import ENGINES
+from simulations.bench.engine_sweeps import clock_of
 from simulations.figures import COLOURS
 
 ROWS = (
@@ -122,16 +123,16 @@ def write_curves(path: Path, sweeps: Mapping[str, Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(9, 2.8 * -(-len(sweeps) // 2)), layout="constrained")
     axes = figure.subplots(-(-len(sweeps) // 2), min(2, len(sweeps)), squeeze=False).ravel()
     for ax, (name, points) in zip(axes, sweeps.items(), strict=False):
-        _curves(ax, name, points)
+        _curves(ax, name, points, clock_of(name))
     for ax in axes[len(sweeps) :]:
         ax.remove()
     save(figure, path)
 
 
-def _curves(ax: Axes, name: str, points: Mapping[str, Any]) -> None:
+def _curves(ax: Axes, name: str, points: Mapping[str, Any], clock: str) -> None:
     ways = dict.fromkeys(label for record in points.values() for label in record["entries"])
     for colour, way in zip(COLOURS, ways, strict=False):
-        shares = [_share(record, way) for record in points.values()]
+        shares = [_share(record, way, clock) for record in points.values()]
         ax.plot(list(points), shares, marker="o", color=colour, label=way)
     ax.set_title(name, loc="left", fontsize=9)
     ax.set_ylim(0, 1)
@@ -140,12 +141,12 @@ def _curves(ax: Axes, name: str, points: Mapping[str, Any]) -> None:
     ax.legend(fontsize=7)
 
 
-def _share(record: Mapping[str, Any], way: str) -> float:
+def _share(record: Mapping[str, Any], way: str, clock: str) -> float:
     """Speed over the limit; not a number where it was not measured."""
     entry = record["entries"].get(way)
     if not entry or not entry["repeats"]:
         return float("nan")
-    return rate(entry) / limit(record, cores(entry))
+    return rate(entry, clock=clock) / limit(record, cores(entry))
 
 
 def save(figure: Figure, path: Path) -> None:
