@@ -72,10 +72,8 @@ def chosen(args: argparse.Namespace) -> list[Case]:
 
 
 def ways(args: argparse.Namespace) -> list[Entry]:
-    """The ways to run that were asked for; the PEFT loop is always among them."""
-    named = args.entries or [e.label for e in ENTRIES]
-    found = [e for e in ENTRIES if e.label in named]
-    return found if any(e.side == "peft loop" for e in found) else [Entry("peft loop"), *found]
+    """The ways to run that were asked for. Without the PEFT loop there is nothing to agree with."""
+    return [e for e in ENTRIES if e.label in (args.entries or LABELS)]
 
 
 def run_cases(args: argparse.Namespace, out: Path) -> dict[str, Any]:
