@@ -32,6 +32,7 @@ _HARMLESS = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "past_key_value",
         "past_key_values",
         "position_embeddings",

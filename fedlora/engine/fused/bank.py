@@ -88,22 +88,22 @@ class Layout:
             if p is not None
         }
 
-    def write(self, adapter: Adapter, row: Tensor) -> None:
-        """Copy an adapter into a row ``[size]``."""
+    def packed(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An adapter as a row ``[size]`` of its own."""
+        row = torch.empty(self.size, dtype=dtype, device=device)
         for path, (a, bt) in self.factors(row).items():
             a.copy_(adapter[path].a)
             bt.copy_(adapter[path].b.t())
+        return row
 
     def read(self, row: Tensor) -> dict[str, Factors]:
-        """A copy of the adapter in a row ``[size]``, on the row's device."""
+        """The adapter in a copy of a row ``[size]``, which its factors are views of."""
         alphas = {
             path: p.alpha for path, p in zip(self.paths, self.parts, strict=True) if p is not None
         }
         return {
-            path: Factors(
-                a.clone(), bt.t().clone(memory_format=torch.contiguous_format), alphas[path]
-            )
-            for path, (a, bt) in self.factors(row).items()
+            path: Factors(a, bt.t(), alphas[path])
+            for path, (a, bt) in self.factors(row.clone()).items()
         }
 
 
@@ -154,11 +154,11 @@ class AdapterBank:
         if self._seen is not self.params:
             self._seen.copy_(self.params)
 
-    def load(self, slot: int, layout: Layout, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        """Copy an adapter into a slot and clear its gradient.
+    def load(self, slot: int, start: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy a packed adapter into a slot and clear its gradient.
 
         Returns:
-            The row of parameters and the row of gradients, ``[layout.size]``, as views.
+            The row of parameters and the row of gradients, shaped like ``start``, as views.
 
         Raises:
             ValueError: if the adapter is larger than the bank's rows, or the slot does not exist.
@@ -166,13 +166,13 @@ class AdapterBank:
         slots, width = self.params.shape
         if not 0 <= slot < slots:
             raise ValueError(f"slot {slot} is not in 0..{slots - 1}")
-        if layout.size > width:
+        if len(start) > width:
             raise ValueError(
-                f"an adapter of {layout.size:,} numbers does not fit a bank whose rows hold "
+                f"an adapter of {len(start):,} numbers does not fit a bank whose rows hold "
                 f"{width:,}: its ranks are larger than those the bank was made for"
             )
-        row, grad = self.params[slot, : layout.size], self.grads[slot, : layout.size]
-        layout.write(adapter, row)
+        row, grad = self.params[slot, : len(start)], self.grads[slot, : len(start)]
+        row.copy_(start)
         grad.zero_()
         return row, grad
 
@@ -201,11 +201,3 @@ class AdapterBank:
             view(self.grads, part.a, part.d_in),
             view(self.grads, part.bt, part.d_out),
         )
-
-
-def moved(row: Tensor, layout: Layout, start: Adapter) -> Tensor:
-    """Euclidean distance of a row from the adapter it started as, a scalar."""
-    before = torch.empty_like(row)
-    layout.write(start, before)
-    distance: Tensor = torch.linalg.vector_norm(row - before)
-    return distance

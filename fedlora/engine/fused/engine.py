@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import EngineSpec, failure
+from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import cost
 from fedlora.engine.fused.check import why_not_ragged
 from fedlora.engine.fused.evaluation import FusedEvaluator
@@ -112,17 +112,17 @@ class FusedEngine:
         self._planner = Planner(self.fused, store)
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        alone = [j for j in jobs if isinstance(j.start, SparseDelta)]
+        if alone:
+            self._note("sparse updates one by one")
         chains: list[Chain] = []
-        alone: list[TrainJob] = []
-        for job in jobs:
-            if isinstance(job.start, SparseDelta):
-                self._note("sparse updates one by one")
-                alone.append(job)
-                continue
-            try:
-                chains.append(self._planner.chain(job))
-            except Exception as error:
-                yield failure(job.client, error)
+        for planned in self._planner.chains(
+            [j for j in jobs if not isinstance(j.start, SparseDelta)]
+        ):
+            if isinstance(planned, Chain):
+                chains.append(planned)
+            else:
+                yield planned
         if chains:
             yield from self._train(chains)
         yield from self._alone.train(alone)

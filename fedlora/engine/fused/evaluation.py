@@ -128,7 +128,7 @@ class FusedEvaluator:
             self._fused.compute_dtype(False),
         )
         for slot, adapter in adapters.items():
-            bank.load(slot, layouts[slot], adapter)
+            bank.load(slot, layouts[slot].packed(adapter, model.dtype, model.device))
         with torch.no_grad():
             with self._fused.mounted(bank):
                 self._likelihoods(tasks, layouts)

@@ -232,12 +232,18 @@ class FusedLinear(torch.autograd.Function):
         """``x [..., d_in]`` and its copy ``rows [M, d_in]`` if rows are spread, ``weight [d_in,
         d_out]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        y = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        # Not a view of something else, for some models go on in place.
+        out = flat.new_empty(*x.shape[:-1], weight.shape[1])
+        y = out.view(-1, weight.shape[1])
+        if bias is None:
+            torch.mm(flat, weight, out=y)
+        else:
+            torch.addmm(bias, flat, weight, out=y)
         rows = flat if rows is None else rows
         hidden = add_adapters(y, rows, plan)
         ctx.save_for_backward(rows if plan.trains_a else None, weight, *hidden)
         ctx.plan, ctx.shape, ctx.dtype = plan, x.shape, x.dtype
-        return y.view(*x.shape[:-1], -1)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
@@ -260,12 +266,12 @@ class FusedDelta(torch.autograd.Function):
     ) -> Tensor:
         """``x [..., d_in]`` and its copy, if rows are spread -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1])
-        y = flat.new_zeros(flat.shape[0], d_out)
+        out = flat.new_zeros(*x.shape[:-1], d_out)
         rows = flat if rows is None else rows
-        hidden = add_adapters(y, rows, plan)
+        hidden = add_adapters(out.view(-1, d_out), rows, plan)
         ctx.save_for_backward(rows if plan.trains_a else None, *hidden)
         ctx.plan, ctx.shape = plan, x.shape
-        return y.view(*x.shape[:-1], d_out)
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:

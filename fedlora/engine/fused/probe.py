@@ -17,7 +17,6 @@ from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.trainer import Chain
 from fedlora.engine.loop import clip_and_step, optimizer_for
 from fedlora.seeding import generator
-from fedlora.types import SparseDelta
 
 LENGTH = 128
 """Tokens of a probe's sequences: instructions of a sentence or two."""
@@ -66,14 +65,12 @@ class Prober:
         fused, plan = self._fused, self._like.job.plan
         length = min(LENGTH, fused.model.info.context - 1, tokens)
         clients = max(1, tokens // length)
-        start = self._like.job.start
-        assert not isinstance(start, SparseDelta)
         layout, model = self._like.layout, fused.model
         autocast = plan.autocast == "bf16"
         bank = AdapterBank(
             clients, layout.size, model.dtype, model.device, fused.compute_dtype(autocast)
         )
-        rows = [bank.load(slot, layout, start) for slot in range(clients)]
+        rows = [bank.load(slot, self._like.start) for slot in range(clients)]
         lanes = [
             Lane(slot, layout, [self._example(slot, length)], "full", length)
             for slot in range(clients)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor, nn
 
 from fedlora import selfprune
@@ -17,7 +18,7 @@ from fedlora.batches import TokenExample, num_steps, parts, step_indices, superv
 from fedlora.client import completed, training_examples
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
-from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts, moved
+from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
@@ -36,6 +37,8 @@ class Chain:
 
     job: TrainJob
     layout: Layout
+    start: Tensor
+    """The start adapter as a row; one for all clients that share it."""
     steps: tuple[tuple[tuple[int, ...], ...], ...]
     """Optimizer steps of forward passes of example indices."""
     work: Work
@@ -53,8 +56,18 @@ class Planner:
         self._info, self._store = fused.model.info, store
         self._vocabulary = fused.model.vocabulary
         self._layouts = Layouts(self._info.modules)
+        self._dtype, self._device = fused.model.dtype, fused.model.device
 
-    def chain(self, job: TrainJob) -> Chain:
+    def chains(self, jobs: Sequence[TrainJob]) -> Iterator[Chain | Failure]:
+        """Plan jobs. A job that cannot be trained is a failure."""
+        starts: dict[int, tuple[Layout, Tensor]] = {}
+        for job in jobs:
+            try:
+                yield self._chain(job, starts)
+            except Exception as error:
+                yield failure(job.client, error)
+
+    def _chain(self, job: TrainJob, starts: dict[int, tuple[Layout, Tensor]]) -> Chain:
         """Plan a job. Examples are read again when its turn comes: waiting takes no memory.
 
         Raises:
@@ -81,7 +94,11 @@ class Planner:
             for step in steps
             for part in step
         )
-        return Chain(job, self._layouts(job.start), steps, Work(forwards))
+        if id(job.start) not in starts:
+            layout = self._layouts(job.start)
+            packed = layout.packed(job.start, self._dtype, self._device)
+            starts[id(job.start)] = layout, packed
+        return Chain(job, *starts[id(job.start)], steps, Work(forwards))
 
 
 @dataclass(eq=False)
@@ -175,8 +192,7 @@ class Resident:
             FloatingPointError: if a loss or the result is not finite.
         """
         job, layout = self.chain.job, self.chain.layout
-        assert not isinstance(job.start, SparseDelta)
-        change = moved(self.row, layout, job.start)
+        change = torch.linalg.vector_norm(self.row - self.chain.start)
         trace = Trace.of(self.losses, self.tokens, self.norms, change)
         check_trace(trace, job.plan)
         spent = {
@@ -248,10 +264,8 @@ class FusedTrainer:
                     yield self._finish(residents.pop(who))
 
     def _admit(self, bank: AdapterBank, chain: Chain, slot: int) -> Resident:
-        job = chain.job
-        assert not isinstance(job.start, SparseDelta)
-        row, grad = bank.load(slot, chain.layout, job.start)
-        return Resident(chain, slot, row, grad, training_examples(self._store, job))
+        row, grad = bank.load(slot, chain.start)
+        return Resident(chain, slot, row, grad, training_examples(self._store, chain.job))
 
     def _step(self, active: Sequence[tuple[Resident, int]]) -> None:
         wall, cpu = time.perf_counter(), time.process_time()
