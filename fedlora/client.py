@@ -166,6 +166,8 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
     plan, who = job.plan, job.client.id
     if not (plan.train_a or plan.train_b):
         raise ValueError("the plan trains nothing: train_a and train_b are both false")
+    if not isinstance(job.start, SparseDelta) and not job.start:
+        raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
     held = store.examples(who, "train")
     examples = drawn(held, plan, seed=job.seed, round=job.round, client=who)
     if not examples:

@@ -118,17 +118,12 @@ def ragged_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
         lanes: at least one.
         hidden: width of the model, which decides whether rows are worth a copy.
     """
-    lengths = [_width(e) for lane in lanes for e in lane.examples]
-    rows = sum(lengths)
-    starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    return _assemble(lanes, lengths, starts, (1, rows), hidden)
+    return _assemble(lanes, hidden, ragged=True)
 
 
 def padded_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
     """Lanes, in the order of their slots, one sequence per row; arguments as `ragged_batch`."""
-    lengths = [_width(e) for lane in lanes for e in lane.examples]
-    shape = (len(lengths), max(lengths))
-    return _assemble(lanes, lengths, np.arange(len(lengths)) * shape[1], shape, hidden)
+    return _assemble(lanes, hidden, ragged=False)
 
 
 def _width(example: TokenExample) -> int:
@@ -167,13 +162,14 @@ def _spread(groups: Sequence[Group], counts: Ids) -> Spread:
     return Spread(torch.from_numpy(out), torch.from_numpy(back), indices(np.flatnonzero(~real)))
 
 
-def _assemble(
-    lanes: Sequence[Lane], lengths: list[int], starts: Ids, shape: tuple[int, int], hidden: int
-) -> FusedBatch:
+def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
     examples = [e for lane in lanes for e in lane.examples]
+    length = np.array([_width(e) for e in examples])
     sizes = np.array([len(lane.examples) for lane in lanes])
-    owner, length = np.repeat(np.arange(len(lanes)), sizes), np.array(lengths)
-    rows, ragged = shape[0] * shape[1], shape[0] == 1 and shape[1] == sum(lengths)
+    owner = np.repeat(np.arange(len(lanes)), sizes)
+    shape = (1, int(length.sum())) if ragged else (len(examples), int(length.max()))
+    starts = np.cumsum(length) - length if ragged else np.arange(len(examples)) * shape[1]
+    rows = shape[0] * shape[1]
     counts = np.bincount(owner, length).astype(np.int64) if ragged else sizes * shape[1]
     within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
     row = np.repeat(starts, length) + within
@@ -205,7 +201,7 @@ def _assemble(
         weights=torch.from_numpy((1 / np.array([lane.tokens for lane in lanes]))[owners]),
         groups=groups,
         lanes=tuple(lanes),
-        geometry=Geometry.of(lengths) if ragged else None,
+        geometry=Geometry.of(length.tolist()) if ragged else None,
         spread=spread,
         source=source,
         thresholds=_thresholds(groups),

@@ -77,7 +77,7 @@ class Fused(EngineSpec):
         """The engine on this model and these data.
 
         Raises:
-            ValueError: if a ragged layout was asked for and the model cannot run it.
+            ValueError: if a ragged layout or checkpointing was asked for and the model cannot.
         """
         self._prepare()
         return FusedEngine(self, model, store)
@@ -128,9 +128,8 @@ class FusedEngine:
         yield from self._alone.train(alone)
 
     def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:
-        limits = self._limits(chains)
-        if not self._worth_fusing(chains, limits):
-            self._note("sequential")
+        limits = self._choice(chains)
+        if limits is None:
             yield from self._alone.train([c.job for c in chains])
             return
         layout = "ragged" if self._ragged else "padded"
@@ -145,9 +144,12 @@ class FusedEngine:
             yield from self._alone.train(trainer.rescue)
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
+        self.fused.require_free()
         alone = [j for j in jobs if isinstance(j.adapter, SparseDelta)]
         evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or EVALUATION_TOKENS)
         yield from evaluator.evaluate([j for j in jobs if not isinstance(j.adapter, SparseDelta)])
+        if evaluator.rescue:
+            self._note("clients of fused evaluations that failed one by one")
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
 
     def notes(self) -> tuple[str, ...]:
@@ -155,6 +157,19 @@ class FusedEngine:
 
     def _note(self, text: str) -> None:
         self._notes.setdefault(text)
+
+    def _choice(self, chains: Sequence[Chain]) -> Limits | None:
+        """How much runs at once; None: one by one, with a note that says why."""
+        try:
+            limits = self._limits(chains)
+            if self._worth_fusing(chains, limits):
+                return limits
+        except Exception as error:  # a step was tried out to measure it
+            log.warning("a fused step cannot be measured", exc_info=error)
+            self._note(f"sequential, for a fused step failed ({type(error).__name__}: {error})")
+            return None
+        self._note("sequential")
+        return None
 
     def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
         """Whether to fuse at all: this engine always does."""

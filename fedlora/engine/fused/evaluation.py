@@ -1,6 +1,7 @@
 """Evaluation of many clients in common forward passes, whether or not they share an adapter."""
 
 import itertools
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.modules import check_adapter
 from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload, SparseDelta
+
+log = logging.getLogger(__name__)
 
 ADAPTERS = 32
 """Distinct adapters in memory at once."""
@@ -93,7 +96,8 @@ class FusedEvaluator:
             return
         try:
             self._run(tasks)
-        except Exception:
+        except Exception as error:
+            log.warning("a fused evaluation failed: %s: %s", type(error).__name__, error)
             self.rescue += [task.job for task in tasks]
             return
         for task in tasks:

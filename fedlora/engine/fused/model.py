@@ -24,7 +24,7 @@ from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Seg
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dropout_bits, stored_transposed
 from fedlora.models.ragged import RaggedAttention, ragged
-from fedlora.models.recompute import recomputing
+from fedlora.models.recompute import check_recomputable, recomputing
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,14 @@ class FusedModel:
         is_ragged: whether sequences are laid end to end (`check_ragged` says if they can be).
         checkpoint: recompute each block's activations in the backward pass: less memory, a third
             more time.
+
+    Raises:
+        ValueError: if activations should be recomputed and the architecture cannot.
     """
 
     def __init__(self, model: LanguageModel, is_ragged: bool, checkpoint: bool = False) -> None:
+        if checkpoint:
+            check_recomputable(model.network)
         self.model = model
         self.is_ragged = is_ragged
         self.checkpoint = checkpoint
@@ -64,6 +69,14 @@ class FusedModel:
         dtype: torch.dtype = torch.bfloat16 if autocast else self.model.network.dtype
         return dtype
 
+    def require_free(self) -> None:
+        """Raise a RuntimeError if a bank is mounted: somebody left a stream of results open."""
+        if self._bank is not None:
+            raise RuntimeError(
+                "another stream of results of this engine is not finished: take all of them, or "
+                "close it, before the next call"
+            )
+
     @contextmanager
     def mounted(
         self, bank: AdapterBank, autocast: bool = False, generate: bool = False
@@ -74,12 +87,16 @@ class FusedModel:
             bank: where the adapters are.
             autocast: compute in bfloat16 where torch's autocast does.
             generate: leave attention to the network, for `prepare_rows`.
+
+        Raises:
+            RuntimeError: if a bank is mounted already.
         """
+        self.require_free()
         layers = self.model.layers.values()
         with ExitStack() as stack:
             if self.is_ragged and not generate:
                 stack.enter_context(ragged(self.model.network, self._attention))
-            if self.checkpoint:
+            if self.checkpoint and torch.is_grad_enabled():
                 stack.enter_context(recomputing(self.model.network))
             self._bank, self._autocast = bank, autocast
             for index, layer in enumerate(layers):

@@ -78,9 +78,10 @@ class Planner:
         check_adapter(job.start, self._info)
         examples = training_examples(self._store, job)
         for e in examples:
-            if not 0 <= e.input_ids.min() <= e.input_ids.max() < self._vocabulary:
+            least, most = int(e.input_ids.min()), int(e.input_ids.max())
+            if not 0 <= least <= most < self._vocabulary:
                 raise IndexError(
-                    f"client {job.client.id} holds token {int(e.input_ids.max())}, but "
+                    f"client {job.client.id} holds token {least if least < 0 else most}, but "
                     f"{self._info.name} has a vocabulary of {self._vocabulary:,}"
                 )
         who = {"seed": job.seed, "round": job.round, "client": job.client.id}
@@ -251,16 +252,21 @@ class FusedTrainer:
         with fused.mounted(bank, autocast):
             for step in schedule:
                 for who, slot in step.admitted:
-                    residents[who] = self._admit(bank, chains[who], slot)
+                    try:
+                        residents[who] = self._admit(bank, chains[who], slot)
+                    except Exception as error:
+                        schedule.drop(who)
+                        yield failure(chains[who].job.client, error)
+                active = [(w, index) for w, _, index in step.active if w in residents]
                 try:
-                    self._step([(residents[who], index) for who, _, index in step.active])
+                    self._step([(residents[who], index) for who, index in active])
                 except Exception as error:
                     log.warning("a fused step failed: %s: %s", type(error).__name__, error)
-                    for who, _, _ in step.active:
+                    for who, _ in active:
                         self.rescue.append(residents.pop(who).chain.job)
                         schedule.drop(who)
                     continue
-                for who in step.finished:
+                for who in [w for w in step.finished if w in residents]:
                     yield self._finish(residents.pop(who))
 
     def _admit(self, bank: AdapterBank, chain: Chain, slot: int) -> Resident:
@@ -268,6 +274,8 @@ class FusedTrainer:
         return Resident(chain, slot, row, grad, training_examples(self._store, chain.job))
 
     def _step(self, active: Sequence[tuple[Resident, int]]) -> None:
+        if not active:
+            return
         wall, cpu = time.perf_counter(), time.process_time()
         batch = self._fused.batch([resident.lane(index) for resident, index in active])
         losses = self._fused.backward(batch)

@@ -4,7 +4,6 @@ import dataclasses
 import math
 
 import numpy as np
-import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,9 +14,8 @@ from fedlora.client import LoRAClient
 from fedlora.engine import loop
 from fedlora.engine.forward import supervised_logits
 from fedlora.engine.loop import FlatParameters, learning_rates
-from fedlora.models import layers
-from fedlora.seeding import dropout_seeds, generator
 from fedlora.types import Factors, LocalPlan, SelfPrune, SparseDelta, Update
+from tests.fedlora.engine.peft_loop import padded, reference
 from tests.fedlora.engine.world import (
     NETWORKS,
     SEED,
@@ -31,7 +29,6 @@ from tests.fedlora.engine.world import (
     start,
     vector,
 )
-from tests.fedlora.models.networks import ALPHA
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=15)
 ADAMW = LocalPlan(lr=3e-3, epochs=5, batch_size=3, dropout=0.0, weight_decay=0.02, clip=0.05)
@@ -45,117 +42,7 @@ def train(plan, *, on="gpt2", rank=2, held=HELD, **kwargs) -> Update:
     return LoRAClient(resident, FakeStore({0: held}), work.client, SEED).train(work)
 
 
-# --- an independent implementation ---------------------------------------------------------------
-
-
-class SameDropout(torch.nn.Module):
-    """Drops the same numbers as the resident model: a mask for every forward and module."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return layers.dropout(x, self.p, self.bits)
-
-
-def peft_network(name, factors, dropout):
-    twin = peft.get_peft_model(
-        NETWORKS[name](),
-        peft.LoraConfig(
-            r=1,
-            lora_alpha=ALPHA,
-            target_modules=list(factors),
-            rank_pattern={p: f.rank for p, f in factors.items()},
-            fan_in_fan_out=name == "gpt2",
-        ),
-    ).double()
-    twin.eval()
-    adapted = {p: twin.base_model.model.get_submodule(p) for p in factors}
-    for p, f in factors.items():
-        if dropout:
-            adapted[p].lora_dropout["default"] = SameDropout(dropout)
-        adapted[p].lora_A["default"].weight.data = f.a.clone()
-        adapted[p].lora_B["default"].weight.data = f.b.clone()
-    return twin, adapted
-
-
-def padded(batch, loss):
-    """Input ids, attention mask and labels as every PyTorch tutorial builds them."""
-    width = max(len(e.input_ids) for e in batch)
-    ids = torch.zeros(len(batch), width, dtype=torch.int64)
-    mask = torch.zeros(len(batch), width, dtype=torch.int64)
-    labels = torch.full((len(batch), width), -100)
-    for i, e in enumerate(batch):
-        n = len(e.input_ids)
-        ids[i, :n] = torch.tensor(e.input_ids)
-        mask[i, :n] = 1
-        labels[i, :n] = ids[i, :n]
-        if loss == "response":
-            labels[i, : e.prompt_tokens] = -100
-    return ids, mask, labels
-
-
-def reference(name, factors, plan, held):
-    """Plain loop: PEFT, per-tensor optimizer, LambdaLR, clip_grad_norm_, padded batches."""
-    twin, adapted = peft_network(name, factors, plan.dropout)
-    trained = [p for p in twin.parameters() if p.requires_grad]
-    if plan.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(
-            trained, plan.lr, plan.betas, plan.eps, plan.weight_decay, foreach=False
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            trained, plan.lr, plan.momentum, weight_decay=plan.weight_decay, foreach=False
-        )
-    order = generator(SEED, "order", 3, 0)
-    batches = []
-    for _ in range(plan.epochs):
-        p = order.permutation(len(held))
-        batches += [p[i : i + plan.batch_size] for i in range(0, len(p), plan.batch_size)]
-    total = len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        {
-            "linear": lambda i: max(0.0, (total - i) / total),
-            "cosine": lambda i: 0.5 * (1 + math.cos(math.pi * i / total)),
-            "constant": lambda i: 1.0,
-        }[plan.schedule],
-    )
-    micro = plan.micro_batch_size or plan.batch_size
-    seeds = dropout_seeds(SEED, 3, 0)
-    widths = [f.a.shape[1] for f in factors.values()]
-    losses = []
-    for rows in batches:
-        optimizer.zero_grad()
-        parts = [[held[i] for i in rows[j : j + micro]] for j in range(0, len(rows), micro)]
-        prepared = [padded(part, plan.loss) for part in parts]
-        tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in prepared)
-        losses.append(0.0)
-        for ids, mask, labels in prepared:
-            drawn = layers.dropout_bits(ids[:, :-1].numel(), widths, next(seeds), ids.device)
-            for layer, bits in zip(adapted.values(), drawn, strict=True):
-                layer.lora_dropout["default"].bits = bits
-            if plan.dropout:  # the same shapes, so that the same random numbers fall alike
-                logits = twin(input_ids=ids[:, :-1]).logits
-            else:
-                logits = twin(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            nll = torch.nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum"
-            )
-            (nll / tokens).backward()
-            losses[-1] += nll.item() / tokens
-        if plan.clip:
-            torch.nn.utils.clip_grad_norm_(trained, plan.clip)
-        optimizer.step()
-        schedule.step()
-    result = {
-        p: Factors(
-            layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), ALPHA
-        )
-        for p, layer in adapted.items()
-    }
-    return result, losses
+# --- against an independent implementation --------------------------------------------------------
 
 
 CASES = {
