@@ -154,7 +154,8 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def _lanes(x: Tensor, s: Segment) -> Tensor:
     """``[clients n, d]`` as ``[clients, n, d]``."""
-    return x.view(s.clients, -1, x.shape[-1])
+    rows, d = x.shape
+    return x.view(s.clients, rows // s.clients, d)  # -1 would not do where d is 0
 
 
 def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None]:

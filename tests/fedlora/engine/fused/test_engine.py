@@ -245,6 +245,18 @@ def test_rows_are_those_of_the_sequential_engine_whatever_the_schedule(
         assert_equal(updates[k], wanted[k])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("frozen", ["train_a", "train_b"])
+def test_a_cohort_that_freezes_one_factor_is_fused(frozen, dropout, products):
+    """All alike, so that their products are done in stacks, and no layer keeps its input."""
+    store = FakeStore({k: examples(5, k) for k in range(5)})
+    plan = dataclasses.replace(SGD, steps=4, dropout=dropout, **{frozen: False})
+    jobs = [job(start(resident("llama"), 2, k), plan, k) for k in range(5)]
+    wanted, updates = alone(jobs, store), trained(jobs, store, slots=5)
+    for k in wanted:
+        assert_equal(updates[k], wanted[k])
+
+
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
 def test_self_pruning_shrinks_the_same_clients(on, layout):
