@@ -26,8 +26,13 @@ class ModelInfo:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether the layer is ``nn.Linear``, a quantised subclass of it, or GPT-2's ``Conv1D``."""
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+    """Whether the layer is ``nn.Linear``, a quantised subclass of it, or GPT-2's ``Conv1D``.
+
+    The routers of some mixtures of experts (Llama 4, PhiMoE) are subclasses too, but return a
+    choice of experts where a linear layer returns a product.
+    """
+    kind = type(layer).__name__
+    return (isinstance(layer, nn.Linear) and not kind.endswith("Router")) or kind == "Conv1D"
 
 
 def shape(layer: nn.Module) -> tuple[int, int]:

@@ -149,6 +149,8 @@ class RaggedAttention:
         self.geometry: Geometry | None = None
         self.calls = 0
         """How often a model has asked: zero after a forward means that it has its own attention."""
+        self.windowed = False
+        """Whether any layer has asked for a window."""
         self.name = f"fedlora_ragged_{next(_names)}"
 
     def __call__(
@@ -172,6 +174,7 @@ class RaggedAttention:
                 window.
         """
         self.calls += 1
+        self.windowed |= sliding_window is not None
         asked = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
         asked += ["dropout"] * (dropout > 0) + ["a mask"] * (attention_mask is not None)
         asked += ["no causality"] * (is_causal is False)
@@ -221,6 +224,12 @@ def _attend(
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=scaling)
 
 
+def is_exchangeable(network: Any) -> bool:
+    """Whether transformers can exchange a ``PreTrainedModel``'s attention function. Older
+    architectures have their attention built in, and asking them for another is a warning."""
+    return bool(network._can_set_attn_implementation())
+
+
 @contextmanager
 def ragged(network: Any, attention: RaggedAttention) -> Iterator[None]:
     """Let a ``PreTrainedModel`` attend through ``attention`` for a while."""
@@ -228,8 +237,8 @@ def ragged(network: Any, attention: RaggedAttention) -> Iterator[None]:
 
     before = network.config._attn_implementation
     ALL_ATTENTION_FUNCTIONS[attention.name] = attention
-    network.set_attn_implementation(attention.name)
     try:
+        network.set_attn_implementation(attention.name)
         yield
     finally:
         network.set_attn_implementation(before)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.ragged import Geometry, RaggedAttention, ragged
+from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
 from fedlora.seeding import torch_generator
 
 LENGTHS = (5, 2, 9, 1)
@@ -17,25 +17,43 @@ WINDOW_TRIED = 512
 def why_not_ragged(model: LanguageModel) -> str:
     """The reason in a few words, or an empty text if ragged sequences give the right logits.
 
-    Four random sequences end to end are compared with each of them alone, through the model's own
-    attention.
+    A few random sequences end to end are compared with each of them alone, through the model's own
+    attention; and when every other of them is replaced, the rest must not notice.
     """
     network = model.network
     name = type(network).__name__
+    if not is_exchangeable(network):
+        return f"{name} attends in a way of its own"
     sequences = _sequences(model)
     try:
         with torch.no_grad():
             wanted = torch.cat([_logits(model, s[None]) for s in sequences], dim=1)
-            found, calls = _ragged_logits(model, sequences)
+            attention = RaggedAttention()
+            found = _ragged_logits(model, sequences, attention)
+            beside_others = _ragged_logits(model, _every_other_changed(model, sequences), attention)
     except Exception as error:
         return f"{name} does not run ragged ({type(error).__name__}: {error})"
-    if not calls:
+    if not attention.calls:
         return f"{name} attends in a way of its own"
-    # Half precision rounds differently in another shape; attention across sequences is far off.
-    relative = 1e-4 if network.dtype in (torch.float32, torch.float64) else 2**-4
+    limit = _untold_limit(model, attention.windowed)
+    if limit:
+        return f"{name} limits its attention to {limit} tokens by a mask alone"
+    # Half precision rounds differently in another shape, but hardly in the same one.
+    full = network.dtype in (torch.float32, torch.float64)
+    most = max(1.0, float(wanted.abs().max()))
     gap = float((found - wanted).abs().max())
-    allowed = relative * max(1.0, float(wanted.abs().max()))
-    return "" if gap <= allowed else f"{name} gives other logits when ragged (by {gap:.1e})"
+    if not gap <= (1e-4 if full else 2**-4) * most:
+        return f"{name} gives other logits when ragged (by {gap:.1e})"
+    kept = torch.cat([torch.full((len(s),), i % 2 == 1) for i, s in enumerate(sequences)])
+    seen = float((found - beside_others)[:, kept.to(model.device)].abs().max())
+    if not seen <= (1e-4 if full else 2**-8) * most:
+        return f"{name} lets ragged sequences see one another (logits change by {seen:.1e})"
+    return ""
+
+
+def _every_other_changed(model: LanguageModel, sequences: Sequence[Tensor]) -> list[Tensor]:
+    """The same, but with another token in every place of the first, the third and so on."""
+    return [s if i % 2 else (s + 1) % model.vocabulary for i, s in enumerate(sequences)]
 
 
 def _sequences(model: LanguageModel) -> list[Tensor]:
@@ -44,21 +62,34 @@ def _sequences(model: LanguageModel) -> list[Tensor]:
     lengths = [*LENGTHS, window + 3] if 0 < window <= WINDOW_TRIED else LENGTHS
     random = torch_generator(0, "ragged check")
     return [
-        torch.randint(0, config.vocab_size, (min(n, model.info.context),), generator=random).to(
+        torch.randint(0, model.vocabulary, (min(n, model.info.context),), generator=random).to(
             model.device
         )
         for n in lengths
     ]
 
 
-def _ragged_logits(model: LanguageModel, sequences: Sequence[Tensor]) -> tuple[Tensor, int]:
-    """Logits ``[1, N, vocabulary]`` and how often the ragged attention was asked."""
+def _untold_limit(model: LanguageModel, windowed: bool) -> int:
+    """How far some layers look back where that is less than the context, was not tried, and they
+    do not say it to their attention; 0 without such layers."""
+    config, context = model.network.config.get_text_config(), model.info.context
+    kinds = getattr(config, "layer_types", None)
+    window = 0 if windowed else getattr(config, "sliding_window", None) or 0
+    if WINDOW_TRIED < window < context and (not kinds or "sliding_attention" in kinds):
+        return int(window)
+    chunk = getattr(config, "attention_chunk_size", None) or 0
+    return int(chunk) if 0 < chunk < context and "chunked_attention" in (kinds or ()) else 0
+
+
+def _ragged_logits(
+    model: LanguageModel, sequences: Sequence[Tensor], attention: RaggedAttention
+) -> Tensor:
+    """Logits ``[1, N, vocabulary]``."""
     lengths = [len(s) for s in sequences]
-    attention = RaggedAttention()
     with ragged(model.network, attention):
         attention.geometry = Geometry.of(lengths).to(model.device)
         places = torch.cat([torch.arange(n, device=model.device) for n in lengths])
-        return _logits(model, torch.cat(list(sequences))[None], places[None]), attention.calls
+        return _logits(model, torch.cat(list(sequences))[None], places[None])
 
 
 def _logits(model: LanguageModel, ids: Tensor, places: Tensor | None = None) -> Tensor:
