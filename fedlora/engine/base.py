@@ -25,8 +25,9 @@ class Engine(Protocol):
         """One result per job, as they finish."""
 
     def notes(self) -> tuple[str, ...]:
-        """What this engine is and what it had to do otherwise so far, a few words each, the same
-        words for the same thing: ``fused, ragged, 1024 tokens per step``. A run says each once."""
+        """What this engine is and what it had to do otherwise since training last began, a few
+        words each, the same words for the same thing: ``fused, ragged, 1024 tokens per step``. A
+        round records them; a run says each once."""
 
 
 @dataclass(frozen=True)

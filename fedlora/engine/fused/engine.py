@@ -101,17 +101,17 @@ class FusedEngine:
     def __init__(self, spec: Fused, model: LanguageModel, store: TokenStore) -> None:
         self.spec, self.model, self.store = spec, model, store
         self._alone = SequentialEngine(model, store)
-        self._notes: dict[str, None] = {}
+        self._notes: dict[str, None] = {}  # since training last began
         reason = "" if spec.layout == "padded" else why_not_ragged(model)
         if reason and spec.layout == "ragged":
             raise ValueError(f"engine.layout=ragged: {reason}; use auto or padded")
         self._ragged = spec.layout != "padded" and not reason
-        if reason:
-            self._note(f"padded, for {reason}")
+        self._standing = (f"padded, for {reason}",) if reason else ()
         self.fused = FusedModel(model, self._ragged, spec.checkpoint)
         self._planner = Planner(self.fused, store)
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        self._notes.clear()
         alone = [j for j in jobs if isinstance(j.start, SparseDelta)]
         if alone:
             self._note("sparse updates one by one")
@@ -153,7 +153,7 @@ class FusedEngine:
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
 
     def notes(self) -> tuple[str, ...]:
-        return tuple(self._notes)
+        return (*self._standing, *self._notes)
 
     def _note(self, text: str) -> None:
         self._notes.setdefault(text)

@@ -13,7 +13,7 @@ from fedlora.engine.fused.head import is_plain
 from fedlora.engine.sequential import Sequential
 from fedlora.models.folder import ModelError
 from fedlora.models.modules import find_modules
-from fedlora.types import EvaluateJob, EvaluatePlan, LocalPlan, Update
+from fedlora.types import EvaluateJob, EvaluatePlan, LocalPlan, SparseDelta, Update
 from tests.fedlora.engine.world import FakeStore, client, examples, job
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import adapter, wrap
@@ -185,7 +185,7 @@ def test_in_float64_nothing_is_lost(name):
         assert losses(found) == pytest.approx(losses(wanted), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", sorted({"llama", "opt", "gpt2", "mixtral"} | PADDED.keys()))
 def test_recomputed_is_the_same(name):
     model = wrap(family(name))
     before = state(model.network)
@@ -228,3 +228,15 @@ def test_auto_gives_the_same_wherever_it_runs(name, monkeypatch, tmp_path):
 def test_what_is_no_linear_layer_is_no_target(target):
     with pytest.raises(ModelError, match=f"model.targets: '{target}' is the end of no adaptable"):
         find_modules(family("llama"), [target])
+
+
+def test_notes_are_of_the_training_that_was_last():
+    """A round records them: what an earlier round had to do otherwise is not its affair."""
+    model = wrap(family("lfm2"))
+    engine = Fused(tokens=100, slots=2).open(model, store())
+    values = {m.path: torch.full((m.d_out * m.d_in,), 0.01) for m in model.info.modules}
+    (reason,) = engine.notes()
+    list(engine.train([job(SparseDelta(1, 1.0, values), PLAN)]))
+    assert engine.notes() == (reason, "sparse updates one by one")
+    list(engine.train([job(starts(model)[0], PLAN)]))
+    assert engine.notes() == (reason, "fused, padded, 100 tokens per step")

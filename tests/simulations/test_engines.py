@@ -1,0 +1,45 @@
+"""Whole runs of every strategy: the fused engine gives the sequential one's curves."""
+
+import pytest
+
+STRATEGIES = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
+ROUNDS = 2
+
+
+def curves(run):
+    """Every loss that a run records, by what it is of."""
+    found = {("train", r["round"]): r["train/loss"] for r in run.rounds}
+    for r in run.records:
+        if r["kind"] == "evaluate":
+            found[r["group"], r["adapter"], r["round"]] = r["loss_response"]
+    return found
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategies_run_unchanged_on_the_fused_engine(federate, strategy):
+    words = [
+        "experiment=smoke",
+        f"strategy={strategy}",
+        f"rounds={ROUNDS}",
+        "client.dropout=0.1",
+        "client.lr=3e-3",
+        "evaluate=loss",
+        "evaluate.clients=1",
+        "evaluate.groups=[participants]",
+        "evaluate.adapters=[own]",
+        *(["strategy.stage1_rounds=1"] if strategy == "slora" else []),
+    ]
+    fused = federate(*words, "engine=fused", "engine.tokens=512", "engine.slots=4")
+    alone = federate(*words, "engine=sequential")
+    assert fused.status["status"] == alone.status["status"] == "completed"
+    assert curves(fused) == pytest.approx(curves(alone), abs=1e-4)
+    assert len([k for k in curves(fused) if k[0] == "train"]) == ROUNDS
+    notes = [r["engine"] for r in fused.rounds]
+    sparse = ["sparse updates one by one" in n for n in notes]
+    assert sparse == [strategy == "slora" and n == 0 for n in range(ROUNDS)]
+    for note, one_by_one in zip(notes, sparse, strict=True):
+        assert one_by_one or "fused, ragged, 512 tokens per step" in note
+    assert all(r["engine"] == "sequential" for r in alone.rounds)
+    assert [r["clients"] for r in fused.rounds] == [r["clients"] for r in alone.rounds]
+    ranks = [[(c["round"], c["client"], c["rank"]) for c in r.clients] for r in (fused, alone)]
+    assert sorted(ranks[0]) == sorted(ranks[1])
