@@ -138,6 +138,20 @@ def micro_batches(
     return [collate([examples[i] for i in part], plan.loss) for part in parts(indices, plan)]
 
 
+def check_vocabulary(examples: Sequence[TokenExample], vocabulary: int, client: int) -> None:
+    """Raise an IndexError that names the client and its first token that the model lacks.
+
+    One such token would end the forward pass of everybody in it.
+    """
+    for e in examples:
+        least, most = int(e.input_ids.min()), int(e.input_ids.max())
+        if not 0 <= least <= most < vocabulary:
+            raise IndexError(
+                f"client {client} holds token {least if least < 0 else most}, but the model has a "
+                f"vocabulary of {vocabulary:,}"
+            )
+
+
 def trainable(examples: Sequence[E], loss: str) -> list[E]:
     """The examples that have a token to learn from.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from fedlora import evaluate
-from fedlora.batches import TokenExample
+from fedlora.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
@@ -116,9 +116,9 @@ class FusedEvaluator:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
         references = store.references(who, plan.split) if plan.generate else None
         examples = store.examples(who, plan.split)
-        return Task(
-            job, slot, evaluate.chosen(examples, references, plan, seed=job.seed, client=who)
-        )
+        panel = evaluate.chosen(examples, references, plan, seed=job.seed, client=who)
+        check_vocabulary(panel.examples, self._fused.model.vocabulary, who)
+        return Task(job, slot, panel)
 
     def _run(self, tasks: Sequence[Task]) -> None:
         adapters = {t.slot: _factors(t.job.adapter) for t in tasks}

@@ -62,7 +62,7 @@ class FusedModel:
         self._spread: Spread | None = None
         self._bits: list[Tensor] = []
         self._thresholds: Tensor | None = None
-        self._copied: tuple[Tensor, Tensor] | None = None
+        self._copied: tuple[Tensor, int, Tensor] | None = None
 
     def compute_dtype(self, autocast: bool) -> torch.dtype:
         """What the adapted layers compute in: bfloat16 under autocast, else the base's own type."""
@@ -258,10 +258,10 @@ class FusedModel:
         """The spread copy ``[M, d_in]`` of a layer's input; one for layers that share the input."""
         if self._spread is None:
             return None
-        if self._copied is None or self._copied[0] is not x:
+        if self._copied is None or self._copied[0] is not x or self._copied[1] != x._version:
             flat = x.detach().reshape(-1, x.shape[-1]).to(dtype)
-            self._copied = (x, flat.index_select(0, self._spread.out))
-        return self._copied[1]
+            self._copied = (x, x._version, flat.index_select(0, self._spread.out))
+        return self._copied[2]
 
     def _lowered(self, tensor: Tensor) -> Tensor:
         """A frozen tensor in bfloat16, cast once while mounted."""

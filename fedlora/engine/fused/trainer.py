@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from fedlora import selfprune
-from fedlora.batches import TokenExample, num_steps, parts, step_indices, supervised_tokens
+from fedlora.batches import (
+    TokenExample,
+    check_vocabulary,
+    num_steps,
+    parts,
+    step_indices,
+    supervised_tokens,
+)
 from fedlora.client import completed, training_examples
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
@@ -77,13 +84,7 @@ class Planner:
         assert not isinstance(job.start, SparseDelta)
         check_adapter(job.start, self._info)
         examples = training_examples(self._store, job)
-        for e in examples:
-            least, most = int(e.input_ids.min()), int(e.input_ids.max())
-            if not 0 <= least <= most < self._vocabulary:
-                raise IndexError(
-                    f"client {job.client.id} holds token {least if least < 0 else most}, but "
-                    f"{self._info.name} has a vocabulary of {self._vocabulary:,}"
-                )
+        check_vocabulary(examples, self._vocabulary, job.client.id)
         who = {"seed": job.seed, "round": job.round, "client": job.client.id}
         steps = tuple(
             tuple(tuple(part) for part in parts(indices, job.plan))
