@@ -19,3 +19,13 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _BLOCK)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP))
+
+
+def return_freed_memory() -> bool:
+    """Ask the C library to give what is free back to the system after all, so that the process's
+    size says what is in use; whether it could be asked (glibc alone can)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        return False
+    return True

@@ -16,6 +16,8 @@ from fedlora.engine.fused.cost import CostModel, Sample, tuned, tuning_key
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.trainer import Chain
 from fedlora.engine.loop import clip_and_step, optimizer_for
+from fedlora.engine.memory import return_freed_memory
+from fedlora.models.layers import dropped_share
 from fedlora.seeding import generator
 
 LENGTH = 128
@@ -56,6 +58,7 @@ class Prober:
             fused.is_ragged,
             fused.checkpoint,
             plan.autocast,
+            plan.dropout > 0,
         )
         size = fused.model.dtype.itemsize
         return tuned(key, self.sample, row_bytes=4.0 * size * row)
@@ -71,9 +74,11 @@ class Prober:
             clients, layout.size, model.dtype, model.device, fused.compute_dtype(autocast)
         )
         rows = [bank.load(slot, self._like.start) for slot in range(clients)]
+        lengths = _unequal(length, clients, fused.model.info.context - 1)
+        dropped = dropped_share(plan.dropout)
         lanes = [
-            Lane(slot, layout, [self._example(slot, length)], "full", length)
-            for slot in range(clients)
+            Lane(slot, layout, [self._example(slot, n)], "full", n, dropped=dropped, seed=slot)
+            for slot, n in enumerate(lengths)
         ]
         times: list[float] = []
         with fused.mounted(bank, autocast):
@@ -88,8 +93,9 @@ class Prober:
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)
                 times.append(time.perf_counter() - began)
-        rows_bytes = 4.0 * layout.size * model.dtype.itemsize * clients
-        taken = max(0.0, _peak(model.device) - self._before - rows_bytes)
+        # At the peak, in the backward pass, there is the bank, but not yet a moment.
+        held = 2.0 * layout.size * model.dtype.itemsize * clients
+        taken = max(0.0, _peak(model.device) - self._before - held)
         return Sample(clients * length, clients, clients * length, min(times), taken)
 
     def _example(self, slot: int, length: int) -> _Example:
@@ -97,11 +103,20 @@ class Prober:
         return _Example(random.integers(0, self._fused.model.vocabulary, length + 1), 1)
 
 
+def _unequal(length: int, clients: int, most: int) -> list[int]:
+    """Lengths in pairs of that mean, longer and shorter by up to a half: they cost memory, in
+    attention and in stacks of clients, that equal ones do not."""
+    spread = min(length // 2, most - length)
+    pairs = [length + spread, length - spread] * (clients // 2)
+    return pairs + [length] * (clients % 2)
+
+
 def _used(device: torch.device) -> float:
     """Bytes in use now; `_peak` starts over."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return float(torch.cuda.memory_allocated(device))
+    return_freed_memory()
     with contextlib.suppress(OSError):  # where the kernel does not let us, the old peak stays
         Path("/proc/self/clear_refs").write_text("5")
     return float(psutil.Process().memory_info().rss)
