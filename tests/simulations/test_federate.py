@@ -57,8 +57,8 @@ def test_resumed_equals_uninterrupted(federate):
 
 
 def test_messages_and_nodes_do_not_change_the_result(federate):
-    one = federate("federation.clients_per_message=1", "runtime.nodes=7")
-    many = federate("federation.clients_per_message=6", "runtime.nodes=2")
+    one = federate("engine=sequential", "federation.clients_per_message=1", "runtime.nodes=7")
+    many = federate("engine=sequential", "federation.clients_per_message=6", "runtime.nodes=2")
     assert one.hash == many.hash
 
 

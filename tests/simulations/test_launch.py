@@ -198,9 +198,10 @@ def test_a_mistake_ends_at_once_in_one_message(tmp_path, words, message):
 @pytest.mark.ray
 def test_a_run_through_flower_and_ray_equals_the_run_in_one_process(tmp_path, federate):
     """Bit for bit, with two workers; and nothing is left running."""
-    run = Launched(tmp_path, *SAME, "runtime.num_cpus=2", "runtime.nodes=5")
+    alone = "engine=sequential"
+    run = Launched(tmp_path, *SAME, alone, "runtime.num_cpus=2", "runtime.nodes=5")
     try:
-        here = federate()
+        here = federate(alone)
         assert run.wait() == 0, run.said()
         assert run.hash == here.hash
         assert [r["state/hash"] for r in run.rounds] == [r["state/hash"] for r in here.rounds]
