@@ -241,8 +241,8 @@ def test_rows_are_those_of_the_sequential_engine_whatever_the_schedule(
         updates = trained(jobs, store, on, **spec)
     wanted = alone(jobs, store, on)
     assert updates.keys() == wanted.keys()
-    for k in wanted:
-        assert_equal(updates[k], wanted[k])
+    for k in wanted:  # Adam's first steps are ill-conditioned where a gradient is close to its eps
+        assert_equal(updates[k], wanted[k], tolerance=1e-11)
 
 
 def test_logits_that_are_not_the_embeddings_alone_are_trained_as_they_are():
