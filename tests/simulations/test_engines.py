@@ -2,7 +2,8 @@
 
 import pytest
 
-STRATEGIES = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
+OFTEN, SELDOM = ["flexlora", "heterolora", "slora"], ["fedavg", "fedit"]
+STRATEGIES = [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
 ROUNDS = 2
 
 
