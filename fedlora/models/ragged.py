@@ -105,7 +105,7 @@ def indices(found: NDArray[np.int64]) -> Tensor | None:
     return torch.from_numpy(found) if len(found) else None
 
 
-def moved(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
+def gathered(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
     """The rows ``[M, d]`` of ``x`` that ``index [M]`` names, but zero in the rows of ``empty``."""
     rows = x.index_select(0, index)
     return rows if empty is None else rows.index_fill_(0, empty, 0)
@@ -135,7 +135,7 @@ class _Unstack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return moved(grad, ctx.geometry.gather, ctx.geometry.pads), None
+        return gathered(grad, ctx.geometry.gather, ctx.geometry.pads), None
 
 
 class RaggedAttention:

@@ -33,7 +33,8 @@ from fedlora.types import (
 
 log = logging.getLogger(__name__)
 
-EVALUATION_TOKENS = 1024  # of a forward pass without gradients, where nothing is configured
+USUAL_TOKENS = 1024
+"""Of a forward pass where nothing is configured or measured yet."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class FusedEngine:
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         self.fused.require_free()
         alone = [j for j in jobs if isinstance(j.adapter, SparseDelta)]
-        evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or EVALUATION_TOKENS)
+        evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or USUAL_TOKENS)
         yield from evaluator.evaluate([j for j in jobs if not isinstance(j.adapter, SparseDelta)])
         if evaluator.rescue:
             self._note("clients of fused evaluations that failed one by one")
@@ -183,7 +184,7 @@ class FusedEngine:
         if not tokens:
             model = self.cost_model(max(chains, key=lambda c: c.layout.size))
             typical = statistics.median(f.tokens for w in works for f in w.forwards)
-            residents = max(1, min(len(chains), round(cost.SPARE * 1024 / typical)))
+            residents = max(1, min(len(chains), round(cost.SPARE * USUAL_TOKENS / typical)))
             tokens = cost.best_budget(model, memory, residents)
         slots = spec.slots or cost.slots_for(tokens, works, model, memory, not self._ragged)
         return Limits(policy(spec.policy), tokens, slots)

@@ -28,7 +28,7 @@ from torch import Tensor
 from fedlora.engine.fused.bank import Views
 from fedlora.engine.fused.batch import Spread
 from fedlora.models.layers import survivors
-from fedlora.models.ragged import moved
+from fedlora.models.ragged import gathered
 
 
 class Segment(NamedTuple):
@@ -196,7 +196,7 @@ def add_gradients(
         plan: the adapters.
     """
     spread, mask = plan.spread, plan.mask(g.dtype)
-    grads = g if spread is None else moved(g, spread.out, spread.pads)
+    grads = g if spread is None else gathered(g, spread.out, spread.pads)
     if rows is None:
         inputs = g.new_empty(grads.shape[0], 0)
     else:

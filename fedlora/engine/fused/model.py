@@ -1,6 +1,5 @@
 """One frozen network with the adapters of many clients on it at once."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,7 +25,8 @@ from fedlora.models.layers import dropout_bits, stored_transposed
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import check_recomputable, recomputing
 
-log = logging.getLogger(__name__)
+KNOWN = 1024
+"""Runs of slots whose segments are kept, of which a round on s slots needs a few s."""
 
 
 class FusedModel:
@@ -188,6 +188,8 @@ class FusedModel:
         flags = (lane.train_a, lane.train_b, lane.dropped)
         key = (lane.slot, clients, lane.layout, *flags)
         if key not in self._known:
+            if len(self._known) >= KNOWN:
+                self._known.clear()
             boost = 2**16 / (2**16 - lane.dropped) if lane.dropped < 2**16 else 0.0
             views = self._bank.views(lane.slot, clients, lane.layout)
             scales = [0.0 if p is None else p.scale * boost for p in lane.layout.parts]
