@@ -25,7 +25,7 @@ SPREAD_LANES = 4
 """Fewer clients are not worth a copy of their rows."""
 SPREAD_NUMBERS = 25_000
 """Of a hidden state that a client has on average, above which a call of its own costs less than
-copying them: rows times width (`simulations.bench.engine`)."""
+copying them: rows times width. An estimate from the time of calls and of copies, not tuned."""
 
 Ids = NDArray[np.int64]
 
