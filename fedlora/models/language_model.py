@@ -110,10 +110,19 @@ class LanguageModel:
         """
         if not any(isinstance(x.update, LowRank) and x.update.p > 0 for x in self.layers.values()):
             return
-        drawn = dropout_bits(rows, [m.d_in for m in self.info.modules], seed, self.device)
-        for layer, bits in zip(self.layers.values(), drawn, strict=True):
-            if isinstance(layer.update, LowRank):
-                layer.update.bits = bits
+        for path, bits in self.dropout_bits(seed, rows).items():
+            update = self.layers[path].update
+            if isinstance(update, LowRank):
+                update.bits = bits
+
+    def dropout_bits(self, seed: int, rows: int) -> dict[str, Tensor]:
+        """Module path -> what the masks of one forward are a function of, ``[rows, d_in]`` int16.
+
+        Of all modules, so that whoever holds some of them draws what whoever holds all would.
+        """
+        widths = [m.d_in for m in self.info.modules]
+        drawn = dropout_bits(rows, widths, seed, self.device)
+        return dict(zip(self.layers, drawn, strict=True))
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""
