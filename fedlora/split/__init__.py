@@ -1,0 +1,1 @@
+"""Split learning: a model cut in two, whose activations and gradients cross a wire."""
