@@ -14,6 +14,7 @@ server holds for the others is averaged over all who hold it. Where the authors'
 differ, see docs/fidelity.md.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
@@ -93,7 +94,7 @@ class SplitLoRA(LoRAStrategy):
     aggregator: LoRAStrategy
     """Averages clients' adapters."""
     cut: int = -1
-    """Blocks that a client holds; -1: a quarter of them, at least one."""
+    """Blocks that a client holds; -1: a quarter of them, rounded up."""
     tier_cuts: Mapping[str, int] = field(default_factory=dict)
     """Of clients of a tier, where it is not `cut`."""
     tail: int = -1
@@ -258,7 +259,7 @@ class SplitLoRA(LoRAStrategy):
     # --- who holds what -------------------------------------------------------------------------
 
     def _cut(self, client: Client, blocks: int) -> Cut:
-        default = max(1, blocks // 4) if self.cut < 0 else self.cut
+        default = math.ceil(blocks / 4) if self.cut < 0 else self.cut
         return Cut(self.tier_cuts.get(client.tier, default), self.tail)
 
     def _parts(self, state: State) -> list[Part]:

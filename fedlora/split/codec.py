@@ -218,7 +218,7 @@ def _labels(arrays: Arrays) -> Labels:
 
 def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDict:
     config = ConfigRecord({"header": json.dumps(header), **more})
-    records = ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    records = ArrayRecord({name: Array(np.require(a, requirements="C")) for name, a in arrays.items()})
     return RecordDict({"split": config, "arrays": records})
 
 

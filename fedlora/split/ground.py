@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fedlora.client import examples_for
 from fedlora.data.store import Example, TokenStore
+from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stages, check_stages
 from fedlora.split.batches import ROUND
@@ -64,6 +65,7 @@ class Ground:
 @functools.lru_cache(maxsize=1)
 def ground(spec: str) -> Ground:
     """This process's ground for a JSON `fedlora.worker.WorkerSpec`."""
+    keep_freed_memory()
     return Ground(*resident(spec))
 
 
