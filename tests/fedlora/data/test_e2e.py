@@ -330,15 +330,24 @@ def test_caps_count_training_rows_and_held_out_mrs(partition, source):
     assert held(replace(source, max_train=10**6, max_eval=11, max_test=10**6)) == held(source)
 
 
-def test_dirichlet_is_uneven_in_the_attribute_and_categories_name_it(source):
-    for alpha, most in ((1000.0, 0.1), (0.2, 1.0)):
-        chosen = replace(source, partition="dirichlet", alpha=alpha)
-        records = [r for r in chosen.records() if r.split == "train"]
-        assert {r.category for r in records} == {*FOODS, ""}
-        assert all(f"food : {r.category}" in r.instruction for r in records if r.category)
-        share = [np.mean([r.category == "" for r in records if r.client == k]) for k in range(3)]
-        assert (max(share) - min(share) < 0.1) == (most == 0.1)
-    assert {r.category for r in source.records()} > {"train house 3", "eval house 0"}
+def test_dirichlet_is_more_even_with_a_larger_alpha(source):
+    def imbalance(alpha):
+        records = list(replace(source, partition="dirichlet", alpha=alpha).records())
+        train = [r for r in records if r.split == "train"]
+        share = [
+            np.mean([r.category == "French" for r in train if r.client == k]) for k in range(3)
+        ]
+        return max(share) - min(share)
+
+    assert imbalance(1000.0) < 0.1 < imbalance(0.2)
+
+
+def test_categories_name_what_the_partition_is_about(source):
+    records = list(replace(source, partition="dirichlet", by="food").records())
+    assert {r.category for r in records} == {*FOODS, ""}
+    assert all(f"food : {r.category}" in r.instruction for r in records if r.category)
+    for r in source.records():
+        assert r.instruction.startswith(f"name : {r.category} |")
 
 
 @pytest.mark.parametrize(
