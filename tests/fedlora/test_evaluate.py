@@ -139,6 +139,12 @@ def test_generation_scores_by_hand():
     }
 
 
+def test_a_prompt_may_end_in_the_token_that_ends_responses():
+    prompts = [np.array([5, EOS]), np.array([2, 9, 3, EOS])]
+    plan = dataclasses.replace(PLAN, max_new_tokens=4)
+    assert generate(counting(model()), prompts, plan) == ["w1 w2 w3 w4"] * 2
+
+
 def test_defaults_that_a_model_ships_do_not_reach_generation():
     resident = ready()
     prompts = [e.input_ids[: e.prompt_tokens] for e in HELD]
