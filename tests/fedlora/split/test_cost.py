@@ -34,7 +34,7 @@ from fedlora.split.wire import Wire
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import adapter, wrap
 
-B, T = 2, 24
+B, T = 4, 24
 FP32 = {"activations": Wire("fp32"), "gradients": Wire("fp32")}
 
 
@@ -111,7 +111,7 @@ def test_the_clients_share_of_the_forward(size: str, percent: tuple[float, ...])
         whole = client + server_work(shapes, Split(cut), 67).forward
         assert 100 * client / whole == pytest.approx(expected, abs=0.06)
     blocks = head_work(shapes).forward / block_work(shapes.blocks[1], 0).forward
-    assert blocks == pytest.approx({"S": 5.4, "M": 4.0}[size], abs=0.07)
+    assert blocks == pytest.approx({"S": 5.4, "M": 4.0}[size], abs=0.09)
 
 
 def test_the_arithmetic_of_one_block_in_d():
@@ -229,6 +229,12 @@ def forward(model: LanguageModel) -> torch.Tensor:
     return hidden
 
 
+def held(model: LanguageModel) -> list[torch.Tensor]:
+    """What a client holds whether or not it trains."""
+    factors = [x for pair in model.factors() for x in pair]
+    return [*model.network.parameters(), *model.network.buffers(), *factors]
+
+
 TARGETS = [
     ("gpt2", "c_attn"),
     ("gpt2", "all-linear"),
@@ -249,8 +255,7 @@ def test_operations_are_those_that_pytorch_counts(name: str, targets: Any, cut: 
     with counted_flops() as back:
         hidden.sum().backward()
     work = client_work(shapes, Split(cut), T)
-    rotations = 0 if name == "gpt2" else B * T * 16  # angles, once: position times frequency
-    assert there.get_total_flops() == B * T * work.forward + rotations
+    assert there.get_total_flops() == B * T * work.forward
     assert back.get_total_flops() == B * T * work.backward
 
 
@@ -260,17 +265,18 @@ def test_operations_are_those_that_pytorch_counts(name: str, targets: Any, cut: 
 def test_saved_bytes_are_those_of_autograd(name: str, targets: Any, cut: int, dropout: float):
     model = tiny(name, targets, "sdpa", cut, dropout)
     shapes = shapes_of(model.network, {m.path: 3 for m in model.info.modules})
-    with saved_bytes(model.network) as saved:
+    with saved_bytes(held(model)) as saved:
         hidden = forward(model)
     formula = client_memory(shapes, Split(cut), B * T, dropout=dropout > 0).saved
     assert saved.bytes == pytest.approx(formula, rel=0.03)
     hidden.sum().backward()
 
 
-def test_eager_attention_keeps_its_weights():
-    model = tiny("gpt2", "c_attn", "eager", 1, 0.0)
+@pytest.mark.parametrize("targets", ["c_attn", "all-linear"])
+def test_eager_attention_keeps_its_weights(targets: str):
+    model = tiny("gpt2", targets, "eager", 1, 0.0)
     block = shapes_of(model.network, {m.path: 3 for m in model.info.modules}).blocks[0]
-    with saved_bytes(model.network) as saved:
+    with saved_bytes(held(model)) as saved:
         hidden = forward(model)
     formula = B * T * 4 * saved_floats(block, first=True, eager_length=T)
     assert saved.bytes == pytest.approx(formula, rel=0.03)
@@ -280,7 +286,7 @@ def test_eager_attention_keeps_its_weights():
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     layer = torch.nn.Linear(5, 5, bias=False)
     x = torch.randn(7, 5, requires_grad=True)
-    with saved_bytes(layer) as saved:
+    with saved_bytes(layer.parameters()) as saved:
         y = layer(x)
         z = layer(x).sum()
     assert saved.bytes == 7 * 5 * 4
