@@ -191,8 +191,8 @@ def test_unknown_blocks_are_refused():
 # ----------------------------------------------------------------------------- against measurements
 
 
-def tiny(name: str, targets: Any, attention: str, cut: int, dropout: float) -> LanguageModel:
-    """The first blocks of a random model with mounted adapters, as a client holds them."""
+def whole(name: str, targets: Any, attention: str, dropout: float) -> LanguageModel:
+    """A random model of three blocks with mounted adapters."""
     torch.manual_seed(0)
     common = {"vocab_size": 97, "attn_implementation": attention, "bos_token_id": 0}
     network: Any
@@ -213,6 +213,13 @@ def tiny(name: str, targets: Any, attention: str, cut: int, dropout: float) -> L
     model = wrap(network, targets)
     factors = adapter(model.info.modules, 3, dtype=torch.float32)
     model.mount(factors, dropout)
+    return model
+
+
+def tiny(name: str, targets: Any, attention: str, cut: int, dropout: float) -> LanguageModel:
+    """Its first blocks, as a client holds them."""
+    model = whole(name, targets, attention, dropout)
+    network: Any = model.network
     body = network.transformer if name == "gpt2" else network.model
     blocks = body.h if name == "gpt2" else body.layers
     del blocks[cut:]
@@ -281,6 +288,30 @@ def test_eager_attention_keeps_its_weights(targets: str):
     formula = B * T * 4 * saved_floats(block, first=True, eager_length=T)
     assert saved.bytes == pytest.approx(formula, rel=0.03)
     assert hidden.requires_grad
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_u_shaped_client_has_the_head_and_the_logits(name: str):
+    def loss(model: LanguageModel) -> torch.Tensor:
+        tokens = torch.randint(0, 97, (B, T), generator=torch.Generator().manual_seed(3))
+        logits = model.network(input_ids=tokens).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+    model = whole(name, "all-linear", "sdpa", 0.0)
+    shapes = shapes_of(model.network, {m.path: 3 for m in model.info.modules})
+    with saved_bytes(held(model)) as saved:
+        kept = loss(model)
+    formula = client_memory(shapes, Split(2, 1), B * T).saved
+    assert saved.bytes == pytest.approx(formula, rel=0.03)
+    assert kept.requires_grad
+    model = whole(name, "all-linear", "eager", 0.0)
+    with counted_flops() as there:
+        kept = loss(model)
+    with counted_flops() as back:
+        kept.backward()
+    work = client_work(shapes, Split(2, 1), T)
+    assert there.get_total_flops() == B * T * work.forward
+    assert back.get_total_flops() == B * T * work.backward
 
 
 def test_saved_bytes_counts_each_storage_once_and_no_parameter():
