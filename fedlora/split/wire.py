@@ -225,7 +225,8 @@ class _Int8:
 
     def _spread(self, scales: Tensor, d: int) -> Tensor:
         """The scale of every number, ``[tokens, d]``."""
-        return scales.repeat_interleave(self._size(d), dim=1)[:, :d]
+        wide = scales.unsqueeze(2).expand(*scales.shape, self._size(d))  # faster than repeating
+        return wide.flatten(1)[:, :d]
 
     def _scales(self, x: Tensor) -> Tensor:
         """``max|x| / 127`` of each group, ``[tokens, groups]``, cut to 17 significant bits.
