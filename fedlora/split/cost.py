@@ -15,13 +15,13 @@ arXiv:2004.12088 (SplitFed) and Lin et al., arXiv:2407.00952 (SplitLoRA); the fo
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlora.models.modules import find_modules
@@ -419,9 +419,10 @@ def saved_floats(
 ) -> int:
     """Numbers per token that autograd saves in one block.
 
-    The inputs of both norms; what attention multiplies (queries, keys, values) and its output with
-    one number per head; what the activation function needs; and the input of each adapter with its
-    ``r`` inner numbers, once for all adapters that read the same unless each drops out by itself.
+    The inputs of both norms with two statistics each; queries, keys and values, with the output of
+    a fused attention and a number per head, or with an eager one's weights; what the activation
+    function needs; and the input of each adapter with its ``r`` inner numbers, once for all that
+    read the same unless each drops out by itself.
 
     Args:
         block: its shapes.
@@ -429,11 +430,11 @@ def saved_floats(
         dropout: on the adapters' inputs: each then saves what it reads and the mask.
         eager_length: ``T`` if attention keeps its ``T x T`` weights; 0: a fused kernel.
     """
-    norms = block.hidden * (1 if first else 2)
+    norms = (block.hidden + 2) * (1 if first else 2)
     mixed = sum(x.d_out for x in block.linears if x.reads == "input")
-    attention = mixed + block.width + block.heads * (eager_length or 1)
+    attention = mixed + (block.heads * eager_length or block.width + block.heads)
     adapters = sum(x.rank for x in block.linears)
-    read: set[str] = {"attention"}  # saved by the attention itself
+    read: set[str] = set() if eager_length else {"attention"}  # saved by the attention itself
     for x in (x for x in block.linears if x.rank):
         if dropout:
             adapters += x.d_in * (1 if first and x.reads == "input" else 2)
@@ -556,7 +557,7 @@ def step_times(
 
 @dataclass
 class Saved:
-    """What autograd has saved so far: distinct storages that are not a module's own."""
+    """What autograd has saved so far: distinct storages that are not there anyway."""
 
     sizes: dict[int, int] = field(default_factory=dict)
     """Address of a storage -> its bytes."""
@@ -568,24 +569,20 @@ class Saved:
 
 
 @contextmanager
-def saved_bytes(*modules: nn.Module) -> Iterator[Saved]:
+def saved_bytes(own: Iterable[Tensor] = ()) -> Iterator[Saved]:
     """Measure what the forward passes inside save for a backward pass.
 
     Keep their results until the end: a graph that is freed gives its addresses to the next.
 
     Args:
-        modules: whose parameters and buffers do not count.
+        own: tensors that are there anyway and do not count: parameters, mounted factors, buffers.
     """
-    own = {
-        t.untyped_storage().data_ptr()
-        for module in modules
-        for t in (*module.parameters(), *module.buffers())
-    }
+    known = {t.untyped_storage().data_ptr() for t in own}
     saved = Saved()
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in known:
             saved.sizes[storage.data_ptr()] = storage.nbytes()
         return tensor
 

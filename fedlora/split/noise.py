@@ -62,8 +62,8 @@ class Privacy:
             claim = f"No epsilon is stated: it needs {LIBRARY} (pip install '{LIBRARY}>=0.6')."
         else:
             claim = (
-                f"Unit row (the activations of one token position, replaced by any others), "
-                f"{self.releases} releases: epsilon <= {self.row_epsilon:.4g} at "
+                f"Releases of each row: {self.releases}. Unit row (the activations of one token "
+                f"position, replaced by any others): epsilon <= {self.row_epsilon:.4g} at "
                 f"delta={self.delta:g}. Unit example ({self.rows} rows): epsilon <= "
                 f"{self.example_epsilon:.4g} at delta={self.delta:g}. Computed by "
                 f"{self.accountant}, without amplification by sampling."
@@ -152,7 +152,8 @@ class Noise:
 def clip_rows(h: Tensor, clip: float) -> Tensor:
     """Each row ``[..., d]`` shortened to the L2 norm ``clip`` if it is longer. Differentiable."""
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
-    return h * (clip / norm.clamp_min(clip))
+    clipped: Tensor = h * (clip / norm.clamp_min(clip))
+    return clipped
 
 
 def _accounting() -> Any | None:

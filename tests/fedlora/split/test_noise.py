@@ -130,7 +130,13 @@ def test_the_accountant_is_asked_about_sensitivity_2c_and_every_release(
     privacy = Noise(clip=2.0, sigma=4.0, delta=1e-6).privacy(releases=5, rows=10)
     assert asked == [(2.0, 5), (2.0, 50)]
     assert (privacy.row_epsilon, privacy.example_epsilon) == (5.0, 50.0)
-    for part in ("Unit row", "5 releases", "Unit example (10 rows)", "delta=1e-06", NOT_COVERED):
+    for part in (
+        "Unit row",
+        "Releases of each row: 5",
+        "Unit example (10 rows)",
+        "delta=1e-06",
+        NOT_COVERED,
+    ):
         assert part in privacy.text
     nothing = Noise(clip=2.0, sigma=4.0).privacy(releases=0, rows=10)
     assert nothing.row_epsilon == 0.0 and "Nothing was released" in nothing.text

@@ -11,7 +11,7 @@ from fedlora.seeding import torch_generator
 from fedlora.split.wire import Wire
 from tests.generators import seeds
 
-TINY = 1e-36  # below it float32 runs out of bits
+TINY = 2e-36  # 127 of the smallest normal float32
 
 
 @st.composite
@@ -19,7 +19,7 @@ def rows(draw: st.DrawFn) -> torch.Tensor:
     """Rows of any size and magnitude, some numbers far larger than the rest, some rows zero."""
     tokens, d = draw(st.integers(0, 5)), draw(st.integers(1, 150))
     g = torch_generator(draw(seeds), "test-rows")
-    x = torch.randn(tokens, d, generator=g) * 10.0 ** draw(st.integers(-30, 30))
+    x = torch.randn(tokens, d, generator=g) * 10.0 ** draw(st.integers(-30, 25))
     x *= torch.rand(tokens, 1, generator=g) * 10.0 ** draw(st.integers(-6, 6))
     if tokens and draw(st.booleans()):
         x[:, draw(st.integers(0, d - 1))] *= draw(st.sampled_from([0.0, 50.0, -3000.0]))
