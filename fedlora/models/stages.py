@@ -327,18 +327,14 @@ def _without(base: nn.Module, path: str, span: Span) -> Any:
     for parent in parents:
         at._modules[parent] = _shallow(at._modules[parent])
         at = at._modules[parent]
-    before = True
-    for child in list(at._modules):
+    owned = span.embeds
+    for child, module in list(at._modules.items()):
         if child == name:
-            before = False
-        elif isinstance(at._modules[child], nn.Embedding):
+            owned = span.heads
+        elif isinstance(module, nn.Embedding):
             if not span.embeds:
                 at._modules[child] = _Nothing()
-        elif (
-            not before
-            and not span.heads
-            and next(at._modules[child].parameters(), None) is not None
-        ):
+        elif not owned and module is not None and next(module.parameters(), None) is not None:
             at._modules[child] = nn.Identity()
     return new
 

@@ -106,6 +106,11 @@ class SplitClient:
         for i, saved in grads.items():
             self.party.flat.grads[int(i)].copy_(saved)
 
+    def ready(self, step: int, *, graph: bool) -> bool:
+        """Whether a step waits here for its tail or its gradient, the latter with its graph."""
+        here = self._pending
+        return here is not None and here.step == step and not (graph and here.packed is None)
+
     @property
     def pending(self) -> int:
         """The step whose gradient is still to come; -1: none."""

@@ -45,9 +45,9 @@ class Terms:
 
     seed: int
     up: Wire = field(default_factory=Wire)
-    """Number format of activations."""
+    """Number format of what clients send: activations, and the gradients of a U-shape's tail."""
     down: Wire = field(default_factory=Wire)
-    """Number format of gradients."""
+    """Number format of what they are sent: gradients, and the hidden states of a U-shape."""
     noise: Noise = field(default_factory=Noise)
     smoothing: float = 0.0
     """Of labels, in the training loss."""
@@ -108,7 +108,7 @@ class Up:
     loss: float = 0.0
     """U-shape: mean negative log-likelihood of the step's supervised tokens."""
     tokens: int = 0
-    """Supervised tokens of the step."""
+    """Supervised tokens of the step; with a U-shape all that the server hears of its labels."""
     grad_norm: float = 0.0
     """Of the optimizer step that this exchange brought, before clipping."""
     adapter: Adapter | None = None
@@ -121,7 +121,7 @@ def parts_bytes(parts: Parts | None) -> int:
 
 
 def label_bytes(up: Up) -> int:
-    """Bytes of a step's row lengths and labels: int32 each."""
+    """Bytes of a step's row lengths, each row's first supervised position and labels: int32."""
     if up.shape is None:
         return 0
     rows = len(up.shape.lengths)
