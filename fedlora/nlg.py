@@ -176,7 +176,7 @@ _CLITIC = r"n't(?!\w)|'(?:s|m|d|re|ve|ll)(?!\w)"
 _ATTACHED = re.compile(rf"(?<=\w)({_CLITIC})")
 _TOKEN = re.compile(rf"{_CLITIC}|\d+(?:[.,:]\d+)+|\w+(?:[-'/]\w+)*|--+|\.\.+|\S")
 # Brackets stay, as in the scripts: these ask for -LRB- after the text was made lower-case.
-_DROPPED = frozenset("'' ' `` ` \" . .. ... ? ! , : ; - --".split())
+_DROPPED = frozenset("?!,:;.\"'`-") | {"''", "``", "--", "..", "..."}
 
 
 def words(text: str) -> list[str]:

@@ -13,7 +13,7 @@ from fedlora.nlg import bleu, cider, evaluate, meteor, nist, rouge_l, words
 
 ALL = {"bleu": bleu, "nist": nist, "rouge_l": rouge_l, "cider": cider}
 EXACT = {"rel": 1e-12, "abs": 1e-12}
-VOCABULARY = "the a pub is near river cheap food Café n't 's family-friendly , . £20 5/5".split()
+VOCABULARY = ["the", "a", "pub", "near", "cheap", "Café", "n't", "'s", "kid-free", ",", ".", "£20"]
 
 texts = st.lists(st.sampled_from(VOCABULARY), min_size=1, max_size=9).map(" ".join)
 corpora = st.lists(
@@ -197,7 +197,7 @@ def test_common_subsequence_equals_its_recursion(a, b):
         ("The Vaults isn't cheap, it's £20-25!", "the vaults is n't cheap it 's £ 20-25"),
         ("the vaults is n't cheap , it 's £ 20-25 !", "the vaults is n't cheap it 's £ 20-25"),
         ("A family-friendly pub; rated 3.5 (5/5).", "a family-friendly pub rated 3.5 ( 5/5 )"),
-        ('"Café Rouge" -- they\'re the owners\' ...', "café rouge they 're the owners"),
+        ("\"Café Rouge\" -- they're the owners' ...", "café rouge they 're the owners"),
         ("it’s nice – really … “ok”", "it 's nice really ok"),
         ("  \n", ""),
     ],
@@ -242,6 +242,44 @@ def test_a_java_that_fails_is_no_java(monkeypatch, tmp_path):
     assert evaluate(["a"], [["a"]]).meteor_note == "java -version ends with 3"
     java.write_text("no program")
     assert "java does not start" in evaluate(["a"], [["a"]]).meteor_note
+
+
+@pytest.mark.slow
+def test_agreement_with_the_java_path():
+    """On sentences like E2E's, both sides see the same words (of another spelling: # for £)."""
+    pytest.importorskip("pycocoevalcap")
+    if nlg.meteor_missing():
+        pytest.skip(nlg.meteor_missing())
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+    from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+    said = [
+        "The Vaults pub near Café Adriatic has a 5 star rating , and it 's £20-25 .",
+        "Aromi isn't a family-friendly coffee shop; it's in the city centre.",
+        "Cotto serves cheap Thai food.",
+        "",
+    ]
+    wanted = [
+        ["The Vaults is a 5-star pub near Café Adriatic. Prices start at £30.", "A pub, 5 stars."],
+        ["Aromi is not family friendly.", "In the city centre, there's Aromi: no kids!"],
+        ["Cotto serves cheap Thai food.", "Cheap Thai food is served at the Cotto, riverside."],
+        ["Wildwood."],
+    ]
+
+    def ptb(groups):
+        tokens = PTBTokenizer().tokenize(
+            {i: [{"caption": t} for t in g] for i, g in enumerate(groups)}
+        )
+        return {i: tokens[i] for i in range(len(groups))}
+
+    theirs, mine = ptb(wanted), ptb([[h] for h in said])
+    for group, tokens in zip(wanted, theirs.values(), strict=True):
+        assert [" ".join(words(t)).replace("£", "#") for t in group] == tokens
+    assert rouge_l(said, wanted) == pytest.approx(Rouge().compute_score(theirs, mine)[0], rel=1e-9)
+    assert cider(said, wanted) == pytest.approx(Cider().compute_score(theirs, mine)[0], rel=1e-9)
+    whole = [g[0] for g in wanted]
+    assert 0 < meteor(said, wanted) < meteor(whole, wanted) <= 1
 
 
 # --- errors ---------------------------------------------------------------------------------------

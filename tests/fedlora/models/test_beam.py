@@ -1,4 +1,4 @@
-"""Beam search against greedy search, enumeration and teacher forcing; nothing leaks between rows."""
+"""Beam search against greedy search, enumeration and teacher forcing; no row knows the others."""
 
 import dataclasses
 import itertools
