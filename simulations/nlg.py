@@ -106,7 +106,7 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
     model.mount(adapter)
     emit(f"{run.name}: {len(asked)} of {len(every)} contexts of the {request.split} split")
     began = time.monotonic()
-    found = search(model, [c.prompt for c in asked], request.decoding, progress=_Lines(emit))
+    found = search(model, [c.prompt for c in asked], request.decoding, progress=Lines(emit))
     seconds = time.monotonic() - began
     scores = evaluate([h.text for h in found], [c.references for c in asked])
     rows = [
@@ -170,15 +170,17 @@ def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) 
     return parts.strategy.global_adapter(dict(saved.state), setting.max_ranks)
 
 
-class _Lines:
+class Lines:
     """Says now and then how far the decoding is."""
 
-    def __init__(self, emit: Callable[[str], object]) -> None:
-        self._emit, self._began = emit, time.monotonic()
-        self._last = self._began
+    def __init__(
+        self, emit: Callable[[str], object], now: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._emit, self._now = emit, now
+        self._began = self._last = now()
 
     def __call__(self, done: int, of: int) -> None:
-        now = time.monotonic()
+        now = self._now()
         if now - self._last >= _BETWEEN_LINES_S:
             self._last = now
             left = (now - self._began) * (of - done) / done
