@@ -153,7 +153,8 @@ def _nist_brevity(said: int, wanted: float) -> float:
 def _mteval() -> Callable[[str], list[str]]:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    tokenizer: Any = Tokenizer13a()
+    untyped: Any = Tokenizer13a
+    tokenizer = untyped()
     return lambda text: str(tokenizer(text.lower().rstrip())).split()
 
 
