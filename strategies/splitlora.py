@@ -111,10 +111,10 @@ class SplitLoRA(LoRAStrategy):
     Same bits."""
     keep_graphs: bool = False
     """Of ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
-    up: Wire = field(default_factory=Wire)
-    """Number format of activations: of all that clients send, see `Terms`."""
-    down: Wire = field(default_factory=Wire)
-    """Number format of gradients: of all that they are sent."""
+    activations: Wire = field(default_factory=Wire)
+    """Number format of activations, whichever way they go."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients."""
     noise: Noise = field(default_factory=Noise)
     """On activations."""
     label_smoothing: float = 0.0
@@ -377,8 +377,8 @@ class _Play:
         self.plan = jobs[0].plan
         self.terms = Terms(
             seed=jobs[0].seed,
-            up=method.up,
-            down=method.down,
+            activations=method.activations,
+            gradients=method.gradients,
             noise=method.noise,
             smoothing=method.label_smoothing,
             keep_graphs=method.keep_graphs,

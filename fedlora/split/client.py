@@ -133,7 +133,7 @@ class SplitClient:
                 f"{waiting} for one"
             )
         if pending.packed.requires_grad:
-            gradient = self.opening.terms.down.decode(down.gradient)
+            gradient = self.opening.terms.gradients.decode(down.gradient)
             if gradient.shape != pending.packed.shape:
                 raise ValueError(
                     f"client {self.opening.client.id} sent {list(pending.packed.shape)} numbers "
@@ -157,7 +157,7 @@ class SplitClient:
         if terms.noise.clip:
             packed = terms.noise(packed, self._generator("noise", number))
         self._pending = _Pending(number, packed)
-        return terms.up.encode(packed.detach(), self._generator("wire", number))
+        return terms.activations.encode(packed.detach(), self._generator("wire", number))
 
     def _finish(self, number: int, middle: Parts) -> Up:
         """The tail of a U-shape: loss and its gradient, of the client's own mean over tokens."""
@@ -168,7 +168,7 @@ class SplitClient:
                 "forward it has not begun"
             )
         terms, step = self.opening.terms, self._step(number)
-        z = terms.down.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
+        z = terms.activations.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
         shape, positions = step.shape, step.batch.positions.to(self.model.device)
         self._mount(self.tail, number, step.batch.inputs.numel())
         try:
@@ -179,7 +179,7 @@ class SplitClient:
         loss = summed_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
         (loss.total / step.batch.tokens).backward()
         assert z.grad is not None
-        sent = terms.up.encode(z.grad, self._generator("tail", number))
+        sent = terms.gradients.encode(z.grad, self._generator("tail", number))
         return Up(
             number, hidden=sent, loss=float(loss.nll / step.batch.tokens), tokens=step.batch.tokens
         )

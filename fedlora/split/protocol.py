@@ -44,10 +44,10 @@ class Terms:
     """What holds for every client of a run."""
 
     seed: int
-    up: Wire = field(default_factory=Wire)
-    """Number format of what clients send: activations, and the gradients of a U-shape's tail."""
-    down: Wire = field(default_factory=Wire)
-    """Number format of what they are sent: gradients, and the hidden states of a U-shape."""
+    activations: Wire = field(default_factory=Wire)
+    """Number format of hidden states: they go up, with a U-shape down again."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients: they go down, with a U-shape up before."""
     noise: Noise = field(default_factory=Noise)
     smoothing: float = 0.0
     """Of labels, in the training loss."""

@@ -26,7 +26,7 @@ from fedlora.split.client import autocast
 from fedlora.split.loss import Loss, summed_loss
 from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Terms, Up
-from fedlora.split.wire import Parts
+from fedlora.split.wire import Parts, Wire
 from fedlora.types import Client, LocalPlan, at_least, one_of
 
 UPDATES = ("concat", "sequential", "per_client")
@@ -128,7 +128,7 @@ class SplitServer:
         if up.shape is None or up.hidden is None:
             raise ValueError(f"client {i} sent no activations")
         up.shape.check(self.model.info.context)
-        z = self.terms.up.decode(up.hidden)
+        z = self.terms.activations.decode(up.hidden)
         d = self.model.network.config.hidden_size
         if list(z.shape) != [up.shape.tokens, d]:
             raise ValueError(
@@ -157,7 +157,7 @@ class SplitServer:
         asked = self._asked[i]
         if up.hidden is None or up.tokens < 1 or not math.isfinite(up.loss):
             raise ValueError(f"client {i} sent no gradient, or a loss of {up.loss}")
-        gradient = self.terms.up.decode(up.hidden)
+        gradient = self.terms.gradients.decode(up.hidden)
         if tuple(gradient.shape) != asked:
             raise ValueError(
                 f"client {i} sent a gradient of {list(gradient.shape)} numbers back for "
@@ -198,14 +198,14 @@ class SplitServer:
         """
         self._begin(ups)
         self._passes = []
-        sent: dict[int, Parts] = {}
+        wire, sent = self.terms.activations, dict[int, Parts]()
         for ids, shares in self._passes_of(ups):
             done = self._forward(ids, shares, ups)
             self._passes.append(done)
             for i, rows in self._rows(done, ups).items():
                 packed = _packed(done.output[rows], ups[i])
                 self._asked[i] = (packed.shape[0], packed.shape[1])
-                sent[i] = self._encoded(packed.detach(), "middle", i, ups)
+                sent[i] = self._encoded(wire, packed.detach(), "middle", i, ups)
         return sent
 
     def finish(
@@ -365,7 +365,7 @@ class SplitServer:
         for i in there:
             hidden = tails[i].hidden
             assert hidden is not None
-            own = self.terms.up.decode(hidden).to(seed)
+            own = self.terms.gradients.decode(hidden).to(seed)
             padded = pad(own, _shape(ups[i]), seed.shape[1])
             seed[rows[i]] = padded if done.shares[i] == 1 else padded * done.shares[i]
         done.output.backward(seed)
@@ -386,11 +386,12 @@ class SplitServer:
         assert gradient is not None
         if self.rule.gradient == "own_mean" and done.shares[i] != 1:
             gradient = gradient / done.shares[i]
-        return Answer(self._encoded(gradient, "gradient", i, ups), loss, tokens)
+        sent = self._encoded(self.terms.gradients, gradient, "gradient", i, ups)
+        return Answer(sent, loss, tokens)
 
-    def _encoded(self, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
+    def _encoded(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
         try:
-            return self.terms.down.encode(x, self._generator(what, i, ups))
+            return wire.encode(x, self._generator(what, i, ups))
         except ValueError as error:
             raise FloatingPointError(f"the server's {what} for client {i}: {error}") from error
 
