@@ -60,7 +60,7 @@ def save_peft(
     """Write an adapter for ``PeftModel.from_pretrained``, whatever its ranks and scales.
 
     Factors of a split layer's parts are written as those of the whole layer, since PEFT mounts them
-    on the model as its files have it: parts of ranks r_1, ..., r_n give one of rank r_1 + ... + r_n.
+    on the model as its files have it: parts of ranks r_1, r_2, ... give one of rank r_1 + r_2 + ...
 
     Args:
         adapter: factors of the modules it updates, at least one.
