@@ -1,10 +1,9 @@
 """GPT-2's fused projection as three linear layers, so that q, k and v can be adapted apart.
 
 ``c_attn`` gives queries, keys and values in one product ``d -> 3d``. One adapter on it has one A
-for all three and adapts k as well. The code released with SplitLoRA gives q
-and v factors of their own and leaves k alone, which is plain LoRA on two of the layers that
-`split_qkv` makes. These hold views of the same weights, and whatever leaves the process has the
-fused layer's name and shape again.
+for all three and adapts k as well. The code released with SplitLoRA gives q and v factors of their
+own and leaves k alone, which is plain LoRA on two of the layers that `split_qkv` makes. These hold
+views of the same weights, and whatever leaves the process has the fused layer's name and shape.
 
 An adapter of parts of ranks r_q and r_v is one of rank r_q + r_v on the fused layer, exactly: the A
 are stacked, and every B has its own rows and columns, with zeros elsewhere.
