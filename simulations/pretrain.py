@@ -292,7 +292,8 @@ def held_out_losses(
 
 
 def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> list[dict[str, str]]:
-    """Greedy continuations of a few texts, as they come."""
+    """Greedy continuations of a few texts, as they come, within the context."""
+    context = model.config.max_position_embeddings
     result = []
     for text in SAMPLES:
         ids = torch.tensor([[BOS, *tokenizer.encode(text, add_special_tokens=False)]])
@@ -300,7 +301,7 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> l
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
+            max_new_tokens=max(1, min(limit, context - start)),
             do_sample=False,
         )
         answer = tokenizer.decode(out[0, start:], skip_special_tokens=True)
