@@ -26,6 +26,7 @@ from fedlora.batches import num_steps
 from fedlora.engine.loop import learning_rates
 from fedlora.initial import initial_factors
 from fedlora.linalg import at_rank
+from fedlora.models.folder import ModelError
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import block_of, blocks_of
 from fedlora.split.batches import Seeds
@@ -110,9 +111,9 @@ class SplitLoRA(LoRAStrategy):
     Same bits."""
     keep_graphs: bool = False
     """Of ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
-    up: Wire = field(default_factory=Wire)
-    """Number format of activations."""
-    down: Wire = field(default_factory=Wire)
+    activations: Wire = field(default_factory=Wire)
+    """Number format of activations, whichever way they go."""
+    gradients: Wire = field(default_factory=Wire)
     """Number format of gradients."""
     noise: Noise = field(default_factory=Noise)
     """On activations."""
@@ -151,6 +152,11 @@ class SplitLoRA(LoRAStrategy):
     def init_state(self, setting: Setting) -> State:
         blocks = 1 + max(blocks_of(setting.modules).values())
         cuts = sorted({self._cut(c, blocks).first for c in setting.clients})
+        if cuts[-1] + max(self.tail, 0) > blocks:
+            raise ValueError(
+                f"strategy.cut: a client cannot hold the first {cuts[-1]} and the last "
+                f"{max(self.tail, 0)} of {blocks} blocks (strategy.cut, tier_cuts, tail)"
+            )
         top = setting.max_ranks
         if self.server_rank:
             top = Ranks({m.path: min(self.server_rank, m.max_rank) for m in setting.modules})
@@ -371,8 +377,8 @@ class _Play:
         self.plan = jobs[0].plan
         self.terms = Terms(
             seed=jobs[0].seed,
-            up=method.up,
-            down=method.down,
+            activations=method.activations,
+            gradients=method.gradients,
             noise=method.noise,
             smoothing=method.label_smoothing,
             keep_graphs=method.keep_graphs,
@@ -380,6 +386,13 @@ class _Play:
         self.cuts = {i: method.cut_of(state, j.client) for i, j in self.jobs.items()}
         for cut in self.cuts.values():
             self.ground.check(cut)
+        blocks = int(state["blocks"])
+        if method.tail > 0 and blocks != self.ground.stages.blocks:
+            raise ModelError(
+                f"strategy.tail={method.tail}: the last adapter of the model lies in block "
+                f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
+                "the last block"
+            )
         self.openings = {i: self._opening(i) for i in self.jobs}
         self.copies = {
             i: method.copy_of(state, j.client)
@@ -459,23 +472,23 @@ class _Play:
                 f"strategy.average_every={every} does not divide the round's {length} steps "
                 "(client.steps): a round ends with an average"
             )
-        rates = self._rates(length)
-        of_clients = [plan.lr] * length if self.method.client_schedule == "constant" else rates
-        scale = self.method.server_lr / plan.lr if self.method.server_lr else 1.0
+        of_clients = self._rates(length, plan)
+        if self.method.client_schedule == "constant":
+            of_clients = [plan.lr] * length
         return Itinerary(
             starts={i: o.adapter for i, o in self.openings.items()},
             done={i: int(self.state["done"][i]) for i in self.jobs},
             steps=steps,
-            server_rates=[scale * rate for rate in rates] if scale != 1.0 else rates,
+            server_rates=self._rates(length, replace(plan, lr=self.method.server_lr or plan.lr)),
             client_rates=of_clients,
             average_after=frozenset(range(every, length, every)) if every else frozenset(),
         )
 
-    def _rates(self, length: int) -> list[float]:
+    def _rates(self, length: int, plan: LocalPlan) -> list[float]:
         horizon, done = self.method.horizon, int(self.state["steps"])
         if not horizon:
-            return learning_rates(length, self.plan)
-        rates = learning_rates(horizon, self.plan)
+            return learning_rates(length, plan)
+        rates = learning_rates(horizon, plan)
         return [rates[min(done + k, horizon - 1)] for k in range(length)]
 
     def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:

@@ -9,7 +9,7 @@ happens exactly once, in the stage that owns it, by the architecture's own code.
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,8 +128,9 @@ class Stage:
         self.model = model
         self.layers = {p: layer for p, layer in model.layers.items() if block_of(p) in span}
         """Module path -> wrapped layer, of this stage alone, in module order."""
-        self._enter = None if span.embeds else _Enter(_in_tuple(model, blocks))
-        self.network = _cut(model.network, path, span, self._enter)
+        habits = _habits(model, path, blocks)
+        self._enter = None if span.embeds else _Enter(habits.in_tuple)
+        self.network = _cut(model.network, path, span, self._enter, habits.before)
         self.blocks = len(blocks)
         """Of the whole model."""
 
@@ -249,26 +250,45 @@ def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
     )
 
 
-def _in_tuple(model: LanguageModel, blocks: nn.ModuleList) -> bool:
-    """Whether blocks return tuples: the first one is asked, with one token."""
-    found = []
+@dataclass(frozen=True)
+class _Habits:
+    """What an architecture does around its blocks."""
+
+    in_tuple: bool
+    """Blocks return tuples that begin with the hidden states."""
+    before: frozenset[str]
+    """Of the modules beside the list of blocks, those that run before the first one."""
+
+
+def _habits(model: LanguageModel, path: str, blocks: nn.ModuleList) -> _Habits:
+    """One token is sent as far as through the first block."""
+    in_tuple: list[bool] = []
+    before: set[str] = set()
 
     def look(_: nn.Module, __: object, output: object) -> None:
-        found.append(isinstance(output, tuple))
+        in_tuple.append(isinstance(output, tuple))
         raise _Crossed(torch.zeros(()))
 
-    handle = blocks[0].register_forward_hook(look)
+    def note(name: str) -> Callable[[nn.Module, object], None]:
+        return lambda _, __: before.add(name)
+
+    beside = model.network.base_model.get_submodule(path.rpartition(".")[0]).named_children()
+    handles = [m.register_forward_pre_hook(note(name)) for name, m in beside if m is not blocks]
+    handles.append(blocks[0].register_forward_hook(look))
     try:
         with torch.no_grad():
             model.network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
     except _Crossed:
         pass
     finally:
-        handle.remove()
-    return bool(found) and found[0]
+        for handle in handles:
+            handle.remove()
+    return _Habits(any(in_tuple), frozenset(before))
 
 
-def _cut(network: Any, path: str, span: Span, enter: nn.Module | None) -> Any:
+def _cut(
+    network: Any, path: str, span: Span, enter: nn.Module | None, before: Collection[str]
+) -> Any:
     """A copy of the network, with its weights shared, that owns the span alone."""
     prefix = network.base_model_prefix
     blocks = network.base_model.get_submodule(path)
@@ -277,7 +297,7 @@ def _cut(network: Any, path: str, span: Span, enter: nn.Module | None) -> Any:
     back = [] if span.heads else [_like(_Leave(), blocks[0])]
     chosen = [*front, *own, *back]
     config = _config(network.config, span, len(front), len(back))
-    base = _without(network.base_model, path, span)
+    base = _without(network.base_model, path, span, before)
     _set(base, path, nn.ModuleList(chosen))
     for module in _lineage(base, path):
         if hasattr(module, "config"):
@@ -319,7 +339,7 @@ def _shallow(module: nn.Module) -> Any:
     return new
 
 
-def _without(base: nn.Module, path: str, span: Span) -> Any:
+def _without(base: nn.Module, path: str, span: Span, before: Collection[str]) -> Any:
     """A shallow copy, down to the list of blocks, without the ends that the span does not own."""
     new = _shallow(base)
     parents, name = path.split(".")[:-1], path.rpartition(".")[2]
@@ -327,18 +347,13 @@ def _without(base: nn.Module, path: str, span: Span) -> Any:
     for parent in parents:
         at._modules[parent] = _shallow(at._modules[parent])
         at = at._modules[parent]
-    before = True
-    for child in list(at._modules):
-        if child == name:
-            before = False
-        elif isinstance(at._modules[child], nn.Embedding):
-            if not span.embeds:
-                at._modules[child] = _Nothing()
-        elif (
-            not before
-            and not span.heads
-            and next(at._modules[child].parameters(), None) is not None
-        ):
+    for child, module in list(at._modules.items()):
+        owned = span.embeds if child in before else span.heads
+        if child == name or owned or module is None:
+            continue
+        if isinstance(module, nn.Embedding):
+            at._modules[child] = _Nothing()
+        elif next(module.parameters(), None) is not None:
             at._modules[child] = nn.Identity()
     return new
 

@@ -39,6 +39,13 @@ class Shape:
         """Rows of what crosses the cut."""
         return sum(self.lengths)
 
+    def check(self, context: int) -> None:
+        """Raise a ValueError unless there are rows, each of which fits into so many tokens."""
+        if not self.lengths or not 1 <= min(self.lengths) <= max(self.lengths) <= context:
+            raise ValueError(
+                f"rows of {list(self.lengths)} tokens: the model takes 1..{context} in a row"
+            )
+
     def index(self, width: int = 0) -> Tensor:
         """``[tokens]`` int64: where each token lies in a padded batch ``[b * width]``."""
         width = width or self.width

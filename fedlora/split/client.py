@@ -106,6 +106,11 @@ class SplitClient:
         for i, saved in grads.items():
             self.party.flat.grads[int(i)].copy_(saved)
 
+    def ready(self, step: int, *, graph: bool) -> bool:
+        """Whether a step waits here for its tail or its gradient, the latter with its graph."""
+        here = self._pending
+        return here is not None and here.step == step and not (graph and here.packed is None)
+
     @property
     def pending(self) -> int:
         """The step whose gradient is still to come; -1: none."""
@@ -128,7 +133,7 @@ class SplitClient:
                 f"{waiting} for one"
             )
         if pending.packed.requires_grad:
-            gradient = self.opening.terms.down.decode(down.gradient)
+            gradient = self.opening.terms.gradients.decode(down.gradient)
             if gradient.shape != pending.packed.shape:
                 raise ValueError(
                     f"client {self.opening.client.id} sent {list(pending.packed.shape)} numbers "
@@ -152,7 +157,7 @@ class SplitClient:
         if terms.noise.clip:
             packed = terms.noise(packed, self._generator("noise", number))
         self._pending = _Pending(number, packed)
-        return terms.up.encode(packed.detach(), self._generator("wire", number))
+        return terms.activations.encode(packed.detach(), self._generator("wire", number))
 
     def _finish(self, number: int, middle: Parts) -> Up:
         """The tail of a U-shape: loss and its gradient, of the client's own mean over tokens."""
@@ -163,7 +168,7 @@ class SplitClient:
                 "forward it has not begun"
             )
         terms, step = self.opening.terms, self._step(number)
-        z = terms.down.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
+        z = terms.activations.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
         shape, positions = step.shape, step.batch.positions.to(self.model.device)
         self._mount(self.tail, number, step.batch.inputs.numel())
         try:
@@ -174,7 +179,7 @@ class SplitClient:
         loss = summed_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
         (loss.total / step.batch.tokens).backward()
         assert z.grad is not None
-        sent = terms.up.encode(z.grad, self._generator("tail", number))
+        sent = terms.gradients.encode(z.grad, self._generator("tail", number))
         return Up(
             number, hidden=sent, loss=float(loss.nll / step.batch.tokens), tokens=step.batch.tokens
         )

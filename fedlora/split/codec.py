@@ -218,8 +218,8 @@ def _labels(arrays: Arrays) -> Labels:
 
 def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDict:
     config = ConfigRecord({"header": json.dumps(header), **more})
-    records = ArrayRecord({name: Array(np.require(a, requirements="C")) for name, a in arrays.items()})
-    return RecordDict({"split": config, "arrays": records})
+    records = {name: Array(np.require(a, requirements="C")) for name, a in arrays.items()}
+    return RecordDict({"split": config, "arrays": ArrayRecord(records)})
 
 
 def _found(content: RecordDict) -> Arrays:

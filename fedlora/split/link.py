@@ -39,6 +39,11 @@ class MessageLink:
         self.hall, self.openings = hall, openings
         self._opened: set[int] = set()
 
+    @property
+    def wire(self) -> str:
+        """Number format of adapters."""
+        return self.hall.wire
+
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """Send and wait. What a node does not answer is the failure of all its clients."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedlora.engine.loop import FlatParameters, clip_and_step, optimizer_for
 from fedlora.models.layers import LowRank
-from fedlora.types import Adapter, LocalPlan
+from fedlora.types import Adapter, Factors, LocalPlan
 
 Memory = Mapping[str, Tensor]
 """What an optimizer remembers, by name: ``exp_avg``, ``exp_avg_sq``, ``step`` or the like."""
@@ -52,8 +52,8 @@ class Party:
         return clip_and_step(self.optimizer, self.flat.buffers, rate, self.plan.clip)
 
     def adapter(self) -> Adapter:
-        """A detached copy of the adapters."""
-        return {path: update.factors() for path, update in self.updates.items()}
+        """A detached copy of the adapters, on the CPU as whatever is sent or kept."""
+        return {path: _on_cpu(update.factors()) for path, update in self.updates.items()}
 
     def load(self, adapter: Adapter) -> None:
         """Overwrite the adapters in place; the optimizer goes on with what it remembers.
@@ -72,9 +72,10 @@ class Party:
                 update.b.copy_(new.b)
 
     def memory(self) -> dict[str, Tensor]:
-        """A detached copy of what the optimizer remembers; empty before its first step."""
+        """A detached copy of what the optimizer remembers, on the CPU; empty before its first
+        step."""
         return {
-            f"{i}/{name}": value.detach().clone()
+            f"{i}/{name}": value.detach().to("cpu", copy=True)
             for i, buffer in enumerate(self.flat.buffers)
             for name, value in self._state(buffer).items()
             if isinstance(value, Tensor)
@@ -95,4 +96,8 @@ class Party:
                     f"the optimizer's {key} holds {value.numel()} numbers, the party trains "
                     f"{buffer.numel()}"
                 )
-            self.optimizer.state[buffer][key] = value.clone()
+            self.optimizer.state[buffer][key] = value.to(buffer.device, copy=True)
+
+
+def _on_cpu(f: Factors) -> Factors:
+    return Factors(f.a.cpu(), f.b.cpu(), f.alpha)

@@ -44,10 +44,10 @@ class Terms:
     """What holds for every client of a run."""
 
     seed: int
-    up: Wire = field(default_factory=Wire)
-    """Number format of activations."""
-    down: Wire = field(default_factory=Wire)
-    """Number format of gradients."""
+    activations: Wire = field(default_factory=Wire)
+    """Number format of hidden states: they go up, with a U-shape down again."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients: they go down, with a U-shape up before."""
     noise: Noise = field(default_factory=Noise)
     smoothing: float = 0.0
     """Of labels, in the training loss."""
@@ -108,7 +108,7 @@ class Up:
     loss: float = 0.0
     """U-shape: mean negative log-likelihood of the step's supervised tokens."""
     tokens: int = 0
-    """Supervised tokens of the step."""
+    """Supervised tokens of the step; with a U-shape all that the server hears of its labels."""
     grad_norm: float = 0.0
     """Of the optimizer step that this exchange brought, before clipping."""
     adapter: Adapter | None = None
@@ -121,7 +121,7 @@ def parts_bytes(parts: Parts | None) -> int:
 
 
 def label_bytes(up: Up) -> int:
-    """Bytes of a step's row lengths and labels: int32 each."""
+    """Bytes of a step's row lengths, each row's first supervised position and labels: int32."""
     if up.shape is None:
         return 0
     rows = len(up.shape.lengths)

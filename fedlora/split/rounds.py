@@ -6,7 +6,7 @@
     the end   the last gradient down, adapters and optimizer memory up
 
 A client whose answer does not come, or makes no sense, loses that step and is named; the others go
-on without it. After `PATIENCE` such exchanges in a row it is out for the round.
+on as if it were not there. After `PATIENCE` steps in a row it is out for the round.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from fedlora.batches import TokenExample
-from fedlora.codec import decode_payload, encode_payload
+from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
 from fedlora.engine.loop import Trace
 from fedlora.models.stages import Stages
 from fedlora.split.client import SplitClient
@@ -24,13 +24,19 @@ from fedlora.split.party import Memory
 from fedlora.split.protocol import Down, Opening, Up, label_bytes, parts_bytes
 from fedlora.split.server import Answer, SplitServer
 from fedlora.split.wire import Parts
-from fedlora.types import Adapter, Client, Failure, SparseDelta, payload_tensors
+from fedlora.types import Adapter, Client, Failure, SparseDelta, Update, payload_tensors
+from fedlora.validation import check_update
 
 PATIENCE = 2
+"""Answers in a row that may be missing or wrong, before a client is out for the round."""
 
 
 class Link(Protocol):
     """What carries a round's exchanges. Clients are opened with their first one."""
+
+    @property
+    def wire(self) -> str:
+        """Number format of adapters."""
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """One answer, or what became of it, for every client that was sent something."""
@@ -117,11 +123,11 @@ class Ledger:
     tokens: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     up: int = 0
-    """Bytes of activations, labels and gradients that it sent."""
+    """Bytes of activations, labels and gradients that it sent, and of adapters within the round."""
     down: int = 0
-    """Bytes of gradients and hidden states that it was sent."""
+    """Bytes of gradients and hidden states that it was sent, and of averages within the round."""
     dropped: int = 0
-    """Steps that it lost."""
+    """Steps that it lost, or whose gradient it did not get."""
 
     def metrics(self, moved: float) -> dict[str, float]:
         """As of any client (`Trace.metrics`), beside bytes and lost steps.
@@ -129,7 +135,8 @@ class Ledger:
         Args:
             moved: how far the client's adapters have moved in the round.
         """
-        trace = Trace(tuple(self.losses), tuple(self.tokens), tuple(self.norms), moved)
+        norms = tuple(self.norms) or (0.0,)  # its one gradient may have been lost
+        trace = Trace(tuple(self.losses), tuple(self.tokens), norms, moved)
         sent = {"exchanged_up": float(self.up), "exchanged_down": float(self.down)}
         return trace.metrics() | sent | {"dropped_steps": float(self.dropped)}
 
@@ -194,7 +201,9 @@ class _Round:
         self.waiting: dict[int, tuple[int, Parts, float]] = {}
         """Gradients that go down with a client's next exchange: step, gradient, rate."""
         self.fresh: dict[int, Adapter] = {}
+        """Averages that go down with every exchange until one is answered."""
         self.homecoming: dict[int, Up] = {}
+        """Of clients that have sent their adapters and do not go on."""
         self.k = 0
 
     def play(self) -> dict[int, Finished | Failure]:
@@ -205,22 +214,25 @@ class _Round:
             downs = {
                 i: self._down(i, forward=self.k < steps)
                 for i, steps in it.steps.items()
-                if i not in self.lost and self.k <= steps
+                if self._away(i) and self.k <= steps
             }
             ups = self._exchange(downs)
-            self._learn({i: up for i, up in ups.items() if up.hidden is not None})
-        self._fetch([i for i in it.steps if i not in self.homecoming])
+            self._learn({i: up for i, up in ups.items() if downs[i].forward})
+        self._fetch()
         return {i: self._finished(i) for i in sorted(it.steps)}
+
+    def _away(self, i: int) -> bool:
+        """Whether a client is still to be heard of."""
+        return i not in self.lost and i not in self.homecoming
 
     def _down(self, i: int, *, forward: bool) -> Down:
         step, gradient, rate = self.waiting.pop(i, (-1, None, 0.0))
-        self.ledgers[i].down += parts_bytes(gradient)
         return Down(
             step=self.itinerary.done[i] + self.k,
             gradient=gradient,
             of=step,
             rate=rate,
-            adapter=self.fresh.pop(i, None),
+            adapter=self.fresh.get(i),
             forward=forward,
             upload=not forward,
         )
@@ -230,15 +242,15 @@ class _Round:
         answers = self.link.exchange(downs) if downs else {}
         good: dict[int, Up] = {}
         for i, down in downs.items():
+            self._note_down(i, down)
             answer = answers.get(i)
             if isinstance(answer, Up):
                 answer = self._checked(i, down, answer)
             if isinstance(answer, Up):
                 good[i] = answer
-                self.strikes[i] = 0
-                self._note(i, down, answer)
+                self._note_up(i, down, answer)
             else:
-                self._miss(i, answer)
+                self._miss(i, down, answer)
         return good
 
     def _checked(self, i: int, down: Down, up: Up) -> Up | Failure:
@@ -249,30 +261,51 @@ class _Round:
                 self.server.receive(i, up)
             if down.middle is not None:
                 self.server.receive_tail(i, up)
-            if down.upload and up.adapter is None:
-                raise ValueError(f"client {i} was asked for its adapters and sent none")
+            if down.upload:
+                self._check_adapter(i, up)
         except Exception as error:
             return failed(self.server.guests[i].client, error)
         return up
 
-    def _note(self, i: int, down: Down, up: Up) -> None:
+    def _check_adapter(self, i: int, up: Up) -> None:
+        """Raise unless it can be averaged: one adapter that is not a number would spoil all."""
+        if up.adapter is None:
+            raise ValueError(f"client {i} was asked for its adapters and sent none")
+        client = self.server.guests[i].client
+        update = Update(client, up.adapter, client.num_examples)
+        check_update(update, client, self.itinerary.starts[i], max_norm=0)
+
+    def _note_down(self, i: int, down: Down) -> None:
+        sent = parts_bytes(down.gradient) + parts_bytes(down.middle)
+        if down.adapter is not None:
+            sent += payload_bytes(down.adapter, self.link.wire)
+        self.ledgers[i].down += sent
+
+    def _note_up(self, i: int, down: Down, up: Up) -> None:
         ledger = self.ledgers[i]
         ledger.up += parts_bytes(up.hidden) + label_bytes(up)
+        self.fresh.pop(i, None)
+        if not (down.forward and self.server.guests[i].cut.u_shaped):
+            self.strikes[i] = 0  # else the tail's answer decides
         if down.gradient is not None:
             ledger.norms.append(up.grad_norm)
         if down.upload:
             self.homecoming[i] = up
 
-    def _miss(self, i: int, failure: Failure | None) -> None:
+    def _miss(self, i: int, down: Down, failure: Failure | None) -> None:
         client = self.server.guests[i].client
         failure = failure or Failure(client, "NoReply", "no answer came")
         self.strikes[i] += 1
-        self.ledgers[i].dropped += 1
-        out = self.strikes[i] >= PATIENCE
-        fate = "is out for the round" if out else f"loses step {self.itinerary.done[i] + self.k}"
-        self.say(f"client {i} {fate}: {failure.kind}: {failure.message}")
-        if out:
+        fate = "sends no adapters"
+        if down.forward or down.middle is not None:
+            fate = f"loses step {down.step}"
+        elif down.gradient is not None:
+            fate = f"loses the gradient of step {down.of}"
+        self.ledgers[i].dropped += "loses" in fate
+        if self.strikes[i] >= PATIENCE:
             self.lost[i] = failure
+            fate += " and is out for the round"
+        self.say(f"client {i} {fate}: {failure.kind}: {failure.message}")
 
     def _learn(self, ups: Mapping[int, Up]) -> None:
         """The server's turns on one step's activations."""
@@ -288,8 +321,6 @@ class _Round:
                 continue
             middles = self.server.middle(mine)
             downs = {i: Down(step=ups[i].step, middle=m) for i, m in middles.items()}
-            for i, m in middles.items():
-                self.ledgers[i].down += parts_bytes(m)
             answers |= self.server.finish(mine, self._exchange(downs), rate)
         for i, answer in answers.items():
             self.waiting[i] = (ups[i].step, answer.gradient, self.itinerary.client_rates[self.k])
@@ -299,22 +330,31 @@ class _Round:
             tokens = sum(a.tokens for a in answers.values())
             self.progress(self.k + 1, sum(a.loss * a.tokens for a in answers.values()) / tokens)
 
-    def _fetch(self, ids: Sequence[int]) -> None:
+    def _fetch(self) -> None:
         """Adapters of those who have not sent theirs."""
-        missing = [i for i in ids if i not in self.lost]
-        while missing:
-            ups = self._exchange({i: self._down(i, forward=False) for i in missing})
-            missing = [i for i in missing if i not in ups and i not in self.lost]
+        while missing := [i for i in self.itinerary.steps if self._away(i)]:
+            self._exchange({i: self._down(i, forward=False) for i in missing})
 
     def _average(self) -> None:
-        """Everybody's adapters up; their average goes down with the next step."""
+        """Everybody's adapters up; their average goes down with the next step. Who has no more
+        steps in this round, though others have, keeps the average too."""
         steps = self.itinerary.steps
-        self._fetch([i for i in steps if i not in self.lost and self.k < steps[i]])
-        there = {i: _adapter(up) for i, up in self.homecoming.items() if i not in self.lost}
-        if there:
-            self.fresh |= self.average(there)
-        for i in [i for i in self.homecoming if self.k < steps[i]]:
-            del self.homecoming[i]  # it goes on, and comes home again
+        self._fetch()
+        there = dict(sorted(self.homecoming.items()))
+        if not there:
+            return
+        averages = self.average({i: _adapter(up) for i, up in there.items()})
+        for i, up in there.items():
+            if self.k < steps[i]:
+                self._note_return(i, up)
+                self.fresh[i] = averages[i]
+                del self.homecoming[i]  # it goes on, and comes home again
+            else:
+                self.homecoming[i] = replace(up, adapter=averages[i])
+
+    def _note_return(self, i: int, up: Up) -> None:
+        """The adapters that a client sends at its end are counted with its update."""
+        self.ledgers[i].up += update_bytes(_adapter(up), self.server.plan, self.link.wire)
 
     def _finished(self, i: int) -> Finished | Failure:
         if i in self.lost:

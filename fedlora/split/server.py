@@ -26,7 +26,7 @@ from fedlora.split.client import autocast
 from fedlora.split.loss import Loss, summed_loss
 from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Terms, Up
-from fedlora.split.wire import Parts
+from fedlora.split.wire import Parts, Wire
 from fedlora.types import Client, LocalPlan, at_least, one_of
 
 UPDATES = ("concat", "sequential", "per_client")
@@ -116,18 +116,19 @@ class SplitServer:
         self.plan, self.rule, self.terms = plan, rule, terms
         self._passes: list[_Pass] = []
         self._leaves: dict[int, Tensor] = {}
-        self._asked: dict[int, int] = {}  # numbers that went down to a tail
+        self._asked: dict[int, tuple[int, int]] = {}  # [tokens, d] that went down to a tail
 
     def receive(self, i: int, up: Up) -> None:
         """Take in one client's activations, or say what is wrong with them.
 
         Raises:
-            ValueError: if they are not what the wire format and the client's rows promise, or its
-                labels do not fit.
+            ValueError: if they are not what the wire format and the client's rows promise, if a row
+                is longer than the model's context, or if its labels do not fit.
         """
         if up.shape is None or up.hidden is None:
             raise ValueError(f"client {i} sent no activations")
-        z = self.terms.up.decode(up.hidden)
+        up.shape.check(self.model.info.context)
+        z = self.terms.activations.decode(up.hidden)
         d = self.model.network.config.hidden_size
         if list(z.shape) != [up.shape.tokens, d]:
             raise ValueError(
@@ -138,6 +139,12 @@ class SplitServer:
             if up.labels is None:
                 raise ValueError(f"client {i} sent no labels, and its cut is not U-shaped")
             up.labels.check(up.shape, self.model.vocabulary)
+        supervised = up.shape.tokens if up.labels is None else up.labels.targets.numel()
+        if not (1 <= up.tokens <= supervised and (up.labels is None or up.tokens == supervised)):
+            raise ValueError(
+                f"client {i} says that {up.tokens} of its tokens have a loss; it sent {supervised} "
+                f"{'tokens' if up.labels is None else 'labels'}"
+            )
         self._leaves[i] = z.to(self.model.device, self.model.network.dtype).requires_grad_()
 
     def receive_tail(self, i: int, up: Up) -> None:
@@ -147,12 +154,14 @@ class SplitServer:
             ValueError: if it is not one number for each that was sent down, or the loss is not
                 finite.
         """
+        asked = self._asked[i]
         if up.hidden is None or up.tokens < 1 or not math.isfinite(up.loss):
             raise ValueError(f"client {i} sent no gradient, or a loss of {up.loss}")
-        gradient = self.terms.up.decode(up.hidden)
-        if gradient.numel() != self._asked[i]:
+        gradient = self.terms.gradients.decode(up.hidden)
+        if tuple(gradient.shape) != asked:
             raise ValueError(
-                f"client {i} sent {gradient.numel()} numbers back for {self._asked[i]}"
+                f"client {i} sent a gradient of {list(gradient.shape)} numbers back for "
+                f"{list(asked)}"
             )
 
     def groups(self, ids: Sequence[int], step: int) -> list[list[int]]:
@@ -171,7 +180,7 @@ class SplitServer:
         Whoever takes part has been received (`receive`).
 
         Raises:
-            FloatingPointError: naming a client whose loss is not finite.
+            FloatingPointError: naming a client whose loss or gradient is not finite.
         """
         answers: dict[int, Answer] = {}
         self._begin(ups)
@@ -182,17 +191,21 @@ class SplitServer:
         return answers
 
     def middle(self, ups: Mapping[int, Up]) -> dict[int, Parts]:
-        """The first half of a turn with a U-shape: hidden states for the clients' tails."""
+        """The first half of a turn with a U-shape: hidden states for the clients' tails.
+
+        Raises:
+            FloatingPointError: naming a client whose hidden states are not finite.
+        """
         self._begin(ups)
         self._passes = []
-        sent: dict[int, Parts] = {}
+        wire, sent = self.terms.activations, dict[int, Parts]()
         for ids, shares in self._passes_of(ups):
             done = self._forward(ids, shares, ups)
             self._passes.append(done)
             for i, rows in self._rows(done, ups).items():
                 packed = _packed(done.output[rows], ups[i])
-                self._asked[i] = packed.numel()
-                sent[i] = self.terms.down.encode(packed.detach(), self._generator("middle", i, ups))
+                self._asked[i] = (packed.shape[0], packed.shape[1])
+                sent[i] = self._encoded(wire, packed.detach(), "middle", i, ups)
         return sent
 
     def finish(
@@ -200,10 +213,16 @@ class SplitServer:
     ) -> dict[int, Answer]:
         """The second half: the gradients that came back from the tails.
 
-        Clients that are missing in ``tails`` take no part in the step.
+        Clients that are missing in ``tails`` take no part in the step: the joint loss is that of
+        the others.
+
+        Raises:
+            FloatingPointError: naming a client whose gradient is not finite.
         """
         answers: dict[int, Answer] = {}
+        shares = self._shares({i: ups[i] for i in tails})
         for done in self._passes:
+            done.shares = shares
             answers |= self._backward_from(done, ups, tails)
         self._passes = []
         self._step(tails, rate)
@@ -214,11 +233,11 @@ class SplitServer:
     def _passes_of(self, ups: Mapping[int, Up]) -> Iterator[tuple[list[int], dict[int, float]]]:
         """Clients whose rows share a forward pass, with their shares of the joint loss."""
         ids = sorted(ups, key=lambda i: (self.guests[i].cut.first, i))
+        shares = self._shares(ups)
         if self.rule.update != "concat":
             for i in ids:
-                yield [i], {i: 1.0}
+                yield [i], shares
             return
-        shares = self._shares(ups)
         width = max(up.shape.width for up in ups.values() if up.shape is not None)
         most = max(1, self.rule.tokens // width) if self.rule.tokens else 0
         chunk: list[int] = []
@@ -233,6 +252,9 @@ class SplitServer:
         yield chunk, shares
 
     def _shares(self, ups: Mapping[int, Up]) -> dict[int, float]:
+        """Of clients in the loss of their step: all of it if it is theirs alone."""
+        if self.rule.update != "concat":
+            return dict.fromkeys(ups, 1.0)
         weights = dict.fromkeys(ups, 1.0)
         if self.rule.weights == "examples":
             weights = {i: float(self.guests[i].client.num_examples) for i in ups}
@@ -343,7 +365,7 @@ class SplitServer:
         for i in there:
             hidden = tails[i].hidden
             assert hidden is not None
-            own = self.terms.up.decode(hidden).to(seed)
+            own = self.terms.gradients.decode(hidden).to(seed)
             padded = pad(own, _shape(ups[i]), seed.shape[1])
             seed[rows[i]] = padded if done.shares[i] == 1 else padded * done.shares[i]
         done.output.backward(seed)
@@ -364,8 +386,14 @@ class SplitServer:
         assert gradient is not None
         if self.rule.gradient == "own_mean" and done.shares[i] != 1:
             gradient = gradient / done.shares[i]
-        sent = self.terms.down.encode(gradient, self._generator("gradient", i, ups))
+        sent = self._encoded(self.terms.gradients, gradient, "gradient", i, ups)
         return Answer(sent, loss, tokens)
+
+    def _encoded(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
+        try:
+            return wire.encode(x, self._generator(what, i, ups))
+        except ValueError as error:
+            raise FloatingPointError(f"the server's {what} for client {i}: {error}") from error
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
         if ups:

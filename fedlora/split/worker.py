@@ -10,6 +10,7 @@ from this process if it is the one that made it.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -37,41 +38,48 @@ class SplitWorker:
         self, stages: Stages, examples: Callable[[Opening], Sequence[TokenExample]]
     ) -> None:
         self.stages, self.examples = stages, examples
-        self._live: dict[int, tuple[int, SplitClient]] = {}  # client -> (exchanges served, it)
+        self._live: dict[int, tuple[str, SplitClient]] = {}  # client -> (its state's stamp, it)
 
     def answer(self, request: Request, state: RecordDict) -> dict[int, Up | Failure]:
         """One exchange with the clients of a node; its state is brought up to date.
 
-        A client that raises stays in the state as it was before.
+        A client that raises has done what came before, as in a process of its own.
         """
         return {i: self._one(i, down, request, state) for i, down in request.downs.items()}
 
     def _one(self, i: int, down: Down, request: Request, state: RecordDict) -> Up | Failure:
         began = request.openings.get(i)
+        live = self._live.pop(i, None)
         try:
-            served, client = (0, self._opened(began)) if began else self._recalled(i, down, state)
-            up = client.receive(down)
-            _remember(state, i, client, served + 1)
-            if client.opening.terms.keep_graphs:
-                self._live[i] = (served + 1, client)
-            return up
+            client = self._opened(began) if began else self._recalled(i, down, state, live)
         except Exception as error:
-            self._live.pop(i, None)
-            who = began.client if began else _client_of(i, state)
-            return failed(who, error)
+            return failed(began.client if began else _client_of(i, state), error)
+        answer: Up | Failure
+        try:
+            answer = client.receive(down)
+        except Exception as error:
+            answer = failed(client.opening.client, error)
+        stamp = _remember(state, i, client)
+        if client.opening.terms.keep_graphs and client.pending >= 0:
+            self._live[i] = stamp, client
+        return answer
 
     def _opened(self, begun: Opening) -> SplitClient:
         return SplitClient(self.stages, self.examples(begun), begun)
 
-    def _recalled(self, i: int, down: Down, state: RecordDict) -> tuple[int, SplitClient]:
+    def _recalled(
+        self, i: int, down: Down, state: RecordDict, live: tuple[str, SplitClient] | None
+    ) -> SplitClient:
         held = _recall(state, i)
-        served, live = self._live.pop(i, (-1, None))
-        if live is not None and served == held.served and live.opening.terms.keep_graphs:
-            return held.served, live
-        client = self._opened(held.opening)
-        if held.pending >= 0 and (down.gradient is not None or down.middle is not None):
-            client.resume(held.pending, held.grads, forward=down.gradient is not None)
-        return held.served, client
+        if live is not None and live[0] == held.stamp:
+            client = live[1]
+        else:
+            client = self._opened(held.opening)
+        learns = down.gradient is not None
+        goes_on = held.pending >= 0 and (learns or down.middle is not None)
+        if goes_on and not client.ready(held.pending, graph=learns):
+            client.resume(held.pending, held.grads, forward=learns)
+        return client
 
 
 @dataclass(frozen=True)
@@ -80,26 +88,29 @@ class _Held:
 
     opening: Opening
     """With the adapters and the memory of now."""
-    served: int
-    """Exchanges in this round."""
+    stamp: str
+    """Of this state and no other: a client that a process kept may be older."""
     pending: int
     grads: Memory
     """What a U-shape's tail has left, by buffer."""
 
 
-def _remember(state: RecordDict, i: int, client: SplitClient, served: int) -> None:
+def _remember(state: RecordDict, i: int, client: SplitClient) -> str:
+    """Put a client into its node's state; the stamp of the state."""
+    stamp = uuid4().hex
     arrays: Arrays = {}
     now = replace(client.opening, adapter=client.party.adapter(), memory=client.party.memory())
     exact = "float64" if client.model.dtype == torch.float64 else "float32"
     header = {
         "opening": opening_header(i, now, arrays, exact),
-        "served": served,
+        "stamp": stamp,
         "pending": client.pending,
     }
     if client.opening.cut.u_shaped and client.pending >= 0:
         arrays |= {f"{i}/grads/{k}": g.cpu().numpy() for k, g in client.grads().items()}
     state[f"split/{i}"] = ConfigRecord({"header": json.dumps(header)})
     state[f"split/{i}/arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
+    return stamp
 
 
 def _recall(state: RecordDict, i: int) -> _Held:
@@ -114,7 +125,7 @@ def _recall(state: RecordDict, i: int) -> _Held:
     start = f"{i}/grads/"
     return _Held(
         opening=opening(i, header["opening"], found),
-        served=int(header["served"]),
+        stamp=str(header["stamp"]),
         pending=int(header["pending"]),
         grads={
             name[len(start) :]: torch.from_numpy(np.array(a))

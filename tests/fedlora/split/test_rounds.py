@@ -14,7 +14,7 @@ from tests.fedlora.split.world import MODELS, Federation, assert_same, start
 
 PLAN = LocalPlan(lr=0.02, steps=5, batch_size=3, dropout=0.0, clip=0.0, weight_decay=0.1)
 DROPOUT = LocalPlan(lr=0.02, steps=5, batch_size=3, dropout=0.1, clip=0.0, weight_decay=0.1)
-DOUBLE = Terms(SEED, up=Wire("fp64"), down=Wire("fp64"))
+DOUBLE = Terms(SEED, activations=Wire("fp64"), gradients=Wire("fp64"))
 
 
 def unsplit(
