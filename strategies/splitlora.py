@@ -145,6 +145,11 @@ class SplitLoRA(LoRAStrategy):
         one_of("strategy.transport", self.transport, ("local", "messages"))
         one_of("strategy.client_schedule", self.client_schedule, ("same", "constant"))
         one_of("strategy.memory", self.memory, ("keep", "fresh"))
+        if self.rule.gradient == "joint" and self.tail > 0:
+            raise ValueError(
+                f"strategy.rule.gradient='joint' with strategy.tail={self.tail}: a tail learns "
+                "from its client's own mean loss; choose own_mean, or tail <= 0"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"strategy.label_smoothing={self.label_smoothing!r} must be in [0, 1)")
 

@@ -1,10 +1,11 @@
 """A small split federation: a model of four blocks, clients with random examples."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from flwr.app import RecordDict
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedlora.batches import num_steps
@@ -12,15 +13,24 @@ from fedlora.engine.loop import learning_rates
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import Seeds
+from fedlora.split.codec import decode_downs, encode_ups
+from fedlora.split.link import MessageLink
 from fedlora.split.party import Memory, Party
 from fedlora.split.protocol import Cut, Opening, Terms
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.types import Adapter, Factors, Failure, LocalPlan
+from fedlora.split.wire import Wire
+from fedlora.split.worker import SplitWorker
+from fedlora.types import Adapter, Client, Factors, Failure, LocalPlan
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models.networks import VOCABULARY, adapter, wrap
 
 BLOCKS = 4
+DOUBLE = Terms(SEED, activations=Wire("fp64"), gradients=Wire("fp64"))
+SGD = LocalPlan(
+    optimizer="sgd", lr=1.0, steps=1, batch_size=3, schedule="constant", clip=0.0, dropout=0.0
+)
+"""One plain step: what an adapter moves by is its gradient."""
 
 
 def llama(double: bool = True) -> LanguageModel:
@@ -101,10 +111,24 @@ class Federation:
         memory = self.memories.get(i, {})
         return Opening(who, self.plan, self.cut(i), self.terms, own, memory)
 
-    def local(self) -> Link:
-        openings = {i: self.opening(i) for i in self.clients}
-        wire = "float64" if self.model.dtype == torch.float64 else "float32"
-        return LocalLink(self.stages, openings, lambda o: self.held[o.client.id], wire)
+    @property
+    def wire(self) -> str:
+        """Number format that changes no adapter."""
+        return "float64" if self.model.dtype == torch.float64 else "float32"
+
+    @property
+    def openings(self) -> dict[int, Opening]:
+        return {i: self.opening(i) for i in self.clients}
+
+    def local(self) -> LocalLink:
+        return LocalLink(self.stages, self.openings, lambda o: self.held[o.client.id], self.wire)
+
+    def messages(self, models: Sequence[LanguageModel] = (), nodes: int = 1) -> MessageLink:
+        """Through Flower records; each model is another process, and they take turns."""
+        workers = [
+            SplitWorker(Stages(m), lambda o: self.held[o.client.id]) for m in models or [self.model]
+        ]
+        return MessageLink(FakeHall(workers, nodes, self.wire), self.openings)
 
     def server(self) -> SplitServer:
         each = self.rule.update == "per_client"
@@ -138,6 +162,45 @@ class Federation:
 
 
 @dataclass
+class FakeHall:
+    """Nodes, and processes that serve their messages in turn; answers come last first."""
+
+    workers: Sequence[SplitWorker]
+    nodes: int
+    wire: str
+    worker: str = "{}"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        self.states = [RecordDict() for _ in range(self.nodes)]
+        self.records: list[RecordDict] = []
+        """All that was sent, either way."""
+        self.served = 0
+
+    def exchange(
+        self,
+        clients: Sequence[Client],
+        action: str,
+        content: Callable[[Sequence[Client]], RecordDict],
+    ) -> list[tuple[Sequence[Client], RecordDict | str]]:
+        assert action == "split"
+        found: list[tuple[Sequence[Client], RecordDict | str]] = []
+        for node, state in enumerate(self.states):
+            who = [c for c in clients if c.id % self.nodes == node]
+            if who:
+                found.insert(0, (who[::-1], self._answer(content(who[::-1]), state)))
+        return found
+
+    def _answer(self, request: RecordDict, state: RecordDict) -> RecordDict:
+        asked = decode_downs(request)
+        worker = self.workers[self.served % len(self.workers)]
+        self.served += 1
+        reply = encode_ups(worker.answer(asked, state), wire=asked.wire)
+        self.records += [request, reply]
+        return reply
+
+
+@dataclass
 class Outcome:
     found: Mapping[int, Finished | Failure]
     server: SplitServer
@@ -153,6 +216,12 @@ class Outcome:
         key = i if self.server.rule.update == "per_client" else -1
         server = self.server.parties[key].adapter()
         return {p: own[p] if p in own else server[p] for p in self.server.model.layers}
+
+
+def gradient(before: Adapter, after: Adapter) -> dict[str, torch.Tensor]:
+    """What a step of `SGD` has subtracted."""
+    start = named(dict(before))
+    return {name: start[name] - t for name, t in named(dict(after)).items()}
 
 
 def mean_of_factors(adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
@@ -188,3 +257,24 @@ def assert_near(a: Adapter, b: Adapter, tolerance: float) -> None:
     for name, t in left.items():
         error, norm = float((t - right[name]).norm()), float(right[name].norm())
         assert error <= tolerance * norm, f"{name}: {error:.3g} of {norm:.3g}"
+
+
+def assert_equal(a: Outcome, b: Outcome) -> None:
+    """Two rounds, bit by bit: every client and the server, adapters, memory and numbers."""
+    assert a.found.keys() == b.found.keys()
+    for i, x in a.found.items():
+        y = b.found[i]
+        assert type(x) is type(y), f"client {i}: {x} and {y}"
+        if isinstance(x, Finished) and isinstance(y, Finished):
+            assert_same(x.adapter, y.adapter)
+            assert_same_memory(x.memory, y.memory)
+            assert x.metrics == y.metrics
+            assert x.done == y.done
+    for key, party in a.server.parties.items():
+        assert_same(party.adapter(), b.server.parties[key].adapter())
+        assert_same_memory(party.memory(), b.server.parties[key].memory())
+
+
+def assert_same_memory(a: Memory, b: Memory) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(t, b[name]) for name, t in a.items())
