@@ -10,6 +10,7 @@ Activations and gradients are the arrays that `fedlora.split.wire` made, so both
 the same bits.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -121,8 +122,8 @@ def opening_header(i: int, opening: Opening, arrays: Arrays, wire: str) -> dict[
     return {
         "client": [client.id, dict(client.ranks), client.num_examples, client.tier],
         "plan": plan_to_json(opening.plan),
-        "cut": describe(opening.cut),
-        "terms": describe(opening.terms),
+        "cut": json.dumps(describe(opening.cut)),
+        "terms": json.dumps(describe(opening.terms)),
         "adapter": _put_adapter(arrays, f"{i}/start", opening.adapter, wire),
     }
 
@@ -130,16 +131,35 @@ def opening_header(i: int, opening: Opening, arrays: Arrays, wire: str) -> dict[
 def opening(i: int, header: Mapping[str, Any], found: Arrays) -> Opening:
     """The inverse of `opening_header`."""
     cid, ranks, examples, tier = header["client"]
-    plan = plan_from_json(header["plan"])
-    assert isinstance(plan, LocalPlan)
     return Opening(
         client=Client(cid, Ranks(ranks), examples, tier),
-        plan=plan,
-        cut=build(header["cut"], Cut, "cut"),
-        terms=build(header["terms"], Terms, "terms"),
+        plan=_plan(header["plan"]),
+        cut=_cut(header["cut"]),
+        terms=_terms(header["terms"]),
         adapter=_adapter(found, f"{i}/start", header["adapter"]),
         memory=_memory(found, i),
     )
+
+
+# A client is read from its node's state with every message; its configuration is the same text each
+# time, and takes longer to build than a small client's step.
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(text: str) -> LocalPlan:
+    plan = plan_from_json(text)
+    assert isinstance(plan, LocalPlan)
+    return plan
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(text: str) -> Cut:
+    return build(json.loads(text), Cut, "cut")
+
+
+@functools.lru_cache(maxsize=64)
+def _terms(text: str) -> Terms:
+    return build(json.loads(text), Terms, "terms")
 
 
 def _down_header(i: int, down: Down, arrays: Arrays, wire: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@
     the end   the last gradient down, adapters and optimizer memory up
 
 A client whose answer does not come, or makes no sense, loses that step and is named; the others go
-on as if it were not there. After `PATIENCE` steps in a row it is out for the round.
+on as if it were not there. After `PATIENCE` misses in a row it is out for the round.
 """
 
 import math
