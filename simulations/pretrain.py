@@ -2,7 +2,7 @@
 
     python -m simulations.pretrain --output fedlora/models/assets/tiny --tokens 14000000 --seed 0
     python -m simulations.pretrain --arch gpt2 --output fedlora/models/assets/tiny_gpt2 \\
-        --intermediate 512 --positions 512 --batch 16 --tokens 3300000 --seed 0
+        --intermediate 512 --positions 512 --batch 4 --tokens 3400000 --save-every 2000 --seed 0
 
 Corpus, tokenizer, packing, training, evaluation and saving are one function each. On one thread the
 run is deterministic for its arguments; an interrupted run goes on from its last checkpoint.

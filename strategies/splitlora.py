@@ -30,6 +30,7 @@ from fedlora.models.folder import ModelError
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import block_of, blocks_of
 from fedlora.split.batches import Seeds
+from fedlora.split.cost import Split, client_memory, client_work, shapes_of
 from fedlora.split.ground import Ground, ground
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
@@ -408,6 +409,8 @@ class _Play:
 
     def conducted(self) -> Conducted:
         itinerary = self._itinerary()
+        if not int(self.state["steps"]):
+            self._announce()
         found = play(
             self._link(),
             self.server,
@@ -422,9 +425,54 @@ class _Play:
                 results.append(end)
                 continue
             n = self.ground.store.count(i, "train")
-            results.append(Update(self.jobs[i].client, end.adapter, n, end.metrics))
+            metrics = dict(end.metrics) | self._costs(i, end.metrics)
+            results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
+        if self.terms.noise.sigma:
+            self._account(good)
         return Conducted(self._after(good, itinerary.length), results)
+
+    def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
+        bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
+        cut, rows = self.cuts[i], metrics["exchanged_tokens"]
+        split = Split(cut.first, cut.tail if cut.u_shaped else None)
+        ranks = {p: f.rank for p, f in self.openings[i].adapter.items()}
+        dropout = self.plan.dropout > 0
+        try:
+            shapes = shapes_of(self.ground.model.network, ranks)
+            length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
+            work = client_work(shapes, split, max(1, length))
+            widest = int(metrics["step_tokens"])
+            supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
+            held = client_memory(shapes, split, widest, dropout=dropout, supervised=supervised)
+        except ValueError:
+            return {}
+        return {
+            "client_flops": rows * (work.forward + work.backward),
+            "client_memory": float(held.total),
+        }
+
+    def _announce(self) -> None:
+        """What whoever runs this should know before the first round."""
+        method, blocks = self.method, self.ground.stages.blocks
+        cuts = sorted({c.first for c in self.cuts.values()})
+        held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
+        if method.tail >= 0:
+            held += f" and the last {method.tail} with the head; labels stay with them"
+        else:
+            held += "; the server is given the labels, which are the text itself"
+        self.hall.say(f"split: {held}; {method.rule.update}, {method.transport}")
+
+    def _account(self, found: Mapping[int, Finished]) -> None:
+        """Say what the noise guarantees after the steps so far."""
+        releases = rows = 0
+        for i, end in found.items():
+            held = self.ground.examples_of(i, self.plan, self.terms.seed)
+            releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
+            rows = max(rows, *(len(e.input_ids) - 1 for e in held))
+        if releases:
+            self.hall.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
 
     def _link(self) -> LocalLink | MessageLink:
         if self.method.transport == "messages":

@@ -128,6 +128,10 @@ class Ledger:
     """Bytes of gradients and hidden states that it was sent, and of averages within the round."""
     dropped: int = 0
     """Steps that it lost, or whose gradient it did not get."""
+    rows: int = 0
+    """Tokens whose activations it sent."""
+    widest: int = 0
+    """Tokens of its largest step, padding included."""
 
     def metrics(self, moved: float) -> dict[str, float]:
         """As of any client (`Trace.metrics`), beside bytes and lost steps.
@@ -137,8 +141,13 @@ class Ledger:
         """
         norms = tuple(self.norms) or (0.0,)  # its one gradient may have been lost
         trace = Trace(tuple(self.losses), tuple(self.tokens), norms, moved)
-        sent = {"exchanged_up": float(self.up), "exchanged_down": float(self.down)}
-        return trace.metrics() | sent | {"dropped_steps": float(self.dropped)}
+        return trace.metrics() | {
+            "exchanged_up": float(self.up),
+            "exchanged_down": float(self.down),
+            "exchanged_tokens": float(self.rows),
+            "step_tokens": float(self.widest),
+            "dropped_steps": float(self.dropped),
+        }
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,9 @@ class _Round:
     def _note_up(self, i: int, down: Down, up: Up) -> None:
         ledger = self.ledgers[i]
         ledger.up += parts_bytes(up.hidden) + label_bytes(up)
+        if up.shape is not None:
+            ledger.rows += up.shape.tokens
+            ledger.widest = max(ledger.widest, len(up.shape.lengths) * up.shape.width)
         self.fresh.pop(i, None)
         if not (down.forward and self.server.guests[i].cut.u_shaped):
             self.strikes[i] = 0  # else the tail's answer decides

@@ -139,7 +139,7 @@ class Bench:
         own = self._part(cut, client=True)
         ranks = Ranks({path: f.rank for path, f in own.items()})
         kept = variant.path.endswith("kept")
-        terms = Terms(SEED, up=variant.wire, down=variant.wire, keep_graphs=kept)
+        terms = Terms(SEED, activations=variant.wire, gradients=variant.wire, keep_graphs=kept)
         return {
             i: Opening(Client(i, ranks, len(rows)), plan, cut, terms, own, {})
             for i, rows in held.items()
