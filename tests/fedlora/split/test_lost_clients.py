@@ -1,6 +1,7 @@
 """Clients that fail, are silent or talk nonsense: they lose a step and are named, nobody else
 notices."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -130,6 +131,12 @@ FAULTS: dict[str, tuple[Fault, str]] = {
 }
 
 
+@functools.cache
+def silent() -> Outcome:
+    """A round whose client `BAD` does not answer the first time."""
+    return spoiled(federation(), FAULTS["silence"][0], lambda n, _: n == 0)
+
+
 @pytest.mark.parametrize("kind", FAULTS)
 def test_a_bad_answer_costs_its_client_that_step(kind: str) -> None:
     """Whatever is wrong with the first answer: the rest of the round is the same, bit by bit, and
@@ -140,7 +147,7 @@ def test_a_bad_answer_costs_its_client_that_step(kind: str) -> None:
     (line,) = f.said
     assert line.startswith("client 1 loses step 0: ")
     assert re.search(text, line), line
-    assert_equal(outcome, spoiled(f, FAULTS["silence"][0], lambda n, _: n == 0))
+    assert_equal(outcome, silent())
     assert [outcome.client(i).metrics["dropped_steps"] for i in f.clients] == [0, 1, 0]
     assert [outcome.client(i).metrics["steps"] for i in f.clients] == [4, 3, 4]
 
