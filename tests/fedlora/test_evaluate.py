@@ -248,8 +248,7 @@ def test_evaluation_leaves_no_gradient_and_no_randomness():
     assert all(p.grad is None for p in resident.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["fast", "test", "none"])
+@pytest.mark.parametrize("name", ["fast", "test"])
 def test_configured_evaluations_are_valid(name):
     raw = yaml.safe_load(Path(f"conf/evaluate/{name}.yaml").read_text())
-    schedule = build(raw, EvaluationSchedule, "evaluate")
-    assert schedule.due(1, 1) == (name != "none")
+    assert build(raw, EvaluationSchedule, "evaluate").due(1, 1)

@@ -13,8 +13,15 @@ SPLIT = ("model=tiny_gpt2", "model.split_qkv=true", "model.targets=[q_attn,v_att
 
 @pytest.mark.parametrize(
     ("spec", "options"),
-    [(Tiny(), ()), (TinyGPT2(["q_attn", "v_attn"], split_qkv=True), SPLIT)],
-    ids=["llama", "split gpt2"],
+    [
+        pytest.param(Tiny(), (), id="llama"),
+        pytest.param(
+            TinyGPT2(["q_attn", "v_attn"], split_qkv=True),
+            SPLIT,
+            id="split gpt2",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_merged_model_equals_the_mounted_adapter(spec, options, federate, tmp_path):
     done = federate("client.lr=2e-2", *options)

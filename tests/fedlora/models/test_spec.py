@@ -344,6 +344,7 @@ def test_weights_stay_pages_of_their_file(network, split, dtype, tmp_path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 @LINUX
 def test_two_processes_hold_the_weights_once(tmp_path):
     config = llama().config
