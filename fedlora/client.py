@@ -168,11 +168,22 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
         raise ValueError("the plan trains nothing: train_a and train_b are both false")
     if not isinstance(job.start, SparseDelta) and not job.start:
         raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
-    held = store.examples(who, "train")
-    examples = drawn(held, plan, seed=job.seed, round=job.round, client=who)
+    return examples_for(store, plan, seed=job.seed, round=job.round, client=who)
+
+
+def examples_for(
+    store: TokenStore, plan: LocalPlan, *, seed: int, round: int, client: int
+) -> list[Example]:
+    """What a client draws of its training examples in one round.
+
+    Raises:
+        ValueError: if none of them has a token to learn from.
+    """
+    held = store.examples(client, "train")
+    examples = drawn(held, plan, seed=seed, round=round, client=client)
     if not examples:
         raise ValueError(
-            f"client {who} has nothing to train on: {len(held)} training examples, none with a "
+            f"client {client} has nothing to train on: {len(held)} training examples, none with a "
             f"token that has a loss (client.loss={plan.loss})"
         )
     return examples

@@ -254,6 +254,31 @@ def greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) ->
 
 def _greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -> list[Ids]:
     """New token ids of each prompt, without EOS and what follows it."""
+    eos = model.tokenizer.eos_token_id
+    new = continued(model, prompts, max_new_tokens)[:, max(map(len, prompts)) :].cpu().numpy()
+    return [row[: _until(row, eos)] for row in new]
+
+
+def continued(
+    model: LanguageModel,
+    prompts: Sequence[Ids],
+    max_new_tokens: int,
+    processors: Sequence[Any] = (),
+    **settings: Any,
+) -> Any:
+    """What transformers generates after prompts, all in one batch: greedily, unless told otherwise.
+
+    Args:
+        model: as mounted.
+        prompts: token ids ``[t]`` of each; padded on the left to the longest.
+        max_new_tokens: fewer where the context ends.
+        processors: transformers' logits processors.
+        settings: of its ``GenerationConfig``, in place of these.
+
+    Returns:
+        Token ids ``[rows, longest prompt + new]`` with EOS after a row's end, or transformers'
+        record if the settings ask for one.
+    """
     eos, width = model.tokenizer.eos_token_id, max(len(p) for p in prompts)
     ids = np.full((len(prompts), width), eos, dtype=np.int64)
     mask = np.zeros((len(prompts), width), dtype=np.int64)
@@ -264,22 +289,22 @@ def _greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -
     shipped = network.generation_config
     # What a call leaves open, transformers takes from the model: some ship sampling or a repetition
     # penalty as their defaults. A fresh config has neither.
-    network.generation_config = type(shipped)(
-        do_sample=False,
-        max_new_tokens=min(max_new_tokens, max(1, model.info.context - width)),
-        use_cache=True,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
+    plain: dict[str, Any] = {
+        "do_sample": False,
+        "max_new_tokens": min(max_new_tokens, max(1, model.info.context - width)),
+        "use_cache": True,
+        "eos_token_id": eos,
+        "pad_token_id": eos,
+    }
+    network.generation_config = type(shipped)(**(plain | settings))
     try:
-        out = network.generate(
+        return network.generate(
             input_ids=torch.from_numpy(ids).to(model.device),
             attention_mask=torch.from_numpy(mask).to(model.device),
+            logits_processor=list(processors),
         )
     finally:
         network.generation_config = shipped
-    new = out[:, width:].cpu().numpy()
-    return [row[: _until(row, eos)] for row in new]
 
 
 def _until(row: Ids, eos: int) -> int:

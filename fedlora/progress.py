@@ -49,6 +49,18 @@ class RoundProgress:
             self._last = now
             self.emit(self.line(now))
 
+    def stepped(self, step: int, steps: int, loss: float) -> None:
+        """Say now and then how far clients are that take their steps together.
+
+        For example ``round 3/20  train  step 12/33  loss 3.214  ETA 0:08``.
+        """
+        now = self.now()
+        if now - self._last >= self.min_interval:
+            self._last = now
+            left = (steps - step) * (now - self._began) / step
+            parts = [self.label, f"step {step}/{steps}", f"loss {loss:.3f}", f"ETA {clock(left)}"]
+            self.emit("  ".join(parts))
+
     def line(self, now: float) -> str:
         """Where the phase stands at a time of the clock."""
         parts = [self.label, f"{self.clients}/{self.total} clients"]

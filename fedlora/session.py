@@ -65,6 +65,7 @@ class Method(Protocol):
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan: ...
     def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
+    def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
 
 
@@ -278,6 +279,10 @@ class Session:
         self._notes.update(reply.notes)
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
+    def stepped(self, step: int, steps: int, loss: float) -> None:
+        """Show progress in a round whose clients take their steps together."""
+        self._progress.stepped(step, steps, loss)
+
     def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
         """Validate and aggregate a round's results, write the checkpoint and the records.
 
@@ -297,6 +302,9 @@ class Session:
         record = self._record(phase, updates, failures, arrived)
         record |= self._engines(updates)
         record["wire/up_bytes"] = sum(self._bytes_up(phase, r) for r in by_client.values())
+        record["wire/down_bytes"] = sum(
+            self._bytes_down(phase, j.client, by_client.get(i)) for i, j in phase.jobs.items()
+        )
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
@@ -369,7 +377,16 @@ class Session:
         """What a client sent, accepted or not."""
         if not isinstance(result, Update):
             return 0
-        return update_bytes(result.payload, phase.jobs[result.client.id].plan, self.rounds.wire)
+        plan = phase.jobs[result.client.id].plan
+        exchanged = int(result.metrics.get("exchanged_up", 0))
+        return update_bytes(result.payload, plan, self.rounds.wire) + exchanged
+
+    def _bytes_down(self, phase: _Phase, client: Client, result: Update | Failure | None) -> int:
+        """What a client was sent: its start and, in a round of several exchanges, the rest."""
+        start = payload_bytes(phase.jobs[client.id].start, self.rounds.wire)
+        if not isinstance(result, Update):
+            return start
+        return start + int(result.metrics.get("exchanged_down", 0))
 
     def _report_clients(
         self,
@@ -378,17 +395,14 @@ class Session:
         failures: Sequence[Failure],
         by_client: Mapping[int, Update | Failure],
     ) -> None:
-        wire = self.rounds.wire
-
         def row(client: Client) -> dict[str, object]:
-            start = phase.jobs[client.id].start
             return {
                 "round": phase.round,
                 "client": client.id,
                 "tier": client.tier,
                 "rank": client.ranks.label,
                 "examples": client.num_examples,
-                "bytes_down": payload_bytes(start, wire),
+                "bytes_down": self._bytes_down(phase, client, by_client.get(client.id)),
                 "bytes_up": self._bytes_up(phase, by_client.get(client.id)),
             }
 
@@ -412,7 +426,6 @@ class Session:
             values = [u.metrics.get(name, 0.0) for u in updates]
             return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
 
-        wire = self.rounds.wire
         return {
             "kind": "round",
             "round": phase.round,
@@ -425,7 +438,6 @@ class Session:
             "train/tokens": tokens,
             "round/train_seconds": seconds,
             "round/clients_per_second": len(phase.jobs) / max(seconds, 1e-9),
-            "wire/down_bytes": sum(payload_bytes(j.start, wire) for j in phase.jobs.values()),
         }
 
     def _engines(self, updates: Sequence[Update]) -> dict[str, float | int | str]:
@@ -443,6 +455,11 @@ class Session:
         adapter = self.method.global_adapter(self.state)
         if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
             return {}
+        # A split client sends what it holds of the model; what all have sent can be compared.
+        sent = [p for p in adapter if all(p in u.adapter for u in updates)]
+        if not sent:
+            return {}
+        adapter = {p: adapter[p] for p in sent}
         found = exactness_gap(updates, self.method.reference_weights(updates), adapter)
         record = {
             "aggregate/exactness_gap": found["gap"],
@@ -486,9 +503,12 @@ class Session:
             clients = cohort(self.roster, seed, round + 1)
         else:
             clients = panel(self.roster, group, self.schedule.clients, seed)
-        clients = [self.method.enlist(self.state, c) for c in clients]
         fixed = {"full": None, "largest": self.setting.max_ranks}
-        wanted = [c.ranks if kind == "own" else fixed[kind] for c in clients]
+        wanted = [
+            self.method.evaluated_ranks(self.state, c) if kind == "own" else fixed[kind]
+            for c in clients
+        ]
+        clients = [self.method.enlist(self.state, c) for c in clients]
         adapters = {r: self.method.global_adapter(self.state, r) for r in dict.fromkeys(wanted)}
         return [
             EvaluateJob(seed, round, c, adapters[r], self.schedule.plan)

@@ -14,6 +14,7 @@ import torch
 from fedlora.config import build, describe
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, EngineSpec
+from fedlora.models.language_model import LanguageModel
 from fedlora.models.spec import ModelSpec
 
 
@@ -57,9 +58,19 @@ class WorkerSpec:
         Raises:
             ValueError: for a device that is not there.
         """
-        return self.engine.open(
-            self.model.load(resolve_device(self.device)), TokenStore(self.store)
-        )
+        return self.engine.open(*resident(self.to_json()))
+
+
+@functools.lru_cache(maxsize=1)
+def resident(spec: str) -> tuple[LanguageModel, TokenStore]:
+    """The base model and the data of this process for a JSON `WorkerSpec`, for all who need them.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    described = WorkerSpec.from_json(spec)
+    model = described.model.load(resolve_device(described.device))
+    return model, TokenStore(described.store)
 
 
 @functools.lru_cache(maxsize=1)

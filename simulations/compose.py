@@ -20,7 +20,7 @@ from fedlora.config import ConfigError
 from fedlora.identity import ROOT
 
 CONF = ROOT / "conf"
-DATA_FILES = (".json", ".jsonl", ".parquet")
+DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:

@@ -29,9 +29,8 @@ def merge_run(run: Path, target: Path) -> None:
     config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     assert isinstance(config, dict)
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
-    adapter = load_peft(run / "adapter")
     model = spec.load(torch.device("cpu"))
-    merge(model, adapter, target)
+    merge(model, load_peft(run / "adapter", model.info), target)
     model.tokenizer.save_pretrained(target)
 
 

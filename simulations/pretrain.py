@@ -1,6 +1,8 @@
-"""Pre-train `model=tiny`, the small Llama that fedlora ships, from text anyone can install.
+"""Pre-train `model=tiny` and `model=tiny_gpt2`, which fedlora ships, from text anyone can install.
 
     python -m simulations.pretrain --output fedlora/models/assets/tiny --tokens 14000000 --seed 0
+    python -m simulations.pretrain --arch gpt2 --output fedlora/models/assets/tiny_gpt2 \\
+        --intermediate 512 --positions 512 --batch 4 --tokens 3400000 --save-every 2000 --seed 0
 
 Corpus, tokenizer, packing, training, evaluation and saving are one function each. On one thread the
 run is deterministic for its arguments; an interrupted run goes on from its last checkpoint.
@@ -31,12 +33,21 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from fedlora.data.template import prompt
 from simulations.corpus import SOURCES, Document, MissingSource, corpus, split
+from simulations.recipe import (
+    ARCHITECTURES,
+    BOS,
+    EOS,
+    PAD,
+    Network,
+    Recipe,
+    build_model,
+    build_optimizer,
+)
 
-PAD, BOS, EOS = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
 SAMPLES = (
     "Fellow-Citizens of the Senate and House of Representatives:\n\n",
@@ -50,48 +61,6 @@ SAMPLES = (
 )
 
 Tokens = np.ndarray[Any, np.dtype[np.uint16]]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides the weights, besides the versions of the libraries."""
-
-    tokens: int = 14_000_000
-    seed: int = 0
-    vocabulary: int = 2048
-    hidden: int = 128
-    intermediate: int = 352
-    layers: int = 4
-    heads: int = 4
-    positions: int = 1024
-    batch: int = 32  # sequences
-    length: int = 256  # tokens of a sequence
-    long_every: int = 8  # every n-th step has the same tokens in sequences of `positions`
-    lr: float = 3e-3
-    warmup: int = 100  # steps
-    decay: float = 0.1
-    clip: float = 1.0
-    instruction_share: float = 0.33  # of the characters made from WordNet
-    sotu_repeats: int = 3  # per epoch
-    held_out: float = 0.025  # share of the addresses, and of the runs of senses
-    wordnet: str = "/usr/share/wordnet"
-
-    @property
-    def block(self) -> int:
-        """Tokens of one optimiser step."""
-        return self.batch * self.length
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps, the last one whole."""
-        return max(1, math.ceil(self.tokens / self.block))
-
-    def rate(self, step: int) -> float:
-        """Learning rate: linear warm-up, then a cosine down to a tenth."""
-        if step < self.warmup:
-            return self.lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return self.lr * (0.55 + 0.45 * math.cos(math.pi * done))
 
 
 @dataclass
@@ -156,40 +125,8 @@ def packed(rows: Sequence[Tokens], size: int, seed: int) -> Iterator[Tokens]:
 # --- training ------------------------------------------------------------------------------------
 
 
-def build_model(recipe: Recipe) -> LlamaForCausalLM:
-    """A new Llama with tied embeddings, initialised from the recipe's seed."""
-    torch.manual_seed(recipe.seed)
-    config = LlamaConfig(
-        vocab_size=recipe.vocabulary,
-        hidden_size=recipe.hidden,
-        intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads,
-        num_key_value_heads=recipe.heads,
-        max_position_embeddings=recipe.positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        use_cache=True,
-    )
-    return LlamaForCausalLM(config)
-
-
-def build_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and none on the gains of the norms."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.decay},
-        {"params": gains, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
-
-
 def train_step(
-    model: LlamaForCausalLM, optimizer: torch.optim.AdamW, block: Tokens, step: int, recipe: Recipe
+    model: Network, optimizer: torch.optim.AdamW, block: Tokens, step: int, recipe: Recipe
 ) -> float:
     """One optimiser step on one block; returns the mean loss per token."""
     long = recipe.long_every > 0 and step % recipe.long_every == recipe.long_every - 1
@@ -206,7 +143,7 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: LlamaForCausalLM, rows: Sequence[Tokens], length: int) -> float:
+def evaluate(model: Network, rows: Sequence[Tokens], length: int) -> float:
     """Mean loss per token of the concatenated rows, read in windows of `length` tokens."""
     stream = np.concatenate(rows).astype(np.int64)
     total = 0.0
@@ -270,7 +207,7 @@ def publish(source: Path, output: Path) -> None:
 
 
 def save(
-    model: LlamaForCausalLM,
+    model: Network,
     tokenizer: PreTrainedTokenizerFast,
     report: dict[str, Any],
     output: Path,
@@ -296,7 +233,7 @@ def state_path(recipe: Recipe) -> Path:
 
 
 def save_state(
-    path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
+    path: Path, model: Network, optimizer: torch.optim.AdamW, progress: Progress
 ) -> None:
     """Write weights, optimiser and progress, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -310,7 +247,7 @@ def save_state(
     partial.replace(path)
 
 
-def load_state(path: Path, model: LlamaForCausalLM, optimizer: torch.optim.AdamW) -> Progress:
+def load_state(path: Path, model: Network, optimizer: torch.optim.AdamW) -> Progress:
     """Take up an interrupted run, or begin a new one where there is none."""
     if not path.is_file():
         return Progress()
@@ -343,7 +280,7 @@ def count(documents: Sequence[Document], rows: Sequence[Tokens]) -> dict[str, di
 
 
 def held_out_losses(
-    model: LlamaForCausalLM, documents: Sequence[Document], rows: Sequence[Tokens], length: int
+    model: Network, documents: Sequence[Document], rows: Sequence[Tokens], length: int
 ) -> dict[str, dict[str, float]]:
     """Loss per token and bits per character (BOS and EOS included) of each source."""
     counts = count(documents, rows)
@@ -357,7 +294,8 @@ def held_out_losses(
 
 
 def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> list[dict[str, str]]:
-    """Greedy continuations of a few texts, as they come."""
+    """Greedy continuations of a few texts, as they come, within the context."""
+    context = model.config.max_position_embeddings
     result = []
     for text in SAMPLES:
         ids = torch.tensor([[BOS, *tokenizer.encode(text, add_special_tokens=False)]])
@@ -365,7 +303,7 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> l
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
+            max_new_tokens=max(1, min(limit, context - start)),
             do_sample=False,
         )
         answer = tokenizer.decode(out[0, start:], skip_special_tokens=True)
@@ -431,9 +369,7 @@ class Run:
     command: str
     save_every: int
 
-    def train(
-        self, model: LlamaForCausalLM, optimizer: torch.optim.AdamW, progress: Progress
-    ) -> None:
+    def train(self, model: Network, optimizer: torch.optim.AdamW, progress: Progress) -> None:
         """Take the steps that are left, saving on the way; ends early on a signal."""
         recipe = self.recipe
         stream = packed(self.text.train, recipe.block, recipe.seed)
@@ -453,9 +389,7 @@ class Run:
                 if stop.asked:
                     raise SystemExit("stopped; the same command goes on from here")
 
-    def checkpoint(
-        self, model: LlamaForCausalLM, progress: Progress, last: bool = False
-    ) -> dict[str, Any]:
+    def checkpoint(self, model: Network, progress: Progress, last: bool = False) -> dict[str, Any]:
         """Evaluate and save; the last time also at full length, and with samples."""
         text, recipe = self.text, self.recipe
         losses = held_out_losses(model, text.held, text.held_rows, recipe.length)
@@ -490,11 +424,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; every field of the recipe is an option."""
     parser = argparse.ArgumentParser(
         prog="python -m simulations.pretrain",
-        description="Pre-train the tiny Llama that fedlora ships (model=tiny).",
+        description="Pre-train a tiny model that fedlora ships: a Llama (model=tiny) or a GPT-2.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     default = Recipe()
     option = parser.add_argument
+    option("--arch", choices=ARCHITECTURES, default=default.arch, help="architecture")
     option("--output", type=Path, required=True, help="directory of the model, made if missing")
     option("--tokens", type=int, default=default.tokens, help="training tokens in all")
     option("--seed", type=int, default=default.seed, help="of corpus, split, order and weights")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore.run import Run
@@ -86,6 +86,24 @@ class LoRAStrategy(Strategy):
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
+
+    def conduct(self, state: State, jobs: Sequence[TrainJob], hall: "Hall") -> "Conducted | None":
+        """Train a round in several exchanges with its clients (SplitLoRA).
+
+        Args:
+            state: as in every hook; not mutated.
+            jobs: of the round's clients, by id.
+            hall: where the method meets them.
+
+        Returns:
+            What came of it; ``None``: the method has nothing of the kind, and every client is sent
+            its job in one message and trains alone.
+        """
+        return None
+
+    def evaluated_ranks(self, state: State, client: Client) -> Ranks:
+        """At which ranks a client uses the global model: those it holds."""
+        return self.enlist(state, client).ranks
 
     @abstractmethod
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
@@ -177,7 +195,12 @@ class LoRAStrategy(Strategy):
         """The cohort of this round, packed into messages. ``arrays`` and ``config`` are not used:
         every virtual client gets the start adapter of its own rank from the method's state."""
         wire = self._bound
-        cohorts = wire.session.train_cohorts(server_round + wire.offset)
+        session = wire.session
+        cohorts = session.train_cohorts(server_round + wire.offset)
+        jobs = sorted((job for jobs in cohorts for job in jobs), key=lambda job: job.client.id)
+        wire.conducted = self.conduct(session.state, jobs, Hall(wire, grid))
+        if wire.conducted is not None:
+            return wire.messages([], MessageType.TRAIN, grid)
         return wire.messages([("train", jobs) for jobs in cohorts], MessageType.TRAIN, grid)
 
     def aggregate_train(
@@ -188,6 +211,9 @@ class LoRAStrategy(Strategy):
         results = [r for found in wire.results(replies).values() for r in found]
         wire.raise_if_dead()
         training = [r for r in results if not isinstance(r, Evaluation)]
+        if wire.conducted is not None:
+            wire.session.state = wire.conducted.state
+            training = list(wire.conducted.results)
         record = wire.session.finish_training(training)
         return wire.arrays(), _brief(record, ("clients", "failed", "rejected", "train/loss"))
 
@@ -214,6 +240,82 @@ class LoRAStrategy(Strategy):
         return _brief(numbers, shown) if numbers else None
 
 
+@dataclass(frozen=True)
+class Conducted:
+    """What came of a round of several exchanges."""
+
+    state: State
+    """Of the server after the exchanges, before the clients' updates are aggregated into it."""
+    results: Sequence[Update | Failure]
+    """One per client."""
+
+
+class Hall:
+    """Where a method that needs several exchanges meets the clients of a round.
+
+    A client stays on one node for the whole round, so that it finds its state there; a node is
+    never sent a second message before it has answered the first.
+    """
+
+    def __init__(self, wire: "_Wire", grid: Grid) -> None:
+        self._wire, self._grid = wire, grid
+        self._at: list[int] = []
+
+    @property
+    def worker(self) -> str:
+        """What a worker process has to build, as JSON (`fedlora.worker.WorkerSpec`)."""
+        return self._wire.worker
+
+    @property
+    def source(self) -> str:
+        """Hash of the server's sources."""
+        return self._wire.source
+
+    @property
+    def wire(self) -> str:
+        """Number format of adapters in messages."""
+        return self._wire.session.rounds.wire
+
+    def say(self, line: str) -> None:
+        """Show one line to whoever watches."""
+        self._wire.session.emit(line)
+
+    def step(self, step: int, steps: int, loss: float) -> None:
+        """Show how far a round is, and take its time."""
+        self._wire.session.stepped(step, steps, loss)
+
+    def exchange(
+        self,
+        clients: Sequence[Client],
+        action: str,
+        content: Callable[[Sequence[Client]], RecordDict],
+    ) -> list[tuple[Sequence[Client], RecordDict | str]]:
+        """Send every node its clients' share, and wait for all answers.
+
+        Args:
+            clients: whom to ask.
+            action: of the client app: a message of type ``train.<action>``.
+            content: what some of these clients are sent.
+
+        Returns:
+            Some clients and what their node answered, or why there is no answer.
+
+        Raises:
+            WorkerDied: if a worker process is gone, and with it the state of its clients.
+        """
+        self._at = self._at or _nodes(self._grid)
+        by_node: dict[int, list[Client]] = {}
+        for client in clients:
+            by_node.setdefault(self._at[client.id % len(self._at)], []).append(client)
+        kind = f"{MessageType.TRAIN}.{action}"
+        messages = [Message(content(who), node, kind) for node, who in by_node.items()]
+        self._wire.expect(list(by_node.values()))
+        timeout = self._wire.session.rounds.timeout_s
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        self._wire.raise_if_dead()
+        return self._wire.answers(replies)
+
+
 class _Wire:
     """Jobs to messages and replies to results, with what is under way remembered by message id."""
 
@@ -224,6 +326,30 @@ class _Wire:
         """What is under way, by message id."""
         self._unsent: list[tuple[str, Sequence[Job]]] = []
         self.dead = ""
+        self.conducted: Conducted | None = None
+        """What came of the training phase under way, if it took several exchanges."""
+        self._talking: dict[str, Sequence[Client]] = {}
+        self._untold: list[Sequence[Client]] = []
+
+    def expect(self, parties: Sequence[Sequence[Client]]) -> None:
+        """The messages of an exchange are about to be sent, one for each of these."""
+        self.asked, self._unsent, self._untold = {}, [], list(parties)
+
+    def answers(
+        self, replies: Iterable[Message]
+    ) -> list[tuple[Sequence[Client], RecordDict | str]]:
+        """Replies of an exchange, by the clients that they speak of."""
+        missing = dict(self._talking)
+        found: list[tuple[Sequence[Client], RecordDict | str]] = []
+        for reply in replies:
+            who = missing.pop(reply.metadata.reply_to_message_id, None)
+            if who is None:
+                log.warning("a reply to a message that is not under way was left out")
+            elif reply.has_error():
+                found.append((who, _essence(reply.error.reason or "unknown")))
+            else:
+                found.append((who, reply.content))
+        return found + [(who, "no reply came in time") for who in missing.values()]
 
     def arrays(self) -> ArrayRecord:
         """The global adapter at the population's largest ranks, as Flower's model arrays."""
@@ -252,6 +378,10 @@ class _Wire:
         Raises:
             RunError: if Flower did not take all of them.
         """
+        if self._untold:
+            self._talking = dict(zip(message_ids, self._untold, strict=True))
+            self._untold = []
+            return
         if len(message_ids) != len(self._unsent):
             raise RunError(f"Flower took {len(message_ids)} of {len(self._unsent)} messages")
         self.asked = dict(zip(message_ids, self._unsent, strict=True))

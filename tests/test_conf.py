@@ -63,6 +63,7 @@ def test_the_hash_ignores_what_cannot_matter():
     assert of() != of("seed=1")
     assert of() == of("model.path=/moved/tiny")
     assert of() != of("client.lr=1e-9")
+    assert of("model=tiny_gpt2") != of("model=tiny_gpt2", "model.split_qkv=true")
 
 
 @pytest.mark.parametrize(

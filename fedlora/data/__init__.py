@@ -1,5 +1,6 @@
 """Federated data: sources of records, and the token store that workers read."""
 
+from fedlora.data.e2e import E2E
 from fedlora.data.jsonl import Jsonl
 from fedlora.data.natural_instructions import NaturalInstructions, task_group
 from fedlora.data.records import SPLITS, DataError, Record
@@ -8,6 +9,7 @@ from fedlora.data.source import Source
 from fedlora.data.store import ClientInfo, Example, TokenStore, prepare
 
 __all__ = [
+    "E2E",
     "SPLITS",
     "ClientInfo",
     "DataError",

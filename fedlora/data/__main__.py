@@ -17,7 +17,13 @@ SOURCES = {
     "sotu": "fedlora.data.sotu.Sotu",
     "natural_instructions": "fedlora.data.natural_instructions.NaturalInstructions",
     "jsonl": "fedlora.data.jsonl.Jsonl",
+    "e2e": "fedlora.data.e2e.E2E",
 }
+PATHS = {
+    "natural_instructions": ("FEDLORA_NI", "natural_instructions.parquet"),
+    "e2e": ("FEDLORA_E2E", "e2e.parquet"),
+}
+"""Environment variable and default of sources whose path has one, as in ``conf/data``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,8 +79,8 @@ def parse_source(settings: Sequence[str]) -> Source:
             values[key.removeprefix("data.")] = value
     if name not in SOURCES:
         raise DataError(f"data={name!r} is not one of {list(SOURCES)}")
-    if name == "natural_instructions":
-        values.setdefault("path", os.environ.get("FEDLORA_NI", "natural_instructions.parquet"))
+    if name in PATHS:
+        values.setdefault("path", os.environ.get(*PATHS[name]))
     elif name == "jsonl" and "path" not in values:
         raise DataError("data=jsonl needs path=<a file or a pattern such as data/*.jsonl>")
     return build({"_target_": SOURCES[name], **values}, Source, "data")  # type: ignore[type-abstract]
@@ -91,6 +97,9 @@ def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
     yield f"train per client   {_spread_text(per_client)}"
     yield f"tokens             {s['tokens']:,}"
     yield f"tokens per example {_spread_text(tokens)}"
+    for split, spread in s["tokens_by_split"].items():
+        yield f"{split:>8} tokens    {_spread_text(spread)}"
+        yield f"{split:>8} response  {_spread_text(s['response_tokens_by_split'][split])}"
     yield f"response tokens    {s['response_token_share']:.1%} of all"
     yield f"truncated          {s['truncated_share']:.1%} of the examples"
     yield f"without response   {s['without_response']:,} (no response token survives)"

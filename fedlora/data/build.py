@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from fedlora.data.encode import Encoder, Tokenizer
 from fedlora.data.records import SPLITS, DataError, Record
 from fedlora.data.source import Source
-from fedlora.data.template import VERSION as TEMPLATE_VERSION
 
 FORMAT = 1  # of the folder: part of the key
 COLUMNS = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes", "flags")
@@ -110,7 +109,7 @@ def write_store(
     Raises:
         DataError: if the source cannot be read or makes no sense.
     """
-    encoder = Encoder(tokenizer, source.cutoff, source.truncation)
+    encoder = Encoder(tokenizer, source.cutoff, source.truncation, source.template)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     draft = Draft()
     began = time.monotonic()
@@ -133,7 +132,7 @@ def write_store(
             "truncation": source.truncation,
         },
         "tokenizer": {"id": tokenizer_id, "size": len(tokenizer)},
-        "template": TEMPLATE_VERSION,
+        "template": source.template.version,
         "files": {name: _identity(folder / name) for name in ARRAYS},
         "clients": [
             [

@@ -1,11 +1,11 @@
-"""Records to tokens: BOS, prompt, response, EOS, cut to a length."""
+"""Records to tokens by a template, cut to a length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from fedlora.data.records import DataError, Record
-from fedlora.data.template import ANSWER, prompt, question
+from fedlora.data.template import INSTRUCTION, Template
 
 _CHARACTERS_PER_TOKEN = 16
 """No text is read further than so many characters per token of the cutoff: the longest inputs of
@@ -31,7 +31,7 @@ class Encoded:
 
     ids: list[int]
     prompt_tokens: int
-    """With BOS. The response is ``ids[prompt_tokens:]``."""
+    """With BOS and mark. The response is ``ids[prompt_tokens:]``."""
     truncated: bool
 
 
@@ -43,11 +43,12 @@ class Encoder:
     cutoff: int
     truncation: str
     """``input`` or ``right``: see `fedlora.data.source.Source`."""
+    template: Template = INSTRUCTION
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token: a response could never end")
-        mark = len(self._tokens([ANSWER])[0])
+        mark = len(self._mark())
         if mark + 2 > self.cutoff // 2:
             raise DataError(
                 f"data.cutoff={self.cutoff} must be >= {2 * (mark + 2)}: the prompt's last line "
@@ -61,18 +62,18 @@ class Encoder:
         shortened = [
             any(len(text) > limit for text in (r.instruction, r.input, r.output)) for r in records
         ]
-        prompts = [self._begin() + ids for ids in self._tokens([prompt(i, x) for i, x, _ in texts])]
-        responses = self._tokens([y for _, _, y in texts])
+        prompts = self._prompts(texts)
+        responses = self._tokens([y and self.template.lead + y for _, _, y in texts])
         for record, response in zip(records, responses, strict=True):
             if len(record.output) <= limit:  # the model must not learn to stop where we cut
-                response.append(int(self.tokenizer.eos_token_id or 0))
+                response += self._end()
         long = [
             i
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
             if len(p) + len(r) > self.cutoff
         ]
         if long and self.truncation == "input":
-            mark = self._tokens([ANSWER])[0]
+            mark = self._mark()
             for i, head in zip(long, self._heads(prompts, mark, long, texts), strict=True):
                 room = prompt_room(len(prompts[i]), len(responses[i]), self.cutoff)
                 if room < len(prompts[i]):
@@ -82,6 +83,16 @@ class Encoder:
             Encoded((p + r)[: self.cutoff], min(len(p), self.cutoff), i in cut or shortened[i])
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
+
+    def _prompts(self, texts: Sequence[tuple[str, str, str]]) -> list[list[int]]:
+        mark = self.template.mark
+        found = self._tokens([self.template.question(i, x) + mark for i, x, _ in texts])
+        end = [] if mark else self._end()
+        return [self._begin() + ids + end for ids in found]
+
+    def _mark(self) -> list[int]:
+        """What ends every prompt, as tokens."""
+        return self._tokens([self.template.mark])[0] if self.template.mark else self._end()
 
     def _heads(
         self,
@@ -98,13 +109,17 @@ class Encoder:
         heads = {i: prompts[i][: -len(mark)] for i in which if prompts[i][-len(mark) :] == mark}
         merged = [i for i in which if i not in heads]
         if merged:
-            again = self._tokens([question(*texts[i][:2]) for i in merged])
+            again = self._tokens([self.template.question(*texts[i][:2]) for i in merged])
             for i, ids in zip(merged, again, strict=True):
                 heads[i] = self._begin() + ids
         return [heads[i] for i in which]
 
     def _begin(self) -> list[int]:
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        bos = self.tokenizer.bos_token_id
+        return [bos] if self.template.bos and bos is not None else []
+
+    def _end(self) -> list[int]:
+        return [int(self.tokenizer.eos_token_id or 0)]
 
     def _tokens(self, texts: list[str]) -> list[list[int]]:
         found = self.tokenizer(texts, add_special_tokens=False, verbose=False)

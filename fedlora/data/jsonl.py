@@ -1,19 +1,13 @@
-"""Your own instruction records: JSON lines, divided over clients by a key or by a partitioner.
+"""Your own instruction records: JSON lines, divided over clients by a key or by a partitioner."""
 
-The partitioners are those of `flwr-datasets`, so a federation here is the one that other Flower
-projects get from the same data and seed.
-"""
-
-import contextlib
 import glob
-import io
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedlora.data import partition
 from fedlora.data.records import SPLITS, DataError, Record
 from fedlora.data.source import Source, file_identity
 from fedlora.seeding import generator
@@ -139,44 +133,18 @@ class Jsonl(Source):
 
     def _partition(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[int]]]:
         """Name and row numbers of each client."""
-        import datasets
-        from flwr_datasets import partitioner as partitioners
-
-        columns: dict[str, list[Any]] = {"row": list(range(len(rows)))}
-        column = {"natural": self.key, "iid": "", "dirichlet": self.by}[self.partition]
-        if column:
-            columns["label"] = [str(row[column]) for row in rows]
-        table = datasets.Dataset.from_dict(columns)
-        partitioner: Any
         if self.partition == "natural":
-            partitioner = partitioners.NaturalIdPartitioner(partition_by="label")
-        elif self.partition == "iid":
-            partitioner = partitioners.IidPartitioner(num_partitions=self.clients)
-            table = table.shuffle(seed=self.seed)  # the partitioner cuts in order
+            for members in partition.natural([str(row[self.key]) for row in rows]):
+                yield str(rows[members[0]][self.key]), members
+            return
+        if self.partition == "iid":
+            parts = partition.iid(len(rows), self.clients, self.seed)
         else:
-            partitioner = partitioners.DirichletPartitioner(
-                num_partitions=self.clients,
-                partition_by="label",
-                alpha=self.alpha,
-                min_partition_size=self.min_examples,
-                seed=self.seed,
+            labels = [str(row[self.by]) for row in rows]
+            parts = partition.dirichlet(
+                labels, self.clients, self.alpha, self.min_examples, self.seed
             )
-        if self.partition != "natural" and self.clients > len(rows):
-            raise DataError(f"data.clients={self.clients} is more than the {len(rows)} records")
-        partitioner.dataset = table
-        with _quiet():
-            try:
-                parts = [
-                    partitioner.load_partition(k)["row"] for k in range(partitioner.num_partitions)
-                ]
-            except ValueError as error:
-                raise DataError(
-                    f"data.partition={self.partition} with clients={self.clients}, "
-                    f"alpha={self.alpha}, min_examples={self.min_examples}: {error}"
-                ) from error
-        for part in parts:
-            members = [int(i) for i in part]
-            yield (str(rows[members[0]][self.key]) if self.partition == "natural" else ""), members
+        yield from (("", members) for members in parts)
 
     def _splits(
         self, client: int, rows: Sequence[Mapping[str, Any]], members: Sequence[int]
@@ -198,11 +166,3 @@ class Jsonl(Source):
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the partitioners' progress bars and their warning at each new draw."""
-    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore", UserWarning)
-        yield

@@ -6,7 +6,7 @@ first two keep the authors' client ids (0..1612); the third splits the tasks ane
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ import numpy as np
 
 from fedlora.data.records import SPLITS, DataError, Record
 from fedlora.data.source import Source, file_identity
+from fedlora.data.tables import open_parquet, require
 from fedlora.seeding import generator
 
 COLUMNS = ("client_id", "split", "category", "instruction", "input", "output")
@@ -122,16 +123,8 @@ def _from_folder(folder: Path) -> Iterator[Record]:
         if not isinstance(rows, list):
             raise DataError(f"{file} must hold a list of records, not {type(rows).__name__}")
         for i, row in enumerate(rows):
-            _require(row, COLUMNS[2:], f"record {i} of {file}")
+            require(row, COLUMNS[2:], f"record {i} of {file}")
             yield _record(int(match[2]), _FILE_SPLITS[match[1]], row)
-
-
-def _require(columns: Any, wanted: Sequence[str], where: str) -> None:
-    if not hasattr(columns, "__iter__") or isinstance(columns, str):
-        raise DataError(f"{where} must be an object, not {columns!r}")
-    missing = [c for c in wanted if c not in columns]
-    if missing:
-        raise DataError(f"{where} has no {missing}; found {sorted(columns)}, needed {list(wanted)}")
 
 
 def _record(client: int, split: str, row: dict[str, Any]) -> Record:
@@ -144,14 +137,7 @@ def _record(client: int, split: str, row: dict[str, Any]) -> Record:
 
 
 def _from_parquet(path: Path) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"data.path={str(path)!r} is not a Parquet file: {error}") from error
-    _require(file.schema_arrow.names, COLUMNS, str(path))
+    file = open_parquet(path, COLUMNS)
     head = file.read(columns=["client_id", "split"])
     _check_columns(head["client_id"], head["split"], str(path))
     for batch in file.iter_batches(4096, columns=list(COLUMNS)):
@@ -181,7 +167,7 @@ def _check_columns(clients: Any, splits: Any, where: str) -> None:
 def _from_hub_clients(hub_id: str, parts: dict[str, Any], columns: list[str]) -> Iterator[Record]:
     """Rows with client ids; without a column ``split``, the data set's own splits count."""
     own = "split" not in columns
-    _require(columns, [c for c in COLUMNS if c != "split" or not own], f"the data set {hub_id}")
+    require(columns, [c for c in COLUMNS if c != "split" or not own], f"the data set {hub_id}")
     for name, part in parts.items():
         if own and name not in _HUB_SPLITS:
             raise DataError(f"the data set {hub_id} has a split {name!r}, not {list(_HUB_SPLITS)}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedlora.data.records import Record
+from fedlora.data.template import INSTRUCTION, Template
 from fedlora.types import at_least, one_of
 
 TRUNCATIONS = ("input", "right")
@@ -24,6 +25,8 @@ class Source(ABC):
 
     name: ClassVar[str]
     """Short name for folders, run names and tables."""
+    template: ClassVar[Template] = INSTRUCTION
+    """How its records become sequences of tokens."""
 
     cutoff: int = 512
     """Tokens per example, with BOS and EOS."""

@@ -27,7 +27,6 @@ from fedlora.data.build import (
 from fedlora.data.encode import Tokenizer
 from fedlora.data.records import SPLITS, DataError
 from fedlora.data.source import Source
-from fedlora.data.template import VERSION as TEMPLATE_VERSION
 from fedlora.data.template import prompt
 
 log = logging.getLogger(__name__)
@@ -35,12 +34,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One tokenised example: BOS, prompt, response, EOS (each as far as the cutoff allows)."""
+    """One tokenised example: prompt, response, EOS, as the source's template lays them out (each as
+    far as the cutoff allows)."""
 
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
     prompt_tokens: int
-    """With BOS. The response is ``input_ids[prompt_tokens:]``."""
+    """With BOS, if the template has it. The response is ``input_ids[prompt_tokens:]``."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
         "source": [source.name, source.fingerprint(), source.cutoff, source.truncation],
         "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "probe": [int(i) for i in probe["input_ids"][0]],  # a tokenizer that changed under its name
-        "template": TEMPLATE_VERSION,
+        "template": source.template.version,
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -243,6 +243,8 @@ class TokenStore:
         owner = np.repeat(np.arange(self.num_clients), held.sum(axis=1))
         speaks = np.bincount(owner[~empty], minlength=self.num_clients) > 0
         train = held[:, 0]
+        split = np.repeat(np.tile(np.arange(len(SPLITS)), self.num_clients), held.ravel())
+        rows = {name: split == s for s, name in enumerate(SPLITS) if (split == s).any()}
         silent = ~speaks & (held.sum(axis=1) > 0)
         return {
             "source": self.source["name"],
@@ -254,6 +256,10 @@ class TokenStore:
             "train_examples_per_client": _spread(train),
             "tokens": int(tokens.sum()),
             "tokens_per_example": _spread(tokens),
+            "tokens_by_split": {s: _spread(tokens[r]) for s, r in rows.items()},
+            "response_tokens_by_split": {
+                s: _spread((tokens - prompts)[r]) for s, r in rows.items()
+            },
             "response_token_share": float((tokens - prompts).sum() / tokens.sum()),
             "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
             "without_response": int((tokens == prompts).sum()),

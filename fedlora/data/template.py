@@ -1,8 +1,12 @@
-"""The instruction prompt: how a record of three texts becomes one text to model.
+"""Templates: how a record of three texts becomes one sequence of tokens.
 
-Same fields as the Alpaca prompt (instruction, optional input, response), own wording, and short,
-because most tokens of a Natural Instructions client are prompt.
+The usual one is an instruction prompt with the fields of the Alpaca prompt (instruction, optional
+input, response), own wording, and short, because most tokens of a Natural Instructions client are
+prompt. A source whose authors trained on another form names its own (`Source.template`).
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 VERSION = 1  # part of the token cache's key: raise it whenever the text below changes
 
@@ -17,3 +21,35 @@ def question(instruction: str, input: str = "") -> str:
 def prompt(instruction: str, input: str = "") -> str:
     """Everything the model reads before it answers. The answer follows immediately."""
     return question(instruction, input) + ANSWER
+
+
+@dataclass(frozen=True)
+class Template:
+    """A sequence is ``[BOS] question mark | lead output EOS``; at ``|`` the response begins.
+
+    Both sides of ``|`` are tokenised apart, so the border between them is exact.
+    """
+
+    version: int | str
+    """Part of the token cache's key: no two templates share one, and a change needs a new one."""
+    question: Callable[[str, str], str]
+    """From instruction and input to the text before the mark. What is too long gives way here, from
+    its end; the mark survives every cutoff."""
+    mark: str = ""
+    """Text that ends the prompt. Empty: the EOS token ends it."""
+    lead: str = ""
+    """Goes before an output that is not empty, as part of the response."""
+    bos: bool = True
+    """Whether a sequence begins with BOS, if the tokenizer has one."""
+
+
+INSTRUCTION = Template(VERSION, question, ANSWER)
+"""The instruction prompt."""
+
+
+def _context(instruction: str, input: str) -> str:
+    return f"{instruction}\n{input}" if input else instruction
+
+
+CONTEXT = Template("context 1", _context, lead=" ", bos=False)
+"""``context EOS | " " completion EOS``, as the LoRA and SplitLoRA code lay out E2E for GPT-2."""

@@ -10,6 +10,10 @@ from typing import Any
 
 from fedlora.data.records import DataError
 
+_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+_GPT2_BORDER = "<|endoftext|>"
+"""Begins and ends a text where GPT-2's own files name no tokens: its class in transformers does."""
+
 
 class FolderTokenizer:
     """The part of a Hugging Face tokenizer that a token store needs, and decoding."""
@@ -31,10 +35,10 @@ class FolderTokenizer:
         self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = folder / "tokenizer_config.json"
-        named = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        self.bos_token_id = self._id(named.get("bos_token"))
-        self.eos_token_id = self._id(named.get("eos_token"))
+        named = _read(folder / "tokenizer_config.json")
+        border = _GPT2_BORDER if _is_gpt2(named, folder) else None
+        self.bos_token_id = self._id(named.get("bos_token", border))
+        self.eos_token_id = self._id(named.get("eos_token", border))
 
     def _id(self, token: str | dict[str, Any] | None) -> int | None:
         content = token["content"] if isinstance(token, dict) else token
@@ -52,3 +56,14 @@ class FolderTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Tokens to text, special tokens included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _is_gpt2(named: dict[str, Any], folder: Path) -> bool:
+    """Whether transformers would read the folder with GPT-2's class of tokenizers."""
+    if "tokenizer_class" in named:
+        return named["tokenizer_class"] in _GPT2
+    return _read(folder / "config.json").get("model_type") == "gpt2"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from fedlora.batches import Batch
 
 
-def supervised_logits(network: Any, batch: Batch) -> Tensor:
+def supervised_logits(network: Any, batch: Batch, **inputs: Tensor) -> Tensor:
     """Logits ``[n, vocabulary]`` of ``batch.positions``, on the batch's device.
+
+    ``inputs`` are given to the network in place of the batch's token ids, as ``inputs_embeds``.
 
     Positions are selected in front of the output embedding, inside the model's own forward, so
     that what an architecture does to its logits afterwards (scaling, soft capping) still happens.
@@ -30,7 +32,8 @@ def supervised_logits(network: Any, batch: Batch) -> Tensor:
     handle = None if head is None else head.register_forward_pre_hook(select)
     try:
         places = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-        logits: Tensor = network(input_ids=batch.inputs, use_cache=False, **places).logits
+        inputs = inputs or {"input_ids": batch.inputs}
+        logits: Tensor = network(**inputs, use_cache=False, **places).logits
     finally:
         if handle is not None:
             handle.remove()

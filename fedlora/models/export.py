@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import stored_transposed
 from fedlora.models.modules import ModelInfo, check_adapter
+from fedlora.models.qkv import join_adapter, split_adapter
 from fedlora.types import Adapter, Factors, Payload
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -59,6 +59,9 @@ def save_peft(
 ) -> None:
     """Write an adapter for ``PeftModel.from_pretrained``, whatever its ranks and scales.
 
+    Factors of a split layer's parts are written as those of the whole layer, since PEFT mounts them
+    on the model as its files have it: parts of ranks r_1, r_2, ... give one of rank r_1 + r_2 + ...
+
     Args:
         adapter: factors of the modules it updates, at least one.
         info: of the base model; what does not fit it is refused.
@@ -72,6 +75,7 @@ def save_peft(
     if not adapter:
         raise ValueError(f"an adapter without modules cannot be saved to {folder}")
     check_adapter(adapter, info)
+    adapter = join_adapter(adapter, info.splits)
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {path: f.rank for path, f in adapter.items()}
     alphas = {path: _number(f.alpha) for path, f in adapter.items()}
@@ -95,8 +99,13 @@ def save_peft(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
-def load_peft(folder: Path) -> Adapter:
+def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
     """Read a LoRA adapter in PEFT's format, ours or another's.
+
+    Args:
+        folder: with the configuration and the factors.
+        info: of the model that will carry it, needed where that has split layers: factors of the
+            whole layer come apart (`fedlora.models.qkv.split_adapter`).
 
     Rank-stabilised LoRA scales by ``alpha / sqrt(r)``; the returned ``alpha`` is multiplied by
     ``sqrt(r)``, so that ``Factors.scale`` is right.
@@ -112,10 +121,11 @@ def load_peft(folder: Path) -> Adapter:
     _check(config, folder)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         halves = _halves({key: file.get_tensor(key) for key in file.keys()}, folder)  # noqa: SIM118
-    return {
+    adapter = {
         path: Factors(a=pair["A"], b=pair["B"], alpha=_alpha(config, path, pair["A"].shape[0]))
         for path, pair in halves.items()
     }
+    return split_adapter(adapter, info.splits) if info else adapter
 
 
 def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
@@ -127,12 +137,7 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     Raises:
         TypeError: if the base is quantised.
     """
-    merged = model.base_state()
-    for path, update in model.updates(payload).items():
-        layer = model.layers[path]
-        weight = layer.effective_weight(update).to(layer.weight.dtype)
-        stored = weight.t() if stored_transposed(layer.base) else weight
-        merged[f"{path}.weight"] = stored.contiguous()
+    merged = model.base_state(payload)
     config: Any = model.network.config
     config.use_cache = True
     try:

@@ -15,6 +15,7 @@ from fedlora.models.layers import (
     mask_index,
 )
 from fedlora.models.modules import ModelInfo, check_adapter, check_paths
+from fedlora.models.qkv import join_state
 from fedlora.seeding import mask_noise
 from fedlora.types import Adapter, Payload, SparseDelta
 
@@ -110,10 +111,19 @@ class LanguageModel:
         """
         if not any(isinstance(x.update, LowRank) and x.update.p > 0 for x in self.layers.values()):
             return
-        drawn = dropout_bits(rows, [m.d_in for m in self.info.modules], seed, self.device)
-        for layer, bits in zip(self.layers.values(), drawn, strict=True):
-            if isinstance(layer.update, LowRank):
-                layer.update.bits = bits
+        for path, bits in self.dropout_bits(seed, rows).items():
+            update = self.layers[path].update
+            if isinstance(update, LowRank):
+                update.bits = bits
+
+    def dropout_bits(self, seed: int, rows: int) -> dict[str, Tensor]:
+        """Module path -> what the masks of one forward are a function of, ``[rows, d_in]`` int16.
+
+        Of all modules, so that whoever holds some of them draws what whoever holds all would.
+        """
+        widths = [m.d_in for m in self.info.modules]
+        drawn = dropout_bits(rows, widths, seed, self.device)
+        return dict(zip(self.layers, drawn, strict=True))
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""
@@ -141,8 +151,15 @@ class LanguageModel:
         layer = self.layers[path]
         return layer.effective_weight(layer.update)
 
-    def base_state(self) -> dict[str, Tensor]:
-        """The base's own tensors, shared, under the names they have in the network unwrapped."""
+    def base_state(self, payload: Payload | None = None) -> dict[str, Tensor]:
+        """The base's own tensors under the names that the model's files have.
+
+        They are shared, but for those of split layers, which are put together again. With a payload
+        its update is added to the weights it names, rounded once to the type of the base.
+
+        Raises:
+            TypeError: if there is a payload and the base is quantised.
+        """
         state = {
             name: tensor
             for name, tensor in self.network.state_dict().items()
@@ -150,7 +167,9 @@ class LanguageModel:
         }
         for path, layer in self.layers.items():
             state |= {f"{path}.{name}": t for name, t in layer.base.state_dict().items()}
-        return state
+        for path, update in self.updates(payload or {}).items():
+            state[f"{path}.weight"] = self.layers[path].stored_weight(update)
+        return join_state(state, self.info.splits)
 
     def updates(self, payload: Payload, dropout: float = 0.0) -> dict[str, LowRank | SparseValues]:
         """What a payload would put on each module it names, in module order.

@@ -219,6 +219,11 @@ class AdaptedLinear(nn.Module):
         with torch.no_grad():
             return dense_weight(self.base).clone() if update is None else update.weight(self.base)
 
+    def stored_weight(self, update: LinearUpdate) -> Tensor:
+        """The same in the base's type and as the base stores it, contiguous."""
+        weight = self.effective_weight(update).to(self.weight.dtype)
+        return (weight.t() if stored_transposed(self.base) else weight).contiguous()
+
     @property
     def weight(self) -> Tensor:
         """The base's own stored weight, for model code that asks for its type or device."""

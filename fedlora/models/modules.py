@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedlora.models.folder import ModelError
+from fedlora.models.qkv import Split
 from fedlora.types import Adapter, Module
 
 
@@ -22,7 +23,9 @@ class ModelInfo:
     context: int
     """Longest sequence, in tokens."""
     fingerprint: str
-    """Identity of configuration and weights, wherever they are stored."""
+    """Identity of configuration and weights, wherever they are stored, and of what was split."""
+    splits: tuple[Split, ...] = ()
+    """Layers that the model's files hold as one and this network computes in parts."""
 
 
 def is_linear(layer: nn.Module) -> bool:

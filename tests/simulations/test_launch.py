@@ -138,7 +138,14 @@ def family():
     tagged.kill()
 
 
-@pytest.mark.parametrize("death", [signal.SIGKILL, signal.SIGTERM, None])
+@pytest.mark.parametrize(
+    "death",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(None, marks=pytest.mark.slow),
+    ],
+)
 def test_the_guard_ends_all_that_was_started_when_its_owner_is_gone(family, tmp_path, death):
     mark, scratch = family.tag[:8], tmp_path / "scratch"
     scratch.mkdir()

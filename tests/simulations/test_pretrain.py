@@ -1,4 +1,4 @@
-"""Pre-training of `model=tiny`: corpus, tokenizer, packing, resuming, and the shipped files."""
+"""Pre-training of the tiny models: corpus, tokenizer, packing, resuming, and the shipped files."""
 
 import importlib.util
 import json
@@ -13,16 +13,17 @@ import pytest
 import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import get_activation
 
 from fedlora.data.template import prompt
-from simulations import corpus, pretrain
+from simulations import corpus, pretrain, recipe
 from simulations.corpus import Document, Recorder, Synset
 
 LINE = (
     "07386821 11 n 02 moo 0 big_moo(a) 0 002 @ 07386300 n 0000 + 01055036 v 0101 | the sound made "
     'by a cow or bull; "we heard a moo in the dark"'
 )
-ASSET = Path(pretrain.__file__).parents[1] / "fedlora" / "models" / "assets" / "tiny"
+ASSETS = Path(pretrain.__file__).parents[1] / "fedlora" / "models" / "assets"
 SMALL = pretrain.Recipe(
     tokens=6 * 64,
     vocabulary=300,
@@ -209,10 +210,32 @@ def test_an_interrupted_run_ends_like_a_whole_one(
     assert not list((tmp_path / "cache").rglob("*.pt"))
 
 
-def test_training_lowers_the_loss(documents: None, tmp_path: Path) -> None:
-    report = pretrain.pretrain(replace(SMALL, tokens=60 * 64), tmp_path / "out", "x")
+@pytest.mark.parametrize("arch", recipe.ARCHITECTURES)
+def test_training_lowers_the_loss(arch: str, documents: None, tmp_path: Path) -> None:
+    report = pretrain.pretrain(replace(SMALL, tokens=60 * 64, arch=arch), tmp_path / "out", "x")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == arch
     assert report["curve"][-1]["loss"] < 5.0  # log(300) is 5.7
     assert report["held_out"]["sotu"]["loss"] < 5.0
+
+
+def test_a_gpt2_has_the_sizes_of_its_recipe_and_never_drops_out() -> None:
+    model = recipe.build_model(replace(SMALL, arch="gpt2")).train()
+    d, inner = SMALL.hidden, SMALL.intermediate
+    block = 4 * d * (d + 1) + d * inner + inner + inner * d + d + 4 * d  # matrices, biases, norms
+    wanted = (SMALL.vocabulary + SMALL.positions) * d + SMALL.layers * block + 2 * d
+    assert sum(p.numel() for p in model.parameters()) == wanted
+    ids = torch.arange(12)[None]
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    gelu, torchs = get_activation("gelu_new"), get_activation(model.config.activation_function)
+    x = torch.linspace(-5, 5, 99, dtype=torch.float64)
+    torch.testing.assert_close(gelu(x), torchs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_an_architecture_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"arch='mamba' is not one of \('llama', 'gpt2'\)"):
+        recipe.build_model(replace(SMALL, arch="mamba"))
+    with pytest.raises(SystemExit):
+        pretrain.main(["--output", str(tmp_path), "--arch", "mamba"])
 
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -220,11 +243,12 @@ def test_sizes_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         pretrain.main(["--output", str(tmp_path), "--batch", "3"])
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Path:
-    if not (ASSET / "model.safetensors").is_file():
-        pytest.skip(f"{ASSET} has no model: run python -m simulations.pretrain --output {ASSET}")
-    return ASSET
+@pytest.fixture(scope="module", params=["tiny", "tiny_gpt2"])
+def shipped(request: pytest.FixtureRequest) -> Path:
+    asset = ASSETS / str(request.param)
+    if not (asset / "model.safetensors").is_file():
+        pytest.skip(f"{asset} has no model: see {asset / 'README.md'} for the command")
+    return asset
 
 
 def test_the_shipped_tokenizer(shipped: Path) -> None:
@@ -250,4 +274,6 @@ def test_the_shipped_model_has_learned(shipped: Path) -> None:
         loss = model(input_ids=ids, labels=ids).loss
     assert loss < 4.0  # log(2048) is 7.6
     report = json.loads((shipped / "training.json").read_text(encoding="utf-8"))
+    assert report["complete"]
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert report["recipe"].get("arch", "llama") == model.config.model_type

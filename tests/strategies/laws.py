@@ -123,8 +123,8 @@ def assert_same(a: Payload, b: Payload, what: str) -> None:
 
 def weights(strategy: LoRAStrategy, round: int) -> str:
     """What an average weights clients by in this round, counted from 1."""
-    if getattr(strategy, "stage1_rounds", round) < round:
-        return weights(strategy.aggregator, round)  # type: ignore[attr-defined]
+    if hasattr(strategy, "aggregator") and getattr(strategy, "stage1_rounds", 0) < round:
+        return weights(strategy.aggregator, round)
     return getattr(strategy, "weights", "examples")
 
 

@@ -86,10 +86,15 @@ def tokenizer(tokenizer_folder: Path) -> FolderTokenizer:
     return FolderTokenizer(tokenizer_folder)
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
+def shared_file(name: str) -> Path:
+    """A file of the development data, or a skipped test."""
     root = Path(__file__).parents[3]
     folder = Path(os.environ.get("FEDLORA_SHARED", root.parent / "shared" / "data"))
-    if not (folder / "ni1613_capped.parquet").is_file():
-        pytest.skip(f"needs ni1613_capped.parquet in {folder} (set FEDLORA_SHARED)")
-    return folder
+    if not (folder / name).is_file():
+        pytest.skip(f"needs {name} in {folder} (set FEDLORA_SHARED)")
+    return folder / name
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    return shared_file("ni1613_capped.parquet").parent

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from fedlora.models.qkv import split_qkv
 from tests.fedlora.models.networks import VOCABULARY
 
 CONTEXT = 64
@@ -113,6 +114,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "no_rope_layers": [1, 0],
         },
         "gpt2": _GPT2,
+        "gpt2_split": _GPT2,
         "gpt_bigcode": _GPT2,
         "gptj": {**_GPT2, "rotary_dim": 4},
         "gpt_neo": {
@@ -156,17 +158,20 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "lfm2": {**_NAMED, "layer_types": ["conv", "full_attention"]},
     }
 )
-"""Model type -> what makes a configuration of it tiny."""
+"""Model type -> what makes a configuration of it tiny; ``gpt2_split``: with q, k and v apart."""
 
 
 def family(name: str) -> PreTrainedModel:
     """A random model, all of whose biases and norms matter."""
     torch.manual_seed(0)
-    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **FAMILIES[name]))
+    kind = name.removesuffix("_split")
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[name]))
     with torch.no_grad():
         for path, parameter in network.named_parameters():
             if parameter.dim() == 1 and "norm" not in path.lower() and "ln" not in path:
                 parameter.normal_(std=0.2)
             elif parameter.dim() >= 2:
                 parameter.mul_(5.0)  # standard deviation 0.1: attention has something to weigh
+    if name != kind:
+        split_qkv(network)
     return network.eval()

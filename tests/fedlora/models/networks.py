@@ -1,12 +1,14 @@
 """Small random language models and adapters for them, in float64."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2TokenizerFast,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -15,6 +17,7 @@ from transformers import (
 
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
+from fedlora.models.qkv import split_qkv
 from fedlora.types import Factors, Module
 
 ALPHA = 12.0
@@ -66,10 +69,25 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w0")
 
 
-def wrap(network: PreTrainedModel, targets: str | tuple[str, ...] = "all-linear") -> LanguageModel:
+def save_gpt2_tokenizer(folder: Path, texts: Sequence[str]) -> None:
+    """As GPT-2's own: one special token, no padding, and files that name neither."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<|endoftext|>"])
+    bpe.save_model(str(folder))
+    files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
+    GPT2TokenizerFast(*files).save_pretrained(folder)
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").write_text('{"model_max_length": 1024}')
+
+
+def wrap(
+    network: PreTrainedModel, targets: str | tuple[str, ...] = "all-linear", split: bool = False
+) -> LanguageModel:
+    """As a spec loads it; ``split``: with GPT-2's fused projection in parts."""
+    splits = split_qkv(network) if split else ()
     modules = find_modules(network, targets)
     parameters = sum(p.numel() for p in network.parameters())
-    info = ModelInfo("random", modules, parameters, 32, "none")
+    info = ModelInfo("random", modules, parameters, 32, "none", splits)
     return LanguageModel(network, tokenizer(), info)
 
 

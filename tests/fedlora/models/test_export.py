@@ -48,6 +48,25 @@ def test_round_trip_is_exact(ranks, alpha, tmp_path_factory):
     assert same(load_peft(folder), factors)
 
 
+@pytest.mark.parametrize("targets", [("q_attn", "v_attn"), ("q_attn", "k_attn", "v_attn")])
+@pytest.mark.parametrize("rank", [4, lambda i: 1 + i % 4], ids=["equal", "unequal"])
+def test_parts_of_a_split_layer_are_one_layer_to_peft(targets, rank, tmp_path):
+    model = wrap(NETWORKS["gpt2"]().double(), targets, split=True)
+    factors = adapter(model.info.modules, rank)
+    model.mount(factors)
+    save_peft(factors, model.info, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(NETWORKS["gpt2"]().double(), tmp_path).double().eval()
+    torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-5, atol=1e-6)
+    names = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
+    assert names == {f"transformer.h.{i}.attn.c_attn" for i in range(2)}
+    config = theirs.peft_config["default"]
+    if rank == 4:
+        assert (config.r, config.lora_alpha) == (4 * len(targets), ALPHA * len(targets))
+        assert same(load_peft(tmp_path, model.info), factors)
+    model.mount(load_peft(tmp_path, model.info))
+    torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-5, atol=1e-6)
+
+
 def test_reads_what_peft_wrote(tmp_path):
     theirs = peft.get_peft_model(
         llama().double(),
@@ -121,10 +140,10 @@ def test_an_adapter_that_fits_no_model_is_not_saved(tmp_path):
         save_peft({"elsewhere": Factors(torch.ones(1, 2), torch.ones(2, 1), ALPHA)}, info, tmp_path)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(("name", "split"), [*((n, False) for n in NETWORKS), ("gpt2", True)])
 @pytest.mark.parametrize("kind", ["adapter", "sparse", "nothing"])
-def test_the_merged_model_computes_the_same(name, kind, tmp_path):
-    model = wrap(NETWORKS[name]().double())
+def test_the_merged_model_computes_the_same(name, split, kind, tmp_path):
+    model = wrap(NETWORKS[name]().double(), split=split)
     payload = {
         "adapter": adapter(model.info.modules, lambda i: 1 + i % 7),
         "sparse": SparseDelta(

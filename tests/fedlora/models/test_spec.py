@@ -1,5 +1,6 @@
 """Specs: found wherever the package is, described without weights, refused in a sentence."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,13 +18,14 @@ from fedlora.config import ConfigError, build, describe
 from fedlora.models import folder as folders
 from fedlora.models.folder import ModelError, find_assets
 from fedlora.models.modules import kind
-from fedlora.models.spec import HuggingFace, ModelSpec, Tiny
+from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 
 CPU = torch.device("cpu")
 LINUX = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="mappings need /proc")
 CONF = Path(fedlora.__file__).parents[1] / "conf" / "model"
+SALUTE = "To the Senate and House of Representatives:"
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,32 @@ def test_conv1d_shapes_are_not_transposed(tmp_path):
     assert (qkv.d_out, qkv.d_in, qkv.kind) == (48, 16, "attention")
     assert (up.d_out, up.d_in, up.kind) == (64, 16, "mlp")
     assert "lm_head" not in modules
+
+
+def test_a_split_projection_is_described_and_loaded_alike(tmp_path):
+    gpt2().save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    whole = HuggingFace(path=str(tmp_path))
+    spec = HuggingFace(path=str(tmp_path), split_qkv=True, targets=["q_attn", "v_attn"])
+    info, model = spec.describe(), spec.load(CPU)
+    assert model.info == info
+    c_attn = "transformer.h.{}.attn.c_attn.{}_attn"
+    assert [m.path for m in info.modules] == [c_attn.format(i, x) for i in (0, 1) for x in "qv"]
+    assert [(m.d_out, m.d_in, m.kind) for m in info.modules] == [(16, 16, "attention")] * 4
+    assert info.parameters == whole.describe().parameters
+    assert info.fingerprint != whole.describe().fingerprint
+    torch.testing.assert_close(
+        logits(model.network), logits(whole.load(CPU).network), rtol=1e-6, atol=1e-6
+    )
+    with pytest.raises(ModelError, match=r"'q_attn' is the end of no .*c_attn"):
+        HuggingFace(path=str(tmp_path), targets=["q_attn"]).describe()
+    with pytest.raises(ModelError, match=r"'c_attn' is the end of no .*q_attn"):
+        HuggingFace(path=str(tmp_path), targets=["c_attn"], split_qkv=True).describe()
+
+
+def test_only_gpt2_has_a_projection_to_split(saved):
+    with pytest.raises(ModelError, match=r"split_qkv=true.*'llama'.*\['gpt2'\]"):
+        HuggingFace(path=str(saved), split_qkv=True).describe()
 
 
 @pytest.mark.parametrize(
@@ -164,12 +192,23 @@ def test_a_path_that_is_nothing_is_refused(path):
         ({"targets": [3]}, r"model\.targets"),
         ({"path": ""}, r"model\.path=''"),
         ({"rank": 8}, "unknown key 'rank'"),
+        ({"split_qkv": True, "quantization": "int4"}, r"split_qkv=true .*quantization=none"),
     ],
 )
 def test_impossible_values_are_refused_by_name(wrong, message):
     node = {"_target_": "fedlora.models.spec.HuggingFace", "path": "x/y"} | wrong
     with pytest.raises(ConfigError, match=message):
         build(node, ModelSpec, "model")
+
+
+def test_gpt2_comes_from_the_folder_that_the_environment_names(monkeypatch):
+    for variable, stem in (("FEDLORA_GPT2", "gpt2"), ("FEDLORA_GPT2_MEDIUM", "gpt2_medium")):
+        monkeypatch.delenv(variable, raising=False)
+        hub = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        assert hub.path == f"openai-community/{stem.replace('_', '-')}"
+        monkeypatch.setenv(variable, "/models/mine")
+        mine = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        assert mine == dataclasses.replace(hub, path="/models/mine")
 
 
 def test_quantization_says_what_to_install(saved):
@@ -250,20 +289,42 @@ def test_the_shipped_model_loads():
     model = spec.load(CPU)
     assert model.info == spec.describe()
     assert Path(spec.path).is_absolute()
-    ids = model.tokenizer("To the Senate and House of Representatives:", return_tensors="pt")
+    ids = model.tokenizer(SALUTE, return_tensors="pt")
+    loss = model.network(input_ids=ids.input_ids, labels=ids.input_ids).loss
+    assert float(loss) < 6, "a random model of 2,048 tokens has 7.6"
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_the_shipped_gpt2_loads(split):
+    try:
+        find_assets("tiny_gpt2")
+    except ModelError:
+        pytest.skip("fedlora/models/assets/tiny_gpt2 is not there")
+    targets = ["q_attn", "v_attn"] if split else ["c_attn"]
+    spec = TinyGPT2(targets=targets, split_qkv=split).resolved()
+    model = spec.load(CPU)
+    assert model.info == spec.describe()
+    assert len(model.info.modules) == len(targets) * model.network.config.n_layer
+    assert spec.tokenizer_id() == Tiny().tokenizer_id(), "they share what is cached of tokens"
+    ids = model.tokenizer(SALUTE, return_tensors="pt")
+    assert torch.equal(ids.input_ids, Tiny().tokenizer()(SALUTE, return_tensors="pt").input_ids)
     loss = model.network(input_ids=ids.input_ids, labels=ids.input_ids).loss
     assert float(loss) < 6, "a random model of 2,048 tokens has 7.6"
 
 
 @LINUX
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("network", [llama, gpt2])
-def test_weights_stay_pages_of_their_file(network, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("network", "split"),
+    [(llama, False), (gpt2, False), (gpt2, True)],
+    ids=["llama", "gpt2", "split"],
+)
+def test_weights_stay_pages_of_their_file(network, split, dtype, tmp_path):
     """However the model is used; a write is seen by this process alone."""
     network().to(getattr(torch, dtype)).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
-    model = HuggingFace(path=str(tmp_path), dtype=dtype).load(CPU)
+    model = HuggingFace(path=str(tmp_path), dtype=dtype, split_qkv=split).load(CPU)
     model.mount(adapter(model.info.modules, 2))
     use(model)
     model.unmount()
@@ -283,6 +344,7 @@ def test_weights_stay_pages_of_their_file(network, dtype, tmp_path):
     assert file.read_bytes() == whole
 
 
+@pytest.mark.slow
 @LINUX
 def test_two_processes_hold_the_weights_once(tmp_path):
     config = llama().config

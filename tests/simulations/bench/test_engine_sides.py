@@ -42,7 +42,10 @@ def outcomes(side, case):
     return list(open_side(side, world).train(world.jobs))
 
 
-@pytest.mark.parametrize("side", ["trainer", "sequential", "padded", "ragged"])
+@pytest.mark.parametrize(
+    "side",
+    [pytest.param("trainer", marks=pytest.mark.slow), "sequential", "padded", "ragged"],
+)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_trains_what_the_peft_loop_trains(side, case):
     engine = ENGINES.get(side)
@@ -64,6 +67,7 @@ def test_a_side_that_trains_something_else_is_seen():
     assert adapter > TOLERANCE["float32"][1]
 
 
+@pytest.mark.slow
 def test_two_processes_deal_the_clients_and_change_nothing():
     world = World(CASE)
     cohort = cohort_of(world)

@@ -185,7 +185,9 @@ def test_in_float64_nothing_is_lost(name):
         assert losses(found) == pytest.approx(losses(wanted), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted({"llama", "opt", "gpt2", "mixtral"} | PADDED.keys()))
+@pytest.mark.parametrize(
+    "name", sorted({"llama", "opt", "gpt2", "gpt2_split", "mixtral"} | PADDED.keys())
+)
 def test_recomputed_is_the_same(name):
     model = wrap(family(name))
     before = state(model.network)

@@ -1,0 +1,1 @@
+"""Split learning: a model cut into stages that different parties hold and train."""

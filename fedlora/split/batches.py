@@ -1,0 +1,156 @@
+"""Which examples are in a client's step, and how they cross a cut: rows of tokens without padding.
+
+A client of a split goes through its data epoch by epoch across rounds, so its steps are counted
+from the first: step ``t`` is step ``t`` of an unsplit client whose only round is as long
+(`fedlora.batches.step_indices` with ``round=1``), with the same dropout masks.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora.batches import Batch, TokenExample, collate, first_target
+from fedlora.seeding import dropout_seeds, generator
+from fedlora.types import LocalPlan
+
+ROUND = 1
+"""Streams of a split client are those of this round, whatever round it is."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many tokens each row of a step has: all that a stage in the middle has to know."""
+
+    lengths: tuple[int, ...]
+    """Input positions of each row."""
+
+    @property
+    def width(self) -> int:
+        """Of the padded batch."""
+        return max(self.lengths)
+
+    @property
+    def tokens(self) -> int:
+        """Rows of what crosses the cut."""
+        return sum(self.lengths)
+
+    def check(self, context: int) -> None:
+        """Raise a ValueError unless there are rows, each of which fits into so many tokens."""
+        if not self.lengths or not 1 <= min(self.lengths) <= max(self.lengths) <= context:
+            raise ValueError(
+                f"rows of {list(self.lengths)} tokens: the model takes 1..{context} in a row"
+            )
+
+    def index(self, width: int = 0) -> Tensor:
+        """``[tokens]`` int64: where each token lies in a padded batch ``[b * width]``."""
+        width = width or self.width
+        rows = [torch.arange(r * width, r * width + n) for r, n in enumerate(self.lengths)]
+        return torch.cat(rows)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a loss needs: the tokens that follow each row's supervised positions."""
+
+    first: tuple[int, ...]
+    """Of each row: its first supervised position; all that follow have a loss too."""
+    targets: Tensor
+    """``[n]`` int64, row by row."""
+
+    def positions(self, shape: Shape, width: int = 0) -> Tensor:
+        """``[n]`` int64: flat positions in the padded batch ``[b * width]``."""
+        width = width or shape.width
+        rows = zip(self.first, shape.lengths, strict=True)
+        return torch.cat(
+            [torch.arange(r * width + first, r * width + n) for r, (first, n) in enumerate(rows)]
+        )
+
+    def check(self, shape: Shape, vocabulary: int) -> None:
+        """Raise a ValueError unless the labels fit the rows and the vocabulary."""
+        counts = [n - f for f, n in zip(self.first, shape.lengths, strict=True)]
+        if min(self.first) < 0 or min(counts) < 0 or sum(counts) != self.targets.numel():
+            raise ValueError(
+                f"{self.targets.numel()} labels do not fit rows of {list(shape.lengths)} tokens "
+                f"supervised from {list(self.first)} on"
+            )
+        if (
+            self.targets.numel()
+            and not 0 <= int(self.targets.min()) <= int(self.targets.max()) < vocabulary
+        ):
+            raise ValueError(f"a label is not in 0..{vocabulary - 1}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One client's examples of one step."""
+
+    batch: Batch
+    shape: Shape
+    labels: Labels
+
+
+def step_of(examples: Sequence[TokenExample], indices: Sequence[int], plan: LocalPlan) -> Step:
+    """Some examples as a padded batch and as what crosses the cut."""
+    chosen = [examples[i] for i in indices]
+    lengths = tuple(max(0, len(e.input_ids) - 1) for e in chosen)
+    first = tuple(first_target(e, plan.loss) - 1 for e in chosen)
+    batch = collate(chosen, plan.loss)
+    return Step(batch, Shape(lengths), Labels(first, batch.targets))
+
+
+def pack(hidden: Tensor, shape: Shape) -> Tensor:
+    """``[b, t, d]`` without its padding, ``[tokens, d]``; differentiable."""
+    return hidden.flatten(0, 1).index_select(0, shape.index(hidden.shape[1]).to(hidden.device))
+
+
+def pad(packed: Tensor, shape: Shape, width: int = 0) -> Tensor:
+    """The inverse of `pack`, with zeros for padding, ``[b, width, d]``; differentiable."""
+    width = width or shape.width
+    rows, d = len(shape.lengths), packed.shape[1]
+    flat = packed.new_zeros(rows * width, d)
+    return flat.index_copy(0, shape.index(width).to(packed.device), packed).view(rows, width, d)
+
+
+class Order:
+    """The examples of any step of a client: a fresh permutation per epoch, cut into batches."""
+
+    def __init__(self, n: int, plan: LocalPlan, *, seed: int, client: int) -> None:
+        self.n = n
+        self.size = plan.batch_size
+        self.per_epoch = math.ceil(n / plan.batch_size)
+        self._keys = (seed, client)
+        self._restart()
+
+    def _restart(self) -> None:
+        seed, client = self._keys
+        self._generator = generator(seed, "order", ROUND, client)
+        self._epoch = -1
+        self._permutation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
+
+    def __getitem__(self, step: int) -> list[int]:
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch < self._epoch:
+            self._restart()
+        while self._epoch < epoch:
+            self._permutation = self._generator.permutation(self.n)
+            self._epoch += 1
+        found: list[int] = self._permutation[at * self.size : (at + 1) * self.size].tolist()
+        return found
+
+
+class Seeds:
+    """The seed of the dropout masks of any step of a client."""
+
+    def __init__(self, *, seed: int, client: int) -> None:
+        self._stream = dropout_seeds(seed, ROUND, client)
+        self._drawn: list[int] = []
+
+    def __getitem__(self, step: int) -> int:
+        while len(self._drawn) <= step:
+            self._drawn.append(next(self._stream))
+        return self._drawn[step]

@@ -1,0 +1,236 @@
+"""A client of a split: it holds the first blocks (with a U-shape also the last), its adapters there
+and its data, and trains on the gradients that come back across the cut.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.batches import TokenExample
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import LowRank
+from fedlora.models.stages import Span, Stage, Stages
+from fedlora.seeding import torch_seed
+from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
+from fedlora.split.loss import summed_loss
+from fedlora.split.party import Party
+from fedlora.split.protocol import Cut, Down, Opening, Up
+from fedlora.split.wire import Parts
+from fedlora.types import LocalPlan
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A forward pass whose gradient is still to come."""
+
+    step: int
+    packed: Tensor | None
+    """``[tokens, d]`` with its graph: what was sent, before the wire rounded it. None: not here."""
+
+
+class SplitClient:
+    """One client of one round, on a resident model that it shares with others.
+
+    Args:
+        stages: of the resident model.
+        examples: what it trains on.
+        opening: with what it begins.
+
+    Raises:
+        ModelError: if the cut does not lie inside the model.
+        ValueError: if there is nothing to train on, or the adapters do not fit.
+    """
+
+    def __init__(self, stages: Stages, examples: Sequence[TokenExample], opening: Opening) -> None:
+        client, plan, terms = opening.client, opening.plan, opening.terms
+        if not examples:
+            raise ValueError(
+                f"client {client.id} has nothing to train on: no example with a token that has a "
+                f"loss (client.loss={plan.loss})"
+            )
+        self.opening = opening
+        self.examples = examples
+        self.model = stages.model
+        self.head, self.tail = client_stages(stages, opening.cut)
+        self.party = party_of(stages, opening)
+        self._order = Order(len(examples), plan, seed=terms.seed, client=client.id)
+        self._seeds = Seeds(seed=terms.seed, client=client.id)
+        self._pending: _Pending | None = None
+
+    def receive(self, down: Down) -> Up:
+        """One exchange.
+
+        Raises:
+            ValueError: if a gradient belongs to another step than the one that waits for it, or
+                activations are not finite.
+        """
+        grad_norm = self._learn(down)
+        if down.adapter is not None:
+            self.party.load(down.adapter)
+        if down.middle is not None:
+            return self._finish(down.step, down.middle)
+        sent: dict[str, object] = {}
+        if down.forward:
+            step = self._step(down.step)
+            u_shaped = self.tail is not None
+            sent = {
+                "hidden": self._forward(down.step, step),
+                "shape": step.shape,
+                "labels": None if u_shaped else step.labels,
+                "tokens": step.batch.tokens,
+            }
+        if down.upload:
+            sent |= {
+                "adapter": self.party.adapter(),
+                "memory": self.party.memory(),
+            }
+        return Up(down.step, grad_norm=grad_norm, **sent)  # type: ignore[arg-type]
+
+    def grads(self) -> dict[str, Tensor]:
+        """What a U-shape's tail has left for the optimizer step to come, by buffer. With adapters
+        and optimizer memory, all that another process needs to go on (`resume`)."""
+        return {f"{i}": g.clone() for i, g in enumerate(self.party.flat.grads)}
+
+    def resume(self, step: int, grads: Mapping[str, Tensor], *, forward: bool) -> None:
+        """Go on where another process stopped.
+
+        A pending forward is computed again: its masks are functions of the step, so the graph is
+        the one that was lost, bit for bit. Without ``forward`` only its tail is still to come.
+        """
+        if forward:
+            self._forward(step, self._step(step))
+        else:
+            self._pending = _Pending(step, None)
+        for i, saved in grads.items():
+            self.party.flat.grads[int(i)].copy_(saved)
+
+    def ready(self, step: int, *, graph: bool) -> bool:
+        """Whether a step waits here for its tail or its gradient, the latter with its graph."""
+        here = self._pending
+        return here is not None and here.step == step and not (graph and here.packed is None)
+
+    @property
+    def pending(self) -> int:
+        """The step whose gradient is still to come; -1: none."""
+        return -1 if self._pending is None else self._pending.step
+
+    def _step(self, step: int) -> Step:
+        return step_of(self.examples, self._order[step], self.opening.plan)
+
+    def _learn(self, down: Down) -> float:
+        """Backward and optimizer step; what no gradient comes for is dropped."""
+        if down.middle is not None:
+            return 0.0
+        pending, self._pending = self._pending, None
+        if down.gradient is None:
+            return 0.0
+        if pending is None or pending.packed is None or pending.step != down.of:
+            waiting = "none waits" if pending is None else f"step {pending.step} waits"
+            raise ValueError(
+                f"client {self.opening.client.id} was sent the gradient of step {down.of}, but "
+                f"{waiting} for one"
+            )
+        if pending.packed.requires_grad:
+            gradient = self.opening.terms.gradients.decode(down.gradient)
+            if gradient.shape != pending.packed.shape:
+                raise ValueError(
+                    f"client {self.opening.client.id} sent {list(pending.packed.shape)} numbers "
+                    f"up and was sent a gradient of {list(gradient.shape)}"
+                )
+            pending.packed.backward(gradient.to(pending.packed))
+        return float(self.party.step(down.rate))
+
+    def _forward(self, number: int, step: Step) -> Parts:
+        """Activations at the cut, as they go on the wire."""
+        terms, device = self.opening.terms, self.model.device
+        self.party.zero_grad()
+        batch = step.batch.to(device)
+        self._mount(self.head, number, batch.inputs.numel())
+        try:
+            with autocast(self.model, self.opening.plan):
+                hidden = self.head.hidden(batch.inputs)
+        finally:
+            self.head.mount({})
+        packed = pack(hidden, step.shape)
+        if terms.noise.clip:
+            packed = terms.noise(packed, self._generator("noise", number))
+        self._pending = _Pending(number, packed)
+        return terms.activations.encode(packed.detach(), self._generator("wire", number))
+
+    def _finish(self, number: int, middle: Parts) -> Up:
+        """The tail of a U-shape: loss and its gradient, of the client's own mean over tokens."""
+        assert self.tail is not None
+        if self._pending is None or self._pending.step != number:
+            raise ValueError(
+                f"client {self.opening.client.id} was sent hidden states of step {number}, whose "
+                "forward it has not begun"
+            )
+        terms, step = self.opening.terms, self._step(number)
+        z = terms.activations.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
+        shape, positions = step.shape, step.batch.positions.to(self.model.device)
+        self._mount(self.tail, number, step.batch.inputs.numel())
+        try:
+            with autocast(self.model, self.opening.plan):
+                logits = self.tail.logits(pad(z, shape), positions)
+        finally:
+            self.tail.mount({})
+        loss = summed_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
+        (loss.total / step.batch.tokens).backward()
+        assert z.grad is not None
+        sent = terms.gradients.encode(z.grad, self._generator("tail", number))
+        return Up(
+            number, hidden=sent, loss=float(loss.nll / step.batch.tokens), tokens=step.batch.tokens
+        )
+
+    def _mount(self, stage: Stage, number: int, rows: int) -> None:
+        stage.mount(self.party.updates)
+        if self.opening.plan.dropout > 0 and stage.layers:
+            bits = self.model.dropout_bits(self._seeds[number], rows)
+            for path in stage.layers:
+                self.party.updates[path].bits = bits[path]
+
+    def _generator(self, purpose: str, step: int) -> torch.Generator:
+        """For whatever a client adds at random to one step."""
+        who = self.opening
+        seed = torch_seed(who.terms.seed, f"split {purpose}", who.client.id, step)
+        return torch.Generator(self.model.device).manual_seed(seed)
+
+
+def client_stages(stages: Stages, cut: Cut) -> tuple[Stage, Stage | None]:
+    """The stages that a client holds: its first blocks and, with a U-shape, its last ones.
+
+    Raises:
+        ModelError: if they do not lie inside the model, or overlap.
+    """
+    head = stages[Span(0, cut.first, embeds=True)]
+    if not cut.u_shaped:
+        return head, None
+    last = stages.blocks - cut.tail
+    stages.check_order(cut.first, last)
+    return head, stages[Span(last, stages.blocks, heads=True)]
+
+
+def party_of(stages: Stages, opening: Opening) -> Party:
+    """What a client trains.
+
+    Raises:
+        ValueError: if its adapters are not those of its blocks.
+    """
+    head, tail = client_stages(stages, opening.cut)
+    own = [*head.layers, *(tail.layers if tail is not None else ())]
+    if list(opening.adapter) != own:
+        raise ValueError(
+            f"client {opening.client.id} was sent adapters of {len(opening.adapter)} modules, its "
+            f"blocks have {len(own)}: {list(opening.adapter)[:2]} and {own[:2]}"
+        )
+    updates = stages.model.updates(opening.adapter, opening.plan.dropout)
+    factors = {path: u for path, u in updates.items() if isinstance(u, LowRank)}
+    return Party(factors, opening.plan, opening.memory)
+
+
+def autocast(model: LanguageModel, plan: LocalPlan) -> torch.autocast:
+    """Mixed precision, if the plan asks for it."""
+    enabled = plan.autocast == "bf16"
+    return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=enabled)

@@ -1,0 +1,276 @@
+"""Exchanges of a split as the content of Flower messages, and clients as Flower's node state.
+
+One message holds what every client on one node is sent (`Down`), or answers (`Up`). Layout of
+both, and of a node's state:
+
+    split   ConfigRecord  header (JSON): one entry per client; worker, source, wire in a request
+    arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters, memory
+
+Activations and gradients are the arrays that `fedlora.split.wire` made, so both transports carry
+the same bits.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora.codec import decode_payload, encode_payload, plan_from_json, plan_to_json
+from fedlora.config import build, describe
+from fedlora.split.batches import Labels, Shape
+from fedlora.split.party import Memory
+from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
+from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks, SparseDelta
+
+Arrays = dict[str, NDArray[Any]]
+Answer = Up | Failure
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a worker finds in a message."""
+
+    worker: str
+    source: str
+    wire: str
+    """Number format of adapters."""
+    downs: Mapping[int, Down]
+    openings: Mapping[int, Opening]
+    """Of clients that begin with this exchange."""
+
+
+def encode_downs(
+    downs: Mapping[int, Down],
+    openings: Mapping[int, Opening],
+    *,
+    worker: str,
+    source: str,
+    wire: str,
+) -> RecordDict:
+    """What a node's clients are sent in one exchange.
+
+    Args:
+        downs: by client.
+        openings: of those that have not been opened in this round.
+        worker, source, wire: as in `fedlora.codec.encode_jobs`.
+    """
+    arrays: Arrays = {}
+    header = {}
+    for i, down in downs.items():
+        header[str(i)] = _down_header(i, down, arrays, wire)
+        if i in openings:
+            header[str(i)]["opening"] = opening_header(i, openings[i], arrays, wire)
+    return _content(header, arrays, worker=worker, source=source, wire=wire)
+
+
+def decode_downs(content: RecordDict) -> Request:
+    """The inverse of `encode_downs`."""
+    config = content.config_records["split"]
+    found = _found(content)
+    header = json.loads(str(config["header"]))
+    return Request(
+        worker=str(config["worker"]),
+        source=str(config["source"]),
+        wire=str(config["wire"]),
+        downs={int(i): _down(int(i), h, found) for i, h in header.items()},
+        openings={
+            int(i): opening(int(i), h["opening"], found)
+            for i, h in header.items()
+            if "opening" in h
+        },
+    )
+
+
+def encode_ups(answers: Mapping[int, Answer], *, wire: str) -> RecordDict:
+    """What a node's clients answer."""
+    arrays: Arrays = {}
+    return _content({str(i): _up_header(i, a, arrays, wire) for i, a in answers.items()}, arrays)
+
+
+def decode_ups(content: RecordDict, clients: Mapping[int, Client]) -> dict[int, Answer]:
+    """The inverse of `encode_ups`. A client whose answer cannot be read has failed.
+
+    Args:
+        content: of a reply.
+        clients: those that were asked, by id; answers of others are left out.
+    """
+    header, found = json.loads(str(content.config_records["split"]["header"])), _found(content)
+    answers: dict[int, Answer] = {}
+    for i, client in clients.items():
+        if str(i) not in header:
+            answers[i] = Failure(client, "NoReply", "the reply says nothing of it")
+            continue
+        try:
+            answers[i] = _up(client, header[str(i)], found)
+        except Exception as error:  # a reply is foreign input
+            why = f"its reply cannot be read: {type(error).__name__}: {error}"
+            answers[i] = Failure(client, "RejectedUpdate", why)
+    return answers
+
+
+def opening_header(i: int, opening: Opening, arrays: Arrays, wire: str) -> dict[str, Any]:
+    """An opening as JSON; its arrays are put beside others."""
+    _put(arrays, f"{i}/memory", {k: _numpy(v) for k, v in opening.memory.items()})
+    client = opening.client
+    return {
+        "client": [client.id, dict(client.ranks), client.num_examples, client.tier],
+        "plan": plan_to_json(opening.plan),
+        "cut": json.dumps(describe(opening.cut)),
+        "terms": json.dumps(describe(opening.terms)),
+        "adapter": _put_adapter(arrays, f"{i}/start", opening.adapter, wire),
+    }
+
+
+def opening(i: int, header: Mapping[str, Any], found: Arrays) -> Opening:
+    """The inverse of `opening_header`."""
+    cid, ranks, examples, tier = header["client"]
+    return Opening(
+        client=Client(cid, Ranks(ranks), examples, tier),
+        plan=_plan(header["plan"]),
+        cut=_cut(header["cut"]),
+        terms=_terms(header["terms"]),
+        adapter=_adapter(found, f"{i}/start", header["adapter"]),
+        memory=_memory(found, i),
+    )
+
+
+# A client is read from its node's state with every message; its configuration is the same text each
+# time, and takes longer to build than a small client's step.
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(text: str) -> LocalPlan:
+    plan = plan_from_json(text)
+    assert isinstance(plan, LocalPlan)
+    return plan
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(text: str) -> Cut:
+    return build(json.loads(text), Cut, "cut")
+
+
+@functools.lru_cache(maxsize=64)
+def _terms(text: str) -> Terms:
+    return build(json.loads(text), Terms, "terms")
+
+
+def _down_header(i: int, down: Down, arrays: Arrays, wire: str) -> dict[str, Any]:
+    for name, parts in (("gradient", down.gradient), ("middle", down.middle)):
+        _put(arrays, f"{i}/{name}", parts or {})
+    header: dict[str, Any] = {
+        "step": down.step,
+        "of": down.of,
+        "rate": down.rate,
+        "forward": down.forward,
+        "upload": down.upload,
+        "gradient": down.gradient is not None,
+        "middle": down.middle is not None,
+    }
+    if down.adapter is not None:
+        header["adapter"] = _put_adapter(arrays, f"{i}/adapter", down.adapter, wire)
+    return header
+
+
+def _down(i: int, h: Mapping[str, Any], found: Arrays) -> Down:
+    return Down(
+        step=h["step"],
+        of=h["of"],
+        rate=h["rate"],
+        forward=h["forward"],
+        upload=h["upload"],
+        gradient=_get(found, f"{i}/gradient") if h["gradient"] else None,
+        middle=_get(found, f"{i}/middle") if h["middle"] else None,
+        adapter=_adapter(found, f"{i}/adapter", h["adapter"]) if "adapter" in h else None,
+    )
+
+
+def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
+    if isinstance(up, Failure):
+        return {"failure": [up.kind, up.message, up.traceback]}
+    _put(arrays, f"{i}/hidden", up.hidden or {})
+    header: dict[str, Any] = {
+        "numbers": [up.step, up.loss, up.tokens, up.grad_norm],
+        "hidden": up.hidden is not None,
+    }
+    if up.shape is not None:
+        arrays[f"{i}/lengths"] = np.array(up.shape.lengths, dtype=np.int32)
+    if up.labels is not None:
+        arrays[f"{i}/labels/first"] = np.array(up.labels.first, dtype=np.int32)
+        arrays[f"{i}/labels/targets"] = up.labels.targets.numpy().astype(np.int32)
+    if up.adapter is not None:
+        header["adapter"] = _put_adapter(arrays, f"{i}/adapter", up.adapter, wire)
+        _put(arrays, f"{i}/memory", {k: _numpy(v) for k, v in (up.memory or {}).items()})
+    return header
+
+
+def _up(client: Client, h: Mapping[str, Any], found: Arrays) -> Answer:
+    i = client.id
+    if "failure" in h:
+        return Failure(client, *(str(text) for text in h["failure"]))
+    step, loss, tokens, grad_norm = h["numbers"]
+    labels = _get(found, f"{i}/labels")
+    lengths = found.get(f"{i}/lengths")
+    return Up(
+        step=int(step),
+        loss=float(loss),
+        tokens=int(tokens),
+        grad_norm=float(grad_norm),
+        hidden=_get(found, f"{i}/hidden") if h["hidden"] else None,
+        shape=None if lengths is None else Shape(tuple(int(n) for n in lengths)),
+        labels=_labels(labels) if labels else None,
+        adapter=_adapter(found, f"{i}/adapter", h["adapter"]) if "adapter" in h else None,
+        memory=_memory(found, i) if "adapter" in h else None,
+    )
+
+
+def _labels(arrays: Arrays) -> Labels:
+    targets = torch.from_numpy(arrays["targets"].astype(np.int64))
+    return Labels(tuple(int(n) for n in arrays["first"]), targets)
+
+
+def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDict:
+    config = ConfigRecord({"header": json.dumps(header), **more})
+    records = {name: Array(np.require(a, requirements="C")) for name, a in arrays.items()}
+    return RecordDict({"split": config, "arrays": ArrayRecord(records)})
+
+
+def _found(content: RecordDict) -> Arrays:
+    return {name: a.numpy() for name, a in content.array_records["arrays"].items()}
+
+
+def _put(arrays: Arrays, prefix: str, parts: Mapping[str, NDArray[Any]]) -> None:
+    for name, part in parts.items():
+        arrays[f"{prefix}/{name}"] = part
+
+
+def _get(found: Arrays, prefix: str) -> Arrays:
+    start = f"{prefix}/"
+    return {name[len(start) :]: a for name, a in found.items() if name.startswith(start)}
+
+
+def _put_adapter(arrays: Arrays, name: str, adapter: Adapter, wire: str) -> str:
+    arrays[name], header = encode_payload(adapter, wire)
+    return header
+
+
+def _adapter(found: Arrays, name: str, header: str) -> Adapter:
+    payload = decode_payload(found[name], header)
+    assert not isinstance(payload, SparseDelta)
+    return payload
+
+
+def _memory(found: Arrays, i: int) -> Memory:
+    return {k: torch.from_numpy(np.array(v)) for k, v in _get(found, f"{i}/memory").items()}
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return array

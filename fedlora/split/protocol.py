@@ -1,0 +1,128 @@
+"""What the parties of a split say to each other, as values.
+
+One exchange per step: the gradient of the step before goes down, the activations of the next one
+come up. With a U-shape a second one follows: the server's hidden states go down to the client's
+tail, their gradient comes up. What a client holds between two exchanges is `Memory`, adapters and
+a count of steps; nothing else may matter.
+"""
+
+from dataclasses import dataclass, field
+
+from fedlora.split.batches import Labels, Shape
+from fedlora.split.noise import Noise
+from fedlora.split.party import Memory
+from fedlora.split.wire import Parts, Wire
+from fedlora.types import Adapter, Client, LocalPlan, at_least
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which blocks a client holds."""
+
+    first: int
+    """It holds blocks ``0..first-1``."""
+    tail: int = -1
+    """With a U-shape it also holds the last ``tail`` blocks, final norm and output embedding, and
+    no label leaves it; -1: no U-shape."""
+
+    def __post_init__(self) -> None:
+        at_least("cut", self.first, 0)
+        at_least("tail", self.tail, -1)
+
+    @property
+    def u_shaped(self) -> bool:
+        """Whether labels stay with the client."""
+        return self.tail >= 0
+
+    def owns(self, block: int, blocks: int) -> bool:
+        """Whether the client holds a block of a model of so many."""
+        return block < self.first or (self.u_shaped and block >= blocks - self.tail)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What holds for every client of a run."""
+
+    seed: int
+    activations: Wire = field(default_factory=Wire)
+    """Number format of hidden states: they go up, with a U-shape down again."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients: they go down, with a U-shape up before."""
+    noise: Noise = field(default_factory=Noise)
+    smoothing: float = 0.0
+    """Of labels, in the training loss."""
+    keep_graphs: bool = False
+    """Between two messages a client's forward pass is kept in its process, if the next message
+    reaches that one, instead of computed again. Same bits."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing={self.smoothing!r} must lie in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """With what a client begins a round."""
+
+    client: Client
+    plan: LocalPlan
+    cut: Cut
+    terms: Terms
+    adapter: Adapter
+    """Of the blocks that it holds."""
+    memory: Memory
+    """Of its optimizer; empty: a fresh one."""
+
+
+@dataclass(frozen=True)
+class Down:
+    """What a client is sent in one exchange. What is missing does not happen; the order is fixed:
+    gradient, optimizer step, new adapter, forward; or else the tail."""
+
+    step: int
+    """Counted from the client's first: of the forward or the tail that is asked for."""
+    gradient: Parts | None = None
+    """With respect to the activations of step ``of``."""
+    of: int = -1
+    rate: float = 0.0
+    """Learning rate of the step that ``gradient`` belongs to."""
+    adapter: Adapter | None = None
+    """The average that replaces its own."""
+    forward: bool = False
+    middle: Parts | None = None
+    """U-shape: hidden states that the client's tail goes on with."""
+    upload: bool = False
+    """Whether adapter and memory are to be sent back."""
+
+
+@dataclass(frozen=True)
+class Up:
+    """What a client answers."""
+
+    step: int
+    hidden: Parts | None = None
+    """Activations at the cut; of a tail: the gradient of the loss with respect to ``middle``."""
+    shape: Shape | None = None
+    labels: Labels | None = None
+    """Never with a U-shape."""
+    loss: float = 0.0
+    """U-shape: mean negative log-likelihood of the step's supervised tokens."""
+    tokens: int = 0
+    """Supervised tokens of the step; with a U-shape all that the server hears of its labels."""
+    grad_norm: float = 0.0
+    """Of the optimizer step that this exchange brought, before clipping."""
+    adapter: Adapter | None = None
+    memory: Memory | None = None
+
+
+def parts_bytes(parts: Parts | None) -> int:
+    """Bytes of activations or gradients on the wire, without headers."""
+    return 0 if parts is None else sum(int(p.nbytes) for p in parts.values())
+
+
+def label_bytes(up: Up) -> int:
+    """Bytes of a step's row lengths, each row's first supervised position and labels: int32."""
+    if up.shape is None:
+        return 0
+    rows = len(up.shape.lengths)
+    return 4 * (rows if up.labels is None else 2 * rows + int(up.labels.targets.numel()))

@@ -1,0 +1,433 @@
+r"""The server of a split: it holds the blocks above the cuts and trains on what clients send up.
+
+    concat      all clients' activations in one batch, one step per exchange (SplitLoRA's figure):
+                loss = Σ_i w_i mean_t(loss_it), w_i by `weights`
+    sequential  one client after another, a step each (SplitFed V2, SplitLoRA's GPT-2 code)
+    per_client  a copy of the server's adapters for each client (SplitFed V1, the Llama 3 code)
+
+The gradient that goes back to a client is taken before the server's own step. Under ``concat`` it
+carries the client's share ``w_i``; ``gradient=own_mean`` divides by it, so that a client receives
+the same gradient under every rule for the same server weights.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.stages import Span, Stage, Stages
+from fedlora.seeding import generator, torch_seed
+from fedlora.split.batches import Seeds, Shape, pad
+from fedlora.split.client import autocast
+from fedlora.split.loss import Loss, summed_loss
+from fedlora.split.party import Party
+from fedlora.split.protocol import Cut, Terms, Up
+from fedlora.split.wire import Parts, Wire
+from fedlora.types import Client, LocalPlan, at_least, one_of
+
+UPDATES = ("concat", "sequential", "per_client")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How the server learns from several clients."""
+
+    update: str = "concat"
+    """``concat``, ``sequential`` or ``per_client``."""
+    weights: str = "uniform"
+    """Of clients in the joint loss of ``concat``: ``uniform``, ``examples`` that they hold, or
+    supervised ``tokens`` of the step."""
+    gradient: str = "own_mean"
+    """What a client receives: the gradient of its ``own_mean`` loss, or of the ``joint`` one."""
+    order: str = "fixed"
+    """Of clients under ``sequential``: ``fixed`` (by id) or ``shuffle``-d each step."""
+    tokens: int = 16384
+    """Padded tokens of one forward pass under ``concat``; a larger batch is cut, which changes
+    nothing but rounding. 0: never."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.rule.update", self.update, UPDATES)
+        one_of("strategy.rule.weights", self.weights, ("uniform", "examples", "tokens"))
+        one_of("strategy.rule.gradient", self.gradient, ("own_mean", "joint"))
+        one_of("strategy.rule.order", self.order, ("fixed", "shuffle"))
+        at_least("strategy.rule.tokens", self.tokens, 0)
+
+
+@dataclass(frozen=True)
+class Guest:
+    """What the server knows of a client while a round lasts."""
+
+    client: Client
+    cut: Cut
+    seeds: Seeds
+    """Of the client's dropout masks: those of the server's blocks are part of the same stream."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server makes of one client's activations."""
+
+    gradient: Parts
+    loss: float
+    """Mean negative log-likelihood of the step's supervised tokens."""
+    tokens: int
+
+
+@dataclass
+class _Pass:
+    """A forward pass of the server's blocks over the rows of some clients."""
+
+    ids: Sequence[int]
+    """In the order of their rows."""
+    leaves: Mapping[int, Tensor]
+    """What each client sent, ``[tokens, d]``, to receive a gradient."""
+    shares: Mapping[int, float]
+    output: Tensor
+    """Logits ``[n, vocabulary]``, or hidden states ``[rows, width, d]`` with a U-shape."""
+
+
+class SplitServer:
+    """The server's half of one round.
+
+    Args:
+        stages: of the resident model.
+        parties: what trains: one for all clients (key -1), or one per client.
+        guests: the round's clients.
+        plan: of the round.
+        rule: see the module.
+        terms: of the run.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        parties: Mapping[int, Party],
+        guests: Mapping[int, Guest],
+        plan: LocalPlan,
+        rule: Rule,
+        terms: Terms,
+    ) -> None:
+        self.model: LanguageModel = stages.model
+        self.stages, self.parties, self.guests = stages, parties, guests
+        self.plan, self.rule, self.terms = plan, rule, terms
+        self._passes: list[_Pass] = []
+        self._leaves: dict[int, Tensor] = {}
+        self._asked: dict[int, tuple[int, int]] = {}  # [tokens, d] that went down to a tail
+
+    def receive(self, i: int, up: Up) -> None:
+        """Take in one client's activations, or say what is wrong with them.
+
+        Raises:
+            ValueError: if they are not what the wire format and the client's rows promise, if a row
+                is longer than the model's context, or if its labels do not fit.
+        """
+        if up.shape is None or up.hidden is None:
+            raise ValueError(f"client {i} sent no activations")
+        up.shape.check(self.model.info.context)
+        z = self.terms.activations.decode(up.hidden)
+        d = self.model.network.config.hidden_size
+        if list(z.shape) != [up.shape.tokens, d]:
+            raise ValueError(
+                f"client {i} sent activations {list(z.shape)} for {up.shape.tokens} tokens of "
+                f"{d} numbers"
+            )
+        if not self.guests[i].cut.u_shaped:
+            if up.labels is None:
+                raise ValueError(f"client {i} sent no labels, and its cut is not U-shaped")
+            up.labels.check(up.shape, self.model.vocabulary)
+        supervised = up.shape.tokens if up.labels is None else up.labels.targets.numel()
+        if not (1 <= up.tokens <= supervised and (up.labels is None or up.tokens == supervised)):
+            raise ValueError(
+                f"client {i} says that {up.tokens} of its tokens have a loss; it sent {supervised} "
+                f"{'tokens' if up.labels is None else 'labels'}"
+            )
+        self._leaves[i] = z.to(self.model.device, self.model.network.dtype).requires_grad_()
+
+    def receive_tail(self, i: int, up: Up) -> None:
+        """The same for what a client's tail sends: the gradient of its loss.
+
+        Raises:
+            ValueError: if it is not one number for each that was sent down, or the loss is not
+                finite.
+        """
+        asked = self._asked[i]
+        if up.hidden is None or up.tokens < 1 or not math.isfinite(up.loss):
+            raise ValueError(f"client {i} sent no gradient, or a loss of {up.loss}")
+        gradient = self.terms.gradients.decode(up.hidden)
+        if tuple(gradient.shape) != asked:
+            raise ValueError(
+                f"client {i} sent a gradient of {list(gradient.shape)} numbers back for "
+                f"{list(asked)}"
+            )
+
+    def groups(self, ids: Sequence[int], step: int) -> list[list[int]]:
+        """Clients whose rows make one optimizer step, in order; each group is one turn."""
+        ids = sorted(ids)
+        if self.rule.update != "sequential":
+            return [ids]
+        if self.rule.order == "shuffle":
+            order = generator(self.terms.seed, "split turns", step).permutation(len(ids))
+            ids = [ids[i] for i in order]
+        return [[i] for i in ids]
+
+    def learn(self, ups: Mapping[int, Up], rate: float) -> dict[int, Answer]:
+        """One turn without a U-shape: forward, loss, backward, optimizer step.
+
+        Whoever takes part has been received (`receive`).
+
+        Raises:
+            FloatingPointError: naming a client whose loss or gradient is not finite.
+        """
+        answers: dict[int, Answer] = {}
+        self._begin(ups)
+        for ids, shares in self._passes_of(ups):
+            done = self._forward(ids, shares, ups)
+            answers |= self._backward(done, ups)
+        self._step(ups, rate)
+        return answers
+
+    def middle(self, ups: Mapping[int, Up]) -> dict[int, Parts]:
+        """The first half of a turn with a U-shape: hidden states for the clients' tails.
+
+        Raises:
+            FloatingPointError: naming a client whose hidden states are not finite.
+        """
+        self._begin(ups)
+        self._passes = []
+        wire, sent = self.terms.activations, dict[int, Parts]()
+        for ids, shares in self._passes_of(ups):
+            done = self._forward(ids, shares, ups)
+            self._passes.append(done)
+            for i, rows in self._rows(done, ups).items():
+                packed = _packed(done.output[rows], ups[i])
+                self._asked[i] = (packed.shape[0], packed.shape[1])
+                sent[i] = self._encoded(wire, packed.detach(), "middle", i, ups)
+        return sent
+
+    def finish(
+        self, ups: Mapping[int, Up], tails: Mapping[int, Up], rate: float
+    ) -> dict[int, Answer]:
+        """The second half: the gradients that came back from the tails.
+
+        Clients that are missing in ``tails`` take no part in the step: the joint loss is that of
+        the others.
+
+        Raises:
+            FloatingPointError: naming a client whose gradient is not finite.
+        """
+        answers: dict[int, Answer] = {}
+        shares = self._shares({i: ups[i] for i in tails})
+        for done in self._passes:
+            done.shares = shares
+            answers |= self._backward_from(done, ups, tails)
+        self._passes = []
+        self._step(tails, rate)
+        return answers
+
+    # --- forward ------------------------------------------------------------------------------
+
+    def _passes_of(self, ups: Mapping[int, Up]) -> Iterator[tuple[list[int], dict[int, float]]]:
+        """Clients whose rows share a forward pass, with their shares of the joint loss."""
+        ids = sorted(ups, key=lambda i: (self.guests[i].cut.first, i))
+        shares = self._shares(ups)
+        if self.rule.update != "concat":
+            for i in ids:
+                yield [i], shares
+            return
+        width = max(up.shape.width for up in ups.values() if up.shape is not None)
+        most = max(1, self.rule.tokens // width) if self.rule.tokens else 0
+        chunk: list[int] = []
+        rows = 0
+        for i in ids:
+            more = _shape(ups[i]).lengths
+            if chunk and most and rows + len(more) > most:
+                yield chunk, shares
+                chunk, rows = [], 0
+            chunk.append(i)
+            rows += len(more)
+        yield chunk, shares
+
+    def _shares(self, ups: Mapping[int, Up]) -> dict[int, float]:
+        """Of clients in the loss of their step: all of it if it is theirs alone."""
+        if self.rule.update != "concat":
+            return dict.fromkeys(ups, 1.0)
+        weights = dict.fromkeys(ups, 1.0)
+        if self.rule.weights == "examples":
+            weights = {i: float(self.guests[i].client.num_examples) for i in ups}
+        elif self.rule.weights == "tokens":
+            weights = {i: float(up.tokens) for i, up in ups.items()}
+        total = sum(weights.values())
+        return {i: w / total for i, w in weights.items()}
+
+    def _begin(self, ups: Mapping[int, Up]) -> None:
+        for party in self._trained(ups):
+            party.zero_grad()
+
+    def _trained(self, ups: Mapping[int, Up]) -> list[Party]:
+        keys = sorted(ups) if self.rule.update == "per_client" else [-1]
+        return [self.parties[k] for k in keys]
+
+    def _forward(
+        self, ids: Sequence[int], shares: Mapping[int, float], ups: Mapping[int, Up]
+    ) -> _Pass:
+        """Rows enter at their own cut: those of a client that holds more blocks join later."""
+        party = self._trained({ids[0]: ups[ids[0]]})[0]
+        leaves = {i: self._leaves.pop(i) for i in ids}
+        width = max(_shape(ups[i]).width for i in ids)
+        x: Tensor | None = None
+        present: list[int] = []
+        for stage in self._segments(ids):
+            joining = [i for i in ids if self.guests[i].cut.first == stage.span.start]
+            present += joining
+            rows = [pad(leaves[i], _shape(ups[i]), width) for i in joining]
+            x = torch.cat(rows if x is None else [x, *rows])
+            self._mount(stage, party, present, ups, width)
+            try:
+                with autocast(self.model, self.plan):
+                    if stage.span.heads:
+                        x = stage.logits(x, self._positions(ids, ups, width))
+                    else:
+                        x = stage.hidden(x)
+            finally:
+                stage.mount({})
+        assert x is not None
+        return _Pass(ids, leaves, shares, x)
+
+    def _segments(self, ids: Sequence[int]) -> list[Stage]:
+        """The server's blocks, cut wherever a client's rows join."""
+        cuts = sorted({self.guests[i].cut.first for i in ids})
+        tail = self.guests[ids[0]].cut.tail
+        last = self.stages.blocks - max(tail, 0)
+        ends = [*cuts[1:], last]
+        spans = [Span(start, stop) for start, stop in zip(cuts, ends, strict=True)]
+        if tail < 0:
+            spans[-1] = Span(spans[-1].start, last, heads=True)
+        return [self.stages[span] for span in spans]
+
+    def _mount(
+        self, stage: Stage, party: Party, ids: Sequence[int], ups: Mapping[int, Up], width: int
+    ) -> None:
+        stage.mount(party.updates)
+        if self.plan.dropout == 0 or not stage.layers:
+            return
+        drawn = []
+        for i in ids:
+            shape = _shape(ups[i])
+            rows = len(shape.lengths) * shape.width
+            bits = self.model.dropout_bits(self.guests[i].seeds[ups[i].step], rows)
+            drawn.append({p: _wider(bits[p], len(shape.lengths), width) for p in stage.layers})
+        for path in stage.layers:
+            party.updates[path].bits = torch.cat([d[path] for d in drawn])
+
+    def _positions(self, ids: Sequence[int], ups: Mapping[int, Up], width: int) -> Tensor:
+        """Supervised positions of all rows, client by client."""
+        found, rows = [], 0
+        for i in ids:
+            labels, shape = ups[i].labels, _shape(ups[i])
+            assert labels is not None
+            found.append(labels.positions(shape, width) + rows * width)
+            rows += len(shape.lengths)
+        return torch.cat(found).to(self.model.device)
+
+    # --- backward -----------------------------------------------------------------------------
+
+    def _backward(self, done: _Pass, ups: Mapping[int, Up]) -> dict[int, Answer]:
+        logits = done.output
+        if logits.dtype in (torch.bfloat16, torch.float16):
+            logits = logits.float()
+        counts = [ups[i].tokens for i in done.ids]
+        losses = {}
+        for i, own in zip(done.ids, logits.split(counts), strict=True):
+            labels = ups[i].labels
+            assert labels is not None
+            losses[i] = summed_loss(own, labels.targets.to(own.device), self.terms.smoothing)
+        _check_finite(losses)
+        terms = [_share(done.shares[i], losses[i].total / ups[i].tokens) for i in done.ids]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        total.backward()
+        return {
+            i: self._answer(i, done, ups, float(losses[i].nll / ups[i].tokens), ups[i].tokens)
+            for i in done.ids
+        }
+
+    def _backward_from(
+        self, done: _Pass, ups: Mapping[int, Up], tails: Mapping[int, Up]
+    ) -> dict[int, Answer]:
+        rows = self._rows(done, ups)
+        there = [i for i in done.ids if i in tails]
+        seed = torch.zeros_like(done.output)
+        for i in there:
+            hidden = tails[i].hidden
+            assert hidden is not None
+            own = self.terms.gradients.decode(hidden).to(seed)
+            padded = pad(own, _shape(ups[i]), seed.shape[1])
+            seed[rows[i]] = padded if done.shares[i] == 1 else padded * done.shares[i]
+        done.output.backward(seed)
+        return {i: self._answer(i, done, ups, tails[i].loss, tails[i].tokens) for i in there}
+
+    def _rows(self, done: _Pass, ups: Mapping[int, Up]) -> dict[int, slice]:
+        found, at = {}, 0
+        for i in done.ids:
+            rows = len(_shape(ups[i]).lengths)
+            found[i] = slice(at, at + rows)
+            at += rows
+        return found
+
+    def _answer(
+        self, i: int, done: _Pass, ups: Mapping[int, Up], loss: float, tokens: int
+    ) -> Answer:
+        gradient = done.leaves[i].grad
+        assert gradient is not None
+        if self.rule.gradient == "own_mean" and done.shares[i] != 1:
+            gradient = gradient / done.shares[i]
+        sent = self._encoded(self.terms.gradients, gradient, "gradient", i, ups)
+        return Answer(sent, loss, tokens)
+
+    def _encoded(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
+        try:
+            return wire.encode(x, self._generator(what, i, ups))
+        except ValueError as error:
+            raise FloatingPointError(f"the server's {what} for client {i}: {error}") from error
+
+    def _step(self, ups: Mapping[int, Up], rate: float) -> None:
+        if ups:
+            for party in self._trained(ups):
+                party.step(rate)
+
+    def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
+        seed = torch_seed(self.terms.seed, f"split {purpose}", i, ups[i].step)
+        return torch.Generator(self.model.device).manual_seed(seed)
+
+
+def _shape(up: Up) -> Shape:
+    assert up.shape is not None
+    return up.shape
+
+
+def _packed(hidden: Tensor, up: Up) -> Tensor:
+    index = _shape(up).index(hidden.shape[1]).to(hidden.device)
+    return hidden.flatten(0, 1).index_select(0, index)
+
+
+def _share(share: float, loss: Tensor) -> Tensor:
+    return loss if share == 1 else share * loss
+
+
+def _wider(bits: Tensor, rows: int, width: int) -> Tensor:
+    """``[rows * own width, d]`` -> ``[rows * width, d]``; what is added is padding."""
+    own = bits.view(rows, -1, bits.shape[1])
+    if own.shape[1] == width:
+        return bits
+    return functional.pad(own, (0, 0, 0, width - own.shape[1])).reshape(rows * width, -1)
+
+
+def _check_finite(losses: Mapping[int, Loss]) -> None:
+    for i, loss in losses.items():
+        if not torch.isfinite(loss.nll):
+            raise FloatingPointError(f"the server's loss on client {i} is {float(loss.nll)}")

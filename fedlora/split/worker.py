@@ -1,0 +1,140 @@
+"""What a worker process does with a split message: clients are taken out of their node's state,
+asked, and put back.
+
+Flower gives a message to whichever process is free, so nothing that a client needs may stay in a
+process. What cannot be put into a state is the graph of a forward pass that waits for its gradient:
+it is computed again (its dropout masks are functions of the step) or, with ``keep_graphs``, taken
+from this process if it is the one that made it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedlora.batches import TokenExample
+from fedlora.models.stages import Stages
+from fedlora.split.client import SplitClient
+from fedlora.split.codec import Arrays, Request, opening, opening_header
+from fedlora.split.party import Memory
+from fedlora.split.protocol import Down, Opening, Up
+from fedlora.split.rounds import failed
+from fedlora.types import Client, Failure, Ranks
+
+
+class SplitWorker:
+    """Clients of a split on this process's model.
+
+    Args:
+        stages: of the resident model.
+        examples: what a client trains on.
+    """
+
+    def __init__(
+        self, stages: Stages, examples: Callable[[Opening], Sequence[TokenExample]]
+    ) -> None:
+        self.stages, self.examples = stages, examples
+        self._live: dict[int, tuple[str, SplitClient]] = {}  # client -> (its state's stamp, it)
+
+    def answer(self, request: Request, state: RecordDict) -> dict[int, Up | Failure]:
+        """One exchange with the clients of a node; its state is brought up to date.
+
+        A client that raises has done what came before, as in a process of its own.
+        """
+        return {i: self._one(i, down, request, state) for i, down in request.downs.items()}
+
+    def _one(self, i: int, down: Down, request: Request, state: RecordDict) -> Up | Failure:
+        began = request.openings.get(i)
+        live = self._live.pop(i, None)
+        try:
+            client = self._opened(began) if began else self._recalled(i, down, state, live)
+        except Exception as error:
+            return failed(began.client if began else _client_of(i, state), error)
+        answer: Up | Failure
+        try:
+            answer = client.receive(down)
+        except Exception as error:
+            answer = failed(client.opening.client, error)
+        stamp = _remember(state, i, client)
+        if client.opening.terms.keep_graphs and client.pending >= 0:
+            self._live[i] = stamp, client
+        return answer
+
+    def _opened(self, begun: Opening) -> SplitClient:
+        return SplitClient(self.stages, self.examples(begun), begun)
+
+    def _recalled(
+        self, i: int, down: Down, state: RecordDict, live: tuple[str, SplitClient] | None
+    ) -> SplitClient:
+        held = _recall(state, i)
+        if live is not None and live[0] == held.stamp:
+            client = live[1]
+        else:
+            client = self._opened(held.opening)
+        learns = down.gradient is not None
+        goes_on = held.pending >= 0 and (learns or down.middle is not None)
+        if goes_on and not client.ready(held.pending, graph=learns):
+            client.resume(held.pending, held.grads, forward=learns)
+        return client
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A client as a node's state holds it."""
+
+    opening: Opening
+    """With the adapters and the memory of now."""
+    stamp: str
+    """Of this state and no other: a client that a process kept may be older."""
+    pending: int
+    grads: Memory
+    """What a U-shape's tail has left, by buffer."""
+
+
+def _remember(state: RecordDict, i: int, client: SplitClient) -> str:
+    """Put a client into its node's state; the stamp of the state."""
+    stamp = uuid4().hex
+    arrays: Arrays = {}
+    now = replace(client.opening, adapter=client.party.adapter(), memory=client.party.memory())
+    exact = "float64" if client.model.dtype == torch.float64 else "float32"
+    header = {
+        "opening": opening_header(i, now, arrays, exact),
+        "stamp": stamp,
+        "pending": client.pending,
+    }
+    if client.opening.cut.u_shaped and client.pending >= 0:
+        arrays |= {f"{i}/grads/{k}": g.cpu().numpy() for k, g in client.grads().items()}
+    state[f"split/{i}"] = ConfigRecord({"header": json.dumps(header)})
+    state[f"split/{i}/arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
+    return stamp
+
+
+def _recall(state: RecordDict, i: int) -> _Held:
+    """
+    Raises:
+        ValueError: if the node has never opened the client.
+    """
+    if f"split/{i}" not in state:
+        raise ValueError(f"client {i} has not been opened on this node")
+    header = json.loads(str(state.config_records[f"split/{i}"]["header"]))
+    found = {name: a.numpy() for name, a in state.array_records[f"split/{i}/arrays"].items()}
+    start = f"{i}/grads/"
+    return _Held(
+        opening=opening(i, header["opening"], found),
+        stamp=str(header["stamp"]),
+        pending=int(header["pending"]),
+        grads={
+            name[len(start) :]: torch.from_numpy(np.array(a))
+            for name, a in found.items()
+            if name.startswith(start)
+        },
+    )
+
+
+def _client_of(i: int, state: RecordDict) -> Client:
+    """Whose failure it is, as far as the node knows."""
+    return _recall(state, i).opening.client if f"split/{i}" in state else Client(i, Ranks({}), 0)

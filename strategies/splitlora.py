@@ -1,0 +1,607 @@
+r"""SplitLoRA: clients hold the first blocks of the model and their adapters, the server the rest.
+
+    step        client i:  z_i = blocks_{<c}(x_i)            activations and labels go up
+                server:    L = Σ_i w_i L_i(blocks_{>=c}(z_i)), a step on its own adapters
+                           g_i = ∂L_i/∂z_i                    goes down
+                client i:  z_i.backward(g_i), a step on its adapters
+    every I     clients' adapters are averaged; the server's are not touched
+
+Lin et al., "SplitLoRA: A Split Parameter-Efficient Fine-Tuning Framework for Large Language
+Models", arXiv:2407.00952. Clients' adapters are averaged by any method for whole adapters
+(`aggregator`): FedIT averages factors, as the paper does; FlexLoRA and HeteroLoRA take unequal
+ranks. Unequal cuts, as in HSplitLoRA (arXiv:2505.02795): a block that some clients hold and the
+server holds for the others is averaged over all who hold it. Where the authors' code and paper
+differ, see docs/fidelity.md.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+
+from torch import Tensor
+
+from fedlora.batches import num_steps
+from fedlora.engine.loop import learning_rates
+from fedlora.initial import initial_factors
+from fedlora.linalg import at_rank
+from fedlora.models.folder import ModelError
+from fedlora.models.layers import LowRank
+from fedlora.models.stages import block_of, blocks_of
+from fedlora.split.batches import Seeds
+from fedlora.split.cost import Split, client_memory, client_work, shapes_of
+from fedlora.split.ground import Ground, ground
+from fedlora.split.link import MessageLink
+from fedlora.split.noise import Noise
+from fedlora.split.party import Memory, Party
+from fedlora.split.protocol import Cut, Opening, Terms
+from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
+from fedlora.split.server import Guest, Rule, SplitServer
+from fedlora.split.wire import Wire
+from fedlora.state import State, integers, order, pack, paths, prefixed, scalar, under, unpack
+from fedlora.types import (
+    Adapter,
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+    Ranks,
+    Setting,
+    SparseDelta,
+    TrainJob,
+    Update,
+    at_least,
+    one_of,
+)
+from strategies.base import Conducted, Hall, LoRAStrategy
+
+SERVER, MODULES, MEMORY, COPIES = "server/", "modules/", "memory/", "copies/"
+HOST = -1
+"""The server where an average counts it as one more client."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Consecutive blocks that the same clients hold."""
+
+    start: int
+    stop: int
+    shared: bool = False
+    """Whether the server holds them too, for clients with a smaller cut."""
+    home: int = 0
+    """Names the average that they belong to."""
+
+    @property
+    def prefix(self) -> str:
+        """Of its average in the state."""
+        return f"part{self.home}/"
+
+    def of(self, adapter: Mapping[str, Factors]) -> dict[str, Factors]:
+        """Of an adapter, what lies in these blocks."""
+        return {p: f for p, f in adapter.items() if self.holds(p)}
+
+    def ranks(self, ranks: Ranks) -> Ranks:
+        """Of a rank pattern, what lies in these blocks."""
+        return Ranks({p: r for p, r in ranks.items() if self.holds(p)})
+
+    def holds(self, path: str) -> bool:
+        """Whether a module lies in these blocks."""
+        block = block_of(path)
+        return block is not None and self.start <= block < self.stop
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitLoRA(LoRAStrategy):
+    aggregator: LoRAStrategy
+    """Averages clients' adapters."""
+    cut: int = -1
+    """Blocks that a client holds; -1: a quarter of them, rounded up."""
+    tier_cuts: Mapping[str, int] = field(default_factory=dict)
+    """Of clients of a tier, where it is not `cut`."""
+    tail: int = -1
+    """U-shape: clients also hold the last so many blocks, final norm and output embedding, and no
+    label leaves them; -1: no U-shape, labels go to the server."""
+    rule: Rule = field(default_factory=Rule)
+    """How the server learns from several clients."""
+    average_every: int = 0
+    """Steps between averages of clients' adapters; 0: at the end of each round. Divides a round's
+    steps."""
+    transport: str = "local"
+    """``local``: both stages in the server's process; ``messages``: every tensor crosses Flower.
+    Same bits."""
+    keep_graphs: bool = False
+    """Of ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
+    activations: Wire = field(default_factory=Wire)
+    """Number format of activations, whichever way they go."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients."""
+    noise: Noise = field(default_factory=Noise)
+    """On activations."""
+    label_smoothing: float = 0.0
+    """In the training loss alone."""
+    server_lr: float = 0.0
+    """Peak learning rate of the server; 0: the client's."""
+    client_schedule: str = "same"
+    """``same`` as the server's, or ``constant`` (as in the released code)."""
+    horizon: int = 0
+    """Steps over which ``client.schedule`` runs, from the first of the run; 0: within each round,
+    as with other methods."""
+    memory: str = "keep"
+    """What an optimizer remembers over an average and from round to round: ``keep`` it, as the
+    paper does, or begin each round ``fresh``."""
+    server_rank: int = 0
+    """Of the server's adapters; 0: the largest that any client holds."""
+
+    def __post_init__(self) -> None:
+        at_least("strategy.cut", self.cut, -1)
+        at_least("strategy.tail", self.tail, -1)
+        for tier, cut in self.tier_cuts.items():
+            at_least(f"strategy.tier_cuts.{tier}", cut, 0)
+        at_least("strategy.average_every", self.average_every, 0)
+        at_least("strategy.server_lr", self.server_lr, 0)
+        at_least("strategy.horizon", self.horizon, 0)
+        at_least("strategy.server_rank", self.server_rank, 0)
+        one_of("strategy.transport", self.transport, ("local", "messages"))
+        one_of("strategy.client_schedule", self.client_schedule, ("same", "constant"))
+        one_of("strategy.memory", self.memory, ("keep", "fresh"))
+        if self.rule.gradient == "joint" and self.tail > 0:
+            raise ValueError(
+                f"strategy.rule.gradient='joint' with strategy.tail={self.tail}: a tail learns "
+                "from its client's own mean loss; choose own_mean, or tail <= 0"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"strategy.label_smoothing={self.label_smoothing!r} must be in [0, 1)")
+
+    # --- what the server knows ------------------------------------------------------------------
+
+    def init_state(self, setting: Setting) -> State:
+        blocks = 1 + max(blocks_of(setting.modules).values())
+        cuts = sorted({self._cut(c, blocks).first for c in setting.clients})
+        if cuts[-1] + max(self.tail, 0) > blocks:
+            raise ValueError(
+                f"strategy.cut: a client cannot hold the first {cuts[-1]} and the last "
+                f"{max(self.tail, 0)} of {blocks} blocks (strategy.cut, tier_cuts, tail)"
+            )
+        top = setting.max_ranks
+        if self.server_rank:
+            top = Ranks({m.path: min(self.server_rank, m.max_rank) for m in setting.modules})
+        state: dict[str, Tensor] = {
+            "alpha": scalar(setting.alpha),
+            "blocks": integers(blocks),
+            "cuts": integers(cuts),
+            "steps": integers(0),
+            "done": integers([0] * len(setting.clients)),
+            f"{MODULES}order": order(top),
+        } | {f"{MODULES}{path}/r": integers(r) for path, r in top.items()}
+        for part in self._parts(state):
+            mine = _within(setting, part)
+            nested = self.aggregator.init_state(mine)
+            first = self.aggregator.enlist(nested, mine.clients[0])
+            if isinstance(self.aggregator.start_adapter(nested, first), SparseDelta):
+                raise ValueError(
+                    f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
+                    "updates; the stages of a split train low-rank factors: choose fedit, "
+                    "flexlora or heterolora"
+                )
+            state |= prefixed(nested, part.prefix)
+        whole = initial_factors(setting, top)
+        own: dict[str, Factors] = {p: f for p, f in whole.items() if self._served(state, p)}
+        for part in self._parts(state):
+            if part.shared:
+                own |= self._start(state, part, self._host(state, part))
+        return state | _server_state(own)
+
+    def enlist(self, state: State, client: Client) -> Client:
+        """The client with the modules of its own blocks, at the ranks that the average gives it."""
+        cut = self._cut(client, int(state["blocks"]))
+        ranks: dict[str, int] = {}
+        for part in self._held(state, cut):
+            mine = replace(client, ranks=part.ranks(client.ranks))
+            ranks |= self.aggregator.enlist(under(state, part.prefix), mine).ranks
+        return replace(client, ranks=Ranks({p: ranks[p] for p in client.ranks if p in ranks}))
+
+    def evaluated_ranks(self, state: State, client: Client) -> Ranks:
+        return self._whole_ranks(state, self.enlist(state, client))
+
+    def start_adapter(self, state: State, client: Client) -> Adapter:
+        found: dict[str, Factors] = {}
+        for part in self._parts(state):
+            mine = part.ranks(client.ranks)
+            if mine:
+                found |= self._start(state, part, replace(client, ranks=mine))
+        return {p: found[p] for p in client.ranks}
+
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
+        if 0 < base.micro_batch_size < base.batch_size:
+            raise ValueError(
+                f"client.micro_batch_size={base.micro_batch_size}: a step of a split client is one "
+                f"forward; choose client.batch_size <= {base.micro_batch_size}, or 0"
+            )
+        for part in self._parts(state):
+            mine = part.ranks(client.ranks)
+            planned = base
+            if mine:
+                nested = under(state, part.prefix)
+                planned = self.aggregator.plan(nested, replace(client, ranks=mine), base)
+            changed = [f.name for f in fields(base) if _differ(planned, base, f.name)]
+            if changed:
+                raise ValueError(
+                    f"strategy.aggregator={type(self.aggregator).__name__} changes what a client "
+                    f"does (client.{', client.'.join(changed)}), which a split client cannot do; "
+                    "with heterolora, set strategy.aggregator.prune=false"
+                )
+        return base
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        """Averages adapters part by part; the server's own are left as the exchanges made them."""
+        new = {k: t for k, t in state.items() if not k.startswith(COPIES)}
+        server = unpack(state, float(state["alpha"]), SERVER)
+        for part in self._parts(state):
+            mine = self._votes(state, part, updates, server)
+            if not mine:
+                continue
+            nested = self.aggregator.aggregate(under(state, part.prefix), mine)
+            new = {k: t for k, t in new.items() if not k.startswith(part.prefix)}
+            new |= prefixed(nested, part.prefix)
+            if part.shared:
+                server |= self._start(new, part, self._host(new, part))
+        return new | _server_state(server)
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        return self.aggregator.reference_weights(updates)
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+        server = unpack(state, float(state["alpha"]), SERVER)
+        wanted = paths(state, "r", MODULES) if ranks is None else list(ranks)
+        found: dict[str, Factors] = {}
+        for part in self._parts(state):
+            mine = Ranks({}) if ranks is None else part.ranks(ranks)
+            if ranks is None or mine:
+                nested = under(state, part.prefix)
+                adapter = self.aggregator.global_adapter(nested, None if ranks is None else mine)
+                assert not isinstance(adapter, SparseDelta)
+                found |= adapter
+        for path in wanted:
+            if path not in found:
+                f = server[path]
+                found[path] = f if ranks is None else at_rank(f, ranks[path])
+        return {path: found[path] for path in wanted}
+
+    # --- who holds what -------------------------------------------------------------------------
+
+    def _cut(self, client: Client, blocks: int) -> Cut:
+        default = math.ceil(blocks / 4) if self.cut < 0 else self.cut
+        return Cut(self.tier_cuts.get(client.tier, default), self.tail)
+
+    def _parts(self, state: State) -> list[Part]:
+        """The blocks that clients' averages are about, in order."""
+        blocks, cuts = int(state["blocks"]), state["cuts"].tolist()
+        if self.rule.update == "per_client":
+            return [Part(0, blocks)]
+        edges, last = [0, *cuts], blocks - max(self.tail, 0)
+        parts = [Part(a, b, shared=cuts[0] < b, home=a) for a, b in pairwise(edges) if a < b]
+        return parts + ([Part(last, blocks, home=last)] if self.tail > 0 else [])
+
+    def _held(self, state: State, cut: Cut) -> list[Part]:
+        """The parts of a client, cut to what it holds itself."""
+        blocks = int(state["blocks"])
+        if self.rule.update != "per_client":
+            return [p for p in self._parts(state) if cut.owns(p.start, blocks)]
+        own = [Part(0, cut.first)] if cut.first else []
+        return own + ([Part(blocks - cut.tail, blocks)] if cut.tail > 0 else [])
+
+    def _whole_ranks(self, state: State, client: Client) -> Ranks:
+        """An enlisted client's ranks, and the server's wherever it holds nothing."""
+        names = paths(state, "r", MODULES)
+        return Ranks({p: client.ranks.get(p, int(state[f"{MODULES}{p}/r"])) for p in names})
+
+    def cut_of(self, state: State, client: Client) -> Cut:
+        """Which blocks a client holds."""
+        return self._cut(client, int(state["blocks"]))
+
+    def _served(self, state: State, path: str) -> bool:
+        """Whether the server holds a module for some client."""
+        block, blocks = block_of(path), int(state["blocks"])
+        lowest = int(state["cuts"].min())
+        return block is not None and not Cut(lowest, self.tail).owns(block, blocks)
+
+    def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
+        """What an enlisted client's share of a part starts from."""
+        start = self.aggregator.start_adapter(under(state, part.prefix), client)
+        assert not isinstance(start, SparseDelta)
+        return {p: start[p] for p in client.ranks}
+
+    def _host(self, state: State, part: Part, examples: int = 1) -> Client:
+        """The server as one more client of a part, enlisted."""
+        own = [p for p in paths(state, "r", MODULES) if part.holds(p)]
+        ranks = Ranks({p: int(state[f"{MODULES}{p}/r"]) for p in own})
+        host = Client(HOST, ranks, examples, "server")
+        return self.aggregator.enlist(under(state, part.prefix), host)
+
+    def _votes(
+        self, state: State, part: Part, updates: Sequence[Update], server: Adapter
+    ) -> list[Update]:
+        """Who is averaged in a part. The server votes with the examples of those it serves."""
+        if self.rule.update == "per_client":
+            return [self._completed(state, u) for u in updates]
+        mine, served = [], 0
+        for u in updates:
+            ranks = part.ranks(u.client.ranks)
+            if ranks:
+                who = replace(u.client, ranks=ranks)
+                mine.append(replace(u, client=who, payload=part.of(u.adapter)))
+            else:
+                served += u.num_examples
+        if part.shared and served:
+            host = self._host(state, part, served)
+            mine.insert(0, Update(host, {p: server[p] for p in host.ranks}, served))
+        return mine
+
+    def _completed(self, state: State, update: Update) -> Update:
+        """A client's update with the copy of the server's adapters that was trained for it."""
+        copy = self.copy_of(state, update.client)
+        ranks = dict(update.client.ranks) | {p: f.rank for p, f in copy.items()}
+        own = dict(update.adapter) | copy
+        order_ = [p for p in paths(state, "r", MODULES) if p in own]
+        who = replace(update.client, ranks=Ranks({p: ranks[p] for p in order_}))
+        return replace(update, client=who, payload={p: own[p] for p in order_})
+
+    def copy_of(self, state: State, client: Client) -> dict[str, Factors]:
+        """The server's adapters of one client under ``per_client``: as trained, or the average."""
+        prefix = f"{COPIES}{client.id}/"
+        trained = unpack(state, float(state["alpha"]), prefix)
+        if trained:
+            return trained
+        part = self._parts(state)[0]
+        whole = replace(client, ranks=self._whole_ranks(state, client))
+        nested = under(state, part.prefix)
+        found = self._start(state, part, self.aggregator.enlist(nested, whole))
+        return {p: f for p, f in found.items() if p not in client.ranks}
+
+    # --- a round --------------------------------------------------------------------------------
+
+    def conduct(self, state: State, jobs: Sequence[TrainJob], hall: Hall) -> Conducted:
+        """One round of exchanges.
+
+        Raises:
+            ModelError: if the model cannot be cut there.
+            FloatingPointError: if the server's loss is not finite.
+        """
+        return _Play(self, state, jobs, hall).conducted()
+
+
+class _Play:
+    """A round from jobs to results."""
+
+    def __init__(
+        self, method: SplitLoRA, state: State, jobs: Sequence[TrainJob], hall: Hall
+    ) -> None:
+        self.method, self.state, self.hall = method, state, hall
+        self.jobs = {j.client.id: j for j in jobs}
+        self.ground: Ground = ground(hall.worker)
+        self.plan = jobs[0].plan
+        self.terms = Terms(
+            seed=jobs[0].seed,
+            activations=method.activations,
+            gradients=method.gradients,
+            noise=method.noise,
+            smoothing=method.label_smoothing,
+            keep_graphs=method.keep_graphs,
+        )
+        self.cuts = {i: method.cut_of(state, j.client) for i, j in self.jobs.items()}
+        for cut in self.cuts.values():
+            self.ground.check(cut)
+        blocks = int(state["blocks"])
+        if method.tail > 0 and blocks != self.ground.stages.blocks:
+            raise ModelError(
+                f"strategy.tail={method.tail}: the last adapter of the model lies in block "
+                f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
+                "the last block"
+            )
+        self.openings = {i: self._opening(i) for i in self.jobs}
+        self.copies = {
+            i: method.copy_of(state, j.client)
+            for i, j in self.jobs.items()
+            if method.rule.update == "per_client"
+        }
+        self.server = self._server()
+
+    def conducted(self) -> Conducted:
+        itinerary = self._itinerary()
+        if not int(self.state["steps"]):
+            self._announce()
+        found = play(
+            self._link(),
+            self.server,
+            itinerary,
+            self._average,
+            self.hall.say,
+            lambda step, loss: self.hall.step(step, itinerary.length, loss),
+        )
+        results: list[Update | Failure] = []
+        for i, end in found.items():
+            if isinstance(end, Failure):
+                results.append(end)
+                continue
+            n = self.ground.store.count(i, "train")
+            metrics = dict(end.metrics) | self._costs(i, end.metrics)
+            results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
+        good = {i: end for i, end in found.items() if isinstance(end, Finished)}
+        if self.terms.noise.sigma:
+            self._account(good)
+        return Conducted(self._after(good, itinerary.length), results)
+
+    def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
+        bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
+        cut, rows = self.cuts[i], metrics["exchanged_tokens"]
+        split = Split(cut.first, cut.tail if cut.u_shaped else None)
+        ranks = {p: f.rank for p, f in self.openings[i].adapter.items()}
+        dropout = self.plan.dropout > 0
+        try:
+            shapes = shapes_of(self.ground.model.network, ranks)
+            length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
+            work = client_work(shapes, split, max(1, length))
+            widest = int(metrics["step_tokens"])
+            supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
+            held = client_memory(shapes, split, widest, dropout=dropout, supervised=supervised)
+        except ValueError:
+            return {}
+        return {
+            "client_flops": rows * (work.forward + work.backward),
+            "client_memory": float(held.total),
+        }
+
+    def _announce(self) -> None:
+        """What whoever runs this should know before the first round."""
+        method, blocks = self.method, self.ground.stages.blocks
+        cuts = sorted({c.first for c in self.cuts.values()})
+        held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
+        if method.tail >= 0:
+            held += f" and the last {method.tail} with the head; labels stay with them"
+        else:
+            held += "; the server is given the labels, which are the text itself"
+        self.hall.say(f"split: {held}; {method.rule.update}, {method.transport}")
+
+    def _account(self, found: Mapping[int, Finished]) -> None:
+        """Say what the noise guarantees after the steps so far."""
+        releases = rows = 0
+        for i, end in found.items():
+            held = self.ground.examples_of(i, self.plan, self.terms.seed)
+            releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
+            rows = max(rows, *(len(e.input_ids) - 1 for e in held))
+        if releases:
+            self.hall.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
+
+    def _link(self) -> LocalLink | MessageLink:
+        if self.method.transport == "messages":
+            return MessageLink(self.hall, self.openings)
+        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.hall.wire)
+
+    def _opening(self, i: int) -> Opening:
+        job = self.jobs[i]
+        assert not isinstance(job.start, SparseDelta)
+        memory = self._memory(f"{i}/")
+        return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
+
+    def _memory(self, whose: str) -> Memory:
+        return under(self.state, f"{MEMORY}{whose}") if self.method.memory == "keep" else {}
+
+    def _server(self) -> SplitServer:
+        guests = {
+            i: Guest(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
+            for i, j in self.jobs.items()
+        }
+        if self.method.rule.update == "per_client":
+            parties = {i: self._party(copy, f"server{i}/") for i, copy in self.copies.items()}
+        else:
+            own = unpack(self.state, float(self.state["alpha"]), SERVER)
+            parties = {HOST: self._party(own, "server/")}
+        stages = self.ground.stages
+        return SplitServer(stages, parties, guests, self.plan, self.method.rule, self.terms)
+
+    def _party(self, adapter: Adapter, whose: str) -> Party:
+        updates = self.ground.model.updates(adapter, self.plan.dropout)
+        factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
+        return Party(factors, self.plan, self._memory(whose))
+
+    def _itinerary(self) -> Itinerary:
+        """
+        Raises:
+            ValueError: if the averages do not fit into the round.
+        """
+        plan, seed, every = self.plan, self.terms.seed, self.method.average_every
+        steps = {}
+        for i in self.jobs:
+            held = plan.batch_size
+            if not plan.steps:
+                with suppress(ValueError):  # nothing to train on: said when the client is opened
+                    held = len(self.ground.examples_of(i, plan, seed))
+            steps[i] = num_steps(held, plan)
+        length = max(steps.values())
+        if every and length % every:
+            raise ValueError(
+                f"strategy.average_every={every} does not divide the round's {length} steps "
+                "(client.steps): a round ends with an average"
+            )
+        of_clients = self._rates(length, plan)
+        if self.method.client_schedule == "constant":
+            of_clients = [plan.lr] * length
+        return Itinerary(
+            starts={i: o.adapter for i, o in self.openings.items()},
+            done={i: int(self.state["done"][i]) for i in self.jobs},
+            steps=steps,
+            server_rates=self._rates(length, replace(plan, lr=self.method.server_lr or plan.lr)),
+            client_rates=of_clients,
+            average_after=frozenset(range(every, length, every)) if every else frozenset(),
+        )
+
+    def _rates(self, length: int, plan: LocalPlan) -> list[float]:
+        horizon, done = self.method.horizon, int(self.state["steps"])
+        if not horizon:
+            return learning_rates(length, plan)
+        rates = learning_rates(horizon, plan)
+        return [rates[min(done + k, horizon - 1)] for k in range(length)]
+
+    def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
+        """In the middle of a round, by the same rule as at its end."""
+        updates = [
+            Update(self.jobs[i].client, adapters[i], self.jobs[i].client.num_examples)
+            for i in sorted(adapters)
+        ]
+        now = self._with_server(dict(self.state))
+        after = self.method.aggregate(now, updates)
+        for i, party in self.server.parties.items():
+            if i == HOST:
+                party.load(unpack(after, float(after["alpha"]), SERVER))
+            else:
+                party.load(self.method.copy_of(after, self.jobs[i].client))
+        self.state = self._without_copies(after)
+        return {i: self.method.start_adapter(after, self.jobs[i].client) for i in adapters}
+
+    def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with the server's adapters as they are now."""
+        for i, party in self.server.parties.items():
+            if i == HOST:
+                state |= _server_state(party.adapter())
+            else:
+                state |= pack(party.adapter(), f"{COPIES}{i}/")
+                state[f"{COPIES}{i}/order"] = order(party.adapter())
+        return state
+
+    def _without_copies(self, state: State) -> State:
+        return {k: t for k, t in state.items() if not k.startswith(COPIES)}
+
+    def _after(self, found: Mapping[int, Finished], length: int) -> State:
+        """The state at the end of the exchanges."""
+        state = self._with_server(dict(self.state))
+        state["steps"] = state["steps"] + length
+        done = state["done"].clone()
+        for i, end in found.items():
+            done[i] = end.done
+        state["done"] = done
+        if self.method.memory == "keep":
+            for i, end in found.items():
+                state |= prefixed(end.memory, f"{MEMORY}{i}/")
+            for i, party in self.server.parties.items():
+                whose = "server/" if i == HOST else f"server{i}/"
+                state |= prefixed(party.memory(), f"{MEMORY}{whose}")
+        return state
+
+
+def _within(setting: Setting, part: Part) -> Setting:
+    """The population as far as a part is concerned."""
+    return replace(
+        setting,
+        modules=tuple(m for m in setting.modules if part.holds(m.path)),
+        clients=tuple(replace(c, ranks=part.ranks(c.ranks)) for c in setting.clients),
+    )
+
+
+def _server_state(adapter: Adapter) -> dict[str, Tensor]:
+    return pack(adapter, SERVER) | {f"{SERVER}order": order(adapter)}
+
+
+def _differ(a: LocalPlan, b: LocalPlan, name: str) -> bool:
+    return bool(getattr(a, name) != getattr(b, name))
