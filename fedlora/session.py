@@ -29,7 +29,6 @@ from fedlora.types import (
     Payload,
     Ranks,
     Setting,
-    SparseDelta,
     TrainJob,
     Update,
     at_least,
@@ -67,6 +66,7 @@ class Method(Protocol):
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
     def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
+    def report(self, state: State) -> Mapping[str, float | int | str]: ...
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,8 @@ class Session:
     messages_per_worker: int = 4
     """Into how many messages a worker's share of a round is cut: as the engine likes it."""
     config_hash: str = ""
+    audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
+    """Looks at the global model after every round, for its record."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     done: int = field(init=False, default=0)
@@ -307,6 +309,9 @@ class Session:
         )
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
+        record |= self.method.report(self.state)
+        if self.audit is not None:
+            record |= self.audit(self.method.global_adapter(self.state))
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         # Records before the checkpoint: if a kill comes between, resuming drops them and repeats
@@ -453,7 +458,7 @@ class Session:
     def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""
         adapter = self.method.global_adapter(self.state)
-        if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
+        if not isinstance(adapter, Mapping) or not isinstance(updates[0].payload, Mapping):
             return {}
         # A split client sends what it holds of the model; what all have sent can be compared.
         sent = [p for p in adapter if all(p in u.adapter for u in updates)]
