@@ -25,6 +25,7 @@ from fedlora.data.store import Example, TokenStore
 from fedlora.engine.loop import optimise
 from fedlora.models.language_model import LanguageModel
 from fedlora.spp import sent
+from fedlora.switch.local import train_switching
 from fedlora.types import (
     Client,
     EvaluateJob,
@@ -37,6 +38,7 @@ from fedlora.types import (
     SelfPrune,
     TrainJob,
     Update,
+    is_low_rank,
 )
 
 Scalars: TypeAlias = dict[str, Any]
@@ -66,14 +68,24 @@ class LoRAClient(NumPyClient):
         wall, cpu = time.perf_counter(), time.process_time()
         plan, who = job.plan, self.client.id
         examples = training_examples(self.store, job)
+        payload: Payload
         try:
             parameters = self.model.mount(
                 job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
             )
-            trace = optimise(
-                self.model, parameters, examples, plan, seed=job.seed, round=job.round, client=who
-            )
-            payload = self.model.payload()
+            if plan.switch is not None:
+                payload, trace = train_switching(self.model, job, examples)
+            else:
+                trace = optimise(
+                    self.model,
+                    parameters,
+                    examples,
+                    plan,
+                    seed=job.seed,
+                    round=job.round,
+                    client=who,
+                )
+                payload = self.model.payload()
         finally:
             self.model.unmount()
         spent = {
@@ -167,7 +179,7 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
     plan, who = job.plan, job.client.id
     if not (plan.train_a or plan.train_b):
         raise ValueError("the plan trains nothing: train_a and train_b are both false")
-    if isinstance(job.start, Mapping) and not job.start:
+    if is_low_rank(job.start) and not job.start:
         raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
     return examples_for(store, plan, seed=job.seed, round=job.round, client=who)
 

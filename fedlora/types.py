@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -189,8 +189,30 @@ class MaskedScale:
         one_of("trains", self.trains, ("alpha", "beta", "both"))
 
 
-Payload: TypeAlias = Adapter | SparseDelta | MaskedScale
+@dataclass(frozen=True)
+class Rebased:
+    """Factors over a base that has moved: ``W + shift + (alpha / r) B A`` (SwitchLoRA)."""
+
+    shift: Mapping[str, Tensor]
+    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
+    factors: Adapter = field(default_factory=dict)
+    """Of modules that are in ``shift``; none: a dense update and nothing to train."""
+
+    def __post_init__(self) -> None:
+        for path, f in self.factors.items():
+            shape = (f.b.shape[0], f.a.shape[1])
+            if path not in self.shift or tuple(self.shift[path].shape) != shape:
+                found = tuple(self.shift[path].shape) if path in self.shift else "none"
+                raise ValueError(f"{path}: factors of a layer {shape} over the shift {found}")
+
+
+Payload: TypeAlias = Adapter | SparseDelta | MaskedScale | Rebased
 """What a client receives and returns."""
+
+
+def is_low_rank(payload: Payload) -> TypeGuard[Adapter]:
+    """Whether a payload is factors over the base as it is, and nothing else."""
+    return isinstance(payload, Mapping)
 
 
 def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
@@ -198,18 +220,27 @@ def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
     if isinstance(payload, SparseDelta):
         for path, values in payload.values.items():
             yield f"{path}/values", values
-    elif isinstance(payload, MaskedScale):
-        for name in ("alpha", "beta", "change"):
-            for path, t in getattr(payload, name).items():
-                yield f"{path}/{name}", t
-        for i, merge in enumerate(payload.merges):
-            for path, (alpha, beta) in merge.items():
-                yield f"{path}/merges/{i}/alpha", alpha
-                yield f"{path}/merges/{i}/beta", beta
-    else:
-        for path, f in payload.items():
-            yield f"{path}/a", f.a
-            yield f"{path}/b", f.b
+        return
+    if isinstance(payload, MaskedScale):
+        yield from _scale_tensors(payload)
+        return
+    if isinstance(payload, Rebased):
+        for path, shift in payload.shift.items():
+            yield f"{path}/shift", shift
+        payload = payload.factors
+    for path, f in payload.items():
+        yield f"{path}/a", f.a
+        yield f"{path}/b", f.b
+
+
+def _scale_tensors(payload: MaskedScale) -> Iterator[tuple[str, Tensor]]:
+    for name in ("alpha", "beta", "change"):
+        for path, t in getattr(payload, name).items():
+            yield f"{path}/{name}", t
+    for i, merge in enumerate(payload.merges):
+        for path, (alpha, beta) in merge.items():
+            yield f"{path}/merges/{i}/alpha", alpha
+            yield f"{path}/merges/{i}/beta", beta
 
 
 def payload_floats(payload: Payload) -> int:
@@ -279,6 +310,41 @@ class SelfPrune:
 
 
 @dataclass(frozen=True)
+class Switching:
+    """SwitchLoRA's exchange of low-rank vectors during training (`fedlora.switch`)."""
+
+    interval: float = 40.0
+    """Expected steps between two exchanges in one slot of one factor, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which exchanges are 0.3 as frequent."""
+    freeze: int = 5
+    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
+    void in any case."""
+    choice: str = "ring"
+    """The next vector of the pool: in its order (``ring``), or any that is in no slot
+    (``random``)."""
+    count_frozen: bool = True
+    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
+    are half as large, a warm-up."""
+    total: int = 0
+    """Steps of the whole run; whoever plans the run sets it."""
+    first: int = 0
+    """How many of them are done."""
+
+    def __post_init__(self) -> None:
+        at_least("client.switch.interval", self.interval, 0, strict=True)
+        at_least("client.switch.ratio", self.ratio, 0, strict=True)
+        at_least("client.switch.freeze", self.freeze, 0)
+        one_of("client.switch.choice", self.choice, ("ring", "random"))
+        if self.interval < 2 * self.freeze:
+            raise ValueError(
+                f"client.switch.interval={self.interval:g} is less than twice "
+                f"client.switch.freeze={self.freeze}: vectors would be exchanged while they are "
+                f"frozen; choose interval >= {2 * self.freeze}"
+            )
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
@@ -321,6 +387,8 @@ class LocalPlan:
     train_a: bool = True
     train_b: bool = True
     self_prune: SelfPrune | None = None
+    switch: Switching | None = None
+    """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""
 
     def __post_init__(self) -> None:
         one_of("client.technique", self.technique, ("lora", "spp"))

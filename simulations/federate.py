@@ -30,11 +30,11 @@ from fedlora.prune.audit import ZeroAudit
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, Session
 from fedlora.tracking import Trackers, Tracking, track
-from fedlora.types import LocalPlan, MaskedScale, Setting, SparseDelta
+from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
 from simulations.compose import absolute
 from simulations.runtime import Runtime
-from strategies.base import LoRAStrategy
+from strategies.base import LoRAStrategy, Setup
 
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -134,8 +134,11 @@ def build_parts(cfg: DictConfig) -> Parts:
         federation=part("federation", Rounds),
         resolved={str(k): v for k, v in resolved.items()},
     )
-    if objection := parts.strategy.objection(parts.client):
-        raise ConfigError(objection)
+    quantization = str(getattr(parts.model, "quantization", "none"))
+    try:
+        parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return parts
 
 
@@ -370,8 +373,9 @@ def _report(folder: Path, emit: Callable[[str], None]) -> None:
 
 
 def _export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -> None:
-    """The global adapter at the population's largest ranks, in PEFT's format."""
-    from fedlora.models.export import save_peft  # PEFT: seconds that a start need not wait
+    """The global adapter at the population's largest ranks, in PEFT's format; ``update/`` if the
+    method's update is more than two factors per layer."""
+    from fedlora.models.export import save_peft, save_update  # PEFT: seconds nobody need wait
     from fedlora.models.spp_peft import save_spp
 
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
@@ -381,5 +385,12 @@ def _export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -
     base = str(model.folder())
     if isinstance(adapter, MaskedScale):
         save_spp(adapter, info, session.folder / "adapter", base, parts.client.dropout)
+        return
+    if isinstance(adapter, Rebased):
+        save_update(adapter, info, session.folder / "update")
+        session.emit(
+            "update/ instead of adapter/: the update is of full rank; simulations.merge adds it to "
+            "the model"
+        )
         return
     save_peft(adapter, info, session.folder / "adapter", base, parts.client.dropout)

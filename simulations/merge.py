@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fedlora.config import ConfigError, build
-from fedlora.models.export import load_peft, merge
+from fedlora.models.export import load_peft, load_update, merge
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
 from fedlora.models.spp_peft import FILE as SPP_FILE
@@ -25,7 +25,7 @@ def merge_run(run: Path, target: Path) -> None:
 
     Raises:
         ConfigError: if the folder is not that of a run.
-        ModelError: if the run has no adapter, or its base model is gone.
+        ModelError: if the run has neither adapter nor update, or its base model is gone.
     """
     file = run / "config.yaml"
     if not file.is_file():
@@ -34,16 +34,20 @@ def merge_run(run: Path, target: Path) -> None:
     assert isinstance(config, dict)
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
     model = spec.load(torch.device("cpu"))
-    adapter = run / "adapter"
-    scaled = (adapter / SPP_FILE).is_file()
-    merge(model, load_spp(adapter) if scaled else load_peft(adapter, model.info), target)
+    adapter, info = run / "adapter", model.info
+    if (adapter / SPP_FILE).is_file():
+        merge(model, load_spp(adapter), target)
+    elif (run / "update").is_dir():
+        merge(model, load_update(run / "update", info), target)
+    else:
+        merge(model, load_peft(adapter, info), target)
     model.tokenizer.save_pretrained(target)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run folder with adapter/")
+    parser.add_argument("run", type=Path, help="a run folder with adapter/ or update/")
     parser.add_argument("target", type=Path, help="folder to write the model to")
     options = parser.parse_args(arguments)
     try:

@@ -51,6 +51,7 @@ from fedlora.types import (
     TrainJob,
     Update,
     at_least,
+    is_low_rank,
     one_of,
 )
 from strategies.base import Conducted, Hall, LoRAStrategy
@@ -177,12 +178,11 @@ class SplitLoRA(LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            start = self.aggregator.start_adapter(nested, first)
-            if not isinstance(start, Mapping):
+            if not is_low_rank(self.aggregator.start_adapter(nested, first)):
                 raise ValueError(
-                    f"strategy.aggregator={type(self.aggregator).__name__} begins with a "
-                    f"{type(start).__name__}; the stages of a split train low-rank factors: "
-                    "choose fedit, flexlora or heterolora"
+                    f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
+                    "updates or moves the base; the stages of a split train low-rank factors over "
+                    "a frozen one: choose fedit, flexlora or heterolora"
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)

@@ -28,7 +28,6 @@ from fedlora.spp import factor, mean_factor, nested_rank, spread
 from fedlora.state import State, integers, order, paths, scalar
 from fedlora.types import (
     Client,
-    LocalPlan,
     MaskedScale,
     Module,
     Ranks,
@@ -37,7 +36,7 @@ from fedlora.types import (
     at_least,
     one_of,
 )
-from strategies.base import LoRAStrategy
+from strategies.base import LoRAStrategy, Setup
 
 log = logging.getLogger(__name__)
 
@@ -91,18 +90,18 @@ class SPP(LoRAStrategy):
                 "mode=alternate loses nothing"
             )
 
-    def objection(self, plan: LocalPlan) -> str:
+    def check(self, setup: Setup) -> None:
+        plan = setup.client
         if plan.technique != "spp":
-            return (
+            raise ValueError(
                 f"strategy=spp aggregates the alpha and beta of SPP, and client.technique="
                 f"{plan.technique} trains other factors: use client=spp, or another strategy"
             )
         if not (plan.train_a and plan.train_b):
-            return (
+            raise ValueError(
                 "strategy=spp decides itself what a round trains: leave client.train_a and "
                 "client.train_b true, and set strategy.mode or strategy.schedule"
             )
-        return ""
 
     def init_state(self, setting: Setting) -> State:
         if not setting.mask:

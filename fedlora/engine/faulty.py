@@ -22,6 +22,7 @@ from fedlora.types import (
     Failure,
     MaskedScale,
     Payload,
+    Rebased,
     SparseDelta,
     TrainJob,
     Update,
@@ -117,6 +118,10 @@ def _spoiled(payload: Payload, fault: str) -> Payload:
         return replace(payload, values={**payload.values, path: bad})
     if isinstance(payload, MaskedScale):
         return _spoiled_scale(payload, fault)
+    if isinstance(payload, Rebased):
+        path, shift = next(iter(payload.shift.items()))
+        bad = shift[:-1] if fault == "shape" else torch.full_like(shift, torch.nan)
+        return replace(payload, shift={**payload.shift, path: bad}, factors={})
     path, f = next(iter(payload.items()))
     if fault == "shape":
         spoiled = Factors(f.a[:, :-1], f.b, f.alpha)

@@ -13,6 +13,7 @@ from fedlora.models.layers import (
     AdaptedLinear,
     LinearUpdate,
     LowRank,
+    Rebuilt,
     SparseValues,
     dropout_bits,
     mask_index,
@@ -23,7 +24,7 @@ from fedlora.models.scaled import BlockScaled
 from fedlora.prune.masks import check_zeros
 from fedlora.seeding import mask_noise
 from fedlora.spp import merged_gain, scale
-from fedlora.types import Adapter, MaskedScale, Payload, SparseDelta
+from fedlora.types import Adapter, MaskedScale, Payload, Rebased, SparseDelta
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
 
@@ -140,10 +141,13 @@ class LanguageModel:
         alpha, or the change of it, and beta."""
         mounted = (layer.update for layer in self.layers.values())
         both = [u.parameters() for u in mounted if isinstance(u, LowRank | BlockScaled)]
-        return [(a, b) for a, b in both]
+        return [(pair[0], pair[1]) for pair in both if pair]
 
     def payload(self) -> Payload:
-        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``)."""
+        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``).
+
+        Of factors over a moved base it is the factors: the base has not moved since.
+        """
         mounted = self._mounted
         if isinstance(mounted, MaskedScale):
             return self._scale_payload(mounted)
@@ -215,8 +219,27 @@ class LanguageModel:
         if isinstance(payload, SparseDelta):
             check_paths(payload.values, self.info)
             return dict(self._sparse_updates(payload))
+        if isinstance(payload, Rebased):
+            return dict(self._rebuilt(payload, dropout))
         check_adapter(payload, self.info)
         return dict(self._low_rank_updates(payload, dropout))
+
+    def _rebuilt(self, payload: Rebased, dropout: float) -> dict[str, Rebuilt]:
+        check_paths(payload.shift, self.info)
+        check_adapter(payload.factors, self.info)
+        for m in self.info.modules:
+            shift = payload.shift.get(m.path)
+            if shift is not None and tuple(shift.shape) != (m.d_out, m.d_in):
+                raise ValueError(
+                    f"{m.path}: a shift {tuple(shift.shape)} does not fit a layer with "
+                    f"d_out={m.d_out}, d_in={m.d_in}"
+                )
+        found, dtype = payload.factors, self.dtype
+        return {
+            path: Rebuilt(payload.shift[path], found.get(path), dropout, layer.base, dtype)
+            for path, layer in self.layers.items()
+            if path in payload.shift
+        }
 
     def _low_rank_updates(self, adapter: Adapter, dropout: float) -> dict[str, LowRank]:
         device, dtype = self.device, self.dtype

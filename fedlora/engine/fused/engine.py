@@ -25,9 +25,12 @@ from fedlora.types import (
     Evaluation,
     Failure,
     MaskedScale,
+    Payload,
+    SparseDelta,
     TrainJob,
     Update,
     at_least,
+    is_low_rank,
     one_of,
 )
 
@@ -113,12 +116,11 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
-        alone = [j for j in jobs if not isinstance(j.start, Mapping)]
-        for job in alone:
-            scaled = isinstance(job.start, MaskedScale)
-            self._note("SPP one by one" if scaled else "sparse updates one by one")
+        alone = [j for j in jobs if not is_low_rank(j.start)]
+        for reason in dict.fromkeys(_why_alone(j.start) for j in alone):
+            self._note(reason)
         chains: list[Chain] = []
-        for planned in self._planner.chains([j for j in jobs if isinstance(j.start, Mapping)]):
+        for planned in self._planner.chains([j for j in jobs if is_low_rank(j.start)]):
             if isinstance(planned, Chain):
                 chains.append(planned)
             else:
@@ -219,6 +221,15 @@ class AutoEngine(FusedEngine):
         schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
         alone = sum(model.seconds(f.rows * f.width, 1) for w in works for f in w.forwards)
         return model.predict(schedule) < alone
+
+
+def _why_alone(start: Payload) -> str:
+    """Why a job that starts from this cannot run in one forward with others."""
+    if isinstance(start, SparseDelta):
+        return "sparse updates one by one"
+    if isinstance(start, MaskedScale):
+        return "SPP one by one"
+    return "moved bases one by one: a fused step has one frozen base for all clients"
 
 
 def _free_memory(device: torch.device) -> float:
