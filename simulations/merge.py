@@ -13,10 +13,9 @@ import torch
 from omegaconf import OmegaConf
 
 from fedlora.config import ConfigError, build
-from fedlora.models.export import load_peft, load_update, merge
+from fedlora.models.export import SPP, load_peft, load_update, merge
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
-from fedlora.models.spp_peft import FILE as SPP_FILE
 from fedlora.models.spp_peft import load_spp
 
 
@@ -35,7 +34,7 @@ def merge_run(run: Path, target: Path) -> None:
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
     model = spec.load(torch.device("cpu"))
     adapter, info = run / "adapter", model.info
-    if (adapter / SPP_FILE).is_file():
+    if (adapter / SPP).is_file():
         merge(model, load_spp(adapter), target)
     elif (run / "update").is_dir():
         merge(model, load_update(run / "update", info), target)
