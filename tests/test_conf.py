@@ -22,6 +22,7 @@ NEEDED = {
     "model=hf": ["model.path=somewhere"],
     "client=spp": ["strategy=spp"],
     "engine=faulty": ["engine.raise_share=0.2"],
+    "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
 }
 
 
