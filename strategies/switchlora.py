@@ -141,8 +141,8 @@ class SwitchLoRA(LoRAStrategy):
         plan = setup.client
         if plan.technique != "lora":
             raise ValueError(
-                f"client.technique={plan.technique} with strategy=switchlora: vectors are exchanged "
-                "in LoRA's factors; use client=switchlora"
+                f"client.technique={plan.technique} with strategy=switchlora: it exchanges vectors "
+                "of LoRA's factors; use client=switchlora"
             )
         if self.switching is None or plan.switch is None:
             raise ValueError(
