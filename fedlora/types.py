@@ -233,6 +233,37 @@ class SelfPrune:
 
 
 @dataclass(frozen=True)
+class Switching:
+    """SwitchLoRA's exchange of low-rank vectors during training (`fedlora.switch`)."""
+
+    interval: float = 40.0
+    """Expected steps between two exchanges in one slot of one factor, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which exchanges are 0.3 as frequent."""
+    freeze: int = 5
+    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
+    void in any case."""
+    choice: str = "ring"
+    """The next vector of the pool: in its order (``ring``), or any that is in no slot
+    (``random``)."""
+    count_frozen: bool = True
+    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
+    are half as large, a warm-up."""
+
+    def __post_init__(self) -> None:
+        at_least("client.switch.interval", self.interval, 0, strict=True)
+        at_least("client.switch.ratio", self.ratio, 0, strict=True)
+        at_least("client.switch.freeze", self.freeze, 0)
+        one_of("client.switch.choice", self.choice, ("ring", "random"))
+        if self.interval < 2 * self.freeze:
+            raise ValueError(
+                f"client.switch.interval={self.interval:g} is less than twice "
+                f"client.switch.freeze={self.freeze}: vectors would be exchanged while they are "
+                f"frozen; choose interval >= {2 * self.freeze}"
+            )
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
