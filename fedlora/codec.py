@@ -1,8 +1,8 @@
 """The only place where values change representation for the wire.
 
-A payload (factors or a sparse delta) is one flat array and a JSON header, because 192 small arrays
-cost twenty times more to pack than one of the same size. NumPy has no bfloat16, so bfloat16
-travels as the bit pattern in uint16 and comes back as float32.
+A payload (factors, a sparse delta, or factors over a moved base) is one flat array and a JSON
+header, because 192 small arrays cost twenty times more to pack than one of the same size. NumPy has
+no bfloat16, so bfloat16 travels as the bit pattern in uint16 and comes back as float32.
 
 A Flower message carries a cohort: the distinct start payloads once, however many clients share
 them, and one row per job. Layout of a request (`RecordDict`):
@@ -39,9 +39,11 @@ from fedlora.types import (
     LocalPlan,
     Payload,
     Ranks,
+    Rebased,
     SparseDelta,
     TrainJob,
     Update,
+    is_low_rank,
     payload_floats,
     payload_tensors,
 )
@@ -72,10 +74,13 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     if isinstance(payload, SparseDelta):
         header["sparse"] = [payload.seed, payload.density]
         header["values"] = [[path, v.numel()] for path, v in payload.values.items()]
-    else:
-        header["factors"] = [
-            [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
-        ]
+        return array, json.dumps(header)
+    if isinstance(payload, Rebased):
+        header["shift"] = [[path, *t.shape] for path, t in payload.shift.items()]
+        payload = payload.factors
+    header["factors"] = [
+        [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
+    ]
     return array, json.dumps(header)
 
 
@@ -95,13 +100,17 @@ def decode_payload(array: Flat, header: str) -> Payload:
         seed, density = h["sparse"]
         values = zip((path for path, _ in h["values"]), flat.split(sizes), strict=True)
         return SparseDelta(int(seed), float(density), {p: v.clone() for p, v in values})
-    sizes = [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
+    moved = h.get("shift", [])
+    sizes = [m * d for _, m, d in moved]
+    sizes += [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
     _check_length(flat, sum(sizes))
     parts = iter(flat.split(sizes))
-    return {
+    shift = {path: next(parts).view(m, d).clone() for path, m, d in moved}
+    factors = {
         path: Factors(next(parts).view(r, d).clone(), next(parts).view(m, r).clone(), alpha)
         for path, r, m, d, alpha in h["factors"]
     }
+    return Rebased(shift, factors) if "shift" in h else factors
 
 
 def _check_length(flat: torch.Tensor, expected: int) -> None:
@@ -116,7 +125,7 @@ def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
 
 def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
     """Bytes that a real client would send: a factor that the plan froze stays where it is."""
-    if isinstance(payload, SparseDelta):
+    if not is_low_rank(payload):
         return payload_bytes(payload, dtype)
     sent = {"a": plan.train_a, "b": plan.train_b}
     floats = sum(t.numel() for name, t in payload_tensors(payload) if sent[name[-1]])

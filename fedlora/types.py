@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -153,8 +153,30 @@ class SparseDelta:
         share("density", self.density)
 
 
-Payload: TypeAlias = Adapter | SparseDelta
+@dataclass(frozen=True)
+class Rebased:
+    """Factors over a base that has moved: ``W + shift + (alpha / r) B A`` (SwitchLoRA)."""
+
+    shift: Mapping[str, Tensor]
+    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
+    factors: Adapter = field(default_factory=dict)
+    """Of modules that are in ``shift``; none: a dense update and nothing to train."""
+
+    def __post_init__(self) -> None:
+        for path, f in self.factors.items():
+            shape = (f.b.shape[0], f.a.shape[1])
+            if path not in self.shift or tuple(self.shift[path].shape) != shape:
+                found = tuple(self.shift[path].shape) if path in self.shift else "none"
+                raise ValueError(f"{path}: factors of a layer {shape} over the shift {found}")
+
+
+Payload: TypeAlias = Adapter | SparseDelta | Rebased
 """What a client receives and returns."""
+
+
+def is_low_rank(payload: Payload) -> TypeGuard[Adapter]:
+    """Whether a payload is factors over the base as it is, and nothing else."""
+    return not isinstance(payload, SparseDelta | Rebased)
 
 
 def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
@@ -162,10 +184,14 @@ def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
     if isinstance(payload, SparseDelta):
         for path, values in payload.values.items():
             yield f"{path}/values", values
-    else:
-        for path, f in payload.items():
-            yield f"{path}/a", f.a
-            yield f"{path}/b", f.b
+        return
+    if isinstance(payload, Rebased):
+        for path, shift in payload.shift.items():
+            yield f"{path}/shift", shift
+        payload = payload.factors
+    for path, f in payload.items():
+        yield f"{path}/a", f.a
+        yield f"{path}/b", f.b
 
 
 def payload_floats(payload: Payload) -> int:
@@ -249,6 +275,10 @@ class Switching:
     count_frozen: bool = True
     """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
     are half as large, a warm-up."""
+    total: int = 0
+    """Steps of the whole run; whoever plans the run sets it."""
+    first: int = 0
+    """How many of them are done."""
 
     def __post_init__(self) -> None:
         at_least("client.switch.interval", self.interval, 0, strict=True)
@@ -303,6 +333,8 @@ class LocalPlan:
     train_a: bool = True
     train_b: bool = True
     self_prune: SelfPrune | None = None
+    switch: Switching | None = None
+    """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""
 
     def __post_init__(self) -> None:
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
@@ -384,8 +416,9 @@ class Update:
     @cached_property
     def adapter(self) -> Adapter:
         """The payload, which must be low-rank factors."""
-        if isinstance(self.payload, SparseDelta):
-            raise TypeError(f"client {self.client.id} sent a SparseDelta where factors were due")
+        if isinstance(self.payload, SparseDelta | Rebased):
+            kind = type(self.payload).__name__
+            raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
         return self.payload
 
 

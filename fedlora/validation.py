@@ -5,7 +5,16 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.types import Adapter, Client, Factors, Payload, SparseDelta, Update, payload_tensors
+from fedlora.types import (
+    Adapter,
+    Client,
+    Factors,
+    Payload,
+    Rebased,
+    SparseDelta,
+    Update,
+    payload_tensors,
+)
 
 
 class RejectedUpdate(ValueError):
@@ -24,6 +33,7 @@ def check_update(
     max_norm: float,
     *,
     allow_shrink: bool = False,
+    dense: bool = False,
 ) -> None:
     """Refuse an update that is not what was asked for, is not finite or went too far.
 
@@ -34,13 +44,14 @@ def check_update(
         max_norm: bound on the Frobenius norm of the change of the effective weights,
             ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
         allow_shrink: ranks may be smaller than expected (self-pruning was planned).
+        dense: from a moved base a dense update is due, not factors (local exchanges were planned).
 
     Raises:
         RejectedUpdate: naming the client, the first thing wrong, and what was expected.
     """
     reason = (
         _wrong_sender(update, expected)
-        or _wrong_form(update, expected, start, allow_shrink)
+        or _wrong_form(update, expected, start, allow_shrink, dense)
         or _wrong_dtype(update.payload)
         or not_finite(update.payload)
     )
@@ -81,7 +92,22 @@ def change_norm(start: Payload, end: Payload) -> float:
             for p, v in start.values.items()
         ]
         return math.sqrt(math.fsum(squares))
+    if isinstance(end, Rebased):
+        return math.sqrt(math.fsum(_dense_squares(start, end)))
+    start = start.factors if isinstance(start, Rebased) else start
     return math.sqrt(math.fsum(_squared_change(start[path], f) for path, f in end.items()))
+
+
+def _dense_squares(start: Payload, end: Rebased) -> list[float]:
+    if not isinstance(start, Rebased):
+        raise TypeError("a dense update and factors over the base itself have no common change")
+    squares = []
+    for path, shift in end.shift.items():
+        moved = shift.double() - start.shift[path].double()
+        if path in start.factors:
+            moved -= start.factors[path].delta().double()
+        squares.append(float(moved.square().sum()))
+    return squares
 
 
 def _squared_change(start: Factors, end: Factors) -> float:
@@ -101,8 +127,14 @@ def _wrong_sender(update: Update, expected: Client) -> str:
     return ""
 
 
-def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) -> str:
+def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool, dense: bool) -> str:
     payload = update.payload
+    if isinstance(start, Rebased) and dense:
+        return _wrong_shift(payload, start)
+    if isinstance(start, Rebased):
+        start = start.factors
+    if isinstance(payload, Rebased):
+        return "it holds a dense update where factors or a SparseDelta were due"
     if isinstance(start, SparseDelta):
         if isinstance(payload, SparseDelta):
             return _wrong_delta(payload, start)
@@ -169,6 +201,19 @@ def _wrong_delta(delta: SparseDelta, start: SparseDelta) -> str:
                 f"{path}: values {tuple(values.shape)}, "
                 f"the mask has {tuple(start.values[path].shape)}"
             )
+    return ""
+
+
+def _wrong_shift(payload: Payload, start: Rebased) -> str:
+    if not isinstance(payload, Rebased) or payload.factors:
+        return "it holds factors where a dense update was due"
+    wrong = _wrong_names(payload.shift.keys(), start.shift.keys())
+    if wrong:
+        return wrong
+    for path, shift in payload.shift.items():
+        if shift.shape != start.shift[path].shape:
+            due = tuple(start.shift[path].shape)
+            return f"{path}: an update {tuple(shift.shape)}, the layer is {due}"
     return ""
 
 

@@ -29,11 +29,11 @@ from fedlora.population import Population, Roster, enroll, panel
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, Session
 from fedlora.tracking import Trackers, Tracking, track
-from fedlora.types import LocalPlan, Setting, SparseDelta
+from fedlora.types import LocalPlan, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
 from simulations.compose import absolute
 from simulations.runtime import Runtime
-from strategies.base import LoRAStrategy
+from strategies.base import LoRAStrategy, Setup
 
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -114,7 +114,7 @@ def build_parts(cfg: DictConfig) -> Parts:
             f"name={cfg.name!r} must be letters, digits and any of '_.,=+- ', not starting with a "
             "dot: it becomes a folder of output_dir"
         )
-    return Parts(
+    parts = Parts(
         name=str(cfg.name),
         seed=cfg.seed,
         output_dir=str(cfg.output_dir),
@@ -133,6 +133,12 @@ def build_parts(cfg: DictConfig) -> Parts:
         federation=part("federation", Rounds),
         resolved={str(k): v for k, v in resolved.items()},
     )
+    quantization = str(getattr(parts.model, "quantization", "none"))
+    try:
+        parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return parts
 
 
 def run_folder(parts: Parts) -> Path:
@@ -340,12 +346,20 @@ def _report(folder: Path, emit: Callable[[str], None]) -> None:
 
 
 def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
-    """The global adapter at the population's largest ranks, in PEFT's format."""
-    from fedlora.models.export import save_peft  # PEFT: seconds that a start need not wait
+    """The global adapter at the population's largest ranks, in PEFT's format; ``update/`` if the
+    method's update is more than two factors per layer."""
+    from fedlora.models.export import save_peft, save_update  # PEFT: seconds nobody need wait
 
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
+        return
+    if isinstance(adapter, Rebased):
+        save_update(adapter, info, session.folder / "update")
+        session.emit(
+            "update/ instead of adapter/: the update is of full rank; simulations.merge adds it to "
+            "the model"
+        )
         return
     base = str(parts.model.resolved().folder())
     save_peft(adapter, info, session.folder / "adapter", base, parts.client.dropout)

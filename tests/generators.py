@@ -19,6 +19,7 @@ from fedlora.types import (
     Module,
     Payload,
     Ranks,
+    Rebased,
     Setting,
     SparseDelta,
     Update,
@@ -34,6 +35,19 @@ MODULES = (
 
 TIERS: Mapping[str, tuple[int, int]] = {"T1": (1, 2), "T2": (2, 2), "T3": (2, 5), "T4": (5, 6)}
 """(attention, mlp) ranks by tier."""
+
+
+ROOMY = tuple(replace(m, d_out=m.d_out + 5, d_in=m.d_in + 5) for m in MODULES)
+"""The same, where one more than any tier's rank still leaves vectors to exchange (SwitchLoRA)."""
+
+
+def roomy_setting(tiers: Sequence[str] = ("T1", "T2", "T3", "T4", "T1", "T4")) -> Setting:
+    """The population of `setting`, with ranks one larger, on `ROOMY` modules."""
+    usual = setting(tiers)
+    clients = tuple(
+        replace(c, ranks=Ranks({p: r + 1 for p, r in c.ranks.items()})) for c in usual.clients
+    )
+    return replace(usual, modules=ROOMY, clients=clients)
 
 
 def ranks_of(tier: str) -> Ranks:
@@ -59,7 +73,8 @@ def setting(
 
 
 def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
-    """A start payload after some training: the same form, every number moved, float64."""
+    """A start payload after some training: every number moved, float64; the same form, but of
+    factors over a moved base only the factors."""
     g = torch_generator(seed, "test-training")
 
     def moved(t: Tensor) -> Tensor:
@@ -67,6 +82,8 @@ def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
 
     if isinstance(payload, SparseDelta):
         return replace(payload, values={p: moved(v) for p, v in payload.values.items()})
+    if isinstance(payload, Rebased):
+        payload = payload.factors
     return {p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()}
 
 
@@ -80,6 +97,12 @@ def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
 
 def dense(payload: Payload, modules: Sequence[Module] = MODULES) -> dict[str, Tensor]:
     """What a payload adds to the base weights."""
+    if isinstance(payload, Rebased):
+        products = {
+            p: Factors(f.a.double(), f.b.double(), f.alpha).delta()
+            for p, f in payload.factors.items()
+        }
+        return {p: d.double() + products.get(p, 0.0) for p, d in payload.shift.items()}
     if not isinstance(payload, SparseDelta):
         return {p: f.delta() for p, f in payload.items()}
     out = {}

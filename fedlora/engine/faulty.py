@@ -20,6 +20,7 @@ from fedlora.types import (
     Factors,
     Failure,
     Payload,
+    Rebased,
     SparseDelta,
     TrainJob,
     Update,
@@ -113,6 +114,10 @@ def _spoiled(payload: Payload, fault: str) -> Payload:
             values[:-1] if fault == "shape" else values.index_fill(0, torch.tensor([0]), torch.nan)
         )
         return replace(payload, values={**payload.values, path: bad})
+    if isinstance(payload, Rebased):
+        path, shift = next(iter(payload.shift.items()))
+        bad = shift[:-1] if fault == "shape" else torch.full_like(shift, torch.nan)
+        return replace(payload, shift={**payload.shift, path: bad}, factors={})
     path, f = next(iter(payload.items()))
     if fault == "shape":
         spoiled = Factors(f.a[:, :-1], f.b, f.alpha)

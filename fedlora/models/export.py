@@ -22,8 +22,9 @@ from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
-from fedlora.types import Adapter, Factors, Payload
+from fedlora.types import Adapter, Factors, Payload, Rebased
 
+UPDATE = "update.safetensors"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
@@ -97,6 +98,32 @@ def save_peft(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = f.a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = f.b.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_update(update: Rebased, info: ModelInfo, folder: Path) -> None:
+    """Write the dense change of every adapted layer, ``<path>: [d_out, d_in]``, as safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, shift in update.shift.items():
+        f = update.factors.get(path)
+        tensors[path] = (shift if f is None else shift + f.delta()).detach().cpu().contiguous()
+    save_file(tensors, folder / UPDATE, metadata={"base": info.fingerprint})
+
+
+def load_update(folder: Path, info: ModelInfo) -> Rebased:
+    """The inverse of `save_update`.
+
+    Raises:
+        ModelError: if there is none, or it is of another base model.
+    """
+    file = folder / UPDATE
+    if not file.is_file():
+        raise ModelError(f"{folder} lacks {UPDATE}")
+    with safe_open(file, framework="pt") as stored:
+        made_for = (stored.metadata() or {}).get("base", "")
+        if made_for != info.fingerprint:
+            raise ModelError(f"{file} is of another base model ({made_for[:12]})")
+        return Rebased({m.path: stored.get_tensor(m.path) for m in info.modules})
 
 
 def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fedlora.models.layers import (
     AdaptedLinear,
     LowRank,
+    Rebuilt,
     SparseValues,
     dropout_bits,
     mask_index,
@@ -17,7 +18,7 @@ from fedlora.models.layers import (
 from fedlora.models.modules import ModelInfo, check_adapter, check_paths
 from fedlora.models.qkv import join_state
 from fedlora.seeding import mask_noise
-from fedlora.types import Adapter, Payload, SparseDelta
+from fedlora.types import Adapter, Payload, Rebased, SparseDelta
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
 
@@ -89,7 +90,9 @@ class LanguageModel:
         Raises:
             ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
         """
-        updates = {} if payload is None else self.updates(payload, dropout)
+        updates: Mapping[str, LowRank | SparseValues] = (
+            {} if payload is None else self.updates(payload, dropout)
+        )
         self._sparse = (payload.seed, payload.density) if isinstance(payload, SparseDelta) else None
         for path, layer in self.layers.items():
             layer.update = updates.get(path)
@@ -128,15 +131,18 @@ class LanguageModel:
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""
         mounted = (layer.update for layer in self.layers.values())
-        return [(u.a, u.b) for u in mounted if isinstance(u, LowRank)]
+        return [(u.a, u.b) for u in mounted if isinstance(u, LowRank) and u.parameters()]
 
     def payload(self) -> Payload:
-        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``)."""
+        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``).
+
+        Of factors over a moved base it is the factors: the base has not moved since.
+        """
         if self._sparse is None:
             return {
                 path: layer.update.factors()
                 for path, layer in self.layers.items()
-                if isinstance(layer.update, LowRank)
+                if isinstance(layer.update, LowRank) and layer.update.parameters()
             }
         seed, density = self._sparse
         values = {
@@ -180,8 +186,27 @@ class LanguageModel:
         if isinstance(payload, SparseDelta):
             check_paths(payload.values, self.info)
             return dict(self._sparse_updates(payload))
+        if isinstance(payload, Rebased):
+            return dict(self._rebuilt(payload, dropout))
         check_adapter(payload, self.info)
         return dict(self._low_rank_updates(payload, dropout))
+
+    def _rebuilt(self, payload: Rebased, dropout: float) -> dict[str, Rebuilt]:
+        check_paths(payload.shift, self.info)
+        check_adapter(payload.factors, self.info)
+        for m in self.info.modules:
+            shift = payload.shift.get(m.path)
+            if shift is not None and tuple(shift.shape) != (m.d_out, m.d_in):
+                raise ValueError(
+                    f"{m.path}: a shift {tuple(shift.shape)} does not fit a layer with "
+                    f"d_out={m.d_out}, d_in={m.d_in}"
+                )
+        found, dtype = payload.factors, self.dtype
+        return {
+            path: Rebuilt(payload.shift[path], found.get(path), dropout, layer.base, dtype)
+            for path, layer in self.layers.items()
+            if path in payload.shift
+        }
 
     def _low_rank_updates(self, adapter: Adapter, dropout: float) -> dict[str, LowRank]:
         device, dtype = self.device, self.dtype

@@ -15,7 +15,7 @@ from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.modules import check_adapter
-from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload, SparseDelta
+from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload, Rebased, SparseDelta
 
 log = logging.getLogger(__name__)
 
@@ -108,8 +108,9 @@ class FusedEvaluator:
 
     def _task(self, job: EvaluateJob, slot: int) -> Task:
         plan, who, store = job.plan, job.client.id, self._store
-        if isinstance(job.adapter, SparseDelta):
-            raise TypeError("the fused engine evaluates low-rank factors, not a SparseDelta")
+        if isinstance(job.adapter, SparseDelta | Rebased):
+            kind = type(job.adapter).__name__
+            raise TypeError(f"the fused engine evaluates low-rank factors, not a {kind}")
         if job.adapter is not None:
             check_adapter(job.adapter, self._fused.model.info)
         if store.count(who, plan.split) == 0:
@@ -187,7 +188,7 @@ class FusedEvaluator:
 
 def _factors(payload: Payload | None) -> Adapter:
     """The bare base model is an adapter of no module."""
-    assert not isinstance(payload, SparseDelta)
+    assert not isinstance(payload, SparseDelta | Rebased)
     return {} if payload is None else payload
 
 
