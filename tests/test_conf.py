@@ -21,6 +21,7 @@ NEEDED = {
     "data=jsonl": ["data.path=records.jsonl"],
     "model=hf": ["model.path=somewhere"],
     "engine=faulty": ["engine.raise_share=0.2"],
+    "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
 }
 
 
