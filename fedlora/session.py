@@ -29,7 +29,6 @@ from fedlora.types import (
     Payload,
     Ranks,
     Setting,
-    SparseDelta,
     TrainJob,
     Update,
     at_least,
@@ -453,7 +452,7 @@ class Session:
     def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""
         adapter = self.method.global_adapter(self.state)
-        if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
+        if not isinstance(adapter, Mapping) or not isinstance(updates[0].payload, Mapping):
             return {}
         # A split client sends what it holds of the model; what all have sent can be compared.
         sent = [p for p in adapter if all(p in u.adapter for u in updates)]

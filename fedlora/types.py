@@ -153,7 +153,43 @@ class SparseDelta:
         share("density", self.density)
 
 
-Payload: TypeAlias = Adapter | SparseDelta
+@dataclass(frozen=True)
+class MaskedScale:
+    """A multiplicative update of a pruned base, which keeps every zero (SPP).
+
+    With ``r = blocks[path]``, ``s = lora_alpha / r`` and ``g(i) = floor(i r / d_out)`` a module's
+    weight becomes ``W ∘ (1 + s F)``, ``F[i, j] = beta[i] alpha[g(i), j]``, after the factors of
+    `merges` have been multiplied into ``W``. What a client need not be told, or does not change, is
+    left out of the mappings. Computed with in `fedlora.spp`.
+    """
+
+    mask: str
+    """Identity of the base's zeros (`fedlora.prune.masks.identity`): on others it means nothing."""
+    lora_alpha: float
+    blocks: Mapping[str, int]
+    """Module path -> rank ``r`` of the common factors."""
+    alpha: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[r, d_in]``, or of a smaller rank that divides ``r``."""
+    beta: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[d_out]``."""
+    tied: Mapping[str, int] = field(default_factory=dict)
+    """Modules of which a client trains a change of ``alpha`` of this rank: neighbouring rows of
+    ``alpha`` change alike."""
+    change: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[tied, d_in]``, that change; none yet: zero."""
+    merges: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
+    """In this order ``1 + s Σ_k F_k`` was multiplied into ``W``: module path ->
+    ``alpha [k, r, d_in]`` and ``beta [k, d_out]``."""
+    trains: str = "both"
+    """``alpha``, ``beta`` or ``both``: what a client changes and sends back."""
+    seed: int = -1
+    """Of ``alpha`` where it is drawn (`fedlora.initial.initial_a`) rather than sent; -1: sent."""
+
+    def __post_init__(self) -> None:
+        one_of("trains", self.trains, ("alpha", "beta", "both"))
+
+
+Payload: TypeAlias = Adapter | SparseDelta | MaskedScale
 """What a client receives and returns."""
 
 
@@ -162,6 +198,14 @@ def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
     if isinstance(payload, SparseDelta):
         for path, values in payload.values.items():
             yield f"{path}/values", values
+    elif isinstance(payload, MaskedScale):
+        for name in ("alpha", "beta", "change"):
+            for path, t in getattr(payload, name).items():
+                yield f"{path}/{name}", t
+        for i, merge in enumerate(payload.merges):
+            for path, (alpha, beta) in merge.items():
+                yield f"{path}/merges/{i}/alpha", alpha
+                yield f"{path}/merges/{i}/beta", beta
     else:
         for path, f in payload.items():
             yield f"{path}/a", f.a
@@ -353,8 +397,9 @@ class Update:
     @cached_property
     def adapter(self) -> Adapter:
         """The payload, which must be low-rank factors."""
-        if isinstance(self.payload, SparseDelta):
-            raise TypeError(f"client {self.client.id} sent a SparseDelta where factors were due")
+        if not isinstance(self.payload, Mapping):
+            kind = type(self.payload).__name__
+            raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
         return self.payload
 
 

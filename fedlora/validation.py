@@ -1,11 +1,21 @@
 """What the server checks before it lets an update into the average. Nothing is repaired."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from fedlora.types import Adapter, Client, Factors, Payload, SparseDelta, Update, payload_tensors
+from fedlora.spp import factor, scale, spread
+from fedlora.types import (
+    Adapter,
+    Client,
+    Factors,
+    MaskedScale,
+    Payload,
+    SparseDelta,
+    Update,
+    payload_tensors,
+)
 
 
 class RejectedUpdate(ValueError):
@@ -72,7 +82,12 @@ def change_norm(start: Payload, end: Payload) -> float:
 
     With ``B = [s_1 B_1, -s_0 B_0]`` and ``A = [A_1; A_0]`` the squared norm of ``B A`` is the
     sum of ``(BᵀB) * (A Aᵀ)``: Gram matrices of the size of the ranks, in float64 as they cancel.
+    Of scales it is the norm of the change of ``s F``: relative to the weights, which are not known.
     """
+    if isinstance(start, MaskedScale) or isinstance(end, MaskedScale):
+        if not (isinstance(start, MaskedScale) and isinstance(end, MaskedScale)):
+            raise TypeError("a MaskedScale and another payload have no common change")
+        return _scale_change(start, end)
     if isinstance(start, SparseDelta) or isinstance(end, SparseDelta):
         if not (isinstance(start, SparseDelta) and isinstance(end, SparseDelta)):
             raise TypeError("factors and a SparseDelta have no common change")
@@ -90,6 +105,22 @@ def _squared_change(start: Factors, end: Factors) -> float:
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
 
 
+def _scale_change(start: MaskedScale, end: MaskedScale) -> float:
+    squares = []
+    for path, beta in start.beta.items():
+        alpha, change = start.alpha.get(path), end.change.get(path)
+        if alpha is None:  # drawn by clients and left alone; its rows are no longer than 1
+            alpha = torch.ones(start.blocks[path], 1)
+        new = end.alpha.get(path, alpha).double()
+        if change is not None:
+            new = new + spread(change.double(), len(new))
+        moved = factor(new, end.beta.get(path, beta).double()) - factor(
+            alpha.double(), beta.double()
+        )
+        squares.append((scale(start, path) * float(moved.norm())) ** 2)
+    return math.sqrt(math.fsum(squares))
+
+
 def _wrong_sender(update: Update, expected: Client) -> str:
     n = update.num_examples
     if update.client.id != expected.id:
@@ -103,12 +134,12 @@ def _wrong_sender(update: Update, expected: Client) -> str:
 
 def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) -> str:
     payload = update.payload
-    if isinstance(start, SparseDelta):
-        if isinstance(payload, SparseDelta):
-            return _wrong_delta(payload, start)
-        return "it holds factors where a SparseDelta was due"
-    if isinstance(payload, SparseDelta):
-        return "it holds a SparseDelta where factors were due"
+    if isinstance(start, SparseDelta) and isinstance(payload, SparseDelta):
+        return _wrong_delta(payload, start)
+    if isinstance(start, MaskedScale) and isinstance(payload, MaskedScale):
+        return _wrong_scale(payload, start)
+    if not (isinstance(start, Mapping) and isinstance(payload, Mapping)):
+        return f"it holds {_kind(payload)} where {_kind(start)} {_were(start)} due"
     wrong = _wrong_names(payload.keys(), start.keys())
     if wrong:
         return wrong
@@ -117,6 +148,14 @@ def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) 
         if wrong:
             return f"{path}: {wrong}"
     return _wrong_ranks(update, payload)
+
+
+def _kind(payload: Payload) -> str:
+    return "factors" if isinstance(payload, Mapping) else f"a {type(payload).__name__}"
+
+
+def _were(payload: Payload) -> str:
+    return "were" if isinstance(payload, Mapping) else "was"
 
 
 def _wrong_names(found: Iterable[str], due: Iterable[str]) -> str:
@@ -169,6 +208,33 @@ def _wrong_delta(delta: SparseDelta, start: SparseDelta) -> str:
                 f"{path}: values {tuple(values.shape)}, "
                 f"the mask has {tuple(start.values[path].shape)}"
             )
+    return ""
+
+
+def _wrong_scale(update: MaskedScale, start: MaskedScale) -> str:
+    if update.mask != start.mask:
+        return (
+            f"it was trained on a base pruned with the mask {update.mask}, the server's is "
+            f"{start.mask}: one mask for all"
+        )
+    for name in ("lora_alpha", "blocks", "tied", "trains", "seed"):
+        got, due = getattr(update, name), getattr(start, name)
+        if got != due:
+            return f"{name} {got!r}, expected {due!r}"
+    rows = start.alpha if start.trains != "beta" else {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "alpha": {p: tuple(t.shape) for p, t in rows.items() if p not in start.tied},
+        "beta": {p: tuple(t.shape) for p, t in start.beta.items() if start.trains != "alpha"},
+        "change": {p: (k, rows[p].shape[1]) for p, k in start.tied.items() if p in rows},
+    }
+    for name, wanted in shapes.items():
+        found = getattr(update, name)
+        wrong = _wrong_names(found.keys(), wanted.keys())
+        if wrong:
+            return f"{name}: {wrong}"
+        for path, shape in wanted.items():
+            if tuple(found[path].shape) != shape:
+                return f"{path}: {name} {tuple(found[path].shape)}, expected {shape}"
     return ""
 
 

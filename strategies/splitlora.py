@@ -48,7 +48,6 @@ from fedlora.types import (
     LocalPlan,
     Ranks,
     Setting,
-    SparseDelta,
     TrainJob,
     Update,
     at_least,
@@ -178,11 +177,12 @@ class SplitLoRA(LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            if isinstance(self.aggregator.start_adapter(nested, first), SparseDelta):
+            start = self.aggregator.start_adapter(nested, first)
+            if not isinstance(start, Mapping):
                 raise ValueError(
-                    f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
-                    "updates; the stages of a split train low-rank factors: choose fedit, "
-                    "flexlora or heterolora"
+                    f"strategy.aggregator={type(self.aggregator).__name__} begins with a "
+                    f"{type(start).__name__}; the stages of a split train low-rank factors: "
+                    "choose fedit, flexlora or heterolora"
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)
@@ -260,7 +260,7 @@ class SplitLoRA(LoRAStrategy):
             if ranks is None or mine:
                 nested = under(state, part.prefix)
                 adapter = self.aggregator.global_adapter(nested, None if ranks is None else mine)
-                assert not isinstance(adapter, SparseDelta)
+                assert isinstance(adapter, Mapping)
                 found |= adapter
         for path in wanted:
             if path not in found:
@@ -309,7 +309,7 @@ class SplitLoRA(LoRAStrategy):
     def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
         """What an enlisted client's share of a part starts from."""
         start = self.aggregator.start_adapter(under(state, part.prefix), client)
-        assert not isinstance(start, SparseDelta)
+        assert isinstance(start, Mapping)
         return {p: start[p] for p in client.ranks}
 
     def _host(self, state: State, part: Part, examples: int = 1) -> Client:
@@ -481,7 +481,7 @@ class _Play:
 
     def _opening(self, i: int) -> Opening:
         job = self.jobs[i]
-        assert not isinstance(job.start, SparseDelta)
+        assert isinstance(job.start, Mapping)
         memory = self._memory(f"{i}/")
         return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
 

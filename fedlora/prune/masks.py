@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.models.folder import ModelError
+from fedlora.models.layers import dense_weight
+from fedlora.prune.activations import linear_layers
 
 Masks: TypeAlias = Mapping[str, Tensor]
 FILE = "masks.safetensors"
@@ -72,6 +74,12 @@ def check_zeros(masks: Masks, weight: Callable[[str], Tensor], where: str) -> No
                 f"{where}: the zeros of {path} are not where its mask says: {filled} weights of "
                 f"{mask.numel()} that should be zero are not, {lost} that should not be are zero"
             )
+
+
+def check_network(masks: Masks, network: nn.Module, where: str) -> None:
+    """`check_zeros` of a network's linear layers."""
+    layers = linear_layers(network, masks)
+    check_zeros(masks, lambda path: dense_weight(layers[path]), where)
 
 
 def save_masks(masks: Masks, folder: Path) -> str:

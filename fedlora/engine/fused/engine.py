@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -24,7 +24,7 @@ from fedlora.types import (
     EvaluateJob,
     Evaluation,
     Failure,
-    SparseDelta,
+    MaskedScale,
     TrainJob,
     Update,
     at_least,
@@ -113,13 +113,12 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
-        alone = [j for j in jobs if isinstance(j.start, SparseDelta)]
-        if alone:
-            self._note("sparse updates one by one")
+        alone = [j for j in jobs if not isinstance(j.start, Mapping)]
+        for job in alone:
+            scaled = isinstance(job.start, MaskedScale)
+            self._note("SPP one by one" if scaled else "sparse updates one by one")
         chains: list[Chain] = []
-        for planned in self._planner.chains(
-            [j for j in jobs if not isinstance(j.start, SparseDelta)]
-        ):
+        for planned in self._planner.chains([j for j in jobs if isinstance(j.start, Mapping)]):
             if isinstance(planned, Chain):
                 chains.append(planned)
             else:
@@ -146,9 +145,9 @@ class FusedEngine:
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         self.fused.require_free()
-        alone = [j for j in jobs if isinstance(j.adapter, SparseDelta)]
+        alone = [j for j in jobs if not isinstance(j.adapter, Mapping | None)]
         evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or USUAL_TOKENS)
-        yield from evaluator.evaluate([j for j in jobs if not isinstance(j.adapter, SparseDelta)])
+        yield from evaluator.evaluate([j for j in jobs if isinstance(j.adapter, Mapping | None)])
         if evaluator.rescue:
             self._note("clients of fused evaluations that failed one by one")
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
