@@ -66,6 +66,7 @@ class Method(Protocol):
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
     def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
+    def report(self, state: State) -> Mapping[str, float | int | str]: ...
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,8 @@ class Session:
     messages_per_worker: int = 4
     """Into how many messages a worker's share of a round is cut: as the engine likes it."""
     config_hash: str = ""
+    audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
+    """Looks at the global model after every round, for its record."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     done: int = field(init=False, default=0)
@@ -306,6 +309,9 @@ class Session:
         )
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
+        record |= self.method.report(self.state)
+        if self.audit is not None:
+            record |= self.audit(self.method.global_adapter(self.state))
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         # Records before the checkpoint: if a kill comes between, resuming drops them and repeats

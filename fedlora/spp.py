@@ -9,6 +9,7 @@ arXiv:2405.16057. ``F = B alpha`` where ``B [d_out, r]`` holds ``beta[i]`` in co
 ``r`` is an ``F`` of any multiple of ``r``, with rows of ``alpha`` repeated.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -61,6 +62,26 @@ def spread(alpha: Tensor, r: int) -> Tensor:
     return alpha.repeat_interleave(r // len(alpha), dim=0)
 
 
+def mean_factor(alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]) -> Tensor:
+    """``Σ_k p_k F_k``, ``[d_out, d_in]``: ranks may differ if each divides the largest.
+
+    Args:
+        alphas: ``[r_k, d_in]`` each.
+        betas: ``[d_out]`` each.
+        p: weights.
+    """
+    top = max(len(a) for a in alphas)
+    weighted = torch.stack([w * b for w, b in zip(p, betas, strict=True)])
+    return _stacked(torch.stack([spread(a, top) for a in alphas]), weighted)
+
+
+def _stacked(alpha: Tensor, beta: Tensor) -> Tensor:
+    """``Σ_k F_k`` as one product: alpha ``[k, r, d_in]``, beta ``[k, d_out]``."""
+    b = placed(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
+    wide = torch.promote_types(b.dtype, alpha.dtype)
+    return b.to(wide) @ alpha.flatten(0, 1).to(wide)
+
+
 def alpha_of(payload: MaskedScale, path: str) -> Tensor:
     """A module's ``alpha [r, d_in]`` with its tied change, if any, applied."""
     alpha = payload.alpha[path]
@@ -77,9 +98,7 @@ def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
     """``[d_out, d_in]``: what `merges` have multiplied a module's weight by; None: nothing."""
     gain: Tensor | None = None
     for merge in payload.merges:
-        alpha, beta = merge[path]  # [k, r, d_in], [k, d_out]
-        b = placed(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
-        step = 1 + scale(payload, path) * (b @ alpha.flatten(0, 1))
+        step = 1 + scale(payload, path) * _stacked(*merge[path])
         gain = step if gain is None else gain * step
     return gain
 

@@ -240,6 +240,8 @@ class Setting:
     clients: tuple[Client, ...]
     """The whole population, ``clients[i].id == i``; ranks are already clamped to the modules."""
     seed: int
+    mask: str = ""
+    """Identity of a pruned base's zeros (`fedlora.prune.masks`); empty: it is dense."""
 
     @property
     def max_ranks(self) -> Ranks:
@@ -280,6 +282,9 @@ class SelfPrune:
 class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
+    technique: str = "lora"
+    """What kind of update a client trains, which the strategy must be made for: ``lora``, or
+    ``spp`` on a pruned base."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``; fresh state every round."""
     lr: float = 1e-3
@@ -318,6 +323,7 @@ class LocalPlan:
     self_prune: SelfPrune | None = None
 
     def __post_init__(self) -> None:
+        one_of("client.technique", self.technique, ("lora", "spp"))
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("client.schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("client.loss", self.loss, ("full", "response"))

@@ -1,5 +1,7 @@
 """Add a run's adapter to its base model: a plain model in Hugging Face's layout.
 
+An update by SPP is multiplied into the pruned base; a zero that moved is an error.
+
 python -m simulations.merge outputs/flexlora-heavy_tail_strong-sotu-tiny-s0 merged/
 """
 
@@ -14,6 +16,8 @@ from fedlora.config import ConfigError, build
 from fedlora.models.export import load_peft, merge
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
+from fedlora.models.spp_peft import FILE as SPP_FILE
+from fedlora.models.spp_peft import load_spp
 
 
 def merge_run(run: Path, target: Path) -> None:
@@ -30,7 +34,9 @@ def merge_run(run: Path, target: Path) -> None:
     assert isinstance(config, dict)
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
     model = spec.load(torch.device("cpu"))
-    merge(model, load_peft(run / "adapter", model.info), target)
+    adapter = run / "adapter"
+    scaled = (adapter / SPP_FILE).is_file()
+    merge(model, load_spp(adapter) if scaled else load_peft(adapter, model.info), target)
     model.tokenizer.save_pretrained(target)
 
 

@@ -67,6 +67,17 @@ class LoRAStrategy(Strategy):
     checkpoint holds exactly this, so everything that matters to the next round must be in it.
     """
 
+    def objection(self, plan: LocalPlan) -> str:
+        """Why clients with this configured plan cannot serve the method, and what to use instead;
+        empty: they can. Asked when a run is composed."""
+        if plan.technique == "spp":
+            return (
+                "client=spp scales the weights of a pruned model by alpha and beta, and "
+                f"{type(self).__name__} aggregates LoRA's A and B: use strategy=spp, or "
+                "client=adamw"
+            )
+        return ""
+
     @abstractmethod
     def init_state(self, setting: Setting) -> State:
         """The state before round 1."""
@@ -113,6 +124,10 @@ class LoRAStrategy(Strategy):
         """By what the method weights its clients: the average against which the exactness gap is
         measured. Methods with a choice of weights override this."""
         return [float(u.num_examples) for u in updates]
+
+    def report(self, state: State) -> Mapping[str, float | int | str]:
+        """What the method has to say of its state after a round, for the round's record."""
+        return {}
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state whose global update is this dense one, as nearly as the method can hold it.

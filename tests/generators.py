@@ -5,17 +5,20 @@ the alphabetical one, so that a forgotten scale, a transpose or a lost order can
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedlora.initial import initial_a
 from fedlora.seeding import mask_noise, torch_generator
+from fedlora.spp import gain
 from fedlora.types import (
     Client,
     Factors,
+    MaskedScale,
     Module,
     Payload,
     Ranks,
@@ -25,6 +28,8 @@ from fedlora.types import (
 )
 
 ALPHA = 12.0
+MASK = "0123456789abcdef"
+"""Of a base that may be pruned; only methods that need one look at it."""
 
 MODULES = (
     Module("model.layers.2.self_attn.v_proj", "attention", d_out=6, d_in=5),
@@ -54,7 +59,12 @@ def setting(
         for i, t in enumerate(tiers)
     )
     return Setting(
-        modules=MODULES, model_parameters=parameters, alpha=alpha, clients=clients, seed=seed
+        modules=MODULES,
+        model_parameters=parameters,
+        alpha=alpha,
+        clients=clients,
+        seed=seed,
+        mask=MASK,
     )
 
 
@@ -67,7 +77,24 @@ def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
 
     if isinstance(payload, SparseDelta):
         return replace(payload, values={p: moved(v) for p, v in payload.values.items()})
+    if isinstance(payload, MaskedScale):
+        return _trained_scale(payload, moved)
     return {p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()}
+
+
+def _trained_scale(payload: MaskedScale, moved: Callable[[Tensor], Tensor]) -> MaskedScale:
+    """What its round trains has moved; what stays is kept, so that its effect can be seen."""
+    alpha, beta, change = (
+        {p: t.clone() for p, t in tensors.items()}
+        for tensors in (payload.alpha, payload.beta, payload.change)
+    )
+    if payload.trains != "alpha":
+        beta = {p: moved(b) for p, b in beta.items()}
+    if payload.trains != "beta":
+        change = {p: moved(torch.zeros(r, alpha[p].shape[1])) for p, r in payload.tied.items()}
+        alpha = {p: a if p in change else moved(a) for p, a in alpha.items()}
+    merges = tuple({p: (a.clone(), b.clone()) for p, (a, b) in m.items()} for m in payload.merges)
+    return replace(payload, alpha=alpha, beta=beta, change=change, merges=merges)
 
 
 def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
@@ -79,7 +106,15 @@ def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
 
 
 def dense(payload: Payload, modules: Sequence[Module] = MODULES) -> dict[str, Tensor]:
-    """What a payload adds to the base weights."""
+    """What a payload adds to the base weights; of a scale, to what they are multiplied by."""
+    if isinstance(payload, MaskedScale):
+        drawn = {
+            m.path: initial_a(payload.seed, m, payload.blocks[m.path])
+            for m in modules
+            if payload.seed >= 0
+        }
+        whole = replace(payload, alpha={**drawn, **payload.alpha})
+        return {m.path: gain(whole, m.path) - 1 for m in modules}
     if not isinstance(payload, SparseDelta):
         return {p: f.delta() for p, f in payload.items()}
     out = {}

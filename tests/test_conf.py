@@ -20,6 +20,7 @@ NEEDED = {
     # options that name something only a user can name
     "data=jsonl": ["data.path=records.jsonl"],
     "model=hf": ["model.path=somewhere"],
+    "client=spp": ["strategy=spp"],
     "engine=faulty": ["engine.raise_share=0.2"],
 }
 

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import dense_weight
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
-from fedlora.types import Adapter, Factors, Payload
+from fedlora.prune.masks import save_masks
+from fedlora.types import Adapter, Factors, MaskedScale, Payload
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -136,6 +138,7 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
 
     Raises:
         TypeError: if the base is quantised.
+        ModelError: if SPP would move a zero of its pruned base.
     """
     merged = model.base_state(payload)
     config: Any = model.network.config
@@ -145,6 +148,9 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     finally:
         config.use_cache = False
     model.tokenizer.save_pretrained(str(folder))
+    if isinstance(payload, MaskedScale):  # what keeps the base's zeros is a pruned model itself
+        masks = {p: (dense_weight(x.base) != 0).cpu() for p, x in model.layers.items()}
+        save_masks(masks, folder)
 
 
 def _number(alpha: float) -> Any:

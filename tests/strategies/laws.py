@@ -23,6 +23,7 @@ from fedlora.types import (
     Client,
     Factors,
     LocalPlan,
+    MaskedScale,
     Payload,
     Ranks,
     Setting,
@@ -71,6 +72,10 @@ def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
     if isinstance(payload, SparseDelta):
         values = {path: v.to(dtype) for path, v in payload.values.items()}
         return dataclasses.replace(payload, values=values)
+    if isinstance(payload, MaskedScale):
+        names = ("alpha", "beta", "change")
+        cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
+        return dataclasses.replace(payload, **cast)
     return {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
 
 
@@ -208,7 +213,9 @@ def examples_are_what_is_averaged(
     state = strategy.init_state(population)
     updates = cohort(strategy, state, population, seed, precision)
     first = updates[0].payload
-    if not isinstance(first, SparseDelta):
+    if isinstance(first, MaskedScale):
+        updates = [_with_alpha(u, first) for u in updates]
+    elif not isinstance(first, SparseDelta):
         updates = [
             dataclasses.replace(
                 u,
@@ -222,6 +229,12 @@ def examples_are_what_is_averaged(
     mean = {p: sum((part[p] for part in parts[1:]), parts[0][p]) for p in parts[0]}
     for got in effects(strategy, after, population):
         assert_close(got, mean, precision, "mean per example")
+
+
+def _with_alpha(update: Update, first: MaskedScale) -> Update:
+    """The same beta on the first client's alpha."""
+    assert isinstance(update.payload, MaskedScale)
+    return dataclasses.replace(update, payload=dataclasses.replace(first, beta=update.payload.beta))
 
 
 def inputs_are_not_touched(
@@ -299,7 +312,7 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
     for i, s in enumerate(states):
         for c in population.clients:
             payload = strategy.start_adapter(s, strategy.enlist(s, c))
-            if not isinstance(payload, SparseDelta):
+            if isinstance(payload, Mapping):
                 _assert_alive(payload, f"state {i}, client {c.id}")
 
 
@@ -326,7 +339,7 @@ def starts_have_the_ranks_of_their_clients(
                 strategy.start_adapter(state, e),
                 strategy.global_adapter(state, e.ranks),
             ):
-                if not isinstance(payload, SparseDelta):
+                if isinstance(payload, Mapping):
                     got = Ranks({p: f.rank for p, f in payload.items()})
                     assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
                     assert all(f.alpha == population.alpha for f in payload.values())
@@ -442,6 +455,8 @@ def _examples(strategy: LoRAStrategy) -> str:
 
 
 def _unequal(strategy: LoRAStrategy) -> str:
+    if strategy.objection(LocalPlan(technique="spp")) == "":
+        return "its clients are all sent the common factors; ranks say what they train of them"
     rule = getattr(strategy, "aggregator", strategy)
     if getattr(rule, "heterogeneous", "") == "smallest":
         return "all its clients train the smallest rank"
