@@ -13,10 +13,9 @@ import torch
 from omegaconf import OmegaConf
 
 from fedlora.config import ConfigError, build
-from fedlora.models.export import load_peft, merge
+from fedlora.models.export import SPP, load_peft, merge
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
-from fedlora.models.spp_peft import FILE as SPP_FILE
 from fedlora.models.spp_peft import load_spp
 
 
@@ -35,7 +34,7 @@ def merge_run(run: Path, target: Path) -> None:
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
     model = spec.load(torch.device("cpu"))
     adapter = run / "adapter"
-    scaled = (adapter / SPP_FILE).is_file()
+    scaled = (adapter / SPP).is_file()
     merge(model, load_spp(adapter) if scaled else load_peft(adapter, model.info), target)
     model.tokenizer.save_pretrained(target)
 

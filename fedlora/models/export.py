@@ -27,6 +27,9 @@ from fedlora.prune.masks import save_masks
 from fedlora.types import Adapter, Factors, MaskedScale, Payload
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SPP = "spp.safetensors"
+"""Beside or in place of these, where an adapter scales the base's weights
+(`fedlora.models.spp_peft`)."""
 
 _PREFIX = "base_model.model."
 
@@ -115,6 +118,11 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
     Raises:
         ModelError: if files are missing, or the adapter is more than two factors per linear layer.
     """
+    if (folder / SPP).is_file():
+        raise ModelError(
+            f"{folder} holds an SPP adapter, which scales the weights of a pruned base and adds "
+            "nothing to them: read it with fedlora.models.spp_peft.load_spp"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"

@@ -24,13 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.models.export import save_peft
+from fedlora.models.export import SPP, save_peft
 from fedlora.models.folder import ModelError
 from fedlora.models.modules import ModelInfo, check_scale
 from fedlora.spp import alpha_of, borders, factor
 from fedlora.types import Factors, MaskedScale, payload_tensors
-
-FILE = "spp.safetensors"
 
 
 class SppVariant(LoraVariant):
@@ -104,8 +102,9 @@ def spp_config(config: LoraConfig) -> LoraConfig:
 def save_spp(
     payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
-    """Write an SPP adapter: ``spp.safetensors`` with all of it and, unless factors were merged into
-    the base on the way, PEFT's files beside it.
+    """Write an SPP adapter: ``spp.safetensors`` with all of it, and PEFT's files where they can
+    hold it and cannot be taken for LoRA: nothing was merged into the base on the way, and no
+    module has rank 1, where the shapes of alpha and beta are those of A and B.
 
     Args:
         payload: of the modules it scales, at least one.
@@ -121,7 +120,7 @@ def save_spp(
     alpha = {p: alpha_of(payload, p) for p in payload.beta}
     whole = replace(payload, alpha=alpha, tied={}, change={}, trains="both", seed=-1)
     folder.mkdir(parents=True, exist_ok=True)
-    if not whole.merges:
+    if not whole.merges and min(len(a) for a in alpha.values()) > 1:
         factors = {
             p: Factors(alpha[p], beta[:, None].expand(-1, len(alpha[p])), payload.lora_alpha)
             for p, beta in payload.beta.items()
@@ -131,7 +130,7 @@ def save_spp(
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in payload_tensors(whole)}
     about = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
     about |= {"order": list(whole.beta), "merges": len(whole.merges)}
-    save_file(tensors, folder / FILE, metadata={"spp": json.dumps(about)})
+    save_file(tensors, folder / SPP, metadata={"spp": json.dumps(about)})
 
 
 def load_spp(folder: Path) -> MaskedScale:
@@ -140,9 +139,9 @@ def load_spp(folder: Path) -> MaskedScale:
     Raises:
         ModelError: if the folder holds no SPP adapter.
     """
-    if not (folder / FILE).is_file():
-        raise ModelError(f"{folder} holds no {FILE}: it is no SPP adapter")
-    with safe_open(folder / FILE, framework="pt") as file:
+    if not (folder / SPP).is_file():
+        raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
+    with safe_open(folder / SPP, framework="pt") as file:
         about = json.loads((file.metadata() or {})["spp"])
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     order = about["order"]

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 
+from fedlora.models.export import load_peft
 from fedlora.models.folder import ModelError
 from fedlora.models.spp_peft import load_spp, save_spp, spp_config
 from fedlora.types import payload_tensors
@@ -81,6 +82,16 @@ def test_peft_refuses_to_load_it_as_lora(tmp_path):
     save_spp(scale(model), model.info, tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(NETWORKS["llama"](), tmp_path)
+
+
+def test_rank_one_is_never_taken_for_lora(tmp_path):
+    """Its shapes would fit, so PEFT is shown nothing; our own reader refuses SPP as LoRA."""
+    model = pruned()
+    save_spp(scale(model, rank=1), model.info, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    assert set(load_spp(tmp_path).blocks.values()) == {1}
+    with pytest.raises(ModelError, match="holds an SPP adapter, which scales"):
+        load_peft(tmp_path)
 
 
 def test_what_was_merged_is_kept_and_not_shown_to_peft(tmp_path):
