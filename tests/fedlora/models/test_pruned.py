@@ -138,9 +138,8 @@ def test_the_audit_counts_zeros_that_a_merge_would_move(spec):
 @pytest.mark.slow
 def test_wanda_loses_less_than_magnitude(spec):
     """W4, on the tiny model: loss on later addresses with half of every layer's weights."""
-    from simulations.bench.sparse import loss_of, texts_of
-
     from fedlora.data.sotu import Sotu
+    from simulations.bench.sparse import loss_of, texts_of
 
     texts = texts_of(Tiny())
     wanda = replace(spec, pattern="0.5", calibration=Sotu(clients=400), clients=8, length=128)
