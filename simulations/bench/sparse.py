@@ -1,7 +1,8 @@
-"""What is left of a pruned model, and what training it with its zeros gives back.
+r"""What is left of a pruned model, and what training it with its zeros gives back.
 
     python -m simulations.bench.sparse                    the tiny model at 50 % and 2:4
-    python -m simulations.bench.sparse --model smollm2 --steps 20 --rates 1 --length 128
+    python -m simulations.bench.sparse --model smollm2 --patterns 2:4 --one-shot --others magnitude \
+        --steps 8 --rates 0.3 --length 64 --train 32 --held 16 --samples 32 --repeats 2
 
 State of the Union addresses: text of training clients prunes (Wanda, sequential) and trains, other
 clients' text chooses the learning rate, a third part is what the table shows. Every technique takes
@@ -232,7 +233,7 @@ class Bench:
         rows = []
         if name == "LoRA":
             rows.append(self.row("LoRA, zeros filled", count, lr))
-            self.prune(Pruning(pattern=self.pattern))
+            self.prune(Pruning("wanda", self.pattern, not self.options.one_shot))
             rows.append(self.row("LoRA, pruned again", count, lr))
         else:
             layers = self.model.layers
@@ -257,9 +258,9 @@ class Bench:
         self.put(self.dense)
         print(f"\n{pattern:<22} {'perplexity':>10} {'sparsity':>9} {'parameters':>10} {'lr':>9}")
         rows = [self.row("dense")]
-        for method in ("magnitude", "sparsegpt", "wanda"):
+        for method in (*self.options.others, "wanda"):
             self.put(self.dense)
-            masks = self.prune(Pruning(method, pattern))
+            masks = self.prune(Pruning(method, pattern, not self.options.one_shot))
             rows.append(self.row(f"pruned, {method}"))
         for name in TECHNIQUES:
             rows += self.trained(name, masks)
@@ -302,6 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=800, help="sequences to train on")
     parser.add_argument("--held", type=int, default=48, help="sequences to choose, and to judge")
     parser.add_argument("--samples", type=int, default=64, help="sequences that calibrate")
+    parser.add_argument("--one-shot", action="store_true", help="prune all blocks at once")
+    parser.add_argument("--others", nargs="*", default=["magnitude", "sparsegpt"], help="pruners")
     parser.add_argument("--repeats", type=int, default=5, help="of the times per step; 0: none")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
