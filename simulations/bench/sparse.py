@@ -1,8 +1,9 @@
 r"""What is left of a pruned model, and what training it with its zeros gives back.
 
     python -m simulations.bench.sparse                    the tiny model at 50 % and 2:4
-    python -m simulations.bench.sparse --model smollm2 --patterns 2:4 --one-shot --others magnitude \
-        --steps 8 --rates 0.3 --length 64 --train 32 --held 16 --samples 32 --repeats 2
+    python -m simulations.bench.sparse --model smollm2 --patterns 2:4 --one-shot \
+        --others magnitude --steps 8 --rates 0.3 --length 64 --train 32 --held 16 \
+        --samples 32 --repeats 2
 
 State of the Union addresses: text of training clients prunes (Wanda, sequential) and trains, other
 clients' text chooses the learning rate, a third part is what the table shows. Every technique takes
