@@ -13,10 +13,10 @@ from fedlora.spp import borders, factor, placed, spread
 class BlockScaled:
     """``y = W x + s (W ∘ F) dropout(x)``, with ``F[i, j] = beta[i] alpha[g(i), j]``.
 
-    Two ways to compute it, the same up to rounding. In blocks, ``beta ∘ (W_g (alpha_g ∘ x))`` is
-    joined over blocks of rows: nothing of the size of ``W`` is made. Without dropout, and where
-    ``W`` has the factors' type, ``x`` is multiplied by ``W ∘ (1 + s F)``, which is made and dropped
-    in either pass: three products of the layer's size instead of four.
+    Two ways to compute it, the same up to rounding; neither keeps anything of the size of ``W``. In
+    blocks, ``beta ∘ (W_g (alpha_g ∘ x))`` is joined over blocks of rows, in the factors' type.
+    Where ``W`` and ``x`` have that type too, ``x`` is multiplied by ``W ∘ (1 + s F)``, which is
+    made and dropped in either pass; with dropout the branch by itself, by ``s W ∘ F``.
 
     Args:
         alpha: ``[r, d_in]``.
@@ -65,22 +65,30 @@ class BlockScaled:
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         weight, alpha, bias = self._weight(base), self.rows(), _bias(base)
-        if self.p == 0 and weight.dtype == alpha.dtype == x.dtype and not _autocast(x):
-            apply: Any = _Scaled.apply
-            y: Tensor = apply(x, weight, bias, alpha, self.beta, self.scale)
+        plain = weight.dtype == alpha.dtype == x.dtype and not _autocast(x)
+        apply: Any = _Scaled.apply
+        y: Tensor
+        if plain and self.p == 0:
+            y = apply(x, weight, bias, alpha, self.beta, self.scale, True)
             return y
         y = base(x) if self._merged is None else functional.linear(x, weight, bias)
+        x = self._dropped(x.to(alpha.dtype))
+        if plain:
+            branch: Tensor = apply(x, weight, None, alpha, self.beta, self.scale, False)
+            return y + branch
         return torch.add(y, self._branch(x, weight, alpha), alpha=self.scale).to(y.dtype)
 
+    def _dropped(self, x: Tensor) -> Tensor:
+        if self.p == 0:
+            return x
+        if self.bits is None:
+            raise RuntimeError(
+                f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
+            )
+        return dropout(x, self.p, self.bits)
+
     def _branch(self, x: Tensor, weight: Tensor, alpha: Tensor) -> Tensor:
-        """``(W ∘ F) dropout(x)``, block by block."""
-        x = x.to(alpha.dtype)
-        if self.p > 0:
-            if self.bits is None:
-                raise RuntimeError(
-                    f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
-                )
-            x = dropout(x, self.p, self.bits)
+        """``(W ∘ F) x``, block by block."""
         at = borders(weight.shape[0], len(alpha))
         parts = [
             functional.linear(x * alpha[g], weight[at[g] : at[g + 1]].to(x.dtype))
@@ -117,7 +125,7 @@ def _autocast(x: Tensor) -> bool:
 
 
 class _Scaled(torch.autograd.Function):
-    """``x (W ∘ (1 + s F))ᵀ + bias`` that keeps ``x`` and the factors alone for its backward pass.
+    """``x (W ∘ (1 + s F))ᵀ + bias``, or ``x (s W ∘ F)ᵀ``, with nothing new kept but ``x``.
 
     With ``G = gyᵀ x``, one product for both factors: ``∂beta = s rowsum(G ∘ W ∘ alpha_g)`` and
     ``∂alpha = s Bᵀ (G ∘ W)``, where ``B [d_out, r]`` is beta in the columns of its blocks.
@@ -132,10 +140,11 @@ class _Scaled(torch.autograd.Function):
         alpha: Tensor,
         beta: Tensor,
         scale: float,
+        whole: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, alpha, beta)
-        ctx.scale = scale
-        return functional.linear(x, _effective(weight, alpha, beta, scale), bias)
+        ctx.scale, ctx.whole = scale, whole
+        return functional.linear(x, _effective(weight, alpha, beta, scale, whole), bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,7 +152,7 @@ class _Scaled(torch.autograd.Function):
         (gy,) = grads
         gx = ga = gb = None
         if ctx.needs_input_grad[0]:
-            gx = gy @ _effective(weight, alpha, beta, ctx.scale)
+            gx = gy @ _effective(weight, alpha, beta, ctx.scale, ctx.whole)
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
             moved = gy.reshape(-1, gy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
             moved = moved.mul_(weight)
@@ -152,9 +161,11 @@ class _Scaled(torch.autograd.Function):
             if ctx.needs_input_grad[4]:
                 one = placed(torch.ones_like(beta), len(alpha))
                 gb = (moved @ alpha.T * one).sum(1) * ctx.scale
-        return gx, None, None, ga, gb, None
+        return gx, None, None, ga, gb, None, None
 
 
-def _effective(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
-    """``W ∘ (1 + s F)``; ``W`` itself, bit for bit, where beta is zero."""
+def _effective(weight: Tensor, alpha: Tensor, beta: Tensor, scale: float, whole: bool) -> Tensor:
+    """``W ∘ (1 + s F)``: ``W`` itself, bit for bit, where beta is zero; or ``s W ∘ F``."""
+    if not whole:
+        return (placed(scale * beta, len(alpha)) @ alpha).mul_(weight)
     return torch.addcmul(weight, weight, placed(beta, len(alpha)) @ alpha, value=scale)

@@ -29,6 +29,7 @@ from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
+from strategies.spp import SPP
 from strategies.switchlora import ALTERNATE, DENSE, PRODUCT, SwitchLoRA
 from tests.strategies.laws import LAWS, SINGLE, why_not
 
@@ -125,19 +126,47 @@ def zero_padded(self: LoRAStrategy, right: Hook, state: State, client: Client) -
     }
 
 
+def merge_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Factors begin anew, and what they were is in no base."""
+    return {k: t for k, t in right(state, updates).items() if not k.startswith("merged/")}
+
+
+def shares_left_out(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Clients' factors are summed, not averaged."""
+    after = right(state, updates)
+    new = [k for k in after if k.startswith("merged/") and k.endswith("/beta") and k not in state]
+    return dict(after) | {k: len(updates) * after[k] for k in new}
+
+
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
 SECOND = SLoRA(aggregator=FlexLoRA(), stage1_rounds=0)
+SCALED, STACKED = SPP(), SPP(mode="stack")
 SWITCH = [
     SwitchLoRA(mode=mode, switching=Switching(interval=10.0, ratio=10.0), steps=3, horizon=40)
     for mode in (ALTERNATE, PRODUCT, DENSE)
 ]
 
 FAULTS = [
-    *[(s, "aggregate", first_counted_twice) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
-    *[(s, "aggregate", unweighted_mean) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
-    *[(s, "aggregate", never_loaded) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND)],
+    *[
+        (s, "aggregate", first_counted_twice)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SCALED, STACKED)
+    ],
+    *[
+        (s, "aggregate", unweighted_mean)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SCALED, STACKED)
+    ],
+    *[
+        (s, "aggregate", never_loaded)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED)
+    ],
+    *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
+    *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
     *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
     *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
@@ -172,7 +201,9 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
     log.info("%s of %s: %s", fault.__name__, type(strategy).__name__, caught)
 
 
-@pytest.mark.parametrize("strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, *SWITCH])
+@pytest.mark.parametrize(
+    "strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED, *SWITCH]
+)
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""
     same = with_hook(strategy, "aggregate", lambda self, right, *arguments: right(*arguments))
