@@ -85,6 +85,9 @@ class LoRAStrategy(Strategy):
         Raises:
             ValueError: one sentence that says why and what to use instead.
         """
+        nested = getattr(self, "aggregator", None)
+        if isinstance(nested, LoRAStrategy) and nested.why_alone:
+            raise ValueError(f"strategy.aggregator={type(nested).__name__}: {nested.why_alone}")
         if setup.client.technique == "spp":
             raise ValueError(
                 "client=spp scales the weights of a pruned model by alpha and beta, and "
@@ -98,6 +101,11 @@ class LoRAStrategy(Strategy):
                 "here are factors alone, which belong to unlike weights; use strategy=switchlora, "
                 "or client=adamw"
             )
+
+    @property
+    def why_alone(self) -> str:
+        """Why it cannot average within another strategy, and what to use; empty: it can."""
+        return ""
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
         """Bytes that a real client is sent before it trains, given what it knows already.

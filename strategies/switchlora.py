@@ -181,6 +181,13 @@ class SwitchLoRA(LoRAStrategy):
                 "model.quantization=none"
             )
 
+    @property
+    def why_alone(self) -> str:
+        return (
+            "it moves the base weights, which another strategy's clients hold fixed; use "
+            "strategy=switchlora by itself, or another aggregator"
+        )
+
     def init_state(self, setting: Setting) -> State:
         state: dict[str, Tensor] = {"alpha": scalar(setting.alpha), "seed": integers(setting.seed)}
         if self.mode == DENSE:

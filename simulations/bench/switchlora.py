@@ -125,7 +125,6 @@ class Record:
             "sides": {name: asdict(side.method) for name, side in SIDES.items()},
             "pilot": old.get("pilot", {}),
             "runs": old.get("runs", {}),
-            "overhead": old.get("overhead", {}),
         }
 
     def add(self, part: str, name: str, key: str, value: Any) -> None:
@@ -170,7 +169,7 @@ def table(
             print(f"{name} seed {seed}: {found['loss']} {found['update_rank']}", flush=True)
 
 
-def overhead(record: Record, recipe: Recipe, text: Text, repeats: int = 60) -> None:
+def overhead(recipe: Recipe, text: Text, repeats: int = 60) -> None:
     """Seconds of a step, interleaved, at the start of a run where exchanges are most frequent."""
     sides = {
         "LoRA": SIDES["LoRA"],
@@ -193,10 +192,14 @@ def overhead(record: Record, recipe: Recipe, text: Text, repeats: int = 60) -> N
         "cpu_seconds_mean": means,
         "over_never": means["SwitchLoRA"] / means["never"] - 1,
         "over_lora": means["SwitchLoRA"] / means["LoRA"] - 1,
+        "exchanged": learners["SwitchLoRA"].report()["exchanged"],
         "tokens": recipe.block,
+        "width": recipe.hidden,
+        "rank": RANK,
         "load": load(),
+        "command": command("switchlora"),
     }
-    record.add("overhead", f"{recipe.block} tokens, width {recipe.hidden}", "step", result)
+    write(RESULTS / f"switchlora-steps-d{recipe.hidden}-{machine()}.json", result)
     print(json.dumps(result), flush=True)
 
 
@@ -233,11 +236,13 @@ def main() -> None:
     intermediate = RECIPE.intermediate * given.hidden // RECIPE.hidden
     recipe = replace(RECIPE, tokens=given.tokens, hidden=given.hidden, intermediate=intermediate)
     name = f"switchlora-d{recipe.hidden}-{recipe.tokens // 1000}k-{machine()}.json"
-    record, text = Record(RESULTS / name, recipe), build_text(recipe)
+    text = build_text(recipe)
+    if given.overhead:
+        overhead(recipe, text)
+        return
+    record = Record(RESULTS / name, recipe)
     if given.pilot:
         pilot(record, recipe, text, given.sides)
-    if given.overhead:
-        overhead(record, recipe, text)
     table(record, recipe, text, given.sides, given.seeds)
     print(show(record))
 

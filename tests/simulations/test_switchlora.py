@@ -65,6 +65,7 @@ def test_other_modes_run_and_are_counted(federate, mode):
     assert second == {DENSE} if mode == "dense" else min(second) > 2 * both
 
 
+@pytest.mark.slow
 def test_unequal_ranks_train_the_slots_they_have(federate):
     words = [w for w in WORDS if not w.startswith("ranks")]
     done = federate(*words, "ranks=uniform", "rounds=1")
@@ -73,6 +74,7 @@ def test_unequal_ranks_train_the_slots_they_have(federate):
     assert len(set(sizes.values())) == len(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "mode"), [("nan", "sync_alternate"), ("shape", "dense")])
 def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
     done = federate(
@@ -91,9 +93,16 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
         (["strategy=splitlora", "client=switchlora"], "client.switch with strategy=SplitLoRA"),
         (
             ["strategy=slora", "strategy@strategy.aggregator=switchlora"],
-            "client.switch with strategy=SLoRA",
+            "strategy.aggregator=SwitchLoRA: it moves the base",
         ),
-        ([*WORDS, "client=adamw"], "switch"),
+        (
+            ["strategy=splitlora", "strategy@strategy.aggregator=switchlora", "client=adamw"],
+            "strategy.aggregator=SwitchLoRA: it moves the base",
+        ),
+        (
+            [w for w in WORDS if "switch.interval" not in w] + ["client=adamw"],
+            "without client.switch.*use client=switchlora",
+        ),
         ([*WORDS, "client.steps=0"], "client.steps=0 with strategy=switchlora"),
         ([*WORDS, "federation.wire=bfloat16"], "federation.wire=bfloat16"),
         ([*WORDS, "client.switch.interval=8"], "interval=8 is less than twice"),

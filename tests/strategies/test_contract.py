@@ -46,7 +46,6 @@ OPTIONS = [
     ["strategy=slora", "strategy.stage1_rounds=2"],
     ["strategy=switchlora", "strategy.mode=sync_product"],
     ["strategy=switchlora", "strategy.mode=dense"],
-    ["strategy=switchlora", "client.switch.choice=random", "client.switch.interval=10"],
     ["strategy=slora", "strategy.sparse_average=coverage"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedit"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=heterolora"],

@@ -116,11 +116,11 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
-        alone = [j for j in jobs if not is_low_rank(j.start)]
+        alone = [j for j in jobs if not _fusable(j)]
         for reason in dict.fromkeys(_why_alone(j.start) for j in alone):
             self._note(reason)
         chains: list[Chain] = []
-        for planned in self._planner.chains([j for j in jobs if is_low_rank(j.start)]):
+        for planned in self._planner.chains([j for j in jobs if _fusable(j)]):
             if isinstance(planned, Chain):
                 chains.append(planned)
             else:
@@ -221,6 +221,11 @@ class AutoEngine(FusedEngine):
         schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
         alone = sum(model.seconds(f.rows * f.width, 1) for w in works for f in w.forwards)
         return model.predict(schedule) < alone
+
+
+def _fusable(job: TrainJob) -> bool:
+    """Whether a job is factors over the common base, and stays so."""
+    return is_low_rank(job.start) and job.plan.switch is None
 
 
 def _why_alone(start: Payload) -> str:
