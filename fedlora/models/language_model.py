@@ -161,7 +161,7 @@ class LanguageModel:
         return {
             path: layer.update.factors()
             for path, layer in self.layers.items()
-            if isinstance(layer.update, LowRank)
+            if isinstance(layer.update, LowRank) and layer.update.parameters()
         }
 
     def _scale_payload(self, mounted: MaskedScale) -> MaskedScale:
