@@ -24,19 +24,20 @@ from simulations.grid import InProcessGrid
 
 EXPERIMENT = "experiment=switchlora"
 FIRST = "alternating"
+DENSE = (
+    "strategy=slora",
+    "strategy.stage1_rounds=1000",
+    "strategy.density=1.0",
+    "client=adamw",
+    "client.dropout=0",
+)
 SIDES: Mapping[str, Sequence[str]] = {
     FIRST: [],
     "alternating, no exchanges": ["client.switch.interval=1e12"],
     "both factors and residual": ["strategy.mode=sync_product"],
     "dense, clients exchange": ["strategy.mode=dense"],
-    "dense FedAvg": [
-        "strategy=slora",
-        "strategy.stage1_rounds=1000",
-        "strategy.density=1.0",
-        "client=adamw",
-        "client.lr=1e-3",
-        "client.dropout=0",
-    ],
+    "dense FedAvg": [*DENSE, "client.lr=1e-3"],
+    "dense FedAvg, lr 3e-4": [*DENSE, "client.lr=3e-4"],
     "FedIT": [
         "strategy=fedit",
         "client=adamw",
