@@ -24,18 +24,21 @@ from fedlora.codec import decode_payload, encode_payload, plan_from_json
 from fedlora.data.store import Example, TokenStore
 from fedlora.engine.loop import optimise
 from fedlora.models.language_model import LanguageModel
+from fedlora.spp import sent
+from fedlora.switch.local import train_switching
 from fedlora.types import (
     Client,
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
     LocalPlan,
+    MaskedScale,
     Payload,
     Ranks,
     SelfPrune,
-    SparseDelta,
     TrainJob,
     Update,
+    is_low_rank,
 )
 
 Scalars: TypeAlias = dict[str, Any]
@@ -65,14 +68,24 @@ class LoRAClient(NumPyClient):
         wall, cpu = time.perf_counter(), time.process_time()
         plan, who = job.plan, self.client.id
         examples = training_examples(self.store, job)
+        payload: Payload
         try:
             parameters = self.model.mount(
                 job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
             )
-            trace = optimise(
-                self.model, parameters, examples, plan, seed=job.seed, round=job.round, client=who
-            )
-            payload = self.model.payload()
+            if plan.switch is not None:
+                payload, trace = train_switching(self.model, job, examples)
+            else:
+                trace = optimise(
+                    self.model,
+                    parameters,
+                    examples,
+                    plan,
+                    seed=job.seed,
+                    round=job.round,
+                    client=who,
+                )
+                payload = self.model.payload()
         finally:
             self.model.unmount()
         spent = {
@@ -166,7 +179,7 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
     plan, who = job.plan, job.client.id
     if not (plan.train_a or plan.train_b):
         raise ValueError("the plan trains nothing: train_a and train_b are both false")
-    if not isinstance(job.start, SparseDelta) and not job.start:
+    if is_low_rank(job.start) and not job.start:
         raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
     return examples_for(store, plan, seed=job.seed, round=job.round, client=who)
 
@@ -192,8 +205,11 @@ def examples_for(
 def completed(
     job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
 ) -> Update:
-    """A trained payload as the job's update, pruned if the plan says so."""
+    """A trained payload as the job's update: without what the server knows, pruned if the plan
+    says so."""
     client = job.client
+    if isinstance(payload, MaskedScale):
+        payload = sent(payload)
     if job.plan.self_prune is not None:
         client, payload = self_pruned(client, job.start, payload, job.plan.self_prune)
     return Update(client, payload, num_examples, metrics)
@@ -207,8 +223,9 @@ def self_pruned(
     Raises:
         TypeError: for payloads without ranks.
     """
-    if isinstance(start, SparseDelta) or isinstance(trained, SparseDelta):
-        raise TypeError("client.self_prune needs low-rank factors, not a SparseDelta")
+    if not isinstance(start, Mapping) or not isinstance(trained, Mapping):
+        kind = type(trained).__name__
+        raise TypeError(f"client.self_prune needs low-rank factors, not a {kind}")
     before, after = selfprune.score(start, prune), selfprune.score(trained, prune)
     if not selfprune.should_prune(before, after):
         return client, trained

@@ -1,8 +1,8 @@
 """The only place where values change representation for the wire.
 
-A payload (factors or a sparse delta) is one flat array and a JSON header, because 192 small arrays
-cost twenty times more to pack than one of the same size. NumPy has no bfloat16, so bfloat16
-travels as the bit pattern in uint16 and comes back as float32.
+A payload (factors, a sparse delta, or factors over a moved base) is one flat array and a JSON
+header, because 192 small arrays cost twenty times more to pack than one of the same size. NumPy has
+no bfloat16, so bfloat16 travels as the bit pattern in uint16 and comes back as float32.
 
 A Flower message carries a cohort: the distinct start payloads once, however many clients share
 them, and one row per job. Layout of a request (`RecordDict`):
@@ -19,6 +19,7 @@ and of a reply:
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
@@ -37,11 +38,14 @@ from fedlora.types import (
     Factors,
     Failure,
     LocalPlan,
+    MaskedScale,
     Payload,
     Ranks,
+    Rebased,
     SparseDelta,
     TrainJob,
     Update,
+    is_low_rank,
     payload_floats,
     payload_tensors,
 )
@@ -50,6 +54,8 @@ log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
+
+_SCALE_PARTS = ("alpha", "beta", "change")
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob
@@ -72,10 +78,16 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     if isinstance(payload, SparseDelta):
         header["sparse"] = [payload.seed, payload.density]
         header["values"] = [[path, v.numel()] for path, v in payload.values.items()]
-    else:
-        header["factors"] = [
-            [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
-        ]
+        return array, json.dumps(header)
+    if isinstance(payload, MaskedScale):
+        header["scale"] = _scale_header(payload)
+        return array, json.dumps(header)
+    if isinstance(payload, Rebased):
+        header["shift"] = [[path, *t.shape] for path, t in payload.shift.items()]
+        payload = payload.factors
+    header["factors"] = [
+        [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
+    ]
     return array, json.dumps(header)
 
 
@@ -95,13 +107,50 @@ def decode_payload(array: Flat, header: str) -> Payload:
         seed, density = h["sparse"]
         values = zip((path for path, _ in h["values"]), flat.split(sizes), strict=True)
         return SparseDelta(int(seed), float(density), {p: v.clone() for p, v in values})
-    sizes = [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
+    if "scale" in h:
+        return _scale_payload(flat, h["scale"])
+    moved = h.get("shift", [])
+    sizes = [m * d for _, m, d in moved]
+    sizes += [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
     _check_length(flat, sum(sizes))
     parts = iter(flat.split(sizes))
-    return {
+    shift = {path: next(parts).view(m, d).clone() for path, m, d in moved}
+    factors = {
         path: Factors(next(parts).view(r, d).clone(), next(parts).view(m, r).clone(), alpha)
         for path, r, m, d, alpha in h["factors"]
     }
+    return Rebased(shift, factors) if "shift" in h else factors
+
+
+def _scale_header(payload: MaskedScale) -> dict[str, Any]:
+    """All of a `MaskedScale` but its numbers, which follow in the order of `payload_tensors`."""
+    plain = ("mask", "lora_alpha", "trains", "seed")
+    header: dict[str, Any] = {name: getattr(payload, name) for name in plain}
+    for name in ("blocks", "tied"):
+        header[name] = dict(getattr(payload, name))
+    for name in _SCALE_PARTS:
+        header[f"{name}s"] = [[p, *t.shape] for p, t in getattr(payload, name).items()]
+    header["merges"] = [
+        [[p, *a.shape, *b.shape] for p, (a, b) in m.items()] for m in payload.merges
+    ]
+    return header
+
+
+def _scale_payload(flat: torch.Tensor, h: dict[str, Any]) -> MaskedScale:
+    """The inverse of `_scale_header`."""
+    shapes = [tuple(s) for name in _SCALE_PARTS for _, *s in h[f"{name}s"]]
+    for merge in h["merges"]:
+        shapes += [s for _, k, r, d, j, m in merge for s in ((k, r, d), (j, m))]
+    sizes = [math.prod(s) for s in shapes]
+    _check_length(flat, sum(sizes))
+    numbers = zip(flat.split(sizes), shapes, strict=True)
+    parts = iter([t.view(s).clone() for t, s in numbers])
+    found: dict[str, Any] = {
+        name: {p: next(parts) for p, *_ in h[f"{name}s"]} for name in _SCALE_PARTS
+    }
+    merges = tuple({p: (next(parts), next(parts)) for p, *_ in merge} for merge in h["merges"])
+    plain = {name: h[name] for name in ("mask", "lora_alpha", "blocks", "tied", "trains", "seed")}
+    return MaskedScale(**plain, **found, merges=merges)
 
 
 def _check_length(flat: torch.Tensor, expected: int) -> None:
@@ -116,7 +165,7 @@ def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
 
 def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
     """Bytes that a real client would send: a factor that the plan froze stays where it is."""
-    if isinstance(payload, SparseDelta):
+    if not is_low_rank(payload):  # holds nothing but what is sent
         return payload_bytes(payload, dtype)
     sent = {"a": plan.train_a, "b": plan.train_b}
     floats = sum(t.numel() for name, t in payload_tensors(payload) if sent[name[-1]])

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fedlora import checkpoint
-from fedlora.codec import WIRE_BYTES, Glance, payload_bytes, update_bytes
+from fedlora.codec import WIRE_BYTES, Glance, update_bytes
 from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
@@ -29,10 +29,10 @@ from fedlora.types import (
     Payload,
     Ranks,
     Setting,
-    SparseDelta,
     TrainJob,
     Update,
     at_least,
+    is_low_rank,
     one_of,
     share,
 )
@@ -67,6 +67,8 @@ class Method(Protocol):
     def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
     def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
+    def report(self, state: State) -> Mapping[str, float | int | str]: ...
+    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ class _Phase:
     round: int
     jobs: dict[int, TrainJob]
     started: float
+    down: dict[int, int]
+    """Bytes that each client is sent before it trains."""
 
 
 @dataclass
@@ -183,6 +187,8 @@ class Session:
     messages_per_worker: int = 4
     """Into how many messages a worker's share of a round is cut: as the engine likes it."""
     config_hash: str = ""
+    audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
+    """Looks at the global model after every round, for its record."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     done: int = field(init=False, default=0)
@@ -250,7 +256,11 @@ class Session:
         ]
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         self._begin(round, "train", len(jobs))
-        self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic())
+        wire = self.rounds.wire
+        down = {
+            j.client.id: self.method.bytes_down(self.state, j.client, j.start, wire) for j in jobs
+        }
+        self._phase = _Phase(round, {j.client.id: j for j in jobs}, time.monotonic(), down)
         hands = deal(weights, self._messages(len(jobs)), self._most)
         return [[jobs[i] for i in hand] for hand in hands]
 
@@ -307,6 +317,9 @@ class Session:
         )
         record["round/aggregate_seconds"] = seconds
         record |= self._diagnose(updates)
+        record |= self.method.report(self.state)
+        if self.audit is not None:
+            record |= self.audit(self.method.global_adapter(self.state))
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         # Records before the checkpoint: if a kill comes between, resuming drops them and repeats
@@ -343,6 +356,7 @@ class Session:
                         job.start,
                         max_norm=self.rounds.max_update_norm,
                         allow_shrink=job.plan.self_prune is not None,
+                        dense=job.plan.switch is not None,
                     )
                     updates.append(result)
                 except RejectedUpdate as error:
@@ -383,7 +397,7 @@ class Session:
 
     def _bytes_down(self, phase: _Phase, client: Client, result: Update | Failure | None) -> int:
         """What a client was sent: its start and, in a round of several exchanges, the rest."""
-        start = payload_bytes(phase.jobs[client.id].start, self.rounds.wire)
+        start = phase.down[client.id]
         if not isinstance(result, Update):
             return start
         return start + int(result.metrics.get("exchanged_down", 0))
@@ -453,7 +467,7 @@ class Session:
     def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
         """What the aggregation kept and lost, where updates are low-rank factors."""
         adapter = self.method.global_adapter(self.state)
-        if isinstance(adapter, SparseDelta) or isinstance(updates[0].payload, SparseDelta):
+        if not (is_low_rank(adapter) and is_low_rank(updates[0].payload)):
             return {}
         # A split client sends what it holds of the model; what all have sent can be compared.
         sent = [p for p in adapter if all(p in u.adapter for u in updates)]

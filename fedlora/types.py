@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeVar
+from typing import Literal, TypeAlias, TypeGuard, TypeVar
 
 from torch import Tensor
 
@@ -153,8 +153,66 @@ class SparseDelta:
         share("density", self.density)
 
 
-Payload: TypeAlias = Adapter | SparseDelta
+@dataclass(frozen=True)
+class MaskedScale:
+    """A multiplicative update of a pruned base, which keeps every zero (SPP).
+
+    With ``r = blocks[path]``, ``s = lora_alpha / r`` and ``g(i) = floor(i r / d_out)`` a module's
+    weight becomes ``W ∘ (1 + s F)``, ``F[i, j] = beta[i] alpha[g(i), j]``, after the factors of
+    `merges` have been multiplied into ``W``. What a client need not be told, or does not change, is
+    left out of the mappings. Computed with in `fedlora.spp`.
+    """
+
+    mask: str
+    """Identity of the base's zeros (`fedlora.prune.masks.identity`): on others it means nothing."""
+    lora_alpha: float
+    blocks: Mapping[str, int]
+    """Module path -> rank ``r`` of the common factors."""
+    alpha: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[r, d_in]``, or of a smaller rank that divides ``r``."""
+    beta: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[d_out]``."""
+    tied: Mapping[str, int] = field(default_factory=dict)
+    """Modules of which a client trains a change of ``alpha`` of this rank: neighbouring rows of
+    ``alpha`` change alike."""
+    change: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[tied, d_in]``, that change; none yet: zero."""
+    merges: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
+    """In this order ``1 + s Σ_k F_k`` was multiplied into ``W``: module path ->
+    ``alpha [k, r, d_in]`` and ``beta [k, d_out]``."""
+    trains: str = "both"
+    """``alpha``, ``beta`` or ``both``: what a client changes and sends back."""
+    seed: int = -1
+    """Of ``alpha`` where it is drawn (`fedlora.initial.initial_a`) rather than sent; -1: sent."""
+
+    def __post_init__(self) -> None:
+        one_of("trains", self.trains, ("alpha", "beta", "both"))
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """Factors over a base that has moved: ``W + shift + (alpha / r) B A`` (SwitchLoRA)."""
+
+    shift: Mapping[str, Tensor]
+    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
+    factors: Adapter = field(default_factory=dict)
+    """Of modules that are in ``shift``; none: a dense update and nothing to train."""
+
+    def __post_init__(self) -> None:
+        for path, f in self.factors.items():
+            shape = (f.b.shape[0], f.a.shape[1])
+            if path not in self.shift or tuple(self.shift[path].shape) != shape:
+                found = tuple(self.shift[path].shape) if path in self.shift else "none"
+                raise ValueError(f"{path}: factors of a layer {shape} over the shift {found}")
+
+
+Payload: TypeAlias = Adapter | SparseDelta | MaskedScale | Rebased
 """What a client receives and returns."""
+
+
+def is_low_rank(payload: Payload) -> TypeGuard[Adapter]:
+    """Whether a payload is factors over the base as it is, and nothing else."""
+    return isinstance(payload, Mapping)
 
 
 def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
@@ -162,10 +220,27 @@ def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
     if isinstance(payload, SparseDelta):
         for path, values in payload.values.items():
             yield f"{path}/values", values
-    else:
-        for path, f in payload.items():
-            yield f"{path}/a", f.a
-            yield f"{path}/b", f.b
+        return
+    if isinstance(payload, MaskedScale):
+        yield from _scale_tensors(payload)
+        return
+    if isinstance(payload, Rebased):
+        for path, shift in payload.shift.items():
+            yield f"{path}/shift", shift
+        payload = payload.factors
+    for path, f in payload.items():
+        yield f"{path}/a", f.a
+        yield f"{path}/b", f.b
+
+
+def _scale_tensors(payload: MaskedScale) -> Iterator[tuple[str, Tensor]]:
+    for name in ("alpha", "beta", "change"):
+        for path, t in getattr(payload, name).items():
+            yield f"{path}/{name}", t
+    for i, merge in enumerate(payload.merges):
+        for path, (alpha, beta) in merge.items():
+            yield f"{path}/merges/{i}/alpha", alpha
+            yield f"{path}/merges/{i}/beta", beta
 
 
 def payload_floats(payload: Payload) -> int:
@@ -196,6 +271,8 @@ class Setting:
     clients: tuple[Client, ...]
     """The whole population, ``clients[i].id == i``; ranks are already clamped to the modules."""
     seed: int
+    mask: str = ""
+    """Identity of a pruned base's zeros (`fedlora.prune.masks`); empty: it is dense."""
 
     @property
     def max_ranks(self) -> Ranks:
@@ -233,9 +310,47 @@ class SelfPrune:
 
 
 @dataclass(frozen=True)
+class Switching:
+    """SwitchLoRA's exchange of low-rank vectors during training (`fedlora.switch`)."""
+
+    interval: float = 40.0
+    """Expected steps between two exchanges in one slot of one factor, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which exchanges are 0.3 as frequent."""
+    freeze: int = 5
+    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
+    void in any case."""
+    choice: str = "ring"
+    """The next vector of the pool: in its order (``ring``), or any that is in no slot
+    (``random``)."""
+    count_frozen: bool = True
+    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
+    are half as large, a warm-up."""
+    total: int = 0
+    """Steps of the whole run; whoever plans the run sets it."""
+    first: int = 0
+    """How many of them are done."""
+
+    def __post_init__(self) -> None:
+        at_least("client.switch.interval", self.interval, 0, strict=True)
+        at_least("client.switch.ratio", self.ratio, 0, strict=True)
+        at_least("client.switch.freeze", self.freeze, 0)
+        one_of("client.switch.choice", self.choice, ("ring", "random"))
+        if self.interval < 2 * self.freeze:
+            raise ValueError(
+                f"client.switch.interval={self.interval:g} is less than twice "
+                f"client.switch.freeze={self.freeze}: vectors would be exchanged while they are "
+                f"frozen; choose interval >= {2 * self.freeze}"
+            )
+
+
+@dataclass(frozen=True)
 class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
+    technique: str = "lora"
+    """What kind of update a client trains, which the strategy must be made for: ``lora``, or
+    ``spp`` on a pruned base."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``; fresh state every round."""
     lr: float = 1e-3
@@ -272,8 +387,11 @@ class LocalPlan:
     train_a: bool = True
     train_b: bool = True
     self_prune: SelfPrune | None = None
+    switch: Switching | None = None
+    """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""
 
     def __post_init__(self) -> None:
+        one_of("client.technique", self.technique, ("lora", "spp"))
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("client.schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("client.loss", self.loss, ("full", "response"))
@@ -353,8 +471,9 @@ class Update:
     @cached_property
     def adapter(self) -> Adapter:
         """The payload, which must be low-rank factors."""
-        if isinstance(self.payload, SparseDelta):
-            raise TypeError(f"client {self.client.id} sent a SparseDelta where factors were due")
+        if not isinstance(self.payload, Mapping):
+            kind = type(self.payload).__name__
+            raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
         return self.payload
 
 

@@ -1,11 +1,22 @@
 """What the server checks before it lets an update into the average. Nothing is repaired."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from fedlora.types import Adapter, Client, Factors, Payload, SparseDelta, Update, payload_tensors
+from fedlora.spp import factor, scale, spread
+from fedlora.types import (
+    Adapter,
+    Client,
+    Factors,
+    MaskedScale,
+    Payload,
+    Rebased,
+    SparseDelta,
+    Update,
+    payload_tensors,
+)
 
 
 class RejectedUpdate(ValueError):
@@ -24,6 +35,7 @@ def check_update(
     max_norm: float,
     *,
     allow_shrink: bool = False,
+    dense: bool = False,
 ) -> None:
     """Refuse an update that is not what was asked for, is not finite or went too far.
 
@@ -34,13 +46,14 @@ def check_update(
         max_norm: bound on the Frobenius norm of the change of the effective weights,
             ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
         allow_shrink: ranks may be smaller than expected (self-pruning was planned).
+        dense: from a moved base a dense update is due, not factors (local exchanges were planned).
 
     Raises:
         RejectedUpdate: naming the client, the first thing wrong, and what was expected.
     """
     reason = (
         _wrong_sender(update, expected)
-        or _wrong_form(update, expected, start, allow_shrink)
+        or _wrong_form(update, expected, start, allow_shrink, dense)
         or _wrong_dtype(update.payload)
         or not_finite(update.payload)
     )
@@ -72,7 +85,12 @@ def change_norm(start: Payload, end: Payload) -> float:
 
     With ``B = [s_1 B_1, -s_0 B_0]`` and ``A = [A_1; A_0]`` the squared norm of ``B A`` is the
     sum of ``(BᵀB) * (A Aᵀ)``: Gram matrices of the size of the ranks, in float64 as they cancel.
+    Of scales it is the norm of the change of ``s F``: relative to the weights, which are not known.
     """
+    if isinstance(start, MaskedScale) or isinstance(end, MaskedScale):
+        if not (isinstance(start, MaskedScale) and isinstance(end, MaskedScale)):
+            raise TypeError("a MaskedScale and another payload have no common change")
+        return _scale_change(start, end)
     if isinstance(start, SparseDelta) or isinstance(end, SparseDelta):
         if not (isinstance(start, SparseDelta) and isinstance(end, SparseDelta)):
             raise TypeError("factors and a SparseDelta have no common change")
@@ -81,13 +99,44 @@ def change_norm(start: Payload, end: Payload) -> float:
             for p, v in start.values.items()
         ]
         return math.sqrt(math.fsum(squares))
+    if isinstance(end, Rebased):
+        return math.sqrt(math.fsum(_dense_squares(start, end)))
+    start = start.factors if isinstance(start, Rebased) else start
     return math.sqrt(math.fsum(_squared_change(start[path], f) for path, f in end.items()))
+
+
+def _dense_squares(start: Payload, end: Rebased) -> list[float]:
+    if not isinstance(start, Rebased):
+        raise TypeError("a dense update and factors over the base itself have no common change")
+    squares = []
+    for path, shift in end.shift.items():
+        moved = shift.double() - start.shift[path].double()
+        if path in start.factors:
+            moved -= start.factors[path].delta().double()
+        squares.append(float(moved.square().sum()))
+    return squares
 
 
 def _squared_change(start: Factors, end: Factors) -> float:
     b = torch.cat([end.b.double() * end.scale, start.b.double() * -start.scale], dim=1)
     a = torch.cat([end.a.double(), start.a.double()])
     return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+
+
+def _scale_change(start: MaskedScale, end: MaskedScale) -> float:
+    squares = []
+    for path, beta in start.beta.items():
+        alpha, change = start.alpha.get(path), end.change.get(path)
+        if alpha is None:  # drawn by clients and left alone; its rows are no longer than 1
+            alpha = torch.ones(start.blocks[path], 1)
+        new = end.alpha.get(path, alpha).double()
+        if change is not None:
+            new = new + spread(change.double(), len(new))
+        moved = factor(new, end.beta.get(path, beta).double()) - factor(
+            alpha.double(), beta.double()
+        )
+        squares.append((scale(start, path) * float(moved.norm())) ** 2)
+    return math.sqrt(math.fsum(squares))
 
 
 def _wrong_sender(update: Update, expected: Client) -> str:
@@ -101,14 +150,20 @@ def _wrong_sender(update: Update, expected: Client) -> str:
     return ""
 
 
-def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) -> str:
+def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool, dense: bool) -> str:
     payload = update.payload
-    if isinstance(start, SparseDelta):
-        if isinstance(payload, SparseDelta):
-            return _wrong_delta(payload, start)
-        return "it holds factors where a SparseDelta was due"
-    if isinstance(payload, SparseDelta):
-        return "it holds a SparseDelta where factors were due"
+    if isinstance(start, Rebased) and dense:
+        return _wrong_shift(payload, start)
+    if isinstance(start, Rebased):
+        start = start.factors
+    if isinstance(payload, Rebased):
+        return "it holds a dense update where factors or a SparseDelta were due"
+    if isinstance(start, SparseDelta) and isinstance(payload, SparseDelta):
+        return _wrong_delta(payload, start)
+    if isinstance(start, MaskedScale) and isinstance(payload, MaskedScale):
+        return _wrong_scale(payload, start)
+    if not (isinstance(start, Mapping) and isinstance(payload, Mapping)):
+        return f"it holds {_kind(payload)} where {_kind(start)} {_were(start)} due"
     wrong = _wrong_names(payload.keys(), start.keys())
     if wrong:
         return wrong
@@ -117,6 +172,14 @@ def _wrong_form(update: Update, expected: Client, start: Payload, shrink: bool) 
         if wrong:
             return f"{path}: {wrong}"
     return _wrong_ranks(update, payload)
+
+
+def _kind(payload: Payload) -> str:
+    return "factors" if isinstance(payload, Mapping) else f"a {type(payload).__name__}"
+
+
+def _were(payload: Payload) -> str:
+    return "were" if isinstance(payload, Mapping) else "was"
 
 
 def _wrong_names(found: Iterable[str], due: Iterable[str]) -> str:
@@ -169,6 +232,46 @@ def _wrong_delta(delta: SparseDelta, start: SparseDelta) -> str:
                 f"{path}: values {tuple(values.shape)}, "
                 f"the mask has {tuple(start.values[path].shape)}"
             )
+    return ""
+
+
+def _wrong_scale(update: MaskedScale, start: MaskedScale) -> str:
+    if update.mask != start.mask:
+        return (
+            f"it was trained on a base pruned with the mask {update.mask}, the server's is "
+            f"{start.mask}: one mask for all"
+        )
+    for name in ("lora_alpha", "blocks", "tied", "trains", "seed"):
+        got, due = getattr(update, name), getattr(start, name)
+        if got != due:
+            return f"{name} {got!r}, expected {due!r}"
+    rows = start.alpha if start.trains != "beta" else {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "alpha": {p: tuple(t.shape) for p, t in rows.items() if p not in start.tied},
+        "beta": {p: tuple(t.shape) for p, t in start.beta.items() if start.trains != "alpha"},
+        "change": {p: (k, rows[p].shape[1]) for p, k in start.tied.items() if p in rows},
+    }
+    for name, wanted in shapes.items():
+        found = getattr(update, name)
+        wrong = _wrong_names(found.keys(), wanted.keys())
+        if wrong:
+            return f"{name}: {wrong}"
+        for path, shape in wanted.items():
+            if tuple(found[path].shape) != shape:
+                return f"{path}: {name} {tuple(found[path].shape)}, expected {shape}"
+    return ""
+
+
+def _wrong_shift(payload: Payload, start: Rebased) -> str:
+    if not isinstance(payload, Rebased) or payload.factors:
+        return "it holds factors where a dense update was due"
+    wrong = _wrong_names(payload.shift.keys(), start.shift.keys())
+    if wrong:
+        return wrong
+    for path, shift in payload.shift.items():
+        if shift.shape != start.shift[path].shape:
+            due = tuple(start.shift[path].shape)
+            return f"{path}: an update {tuple(shift.shape)}, the layer is {due}"
     return ""
 
 

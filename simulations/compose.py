@@ -85,13 +85,14 @@ def _anchor(cfg: DictConfig) -> None:
 
     What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
     """
-    for group in ("data", "model"):
-        path = cfg[group].get("path") if isinstance(cfg.get(group), DictConfig) else None
+    for group in ("data", "model", "model.base"):
+        node = OmegaConf.select(cfg, group)
+        path = node.get("path") if isinstance(node, DictConfig) else None
         if not isinstance(path, str) or not path:
             continue
         file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
         if absolute(path).exists() or (group == "data" and file_like):
-            cfg[group].path = str(absolute(path))
+            node.path = str(absolute(path))
 
 
 def absolute(path: str) -> Path:

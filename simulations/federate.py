@@ -26,14 +26,15 @@ from fedlora.lock import claim
 from fedlora.models.modules import ModelInfo
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
+from fedlora.prune.audit import ZeroAudit
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, Session
 from fedlora.tracking import Trackers, Tracking, track
-from fedlora.types import LocalPlan, Setting, SparseDelta
+from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
 from simulations.compose import absolute
 from simulations.runtime import Runtime
-from strategies.base import LoRAStrategy
+from strategies.base import LoRAStrategy, Setup
 
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -114,7 +115,7 @@ def build_parts(cfg: DictConfig) -> Parts:
             f"name={cfg.name!r} must be letters, digits and any of '_.,=+- ', not starting with a "
             "dot: it becomes a folder of output_dir"
         )
-    return Parts(
+    parts = Parts(
         name=str(cfg.name),
         seed=cfg.seed,
         output_dir=str(cfg.output_dir),
@@ -133,6 +134,12 @@ def build_parts(cfg: DictConfig) -> Parts:
         federation=part("federation", Rounds),
         resolved={str(k): v for k, v in resolved.items()},
     )
+    quantization = str(getattr(parts.model, "quantization", "none"))
+    try:
+        parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return parts
 
 
 def run_folder(parts: Parts) -> Path:
@@ -198,7 +205,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     strategy.start(grid_of(parts))
-                _export(session, parts, ground.info)
+                _export(session, parts, ground.info, ground.worker.model)
         finally:
             session.tracker.close()
     if parts.report:
@@ -221,6 +228,7 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
     """Describe the model, prepare the data and enrol the clients."""
     model = parts.model.resolved()
     info = model.describe()
+    check_zeros_kept(parts.client, info, emit)
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     clients = TokenStore(folder).clients
     roster = enroll(
@@ -236,6 +244,25 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
     return Ground(info, folder, roster, worker)
 
 
+def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], None]) -> None:
+    """Refuse SPP on a dense model, and say what LoRA does to a pruned one.
+
+    Raises:
+        ConfigError: naming the model and what to use.
+    """
+    if plan.technique == "spp" and not info.mask:
+        raise ConfigError(
+            f"client=spp scales the weights of a pruned model, and {info.name} is dense: use "
+            "model=pruned (model@model.base=... is what it prunes), or model=hf with the folder of "
+            "a pruned model"
+        )
+    if plan.technique == "lora" and info.mask:
+        emit(
+            f"{info.name} is pruned, and LoRA merged into it fills its zeros: strategy=spp "
+            "keeps them"
+        )
+
+
 def open_session(
     parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]
 ) -> Session:
@@ -244,7 +271,12 @@ def open_session(
     session = Session(
         method=parts.strategy,
         setting=Setting(
-            info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed
+            info.modules,
+            info.parameters,
+            parts.ranks.alpha,
+            roster.clients,
+            parts.seed,
+            mask=info.mask,
         ),
         roster=roster,
         plan=parts.client,
@@ -255,6 +287,7 @@ def open_session(
         folder=folder,
         tracker=Trackers(()),
         config_hash=parts.hash(ground.store.name, info.fingerprint),
+        audit=ZeroAudit(ground.worker.model.folder()) if info.mask else None,
         emit=emit,
     )
     if parts.resume != "never" and session.resume():
@@ -339,13 +372,25 @@ def _report(folder: Path, emit: Callable[[str], None]) -> None:
         emit(f"report.html was not written: {type(error).__name__}: {error}")
 
 
-def _export(session: Session, parts: Parts, info: ModelInfo) -> None:
-    """The global adapter at the population's largest ranks, in PEFT's format."""
-    from fedlora.models.export import save_peft  # PEFT: seconds that a start need not wait
+def _export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -> None:
+    """The global adapter at the population's largest ranks, in PEFT's format; ``update/`` if the
+    method's update is more than two factors per layer."""
+    from fedlora.models.export import save_peft, save_update  # PEFT: seconds nobody need wait
+    from fedlora.models.spp_peft import save_spp
 
     adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
         return
-    base = str(parts.model.resolved().folder())
+    base = str(model.folder())
+    if isinstance(adapter, MaskedScale):
+        save_spp(adapter, info, session.folder / "adapter", base, parts.client.dropout)
+        return
+    if isinstance(adapter, Rebased):
+        save_update(adapter, info, session.folder / "update")
+        session.emit(
+            "update/ instead of adapter/: the update is of full rank; simulations.merge adds it to "
+            "the model"
+        )
+        return
     save_peft(adapter, info, session.folder / "adapter", base, parts.client.dropout)

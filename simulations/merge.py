@@ -1,5 +1,7 @@
 """Add a run's adapter to its base model: a plain model in Hugging Face's layout.
 
+An update by SPP is multiplied into the pruned base; a zero that moved is an error.
+
 python -m simulations.merge outputs/flexlora-heavy_tail_strong-sotu-tiny-s0 merged/
 """
 
@@ -11,9 +13,10 @@ import torch
 from omegaconf import OmegaConf
 
 from fedlora.config import ConfigError, build
-from fedlora.models.export import load_peft, merge
+from fedlora.models.export import SPP, load_peft, load_update, merge
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
+from fedlora.models.spp_peft import load_spp
 
 
 def merge_run(run: Path, target: Path) -> None:
@@ -21,7 +24,7 @@ def merge_run(run: Path, target: Path) -> None:
 
     Raises:
         ConfigError: if the folder is not that of a run.
-        ModelError: if the run has no adapter, or its base model is gone.
+        ModelError: if the run has neither adapter nor update, or its base model is gone.
     """
     file = run / "config.yaml"
     if not file.is_file():
@@ -30,14 +33,20 @@ def merge_run(run: Path, target: Path) -> None:
     assert isinstance(config, dict)
     spec = build(config["model"], ModelSpec, "model")  # type: ignore[type-abstract]
     model = spec.load(torch.device("cpu"))
-    merge(model, load_peft(run / "adapter", model.info), target)
+    adapter, info = run / "adapter", model.info
+    if (adapter / SPP).is_file():
+        merge(model, load_spp(adapter), target)
+    elif (run / "update").is_dir():
+        merge(model, load_update(run / "update", info), target)
+    else:
+        merge(model, load_peft(adapter, info), target)
     model.tokenizer.save_pretrained(target)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("run", type=Path, help="a run folder with adapter/")
+    parser.add_argument("run", type=Path, help="a run folder with adapter/ or update/")
     parser.add_argument("target", type=Path, help="folder to write the model to")
     options = parser.parse_args(arguments)
     try:

@@ -29,9 +29,10 @@ from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
 from fedlora.evaluate import Ids
 from fedlora.models.beam import Decoding, search
-from fedlora.models.export import CONFIG, load_peft
+from fedlora.models.export import CONFIG, SPP, load_peft
 from fedlora.models.folder import ModelError
 from fedlora.models.spec import ModelSpec
+from fedlora.models.spp_peft import load_spp
 from fedlora.nlg import evaluate
 from fedlora.progress import clock
 from fedlora.types import Payload, Setting, at_least, one_of
@@ -157,6 +158,8 @@ def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) 
     Raises:
         ConfigError: if the run left neither.
     """
+    if (run / "adapter" / SPP).is_file():
+        return load_spp(run / "adapter")
     if (run / "adapter" / CONFIG).is_file():
         return load_peft(run / "adapter")
     saved = checkpoint.latest(run / "checkpoints")

@@ -4,6 +4,10 @@
     python -m simulations.pretrain --arch gpt2 --output fedlora/models/assets/tiny_gpt2 \\
         --intermediate 512 --positions 512 --batch 4 --tokens 3400000 --save-every 2000 --seed 0
 
+or compare ways to train from nothing (`simulations.learner`), by a folder each:
+
+    python -m simulations.pretrain method=switchlora --output out/switchlora --rank 32 --lr 2e-2
+
 Corpus, tokenizer, packing, training, evaluation and saving are one function each. On one thread the
 run is deterministic for its arguments; an interrupted run goes on from its last checkpoint.
 """
@@ -21,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -37,6 +41,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedlora.data.template import prompt
 from simulations.corpus import SOURCES, Document, MissingSource, corpus, split
+from simulations.learner import METHODS, Learner, Method, learner
 from simulations.recipe import (
     ARCHITECTURES,
     BOS,
@@ -45,7 +50,6 @@ from simulations.recipe import (
     Network,
     Recipe,
     build_model,
-    build_optimizer,
 )
 
 SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
@@ -125,19 +129,26 @@ def packed(rows: Sequence[Tokens], size: int, seed: int) -> Iterator[Tokens]:
 # --- training ------------------------------------------------------------------------------------
 
 
-def train_step(
-    model: Network, optimizer: torch.optim.AdamW, block: Tokens, step: int, recipe: Recipe
-) -> float:
-    """One optimiser step on one block; returns the mean loss per token."""
+def train_step(trained: Learner, block: Tokens, step: int, recipe: Recipe) -> float:
+    """One optimiser step on one block; returns the mean loss per token.
+
+    Raises:
+        FloatingPointError: if that is not finite; the step is then not taken.
+    """
+    model, optimizer = trained.network, trained.optimizer
     long = recipe.long_every > 0 and step % recipe.long_every == recipe.long_every - 1
     length = recipe.positions if long else recipe.length
     batch = torch.from_numpy(block.astype(np.int64)).view(-1, length)
     for group in optimizer.param_groups:
-        group["lr"] = recipe.rate(step)
+        group["lr"] = recipe.rate(step) * trained.rate(step)
     loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+    if not math.isfinite(float(loss.detach())):
+        raise FloatingPointError(f"loss is {float(loss.detach())} at step {step}: lower --lr")
     loss.backward()
+    trained.before_step(step)
     torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
     optimizer.step()
+    trained.after_step(step)
     optimizer.zero_grad()
     return float(loss.detach())
 
@@ -225,35 +236,27 @@ def save(
         publish(Path(name), output)
 
 
-def state_path(recipe: Recipe) -> Path:
-    """Where an interrupted run of exactly this recipe is kept, outside the output."""
+def state_path(recipe: Recipe, method: Method) -> Path:
+    """Where an interrupted run of exactly this recipe and method is kept, outside the output."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedlora"
-    digest = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:16]
-    return cache / f"pretrain-{digest}.pt"
+    what = json.dumps([asdict(recipe), asdict(method)])
+    return cache / f"pretrain-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
 
 
-def save_state(
-    path: Path, model: Network, optimizer: torch.optim.AdamW, progress: Progress
-) -> None:
+def save_state(path: Path, trained: Learner, progress: Progress) -> None:
     """Write weights, optimiser and progress, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "progress": asdict(progress),
-    }
     partial = path.with_suffix(f".{os.getpid()}")
-    torch.save(state, partial)
+    torch.save({**trained.state(), "step": progress.step, "progress": asdict(progress)}, partial)
     partial.replace(path)
 
 
-def load_state(path: Path, model: Network, optimizer: torch.optim.AdamW) -> Progress:
+def load_state(path: Path, trained: Learner) -> Progress:
     """Take up an interrupted run, or begin a new one where there is none."""
     if not path.is_file():
         return Progress()
     state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    trained.load(state)
     return Progress(**state["progress"])
 
 
@@ -311,8 +314,9 @@ def sample(model: Any, tokenizer: PreTrainedTokenizerFast, limit: int = 60) -> l
     return result
 
 
-def describe(recipe: Recipe, progress: Progress, command: str) -> dict[str, Any]:
+def describe(recipe: Recipe, method: Method, progress: Progress, command: str) -> dict[str, Any]:
     """The part of training.json that is known at any time."""
+    adapted = {} if method.method == "full" else {"method": asdict(method)}
     return {
         "command": command,
         "versions": {
@@ -323,6 +327,7 @@ def describe(recipe: Recipe, progress: Progress, command: str) -> dict[str, Any]
             "numpy": np.__version__,
         },
         "recipe": asdict(recipe),
+        **adapted,
         "threads": torch.get_num_threads(),
         "complete": progress.step >= recipe.steps,
         "steps": progress.step,
@@ -368,15 +373,16 @@ class Run:
     output: Path
     command: str
     save_every: int
+    method: Method = field(default_factory=Method)
 
-    def train(self, model: Network, optimizer: torch.optim.AdamW, progress: Progress) -> None:
+    def train(self, trained: Learner, progress: Progress) -> None:
         """Take the steps that are left, saving on the way; ends early on a signal."""
         recipe = self.recipe
         stream = packed(self.text.train, recipe.block, recipe.seed)
         first, before, began = progress.step, progress.seconds, time.perf_counter()
         with Stop() as stop:
             for block in islice(stream, first, recipe.steps):
-                progress.losses.append(train_step(model, optimizer, block, progress.step, recipe))
+                progress.losses.append(train_step(trained, block, progress.step, recipe))
                 progress.step += 1
                 elapsed = time.perf_counter() - began
                 progress.seconds = before + elapsed
@@ -384,39 +390,52 @@ class Run:
                     announce(progress, recipe, (progress.step - first) * recipe.block / elapsed)
                 due = progress.step % self.save_every == 0 and progress.step < recipe.steps
                 if stop.asked or due:
-                    save_state(state_path(recipe), model, optimizer, progress)
-                    self.checkpoint(model, progress)
+                    save_state(state_path(recipe, self.method), trained, progress)
+                    self.checkpoint(trained, progress)
                 if stop.asked:
                     raise SystemExit("stopped; the same command goes on from here")
 
-    def checkpoint(self, model: Network, progress: Progress, last: bool = False) -> dict[str, Any]:
-        """Evaluate and save; the last time also at full length, and with samples."""
-        text, recipe = self.text, self.recipe
+    def checkpoint(
+        self, trained: Learner, progress: Progress, last: bool = False
+    ) -> dict[str, Any]:
+        """Evaluate, without merging anything, and save; the last time also at full length, and with
+        samples."""
+        text, recipe, model = self.text, self.recipe, trained.network
         losses = held_out_losses(model, text.held, text.held_rows, recipe.length)
+        plain = trained.exported()
         report = {
-            **describe(recipe, progress, self.command),
-            "parameters": sum(p.numel() for p in model.parameters()),
+            **describe(recipe, self.method, progress, self.command),
+            "parameters": sum(p.numel() for p in plain.parameters()),
             "corpus": text.counts,
             "held_out": losses,
         }
         if last:
             full = held_out_losses(model, text.held, text.held_rows, recipe.positions)
-            report |= {"held_out_full_length": full, "samples": sample(model, text.tokenizer)}
-        save(model, text.tokenizer, report, self.output)
+            report |= {"held_out_full_length": full, "samples": sample(plain, text.tokenizer)}
+            report |= trained.report()
+        save(plain, text.tokenizer, report, self.output)
         print(f"saved {self.output} at step {progress.step}: {json.dumps(losses)}", flush=True)
         return report
 
 
-def pretrain(recipe: Recipe, output: Path, command: str, save_every: int = 200) -> dict[str, Any]:
+def pretrain(
+    recipe: Recipe,
+    output: Path,
+    command: str,
+    save_every: int = 200,
+    method: Method | None = None,
+    text: Text | None = None,
+) -> dict[str, Any]:
     """Build, train, evaluate and save; returns what training.json holds."""
-    run = Run(recipe, build_text(recipe), output, command, save_every)
+    method = method or Method()
+    run = Run(recipe, text or build_text(recipe), output, command, save_every, method)
     print(json.dumps(run.text.counts), flush=True)
-    model = build_model(recipe)
-    optimizer = build_optimizer(model, recipe)
-    progress = load_state(state_path(recipe), model, optimizer)
-    run.train(model, optimizer, progress)
-    report = run.checkpoint(model, progress, last=True)
-    state_path(recipe).unlink(missing_ok=True)
+    trained = learner(build_model(recipe), recipe, method)
+    kept = state_path(recipe, method)
+    progress = load_state(kept, trained)
+    run.train(trained, progress)
+    report = run.checkpoint(trained, progress, last=True)
+    kept.unlink(missing_ok=True)
     return report
 
 
@@ -465,9 +484,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     option("--held-out", type=float, default=default.held_out, help="share of the groups held out")
     option("--wordnet", default=default.wordnet, help="directory with WordNet's data.* files")
+    option("--beta2", type=float, default=default.beta2, help="of AdamW")
+    _method_options(parser)
     option("--threads", type=int, default=1, help="torch threads; one is reproducible")
     option("--save-every", type=int, default=200, help="steps between two checkpoints")
-    return parser.parse_args(arguments)
+    # method=switchlora is --method=switchlora, as in the project's other commands
+    return parser.parse_args([f"--{a}" if a.startswith("method=") else a for a in arguments])
+
+
+def _method_options(parser: argparse.ArgumentParser) -> None:
+    default = Method()
+    option = parser.add_argument_group("what is trained").add_argument
+    option("--method", choices=METHODS, default=default.method, help="all weights, or factors")
+    option("--rank", type=int, default=default.rank, help="of the factors")
+    option("--alpha", type=float, default=default.alpha, help="their scale is alpha / rank")
+    option("--interval", type=float, default=default.interval, help="switchlora: steps of a vector")
+    option("--ratio", type=float, default=default.ratio, help="switchlora: share of the run to 0.3")
+    option("--freeze", type=int, default=default.freeze, help="switchlora: steps of the partners")
+    option("--choice", default=default.choice, help="switchlora: ring or random")
+    option("--pools", default=default.pools, help="switchlora: folder for pools in mapped files")
+    option("--merge-every", type=int, default=default.merge_every, help="relora: steps")
+    option("--merge-warmup", type=int, default=default.merge_warmup, help="relora: steps")
+    option("--full-steps", type=int, default=default.full_steps, help="all weights before factors")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -476,6 +514,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse(given))
     output, threads = options.pop("output"), options.pop("threads")
     save_every = options.pop("save_every")
+    try:
+        method = Method(**{f.name: options.pop(f.name) for f in fields(Method)})
+    except ValueError as error:
+        raise SystemExit(f"pretrain: {error}") from error
     recipe = Recipe(**options)
     if recipe.long_every and recipe.block % recipe.positions:
         raise SystemExit(
@@ -486,8 +528,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     command = shlex.join(["python", "-m", "simulations.pretrain", *given])
     try:
-        pretrain(recipe, output, command, save_every)
-    except MissingSource as error:
+        pretrain(recipe, output, command, save_every, method)
+    except (MissingSource, ValueError) as error:
         raise SystemExit(f"pretrain: {error}") from error
 
 

@@ -36,6 +36,7 @@ class Recipe:
     held_out: float = 0.025  # share of the addresses, and of the runs of senses
     wordnet: str = "/usr/share/wordnet"
     arch: str = "llama"
+    beta2: float = 0.95
 
     @property
     def block(self) -> int:
@@ -115,4 +116,4 @@ def build_optimizer(model: Network, recipe: Recipe) -> torch.optim.AdamW:
         {"params": matrices, "weight_decay": recipe.decay},
         {"params": gains, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)

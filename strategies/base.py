@@ -27,6 +27,7 @@ from fedlora.codec import (
     encode_jobs,
     encode_payload,
     glance,
+    payload_bytes,
 )
 from fedlora.session import RunError, Session, WorkerDied
 from fedlora.state import State
@@ -55,6 +56,17 @@ DEATH = ("ActorDied", "ActorUnavailable", "WorkerCrashed", "OutOfMemoryError: Ta
 message it is given, so the run stops and goes on from its checkpoint in a new pool."""
 
 
+@dataclass(frozen=True)
+class Setup:
+    """What a method is combined with, as far as it may have to refuse it."""
+
+    client: LocalPlan
+    wire: str = "float32"
+    """Number format of payloads on the wire."""
+    quantization: str = "none"
+    """Of the base model."""
+
+
 @dataclass(frozen=True, eq=False)
 class LoRAStrategy(Strategy):
     """A Flower strategy over virtual clients of unequal rank.
@@ -66,6 +78,45 @@ class LoRAStrategy(Strategy):
     ``State`` is what the server remembers between rounds: named tensors, never mutated. A
     checkpoint holds exactly this, so everything that matters to the next round must be in it.
     """
+
+    def check(self, setup: Setup) -> None:
+        """Refuse a combination before anything is loaded.
+
+        Raises:
+            ValueError: one sentence that says why and what to use instead.
+        """
+        nested = getattr(self, "aggregator", None)
+        if isinstance(nested, LoRAStrategy) and nested.why_alone:
+            raise ValueError(f"strategy.aggregator={type(nested).__name__}: {nested.why_alone}")
+        if setup.client.technique == "spp":
+            raise ValueError(
+                "client=spp scales the weights of a pruned model by alpha and beta, and "
+                f"{type(self).__name__} aggregates LoRA's A and B: use strategy=spp, or "
+                "client=adamw"
+            )
+        if setup.client.switch is not None:
+            raise ValueError(
+                f"client.switch with strategy={type(self).__name__}: clients that exchange vectors "
+                "by themselves move their frozen weights each its own way, and what is aggregated "
+                "here are factors alone, which belong to unlike weights; use strategy=switchlora, "
+                "or client=adamw"
+            )
+
+    @property
+    def why_alone(self) -> str:
+        """Why it cannot average within another strategy, and what to use; empty: it can."""
+        return ""
+
+    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+        """Bytes that a real client is sent before it trains, given what it knows already.
+
+        Args:
+            state: as in every hook.
+            client: enlisted.
+            start: its start of the round.
+            wire: number format.
+        """
+        return payload_bytes(start, wire)
 
     @abstractmethod
     def init_state(self, setting: Setting) -> State:
@@ -113,6 +164,10 @@ class LoRAStrategy(Strategy):
         """By what the method weights its clients: the average against which the exactness gap is
         measured. Methods with a choice of weights override this."""
         return [float(u.num_examples) for u in updates]
+
+    def report(self, state: State) -> Mapping[str, float | int | str]:
+        """What the method has to say of its state after a round, for the round's record."""
+        return {}
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state whose global update is this dense one, as nearly as the method can hold it.

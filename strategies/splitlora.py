@@ -48,10 +48,10 @@ from fedlora.types import (
     LocalPlan,
     Ranks,
     Setting,
-    SparseDelta,
     TrainJob,
     Update,
     at_least,
+    is_low_rank,
     one_of,
 )
 from strategies.base import Conducted, Hall, LoRAStrategy
@@ -178,11 +178,11 @@ class SplitLoRA(LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            if isinstance(self.aggregator.start_adapter(nested, first), SparseDelta):
+            if not is_low_rank(self.aggregator.start_adapter(nested, first)):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
-                    "updates; the stages of a split train low-rank factors: choose fedit, "
-                    "flexlora or heterolora"
+                    "updates or moves the base; the stages of a split train low-rank factors over "
+                    "a frozen one: choose fedit, flexlora or heterolora"
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)
@@ -260,7 +260,7 @@ class SplitLoRA(LoRAStrategy):
             if ranks is None or mine:
                 nested = under(state, part.prefix)
                 adapter = self.aggregator.global_adapter(nested, None if ranks is None else mine)
-                assert not isinstance(adapter, SparseDelta)
+                assert isinstance(adapter, Mapping)
                 found |= adapter
         for path in wanted:
             if path not in found:
@@ -309,7 +309,7 @@ class SplitLoRA(LoRAStrategy):
     def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
         """What an enlisted client's share of a part starts from."""
         start = self.aggregator.start_adapter(under(state, part.prefix), client)
-        assert not isinstance(start, SparseDelta)
+        assert isinstance(start, Mapping)
         return {p: start[p] for p in client.ranks}
 
     def _host(self, state: State, part: Part, examples: int = 1) -> Client:
@@ -481,7 +481,7 @@ class _Play:
 
     def _opening(self, i: int) -> Opening:
         job = self.jobs[i]
-        assert not isinstance(job.start, SparseDelta)
+        assert isinstance(job.start, Mapping)
         memory = self._memory(f"{i}/")
         return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
 

@@ -5,26 +5,32 @@ the alphabetical one, so that a forgotten scale, a transpose or a lost order can
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fedlora.initial import initial_a
 from fedlora.seeding import mask_noise, torch_generator
+from fedlora.spp import gain
 from fedlora.types import (
     Client,
     Factors,
+    MaskedScale,
     Module,
     Payload,
     Ranks,
+    Rebased,
     Setting,
     SparseDelta,
     Update,
 )
 
 ALPHA = 12.0
+MASK = "0123456789abcdef"
+"""Of a base that may be pruned; only methods that need one look at it."""
 
 MODULES = (
     Module("model.layers.2.self_attn.v_proj", "attention", d_out=6, d_in=5),
@@ -34,6 +40,19 @@ MODULES = (
 
 TIERS: Mapping[str, tuple[int, int]] = {"T1": (1, 2), "T2": (2, 2), "T3": (2, 5), "T4": (5, 6)}
 """(attention, mlp) ranks by tier."""
+
+
+ROOMY = tuple(replace(m, d_out=m.d_out + 5, d_in=m.d_in + 5) for m in MODULES)
+"""The same, where one more than any tier's rank still leaves vectors to exchange (SwitchLoRA)."""
+
+
+def roomy_setting(tiers: Sequence[str] = ("T1", "T2", "T3", "T4", "T1", "T4")) -> Setting:
+    """The population of `setting`, with ranks one larger, on `ROOMY` modules."""
+    usual = setting(tiers)
+    clients = tuple(
+        replace(c, ranks=Ranks({p: r + 1 for p, r in c.ranks.items()})) for c in usual.clients
+    )
+    return replace(usual, modules=ROOMY, clients=clients)
 
 
 def ranks_of(tier: str) -> Ranks:
@@ -54,12 +73,18 @@ def setting(
         for i, t in enumerate(tiers)
     )
     return Setting(
-        modules=MODULES, model_parameters=parameters, alpha=alpha, clients=clients, seed=seed
+        modules=MODULES,
+        model_parameters=parameters,
+        alpha=alpha,
+        clients=clients,
+        seed=seed,
+        mask=MASK,
     )
 
 
 def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
-    """A start payload after some training: the same form, every number moved, float64."""
+    """A start payload after some training: every number moved, float64; the same form, but of
+    factors over a moved base only the factors."""
     g = torch_generator(seed, "test-training")
 
     def moved(t: Tensor) -> Tensor:
@@ -67,7 +92,26 @@ def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
 
     if isinstance(payload, SparseDelta):
         return replace(payload, values={p: moved(v) for p, v in payload.values.items()})
+    if isinstance(payload, MaskedScale):
+        return _trained_scale(payload, moved)
+    if isinstance(payload, Rebased):
+        payload = payload.factors
     return {p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()}
+
+
+def _trained_scale(payload: MaskedScale, moved: Callable[[Tensor], Tensor]) -> MaskedScale:
+    """What its round trains has moved; what stays is kept, so that its effect can be seen."""
+    alpha, beta, change = (
+        {p: t.clone() for p, t in tensors.items()}
+        for tensors in (payload.alpha, payload.beta, payload.change)
+    )
+    if payload.trains != "alpha":
+        beta = {p: moved(b) for p, b in beta.items()}
+    if payload.trains != "beta":
+        change = {p: moved(torch.zeros(r, alpha[p].shape[1])) for p, r in payload.tied.items()}
+        alpha = {p: a if p in change else moved(a) for p, a in alpha.items()}
+    merges = tuple({p: (a.clone(), b.clone()) for p, (a, b) in m.items()} for m in payload.merges)
+    return replace(payload, alpha=alpha, beta=beta, change=change, merges=merges)
 
 
 def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
@@ -79,7 +123,22 @@ def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
 
 
 def dense(payload: Payload, modules: Sequence[Module] = MODULES) -> dict[str, Tensor]:
+    """What a payload adds to the base weights; of a scale, to what they are multiplied by."""
+    if isinstance(payload, MaskedScale):
+        drawn = {
+            m.path: initial_a(payload.seed, m, payload.blocks[m.path])
+            for m in modules
+            if payload.seed >= 0
+        }
+        whole = replace(payload, alpha={**drawn, **payload.alpha})
+        return {m.path: gain(whole, m.path) - 1 for m in modules}
     """What a payload adds to the base weights."""
+    if isinstance(payload, Rebased):
+        products = {
+            p: Factors(f.a.double(), f.b.double(), f.alpha).delta()
+            for p, f in payload.factors.items()
+        }
+        return {p: d.double() + products.get(p, 0.0) for p, d in payload.shift.items()}
     if not isinstance(payload, SparseDelta):
         return {p: f.delta() for p, f in payload.items()}
     out = {}

@@ -20,7 +20,9 @@ NEEDED = {
     # options that name something only a user can name
     "data=jsonl": ["data.path=records.jsonl"],
     "model=hf": ["model.path=somewhere"],
+    "client=spp": ["strategy=spp"],
     "engine=faulty": ["engine.raise_share=0.2"],
+    "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
 }
 
 
@@ -47,6 +49,15 @@ def test_fedavg_brings_its_own_optimizer_and_the_command_line_wins():
     assert build_parts(load(["strategy=fedavg"])).client.optimizer == "sgd"
     assert build_parts(load(["strategy=fedavg", "client=adamw"])).client.optimizer == "adamw"
     assert build_parts(load(["strategy=fedit"])).client.optimizer == "adamw"
+
+
+def test_spp_brings_a_pruned_model_and_its_own_plan():
+    parts = build_parts(load(["strategy=spp"]))
+    assert parts.client.technique == "spp"
+    assert (parts.model.name, parts.model.calibration) == ("tiny-wanda-0.5", parts.data)
+    other = build_parts(load(["strategy=spp", "model@model.base=smollm2", "model.pattern=2:4"]))
+    assert other.model.name == "smollm2-wanda-2of4"
+    assert build_parts(load(["strategy=spp", "model=tiny"])).model.name == "tiny"
 
 
 def test_the_name_says_what_ran():
@@ -98,6 +109,17 @@ def test_the_hash_ignores_what_cannot_matter():
         ("client.lr=inf", "inf"),
         ("evaluate.adapters=[]", "must not be empty"),
         ("runtime.device=tpu", "'tpu' is not auto"),
+        ("strategy=fedit client=spp", "FedIT aggregates LoRA's A and B: use strategy=spp"),
+        ("strategy=flexlora client=spp", "FlexLoRA aggregates LoRA's A and B: use strategy=spp"),
+        ("strategy=splitlora client=spp", "SplitLoRA aggregates LoRA's A and B: use strategy=spp"),
+        ("strategy=slora client=spp", "SLoRA aggregates LoRA's A and B: use strategy=spp"),
+        ("strategy=spp client=adamw", "client.technique=lora trains other factors: use client=spp"),
+        ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
+        ("client.technique=dora", "client.technique='dora' is not one of"),
+        ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
+        ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
+        ("strategy=spp model.calibration=null", "model.method=wanda needs text"),
+        ("strategy=spp strategy.schedule=[alpha]", "must begin with beta"),
         ("strategy.server_optimizer._target_=fedlora.types.LocalPlan", "is not a ServerOptimizer"),
     ],
 )

@@ -172,7 +172,7 @@ def optimise(
             batches = micro_batches(examples, indices, plan)
             tokens.append(sum(b.tokens for b in batches))
             flat.zero_grad()
-            losses.append(_backward(model, batches, seeds, tokens[-1], plan))
+            losses.append(backward(model, batches, seeds, tokens[-1], plan))
             norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
         change = flat.change()
     finally:
@@ -182,7 +182,7 @@ def optimise(
     return trace
 
 
-def _backward(
+def backward(
     model: LanguageModel,
     batches: Sequence[Batch],
     seeds: Iterator[int],

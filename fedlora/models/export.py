@@ -20,11 +20,17 @@ from torch import Tensor
 
 from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import dense_weight
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
-from fedlora.types import Adapter, Factors, Payload
+from fedlora.prune.masks import save_masks
+from fedlora.types import Adapter, Factors, MaskedScale, Payload, Rebased
 
+UPDATE = "update.safetensors"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+SPP = "spp.safetensors"
+"""Beside or in place of these, where an adapter scales the base's weights
+(`fedlora.models.spp_peft`)."""
 
 _PREFIX = "base_model.model."
 
@@ -99,6 +105,32 @@ def save_peft(
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def save_update(update: Rebased, info: ModelInfo, folder: Path) -> None:
+    """Write the dense change of every adapted layer, ``<path>: [d_out, d_in]``, as safetensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for path, shift in update.shift.items():
+        f = update.factors.get(path)
+        tensors[path] = (shift if f is None else shift + f.delta()).detach().cpu().contiguous()
+    save_file(tensors, folder / UPDATE, metadata={"base": info.fingerprint})
+
+
+def load_update(folder: Path, info: ModelInfo) -> Rebased:
+    """The inverse of `save_update`.
+
+    Raises:
+        ModelError: if there is none, or it is of another base model.
+    """
+    file = folder / UPDATE
+    if not file.is_file():
+        raise ModelError(f"{folder} lacks {UPDATE}")
+    with safe_open(file, framework="pt") as stored:
+        made_for = (stored.metadata() or {}).get("base", "")
+        if made_for != info.fingerprint:
+            raise ModelError(f"{file} is of another base model ({made_for[:12]})")
+        return Rebased({m.path: stored.get_tensor(m.path) for m in info.modules})
+
+
 def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
     """Read a LoRA adapter in PEFT's format, ours or another's.
 
@@ -113,6 +145,11 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
     Raises:
         ModelError: if files are missing, or the adapter is more than two factors per linear layer.
     """
+    if (folder / SPP).is_file():
+        raise ModelError(
+            f"{folder} holds an SPP adapter, which scales the weights of a pruned base and adds "
+            "nothing to them: read it with fedlora.models.spp_peft.load_spp"
+        )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
@@ -136,6 +173,7 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
 
     Raises:
         TypeError: if the base is quantised.
+        ModelError: if SPP would move a zero of its pruned base.
     """
     merged = model.base_state(payload)
     config: Any = model.network.config
@@ -145,6 +183,9 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     finally:
         config.use_cache = False
     model.tokenizer.save_pretrained(str(folder))
+    if isinstance(payload, MaskedScale):  # what keeps the base's zeros is a pruned model itself
+        masks = {p: (dense_weight(x.base) != 0).cpu() for p, x in model.layers.items()}
+        save_masks(masks, folder)
 
 
 def _number(alpha: float) -> Any:

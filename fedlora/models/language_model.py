@@ -2,22 +2,29 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.initial import initial_a
 from fedlora.models.layers import (
     AdaptedLinear,
+    LinearUpdate,
     LowRank,
+    Rebuilt,
     SparseValues,
     dropout_bits,
     mask_index,
 )
-from fedlora.models.modules import ModelInfo, check_adapter, check_paths
+from fedlora.models.modules import ModelInfo, check_adapter, check_paths, check_scale
 from fedlora.models.qkv import join_state
+from fedlora.models.scaled import BlockScaled
+from fedlora.prune.masks import check_zeros
 from fedlora.seeding import mask_noise
-from fedlora.types import Adapter, Payload, SparseDelta
+from fedlora.spp import merged_gain, scale
+from fedlora.types import Adapter, MaskedScale, Payload, Rebased, SparseDelta
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
 
@@ -52,7 +59,7 @@ class LanguageModel:
             m.path: _wrap(network, m.path) for m in info.modules
         }
         """Module path -> wrapped layer, in module order."""
-        self._sparse: tuple[int, float] | None = None  # (seed, density) of a mounted SparseDelta
+        self._mounted: Payload = {}
         self._masks: OrderedDict[tuple[int, float], dict[str, Tensor]] = OrderedDict()
 
     @property
@@ -90,12 +97,12 @@ class LanguageModel:
             ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
         """
         updates = {} if payload is None else self.updates(payload, dropout)
-        self._sparse = (payload.seed, payload.density) if isinstance(payload, SparseDelta) else None
+        self._mounted = {} if payload is None else payload
         for path, layer in self.layers.items():
             layer.update = updates.get(path)
         for a, b in self.factors():
-            a.requires_grad_(train_a)
-            b.requires_grad_(train_b)
+            a.requires_grad_(train_a and a.requires_grad)
+            b.requires_grad_(train_b and b.requires_grad)
         return [p for u in updates.values() for p in u.parameters() if p.requires_grad]
 
     def unmount(self) -> None:
@@ -109,12 +116,16 @@ class LanguageModel:
             seed: of all its masks (`fedlora.seeding.dropout_seeds`).
             rows: tokens of the forward, padding included.
         """
-        if not any(isinstance(x.update, LowRank) and x.update.p > 0 for x in self.layers.values()):
+        dropping = [
+            (path, layer.update)
+            for path, layer in self.layers.items()
+            if isinstance(layer.update, LowRank | BlockScaled) and layer.update.p > 0
+        ]
+        if not dropping:
             return
-        for path, bits in self.dropout_bits(seed, rows).items():
-            update = self.layers[path].update
-            if isinstance(update, LowRank):
-                update.bits = bits
+        bits = self.dropout_bits(seed, rows)
+        for path, update in dropping:
+            update.bits = bits[path]
 
     def dropout_bits(self, seed: int, rows: int) -> dict[str, Tensor]:
         """Module path -> what the masks of one forward are a function of, ``[rows, d_in]`` int16.
@@ -126,25 +137,45 @@ class LanguageModel:
         return dict(zip(self.layers, drawn, strict=True))
 
     def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The live ``(A, B)`` of the mounted adapter, in module order; empty without one."""
+        """The live ``(A, B)`` of the mounted adapter, in module order; empty without one. Of SPP:
+        alpha, or the change of it, and beta."""
         mounted = (layer.update for layer in self.layers.values())
-        return [(u.a, u.b) for u in mounted if isinstance(u, LowRank)]
+        both = [u.parameters() for u in mounted if isinstance(u, LowRank | BlockScaled)]
+        return [(pair[0], pair[1]) for pair in both if pair]
 
     def payload(self) -> Payload:
-        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``)."""
-        if self._sparse is None:
-            return {
-                path: layer.update.factors()
+        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``).
+
+        Of factors over a moved base it is the factors: the base has not moved since.
+        """
+        mounted = self._mounted
+        if isinstance(mounted, MaskedScale):
+            return self._scale_payload(mounted)
+        if isinstance(mounted, SparseDelta):
+            values = {
+                path: layer.update.values.detach().clone()
                 for path, layer in self.layers.items()
-                if isinstance(layer.update, LowRank)
+                if isinstance(layer.update, SparseValues)
             }
-        seed, density = self._sparse
-        values = {
-            path: layer.update.values.detach().clone()
+            return replace(mounted, values=values)
+        return {
+            path: layer.update.factors()
             for path, layer in self.layers.items()
-            if isinstance(layer.update, SparseValues)
+            if isinstance(layer.update, LowRank) and layer.update.parameters()
         }
-        return SparseDelta(seed=seed, density=density, values=values)
+
+    def _scale_payload(self, mounted: MaskedScale) -> MaskedScale:
+        live = {
+            path: layer.update
+            for path, layer in self.layers.items()
+            if isinstance(layer.update, BlockScaled)
+        }
+        return replace(
+            mounted,
+            alpha={p: u.alpha.detach().clone() for p, u in live.items() if p in mounted.alpha},
+            beta={p: u.beta.detach().clone() for p, u in live.items()},
+            change={p: u.change.detach().clone() for p, u in live.items() if u.change is not None},
+        )
 
     def effective_weight(self, path: str) -> Tensor:
         """The weight ``[d_out, d_in]`` that a module multiplies by as mounted, without dropout."""
@@ -159,6 +190,7 @@ class LanguageModel:
 
         Raises:
             TypeError: if there is a payload and the base is quantised.
+            ModelError: if a scaled weight loses a zero or gains one (by overflow or underflow).
         """
         state = {
             name: tensor
@@ -168,20 +200,46 @@ class LanguageModel:
         for path, layer in self.layers.items():
             state |= {f"{path}.{name}": t for name, t in layer.base.state_dict().items()}
         for path, update in self.updates(payload or {}).items():
-            state[f"{path}.weight"] = self.layers[path].stored_weight(update)
+            state[f"{path}.weight"] = stored = self.layers[path].stored_weight(update)
+            if isinstance(update, BlockScaled):
+                kept = {path: (self.layers[path].weight != 0).cpu()}
+                check_zeros(kept, lambda _, w=stored: w, "merging")  # type: ignore[misc]
         return join_state(state, self.info.splits)
 
-    def updates(self, payload: Payload, dropout: float = 0.0) -> dict[str, LowRank | SparseValues]:
+    def updates(self, payload: Payload, dropout: float = 0.0) -> dict[str, LinearUpdate]:
         """What a payload would put on each module it names, in module order.
 
         Raises:
-            ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
+            ValueError: if a module is unknown or a shape or rank is impossible, naming the module,
+                or the payload is of another pruned base.
         """
+        if isinstance(payload, MaskedScale):
+            check_scale(payload, self.info)
+            return dict(self._scaled_updates(payload, dropout))
         if isinstance(payload, SparseDelta):
             check_paths(payload.values, self.info)
             return dict(self._sparse_updates(payload))
+        if isinstance(payload, Rebased):
+            return dict(self._rebuilt(payload, dropout))
         check_adapter(payload, self.info)
         return dict(self._low_rank_updates(payload, dropout))
+
+    def _rebuilt(self, payload: Rebased, dropout: float) -> dict[str, Rebuilt]:
+        check_paths(payload.shift, self.info)
+        check_adapter(payload.factors, self.info)
+        for m in self.info.modules:
+            shift = payload.shift.get(m.path)
+            if shift is not None and tuple(shift.shape) != (m.d_out, m.d_in):
+                raise ValueError(
+                    f"{m.path}: a shift {tuple(shift.shape)} does not fit a layer with "
+                    f"d_out={m.d_out}, d_in={m.d_in}"
+                )
+        found, dtype = payload.factors, self.dtype
+        return {
+            path: Rebuilt(payload.shift[path], found.get(path), dropout, layer.base, dtype)
+            for path, layer in self.layers.items()
+            if path in payload.shift
+        }
 
     def _low_rank_updates(self, adapter: Adapter, dropout: float) -> dict[str, LowRank]:
         device, dtype = self.device, self.dtype
@@ -189,6 +247,30 @@ class LanguageModel:
             path: LowRank(adapter[path], dropout, device, dtype)
             for path in self.layers
             if path in adapter
+        }
+
+    def _scaled_updates(self, payload: MaskedScale, dropout: float) -> dict[str, BlockScaled]:
+        drawn = {
+            m.path: initial_a(payload.seed, m, payload.blocks[m.path])
+            for m in self.info.modules
+            if payload.seed >= 0 and m.path in payload.beta
+        }
+        alpha = {**drawn, **payload.alpha}
+        return {
+            path: BlockScaled(
+                alpha[path],
+                payload.beta[path],
+                scale(payload, path),
+                dropout,
+                self.layers[path].base,
+                dtype=self.dtype,
+                tied=payload.tied.get(path, 0),
+                change=payload.change.get(path),
+                gain=merged_gain(payload, path),
+                trains=payload.trains,
+            )
+            for path in self.layers
+            if path in payload.beta
         }
 
     def _sparse_updates(self, delta: SparseDelta) -> dict[str, SparseValues]:

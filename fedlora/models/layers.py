@@ -139,6 +139,10 @@ class LowRank:
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
         y: Tensor = base(x)
+        return self.added(y, x).to(y.dtype)
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + (alpha / r) B (A dropout(x))``, ``[..., d_out]``."""
         x = x.to(self.a.dtype)
         if self.p > 0:
             if self.bits is None:
@@ -147,7 +151,7 @@ class LowRank:
                 )
             x = dropout(x, self.p, self.bits)
         low = functional.linear(functional.linear(x, self.a), self.b)
-        return torch.add(y, low, alpha=self.scale).to(y.dtype)
+        return torch.add(y, low, alpha=self.scale)
 
     def parameters(self) -> list[nn.Parameter]:
         """A and B."""
@@ -160,6 +164,44 @@ class LowRank:
     def factors(self) -> Factors:
         """A detached copy of what is trained."""
         return Factors(self.a.detach().clone(), self.b.detach().clone(), self.alpha)
+
+
+class Rebuilt(LowRank):
+    """`LowRank` over ``W' = W + shift`` in the factors' type; the base itself is left alone."""
+
+    def __init__(
+        self, shift: Tensor, factors: Factors | None, p: float, base: nn.Module, dtype: torch.dtype
+    ) -> None:
+        weight = dense_weight(base).detach()
+        self.moved = weight.to(dtype) + shift.detach().to(weight.device, dtype)
+        """``W'``, ``[d_out, d_in]``."""
+        self.trains = factors is not None
+        """Whether there are factors at all."""
+        d_out, d_in = shift.shape
+        nothing = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1), 1.0)
+        super().__init__(factors or nothing, p, weight.device, dtype)
+
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
+        bias: Any = base.bias
+        moved = functional.linear(
+            x.to(self.moved.dtype), self.moved, None if bias is None else bias.to(self.moved.dtype)
+        )
+        y = self.added(moved, x) if self.trains else moved
+        return y.to(x.dtype)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A and B, if there are any."""
+        return super().parameters() if self.trains else []
+
+    def weight(self, base: nn.Module) -> Tensor:
+        """The effective weight ``W' + (alpha / r) B A``, ``[d_out, d_in]``."""
+        return self.moved + self.scale * (self.b @ self.a)
+
+    def change(self, base: nn.Module) -> Tensor:
+        """What the effective weight differs from the base's, detached."""
+        with torch.no_grad():
+            return self.weight(base) - dense_weight(base).to(self.moved.dtype)
 
 
 class SparseValues:

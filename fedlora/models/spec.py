@@ -22,6 +22,7 @@ from fedlora.models.folder import ModelError, find_assets
 from fedlora.models.modules import ModelInfo as ModelInfo
 from fedlora.models.modules import find_modules
 from fedlora.models.qkv import Split, split_qkv
+from fedlora.prune.masks import check_network, load_masks, mask_identity
 from fedlora.types import one_of
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ class ModelSpec(ABC):
             context=_context(config),
             fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
             splits=splits,
+            mask=mask_identity(folder),
         )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -127,7 +129,8 @@ class ModelSpec(ABC):
         ``dtype=bfloat16`` avoids that for a file in bfloat16.
 
         Raises:
-            ModelError: if weights are missing or do not fit the configuration.
+            ModelError: if weights are missing or do not fit the configuration, or a pruned model's
+                zeros are not where its masks say.
         """
         from transformers import AutoModelForCausalLM
 
@@ -155,6 +158,8 @@ class ModelSpec(ABC):
             )
         if not placement:
             network.to(device)
+        if info.mask:
+            check_network(load_masks(folder), network, str(folder))
         self._split(network)
         return LanguageModel(network, self.tokenizer(), info)
 

@@ -27,7 +27,7 @@ from fedlora.config import build, describe
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.party import Memory
 from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks, SparseDelta
+from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks
 
 Arrays = dict[str, NDArray[Any]]
 Answer = Up | Failure
@@ -263,7 +263,7 @@ def _put_adapter(arrays: Arrays, name: str, adapter: Adapter, wire: str) -> str:
 
 def _adapter(found: Arrays, name: str, header: str) -> Adapter:
     payload = decode_payload(found[name], header)
-    assert not isinstance(payload, SparseDelta)
+    assert isinstance(payload, Mapping)
     return payload
 
 

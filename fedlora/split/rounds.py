@@ -24,7 +24,7 @@ from fedlora.split.party import Memory
 from fedlora.split.protocol import Down, Opening, Up, label_bytes, parts_bytes
 from fedlora.split.server import Answer, SplitServer
 from fedlora.split.wire import Parts
-from fedlora.types import Adapter, Client, Failure, SparseDelta, Update, payload_tensors
+from fedlora.types import Adapter, Client, Failure, Update, payload_tensors
 from fedlora.validation import check_update
 
 PATIENCE = 2
@@ -84,7 +84,7 @@ class LocalLink:
 def through(adapter: Adapter, wire: str) -> Adapter:
     """An adapter as it comes out of a message."""
     payload = decode_payload(*encode_payload(adapter, wire))
-    assert not isinstance(payload, SparseDelta)
+    assert isinstance(payload, Mapping)
     return payload
 
 

@@ -24,7 +24,7 @@ from fedlora.data.store import Example
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
-from fedlora.types import Adapter, LocalPlan, Ranks, SparseDelta, TrainJob, Update
+from fedlora.types import Adapter, LocalPlan, Ranks, TrainJob, Update
 from simulations.bench.engine_cases import World, steps
 
 ENGINES: Mapping[str, EngineSpec] = {
@@ -241,8 +241,9 @@ def lora_config(job: TrainJob) -> peft.LoraConfig:
 
 def adapter_of(job: TrainJob) -> Adapter:
     """The job's start, which must be low-rank factors."""
-    if isinstance(job.start, SparseDelta):
-        raise TypeError(f"client {job.client.id} starts from a SparseDelta, not from factors")
+    if not isinstance(job.start, Mapping):
+        kind = type(job.start).__name__
+        raise TypeError(f"client {job.client.id} starts from a {kind}, not from factors")
     return job.start
 
 

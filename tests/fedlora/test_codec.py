@@ -27,8 +27,10 @@ from fedlora.types import (
     Failure,
     LocalPlan,
     Ranks,
+    Rebased,
     SelfPrune,
     SparseDelta,
+    Switching,
     TrainJob,
     Update,
 )
@@ -74,6 +76,21 @@ def test_sparse_round_trip():
     same(x, decode_payload(*encode_payload(x)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_factors_over_a_moved_base_round_trip(dtype):
+    factors = adapter(0, {"q": 2, "k": 3}, getattr(torch, dtype))
+    shift = {p: torch.randn(7, 5, dtype=getattr(torch, dtype)) for p in ("q", "k", "v")}
+    for x in (Rebased(shift, factors), Rebased(shift), Rebased({})):
+        array, header = encode_payload(x, dtype)
+        back = decode_payload(array, header)
+        assert isinstance(back, Rebased)
+        assert list(back.shift) == list(x.shift)
+        assert all(torch.equal(t, x.shift[p]) for p, t in back.shift.items())
+        same(x.factors, back.factors)
+        assert payload_bytes(x, dtype) == update_bytes(x, LocalPlan(train_a=False), dtype)
+        assert payload_bytes(x, dtype) == array.nbytes
+
+
 def test_a_cut_payload_is_refused():
     array, header = encode_payload(adapter(0, {"q": 2}))
     with pytest.raises(ValueError, match="holds 23 numbers, its header promises 24"):
@@ -83,7 +100,7 @@ def test_a_cut_payload_is_refused():
 def test_jobs_round_trip_and_send_shared_starts_once():
     small, large = Ranks({"q": 1}), Ranks({"q": 3})
     start = {small: adapter(0, dict(small)), large: adapter(1, dict(large))}
-    plan = LocalPlan(lr=0.5, self_prune=SelfPrune(0.1, 0.9, 2))
+    plan = LocalPlan(lr=0.5, self_prune=SelfPrune(0.1, 0.9, 2), switch=Switching(first=3))
     clients = [Client(i, small if i % 3 else large, 10 + i, f"t{i % 3}") for i in range(6)]
     jobs = [TrainJob(7, 2, c, start[c.ranks], plan) for c in clients]
     jobs.append(EvaluateJob(7, 2, clients[0], None, EvaluatePlan(split="eval")))

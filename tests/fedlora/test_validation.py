@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.types import Client, Factors, Ranks, SparseDelta, Update, payload_tensors
+from fedlora.types import Client, Factors, Ranks, Rebased, SparseDelta, Update, payload_tensors
 from fedlora.validation import RejectedUpdate, change_norm, check_update, not_finite
 
 ALPHA = 12.0
@@ -169,3 +169,44 @@ def test_a_cohort_is_checked_in_a_fraction_of_a_second():
     for _ in range(80):
         check_update(end, end.client, start, max_norm=0.0)
     assert time.process_time() - began < 0.5
+
+
+def shifts(value=0.5, d_out=5, paths=PATHS):
+    return {p: torch.full((d_out, 7), value) for p in paths}
+
+
+MOVED = Rebased(shifts(), START)
+
+
+def test_from_a_moved_base_factors_come_back_or_what_became_of_it():
+    check_update(update(), CLIENT, MOVED, max_norm=0.0)
+    check_update(update(Rebased(shifts())), CLIENT, MOVED, max_norm=0.0, dense=True)
+
+
+@pytest.mark.parametrize(
+    ("payload", "dense", "why"),
+    [
+        (Rebased(shifts()), False, "a dense update where factors or a SparseDelta were due"),
+        (None, True, "holds factors where a dense update was due"),
+        (MOVED, True, "holds factors where a dense update was due"),
+        (Rebased(shifts(paths=PATHS[:2])), True, "lacks layers.1.up"),
+        (Rebased(shifts(d_out=4)), True, "an update (4, 7), the layer is (5, 7)"),
+        (Rebased(shifts(float("nan"))), True, "entries that are NaN"),
+        (sparse(), False, "a SparseDelta where factors were due"),
+        (adapter({**RANKS, PATHS[0]: 1}), False, "rank 1, expected 2"),
+    ],
+)
+def test_what_was_not_due_from_a_moved_base_is_refused(payload, dense, why):
+    assert why in reason(update(payload), MOVED, dense=dense)
+
+
+def test_the_change_from_a_moved_base_is_that_of_the_weights():
+    end = adapter(RANKS, seed=2)
+    both = [Rebased(shifts(), f) for f in (START, end)]
+    weights = [{p: x.shift[p] + x.factors[p].delta() for p in PATHS} for x in both]
+    wanted = math.sqrt(sum(float((weights[1][p] - weights[0][p]).square().sum()) for p in PATHS))
+    assert change_norm(MOVED, end) == pytest.approx(wanted)
+    assert change_norm(MOVED, Rebased(weights[1])) == pytest.approx(wanted)
+    assert "above 1" in reason(update(Rebased(weights[1])), MOVED, max_norm=1.0, dense=True)
+    with pytest.raises(TypeError, match="no common change"):
+        change_norm(START, Rebased(shifts()))

@@ -23,15 +23,17 @@ from fedlora.types import (
     Client,
     Factors,
     LocalPlan,
+    MaskedScale,
     Payload,
     Ranks,
+    Rebased,
     Setting,
     SparseDelta,
     Update,
     payload_tensors,
 )
-from strategies.base import LoRAStrategy
-from tests.generators import dense, setting, trained
+from strategies.base import LoRAStrategy, Setup
+from tests.generators import dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
 
@@ -61,16 +63,53 @@ def cohort(
     updates = []
     for client in population.clients:
         c = strategy.enlist(state, client)
-        moved = trained(strategy.start_adapter(state, c), 1000 * seed + c.id)
-        payload = _cast(moved, precision.dtype)
+        start = strategy.start_adapter(state, c)
+        moved = trained(start, 1000 * seed + c.id)
+        payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
         updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
     return updates
 
 
+def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
+    """What a client sends that ended at ``trained``: a factor that its plan froze as it was, and
+    after exchanges of its own what became of its weights."""
+    if not isinstance(start, Rebased):
+        return trained
+    assert not isinstance(trained, SparseDelta | Rebased)
+    if plan.switch is not None:
+        return Rebased(dense(Rebased(start.shift, trained)))
+    kept = start.factors
+    return {
+        p: Factors(f.a if plan.train_a else kept[p].a, f.b if plan.train_b else kept[p].b, f.alpha)
+        for p, f in trained.items()
+    }
+
+
+def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
+    """What the weights of an update's client differ from the base's by."""
+    payload, start = update.payload, strategy.start_adapter(state, update.client)
+    if isinstance(start, Rebased) and not isinstance(payload, SparseDelta | Rebased):
+        return dense(Rebased(start.shift, payload))
+    return dense(payload)
+
+
+def population_for(
+    strategy: LoRAStrategy, tiers: Sequence[str] = ("T1", "T2", "T3", "T4", "T1", "T4")
+) -> Setting:
+    """A population on modules that a strategy can do something with."""
+    return roomy_setting(tiers) if hasattr(strategy, "switching") else setting(tiers)
+
+
 def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
+    if isinstance(payload, Rebased):
+        return Rebased({path: t.to(dtype) for path, t in payload.shift.items()})
     if isinstance(payload, SparseDelta):
         values = {path: v.to(dtype) for path, v in payload.values.items()}
         return dataclasses.replace(payload, values=values)
+    if isinstance(payload, MaskedScale):
+        names = ("alpha", "beta", "change")
+        cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
+        return dataclasses.replace(payload, **cast)
     return {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
 
 
@@ -128,6 +167,12 @@ def weights(strategy: LoRAStrategy, round: int) -> str:
     return getattr(strategy, "weights", "examples")
 
 
+def _untrained(strategy: LoRAStrategy, state: State, client: Client) -> Payload:
+    start = strategy.start_adapter(state, client)
+    factors = start.factors if isinstance(start, Rebased) else start
+    return answer(start, factors, strategy.plan(state, client, PLAN))
+
+
 def everything(
     strategy: LoRAStrategy, state: State, population: Setting
 ) -> list[tuple[str, Payload]]:
@@ -146,7 +191,7 @@ def everything(
 def client_order_does_not_matter(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    population = setting()
+    population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     shuffled = random.Random(seed).sample(updates, len(updates))
     one, other = (strategy.aggregate(state, u) for u in (updates, shuffled))
@@ -159,13 +204,14 @@ def client_order_does_not_matter(
 def a_lone_client_gets_its_update_back(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    population = setting()
+    population = population_for(strategy)
     state = strategy.init_state(population)
     for update in cohort(strategy, state, population, seed, precision):
         after = strategy.aggregate(state, [update])
         client = strategy.enlist(after, population.clients[update.client.id])
         back = dense(strategy.start_adapter(after, client))
-        assert_close(back, dense(update.payload), precision, f"lone client {client.id}")
+        sent = reached(strategy, state, update)
+        assert_close(back, sent, precision, f"lone client {client.id}")
 
 
 Effects = list[dict[str, Tensor]]
@@ -175,7 +221,7 @@ def whole_and_split(
     strategy: LoRAStrategy, seed: int, precision: Precision
 ) -> tuple[Effects, Effects]:
     """Starts after one client took part, and after two took part that hold half of it each."""
-    population = setting()
+    population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     whole = dataclasses.replace(updates[0], num_examples=40)
     halves = [dataclasses.replace(updates[0], num_examples=n) for n in (25, 15)]
@@ -204,11 +250,15 @@ def examples_are_what_is_averaged(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Where nothing is lost (equal ranks, equal A), the result is the mean per example."""
-    population = setting(("T4", "T4", "T4"))
+    population = population_for(strategy, ("T4", "T4", "T4"))
     state = strategy.init_state(population)
     updates = cohort(strategy, state, population, seed, precision)
     first = updates[0].payload
-    if not isinstance(first, SparseDelta):
+    start = strategy.start_adapter(state, updates[0].client)
+    if isinstance(first, MaskedScale):
+        updates = [_with_alpha(u, first) for u in updates]
+    elif isinstance(start, Mapping):
+        assert isinstance(first, Mapping)
         updates = [
             dataclasses.replace(
                 u,
@@ -218,17 +268,26 @@ def examples_are_what_is_averaged(
         ]
     after = strategy.aggregate(state, updates)
     total = sum(u.num_examples for u in updates)
-    parts = [{p: u.num_examples / total * d for p, d in dense(u.payload).items()} for u in updates]
+    parts = [
+        {p: u.num_examples / total * d for p, d in reached(strategy, state, u).items()}
+        for u in updates
+    ]
     mean = {p: sum((part[p] for part in parts[1:]), parts[0][p]) for p in parts[0]}
     for got in effects(strategy, after, population):
         assert_close(got, mean, precision, "mean per example")
+
+
+def _with_alpha(update: Update, first: MaskedScale) -> Update:
+    """The same beta on the first client's alpha."""
+    assert isinstance(update.payload, MaskedScale)
+    return dataclasses.replace(update, payload=dataclasses.replace(first, beta=update.payload.beta))
 
 
 def inputs_are_not_touched(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Neither changed nor aliased."""
-    population = setting()
+    population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     copies = {k: t.clone() for k, t in state.items()}
     sent = [{n: t.clone() for n, t in payload_tensors(u.payload)} for u in updates]
@@ -247,7 +306,7 @@ def inputs_are_not_touched(
 
 
 def hooks_are_pure(strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE) -> None:
-    population = setting()
+    population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     first, second = (strategy.aggregate(state, updates) for _ in range(2))
     assert list(first) == list(second)
@@ -268,7 +327,7 @@ def a_state_is_a_complete_checkpoint(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Through safetensors bytes and back, bit by bit, and so is the round after it."""
-    population = setting()
+    population = population_for(strategy)
     for rounds in (0, 1, 2):
         state, updates = after_rounds(strategy, population, seed, rounds, precision)
         loaded = safetensors.torch.load(safetensors.torch.save(dict(state)))
@@ -287,11 +346,11 @@ def a_state_is_a_complete_checkpoint(
 
 def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE) -> None:
     """A generic loss has a gradient for every rank index of every start, at every rank."""
-    population = setting()
+    population = population_for(strategy)
     state = strategy.init_state(population)
     states = [state]
     moved = cohort(strategy, state, population, seed, precision)
-    still = [dataclasses.replace(u, payload=strategy.start_adapter(state, u.client)) for u in moved]
+    still = [dataclasses.replace(u, payload=_untrained(strategy, state, u.client)) for u in moved]
     smallest = [u for u in moved if u.client.ranks == moved[0].client.ranks]
     states += [strategy.aggregate(state, u) for u in (moved, still, moved[:1], smallest)]
     second = cohort(strategy, states[1], population, seed + 1, precision)
@@ -299,7 +358,9 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
     for i, s in enumerate(states):
         for c in population.clients:
             payload = strategy.start_adapter(s, strategy.enlist(s, c))
-            if not isinstance(payload, SparseDelta):
+            if isinstance(payload, Rebased):
+                payload = payload.factors
+            if isinstance(payload, Mapping):
                 _assert_alive(payload, f"state {i}, client {c.id}")
 
 
@@ -317,7 +378,7 @@ def _assert_alive(adapter: Mapping[str, Factors], what: str) -> None:
 def starts_have_the_ranks_of_their_clients(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    population = setting()
+    population = population_for(strategy)
     for rounds in (0, 1, 2):
         state, _ = after_rounds(strategy, population, seed, rounds, precision)
         for c in population.clients:
@@ -326,7 +387,10 @@ def starts_have_the_ranks_of_their_clients(
                 strategy.start_adapter(state, e),
                 strategy.global_adapter(state, e.ranks),
             ):
-                if not isinstance(payload, SparseDelta):
+                if isinstance(payload, Rebased):
+                    got = Ranks({p: f.rank for p, f in payload.factors.items()})
+                    assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
+                elif isinstance(payload, Mapping):
                     got = Ranks({p: f.rank for p, f in payload.items()})
                     assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
                     assert all(f.alpha == population.alpha for f in payload.values())
@@ -336,7 +400,7 @@ def unequal_ranks_are_applied(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Clients that hold unequal ranks get payloads of unequal size."""
-    population = setting()
+    population = population_for(strategy)
     for rounds in (0, 1):
         state, _ = after_rounds(strategy, population, seed, rounds, precision)
         sizes = {
@@ -354,7 +418,7 @@ def unequal_ranks_are_applied(
 def equal_ranks_start_alike(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    population = setting()
+    population = population_for(strategy)
     state, _ = after_rounds(strategy, population, seed, precision=precision)
     for c in population.clients:
         e = strategy.enlist(state, c)
@@ -367,7 +431,7 @@ def training_is_not_forgotten(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """After a round every client starts from something else than before it."""
-    population = setting()
+    population = population_for(strategy)
     state = strategy.init_state(population)
     updates = cohort(strategy, state, population, seed, precision)
     after = strategy.aggregate(state, updates)
@@ -381,13 +445,13 @@ def training_is_not_forgotten(
 def everything_is_finite_when_nobody_trains(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    population = setting()
+    population = population_for(strategy)
     state = strategy.init_state(population)
     for _ in range(3):
         updates = []
         for client in population.clients:
             c = strategy.enlist(state, client)
-            start = strategy.start_adapter(state, c)
+            start = _untrained(strategy, state, c)
             updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
@@ -441,7 +505,17 @@ def _examples(strategy: LoRAStrategy) -> str:
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
 
+def _serves(strategy: LoRAStrategy, plan: LocalPlan) -> bool:
+    try:
+        strategy.check(Setup(plan))
+    except ValueError:
+        return False
+    return True
+
+
 def _unequal(strategy: LoRAStrategy) -> str:
+    if _serves(strategy, LocalPlan(technique="spp")):
+        return "its clients are all sent the common factors; ranks say what they train of them"
     rule = getattr(strategy, "aggregator", strategy)
     if getattr(rule, "heterogeneous", "") == "smallest":
         return "all its clients train the smallest rank"

@@ -44,9 +44,15 @@ OPTIONS = [
         "strategy.aggregator.prune=false",
     ],
     ["strategy=slora", "strategy.stage1_rounds=2"],
+    ["strategy=switchlora", "strategy.mode=sync_product"],
+    ["strategy=switchlora", "strategy.mode=dense"],
     ["strategy=slora", "strategy.sparse_average=coverage"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedit"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=heterolora"],
+    ["strategy=spp", "strategy.merge_every=2"],
+    ["strategy=spp", "strategy.mode=beta_only", "strategy.merge_every=1"],
+    ["strategy=spp", "strategy.mode=stack"],
+    ["strategy=spp", "strategy.mode=separate"],
 ]
 """Options that change what is computed; the defaults come from the files themselves."""
 

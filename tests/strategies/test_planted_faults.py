@@ -10,15 +10,27 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora.state import State
-from fedlora.types import Adapter, Client, Factors, Payload, Ranks, SparseDelta, Update
+from fedlora.types import (
+    Adapter,
+    Client,
+    Factors,
+    Payload,
+    Ranks,
+    SparseDelta,
+    Switching,
+    Update,
+)
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
+from strategies.spp import SPP
+from strategies.switchlora import ALTERNATE, DENSE, PRODUCT, SwitchLoRA
 from tests.strategies.laws import LAWS, SINGLE, why_not
 
 log = logging.getLogger(__name__)
@@ -92,6 +104,21 @@ def start_ignores_ranks(self: LoRAStrategy, right: Hook, state: State, client: C
     return right(state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))))
 
 
+def base_not_moved(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
+    start = right(state, client)
+    shift = {p: torch.zeros_like(t) for p, t in start.shift.items()}
+    return dataclasses.replace(start, shift=shift)
+
+
+def residual_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Both factors averaged, each by itself, and nothing else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlora.switch.replica.residual", lambda result: None)
+        return right(state, updates)
+
+
 def zero_padded(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Adapter:
     return {
         p: Factors(f.a * (f.b != 0).any(dim=0)[:, None], f.b, f.alpha)
@@ -99,28 +126,68 @@ def zero_padded(self: LoRAStrategy, right: Hook, state: State, client: Client) -
     }
 
 
+def merge_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Factors begin anew, and what they were is in no base."""
+    return {k: t for k, t in right(state, updates).items() if not k.startswith("merged/")}
+
+
+def shares_left_out(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Clients' factors are summed, not averaged."""
+    after = right(state, updates)
+    new = [k for k in after if k.startswith("merged/") and k.endswith("/beta") and k not in state]
+    return dict(after) | {k: len(updates) * after[k] for k in new}
+
+
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
 SECOND = SLoRA(aggregator=FlexLoRA(), stage1_rounds=0)
+SCALED, STACKED = SPP(), SPP(mode="stack")
+SWITCH = [
+    SwitchLoRA(mode=mode, switching=Switching(interval=10.0, ratio=10.0), steps=3, horizon=40)
+    for mode in (ALTERNATE, PRODUCT, DENSE)
+]
 
 FAULTS = [
-    *[(s, "aggregate", first_counted_twice) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
-    *[(s, "aggregate", unweighted_mean) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE)],
-    *[(s, "aggregate", never_loaded) for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND)],
+    *[
+        (s, "aggregate", first_counted_twice)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SCALED, STACKED)
+    ],
+    *[
+        (s, "aggregate", unweighted_mean)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SCALED, STACKED)
+    ],
+    *[
+        (s, "aggregate", never_loaded)
+        for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED)
+    ],
+    *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
+    *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
     *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
     *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "enlist", ranks_not_applied) for s in (FLEX, HETERO, SPARSE, SECOND)],
     *[(s, "start_adapter", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
     *[(s, "start_adapter", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "aggregate", first_counted_twice) for s in SWITCH],
+    *[(s, "aggregate", unweighted_mean) for s in SWITCH],
+    *[(s, "aggregate", never_loaded) for s in SWITCH],
+    *[(s, "start_adapter", base_not_moved) for s in SWITCH],
+    (SWITCH[1], "aggregate", residual_forgotten),
 ]
 
 
 @pytest.mark.parametrize(
     ("strategy", "hook", "fault"),
     FAULTS,
-    ids=[f"{f.__name__}-{type(s).__name__}{getattr(s, 'stage1_rounds', '')}" for s, _, f in FAULTS],
+    ids=[
+        f"{f.__name__}-{type(s).__name__}{getattr(s, 'stage1_rounds', getattr(s, 'mode', ''))}"
+        for s, _, f in FAULTS
+    ],
 )
 def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hook) -> None:
     broken = with_hook(strategy, hook, fault)
@@ -134,7 +201,9 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
     log.info("%s of %s: %s", fault.__name__, type(strategy).__name__, caught)
 
 
-@pytest.mark.parametrize("strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND])
+@pytest.mark.parametrize(
+    "strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED, *SWITCH]
+)
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""
     same = with_hook(strategy, "aggregate", lambda self, right, *arguments: right(*arguments))

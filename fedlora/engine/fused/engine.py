@@ -2,7 +2,7 @@
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -24,10 +24,13 @@ from fedlora.types import (
     EvaluateJob,
     Evaluation,
     Failure,
+    MaskedScale,
+    Payload,
     SparseDelta,
     TrainJob,
     Update,
     at_least,
+    is_low_rank,
     one_of,
 )
 
@@ -113,13 +116,11 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
-        alone = [j for j in jobs if isinstance(j.start, SparseDelta)]
-        if alone:
-            self._note("sparse updates one by one")
+        alone = [j for j in jobs if not _fusable(j)]
+        for reason in dict.fromkeys(_why_alone(j.start) for j in alone):
+            self._note(reason)
         chains: list[Chain] = []
-        for planned in self._planner.chains(
-            [j for j in jobs if not isinstance(j.start, SparseDelta)]
-        ):
+        for planned in self._planner.chains([j for j in jobs if _fusable(j)]):
             if isinstance(planned, Chain):
                 chains.append(planned)
             else:
@@ -146,9 +147,9 @@ class FusedEngine:
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         self.fused.require_free()
-        alone = [j for j in jobs if isinstance(j.adapter, SparseDelta)]
+        alone = [j for j in jobs if not isinstance(j.adapter, Mapping | None)]
         evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or USUAL_TOKENS)
-        yield from evaluator.evaluate([j for j in jobs if not isinstance(j.adapter, SparseDelta)])
+        yield from evaluator.evaluate([j for j in jobs if isinstance(j.adapter, Mapping | None)])
         if evaluator.rescue:
             self._note("clients of fused evaluations that failed one by one")
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
@@ -220,6 +221,20 @@ class AutoEngine(FusedEngine):
         schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
         alone = sum(model.seconds(f.rows * f.width, 1) for w in works for f in w.forwards)
         return model.predict(schedule) < alone
+
+
+def _fusable(job: TrainJob) -> bool:
+    """Whether a job is factors over the common base, and stays so."""
+    return is_low_rank(job.start) and job.plan.switch is None
+
+
+def _why_alone(start: Payload) -> str:
+    """Why a job that starts from this cannot run in one forward with others."""
+    if isinstance(start, SparseDelta):
+        return "sparse updates one by one"
+    if isinstance(start, MaskedScale):
+        return "SPP one by one"
+    return "moved bases one by one: a fused step has one frozen base for all clients"
 
 
 def _free_memory(device: torch.device) -> float:

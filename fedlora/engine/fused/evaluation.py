@@ -2,7 +2,7 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.modules import check_adapter
-from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload, SparseDelta
+from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,10 @@ class FusedEvaluator:
 
     def _task(self, job: EvaluateJob, slot: int) -> Task:
         plan, who, store = job.plan, job.client.id, self._store
-        if isinstance(job.adapter, SparseDelta):
-            raise TypeError("the fused engine evaluates low-rank factors, not a SparseDelta")
         if job.adapter is not None:
+            if not isinstance(job.adapter, Mapping):
+                kind = type(job.adapter).__name__
+                raise TypeError(f"the fused engine evaluates low-rank factors, not a {kind}")
             check_adapter(job.adapter, self._fused.model.info)
         if store.count(who, plan.split) == 0:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
@@ -187,8 +188,10 @@ class FusedEvaluator:
 
 def _factors(payload: Payload | None) -> Adapter:
     """The bare base model is an adapter of no module."""
-    assert not isinstance(payload, SparseDelta)
-    return {} if payload is None else payload
+    if payload is None:
+        return {}
+    assert isinstance(payload, Mapping)
+    return payload
 
 
 def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:

@@ -7,7 +7,7 @@ that has finished leaves the batch: it is never multiplied by zero.
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,7 +33,7 @@ from fedlora.engine.loop import Trace, check_trace, clip_and_step, learning_rate
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter
 from fedlora.seeding import dropout_seeds
-from fedlora.types import Failure, SparseDelta, TrainJob, Update
+from fedlora.types import Failure, TrainJob, Update
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class Planner:
             ValueError: if the job cannot be trained, naming client and reason.
             IndexError: if an example holds a token that the model does not have.
         """
-        assert not isinstance(job.start, SparseDelta)
+        assert isinstance(job.start, Mapping)
         check_adapter(job.start, self._info)
         examples = training_examples(self._store, job)
         check_vocabulary(examples, self._vocabulary, job.client.id)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedlora.models.language_model import MASKS_KEPT, LanguageModel
 from fedlora.seeding import mask_noise
-from fedlora.types import Factors, SparseDelta
+from fedlora.types import Factors, Rebased, SparseDelta
 from tests.fedlora.models.networks import (
     ALPHA,
     NETWORKS,
@@ -314,3 +314,69 @@ def _stored(network, path: str) -> torch.Tensor:
     """The layer's weight seen as ``[d_out, d_in]``."""
     layer = network.get_submodule(path)
     return layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T
+
+
+def moved_twin(name, shift):
+    """The same network with weights that have moved."""
+    network = NETWORKS[name]().double()
+    for path, d in shift.items():
+        weight = network.get_submodule(path).weight.data
+        weight += d if isinstance(network.get_submodule(path), torch.nn.Linear) else d.t()
+    return wrap(network)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_factors_over_a_moved_base_are_factors_on_such_a_base(name):
+    model = wrap(NETWORKS[name]().double())
+    factors = adapter(model.info.modules, 3)
+    g = torch.Generator().manual_seed(0)
+    shift = {
+        m.path: 0.1 * torch.randn(m.d_out, m.d_in, generator=g, dtype=torch.float64)
+        for m in model.info.modules
+    }
+    twin, before = moved_twin(name, shift), logits(model.network)
+    parameters = model.mount(Rebased(shift, factors), dropout=0.3)
+    theirs = twin.mount(factors, dropout=0.3)
+    step(model, parameters)
+    step(twin, theirs)
+    assert len(parameters) == len(theirs) == 2 * len(factors)
+    for p, q in zip(parameters, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
+    assert model.payload().keys() == factors.keys()
+    for path in factors:
+        torch.testing.assert_close(model.effective_weight(path), twin.effective_weight(path))
+    model.mount(Rebased(shift, factors))
+    twin.mount(factors)
+    torch.testing.assert_close(logits(model.network), logits(twin.network), rtol=0, atol=1e-12)
+    for mine, plain in ((model.mount(Rebased(shift)), {}),):
+        assert mine == [] and model.payload() == plain
+    twin.unmount()
+    torch.testing.assert_close(logits(model.network), logits(twin.network), rtol=0, atol=1e-12)
+    for key, t in model.base_state(Rebased(shift)).items():
+        torch.testing.assert_close(t, twin.base_state()[key], rtol=0, atol=1e-12)
+    model.unmount()
+    assert torch.equal(logits(model.network), before)
+
+
+def test_a_base_in_half_precision_moves_in_single():
+    """The shift is kept in float32: what is added to a bfloat16 weight is not rounded to it."""
+    model = wrap(llama().to(torch.bfloat16))
+    path = model.info.modules[0].path
+    shift = {path: torch.full((16, 16), 1e-5)}
+    model.mount(Rebased(shift))
+    base = model.layers[path].base.weight.float()
+    assert torch.equal(model.effective_weight(path), base + 1e-5)
+    assert logits(model.network).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shift", "why"),
+    [({"nowhere": (16, 16)}, "not an adapted module"), ({None: (15, 16)}, "does not fit a layer")],
+)
+def test_a_shift_that_does_not_fit_is_refused(shift, why):
+    model = wrap(llama())
+    path = model.info.modules[0].path
+    with pytest.raises(ValueError, match=why):
+        model.mount(Rebased({p or path: torch.zeros(s) for p, s in shift.items()}))
+    with pytest.raises(ValueError, match=r"factors of a layer \(16, 16\) over the shift"):
+        Rebased({}, {path: adapter(model.info.modules, 2)[path]})

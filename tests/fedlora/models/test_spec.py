@@ -19,6 +19,7 @@ from fedlora.models import folder as folders
 from fedlora.models.folder import ModelError, find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
+from simulations.compose import load
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 
@@ -218,9 +219,8 @@ def test_quantization_says_what_to_install(saved):
 
 def test_every_yaml_builds():
     for file in sorted(CONF.glob("*.yaml")):
-        node = OmegaConf.load(file)
-        if file.stem == "hf":
-            node["path"] = "some/model"
+        named = ["model.path=some/model"] if file.stem == "hf" else []
+        node = load([f"model={file.stem}", *named]).model
         assert isinstance(build(node, ModelSpec, "model"), ModelSpec), file
 
 

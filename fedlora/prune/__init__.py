@@ -1,0 +1,1 @@
+"""Pruning a frozen base model: which weights stay, what text says of them, and their masks."""

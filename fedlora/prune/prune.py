@@ -1,0 +1,114 @@
+"""Pruning the linear layers of a model in place."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.models.layers import dense_weight
+from fedlora.prune.activations import Activations, linear_layers, measure
+from fedlora.prune.methods import magnitude, sparsegpt, wanda
+from fedlora.prune.pattern import Pattern
+from fedlora.types import one_of
+
+METHODS = ("wanda", "magnitude", "sparsegpt")
+_BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Which weights of a base model go."""
+
+    method: str = "wanda"
+    """``wanda``, ``magnitude`` (needs no text) or ``sparsegpt`` (changes the weights that stay)."""
+    pattern: str = "0.5"
+    """Share that becomes zero, or N:M, which keeps N of M (`Pattern.parse`)."""
+    sequential: bool = True
+    """Block after block, each measured behind those already pruned, as Wanda's authors do; false:
+    all at once from the dense model, which takes one pass and, federated, one exchange."""
+
+    def __post_init__(self) -> None:
+        one_of("pruning.method", self.method, METHODS)
+        Pattern.parse(self.pattern)
+
+
+def prune(
+    network: nn.Module, paths: Sequence[str], pruning: Pruning, batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Zero weights of linear layers in place.
+
+    Args:
+        network: a ``PreTrainedModel``, wrapped for adapters or not.
+        paths: of the layers, in the order in which text meets them.
+        pruning: what goes.
+        batches: token ids ``[rows, tokens]`` of the calibration text; unused by ``magnitude``.
+
+    Returns:
+        Module path -> mask ``[d_out, d_in]``, true where a weight is not zero.
+
+    Raises:
+        ModelError: if a layer cannot have the pattern, is not linear or is quantised; nothing has
+            changed then.
+    """
+    check_layers(network, paths, pruning)
+    if pruning.method == "magnitude":
+        return prune_from(network, paths, pruning, Activations({}, {}))
+    grams = pruning.method == "sparsegpt"
+    if not pruning.sequential:
+        return prune_from(network, paths, pruning, measure(network, paths, batches, grams=grams))
+    masks: dict[str, Tensor] = {}
+    for block, group in by_block(paths).items():
+        seen = measure(network, group, batches, grams=grams, until=block)
+        masks |= prune_from(network, group, pruning, seen)
+    return masks
+
+
+@torch.no_grad()
+def prune_from(
+    network: nn.Module, paths: Sequence[str], pruning: Pruning, seen: Activations
+) -> dict[str, Tensor]:
+    """`prune` from what has been measured, for example the sum over clients."""
+    check_layers(network, paths, pruning)
+    pattern = Pattern.parse(pruning.pattern)
+    masks = {}
+    for path, layer in linear_layers(network, paths).items():
+        weight = dense_weight(layer)
+        if pruning.method == "magnitude":
+            kept = magnitude(weight, pattern)
+        elif pruning.method == "wanda":
+            kept = wanda(weight, seen.squares[path], pattern)
+        else:
+            kept, new = sparsegpt(weight, seen.grams[path], seen.tokens[path], pattern)
+            weight.copy_(new)
+        weight.masked_fill_(~kept, 0)
+        masks[path] = (weight != 0).cpu()  # a kept weight may have been zero before
+    return masks
+
+
+def check_layers(network: nn.Module, paths: Sequence[str], pruning: Pruning) -> None:
+    """Raise a ModelError unless all of these layers can be pruned in this way."""
+    pattern = Pattern.parse(pruning.pattern)
+    for path, layer in linear_layers(network, paths).items():
+        pattern.check(path, dense_weight(layer).shape[1])
+
+
+def by_block(paths: Sequence[str]) -> Mapping[str, list[str]]:
+    """Path of a decoder block -> those of its layers, in order; what lies in none comes last.
+
+    The key of layers outside of blocks is empty.
+    """
+    groups: dict[str, list[str]] = {}
+    for path in paths:
+        found = _BLOCK.match(path)
+        groups.setdefault(found.group() if found else "", []).append(path)
+    outside = groups.pop("", [])
+    return groups | ({"": outside} if outside else {})
+
+
+def sparsity(network: nn.Module, paths: Sequence[str]) -> float:
+    """Share of zeros among the weights of these layers."""
+    weights = [dense_weight(layer) for layer in linear_layers(network, paths).values()]
+    zeros = sum(int((w == 0).sum()) for w in weights)
+    return zeros / sum(w.numel() for w in weights)

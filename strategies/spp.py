@@ -1,0 +1,282 @@
+r"""SPP: clients scale the weights of one pruned model, and no zero of it is ever filled.
+
+    W_k = W ∘ (1 + s F_k)      F_k[i, j] = beta_k[i] alpha_k[g(i), j]      wanted: F = Σ_k p_k F_k
+
+Lu et al., "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models",
+arXiv:2405.16057, made federated here. ``F`` is linear in alpha and in beta, not in both:
+
+    alternate   a round trains beta or alpha, the other is common: averages are exact
+    beta_only   alpha stays as drawn from the seed: exact, and the least traffic
+    stack       both are trained, and Σ_k p_k F_k is multiplied into W on all sides: exact
+    separate    both are trained and averaged by themselves: not exact; the error is measured
+
+All clients hold one mask. A client of smaller rank trains a change of alpha whose rows are repeated
+to the common rank, which it must divide: ``F`` is the same at either rank.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.initial import initial_a
+from fedlora.linalg import client_shares, client_weights, weighted_sum
+from fedlora.seeding import torch_seed
+from fedlora.spp import factor, mean_factor, nested_rank, spread
+from fedlora.state import State, integers, order, paths, scalar
+from fedlora.types import (
+    Client,
+    MaskedScale,
+    Module,
+    Ranks,
+    Setting,
+    Update,
+    at_least,
+    one_of,
+)
+from strategies.base import LoRAStrategy, Setup
+
+log = logging.getLogger(__name__)
+
+GLOBAL, MERGED = "global/", "merged/"
+MODES = ("alternate", "beta_only", "stack", "separate")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SPP(LoRAStrategy):
+    mode: str = "alternate"
+    """``alternate``, ``beta_only``, ``stack`` or ``separate`` (not exact)."""
+    schedule: tuple[str, ...] = ("beta", "alpha")
+    """Of ``alternate``: what successive rounds train. Rounds of beta cost a fraction of the traffic
+    of rounds of alpha; alpha learns nothing while beta is zero."""
+    weights: str = "examples"
+    """``examples`` (``n_k``) or ``uniform``."""
+    heterogeneous: str = "nest"
+    """Ranks that do not divide the population's largest: ``nest`` takes the largest rank below that
+    does, or ``refuse``."""
+    merge_every: int = 0
+    """Rounds after which the factors are multiplied into W on all sides and begin anew, so that
+    their product outgrows its rank; 0: never. ``stack`` does so every round."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.mode", self.mode, MODES)
+        one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        one_of("strategy.heterogeneous", self.heterogeneous, ("nest", "refuse"))
+        at_least("strategy.merge_every", self.merge_every, 0)
+        object.__setattr__(self, "schedule", tuple(self.schedule))
+        for phase in self.schedule:
+            one_of("strategy.schedule", phase, ("alpha", "beta"))
+        if not self.schedule or self.schedule[0] != "beta":
+            raise ValueError(
+                f"strategy.schedule={list(self.schedule)} must begin with beta: alpha has no "
+                "gradient while beta is zero"
+            )
+        if self.mode == "stack" and self.merge_every > 1:
+            raise ValueError(
+                f"strategy.merge_every={self.merge_every} with strategy.mode=stack, which merges "
+                "every round: leave it 0"
+            )
+        if self.mode == "alternate" and self.merge_every % len(self.schedule):
+            raise ValueError(
+                f"strategy.merge_every={self.merge_every} must be a multiple of the "
+                f"{len(self.schedule)} rounds of strategy.schedule, which begins anew with beta"
+            )
+        if self.mode == "separate":
+            log.warning(
+                "strategy.mode=separate averages alpha and beta by themselves, which is not the "
+                "average of what clients learnt: every round records what is lost (spp/residual); "
+                "mode=alternate loses nothing"
+            )
+
+    def check(self, setup: Setup) -> None:
+        plan = setup.client
+        if plan.technique != "spp":
+            raise ValueError(
+                f"strategy=spp aggregates the alpha and beta of SPP, and client.technique="
+                f"{plan.technique} trains other factors: use client=spp, or another strategy"
+            )
+        if not (plan.train_a and plan.train_b):
+            raise ValueError(
+                "strategy=spp decides itself what a round trains: leave client.train_a and "
+                "client.train_b true, and set strategy.mode or strategy.schedule"
+            )
+
+    def init_state(self, setting: Setting) -> State:
+        if not setting.mask:
+            raise ValueError(
+                "strategy=spp scales the weights of a pruned model, and this one is dense: use "
+                "model=pruned (model@model.base=... is what it prunes)"
+            )
+        top = setting.max_ranks
+        if self.heterogeneous == "refuse":
+            _require_nested(setting, top)
+        state: dict[str, Tensor] = {
+            "alpha": scalar(setting.alpha),
+            "mask": integers(list(setting.mask.encode())),
+            "seed": integers(setting.seed),
+            "round": integers(0),
+            "residual": scalar(0.0),
+            f"{GLOBAL}order": order(top),
+        }
+        for m in setting.modules:
+            state[f"{GLOBAL}{m.path}/alpha"] = initial_a(setting.seed, m, top[m.path])
+            state[f"{GLOBAL}{m.path}/beta"] = torch.zeros(m.d_out)
+        return state
+
+    def enlist(self, state: State, client: Client) -> Client:
+        """The client at ranks that divide the common ones."""
+        top = _tops(state)
+        ranks = Ranks({p: nested_rank(r, top[p]) for p, r in client.ranks.items()})
+        return client if ranks == client.ranks else replace(client, ranks=ranks)
+
+    def start_adapter(self, state: State, client: Client) -> MaskedScale:
+        whole, trains = self.global_adapter(state), self._trains(state)
+        if self.mode == "beta_only":
+            return replace(whole, alpha={}, seed=_drawn_from(state), trains=trains)
+        if self.mode == "stack":
+            alpha = {p: a[: client.ranks[p]].clone() for p, a in whole.alpha.items()}
+            return replace(whole, alpha=alpha, trains=trains)
+        smaller = {p: r for p, r in client.ranks.items() if r < whole.blocks[p]}
+        return replace(whole, tied={} if trains == "beta" else smaller, trains=trains)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        p = client_shares(updates, self.weights)
+        sent = [_scale_of(u) for u in updates]
+        new = dict(state) | {"round": state["round"] + 1}
+        lost = moved = 0.0
+        for path in paths(state, "alpha", GLOBAL):
+            alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
+            alphas = [_alpha(s, path, alpha) for s in sent]
+            betas = [s.beta.get(path, beta) for s in sent]
+            if self.mode == "stack":
+                new |= _merge(state, path, alphas, betas, p)
+                continue
+            trains = self._trains(state)
+            if trains != "beta":
+                new[f"{GLOBAL}{path}/alpha"] = weighted_sum(alphas, p)
+            if trains != "alpha":
+                new[f"{GLOBAL}{path}/beta"] = weighted_sum(betas, p)
+            if trains == "both":
+                mean = mean_factor(alphas, betas, p)
+                kept = factor(*(new[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta")))
+                lost += float((mean - kept).square().sum())
+                moved += float((mean - factor(alpha, beta)).square().sum())
+        new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
+        return self._restarted(new)
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        return client_weights(updates, self.weights)
+
+    def report(self, state: State) -> Mapping[str, float | int | str]:
+        """What the last round trained, how often factors were merged, what averages lost."""
+        before = dict(state) | {"round": state["round"] - 1}
+        found: dict[str, float | int | str] = {
+            "spp/mask": _mask(state),
+            "spp/trained": self._trains(before),
+            "spp/merges": len(_merges(state)),
+        }
+        if self.mode == "separate":
+            found["spp/residual"] = float(state["residual"])
+        return found
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> MaskedScale:
+        """The common factors: their effect is the same at every rank."""
+        names = paths(state, "alpha", GLOBAL)
+        return MaskedScale(
+            mask=_mask(state),
+            lora_alpha=float(state["alpha"]),
+            blocks=_tops(state),
+            alpha={p: state[f"{GLOBAL}{p}/alpha"] for p in names},
+            beta={p: state[f"{GLOBAL}{p}/beta"] for p in names},
+            merges=_merges(state),
+        )
+
+    def _trains(self, state: State) -> str:
+        if self.mode == "alternate":
+            return self.schedule[int(state["round"]) % len(self.schedule)]
+        return "beta" if self.mode == "beta_only" else "both"
+
+    def _restarted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """After a merge, beta is zero again and alpha drawn anew."""
+        due = self.merge_every and int(state["round"]) % self.merge_every == 0
+        if not due and self.mode != "stack":
+            return state
+        new, top = dict(state), _tops(state)
+        for path in paths(state, "alpha", GLOBAL):
+            alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
+            if self.mode != "stack":
+                new |= _merge(state, path, [alpha], [beta], [1.0])
+        seed = _drawn_from(new)
+        for path, r in top.items():
+            alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
+            module = Module(path, "mlp", len(beta), alpha.shape[1])
+            new[f"{GLOBAL}{path}/alpha"] = initial_a(seed, module, r)
+            new[f"{GLOBAL}{path}/beta"] = torch.zeros_like(beta)
+        return new
+
+
+def _tops(state: State) -> dict[str, int]:
+    """Module path -> rank of the common factors."""
+    names = paths(state, "alpha", GLOBAL)
+    return {p: int(state[f"{GLOBAL}{p}/alpha"].shape[0]) for p in names}
+
+
+def _mask(state: State) -> str:
+    return bytes(state["mask"].tolist()).decode()
+
+
+def _require_nested(setting: Setting, top: Ranks) -> None:
+    for ranks in setting.rank_patterns:
+        for path, r in ranks.items():
+            if top[path] % r:
+                raise ValueError(
+                    f"{path}: rank {r} does not divide {top[path]}, the population's largest: "
+                    f"choose ranks that do (1, 2, 4, 8 of 16), or strategy.heterogeneous=nest"
+                )
+
+
+def _scale_of(update: Update) -> MaskedScale:
+    if not isinstance(update.payload, MaskedScale):
+        kind = type(update.payload).__name__
+        raise TypeError(f"client {update.client.id} sent a {kind} where a MaskedScale was due")
+    return update.payload
+
+
+def _alpha(sent: MaskedScale, path: str, common: Tensor) -> Tensor:
+    """A client's alpha at the rank that it trained, or a change of the common one applied."""
+    if path in sent.change:
+        return common + spread(sent.change[path], len(common))
+    return sent.alpha.get(path, common)
+
+
+def _names(state: State) -> list[str]:
+    """The prefixes of what was merged, in order."""
+    return sorted({"/".join(k.split("/", 2)[:2]) + "/" for k in state if k.startswith(MERGED)})
+
+
+def _merges(state: State) -> tuple[Mapping[str, tuple[Tensor, Tensor]], ...]:
+    modules = paths(state, "alpha", GLOBAL)
+    return tuple(
+        {p: (state[f"{name}{p}/alpha"], state[f"{name}{p}/beta"]) for p in modules}
+        for name in _names(state)
+    )
+
+
+def _merge(
+    state: State, path: str, alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]
+) -> dict[str, Tensor]:
+    """One module's share of the next merge: ``Σ_k p_k F_k``, with the shares in beta."""
+    top = state[f"{GLOBAL}{path}/alpha"].shape[0]
+    name = f"{MERGED}{len(_names(state)):06d}/{path}"
+    return {
+        f"{name}/alpha": torch.stack([spread(a, top) for a in alphas]),
+        f"{name}/beta": torch.stack([w * b for w, b in zip(p, betas, strict=True)]),
+    }
+
+
+def _drawn_from(state: State) -> int:
+    """The seed of alpha: another after every merge."""
+    seed, done = int(state["seed"]), len(_names(state))
+    return torch_seed(seed, "spp", done) if done else seed

@@ -1,0 +1,332 @@
+r"""SwitchLoRA under federated averaging: low-rank vectors are exchanged, and all agree on the base.
+
+    round ρ     everybody exchanges k vectors of factor σ (A in even rounds, B in odd ones)
+                clients train σ alone, from  W + D + s B A,  s = alpha / r
+                σ ← σ + Σ_k p_k (σ_k - σ)
+
+The other factor is common, so ``Σ_k p_k s B A_k = s B Ā``: the server's model is exactly the mean
+of its clients' (`sync_alternate`). ``D``, the sum of all compensations, the pools and who is in
+which slot follow from the seed and the averages: none of it travels (`fedlora.switch.replica`).
+
+    sync_product   both factors are trained; D also gains s Σ_k p_k (B_k - B̄)(A_k - Ā)
+    dense          clients exchange by themselves and send what became of their weights
+
+Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
+arXiv:2406.06564; the federated protocols are this project's. Averaging factors of clients that
+exchange by themselves is wrong, not merely biased, and refused. Where the authors' code and paper
+differ, see docs/fidelity.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fedlora.codec import WIRE_BYTES
+from fedlora.linalg import client_shares, client_weights
+from fedlora.state import State, integers, order, paths, scalar
+from fedlora.switch.initial import check_rank
+from fedlora.switch.layer import SIDES, Side, SwitchLayer
+from fedlora.switch.local import start_layer
+from fedlora.switch.replica import (
+    ALTERNATE,
+    DIGEST_BYTES,
+    LAYER,
+    PRODUCT,
+    Replica,
+    Timetable,
+    news,
+    remembered,
+)
+from fedlora.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Payload,
+    Ranks,
+    Rebased,
+    Setting,
+    Switching,
+    Update,
+    at_least,
+    one_of,
+)
+from strategies.base import LoRAStrategy, Setup
+
+DENSE = "dense"
+SHIFT = "shift/"
+
+
+def mean_change(old: Tensor, sent: Sequence[Tensor], p: Sequence[float], side: Side) -> Tensor:
+    """``σ + Σ_k p_k (σ_k - σ)``, where a client that trains fewer slots leaves the rest alone.
+
+    Args:
+        old: ``[r, d_in]`` (A) or ``[d_out, r]`` (B).
+        sent: per client its first ``r_k`` rows (A) or columns (B).
+        p: per client, summing to 1.
+        side: ``a`` or ``b``.
+    """
+    new = old.to(torch.promote_types(old.dtype, sent[0].dtype)).clone()
+    rows, before = (new, old) if side == "a" else (new.t(), old.t())
+    for share, factor in zip(p, sent, strict=True):
+        mine = factor if side == "a" else factor.t()
+        rows[: mine.shape[0]] += share * (mine - before[: mine.shape[0]])
+    return new
+
+
+def covariance(
+    layer: SwitchLayer, factors: Sequence[Factors], p: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """``left [d_out, (K-1) r]`` and ``right [(K-1) r, d_in]`` whose product is what averages lose.
+
+    ``s Σ_k p_k (B_k - B̄)(A_k - Ā)``. Deviations sum to nothing, so one client's, that with the
+    largest share ``p_c``, follow from the others': ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
+    """
+    changes_a = [_padded(f.a - layer.a[: f.rank], layer.rank) for f in factors]
+    changes_b = [_padded((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
+    mean_a = sum((w * x for w, x in zip(p, changes_a, strict=True)), torch.zeros(()))
+    mean_b = sum((w * x for w, x in zip(p, changes_b, strict=True)), torch.zeros(()))
+    pivot = max(range(len(p)), key=lambda k: p[k])
+    rest = [k for k in range(len(p)) if k != pivot]
+    if not rest:
+        return changes_b[0][:, :0], changes_a[0][:0]
+    away = {k: changes_a[k] - mean_a for k in rest}
+    common = sum((p[k] / p[pivot] * away[k] for k in rest), torch.zeros(()))
+    left = torch.cat([changes_b[k] - mean_b for k in rest], dim=1)
+    right = torch.cat([layer.scale * p[k] * (away[k] + common) for k in rest])
+    return left, right
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    if rows.shape[0] == count:
+        return rows
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], rows.shape[1])])
+
+
+def weighted_mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
+    """``Σ_k p_k x_k``."""
+    total = p[0] * tensors[0]
+    for share, t in zip(p[1:], tensors[1:], strict=True):
+        total = total + share * t
+    return total
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SwitchLoRA(LoRAStrategy):
+    switching: Switching | None
+    """``client.switch``."""
+    steps: int
+    """``client.steps``: of a client in a round."""
+    horizon: int
+    """Rounds over which exchanges become rarer, usually those of the run."""
+    mode: str = ALTERNATE
+    """``sync_alternate``, ``sync_product`` or ``dense``."""
+    weights: str = "examples"
+    """``examples`` (``n_k``) or ``uniform``."""
+    replicas: bool = True
+    """Clients keep the shared state between rounds and are sent what they missed; if not, they are
+    sent all of it every time. Decides what is counted as sent, nothing else."""
+    hash_every: int = 10
+    """Rounds between two comparisons of the shared state's hash, of 32 bytes; 0: never."""
+
+    def __post_init__(self) -> None:
+        one_of("strategy.mode", self.mode, (ALTERNATE, PRODUCT, DENSE))
+        one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        at_least("strategy.steps", self.steps, 0)
+        at_least("strategy.horizon", self.horizon, 1)
+        at_least("strategy.hash_every", self.hash_every, 0)
+
+    def check(self, setup: Setup) -> None:
+        plan = setup.client
+        if plan.technique != "lora":
+            raise ValueError(
+                f"client.technique={plan.technique} with strategy=switchlora: it exchanges vectors "
+                "of LoRA's factors; use client=switchlora"
+            )
+        if self.switching is None or plan.switch is None:
+            raise ValueError(
+                "strategy=switchlora without client.switch does not know how often vectors are "
+                "exchanged; use client=switchlora"
+            )
+        if not plan.steps:
+            raise ValueError(
+                "client.steps=0 with strategy=switchlora: the schedule of exchanges counts steps, "
+                "and epochs of unequal clients are no common count; use client.steps=20 or so"
+            )
+        if not (plan.train_a and plan.train_b):
+            raise ValueError(
+                f"client.train_a={plan.train_a}, train_b={plan.train_b} with strategy=switchlora: "
+                "it says itself which factor is trained when; leave both true"
+            )
+        if plan.self_prune is not None:
+            raise ValueError(
+                "client.self_prune with strategy=switchlora: slots of a pruned rank would be lost "
+                "to everybody; use strategy=heterolora for pruning"
+            )
+        if self.mode == DENSE and plan.optimizer != "adamw":
+            raise ValueError(
+                f"client.optimizer={plan.optimizer!r} with strategy.mode=dense: only AdamW is "
+                "reset vector by vector; use client.optimizer=adamw or strategy.mode=sync_alternate"
+            )
+        if setup.wire == "bfloat16":
+            raise ValueError(
+                "federation.wire=bfloat16 with strategy=switchlora rounds a base that all must "
+                "hold alike bit by bit; use federation.wire=float32"
+            )
+        if setup.quantization != "none":
+            raise ValueError(
+                f"model.quantization={setup.quantization} with strategy=switchlora: exchanges are "
+                "compensated in the weights, which quantised weights cannot hold; use "
+                "model.quantization=none"
+            )
+
+    @property
+    def why_alone(self) -> str:
+        return (
+            "it moves the base weights, which another strategy's clients hold fixed; use "
+            "strategy=switchlora by itself, or another aggregator"
+        )
+
+    def init_state(self, setting: Setting) -> State:
+        state: dict[str, Tensor] = {"alpha": scalar(setting.alpha), "seed": integers(setting.seed)}
+        if self.mode == DENSE:
+            shapes = {m.path: (m.d_out, m.d_in) for m in setting.modules}
+            for pattern in setting.rank_patterns:
+                for path, r in pattern.items():
+                    check_rank(path, *shapes[path], r)
+            state |= {"round": integers(0), f"{SHIFT}order": order(shapes)}
+            return state | {f"{SHIFT}{p}/d": torch.zeros(*s) for p, s in shapes.items()}
+        timetable = self._timetable(setting.seed)
+        made = Replica.begin(setting.modules, setting.max_ranks, setting.alpha, timetable)
+        return state | made.state() | {"seen": integers([0] * len(setting.clients))}
+
+    def start_adapter(self, state: State, client: Client) -> Rebased:
+        return self._at(state, client.ranks)
+
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
+        done = int(state["round"])
+        if self.mode == DENSE:
+            first, total = done * self.steps, self.horizon * self.steps
+            return replace(base, switch=replace(self._switching, first=first, total=total))
+        trained = self._timetable(0).sides(done)
+        return replace(base, switch=None, train_a="a" in trained, train_b="b" in trained)
+
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        p = client_shares(updates, self.weights)
+        done = int(state["round"])
+        if self.mode == DENSE:
+            mean = {
+                f"{SHIFT}{path}/d": weighted_mean([_dense(u).shift[path] for u in updates], p)
+                for path in paths(state, "d", SHIFT)
+            }
+            return dict(state) | mean | {"round": integers(done + 1)}
+        shared = self._replica(state)
+        result = self._result(shared, updates, p)
+        shared.install(result)
+        seen = state["seen"].clone()
+        seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
+        kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
+        history = {k: t for k, t in state.items() if k.startswith("history/")}
+        after = kept | shared.state()
+        return after | remembered(after | history, done, result)
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        return client_weights(updates, self.weights)
+
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Rebased:
+        if ranks is not None:
+            return self._at(state, ranks)
+        if self.mode == DENSE:
+            return Rebased({p: state[f"{SHIFT}{p}/d"] for p in paths(state, "d", SHIFT)})
+        layers = self._replica(state).layers
+        alpha = float(state["alpha"])
+        return Rebased(
+            {path: x.weight for path, x in layers.items()},
+            {path: Factors(x.a, x.b, alpha) for path, x in layers.items()},
+        )
+
+    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+        """What the client missed of the shared state, or all of it where that is less.
+
+        In the first round nothing: the seed says it. Of ``dense`` it is the mean update.
+        """
+        width, done = WIRE_BYTES[wire], int(state["round"])
+        assert isinstance(start, Rebased)
+        if self.mode == DENSE:
+            return width * sum(t.numel() for t in start.shift.values()) if done else 0
+        if not self.replicas:
+            return super().bytes_down(state, client, start, wire)
+        known = int(state["seen"][client.id]) if client.id < len(state["seen"]) else 0
+        digest = DIGEST_BYTES if self.hash_every and done and done % self.hash_every == 0 else 0
+        return width * news(state, known).numbers + digest
+
+    # --- pieces ---------------------------------------------------------------------------------
+
+    @property
+    def _switching(self) -> Switching:
+        if self.switching is None:
+            raise ValueError("strategy=switchlora needs client.switch; use client=switchlora")
+        return self.switching
+
+    def _timetable(self, seed: int) -> Timetable:
+        return Timetable(self.mode, self._switching, max(1, self.steps), self.horizon, seed)
+
+    def _replica(self, state: State) -> Replica:
+        return Replica.load(state, float(state["alpha"]), self._timetable(int(state["seed"])))
+
+    def _at(self, state: State, ranks: Ranks) -> Rebased:
+        """Of clients that train so many slots; the others are part of the base they stand on.
+
+        Summed in float64, so that a client's start is the server's model but for one rounding.
+        """
+        alpha, shift, factors = float(state["alpha"]), {}, {}
+        seed, done = int(state["seed"]), int(state["round"])
+        for path, r in ranks.items():
+            if self.mode == DENSE:
+                d = state[f"{SHIFT}{path}/d"]
+                shape = (int(d.shape[0]), int(d.shape[1]))
+                f = Factors(*start_layer(path, shape, r, alpha, seed, done), alpha)
+                shift[path], factors[path] = d.double() - _delta(f), f
+                continue
+            weight, a, b = (state[f"{LAYER}{path}/{name}"] for name in ("weight", "a", "b"))
+            slots = int(a.shape[0])
+            own = min(r, slots)
+            shift[path] = weight
+            if own < slots:
+                others = b[:, own:].double() @ a[own:].double()
+                shift[path] = weight.double() + alpha / slots * others
+            mine = a[:own].clone(), b[:, :own].clone()
+            factors[path] = Factors(*mine, alpha * own / slots)
+        return Rebased(shift, factors)
+
+    def _result(
+        self, shared: Replica, updates: Sequence[Update], p: Sequence[float]
+    ) -> Mapping[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        sides = shared.timetable.sides(shared.round)
+        for path, layer in shared.layers.items():
+            sent = [u.adapter[path] for u in updates]
+            for side in sides:
+                factors = [getattr(f, side) for f in sent]
+                found[f"{path}/{side}"] = mean_change(getattr(layer, side), factors, p, side)
+            if sides == SIDES:
+                found |= _rest(path, *covariance(layer, sent, p))
+        return found
+
+
+def _delta(f: Factors) -> Tensor:
+    return f.scale * (f.b.double() @ f.a.double())
+
+
+def _rest(path: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+    """What travels of a residual: its two factors, or their product where that is less."""
+    if left.shape[0] * right.shape[1] < left.numel() + right.numel():
+        return {f"{path}/rest": left @ right}
+    return {f"{path}/left": left, f"{path}/right": right}
+
+
+def _dense(update: Update) -> Rebased:
+    if not isinstance(update.payload, Rebased):
+        raise TypeError(f"client {update.client.id} sent factors where a dense update was due")
+    return update.payload

@@ -1,0 +1,166 @@
+"""Wanda's laws, on Llama and GPT-2 (whose layers store their weights transposed)."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedlora.models.folder import ModelError
+from fedlora.models.layers import dense_weight
+from fedlora.prune.activations import Activations, linear_layers, measure, windows
+from fedlora.prune.methods import magnitude, sparsegpt, wanda
+from fedlora.prune.pattern import Pattern
+from fedlora.prune.prune import METHODS, Pruning, by_block, prune, prune_from, sparsity
+from tests.fedlora.models.networks import NETWORKS, wrap
+from tests.fedlora.prune.text import batches
+
+
+def model(name: str = "llama"):
+    wrapped = wrap(NETWORKS[name]().double())
+    return wrapped.network, list(wrapped.layers)
+
+
+def test_wanda_by_hand() -> None:
+    """4 x 8, every row by brute force over all ways to drop two of eight."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(4, 8, generator=g, dtype=torch.float64)
+    x = torch.randn(30, 8, generator=g, dtype=torch.float64)
+    kept = wanda(w, x.square().sum(0), Pattern.parse("0.25"))
+    for row, keep in zip(w, kept, strict=True):
+        costs = {
+            pair: sum(float(row[j].abs() * x[:, j].norm()) for j in pair)
+            for pair in product(range(8), repeat=2)
+            if pair[0] < pair[1]
+        }
+        assert set((~keep).nonzero().flatten().tolist()) == set(min(costs, key=costs.__getitem__))
+
+
+def test_equal_activations_leave_the_order_of_magnitudes() -> None:
+    w = torch.randn(6, 12, generator=torch.Generator().manual_seed(1))
+    for text in ("0.5", "2:4"):
+        pattern = Pattern.parse(text)
+        by_row = torch.stack([magnitude(row[None], pattern)[0] for row in w])
+        assert torch.equal(wanda(w, torch.full((12,), 7.0), pattern), by_row)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_every_layer_is_as_sparse_as_asked(
+    name: str, method: str, pattern: str, sequential: bool
+) -> None:
+    network, paths = model(name)
+    masks = prune(network, paths, Pruning(method, pattern, sequential), batches())
+    assert list(masks) == paths
+    for path, layer in linear_layers(network, paths).items():
+        zero = dense_weight(layer) == 0
+        assert torch.equal(masks[path], ~zero), path
+        if pattern == "2:4":
+            assert (zero.view(len(zero), -1, 4).sum(-1) == 2).all()
+        elif method == "wanda":
+            assert (zero.sum(1) == zero.shape[1] // 2).all()
+        else:
+            assert int(zero.sum()) == zero.numel() // 2
+    assert sparsity(network, paths) == 0.5
+
+
+def test_statistics_add_up_over_texts_and_clients() -> None:
+    network, paths = model()
+    texts = batches(6)
+    whole = measure(network, paths, texts, grams=True)
+    parts = [measure(network, paths, texts[i::3], grams=True) for i in range(3)]
+    added = parts[0] + parts[1] + parts[2]
+    assert added.tokens == whole.tokens == dict.fromkeys(paths, 6 * 22)
+    for path in paths:
+        torch.testing.assert_close(added.squares[path], whole.squares[path], rtol=1e-12, atol=0)
+        torch.testing.assert_close(added.grams[path], whole.grams[path], rtol=1e-10, atol=1e-12)
+    assert whole.floats == sum(len(s) + len(s) ** 2 + 1 for s in whole.squares.values())
+    with pytest.raises(ValueError, match="different layers"):
+        _ = whole + Activations({}, {})
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_order_of_the_text_does_not_matter(sequential: bool) -> None:
+    texts = batches(5)
+    shuffled = [texts[i].flip(0) for i in (3, 0, 4, 1, 2)]
+    one, other = (
+        prune(*model(), Pruning(sequential=sequential), text) for text in (texts, shuffled)
+    )
+    assert all(torch.equal(one[p], other[p]) for p in one)
+
+
+def test_federated_calibration_is_central_calibration() -> None:
+    """The masks from the sum over clients are those of all their text (S-F3)."""
+    texts = batches(6)
+    network, paths = model()
+    central = prune(network, paths, Pruning(sequential=False), texts)
+    network, _ = model()
+    clients = [measure(network, paths, texts[i : i + 2]) for i in (0, 2, 4)]
+    summed = prune_from(
+        network, paths, Pruning(sequential=False), clients[0] + clients[1] + clients[2]
+    )
+    assert all(torch.equal(central[p], summed[p]) for p in paths)
+
+
+def test_sequential_pruning_sees_the_blocks_already_pruned() -> None:
+    """The second block's masks follow from a model whose first block is pruned."""
+    network, paths = model()
+    blocks = by_block(paths)
+    assert list(blocks) == ["model.layers.0", "model.layers.1"]
+    first, second = blocks.values()
+    by_hand, _ = model()
+    masks = prune_from(by_hand, first, Pruning(), measure(by_hand, first, batches()))
+    masks |= prune_from(by_hand, second, Pruning(), measure(by_hand, second, batches()))
+    found = prune(network, paths, Pruning(), batches())
+    assert all(torch.equal(found[p], masks[p]) for p in paths)
+    assert by_block(["lm_head", "h.0.c"]) == {"h.0": ["h.0.c"], "": ["lm_head"]}
+
+
+def output_error(w: Tensor, new: Tensor, x: Tensor) -> float:
+    return float((x @ (w - new).T).norm())
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4", "0.75"])
+def test_sparsegpt_makes_up_for_what_goes(pattern: str) -> None:
+    """On correlated inputs, wider than a block and with a dead channel, it beats Wanda."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(600, 20, generator=g, dtype=torch.float64)
+    x = x @ torch.randn(20, 160, generator=g, dtype=torch.float64)
+    x += torch.randn(600, 160, generator=g, dtype=torch.float64)
+    x[:, 3] = 0
+    w = torch.randn(12, 160, generator=g, dtype=torch.float64)
+    p = Pattern.parse(pattern)
+    kept, new = sparsegpt(w, x.T @ x, len(x), p)
+    assert torch.equal(new != 0, kept & (new != 0))
+    assert (new[:, 3] == 0).all()
+    plain = w * wanda(w, x.square().sum(0), p)
+    assert output_error(w, new, x) < 0.8 * output_error(w, plain, x)
+
+
+def test_what_cannot_be_pruned_is_refused_and_nothing_changes() -> None:
+    network, paths = model()
+    before = {k: t.clone() for k, t in network.state_dict().items()}
+    with pytest.raises(ModelError, match=r"down_proj: 20 inputs .* groups of 8"):
+        prune(network, paths, Pruning(pattern="2:8"), batches())
+    with pytest.raises(ModelError, match=r"model.norm is a LlamaRMSNorm; only linear layers"):
+        prune(network, ["model.norm"], Pruning(), batches())
+    with pytest.raises(ModelError, match=r"has no module 'model.layers.7.x'"):
+        prune(network, ["model.layers.7.x"], Pruning(), batches())
+    layer = network.get_submodule(paths[0]).base
+    packed = nn.Parameter(torch.zeros(3, 3, dtype=torch.int8), requires_grad=False)
+    layer.weight, whole = packed, layer.weight
+    with pytest.raises(ModelError, match=r"stores torch.int8 weights: a quantised base"):
+        prune(network, paths, Pruning(), batches())
+    layer.weight = whole
+    assert all(torch.equal(before[k], t) for k, t in network.state_dict().items())
+    with pytest.raises(ValueError, match=r"pruning.method='obd' is not one of"):
+        Pruning(method="obd")
+
+
+def test_text_that_is_too_short_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"3 sequences of 5 tokens = 15, and its text has 14"):
+        windows([range(7), range(7)], 3, 5)
+    cut = windows([range(7), range(9)], 3, 5)
+    assert torch.cat(cut).flatten().tolist() == [*range(7), *range(8)]

@@ -1,0 +1,75 @@
+"""Whole runs of SPP: what they record, what they leave, what is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedlora.config import ConfigError
+from fedlora.models.folder import ModelError
+from fedlora.models.spec import HuggingFace
+from fedlora.models.spp_peft import load_spp
+from fedlora.prune.masks import load_masks, mask_identity
+from simulations.compose import load
+from simulations.federate import build_parts
+from simulations.merge import main
+
+CPU = torch.device("cpu")
+MODEL = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
+SPP = ("strategy=spp", "data.clients=400", *MODEL)
+
+
+def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
+    done = federate(*SPP, "engine=fused")
+    spec = build_parts(load([*SPP])).model
+    mask = mask_identity(spec.folder())
+    assert [r["spp/trained"] for r in done.rounds] == ["beta", "alpha"]
+    for record in done.rounds:
+        assert record["spp/zero_pattern"] == record["spp/mask"] == mask
+        assert (record["spp/zeros_moved"], record["spp/density"]) == (0, 0.5)
+        assert record["engine"] == "SPP one by one"
+    modules = spec.describe().modules
+    up = {r: {c["bytes_up"] for c in done.clients if c["round"] == r} for r in (1, 2)}
+    assert up[1] == {4 * sum(m.d_out for m in modules)}
+    assert len(up[2]) >= 2, "alpha is sent at the client's own rank"
+    assert main([str(done.folder), str(tmp_path / "merged")]) == 0
+    merged = HuggingFace(path=str(tmp_path / "merged"))
+    assert merged.describe().mask == mask == load_spp(done.folder / "adapter").mask
+    assert {p: m.sum() for p, m in load_masks(tmp_path / "merged").items()}
+    model = spec.load(CPU)
+    ids = torch.tensor([[1, 300, 400, 500, 600]])
+    with torch.no_grad():
+        base = model.network(ids).logits
+        model.mount(load_spp(done.folder / "adapter"))
+        mounted = model.network(ids).logits
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
+    assert (mounted - base).abs().max() > 1e-3
+    torch.testing.assert_close(plain, mounted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    ["stack", *(pytest.param(m, marks=pytest.mark.slow) for m in ("beta_only", "separate"))],
+)
+def test_every_mode_runs_and_resumes(federate, mode):
+    options = (*SPP, f"strategy.mode={mode}", "client.steps=1")
+    whole = federate(*options)
+    federate(*options, "rounds=1", output="cut")
+    resumed = federate(*options, "resume=auto", output="cut")
+    assert resumed.hash == whole.hash
+    last = resumed.rounds[-1]
+    assert (last["spp/zeros_moved"], last["spp/merges"]) == (0, 2 if mode == "stack" else 0)
+    assert ("spp/residual" in last) == (mode == "separate")
+
+
+def test_a_dense_model_is_refused_and_lora_on_a_pruned_one_is_told(federate):
+    with pytest.raises(
+        ConfigError, match="scales the weights of a pruned model, and tiny is dense"
+    ):
+        federate("strategy=spp", "model=tiny")
+    told = federate("strategy=fedit", "model=pruned", *MODEL, "rounds=1", "client.steps=1")
+    assert "LoRA merged into it fills its zeros: strategy=spp" in told.said
+
+
+def test_text_that_is_too_short_is_refused(federate):
+    with pytest.raises(ModelError, match=r"lower model.clients, model.samples or model.length"):
+        federate(*SPP, "model.samples=900")
