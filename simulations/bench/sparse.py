@@ -312,9 +312,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     bench, before = Bench(options), load()
     record: dict[str, Any] = {"command": command("sparse"), "load": before}
-    record["patterns"] = {pattern: bench.run(pattern) for pattern in options.patterns}
+    target = RESULTS / f"sparse-{options.model}-{machine()}.json"
+    record["patterns"] = {}
+    for pattern in options.patterns:
+        record["patterns"][pattern] = bench.run(pattern)
+        write(target, record)  # hours of a large model: what is there is kept
     record["times"] = bench.times() if options.repeats else []
-    write(RESULTS / f"sparse-{options.model}-{machine()}.json", record)
+    write(target, record)
 
 
 if __name__ == "__main__":
