@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlora.models.modules import find_modules
+from fedlora.models.stages import block_of
 from fedlora.split.wire import Wire
 from fedlora.types import at_least, one_of
 
@@ -168,7 +169,7 @@ def shapes_of(network: Any, ranks: Mapping[str, int]) -> Shapes:
     linears: dict[int, list[Linear]] = {}
     for module in find_modules(network, "all-linear"):
         path = module.path.removesuffix(".base")
-        index = _block_of(path)
+        index = block_of(path)
         if index is not None:
             reads = _reads(path, module.kind == "attention")
             linear = Linear(module.d_out, module.d_in, reads, ranks.get(path, 0))
@@ -191,12 +192,6 @@ def shapes_of(network: Any, ranks: Mapping[str, int]) -> Shapes:
     )
 
 
-def _block_of(path: str) -> int | None:
-    """The index of the block that a path lies in; ``None`` outside of blocks."""
-    found = re.search(r"(?:^|\.)(?:h|layers)\.(\d+)\.", path)
-    return int(found.group(1)) if found else None
-
-
 def _reads(path: str, attention: bool) -> Reads:
     name = path.rpartition(".")[2]
     if name == "c_proj":  # GPT-2 calls both of its exits so
@@ -213,7 +208,7 @@ def _parameters(network: Any) -> tuple[dict[int, int], int, int]:
     blocks: dict[int, int] = {}
     embedding = final = 0
     for name, parameter in network.named_parameters():
-        index = _block_of(name)
+        index = block_of(name)
         if index is not None:
             blocks[index] = blocks.get(index, 0) + parameter.numel()
         elif re.search(r"(?:wte|wpe|embed\w*)\.weight$", name):
