@@ -2,7 +2,7 @@
 
 import pytest
 
-OFTEN, SELDOM = ["flexlora", "slora"], ["fedavg", "fedit", "heterolora"]
+OFTEN, SELDOM = ["flexlora"], ["fedavg", "fedit", "heterolora", "slora"]
 STRATEGIES = [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
 ROUNDS = 2
 

@@ -36,6 +36,7 @@ def test_heterogeneity_is_real_on_the_wire(federate):
     assert len(set(sizes.values())) == len(sizes)
 
 
+@pytest.mark.slow
 def test_aggregated_weights_are_loaded(federate):
     """Guards against the fault that every round restarts from the initial adapter."""
     again = federate("client.lr=1e-2", "client.dropout=0", "rounds=4", "population.per_round=20")
@@ -62,6 +63,7 @@ def test_messages_and_nodes_do_not_change_the_result(federate):
     assert one.hash == many.hash
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(federate):
     assert federate("seed=1").hash != federate("seed=2").hash
 
@@ -200,6 +202,7 @@ def test_a_client_without_examples_is_never_sampled(federate, tmp_path):
     assert len(names) == 2
 
 
+@pytest.mark.slow
 def test_the_number_of_server_threads_does_not_follow_the_machine(federate):
     """Enough clients for QR and SVD to be cut into threads where there are any."""
     words = ("rounds=1", "population.per_round=12", "ranks=heavy_tail_strong")

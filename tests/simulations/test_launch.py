@@ -202,6 +202,7 @@ def test_a_mistake_ends_at_once_in_one_message(tmp_path, words, message):
         run.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_through_flower_and_ray_equals_the_run_in_one_process(tmp_path, federate):
     """Bit for bit, with two workers; and nothing is left running."""

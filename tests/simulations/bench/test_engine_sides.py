@@ -79,6 +79,7 @@ def test_two_processes_deal_the_clients_and_change_nothing():
         assert np.array_equal(outcome.row, alone[outcome.client].row)
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_open_its_side_says_why():
     broken = replace(CASE, network="llama32xtwo")
     with pytest.raises(RuntimeError, match="invalid literal"), hosts(broken, {"sequential": 1}):
