@@ -557,7 +557,7 @@ class _Play:
                 party.load(unpack(after, float(after["alpha"]), SERVER))
             else:
                 party.load(self.method.copy_of(after, self.jobs[i].client))
-        self.state = self._without_copies(after)
+        self.state = after
         return {i: self.method.start_adapter(after, self.jobs[i].client) for i in adapters}
 
     def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -569,9 +569,6 @@ class _Play:
                 state |= pack(party.adapter(), f"{COPIES}{i}/")
                 state[f"{COPIES}{i}/order"] = order(party.adapter())
         return state
-
-    def _without_copies(self, state: State) -> State:
-        return {k: t for k, t in state.items() if not k.startswith(COPIES)}
 
     def _after(self, found: Mapping[int, Finished], length: int) -> State:
         """The state at the end of the exchanges."""

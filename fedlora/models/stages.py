@@ -131,8 +131,6 @@ class Stage:
         habits = _habits(model, path, blocks)
         self._enter = None if span.embeds else _Enter(habits.in_tuple)
         self.network = _cut(model.network, path, span, self._enter, habits.before)
-        self.blocks = len(blocks)
-        """Of the whole model."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -24,15 +24,15 @@ ALPHA = 12.0
 VOCABULARY = 40
 
 
-def llama() -> PreTrainedModel:
-    """Two layers, grouped-query attention: d_out of k and v is smaller than d_in."""
+def llama(layers: int = 2) -> PreTrainedModel:
+    """Grouped-query attention: d_out of k and v is smaller than d_in."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=16,
             intermediate_size=20,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
@@ -41,14 +41,14 @@ def llama() -> PreTrainedModel:
     )
 
 
-def gpt2() -> PreTrainedModel:
-    """Two layers of Conv1D, with dropout in the base, which must stay off."""
+def gpt2(layers: int = 2) -> PreTrainedModel:
+    """Layers of Conv1D, with dropout in the base, which must stay off."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=32,
         n_embd=16,
-        n_layer=2,
+        n_layer=layers,
         n_head=4,
         bos_token_id=0,
         eos_token_id=0,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from flwr.app import RecordDict
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from fedlora.batches import num_steps
 from fedlora.engine.loop import learning_rates
@@ -23,7 +22,8 @@ from fedlora.split.wire import Wire
 from fedlora.split.worker import SplitWorker
 from fedlora.types import Adapter, Client, Factors, Failure, LocalPlan
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
-from tests.fedlora.models.networks import VOCABULARY, adapter, wrap
+from tests.fedlora.models import networks
+from tests.fedlora.models.networks import adapter, wrap
 
 BLOCKS = 4
 DOUBLE = Terms(SEED, activations=Wire("fp64"), gradients=Wire("fp64"))
@@ -34,33 +34,12 @@ SGD = LocalPlan(
 
 
 def llama(double: bool = True) -> LanguageModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=True,
-    )
-    network = LlamaForCausalLM(config)
+    network = networks.llama(BLOCKS)
     return wrap(exact(network) if double else network)
 
 
 def gpt2(double: bool = True) -> LanguageModel:
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=VOCABULARY,
-        n_positions=32,
-        n_embd=16,
-        n_layer=BLOCKS,
-        n_head=4,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    network = GPT2LMHeadModel(config)
+    network = networks.gpt2(BLOCKS)
     return wrap(exact(network) if double else network)
 
 
