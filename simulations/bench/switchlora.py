@@ -30,9 +30,10 @@ from simulations.pretrain import Text, Tokens, build_text, evaluate, packed, tra
 from simulations.recipe import Recipe, build_model
 
 RECIPE = Recipe(
-    tokens=400_000, batch=8, length=128, long_every=0, warmup=50, decay=0.0, beta2=0.999
+    tokens=1_200_000, batch=8, length=128, long_every=0, warmup=50, decay=0.0, beta2=0.999
 )
-PILOT_TOKENS = 150_000
+PILOT_SHARE = 4
+"""The pilot's runs have this fraction of the tokens."""
 HELD_OUT_TOKENS = 50_000
 RANK = 32
 EVERY = 100
@@ -53,9 +54,9 @@ class Side:
 SWITCH = Method("switchlora", RANK)
 SIDES = {
     "full": Side(Method("full"), (1e-3, 3e-3, 1e-2)),
-    "LoRA": Side(Method("lora", RANK), (1e-2, 4e-2)),
+    "LoRA": Side(Method("lora", RANK), (3e-3, 1e-2, 3e-2)),
     "ReLoRA": Side(Method("relora", RANK, merge_every=100, merge_warmup=10), like="LoRA"),
-    "SwitchLoRA": Side(SWITCH, (1e-2, 4e-2)),
+    "SwitchLoRA": Side(SWITCH, (3e-3, 1e-2, 3e-2)),
     "SwitchLoRA, often": Side(replace(SWITCH, interval=20.0, ratio=0.5), like="SwitchLoRA"),
     "SwitchLoRA, never": Side(replace(SWITCH, interval=1e12), like="SwitchLoRA"),
 }
@@ -146,7 +147,7 @@ class Record:
 
 def pilot(record: Record, recipe: Recipe, text: Text, names: Sequence[str]) -> None:
     """Try the learning rates of each side."""
-    short = replace(recipe, tokens=PILOT_TOKENS)
+    short = replace(recipe, tokens=recipe.tokens // PILOT_SHARE)
     for name in names:
         for rate in SIDES[name].rates:
             if not record.has("pilot", name, f"{rate:g}"):
