@@ -1,17 +1,21 @@
 """Federated SwitchLoRA beside dense averaging and FedIT: loss at equal tokens and at equal bytes.
 
-    python -m simulations.bench.switchlora_rounds --seeds 0      every side, in one process
+    python -m simulations.bench.switchlora_rounds --pilot            learning rates, in fewer rounds
+    python -m simulations.bench.switchlora_rounds --seeds 0 1 2      every side at the best of each
 
 ``dense FedAvg`` trains and averages every weight of the adapted layers (SLoRA's first stage at
 density 1). Every side is evaluated after every round on the same clients that never train; the
 loss at equal bytes is that of the last round by which a side has sent no more than the alternating
-rounds send in the whole run. A row per run goes into the JSON file as soon as there is one.
+rounds send in the whole run. The pilot has a seed, hence clients, of its own. A row per run goes
+into the JSON file as soon as there is one, and what is there is not run again.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,60 +26,66 @@ from simulations.compose import load as compose
 from simulations.federate import run
 from simulations.grid import InProcessGrid
 
-EXPERIMENT = "experiment=switchlora"
 FIRST = "alternating"
-DENSE = (
-    "strategy=slora",
-    "strategy.stage1_rounds=1000",
-    "strategy.density=1.0",
-    "client=adamw",
-    "client.dropout=0",
-)
-SIDES: Mapping[str, Sequence[str]] = {
-    FIRST: [],
-    "alternating, no exchanges": ["client.switch.interval=1e12"],
-    "both factors and residual": ["strategy.mode=sync_product"],
-    "dense, clients exchange": ["strategy.mode=dense"],
-    "dense FedAvg": [*DENSE, "client.lr=1e-3"],
-    "dense FedAvg, lr 3e-4": [*DENSE, "client.lr=3e-4"],
-    "FedIT": [
-        "strategy=fedit",
-        "client=adamw",
-        "ranks.alpha=16",
-        "client.lr=2e-3",
-        "client.dropout=0",
-    ],
+PILOT_SEED = 100
+PILOT_ROUNDS = 4
+
+
+@dataclass(frozen=True)
+class Side:
+    """One row of the table."""
+
+    overrides: tuple[str, ...] = ()
+    rates: tuple[float, ...] = ()
+    """Learning rates that the pilot tries."""
+    like: str = ""
+    """Whose learning rate it takes instead."""
+
+
+SWITCH_RATES = (3e-3, 1e-2, 3e-2)
+SIDES: Mapping[str, Side] = {
+    FIRST: Side(rates=SWITCH_RATES),
+    "alternating, no exchanges": Side(("client.switch.interval=1e12",), like=FIRST),
+    "both factors and residual": Side(("strategy.mode=sync_product",), SWITCH_RATES),
+    "dense, clients exchange": Side(("strategy.mode=dense",), SWITCH_RATES),
+    "dense FedAvg": Side(
+        ("strategy=slora", "strategy.stage1_rounds=1000", "strategy.density=1.0"),
+        (1e-4, 3e-4, 1e-3),
+    ),
+    "FedIT": Side(("strategy=fedit", "ranks.alpha=16"), (6e-4, 2e-3, 6e-3)),
 }
 
 
-def words(side: str, seed: int, output: str) -> list[str]:
+def words(side: str, rate: float, rounds: int, seed: int, output: str) -> list[str]:
     """The overrides of a side; those that are not SwitchLoRA share all numbers of the experiment
     but the client's."""
-    chosen = list(SIDES[side])
+    chosen = list(SIDES[side].overrides)
     common = [f"seed={seed}", f"output_dir={output}", "runtime=in_process", "report=false"]
+    common += [f"rounds={rounds}", f"client.lr={rate:g}"]
     if any(w.startswith("strategy=") for w in chosen):
-        plain = ["ranks=homogeneous", "evaluate=loss", "rounds=8", "ranks.rank=16"]
+        plain = ["ranks=homogeneous", "evaluate=loss", "ranks.rank=16"]
         plain += ["population.clients=120", "population.per_round=6", "evaluate.clients=20"]
-        return [*plain, *chosen, "client.steps=10", "client.batch_size=4", *common]
-    return [EXPERIMENT, *chosen, *common]
+        plain += ["client=adamw", "client.dropout=0", "client.steps=10", "client.batch_size=4"]
+        return [*plain, *chosen, *common]
+    return ["experiment=switchlora", *chosen, *common]
 
 
-def measure(side: str, seed: int) -> dict[str, Any]:
+def measure(side: str, rate: float, rounds: int, seed: int) -> dict[str, Any]:
     """One run: loss by round and bytes sent until then."""
     with tempfile.TemporaryDirectory() as output:
-        chosen = words(side, seed, output)
+        chosen = words(side, rate, rounds, seed, output)
         cfg = compose([*chosen, "engine=sequential"])
         folder = run(cfg, lambda parts: InProcessGrid(app, parts.runtime.nodes), lambda line: None)
         records = read_jsonl(Path(folder) / "metrics.jsonl")
-    rounds = [r for r in records if r["kind"] == "round"]
+    done = [r for r in records if r["kind"] == "round"]
     losses = {r["round"]: r["loss_response"] for r in records if r["kind"] == "evaluate"}
     return {
         "words": [w for w in chosen if not w.startswith("output_dir=")],
         "loss": [round(losses[t], 4) for t in sorted(losses)],
-        "up_bytes": [r["wire/up_bytes"] for r in rounds],
-        "down_bytes": [r["wire/down_bytes"] for r in rounds],
-        "tokens": sum(int(r["train/tokens"]) for r in rounds),
-        "train_seconds": round(sum(r["round/train_seconds"] for r in rounds), 1),
+        "up_bytes": [r["wire/up_bytes"] for r in done],
+        "down_bytes": [r["wire/down_bytes"] for r in done],
+        "tokens": sum(int(r["train/tokens"]) for r in done),
+        "train_seconds": round(sum(r["round/train_seconds"] for r in done), 1),
         "load": load(),
     }
 
@@ -91,39 +101,78 @@ def at_bytes(found: Mapping[str, Any], budget: int) -> tuple[int, float]:
     return done, found["loss"][done]
 
 
+def over(values: Sequence[float]) -> str:
+    """Mean and, of several, standard deviation."""
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.3f}{spread}"
+
+
 def show(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table, a row per side and seed."""
-    lines = ["| side | seed | loss | up MiB | down MiB | loss at equal bytes (round) |"]
+    """The table, means over the seeds."""
+    lines = ["| side | lr | seeds | loss | up, down MiB | loss at equal bytes (after round) |"]
     lines.append("|---" * 6 + "|")
     for side, by_seed in runs.items():
-        for seed, found in by_seed.items():
-            first = runs[FIRST][seed]
-            done, loss = at_bytes(found, sum(first["up_bytes"]) + sum(first["down_bytes"]))
-            up, down = (sum(found[f"{way}_bytes"]) / 2**20 for way in ("up", "down"))
-            lines.append(
-                f"| {side} | {seed} | {found['loss'][0]:.3f} → {found['loss'][-1]:.3f} | {up:.1f} "
-                f"| {down:.1f} | {loss:.3f} ({done}) |"
-            )
+        found = list(by_seed.values())
+        sums = {w: [sum(f[f"{w}_bytes"]) for f in found] for w in ("up", "down")}
+        firsts = [runs[FIRST][seed] for seed in by_seed]
+        budgets = [sum(f["up_bytes"]) + sum(f["down_bytes"]) for f in firsts]
+        equal = [at_bytes(f, budget) for f, budget in zip(found, budgets, strict=True)]
+        up, down = (statistics.fmean(sums[way]) / 2**20 for way in ("up", "down"))
+        rounds = "/".join(str(done) for done in sorted({done for done, _ in equal}))
+        lines.append(
+            f"| {side} | {found[0]['lr']:g} | {len(found)} "
+            f"| {over([f['loss'][0] for f in found])} → {over([f['loss'][-1] for f in found])} "
+            f"| {up:.1f}, {down:.1f} | {over([loss for _, loss in equal])} ({rounds}) |"
+        )
     return "\n".join(lines)
+
+
+class Record:
+    """The JSON file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        old = json.loads(path.read_text()) if path.is_file() else {}
+        self.pilot: dict[str, dict[str, Any]] = old.get("pilot", {})
+        self.runs: dict[str, dict[str, Any]] = old.get("runs", {})
+        self.commands = sorted({*old.get("commands", []), command("switchlora_rounds")})
+
+    def add(self, part: dict[str, dict[str, Any]], side: str, key: str, found: Any) -> None:
+        """Write one result."""
+        part.setdefault(side, {})[key] = found
+        content = {"commands": self.commands, "pilot": self.pilot, "runs": self.runs}
+        write(self.path, content)
+        print(f"{side}, {key}: {found['loss'][-1]}", flush=True)
+
+    def best(self, side: str) -> float:
+        """The learning rate with the lowest last loss in the pilot."""
+        tried = self.pilot.get(SIDES[side].like or side)
+        if not tried:
+            raise SystemExit(f"no pilot of {side}: run with --pilot first")
+        return float(min(tried, key=lambda rate: tried[rate]["loss"][-1]))
 
 
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench.switchlora_rounds")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0], help="one run per side each")
+    parser.add_argument("--pilot", action="store_true", help="try learning rates")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[], help="one run per side each")
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="which rows")
+    parser.add_argument("--rounds", type=int, default=12, help="of each run")
     given = parser.parse_args()
-    path = RESULTS / f"switchlora-rounds-{machine()}.json"
-    old = json.loads(path.read_text()) if path.is_file() else {}
-    runs: dict[str, dict[str, Any]] = old.get("runs", {})
-    typed = sorted({*old.get("commands", []), command("switchlora_rounds")})
+    record = Record(RESULTS / f"switchlora-rounds-{given.rounds}-{machine()}.json")
+    for side in given.sides if given.pilot else []:
+        for rate in SIDES[side].rates:
+            if f"{rate:g}" not in record.pilot.get(side, {}):
+                found = measure(side, rate, PILOT_ROUNDS, PILOT_SEED)
+                record.add(record.pilot, side, f"{rate:g}", found)
     for seed in given.seeds:
         for side in given.sides:
-            if str(seed) not in runs.setdefault(side, {}):
-                runs[side][str(seed)] = measure(side, seed)
-                write(path, {"commands": typed, "runs": runs})
-                print(f"{side}, seed {seed}: {runs[side][str(seed)]['loss'][-1]}", flush=True)
-    print(show(runs))
+            if str(seed) not in record.runs.get(side, {}):
+                rate = record.best(side)
+                found = measure(side, rate, given.rounds, seed) | {"lr": rate}
+                record.add(record.runs, side, str(seed), found)
+    print(show(record.runs))
 
 
 if __name__ == "__main__":
