@@ -23,6 +23,7 @@ from itertools import pairwise
 from torch import Tensor
 
 from fedlora.batches import num_steps
+from fedlora.carrier import Conducted, Hall
 from fedlora.engine.loop import learning_rates
 from fedlora.initial import initial_factors
 from fedlora.linalg import at_rank
@@ -54,7 +55,7 @@ from fedlora.types import (
     is_low_rank,
     one_of,
 )
-from strategies.base import Conducted, Hall, LoRAStrategy
+from strategies.base import LoRAStrategy
 
 SERVER, MODULES, MEMORY, COPIES = "server/", "modules/", "memory/", "copies/"
 HOST = -1

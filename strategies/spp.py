@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedlora import techniques
 from fedlora.initial import initial_a
 from fedlora.linalg import client_shares, client_weights, weighted_sum
 from fedlora.seeding import torch_seed
@@ -90,13 +91,13 @@ class SPP(LoRAStrategy):
                 "mode=alternate loses nothing"
             )
 
+    @property
+    def technique(self) -> str:
+        return techniques.SPP
+
     def check(self, setup: Setup) -> None:
+        super().check(setup)
         plan = setup.client
-        if plan.technique != "spp":
-            raise ValueError(
-                f"strategy=spp aggregates the alpha and beta of SPP, and client.technique="
-                f"{plan.technique} trains other factors: use client=spp, or another strategy"
-            )
         if not (plan.train_a and plan.train_b):
             raise ValueError(
                 "strategy=spp decides itself what a round trains: leave client.train_a and "

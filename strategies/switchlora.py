@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedlora import techniques
 from fedlora.codec import WIRE_BYTES
 from fedlora.linalg import client_shares, client_weights
 from fedlora.state import State, integers, order, paths, scalar
@@ -137,18 +138,13 @@ class SwitchLoRA(LoRAStrategy):
         at_least("strategy.horizon", self.horizon, 1)
         at_least("strategy.hash_every", self.hash_every, 0)
 
+    @property
+    def technique(self) -> str:
+        return techniques.SWITCHLORA
+
     def check(self, setup: Setup) -> None:
+        super().check(setup)
         plan = setup.client
-        if plan.technique != "lora":
-            raise ValueError(
-                f"client.technique={plan.technique} with strategy=switchlora: it exchanges vectors "
-                "of LoRA's factors; use client=switchlora"
-            )
-        if self.switching is None or plan.switch is None:
-            raise ValueError(
-                "strategy=switchlora without client.switch does not know how often vectors are "
-                "exchanged; use client=switchlora"
-            )
         if not plan.steps:
             raise ValueError(
                 "client.steps=0 with strategy=switchlora: the schedule of exchanges counts steps, "
@@ -180,13 +176,6 @@ class SwitchLoRA(LoRAStrategy):
                 "compensated in the weights, which quantised weights cannot hold; use "
                 "model.quantization=none"
             )
-
-    @property
-    def why_alone(self) -> str:
-        return (
-            "it moves the base weights, which another strategy's clients hold fixed; use "
-            "strategy=switchlora by itself, or another aggregator"
-        )
 
     def init_state(self, setting: Setting) -> State:
         state: dict[str, Tensor] = {"alpha": scalar(setting.alpha), "seed": integers(setting.seed)}

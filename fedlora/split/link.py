@@ -11,7 +11,7 @@ from fedlora.types import Client, Failure
 
 
 class Hall(Protocol):
-    """Where clients are met: `strategies.base.Hall`."""
+    """Where clients are met: `fedlora.carrier.Hall`."""
 
     @property
     def worker(self) -> str: ...

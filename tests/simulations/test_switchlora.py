@@ -87,21 +87,30 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["strategy=fedavg", "client=switchlora"], "client.switch with strategy=FedAvg"),
-        (["strategy=flexlora", "client=switchlora"], "factors alone.*use strategy=switchlora"),
-        (["strategy=heterolora", "client=switchlora"], "client.switch with strategy=HeteroLoRA"),
-        (["strategy=splitlora", "client=switchlora"], "client.switch with strategy=SplitLoRA"),
+        (
+            ["strategy=fedavg", "client=switchlora"],
+            "client.technique=switchlora .* FedAvg averages",
+        ),
+        (["strategy=flexlora", "client=switchlora"], "hold alike: use strategy=switchlora"),
+        (
+            ["strategy=heterolora", "client=switchlora"],
+            "client.technique=switchlora .* HeteroLoRA averages",
+        ),
+        (
+            ["strategy=splitlora", "client=switchlora"],
+            "client.technique=switchlora .* SplitLoRA averages",
+        ),
         (
             ["strategy=slora", "strategy@strategy.aggregator=switchlora"],
-            "strategy.aggregator=SwitchLoRA: it moves the base",
+            "strategy.aggregator=SwitchLoRA .*base that moves",
         ),
         (
             ["strategy=splitlora", "strategy@strategy.aggregator=switchlora", "client=adamw"],
-            "strategy.aggregator=SwitchLoRA: it moves the base",
+            "strategy.aggregator=SwitchLoRA .*base that moves",
         ),
         (
             [w for w in WORDS if "switch.interval" not in w] + ["client=adamw"],
-            "without client.switch.*use client=switchlora",
+            "without exchanges .client.switch.*or client=switchlora",
         ),
         ([*WORDS, "client.steps=0"], "client.steps=0 with strategy=switchlora"),
         ([*WORDS, "federation.wire=bfloat16"], "federation.wire=bfloat16"),

@@ -196,14 +196,18 @@ SWITCH = LocalPlan(steps=5, dropout=0.0, switch=Switching())
         (
             FlexLoRA(),
             Setup(SWITCH),
-            "client.switch with strategy=FlexLoRA.*use strategy=switchlora",
+            "client.technique=switchlora .* FlexLoRA averages .* alike: use strategy=switchlora",
         ),
         (
             SLoRA(aggregator=rule()),
             Setup(SWITCH),
-            "strategy.aggregator=SwitchLoRA: it moves the base",
+            "strategy.aggregator=SwitchLoRA .*base that moves.*use strategy=switchlora by itself",
         ),
-        (rule(), Setup(LocalPlan(steps=5)), "without client.switch.*use client=switchlora"),
+        (
+            rule(),
+            Setup(LocalPlan(steps=5)),
+            "without exchanges .client.switch.*or client=switchlora",
+        ),
         (rule(), Setup(dataclasses.replace(SWITCH, steps=0)), "client.steps=0.*client.steps=20"),
         (rule(), Setup(dataclasses.replace(SWITCH, train_a=False)), "train_a=False.*leave both"),
         (rule(), Setup(SWITCH, wire="bfloat16"), "federation.wire=bfloat16.*float32"),
