@@ -195,9 +195,10 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     torch.set_num_threads(parts.federation.threads)
     ground = prepare_ground(parts, emit)
     folder = run_folder(parts)
+    session = new_session(parts, ground, folder, emit)
     with claim(folder):
         emit(f"run folder: {folder}")
-        session = open_session(parts, ground, folder, emit)
+        open_session(session, parts)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
@@ -263,40 +264,51 @@ def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], Non
         )
 
 
-def open_session(
-    parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]
-) -> Session:
-    """The run's state, new or from its checkpoint; only then the run's first files."""
+def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]) -> Session:
+    """The run before its first round. Writes nothing yet.
+
+    Raises:
+        ConfigError: for ranks, cuts or a model that the method cannot do with.
+    """
     info, roster = ground.info, ground.roster
-    session = Session(
-        method=parts.strategy,
-        setting=Setting(
-            info.modules,
-            info.parameters,
-            parts.ranks.alpha,
-            roster.clients,
-            parts.seed,
-            mask=info.mask,
-        ),
-        roster=roster,
-        plan=parts.client,
-        schedule=parts.evaluate,
-        rounds=parts.federation,
-        workers=parts.runtime.expected_workers,
-        messages_per_worker=parts.engine.messages_per_worker,
-        folder=folder,
-        tracker=Trackers(()),
-        config_hash=parts.hash(ground.store.name, info.fingerprint),
-        audit=ZeroAudit(ground.worker.model.folder()) if info.mask else None,
-        emit=emit,
+    setting = Setting(
+        info.modules,
+        info.parameters,
+        parts.ranks.alpha,
+        roster.clients,
+        parts.seed,
+        mask=info.mask,
     )
+    audit = ZeroAudit(ground.worker.model.folder()) if info.mask else None
+    try:
+        return Session(
+            method=parts.strategy,
+            setting=setting,
+            roster=roster,
+            plan=parts.client,
+            schedule=parts.evaluate,
+            rounds=parts.federation,
+            workers=parts.runtime.expected_workers,
+            messages_per_worker=parts.engine.messages_per_worker,
+            folder=folder,
+            tracker=Trackers(()),
+            config_hash=parts.hash(ground.store.name, info.fingerprint),
+            audit=audit,
+            emit=emit,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def open_session(session: Session, parts: Parts) -> None:
+    """Go on from the run's checkpoint if there is one; then the run's first files."""
     if parts.resume != "never" and session.resume():
-        emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+        session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    folder, roster = session.folder, session.roster
     write_start(parts, folder, roster)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
-    return session
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

@@ -72,14 +72,21 @@ def main(overrides: list[str]) -> None:
     # Here, for every process of the pool imports this module.
     from fedlora.lock import claim
     from simulations.compose import load
-    from simulations.federate import build_parts, open_session, prepare_ground, run_folder
+    from simulations.federate import (
+        build_parts,
+        new_session,
+        open_session,
+        prepare_ground,
+        run_folder,
+    )
 
     parts = build_parts(load(overrides))
     ground = prepare_ground(parts, say)
     spec = ground.worker.to_json()
     folder = run_folder(parts)
+    session = new_session(parts, ground, folder, say)
     with claim(folder):
-        session = open_session(parts, ground, folder, say)
+        open_session(session, parts)
         context = multiprocessing.get_context("spawn")
         with context.Pool(session.workers, open_worker, (spec,)) as pool:
             for round in range(1, session.rounds.rounds + 1):
