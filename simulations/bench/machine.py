@@ -5,7 +5,9 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,12 @@ def command(benchmark: str) -> str:
 def load() -> float:
     """The machine's load average over the last minute."""
     return round(os.getloadavg()[0], 2)
+
+
+def over(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and, of several, sample standard deviation."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
 
 
 def write(path: Path, record: dict[str, Any]) -> None:

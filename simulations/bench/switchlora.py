@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.bench.machine import RESULTS, command, load, machine, over, write
 from simulations.learner import Learner, Method, learner
 from simulations.pretrain import Text, Tokens, build_text, evaluate, packed, train_step
 from simulations.recipe import Recipe, build_model
@@ -207,16 +207,18 @@ def overhead(recipe: Recipe, text: Text, repeats: int = 60) -> None:
 def show(record: Record) -> str:
     """The table, as in the documentation."""
     lines = [
-        "| method | perplexity, mean (of seeds) | trained | update rank | s |",
-        "|---" * 5 + "|",
+        "| method | lr | held-out perplexity | seeds | trained | MB trained, pools | update rank |",
+        "|---" * 7 + "|",
     ]
     for name, runs in record.content["runs"].items():
         found = list(runs.values())
-        values = [r["perplexity"] for r in found]
+        ranks = [f["update_rank"]["mean"] for f in found]
+        first = found[0]
         lines.append(
-            f"| {name} | {statistics.fmean(values):.1f} ({', '.join(map(str, values))}) "
-            f"| {found[0]['trained_parameters']:,} | {found[0]['update_rank']['mean']} of "
-            f"{found[0]['update_rank']['possible']} | {found[0]['seconds']:.0f} |"
+            f"| {name} | {first['lr']:g} | {over([f['perplexity'] for f in found], 1)} "
+            f"| {len(found)} | {first['trained_parameters']:,} "
+            f"| {first['trained_bytes'] / 1e6:.1f}, {first['pool_bytes'] / 1e6:.1f} "
+            f"| {over(ranks, 1)} of {first['update_rank']['possible']} |"
         )
     return "\n".join(lines)
 

@@ -12,15 +12,16 @@ into the JSON file as soon as there is one, and what is there is not run again.
 
 import argparse
 import json
+import logging
 import statistics
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedlora.tracking import read_jsonl
-from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.bench.machine import RESULTS, command, load, machine, over, write
 from simulations.client_app import app
 from simulations.compose import load as compose
 from simulations.federate import run
@@ -42,7 +43,7 @@ class Side:
     """Whose learning rate it takes instead."""
 
 
-SWITCH_RATES = (3e-3, 1e-2, 3e-2)
+SWITCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SIDES: Mapping[str, Side] = {
     FIRST: Side(rates=SWITCH_RATES),
     "alternating, no exchanges": Side(("client.switch.interval=1e12",), like=FIRST),
@@ -101,12 +102,6 @@ def at_bytes(found: Mapping[str, Any], budget: int) -> tuple[int, float]:
     return done, found["loss"][done]
 
 
-def over(values: Sequence[float]) -> str:
-    """Mean and, of several, standard deviation."""
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
-
-
 def show(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """The table, means over the seeds."""
     lines = ["| side | lr | seeds | loss | up, down MiB | loss at equal bytes (after round) |"]
@@ -160,6 +155,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="*", choices=SIDES, default=list(SIDES), help="which rows")
     parser.add_argument("--rounds", type=int, default=12, help="of each run")
     given = parser.parse_args()
+    logging.getLogger("flwr").setLevel(logging.WARNING)
     record = Record(RESULTS / f"switchlora-rounds-{given.rounds}-{machine()}.json")
     for side in given.sides if given.pilot else []:
         for rate in SIDES[side].rates:
