@@ -17,6 +17,7 @@ exchange by themselves is wrong, not merely biased, and refused. Where the autho
 differ, see docs/fidelity.md.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -26,9 +27,9 @@ from torch import Tensor
 from fedlora import techniques
 from fedlora.codec import WIRE_BYTES
 from fedlora.linalg import client_shares, client_weights
-from fedlora.state import State, integers, order, paths, scalar
-from fedlora.switch.initial import check_rank
-from fedlora.switch.layer import SIDES, Side, SwitchLayer
+from fedlora.state import State, integers, order, paths, scalar, under
+from fedlora.switch.initial import SIDES, Side, check_rank
+from fedlora.switch.layer import SwitchLayer
 from fedlora.switch.local import start_layer
 from fedlora.switch.replica import (
     ALTERNATE,
@@ -54,6 +55,8 @@ from fedlora.types import (
     one_of,
 )
 from strategies.base import LoRAStrategy, Setup
+
+log = logging.getLogger(__name__)
 
 DENSE = "dense"
 SHIFT = "shift/"
@@ -129,7 +132,8 @@ class SwitchLoRA(LoRAStrategy):
     """Clients keep the shared state between rounds and are sent what they missed; if not, they are
     sent all of it every time. Decides what is counted as sent, nothing else."""
     hash_every: int = 10
-    """Rounds between two comparisons of the shared state's hash, of 32 bytes; 0: never."""
+    """Rounds between two comparisons of the shared state's hash, of 32 bytes per client; 0: never.
+    The run compares one replica, which it keeps up to date by what clients are sent."""
 
     def __post_init__(self) -> None:
         one_of("strategy.mode", self.mode, (ALTERNATE, PRODUCT, DENSE))
@@ -145,6 +149,13 @@ class SwitchLoRA(LoRAStrategy):
     def check(self, setup: Setup) -> None:
         super().check(setup)
         plan = setup.client
+        if plan.switch != self.switching or plan.steps != self.steps:
+            raise ValueError(
+                f"strategy.steps={self.steps}, strategy.switching={self.switching} are not the "
+                f"clients' (client.steps={plan.steps}, client.switch={plan.switch}), whose steps "
+                "the schedule of exchanges counts; set client.steps and client.switch, which the "
+                "strategy follows"
+            )
         if not plan.steps:
             raise ValueError(
                 "client.steps=0 with strategy=switchlora: the schedule of exchanges counts steps, "
@@ -165,10 +176,17 @@ class SwitchLoRA(LoRAStrategy):
                 f"client.optimizer={plan.optimizer!r} with strategy.mode=dense: only AdamW is "
                 "reset vector by vector; use client.optimizer=adamw or strategy.mode=sync_alternate"
             )
-        if setup.wire == "bfloat16":
+        if setup.wire == "bfloat16" and self.mode != DENSE:
             raise ValueError(
                 "federation.wire=bfloat16 with strategy=switchlora rounds a base that all must "
-                "hold alike bit by bit; use federation.wire=float32"
+                "hold alike bit by bit; use federation.wire=float32, or strategy.mode=dense"
+            )
+        if plan.dropout:
+            log.warning(
+                "client.dropout=%g with strategy=switchlora: what an exchange takes off the "
+                "factors it adds to the base, which no dropout reaches, so a layer computes the "
+                "same on average alone; client.dropout=0 keeps it exact",
+                plan.dropout,
             )
         if setup.quantization != "none":
             raise ValueError(
@@ -186,8 +204,9 @@ class SwitchLoRA(LoRAStrategy):
                     check_rank(path, *shapes[path], r)
             state |= {"round": integers(0), f"{SHIFT}order": order(shapes)}
             return state | {f"{SHIFT}{p}/d": torch.zeros(*s) for p, s in shapes.items()}
+        shapes = {m.path: (m.d_out, m.d_in) for m in setting.modules}
         timetable = self._timetable(setting.seed)
-        made = Replica.begin(setting.modules, setting.max_ranks, setting.alpha, timetable)
+        made = Replica.begin(shapes, setting.max_ranks, setting.alpha, timetable)
         return state | made.state() | {"seen": integers([0] * len(setting.clients))}
 
     def start_adapter(self, state: State, client: Client) -> Rebased:
@@ -228,17 +247,30 @@ class SwitchLoRA(LoRAStrategy):
             return self._at(state, ranks)
         if self.mode == DENSE:
             return Rebased({p: state[f"{SHIFT}{p}/d"] for p in paths(state, "d", SHIFT)})
-        layers = self._replica(state).layers
-        alpha = float(state["alpha"])
+        alpha, names = float(state["alpha"]), paths(state, "weight", LAYER)
+        parts = {p: under(state, f"{LAYER}{p}/") for p in names}
         return Rebased(
-            {path: x.weight for path, x in layers.items()},
-            {path: Factors(x.a, x.b, alpha) for path, x in layers.items()},
+            {p: found["weight"] for p, found in parts.items()},
+            {p: Factors(found["a"], found["b"], alpha) for p, found in parts.items()},
         )
+
+    def report(self, state: State) -> Mapping[str, float | int | str]:
+        """Vectors exchanged so far and, every ``hash_every`` rounds, whether a replica that was
+        sent nothing but news holds the server's bits; one that does not is sent the whole state."""
+        done = int(state["round"])
+        if self.mode == DENSE:
+            return {}
+        found: dict[str, float | int | str] = {"switch/exchanged": int(state["exchanged"])}
+        if self.hash_every and done % self.hash_every == 0:
+            found["switch/replica_differs"] = int(not self._witnessed(state))
+        return found
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
         """What the client missed of the shared state, or all of it where that is less.
 
-        In the first round nothing: the seed says it. Of ``dense`` it is the mean update.
+        In the first round nothing: the seed says it. Of ``dense`` it is the mean update. A client
+        that keeps nothing is sent its start alone: it exchanges nothing itself and needs no pools.
+        One whose update did not arrive or was rejected is taken to know no more than before.
         """
         width, done = WIRE_BYTES[wire], int(state["round"])
         assert isinstance(start, Rebased)
@@ -248,7 +280,7 @@ class SwitchLoRA(LoRAStrategy):
             return super().bytes_down(state, client, start, wire)
         known = int(state["seen"][client.id]) if client.id < len(state["seen"]) else 0
         digest = DIGEST_BYTES if self.hash_every and done and done % self.hash_every == 0 else 0
-        return width * news(state, known).numbers + digest
+        return news(state, known).bytes(width) + digest
 
     # --- pieces ---------------------------------------------------------------------------------
 
@@ -259,10 +291,32 @@ class SwitchLoRA(LoRAStrategy):
         return self.switching
 
     def _timetable(self, seed: int) -> Timetable:
-        return Timetable(self.mode, self._switching, max(1, self.steps), self.horizon, seed)
+        return Timetable(self.mode, self._switching, self.steps, self.horizon, seed)
 
     def _replica(self, state: State) -> Replica:
         return Replica.load(state, float(state["alpha"]), self._timetable(int(state["seed"])))
+
+    def _witnessed(self, state: State) -> bool:
+        """Bring a replica of the server's process up to date as a client's would be, and compare
+        its hash with that of the server's state. It is no part of the state: a resumed run begins
+        it again from the seed."""
+        server = self._replica(state)
+        witness: Replica | None = getattr(self, "_witness", None)
+        if witness is None or witness.round > server.round:
+            shapes = {p: (len(x.b), x.a.shape[1]) for p, x in server.layers.items()}
+            ranks = {p: x.rank for p, x in server.layers.items()}
+            witness = Replica.begin(shapes, ranks, float(state["alpha"]), server.timetable)
+        witness = witness.take(news(state, witness.round))
+        same = witness.digest() == server.digest()
+        if not same:
+            log.warning(
+                "round %d: a client that installed every round's result holds other bits than the "
+                "server; it was sent the whole state",
+                server.round,
+            )
+            witness = server
+        object.__setattr__(self, "_witness", witness)
+        return same
 
     def _at(self, state: State, ranks: Ranks) -> Rebased:
         """Of clients that train so many slots; the others are part of the base they stand on.

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.switch.layer import SIDES, Side, SwitchLayer, other
+from fedlora.switch.initial import SIDES, Side
+from fedlora.switch.layer import SwitchLayer, other
 from fedlora.switch.optimizer import RowAdamW
 from fedlora.switch.schedule import draw, expected
 from fedlora.types import Switching
@@ -64,10 +65,7 @@ class SwitchController:
         if not count:
             return
         for side in SIDES:
-            if self.switching.choice == "ring":
-                incoming = layer.ring(side, count)
-            else:
-                incoming = layer.random(side, count, self.seed, step)
+            incoming = layer.incoming(side, count, self.switching.choice, self.seed, step)
             slots = layer.exchange(side, incoming, self.switching.freeze)
             optimizer.reset(parameters[other(side)], other(side), slots)
         self.exchanged += 2 * count

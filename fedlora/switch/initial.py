@@ -9,14 +9,20 @@ with ``g = 1/√3``, uniform between ``±√3 σ``. The entries of ``(1/r) B A``
 
 import math
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.seeding import torch_generator
+from fedlora.seeding import generator
 
 GAIN = 1 / math.sqrt(3)
+
+Side: TypeAlias = Literal["a", "b"]
+SIDES: tuple[Side, Side] = ("a", "b")
 
 
 def deviations(d_out: int, d_in: int, rank: int, alpha: float = 1.0) -> tuple[float, float]:
@@ -58,6 +64,8 @@ def draw_pools(
 ) -> tuple[Tensor, Tensor]:
     """``C_A [c, d_in]`` and ``C_B [c, d_out]``, float32 on the CPU, with ``c = min(d_out, d_in)``.
 
+    One sum and one product per number: every machine draws the same bits.
+
     Args:
         seed: of the run.
         path: of the layer.
@@ -69,14 +77,17 @@ def draw_pools(
         folder: where to keep the pools in files, mapped into memory; else in memory.
     """
     pool = min(d_out, d_in)
-    g = torch_generator(seed, "switch-pool", zlib.crc32(path.encode()), turn)
+    g = generator(seed, "switch-pool", zlib.crc32(path.encode()), turn)
     found = []
     for side, width, deviation in zip(
         "ab", (d_in, d_out), deviations(d_out, d_in, rank, alpha), strict=True
     ):
-        bound = math.sqrt(3) * deviation
         vectors = _room(pool, width, folder and folder / f"{path}.{side}.pool")
-        found.append(vectors.uniform_(-bound, bound, generator=g))
+        drawn = vectors.numpy()
+        g.random(dtype=np.float32, out=drawn)
+        drawn -= np.float32(0.5)
+        drawn *= np.float32(2 * math.sqrt(3) * deviation)
+        found.append(vectors)
     return found[0], found[1]
 
 
@@ -97,3 +108,54 @@ def first_ids(pool: int, rank: int) -> tuple[list[int], list[int]]:
     """
     last = list(range(pool - rank, pool))
     return last, [last[i - rank // 2] for i in range(rank)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """The vectors of a layer as it begins."""
+
+    pools: dict[Side, Tensor]
+    """``[c, d_in]`` and ``[c, d_out]``."""
+    ids: dict[Side, list[int]]
+    pointers: dict[Side, int]
+
+    @property
+    def a(self) -> Tensor:
+        """``[r, d_in]``"""
+        return self.pools["a"][self.ids["a"]]
+
+    @property
+    def b(self) -> Tensor:
+        """``[d_out, r]``"""
+        return self.pools["b"][self.ids["b"]].t().contiguous()
+
+
+def draw_start(
+    seed: int,
+    path: str,
+    d_out: int,
+    d_in: int,
+    rank: int,
+    *,
+    alpha: float,
+    turn: int = 0,
+    folder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Start:
+    """Pools and who of them is in which slot at first; arguments as of `draw_pools`.
+
+    Args:
+        dtype: of the layer, which its pools are kept in; in files they are float32.
+
+    Raises:
+        ValueError: for a rank that cannot switch.
+    """
+    check_rank(path, d_out, d_in, rank)
+    pools = draw_pools(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
+    ids = first_ids(min(d_out, d_in), rank)
+    kept = pools if folder is not None else (pools[0].to(dtype), pools[1].to(dtype))
+    return Start(
+        dict(zip(SIDES, kept, strict=True)),
+        dict(zip(SIDES, ids, strict=True)),
+        {"a": 0, "b": rank // 2},
+    )

@@ -13,16 +13,26 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fedlora.seeding import generator
-from fedlora.switch.initial import check_rank, draw_pools, first_ids
+from fedlora.switch.initial import SIDES, Side, draw_start
 
-Side: TypeAlias = Literal["a", "b"]
-SIDES: tuple[Side, Side] = ("a", "b")
+
+def outer_sum(weight: Tensor, left: Tensor, right: Tensor) -> None:
+    """``W ← W + left right``, one product and one sum per number in a fixed order.
+
+    Every machine gets the same bits, which a matrix product does not promise.
+
+    Args:
+        weight: ``[m, n]``, changed in place.
+        left: ``[m, k]``
+        right: ``[k, n]``
+    """
+    for column, row in zip(left.t(), right, strict=True):
+        weight.add_(column[:, None] * row[None, :])
 
 
 def other(side: Side) -> Side:
@@ -90,6 +100,12 @@ class SwitchLayer:
         """The next ``count`` slots."""
         return [(self.pointers[side] + i) % self.rank for i in range(count)]
 
+    def incoming(self, side: Side, count: int, choice: str, seed: int, step: int) -> list[int]:
+        """Which vectors of the pool come next, by `Switching.choice`."""
+        if choice == "ring":
+            return self.ring(side, count)
+        return self.random(side, count, seed, step)
+
     def ring(self, side: Side, count: int) -> list[int]:
         """The vectors that follow in the pool on the one that came in last."""
         ids = self.ids[side]
@@ -103,16 +119,17 @@ class SwitchLayer:
         g = generator(seed, f"switch-{side}", zlib.crc32(self.path.encode()), step)
         return [int(i) for i in g.choice(free, count, replace=False)]
 
-    def exchange(self, side: Side, incoming: Sequence[int], freeze: int = 0) -> list[int]:
+    def exchange(
+        self, side: Side, incoming: Sequence[int], freeze: int = 0, *, ordered: bool = False
+    ) -> list[int]:
         """Put vectors of the pool into the next slots; what was there goes back, as trained.
-
-        The compensation is one product and one sum per number, slot after slot: every machine
-        gets the same bits.
 
         Args:
             side: the factor.
             incoming: ids of vectors that are in no slot.
             freeze: for how many steps their partners must not move.
+            ordered: compensate slot after slot (`outer_sum`), so that every machine gets the same
+                bits, and not by one matrix product, which is faster.
 
         Returns:
             The slots. Whatever an optimizer remembers of their partners is void.
@@ -121,17 +138,22 @@ class SwitchLayer:
         pool, ids = self.pools[side], self.ids[side]
         if set(incoming) & set(ids):
             raise ValueError(f"{self.path}: {sorted(set(incoming) & set(ids))} are in slots")
-        fresh = pool[list(incoming)].to(own.device, own.dtype)
+        if not slots:
+            return []
         with torch.no_grad():
-            for slot, new, v in zip(slots, incoming, fresh, strict=True):
-                scaled = self.scale * self.vectors(partner)[slot]
-                change = own[slot] - v
-                pair = (scaled, change) if side == "a" else (change, scaled)
-                self.weight.add_(pair[0][:, None] * pair[1][None, :])
-                pool[ids[slot]] = own[slot].to(pool.device, pool.dtype)
-                own[slot] = v
-                ids[slot] = new
-                self.frozen[partner][slot] = freeze
+            fresh = pool[list(incoming)].to(own.device, own.dtype)
+            gone = own[slots]
+            scaled = self.scale * self.vectors(partner)[slots]
+            left, right = (scaled, gone - fresh) if side == "a" else (gone - fresh, scaled)
+            if ordered:
+                outer_sum(self.weight, left.t(), right)
+            else:
+                self.weight.addmm_(left.t(), right)
+            pool[[ids[slot] for slot in slots]] = gone.to(pool.device, pool.dtype)
+            own[slots] = fresh
+        for slot, new in zip(slots, incoming, strict=True):
+            ids[slot] = new
+            self.frozen[partner][slot] = freeze
         self.pointers[side] = (self.pointers[side] + len(slots)) % self.rank
         return slots
 
@@ -211,21 +233,21 @@ def begin(
         ValueError: for a rank that cannot switch, or a weight in half precision.
     """
     (d_out, d_in), rank = weight.shape, int(a.shape[0])
-    check_rank(path, d_out, d_in, rank)
     check_type(path, weight.dtype)
-    pools = draw_pools(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
-    ids = first_ids(min(d_out, d_in), rank)
+    start = draw_start(
+        seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder, dtype=weight.dtype
+    )
     with torch.no_grad():
-        a.copy_(pools[0][ids[0]])
-        b.copy_(pools[1][ids[1]].t())
-        weight.sub_(alpha / rank * (b @ a))
+        a.copy_(start.a)
+        b.copy_(start.b)
+        outer_sum(weight, -alpha / rank * b, a)
     return SwitchLayer(
         path=path,
         weight=weight,
         a=a,
         b=b,
         scale=alpha / rank,
-        pools={"a": pools[0], "b": pools[1]},
-        ids={"a": ids[0], "b": ids[1]},
-        pointers={"a": 0, "b": rank // 2},
+        pools=start.pools,
+        ids=start.ids,
+        pointers=start.pointers,
     )

@@ -15,8 +15,8 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import Rebuilt
 from fedlora.seeding import dropout_seeds
 from fedlora.switch.controller import SwitchController
-from fedlora.switch.initial import check_rank, draw_pools, first_ids
-from fedlora.switch.layer import Side, SwitchLayer
+from fedlora.switch.initial import Side, draw_start
+from fedlora.switch.layer import SwitchLayer
 from fedlora.switch.optimizer import RowAdamW
 from fedlora.types import Rebased, TrainJob
 
@@ -88,10 +88,8 @@ def start_layer(
     Raises:
         ValueError: for a rank that cannot switch.
     """
-    check_rank(path, *shape, rank)
-    pools = draw_pools(seed, path, *shape, rank, alpha=alpha, turn=turn)
-    ids = first_ids(min(shape), rank)
-    return pools[0][ids[0]], pools[1][ids[1]].t().contiguous()
+    start = draw_start(seed, path, *shape, rank, alpha=alpha, turn=turn)
+    return start.a, start.b
 
 
 def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
@@ -102,19 +100,25 @@ def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
         )
     d_out, d_in = update.moved.shape
     rank = int(update.a.shape[0])
-    pools = draw_pools(
-        job.seed, path, d_out, d_in, rank, alpha=update.alpha, turn=turn_of(job.round)
+    start = draw_start(
+        job.seed,
+        path,
+        d_out,
+        d_in,
+        rank,
+        alpha=update.alpha,
+        turn=turn_of(job.round),
+        dtype=update.moved.dtype,
     )
-    ids = first_ids(min(d_out, d_in), rank)
     return SwitchLayer(
         path=path,
         weight=update.moved,
         a=update.a,
         b=update.b,
         scale=update.scale,
-        pools={"a": pools[0], "b": pools[1]},
-        ids={"a": ids[0], "b": ids[1]},
-        pointers={"a": 0, "b": rank // 2},
+        pools=start.pools,
+        ids=start.ids,
+        pointers=start.pointers,
     )
 
 

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from fedlora.checkpoint import state_hash
 from fedlora.state import State, integers, order, paths, prefixed, under
-from fedlora.switch.layer import SIDES, Side, SwitchLayer, begin
+from fedlora.switch.initial import SIDES, Side
+from fedlora.switch.layer import SwitchLayer, begin, outer_sum
 from fedlora.switch.schedule import draw, expected
-from fedlora.types import Module, Ranks, Switching, at_least, one_of
+from fedlora.types import Switching, at_least, one_of
 
 LAYER, HISTORY = "layer/", "history/"
 ALTERNATE, PRODUCT = "sync_alternate", "sync_product"
 DIGEST_BYTES = hashlib.sha256().digest_size
+FLOAT = 4
+"""Bytes of a number, where replay and whole state are compared."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,13 @@ class Timetable:
         """How many vectors of each of these factors are exchanged before a round.
 
         As many as stand-alone training exchanges in the steps until the factor's next turn, but at
-        most a quarter of the slots (one, of fewer than eight) and as many as are in no slot.
+        most a quarter of the slots (one, of fewer than eight) and as many as are in no slot. Nobody
+        is frozen between rounds, so the pointers' distance is no bound.
         """
         turns = 2 if self.mode == ALTERNATE else 1
         first, total = round * self.steps, self.rounds * self.steps
         mean = expected(self.switching, layer.rank, first, total, turns * self.steps)
-        most = min(max(1, layer.rank // 4), layer.pool - layer.rank, layer.room())
+        most = min(max(1, layer.rank // 4), layer.pool - layer.rank)
         return min(draw(self.seed, layer.path, round, mean), most)
 
 
@@ -72,26 +76,42 @@ class Replica:
         layers: by module path; their ``weight`` is what was added to the base's.
         timetable: of the run.
         round: the one to be trained next, for which everything is exchanged already.
+        exchanged: vectors so far.
     """
 
-    def __init__(self, layers: Mapping[str, SwitchLayer], timetable: Timetable, round: int) -> None:
-        self.layers, self.timetable, self.round = dict(layers), timetable, round
+    def __init__(
+        self,
+        layers: Mapping[str, SwitchLayer],
+        timetable: Timetable,
+        round: int,
+        exchanged: int = 0,
+    ) -> None:
+        self.layers, self.timetable = dict(layers), timetable
+        self.round, self.exchanged = round, exchanged
 
     @staticmethod
     def begin(
-        modules: tuple[Module, ...], ranks: Ranks, alpha: float, timetable: Timetable
+        shapes: Mapping[str, tuple[int, int]],
+        ranks: Mapping[str, int],
+        alpha: float,
+        timetable: Timetable,
     ) -> "Replica":
         """The state before round 0, from the seed alone.
+
+        Args:
+            shapes: module path -> ``(d_out, d_in)``.
+            ranks: module path -> slots.
+            alpha: the scale is ``alpha / rank``.
+            timetable: of the run.
 
         Raises:
             ValueError: for a rank that cannot switch.
         """
         layers = {}
-        for m in modules:
-            r = ranks[m.path]
-            weight = torch.zeros(m.d_out, m.d_in)
-            a, b = torch.empty(r, m.d_in), torch.empty(m.d_out, r)
-            layers[m.path] = begin(m.path, weight, a, b, alpha=alpha, seed=timetable.seed)
+        for path, (d_out, d_in) in shapes.items():
+            weight = torch.zeros(d_out, d_in)
+            a, b = torch.empty(ranks[path], d_in), torch.empty(d_out, ranks[path])
+            layers[path] = begin(path, weight, a, b, alpha=alpha, seed=timetable.seed)
         made = Replica(layers, timetable, 0)
         made._exchange()
         return made
@@ -114,21 +134,26 @@ class Replica:
         self._exchange()
 
     def _exchange(self) -> None:
+        timetable = self.timetable
         for layer in self.layers.values():
-            count = self.timetable.count(layer, self.round)
-            for side in self.timetable.sides(self.round):
-                layer.exchange(side, self._incoming(layer, side, count))
-
-    def _incoming(self, layer: SwitchLayer, side: Side, count: int) -> list[int]:
-        if self.timetable.switching.choice == "ring":
-            return layer.ring(side, count)
-        return layer.random(side, count, self.timetable.seed, self.round)
+            count = timetable.count(layer, self.round)
+            for side in timetable.sides(self.round):
+                incoming = layer.incoming(
+                    side, count, timetable.switching.choice, timetable.seed, self.round
+                )
+                layer.exchange(side, incoming, ordered=True)
+                self.exchanged += count
 
     def state(self) -> dict[str, Tensor]:
         """Named tensors, from which `load` makes the same again."""
-        whole = {"round": integers(self.round), f"{LAYER}order": order(self.layers)}
+        whole = {
+            "round": integers(self.round),
+            "exchanged": integers(self.exchanged),
+            f"{LAYER}order": order(self.layers),
+        }
         for path, layer in self.layers.items():
-            whole |= prefixed(layer.state(), f"{LAYER}{path}/")
+            mine = {k: t for k, t in layer.state().items() if not k.startswith("frozen_")}
+            whole |= prefixed(mine, f"{LAYER}{path}/")
         return whole
 
     @staticmethod
@@ -148,7 +173,7 @@ class Replica:
                 ids={side: mine[f"ids_{side}"].tolist() for side in SIDES},
                 pointers=dict(zip(SIDES, pointers, strict=True)),
             )
-        return Replica(layers, timetable, int(state["round"]))
+        return Replica(layers, timetable, int(state["round"]), int(state["exchanged"]))
 
     def digest(self) -> str:
         """SHA-256 of everything: equal if and only if two replicas hold the same bits."""
@@ -180,8 +205,7 @@ def residual(result: Mapping[str, Tensor]) -> Tensor | None:
         return None
     left, right = result["left"], result["right"]
     total = torch.zeros(left.shape[0], right.shape[1], dtype=left.dtype)
-    for column, row in zip(left.t(), right, strict=True):
-        total.add_(column[:, None] * row[None, :])
+    outer_sum(total, left, right)
     return total
 
 
@@ -195,21 +219,35 @@ class News:
     """Or the whole state."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """What travels. Ids and pointers are whole numbers of negligible size and count too."""
+        """What travels."""
         if self.whole is not None:
             yield from self.whole.values()
         for result in self.results:
             yield from result.values()
 
-    @property
-    def numbers(self) -> int:
-        """How many numbers travel."""
-        return sum(t.numel() for t in self.tensors())
+    def bytes(self, width: int) -> int:
+        """How many bytes travel, with so many for each number that is not whole."""
+        return sum(_bytes(t, width) for t in self.tensors())
+
+
+def _bytes(t: Tensor, width: int) -> int:
+    return t.numel() * (width if t.is_floating_point() else t.element_size())
 
 
 def shared(state: State) -> dict[str, Tensor]:
     """The part of a server's state that a replica is made of."""
-    return {k: t for k, t in state.items() if k == "round" or k.startswith(LAYER)}
+    own = ("round", "exchanged")
+    return {k: t for k, t in state.items() if k in own or k.startswith(LAYER)}
+
+
+def history(state: State) -> dict[int, dict[str, Tensor]]:
+    """What a server remembers under ``history/``: round -> its result."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, t in state.items():
+        if key.startswith(HISTORY):
+            round, name = key[len(HISTORY) :].split("/", 1)
+            found.setdefault(int(round), {})[name] = t
+    return found
 
 
 def news(state: State, known: int) -> News:
@@ -219,23 +257,22 @@ def news(state: State, known: int) -> News:
         state: of the server, with what it remembers of past rounds under ``history/``.
         known: how many results it knows; 0: those who have the seed know as much.
     """
-    now = int(state["round"])
+    past = history(state)
+    missed = [past.get(t, {}) for t in range(known, int(state["round"]))]
     whole = News(whole=shared(state))
-    missed = [under(state, f"{HISTORY}{t}/") for t in range(known, now)]
     if not all(missed):
         return whole  # longer ago than the server remembers, because this is less
     replay = News(results=tuple(missed))
-    return replay if replay.numbers <= whole.numbers else whole
+    return replay if replay.bytes(FLOAT) <= whole.bytes(FLOAT) else whole
 
 
 def remembered(state: State, round: int, result: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``history/`` with one more round, without what nobody would be sent any more."""
-    kept = {t: under(state, f"{HISTORY}{t}/") for t in range(round)}
-    rounds = {t: r for t, r in kept.items() if r} | {round: dict(result)}
-    budget = News(whole=shared(state)).numbers
+    rounds = history(state) | {round: dict(result)}
+    budget = News(whole=shared(state)).bytes(FLOAT)
     found: dict[str, Tensor] = {}
     for t in sorted(rounds, reverse=True):
-        budget -= sum(x.numel() for x in rounds[t].values())
+        budget -= News(results=(rounds[t],)).bytes(FLOAT)
         if budget < 0:
             break
         found |= prefixed(rounds[t], f"{HISTORY}{t}/")

@@ -52,7 +52,6 @@ def test_planted_fault_factors_of_clients_that_exchange_alone():
     for k in range(3):
         a, b = torch.empty(8, 64).double(), torch.empty(48, 8).double()
         layer = begin("w", torch.zeros(48, 64).double(), a, b, alpha=1.0, seed=0)
-        layer.pools = {s: p.double() for s, p in layer.pools.items()}
         start = layer.effective().clone()
         for side in ("a", "b"):
             layer.vectors(side).add_(
@@ -90,7 +89,7 @@ def test_a_replica_that_was_sent_what_is_counted_is_where_the_server_is(mode):
             counted = method.bytes_down(
                 state, u.client, method.start_adapter(state, u.client), "float32"
             )
-            sent = sum(x.numel() * 4 for x in found.tensors())
+            sent = sum(len(x.numpy().tobytes()) for x in found.tensors())
             assert counted == sent + (DIGEST_BYTES if t and t % 4 == 0 else 0)
             if t == 0:
                 assert counted == 0
@@ -178,6 +177,29 @@ def test_a_residual_has_no_more_than_the_rank_of_all_clients_but_one():
     assert lone[0].shape[1] == 0
 
 
+def test_a_replica_of_the_run_is_compared_and_put_right(caplog):
+    """F7 in a run: what is recorded every ``hash_every`` rounds, resuming included."""
+    population, method = roomy_setting(), rule(hash_every=2)
+    state = method.init_state(population)
+    found = []
+    for t in range(9):
+        state = method.aggregate(state, cohort(method, state, population, seed=t, precision=SINGLE))
+        if t == 4:
+            path = population.modules[0].path
+            method._witness.layers[path].pools["b"][0, 0] *= 1 + 1e-6
+        method = rule(hash_every=2) if t == 6 else method  # begun anew, as when a run is resumed
+        record = method.report(state)
+        found.append(record.get("switch/replica_differs"))
+        assert record["switch/exchanged"] > 0
+    assert found == [None, 0, None, 0, None, 1, None, 0, None]
+    assert "round 6: a client that installed every round's result holds other bits" in caplog.text
+
+
+def test_dropout_is_told(caplog):
+    rule().check(Setup(dataclasses.replace(SWITCH, dropout=0.3)))
+    assert "client.dropout=0.3 with strategy=switchlora" in caplog.text
+
+
 def test_exchanges_happen_between_rounds():
     population, method = roomy_setting(), rule()
     state = method.init_state(population)
@@ -187,7 +209,7 @@ def test_exchanges_happen_between_rounds():
     assert all(not torch.equal(t, state[k]) for k, t in ids.items())
 
 
-SWITCH = LocalPlan(steps=5, dropout=0.0, switch=Switching())
+SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +230,13 @@ SWITCH = LocalPlan(steps=5, dropout=0.0, switch=Switching())
             Setup(LocalPlan(steps=5)),
             "without exchanges .client.switch.*or client=switchlora",
         ),
-        (rule(), Setup(dataclasses.replace(SWITCH, steps=0)), "client.steps=0.*client.steps=20"),
+        (
+            SwitchLoRA(switching=OFTEN, steps=0, horizon=4),
+            Setup(dataclasses.replace(SWITCH, steps=0)),
+            "client.steps=0.*client.steps=20",
+        ),
+        (rule(), Setup(dataclasses.replace(SWITCH, steps=4)), "strategy.steps=3.*client.steps=4"),
+        (rule(), Setup(dataclasses.replace(SWITCH, switch=Switching())), "strategy.switching="),
         (rule(), Setup(dataclasses.replace(SWITCH, train_a=False)), "train_a=False.*leave both"),
         (rule(), Setup(SWITCH, wire="bfloat16"), "federation.wire=bfloat16.*float32"),
         (rule(), Setup(SWITCH, quantization="int8"), "model.quantization=int8.*=none"),
@@ -222,7 +250,8 @@ SWITCH = LocalPlan(steps=5, dropout=0.0, switch=Switching())
 def test_what_cannot_be_combined_is_refused(method, setup, why):
     with pytest.raises(ValueError, match=why):
         method.check(setup)
-    assert rule().check(Setup(SWITCH)) is None
+    rule().check(Setup(SWITCH))
+    rule(DENSE).check(Setup(SWITCH, wire="bfloat16"))
 
 
 @pytest.mark.parametrize("mode", MODES)

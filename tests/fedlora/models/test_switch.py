@@ -1,6 +1,8 @@
 """SwitchLoRA on PEFT's layers: I1, I2, I4, I5, I10 to I13 on small networks."""
 
 import copy
+import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from fedlora.models.folder import ModelError
 from fedlora.models.switch import adapt, pretraining, switched
 from fedlora.seeding import torch_generator
-from fedlora.switch.layer import SIDES
+from fedlora.switch.initial import SIDES
 from fedlora.switch.optimizer import RowAdamW
 from fedlora.types import Switching
 from tests.fedlora.engine.world import exact
@@ -18,6 +20,7 @@ from tests.fedlora.models.networks import VOCABULARY, gpt2, llama
 OFTEN = Switching(interval=4.0, ratio=10.0, freeze=2)
 NEVER = Switching(interval=1e12)
 KINDS = ["llama", "gpt2"]
+CHOICES = ["ring", "random"]
 
 
 def network(kind: str, dtype: torch.dtype = torch.float64):
@@ -63,11 +66,12 @@ class Training:
         return {p: layer.effective().clone() for p, layer in self.controller.layers.items()}
 
 
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
-def test_wrapping_and_exchanges_keep_the_function(kind, dtype, tolerance):
+def test_wrapping_and_exchanges_keep_the_function(kind, dtype, tolerance, choice):
     before = logits(network(kind, dtype))
-    training = Training(kind, dtype=dtype)
+    training = Training(kind, dataclasses.replace(OFTEN, choice=choice), dtype=dtype)
     assert float((logits(training.peft) - before).abs().max()) < tolerance
     training.run(0, 3)
     before, done = logits(training.peft), training.controller.exchanged
@@ -76,6 +80,33 @@ def test_wrapping_and_exchanges_keep_the_function(kind, dtype, tolerance):
         training.controller.before_step(t, training.optimizer)
     assert training.controller.exchanged > done
     assert float((logits(training.peft) - before).abs().max()) < tolerance
+
+
+def test_the_next_vectors_are_chosen_as_asked():
+    ring, other = (Training(switching=dataclasses.replace(OFTEN, choice=c)) for c in CHOICES)
+    for training in (ring, other):
+        training.run(0, 6)
+    steps: list[set[int]] = []
+    for training in (ring, other):
+        for layer in training.controller.layers.values():
+            ids, at = layer.ids["a"], layer.pointers["a"]
+            turn = [*ids[at:], *ids[:at]]  # as they came in
+            steps.append({(b - a) % layer.pool for a, b in pairwise(turn)})
+    half = len(steps) // 2
+    assert all(found == {1} for found in steps[:half])
+    assert any(found != {1} for found in steps[half:])
+
+
+def test_as_many_are_exchanged_as_the_schedule_says():
+    """I7 of a run, several vectors a step, rarer and rarer."""
+    training = Training(switching=Switching(interval=2.2, ratio=0.5, freeze=0))
+    training.backward(0)
+    for t in range(100):
+        training.controller.before_step(t, training.optimizer)
+    means = [4 / 2.2 * 0.3 ** ((t + 1) / 50) for t in range(100)]
+    layers = len(training.controller.layers)
+    spread = 2 * (layers * sum((m % 1) * (1 - m % 1) for m in means)) ** 0.5
+    assert abs(training.controller.exchanged - 2 * layers * sum(means)) < 4 * spread
 
 
 def test_exactly_the_partners_forget():
@@ -131,6 +162,10 @@ def test_partners_do_not_move_for_as_long_as_they_are_frozen(count_frozen):
                 before[path, side][slot], controller.layers[path].vectors(side)[slot]
             )
             assert same == (t < end), (path, side, slot, t, end)
+            if t < end:
+                state = training.optimizer.state[controller.parameters[path][side]]["step"]
+                counted = float(state.reshape(-1)[slot])
+                assert counted == (t - end + 5 if count_frozen else 0)
             moved, still = moved + (not same), still + same
     assert moved > 10 and still > 10
 

@@ -6,20 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.seeding import torch_generator
-from fedlora.switch.layer import SIDES, SwitchLayer, begin, other
+from fedlora.switch.initial import SIDES
+from fedlora.switch.layer import SwitchLayer, begin, other
 
 
 def layer(m: int, n: int, r: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> SwitchLayer:
     g = torch_generator(seed, "test-switch")
     weight = 0.02 * torch.randn(m, n, generator=g, dtype=dtype)
     a, b = torch.empty(r, n, dtype=dtype), torch.empty(m, r, dtype=dtype)
-    made = begin("w", weight, a, b, alpha=1.0, seed=seed)
-    made.pools = {side: pool.to(dtype) for side, pool in made.pools.items()}
-    return made
-
-
-def incoming(of: SwitchLayer, side, count: int, choice: str, step: int) -> list[int]:
-    return of.ring(side, count) if choice == "ring" else of.random(side, count, 1, step)
+    return begin("w", weight, a, b, alpha=1.0, seed=seed)
 
 
 def play(of: SwitchLayer, steps: int, choice: str, freeze: int, wanted) -> int:
@@ -30,7 +25,7 @@ def play(of: SwitchLayer, steps: int, choice: str, freeze: int, wanted) -> int:
         for side in SIDES:
             due = of.due(side, count)
             assert not set(due) & set(of.held(side)), "a frozen vector is exchanged"
-            assert of.exchange(side, incoming(of, side, count, choice, t), freeze) == due
+            assert of.exchange(side, of.incoming(side, count, choice, 1, t), freeze) == due
         done += 2 * count
         for side in SIDES:
             move = 0.05 * torch.randn(of.vectors(side).shape, generator=g, dtype=of.a.dtype)
@@ -44,8 +39,8 @@ shapes = st.tuples(st.integers(4, 14), st.integers(4, 14))
 
 
 @settings(max_examples=30, deadline=None)
-@given(shapes, st.data(), st.sampled_from(["ring", "random"]), st.integers(0, 3))
-def test_exchanges_change_nothing_and_lose_nothing(shape, data, choice, freeze):
+@given(shapes, st.data(), st.sampled_from(["ring", "random"]), st.integers(0, 3), st.booleans())
+def test_exchanges_change_nothing_and_lose_nothing(shape, data, choice, freeze, ordered):
     r = data.draw(st.integers(2, min(shape) - 1))
     of = layer(*shape, r)
     g = torch_generator(2, "test-wanted")
@@ -55,7 +50,8 @@ def test_exchanges_change_nothing_and_lose_nothing(shape, data, choice, freeze):
         count = min(int(torch.randint(0, r + 2, (), generator=g)), of.room())
         for side in SIDES:
             mine = of.vectors(side).clone()
-            slots = of.exchange(side, incoming(of, side, count, choice, t), freeze)
+            vectors = of.incoming(side, count, choice, 1, t)
+            slots = of.exchange(side, vectors, freeze, ordered=ordered)
             assert len(set(of.ids[side])) == r
             for slot in slots:  # what was trained is in the pool, what is in the slot came from it
                 assert torch.equal(of.pools[side][ids[side][slot]], mine[slot])

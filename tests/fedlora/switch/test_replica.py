@@ -1,12 +1,16 @@
 """F3, F7, I6 under federation: what is not sent is the same everywhere, bit by bit."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 
 from fedlora.seeding import torch_generator
-from fedlora.switch.layer import SIDES
+from fedlora.switch.initial import SIDES
 from fedlora.switch.replica import (
     ALTERNATE,
     PRODUCT,
@@ -20,6 +24,7 @@ from fedlora.switch.replica import (
 from fedlora.types import Ranks, Switching
 from tests.generators import ROOMY
 
+SHAPES = {m.path: (m.d_out, m.d_in) for m in ROOMY}
 RANKS = Ranks({m.path: 4 for m in ROOMY})
 OFTEN = Switching(interval=10.0, ratio=10.0)
 MODES = [ALTERNATE, PRODUCT]
@@ -30,7 +35,7 @@ def timetable(mode: str = ALTERNATE, switching: Switching = OFTEN) -> Timetable:
 
 
 def replica(mode: str = ALTERNATE, switching: Switching = OFTEN) -> Replica:
-    return Replica.begin(ROOMY, RANKS, 2.0, timetable(mode, switching))
+    return Replica.begin(SHAPES, RANKS, 2.0, timetable(mode, switching))
 
 
 def trained(of: Replica) -> dict[str, torch.Tensor]:
@@ -59,6 +64,9 @@ class Server:
         self.replica.install(result)
         self.history = remembered(self.replica.state() | self.history, done, result)
         return result
+
+    def history_of(self, round: int) -> list[torch.Tensor]:
+        return [t for k, t in self.history.items() if k.startswith(f"history/{round}/")]
 
     def news(self, known: int) -> News:
         return news(self.replica.state() | self.history, known)
@@ -89,15 +97,15 @@ def test_who_missed_rounds_catches_up_with_the_less_of_both(mode):
         if found.whole is not None:
             whole = known
             break
-        assert found.numbers == sum(server.news(k).numbers for k in range(known - 1, known)) + (
-            server.news(0).numbers - server.news(known - 1).numbers
-        )
+        lengths = [sum(t.nbytes for t in server.history_of(k)) for k in range(known)]
+        assert found.bytes(4) == sum(lengths)
         copy = Replica.load(late.state(), 2.0, timetable(mode))
         assert copy.take(found).digest() == server.replica.digest()
     assert whole is not None and whole > 2, "a replay never costs more than the state"
     assert late.take(server.news(0)).digest() == server.replica.digest()
-    stored = sum(t.numel() for t in server.history.values())
-    assert stored <= found.numbers, "the server keeps more than anybody would be sent"
+    stored = sum(t.nbytes for t in server.history.values())
+    assert found.bytes(4) == sum(t.nbytes for t in server.replica.state().values())
+    assert stored <= found.bytes(4), "the server keeps more than anybody would be sent"
 
 
 @pytest.mark.parametrize("name", ["weight", "a", "b", "pool_a", "pool_b", "ids_a", "pointers"])
@@ -126,6 +134,63 @@ def test_a_state_is_complete_and_not_touched():
         assert torch.equal(t, before[name]), name
     one.install(trained(one))
     assert one.digest() == two.digest()
+
+
+@pytest.mark.parametrize("r", [2, 3, 8, 16])
+@pytest.mark.parametrize("mode", MODES)
+def test_as_many_are_exchanged_as_the_schedule_says(mode, r):
+    """I7 under federation: alone, the steps until a factor's next turn would exchange as many."""
+    rounds, steps, ratio = 150, 3, 0.5
+    turns = 2 if mode == ALTERNATE else 1
+    most = max(1, r // 4)
+    interval = turns * steps * r / (0.9 * most)
+    plan = Timetable(mode, Switching(interval, ratio, freeze=0), steps, rounds, seed=5)
+    names = [f"w{i}" for i in range(4)]
+    of = Replica.begin(dict.fromkeys(names, (24, 20)), dict.fromkeys(names, r), 1.0, plan)
+    for _ in range(rounds - 1):
+        sides = plan.sides(of.round)
+        of.install({f"{p}/{s}": getattr(x, s).clone() for p, x in of.layers.items() for s in sides})
+    decay = [0.3 ** ((t * steps + 1) / (ratio * rounds * steps)) for t in range(rounds)]
+    sides = 1 if mode == ALTERNATE else 2
+    wanted = sides * len(names) * sum(0.9 * most * d for d in decay)
+    spread = sides * (len(names) * rounds * 0.25) ** 0.5
+    assert abs(of.exchanged - wanted) < 4 * spread
+    assert abs(of.exchanged - wanted) < 0.2 * wanted
+
+
+PROGRAM = """
+from tests.fedlora.switch.test_replica import wide
+print(wide().digest())
+"""
+
+
+def wide() -> Replica:
+    """Some rounds of layers whose sides are no multiple of a vector register."""
+    shapes = {"w": (203, 131), "v": (96, 160)}
+    plan = Timetable(PRODUCT, Switching(10.0, 10.0), steps=20, rounds=9, seed=1)
+    of, g = Replica.begin(shapes, {"w": 24, "v": 17}, 3.0, plan), np.random.default_rng(0)
+    for _ in range(3):
+        found = {}
+        for path, layer in of.layers.items():
+            sizes = {"a": layer.a.shape, "b": layer.b.shape}
+            sizes |= {"left": (len(layer.b), 5), "right": (5, layer.a.shape[1])}
+            for name, size in sizes.items():
+                found[f"{path}/{name}"] = torch.from_numpy(g.random(tuple(size), np.float32))
+        of.install(found)
+    return of
+
+
+def test_other_instruction_sets_give_the_same_bits():
+    """A matrix product, a fused multiplication or PyTorch's uniform draws would not."""
+    others = {"ATEN_CPU_CAPABILITY": "default", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env={**os.environ, **others},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == wide().digest()
 
 
 @pytest.mark.parametrize("choice", ["ring", "random"])
