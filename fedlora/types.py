@@ -309,6 +309,10 @@ class SelfPrune:
         at_least("min_rank", self.min_rank, 1)
 
 
+CHOICES = ("ring", "random")
+"""How SwitchLoRA's next vector of a pool is chosen."""
+
+
 @dataclass(frozen=True)
 class Switching:
     """SwitchLoRA's exchange of low-rank vectors during training (`fedlora.switch`)."""
@@ -335,7 +339,7 @@ class Switching:
         at_least("client.switch.interval", self.interval, 0, strict=True)
         at_least("client.switch.ratio", self.ratio, 0, strict=True)
         at_least("client.switch.freeze", self.freeze, 0)
-        one_of("client.switch.choice", self.choice, ("ring", "random"))
+        one_of("client.switch.choice", self.choice, CHOICES)
         if self.interval < 2 * self.freeze:
             raise ValueError(
                 f"client.switch.interval={self.interval:g} is less than twice "

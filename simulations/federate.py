@@ -5,7 +5,7 @@ in-process runs, tests and notebooks.
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.prune.audit import ZeroAudit
 from fedlora.ranks import RankDistribution
-from fedlora.session import EvaluationSchedule, Rounds, Session
+from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
 from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
@@ -301,14 +301,46 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
 
 
 def open_session(session: Session, parts: Parts) -> None:
-    """Go on from the run's checkpoint if there is one; then the run's first files."""
-    if parts.resume != "never" and session.resume():
-        session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    """Go on from the run's checkpoint if there is one; then the run's first files.
+
+    Raises:
+        RunError: if the checkpoint was written under another configuration, naming what differs.
+    """
     folder, roster = session.folder, session.roster
+    try:
+        if parts.resume != "never" and session.resume():
+            session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    except RunError as error:
+        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
     write_start(parts, folder, roster)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
+
+
+def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
+    """What results depend on and is not as in a run folder's config.yaml, in words."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return ""
+    before = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(before, dict)
+    old, new = (dict(_flat(values)) for values in (before, resolved))
+    free = {*VOLATILE, *(f"{group}.{key}" for group, keys in ELSEWHERE.items() for key in keys)}
+    found = [
+        f"{key}={new.get(key)!r}, was {old.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if key.split(".")[0] not in free and key not in free and old.get(key) != new.get(key)
+    ]
+    return f". What differs: {'; '.join(found)}" if found else ""
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

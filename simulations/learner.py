@@ -24,9 +24,10 @@ from fedlora.models.modules import find_modules
 from fedlora.models.switch import NAME, Adapted, adapt, pretraining, switched
 from fedlora.seeding import torch_generator
 from fedlora.switch.controller import SwitchController
+from fedlora.switch.initial import check_rank
 from fedlora.switch.optimizer import RowAdamW
 from fedlora.types import Switching
-from simulations.recipe import Network, Recipe, build_optimizer
+from simulations.recipe import Network, Recipe, build_model, build_optimizer
 
 METHODS = ("full", "lora", "relora", "switchlora")
 NUMERICAL_RANK = 1e-3
@@ -59,6 +60,13 @@ class Method:
         for name, low in (("rank", 1), ("merge_every", 1), ("merge_warmup", 0), ("full_steps", 0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name}={getattr(self, name)} must be >= {low}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha={self.alpha} must be a number > 0")
+        if self.method == "switchlora":
+            try:
+                Switching(self.interval, self.ratio, self.freeze, self.choice)
+            except ValueError as error:  # which speaks of a federation's keys
+                raise ValueError(str(error).replace("client.switch.", "")) from error
 
     @property
     def switching(self) -> Switching:
@@ -71,10 +79,7 @@ class Learner:
 
     def __init__(self, network: Any, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = network, optimizer
-        self.weights = {
-            m.path: network.get_submodule(m.path).weight.detach().clone()
-            for m in find_modules(network, "all-linear")
-        }
+        self.weights = _weights(network)
         """Of the adapted layers, as they were at first."""
 
     def rate(self, step: int) -> float:
@@ -123,16 +128,20 @@ class Learner:
         }
 
 
+def _weights(network: Any) -> dict[str, Tensor]:
+    modules = find_modules(network, "all-linear")
+    return {m.path: network.get_submodule(m.path).weight.detach().clone() for m in modules}
+
+
 class LowRank(Learner):
     """LoRA from ``A ~ U(-1/sqrt(d_in), 1/sqrt(d_in))`` and ``B = 0``."""
 
     def __init__(self, network: Network, recipe: Recipe, method: Method) -> None:
         self.method, self.seed = method, recipe.seed
-        before = Learner(network, torch.optim.SGD(network.parameters())).weights
+        self.weights = _weights(network)
         self.adapted = self._adapt(network, recipe)
         pretraining(self.adapted.network)
-        super().__init__(self.adapted.network, self._optimizer(recipe))
-        self.weights = before
+        self.network, self.optimizer = self.adapted.network, self._optimizer(recipe)
         self._release(0)
 
     def _adapt(self, network: Network, recipe: Recipe) -> Adapted:
@@ -263,6 +272,22 @@ class SwitchLoRA(LowRank):
                 for pool in layer.pools.values()
             ),
         }
+
+
+def require(recipe: Recipe, method: Method) -> None:
+    """Refuse what a method cannot do with a recipe, before any text is read.
+
+    Raises:
+        ValueError: for a rank that cannot switch, or settings that contradict each other.
+    """
+    if method.full_steps >= recipe.steps:
+        raise ValueError(
+            f"full_steps={method.full_steps} leaves none of the run's {recipe.steps} steps to the "
+            "factors; choose fewer, or more tokens"
+        )
+    if method.method == "switchlora":
+        for m in find_modules(build_model(recipe), "all-linear"):
+            check_rank(m.path, m.d_out, m.d_in, method.rank)
 
 
 def learner(network: Network, recipe: Recipe, method: Method) -> Learner:

@@ -19,13 +19,14 @@ import math
 import os
 import platform
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -35,24 +36,17 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from fedlora.data.template import prompt
-from simulations.corpus import SOURCES, Document, MissingSource, corpus, split
-from simulations.learner import METHODS, Learner, Method, learner
-from simulations.recipe import (
-    ARCHITECTURES,
-    BOS,
-    EOS,
-    PAD,
-    Network,
-    Recipe,
-    build_model,
-)
+from fedlora.lock import RunFolderError, claim
+from fedlora.types import CHOICES
+from simulations.corpus import SOURCES, Document, MissingSource
+from simulations.learner import METHODS, Learner, Method, learner, require
+from simulations.recipe import ARCHITECTURES, BOS, EOS, PAD, Network, Recipe, build_model
+from simulations.tokens import SPECIALS, Text, Tokens, build_text, count, packed
 
-SPECIALS = ("<|pad|>", "<|bos|>", "<|eos|>")
 SAMPLES = (
     "Fellow-Citizens of the Senate and House of Representatives:\n\n",
     "The commerce of the United States with",
@@ -64,8 +58,6 @@ SAMPLES = (
     prompt("Give a synonym of 'big'."),
 )
 
-Tokens = np.ndarray[Any, np.dtype[np.uint16]]
-
 
 @dataclass
 class Progress:
@@ -75,55 +67,6 @@ class Progress:
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)  # one per step
     curve: list[dict[str, float]] = field(default_factory=list)
-
-
-# --- tokens --------------------------------------------------------------------------------------
-
-
-def train_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the texts; digits stay single, and every text can be encoded."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=list(SPECIALS),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token=SPECIALS[PAD],
-        bos_token=SPECIALS[BOS],
-        eos_token=SPECIALS[EOS],
-        clean_up_tokenization_spaces=False,
-        model_max_length=1024,
-    )
-
-
-def encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[Tokens]:
-    """Each document as BOS, its tokens, EOS."""
-    rows = tokenizer.backend_tokenizer.encode_batch([document.text for document in documents])
-    return [np.array([BOS, *row.ids, EOS], dtype=np.uint16) for row in rows]
-
-
-def packed(rows: Sequence[Tokens], size: int, seed: int) -> Iterator[Tokens]:
-    """Endless blocks of `size` tokens, the documents in a new order each epoch."""
-    rest = np.empty(0, dtype=np.uint16)
-    epoch = 0
-    while True:
-        order = np.random.default_rng((seed, epoch)).permutation(len(rows))
-        stream = np.concatenate([rest, *(rows[i] for i in order)])
-        whole = len(stream) // size
-        yield from stream[: whole * size].reshape(whole, size)
-        rest = stream[whole * size :]
-        epoch += 1
 
 
 # --- training ------------------------------------------------------------------------------------
@@ -263,25 +206,6 @@ def load_state(path: Path, trained: Learner) -> Progress:
 # --- report --------------------------------------------------------------------------------------
 
 
-def count(documents: Sequence[Document], rows: Sequence[Tokens]) -> dict[str, dict[str, int]]:
-    """Documents, characters and tokens (with BOS and EOS) of each source."""
-    documents_of: Counter[str] = Counter()
-    characters: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for document, row in zip(documents, rows, strict=True):
-        documents_of[document.source] += 1
-        characters[document.source] += len(document.text)
-        tokens[document.source] += len(row)
-    return {
-        source: {
-            "documents": documents_of[source],
-            "characters": characters[source],
-            "tokens": tokens[source],
-        }
-        for source in SOURCES
-    }
-
-
 def held_out_losses(
     model: Network, documents: Sequence[Document], rows: Sequence[Tokens], length: int
 ) -> dict[str, dict[str, float]]:
@@ -341,30 +265,6 @@ def describe(recipe: Recipe, method: Method, progress: Progress, command: str) -
 
 
 @dataclass(frozen=True)
-class Text:
-    """The corpus as tokens: what is trained on, what is held out, and how much of each."""
-
-    tokenizer: PreTrainedTokenizerFast
-    train: list[Tokens]  # addresses as often as an epoch shows them
-    held: list[Document]
-    held_rows: list[Tokens]
-    counts: dict[str, dict[str, dict[str, int]]]
-
-
-def build_text(recipe: Recipe) -> Text:
-    """Corpus, held-out split and tokenizer of a recipe."""
-    documents = corpus(Path(recipe.wordnet), recipe.instruction_share, recipe.seed)
-    train, held = split(documents, recipe.held_out, recipe.seed)
-    times = [recipe.sotu_repeats if d.source == "sotu" else 1 for d in train]
-    texts = [d.text for d, n in zip(train, times, strict=True) for _ in range(n)]
-    tokenizer = train_tokenizer(texts, recipe.vocabulary)
-    rows, held_rows = encode(train, tokenizer), encode(held, tokenizer)
-    repeated = [row for row, n in zip(rows, times, strict=True) for _ in range(n)]
-    counts = {"train": count(train, rows), "held_out": count(held, held_rows)}
-    return Text(tokenizer, repeated, held, held_rows, counts)
-
-
-@dataclass(frozen=True)
 class Run:
     """One pre-training run: its recipe, its text, and where it goes."""
 
@@ -418,6 +318,24 @@ class Run:
         return report
 
 
+@contextmanager
+def own_pools(recipe: Recipe, method: Method) -> Iterator[Method]:
+    """The method with pools in a folder that is this run's alone, and gone when it ends.
+
+    Raises:
+        RunFolderError: if the same run is under way in another process.
+    """
+    if not method.pools:
+        yield method
+        return
+    folder = Path(method.pools) / state_path(recipe, method).stem
+    try:
+        with claim(folder):
+            yield replace(method, pools=str(folder))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def pretrain(
     recipe: Recipe,
     output: Path,
@@ -426,15 +344,22 @@ def pretrain(
     method: Method | None = None,
     text: Text | None = None,
 ) -> dict[str, Any]:
-    """Build, train, evaluate and save; returns what training.json holds."""
+    """Build, train, evaluate and save; returns what training.json holds.
+
+    Raises:
+        ValueError: for a recipe and a method that do not go together, before any text is read.
+        FloatingPointError: if the loss is not finite.
+    """
     method = method or Method()
+    require(recipe, method)
     run = Run(recipe, text or build_text(recipe), output, command, save_every, method)
     print(json.dumps(run.text.counts), flush=True)
-    trained = learner(build_model(recipe), recipe, method)
-    kept = state_path(recipe, method)
-    progress = load_state(kept, trained)
-    run.train(trained, progress)
-    report = run.checkpoint(trained, progress, last=True)
+    with own_pools(recipe, method) as mine:
+        trained = learner(build_model(recipe), recipe, mine)
+        kept = state_path(recipe, method)
+        progress = load_state(kept, trained)
+        run.train(trained, progress)
+        report = run.checkpoint(trained, progress, last=True)
     kept.unlink(missing_ok=True)
     return report
 
@@ -501,7 +426,7 @@ def _method_options(parser: argparse.ArgumentParser) -> None:
     option("--interval", type=float, default=default.interval, help="switchlora: steps of a vector")
     option("--ratio", type=float, default=default.ratio, help="switchlora: share of the run to 0.3")
     option("--freeze", type=int, default=default.freeze, help="switchlora: steps of the partners")
-    option("--choice", default=default.choice, help="switchlora: ring or random")
+    option("--choice", choices=CHOICES, default=default.choice, help="switchlora: what comes next")
     option("--pools", default=default.pools, help="switchlora: folder for pools in mapped files")
     option("--merge-every", type=int, default=default.merge_every, help="relora: steps")
     option("--merge-warmup", type=int, default=default.merge_warmup, help="relora: steps")
@@ -514,6 +439,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parse(given))
     output, threads = options.pop("output"), options.pop("threads")
     save_every = options.pop("save_every")
+    if save_every < 1:
+        raise SystemExit(f"pretrain: --save-every {save_every} must be >= 1")
     try:
         method = Method(**{f.name: options.pop(f.name) for f in fields(Method)})
     except ValueError as error:
@@ -529,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command = shlex.join(["python", "-m", "simulations.pretrain", *given])
     try:
         pretrain(recipe, output, command, save_every, method)
-    except (MissingSource, ValueError) as error:
+    except (MissingSource, ValueError, FloatingPointError, OSError, RunFolderError) as error:
         raise SystemExit(f"pretrain: {error}") from error
 
 

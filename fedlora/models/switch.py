@@ -98,6 +98,7 @@ def switched(
 
 
 def pretraining(network: PeftModel) -> None:
-    """Train everything but the adapted layers' own weights: embeddings, norms and head too."""
+    """Train everything but the adapted layers' own weights: their biases, embeddings, norms and
+    head too."""
     for name, p in network.named_parameters():
-        p.requires_grad_("base_layer" not in name)
+        p.requires_grad_(not name.endswith("base_layer.weight"))

@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedlora.lock import RunFolderError
+from fedlora.switch.initial import SIDES
 from simulations import learner, pretrain
 from simulations.learner import Method
 from simulations.recipe import build_model
@@ -130,12 +132,16 @@ def test_the_first_steps_may_train_the_layers_themselves() -> None:
         (["method=switchlora", "--rank", "16"], "rank 16 cannot switch.*2..15"),
         (["method=switchlora", "--interval", "8"], "interval=8 is less than twice"),
         (["method=relora", "--merge-every", "0"], "merge_every=0 must be >= 1"),
+        (["method=lora", "--alpha", "0"], "alpha=0.0 must be a number > 0"),
+        (["method=lora", "--full-steps", "2"], "full_steps=2 leaves none of the run's 2 steps"),
+        (["--save-every", "0"], "--save-every 0 must be >= 1"),
+        (["method=switchlora", "--choice", "best"], "2"),  # argparse says the rest
     ],
 )
-def test_impossible_methods_are_refused(
-    wrong: list[str], why: str, request: pytest.FixtureRequest, tmp_path: Path
+def test_impossible_methods_are_refused_before_text_is_read(
+    wrong: list[str], why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    request.getfixturevalue("documents")
+    monkeypatch.setattr(pretrain, "build_text", lambda recipe: pytest.fail("text was read"))
     sizes = "--hidden 16 --intermediate 16 --layers 1 --heads 2 --positions 32 --batch 4"
     sizes += " --length 16 --vocabulary 300 --tokens 128"
     with pytest.raises(SystemExit, match=why):
@@ -147,6 +153,61 @@ def test_a_loss_that_is_not_finite_stops_the_run() -> None:
     next(iter(trained.network.parameters())).data.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="at step 0: lower --lr"):
         pretrain.train_step(trained, torch.zeros(64).numpy().astype("uint16"), 0, RECIPE)
+
+
+@pytest.mark.parametrize("name", ["lr", "pools"])
+def test_what_goes_wrong_later_is_one_sentence(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    request.getfixturevalue("documents")
+    sizes = "--hidden 16 --intermediate 16 --layers 1 --heads 2 --positions 32 --batch 4 --rank 4"
+    sizes += " --length 16 --vocabulary 300 --tokens 640 --held-out 0.2 --long-every 0 --warmup 1"
+    file = tmp_path / "file"
+    file.write_text("")
+    wrong, why = {
+        "lr": (["--lr", "1e30"], "pretrain: loss is nan at step"),
+        "pools": (["method=switchlora", "--pools", str(file)], "pretrain: .*file"),
+    }[name]
+    with pytest.raises(SystemExit, match=why):
+        pretrain.main([*wrong, "--output", str(tmp_path / "out"), *sizes.split()])
+
+
+def test_pools_in_files_belong_to_one_run(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Another seed has other files; the same run a second time is refused; nothing is left."""
+    request.getfixturevalue("documents")
+    method = replace(SWITCH, pools=str(tmp_path / "pools"))
+    with pretrain.own_pools(RECIPE, method) as one:
+        with pretrain.own_pools(replace(RECIPE, seed=RECIPE.seed + 1), method) as two:
+            assert one.pools != two.pools
+        with pytest.raises(RunFolderError), pretrain.own_pools(RECIPE, method):
+            pass
+    report = pretrain.pretrain(RECIPE, tmp_path / "out", "x", method=method)
+    assert report["complete"]
+    assert not list((tmp_path / "pools").iterdir())
+
+
+def test_a_run_s_schedule_is_that_of_its_steps_and_clips_what_moves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = learner.learner(build_model(RECIPE), RECIPE, SWITCH)
+    controller = trained.controller
+    assert controller.total == RECIPE.steps
+    held, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def watched(parameters, bound):
+        for path, layer in controller.layers.items():
+            for side in SIDES:
+                p = controller.parameters[path][side]
+                rows = p.grad if side == "a" else p.grad.t()
+                # thawed by one step already: what is still held, and what this step held last
+                held.append([bool(rows[i].any()) for i in layer.held(side)])
+        return clip(parameters, bound)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+    block = (torch.arange(64).numpy() % 200).astype("uint16")
+    for t in range(6):
+        pretrain.train_step(trained, block, t, RECIPE)
+    assert sum(map(len, held)) > 10 and not any(map(any, held))
 
 
 def test_plain_words_name_the_method(request: pytest.FixtureRequest, tmp_path: Path) -> None:

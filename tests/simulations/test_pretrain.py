@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import get_activation
 
 from fedlora.data.template import prompt
-from simulations import corpus, pretrain, recipe
+from simulations import corpus, pretrain, recipe, tokens
 from simulations.corpus import Document, Recorder, Synset
 
 LINE = (
@@ -24,7 +24,7 @@ LINE = (
     'by a cow or bull; "we heard a moo in the dark"'
 )
 ASSETS = Path(pretrain.__file__).parents[1] / "fedlora" / "models" / "assets"
-SMALL = pretrain.Recipe(
+SMALL = recipe.Recipe(
     tokens=6 * 64,
     vocabulary=300,
     hidden=16,
@@ -65,7 +65,7 @@ def documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         text = [" ".join(rng.choices(words, k=30)) for _ in range(30)]
         return [Document(corpus.SOURCES[i % 3], f"{i // 3}", t) for i, t in enumerate(text)]
 
-    monkeypatch.setattr(pretrain, "corpus", few)
+    monkeypatch.setattr(tokens, "corpus", few)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(pretrain, "SAMPLES", ("the senate",))
 
@@ -144,19 +144,19 @@ def test_held_out_groups_are_not_trained_on() -> None:
 
 
 def test_tokenizer_encodes_every_text_and_isolates_digits() -> None:
-    tokenizer = pretrain.train_tokenizer(["year 1900 and 1900 again"] * 20, 280)
+    tokenizer = tokens.train_tokenizer(["year 1900 and 1900 again"] * 20, 280)
     assert len(tokenizer) <= 280
     text = "naïve 1900, ½ 日本 \x00\t\n  🙂"
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert ids[0] != pretrain.BOS
+    assert ids[0] != recipe.BOS
     digits = tokenizer.convert_ids_to_tokens(tokenizer.encode("1900"))
     assert digits == list("1900")
 
 
 def test_packing_shows_every_token_once_per_epoch() -> None:
     rows = [np.full(n, n, dtype=np.uint16) for n in range(1, 16)]
-    blocks = pretrain.packed(rows, 40, seed=1)
+    blocks = tokens.packed(rows, 40, seed=1)
     first = np.concatenate([next(blocks) for _ in range(3)])
     assert sorted(first) == sorted(np.concatenate(rows))
     second = np.concatenate([next(blocks) for _ in range(3)])
@@ -165,15 +165,15 @@ def test_packing_shows_every_token_once_per_epoch() -> None:
 
 
 def test_rate_warms_up_and_falls_to_a_tenth() -> None:
-    recipe = pretrain.Recipe()
-    rates = [recipe.rate(step) for step in range(recipe.steps)]
-    assert max(rates) == rates[recipe.warmup] == recipe.lr
-    assert rates[0] < rates[50] < recipe.lr
-    assert rates[-1] == pytest.approx(recipe.lr / 10, rel=1e-3)
+    plan = recipe.Recipe()
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    assert max(rates) == rates[plan.warmup] == plan.lr
+    assert rates[0] < rates[50] < plan.lr
+    assert rates[-1] == pytest.approx(plan.lr / 10, rel=1e-3)
 
 
 def test_evaluation_does_not_depend_on_how_windows_are_batched() -> None:
-    model = pretrain.build_model(SMALL)
+    model = recipe.build_model(SMALL)
     rows = [np.random.default_rng(0).integers(0, 300, 16 * 40 + 7).astype(np.uint16)]
     windows = [rows[0][at : at + 17].astype(np.int64) for at in range(0, len(rows[0]) - 1, 16)]
     total = 0.0
@@ -255,7 +255,7 @@ def test_the_shipped_tokenizer(shipped: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     assert len(tokenizer) == 2048
     specials = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    assert specials == (pretrain.PAD, pretrain.BOS, pretrain.EOS)
+    assert specials == (recipe.PAD, recipe.BOS, recipe.EOS)
     for text in ("In 1862 we met.", prompt("Copy the text.", "café  \n 🙂"), "", " a\r\n"):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode("x")[0] not in specials
@@ -269,7 +269,7 @@ def test_the_shipped_model_has_learned(shipped: Path) -> None:
     assert next(model.parameters()).dtype == torch.float32
     tokenizer = AutoTokenizer.from_pretrained(shipped)
     text = "The attention of Congress is invited to the report of the Secretary of the Treasury."
-    ids = torch.tensor([[pretrain.BOS, *tokenizer.encode(text)]])
+    ids = torch.tensor([[recipe.BOS, *tokenizer.encode(text)]])
     with torch.no_grad():
         loss = model(input_ids=ids, labels=ids).loss
     assert loss < 4.0  # log(2048) is 7.6

@@ -11,7 +11,9 @@ from fedlora.batches import micro_batches, num_steps, step_indices
 from fedlora.client import LoRAClient
 from fedlora.engine.forward import supervised_logits
 from fedlora.engine.loop import clip_and_step, learning_rates
-from fedlora.models.switch import switched
+from fedlora.models.switch import adapt, switched
+from fedlora.switch.controller import SwitchController
+from fedlora.switch.initial import SIDES
 from fedlora.switch.optimizer import RowAdamW
 from fedlora.types import Client, LocalPlan, Ranks, Setting, Switching, TrainJob
 from strategies.switchlora import DENSE, SwitchLoRA
@@ -52,12 +54,12 @@ def alone(network, plan: LocalPlan, seed: int, turn: int = 0, first: int = 0, to
     return {p: x.effective() - before[f"{p}.weight"] for p, x in controller.layers.items()}
 
 
-def rounds(model, method: SwitchLoRA, count: int):
+def rounds(model, method: SwitchLoRA, count: int, base: LocalPlan = PLAN):
     setting = population(model.info.modules)
     client, state = setting.clients[0], method.init_state(setting)
     store = FakeStore({0: examples(7)})
     for t in range(count):
-        start, plan = method.start_adapter(state, client), method.plan(state, client, PLAN)
+        start, plan = method.start_adapter(state, client), method.plan(state, client, base)
         job = TrainJob(SEED, t + 1, client, start, plan)
         update = LoRAClient(model, store, client, SEED).train(job)
         state = method.aggregate(state, [update])
@@ -77,6 +79,65 @@ def test_one_client_and_one_round_is_stand_alone_training():
     assert update.metrics["delta_norm"] == pytest.approx(
         sum(float(w.square().sum()) for w in wanted.values()) ** 0.5, rel=1e-6
     )
+
+
+def test_alternating_rounds_without_exchanges_are_alternating_lora():
+    """F4: one client, one step a round, against PEFT's layers and PyTorch's AdamW."""
+    model, network = wrap(NETWORKS["llama"]()), NETWORKS["llama"]()
+    never = replace(OFTEN, interval=1e12)
+    plan = replace(PLAN, steps=1, switch=never, schedule="constant")
+    method = SwitchLoRA(switching=never, steps=1, horizon=6)
+    setting = population(model.info.modules)
+    state = method.init_state(setting)
+    start = method.start_adapter(state, setting.clients[0])
+    before = {
+        m.path: network.get_submodule(m.path).weight.detach().clone() for m in setting.modules
+    }
+    peft = adapt(network, 4, "all-linear", 2.0)
+    with torch.no_grad():
+        for path, layer in peft.layers.items():
+            layer.base_layer.weight += start.shift[path]
+            layer.lora_A["default"].weight.copy_(start.factors[path].a)
+            layer.lora_B["default"].weight.copy_(start.factors[path].b)
+    data = examples(7)
+    for t in range(6):
+        for name, p in peft.network.named_parameters():
+            p.requires_grad_(("lora_B" if t % 2 else "lora_A") in name)
+        trained = [p for p in peft.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, plan.lr, weight_decay=0.0)
+        (indices,) = step_indices(len(data), plan, seed=SEED, round=t + 1, client=0)
+        (batch,) = micro_batches(data, indices, plan)
+        logits = supervised_logits(peft.network.get_base_model(), batch)
+        functional.cross_entropy(logits, batch.targets).backward()
+        torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+        optimizer.step()
+        peft.network.zero_grad()
+    state, _ = rounds(model, method, 6, plan)
+    got = dense(method.global_adapter(state))
+    for path, layer in peft.layers.items():
+        wanted = layer.base_layer.weight + layer.get_delta_weight("default") - before[path]
+        assert float(wanted.detach().abs().max()) > 1e-3
+        torch.testing.assert_close(got[path], wanted.detach(), rtol=0, atol=1e-11)
+
+
+def test_pools_are_drawn_anew_each_round(monkeypatch):
+    """And a client's slots hold vectors of the pools that its start was drawn from."""
+    seen = []
+
+    class Watched(SwitchController):
+        def __init__(self, *arguments) -> None:
+            super().__init__(*arguments)
+            for layer in self.layers.values():
+                for side in SIDES:
+                    pool = layer.pools[side].clone()
+                    assert torch.equal(layer.vectors(side), pool[layer.ids[side]])
+                    seen.append(pool)
+
+    monkeypatch.setattr("fedlora.switch.local.SwitchController", Watched)
+    model = wrap(NETWORKS["llama"]())
+    rounds(model, SwitchLoRA(mode=DENSE, switching=OFTEN, steps=STEPS, horizon=2), 2)
+    half = len(seen) // 2
+    assert half and not any(torch.equal(a, b) for a, b in zip(seen, seen[half:], strict=False))
 
 
 def test_the_schedule_of_exchanges_goes_on_and_nothing_is_left_mounted():
