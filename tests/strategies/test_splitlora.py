@@ -9,7 +9,7 @@ import pytest
 import torch
 from flwr.app import Message
 
-import strategies.splitlora
+import fedlora.split.conduct
 from fedlora.batches import collate, step_indices
 from fedlora.checkpoint import state_hash
 from fedlora.engine.forward import supervised_logits
@@ -18,6 +18,7 @@ from fedlora.models.stages import Span, block_of
 from fedlora.population import Roster
 from fedlora.session import EvaluationSchedule, Rounds, Session
 from fedlora.split.codec import decode_downs, encode_ups
+from fedlora.split.conduct import SERVER
 from fedlora.split.ground import Ground
 from fedlora.split.server import Rule
 from fedlora.split.wire import Wire
@@ -26,11 +27,12 @@ from fedlora.state import State, unpack
 from fedlora.tracking import Trackers
 from fedlora.types import Client, Factors, LocalPlan, Ranks, Setting, Update
 from simulations.grid import InProcessGrid
+from strategies.base import Setup
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
-from strategies.splitlora import SERVER, SplitLoRA
+from strategies.splitlora import SplitLoRA
 from tests.fedlora.engine.world import FakeStore, example, examples
 from tests.fedlora.split.world import BLOCKS, MODELS
 from tests.strategies.test_base import Shard
@@ -108,7 +110,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     def make(**more: Any) -> World:
         made = World(tmp_path / str(len(list(tmp_path.iterdir()))), **more)
         made.folder.mkdir()
-        monkeypatch.setattr(strategies.splitlora, "ground", lambda _: made.ground)
+        monkeypatch.setattr(fedlora.split.conduct, "ground", lambda _: made.ground)
         return made
 
     return make
@@ -376,7 +378,7 @@ def test_an_aggregator_that_trains_otherwise_is_refused(world: Any) -> None:
     with pytest.raises(ValueError, match=r"HeteroLoRA changes .*client\.self_prune.*prune=false"):
         pruning.plan(state, client, PLAN)
     with pytest.raises(ValueError, match=r"client\.micro_batch_size=1: a step of a split client"):
-        method().plan(state, client, replace(PLAN, micro_batch_size=1))
+        method().check(Setup(replace(PLAN, micro_batch_size=1)))
 
 
 @pytest.mark.parametrize("options", [{"cut": 5}, {"tier_cuts": {"T2": 5}}, {"cut": 3, "tail": 2}])
@@ -422,13 +424,13 @@ def test_a_tail_without_adapters_is_refused(world: Any) -> None:
 def test_rates_run_over_rounds(world: Any) -> None:
     """A schedule over the run's steps; a server's peak of its own; clients at a constant rate."""
     from fedlora.engine.loop import learning_rates
-    from strategies.splitlora import _Play
+    from fedlora.split.conduct import Play
 
     plan = replace(PLAN, schedule="linear", warmup=0.25)
     m = method(horizon=8, client_schedule="constant", server_lr=0.5)
     w = world(plan=plan)
     state = w.run(m, 2).state
-    play: Any = object.__new__(_Play)
+    play: Any = object.__new__(Play)
     play.method, play.state = m, state
     assert play._rates(2, plan) == learning_rates(8, plan)[4:6]
     assert int(state["steps"]) == 4
