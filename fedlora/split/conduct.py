@@ -16,7 +16,7 @@ from fedlora.engine.loop import learning_rates
 from fedlora.models.folder import ModelError
 from fedlora.models.layers import LowRank
 from fedlora.split.batches import Seeds
-from fedlora.split.cost import Split, client_memory, client_work, shapes_of
+from fedlora.split.cost import client_memory, client_work
 from fedlora.split.ground import Ground, ground
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
@@ -24,6 +24,7 @@ from fedlora.split.party import Memory, Party
 from fedlora.split.protocol import Cut, Opening, Terms
 from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
+from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.wire import Wire
 from fedlora.state import State, order, pack, prefixed, under, unpack
 from fedlora.types import (

@@ -32,11 +32,13 @@ from fedlora.models.layers import LowRank
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
-from fedlora.split.cost import Split, client_memory, saved_bytes, shapes_of, split_traffic
+from fedlora.split.cost import client_memory, split_traffic
+from fedlora.split.measure import saved_bytes
 from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
+from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.wire import Wire
 from fedlora.split.worker import SplitWorker
 from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks

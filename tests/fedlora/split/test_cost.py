@@ -12,7 +12,6 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import find_modules
 from fedlora.split.cost import (
     Device,
-    Split,
     Step,
     Traffic,
     adapter_traffic,
@@ -20,16 +19,15 @@ from fedlora.split.cost import (
     break_even,
     client_memory,
     client_work,
-    counted_flops,
     full_traffic,
     head_work,
-    saved_bytes,
     saved_floats,
     server_work,
-    shapes_of,
     split_traffic,
     step_times,
 )
+from fedlora.split.measure import counted_flops, saved_bytes
+from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.wire import Wire
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import adapter, wrap

@@ -9,11 +9,12 @@ import torch
 from fedlora.engine.loop import optimise
 from fedlora.models.language_model import LanguageModel
 from fedlora.split.batches import ROUND
-from fedlora.split.cost import Split, shapes_of, split_traffic
+from fedlora.split.cost import split_traffic
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, play
 from fedlora.split.server import Rule
+from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.wire import Wire
 from fedlora.types import Adapter, LocalPlan
 from tests.fedlora.engine.world import SEED, example, examples
