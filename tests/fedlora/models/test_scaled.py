@@ -136,6 +136,24 @@ def test_every_number_format_is_the_materialised_product(name, p, merged, kind):
         assert error < tolerance
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_branch_is_computed_in_the_factors_type(name):
+    """Whatever the base's: a small update is not rounded away."""
+    base, alpha, beta, x = in_format(name)
+    y = scaled_branch(x, base.weight, alpha, 1e-3 * beta, 0.7)
+    want = materialised(x, base, alpha, 1e-3 * beta, 0.7) - base.double()(x.double())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
+def test_dropout_of_everything_leaves_the_base():
+    """The one mask that a rate of one does not drop has no say either."""
+    base, alpha, beta, x = layer(5, 4, 2)
+    update = BlockScaled(alpha, beta, 0.7, 1.0, base, dtype=torch.float64)
+    update.bits = torch.full((10, 4), 2**15 - 1, dtype=torch.int16)
+    assert torch.equal(update(x, base), base(x))
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("merged", [False, True])
