@@ -110,6 +110,32 @@ def gain(payload: MaskedScale, path: str) -> Tensor:
     return last if before is None else before * last
 
 
+def scaled_weight(
+    weight: Tensor, alpha: Tensor, beta: Tensor, s: float, before: Tensor | None = None
+) -> Tensor:
+    """``W ∘ before ∘ (1 + s F)``, ``[d_out, d_in]``, in float32, or the type of ``W`` if that is
+    wider: whoever stores it rounds once.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        alpha: ``[r, d_in]``.
+        beta: ``[d_out]``.
+        s: the scale.
+        before: ``[d_out, d_in]``, what earlier merges have multiplied ``W`` by; None: nothing.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(wide) if before is None else weight.to(wide) * before.to(wide)
+    return weight * (1 + s * factor(alpha.to(wide), beta.to(wide)))
+
+
+def merged_weight(weight: Tensor, payload: MaskedScale, path: str) -> Tensor:
+    """A module's ``W`` with all that a payload multiplies it by, rounded once to the type of ``W``:
+    what is mounted and written, bit by bit."""
+    alpha, before = alpha_of(payload, path), merged_gain(payload, path)
+    wide = scaled_weight(weight, alpha, payload.beta[path], scale(payload, path), before)
+    return wide.to(weight.dtype)
+
+
 def sent(payload: MaskedScale) -> MaskedScale:
     """What of a trained payload a client sends back: what it has trained, not what it was told."""
     alpha = payload.alpha if payload.trains != "beta" else {}

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.models.folder import ModelError
+from fedlora.models.folder import MASKS, ModelError
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
-from fedlora.prune.masks import save_masks
+from fedlora.prune.masks import Masks, as_stored, identity, load_masks, save_masks
 from fedlora.types import Adapter, Factors, MaskedScale, Payload, Rebased
 
 UPDATE = "update.safetensors"
@@ -103,6 +103,7 @@ def save_peft(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = f.a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = f.b.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / SPP).unlink(missing_ok=True)
 
 
 def save_update(update: Rebased, info: ModelInfo, folder: Path) -> None:
@@ -169,13 +170,21 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     """Write the base with an update added to its weights: a plain model in Hugging Face's layout.
 
     What is mounted on the model does not matter and is not changed. Sums are rounded once to the
-    type in which the base is held.
+    type in which the base is held. A pruned base's masks go along while its zeros are where they
+    say, which SPP guarantees and LoRA does not.
 
     Raises:
         TypeError: if the base is quantised.
-        ModelError: if SPP would move a zero of its pruned base.
+        ModelError: if SPP would move a zero of its pruned base, or make a weight infinite.
     """
     merged = model.base_state(payload)
+    masks = _masks(model) if model.info.mask else {}
+    try:
+        _check_zeros(masks, merged)
+    except ModelError:
+        if isinstance(payload, MaskedScale):
+            raise
+        masks = {}
     config: Any = model.network.config
     config.use_cache = True
     try:
@@ -183,9 +192,28 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     finally:
         config.use_cache = False
     model.tokenizer.save_pretrained(str(folder))
-    if isinstance(payload, MaskedScale):  # what keeps the base's zeros is a pruned model itself
-        masks = {p: (dense_weight(x.base) != 0).cpu() for p, x in model.layers.items()}
+    if masks:
         save_masks(masks, folder)
+    else:
+        (folder / MASKS).unlink(missing_ok=True)
+
+
+def _masks(model: LanguageModel) -> Masks:
+    """Of all that was pruned, whether it carries updates here or not."""
+    if model.folder is not None:
+        return load_masks(model.folder)
+    masks = {p: (dense_weight(x.base) != 0).cpu() for p, x in model.layers.items()}
+    if identity(masks) != model.info.mask:
+        raise ModelError(
+            f"{model.info.name} was loaded from no folder, and its adapted layers are not all that "
+            "was pruned: its masks are nowhere"
+        )
+    return masks
+
+
+def _check_zeros(masks: Masks, state: Mapping[str, Tensor]) -> None:
+    for path, mask in masks.items():
+        as_stored(mask, state[f"{path}.weight"], path, "merging")
 
 
 def _number(alpha: float) -> Any:

@@ -11,6 +11,8 @@ from urllib.parse import unquote, urlparse
 ASSETS_VARIABLE = "FEDLORA_ASSETS"
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+MASKS = "masks.safetensors"
+"""Beside the weights of a pruned model, and none of them (`fedlora.prune.masks`)."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_PARTS = (
     *TOKENIZER,
@@ -62,7 +64,7 @@ def find_assets(name: str) -> Path:
 def weight_files(folder: Path) -> list[Path]:
     """Files of weights, safetensors before pickles (which transformers reads with care)."""
     for pattern in WEIGHTS:
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(p for p in folder.glob(pattern) if p.name != MASKS):
             return files
     return []
 
@@ -100,11 +102,12 @@ def tokenizer_id(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Identity of configuration and weights, in milliseconds.
 
-    Of each file of weights it reads size, header and evenly spaced samples: enough to tell two
-    models or two trainings apart, not to detect a flipped bit.
+    Of each file of weights, and of a pruned model's masks, it reads size, header and evenly spaced
+    samples: enough to tell two models or two trainings apart, not to detect a flipped bit.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in weight_files(folder):
+    masks = [folder / MASKS] if (folder / MASKS).is_file() else []
+    for path in sorted([*weight_files(folder), *masks]):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}".encode())
         with path.open("rb") as file:

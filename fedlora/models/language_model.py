@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,10 +45,15 @@ class LanguageModel:
         network: wrapped in place: each adapted layer becomes an `AdaptedLinear` over the original.
         tokenizer: of the same model.
         info: whose ``modules`` are the layers to wrap.
+        folder: that it was loaded from, for what lies beside its weights; None: from none.
     """
 
     def __init__(
-        self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", info: ModelInfo
+        self,
+        network: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        info: ModelInfo,
+        folder: Path | None = None,
     ) -> None:
         network.requires_grad_(False)
         network.train(False)
@@ -55,6 +61,7 @@ class LanguageModel:
         self.network = network
         self.tokenizer = tokenizer
         self.info = info
+        self.folder = folder
         self.layers: Mapping[str, AdaptedLinear] = {
             m.path: _wrap(network, m.path) for m in info.modules
         }
@@ -190,7 +197,8 @@ class LanguageModel:
 
         Raises:
             TypeError: if there is a payload and the base is quantised.
-            ModelError: if a scaled weight loses a zero or gains one (by overflow or underflow).
+            ModelError: if a scaled weight loses a zero or gains one, or is not finite (by overflow
+                or underflow).
         """
         state = {
             name: tensor

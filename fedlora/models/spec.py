@@ -161,7 +161,7 @@ class ModelSpec(ABC):
         if info.mask:
             check_network(load_masks(folder), network, str(folder))
         self._split(network)
-        return LanguageModel(network, self.tokenizer(), info)
+        return LanguageModel(network, self.tokenizer(), info, folder)
 
     def _config(self, folder: Path) -> "PretrainedConfig":
         """The configuration of a complete folder that holds a causal language model."""

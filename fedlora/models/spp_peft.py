@@ -6,28 +6,31 @@ merging are PEFT's; ``lora_A.weight [r, d_in]`` is alpha and ``lora_B.weight [d_
 Neither point is a stable interface of PEFT, hence the tests that hold it to our own layer.
 
 The mapping of layers is not part of what PEFT saves: whoever loads has to register it again
-(`spp_config`). Without it the shapes do not fit, and PEFT refuses.
+(`spp_config`). Without it the shapes do not fit, and PEFT refuses. `peft_model` does so, and checks
+that the base is the one that was trained on, of which PEFT knows nothing.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.models.export import SPP, save_peft
+from fedlora.models.export import CONFIG, SPP, WEIGHTS, save_peft
 from fedlora.models.folder import ModelError
 from fedlora.models.modules import ModelInfo, check_scale
-from fedlora.spp import alpha_of, borders, factor
+from fedlora.models.scaled import scaled_branch
+from fedlora.prune.activations import linear_layers
+from fedlora.prune.masks import check_network, check_zeros, load_masks, mask_identity
+from fedlora.spp import alpha_of, factor, scaled_weight, spread
 from fedlora.types import Factors, MaskedScale, payload_tensors
 
 
@@ -48,22 +51,24 @@ class SppVariant(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
-        """The layer's output with the branch added, block by block."""
+        """The layer's output with the branch added."""
         alpha, beta = _factors(module, active_adapter)
-        weight = _dense(module).to(alpha.dtype)
-        x = module.lora_dropout[active_adapter](x.to(alpha.dtype))
-        at = borders(len(beta), len(alpha))
-        parts = [
-            functional.linear(x * row, weight[at[g] : at[g + 1]]) for g, row in enumerate(alpha)
-        ]
-        branch = torch.cat(parts, dim=-1) * beta * float(module.scaling[active_adapter])
-        return result + branch
+        x = module.lora_dropout[active_adapter](x)
+        scale = float(module.scaling[active_adapter])
+        return result + scaled_branch(x, _dense(module), alpha, beta, scale)
 
     @staticmethod
     def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The merged weight; the old one is kept for `unmerge`."""
-        module.spp_unmerged = orig_weight.detach().clone()
-        return _merged(module, active_adapter, orig_weight)
+        """The merged weight; the one before any merge is kept for `unmerge`.
+
+        Raises:
+            ModelError: if a zero would move or a weight would not be finite; nothing has changed.
+        """
+        merged = list(module.merged_adapters)
+        before = module.spp_unmerged if merged else orig_weight.detach().clone()
+        new = _merged(module, before, [*merged, active_adapter])
+        module.spp_unmerged = before
+        return new
 
     @staticmethod
     def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
@@ -73,10 +78,13 @@ class SppVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight before merging, bit by bit: dividing would not give it back."""
-        weight: Tensor = module.spp_unmerged
+        """The weight with the adapters that are still merged; with none, that before merging, bit
+        by bit: dividing would not give it back."""
+        before: Tensor = module.spp_unmerged
+        if module.merged_adapters:
+            return _merged(module, before, module.merged_adapters)
         module.spp_unmerged = None
-        return weight
+        return before
 
 
 class SppLinear(lora.Linear):
@@ -94,9 +102,40 @@ class SppLinear(lora.Linear):
 
 def spp_config(config: LoraConfig) -> LoraConfig:
     """The configuration with SPP's layers registered, for ``get_peft_model`` or, loaded from a
-    folder, for ``PeftModel.from_pretrained(base, folder, config=...)``."""
+    folder, for ``PeftModel.from_pretrained(base, folder, config=...)`` on the pruned base that it
+    was trained on (`peft_model`)."""
     config._register_custom_module({nn.Linear: SppLinear, Conv1D: SppLinear})
     return config
+
+
+def peft_model(network: Any, adapter: Path, base: Path) -> PeftModel:
+    """An SPP adapter in PEFT's hands, on the pruned model that it was trained on.
+
+    Args:
+        network: a ``PreTrainedModel``, changed in place.
+        adapter: folder that `save_spp` has written.
+        base: folder of that pruned model, for its masks.
+
+    Raises:
+        ModelError: if the adapter was trained on other masks, the network's zeros are not where
+            they say, or the folder has nothing that PEFT could read.
+    """
+    masks, mask = load_masks(base), load_spp(adapter).mask
+    if mask != mask_identity(base):
+        raise ModelError(
+            f"{adapter} was trained on a base with the mask {mask}, and {base} has the mask "
+            f"{mask_identity(base)}: alpha and beta mean nothing there"
+        )
+    check_network(masks, network, "the network")
+    if not (adapter / CONFIG).is_file():
+        raise ModelError(
+            f"{adapter} has no {CONFIG}: PEFT cannot hold what was merged on the way, or rank 1; "
+            "write the merged model with simulations.merge"
+        )
+    config = spp_config(LoraConfig.from_pretrained(str(adapter)))
+    layers = linear_layers(network, config.target_modules or ())
+    config.fan_in_fan_out = any(isinstance(x, Conv1D) for x in layers.values())
+    return PeftModel.from_pretrained(network, str(adapter), config=config)
 
 
 def save_spp(
@@ -109,7 +148,7 @@ def save_spp(
     Args:
         payload: of the modules it scales, at least one.
         info: of the pruned base; what does not fit it is refused.
-        folder: made if it does not exist.
+        folder: made if it does not exist; an adapter that is there is replaced.
         base_name: folder or hub id of the pruned base.
         dropout: what further training with PEFT would use.
 
@@ -120,13 +159,16 @@ def save_spp(
     alpha = {p: alpha_of(payload, p) for p in payload.beta}
     whole = replace(payload, alpha=alpha, tied={}, change={}, trains="both", seed=-1)
     folder.mkdir(parents=True, exist_ok=True)
-    if not whole.merges and min(len(a) for a in alpha.values()) > 1:
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    if not whole.merges and min(payload.blocks[p] for p in alpha) > 1:
+        rows = {p: spread(a, payload.blocks[p]) for p, a in alpha.items()}
         factors = {
-            p: Factors(alpha[p], beta[:, None].expand(-1, len(alpha[p])), payload.lora_alpha)
+            p: Factors(rows[p], beta[:, None].expand(-1, len(rows[p])), payload.lora_alpha)
             for p, beta in payload.beta.items()
         }
         save_peft(factors, info, folder, base_name, dropout)
-        _write_peft(whole, folder)
+        _write_peft(replace(whole, alpha=rows), folder)
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in payload_tensors(whole)}
     about = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
     about |= {"order": list(whole.beta), "merges": len(whole.merges)}
@@ -165,7 +207,7 @@ def _write_peft(payload: MaskedScale, folder: Path) -> None:
         name = f"base_model.model.{path}"
         tensors[f"{name}.lora_A.weight"] = payload.alpha[path].detach().cpu().contiguous()
         tensors[f"{name}.lora_B.weight"] = beta.detach().cpu()[:, None].contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
@@ -178,8 +220,14 @@ def _dense(module: Any) -> Tensor:
     return weight.T if module.fan_in_fan_out else weight
 
 
-def _merged(module: Any, adapter: str, weight: Tensor) -> Tensor:
-    f = factor(*_factors(module, adapter)) * module.scaling[adapter]
-    f = f.T if module.fan_in_fan_out else f
-    wide = weight.to(torch.promote_types(weight.dtype, f.dtype))
-    return torch.addcmul(wide, wide, f.to(wide.dtype)).to(weight.dtype)
+def _merged(module: Any, weight: Tensor, adapters: Sequence[str]) -> Tensor:
+    """``W ∘ (1 + Σ s F)`` as the layer stores it, rounded once, its zeros where they were."""
+    dense = weight.T if module.fan_in_fan_out else weight
+    first, *others = (
+        scaled_weight(dense, *_factors(module, name), float(module.scaling[name]))
+        for name in adapters
+    )
+    merged = sum((other - dense for other in others), first).to(weight.dtype)
+    name = " and ".join(adapters)
+    check_zeros({name: (dense != 0).cpu()}, lambda _: merged, "merging by PEFT")
+    return (merged.T if module.fan_in_fan_out else merged).contiguous()

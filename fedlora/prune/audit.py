@@ -8,8 +8,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedlora.models.folder import ModelError, weight_files
-from fedlora.prune.masks import FILE, Masks, density, identity, load_masks
-from fedlora.spp import gain
+from fedlora.prune.masks import Masks, as_stored, density, identity, load_masks
+from fedlora.session import RunError
+from fedlora.spp import merged_weight
 from fedlora.types import MaskedScale, Payload
 
 
@@ -18,54 +19,64 @@ class ZeroAudit:
 
     Args:
         folder: of the pruned model.
+        dtype: in which the model is held, whatever its files say; None: as they are.
 
     Raises:
         ModelError: if it holds no masks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         self._masks: Masks = load_masks(folder)
         self._where = _files(folder)
+        self._dtype = dtype
 
     def __call__(self, payload: Payload) -> Mapping[str, float | int | str]:
         """The identity of the merged model's zeros, how many moved, and its density.
 
         Nothing is said of other payloads than a `MaskedScale`.
+
+        Raises:
+            RunError: if a zero would move or a weight would not be finite, with how many.
+            ModelError: if the base's own zeros have moved, or a scaled module has no mask.
         """
         if not isinstance(payload, MaskedScale):
             return {}
-        merged = {path: self._merged(payload, path) != 0 for path in payload.beta}
-        moved = sum(int((m != self._masks[p]).sum()) for p, m in merged.items())
-        whole = {**self._masks, **merged}
+        zeros, moved, lost = dict(self._masks), 0, 0
+        for path in payload.beta:
+            weight = merged_weight(self._weight(path), payload, path)
+            zeros[path] = weight != 0
+            moved += int((zeros[path] != self._masks[path]).sum())
+            lost += int((~weight.isfinite()).sum())
+        if moved or lost:
+            raise RunError(
+                f"merged into the pruned model, the global update would move {moved} zeros and "
+                f"make {lost} weights infinite or no numbers: alpha or beta have grown out of "
+                "bounds. Rounds with a checkpoint are safe; lower client.lr or client.clip"
+            )
         return {
-            "spp/zero_pattern": identity(whole),
+            "spp/zero_pattern": identity(zeros),
             "spp/zeros_moved": moved,
-            "spp/density": density(whole),
+            "spp/density": density(zeros),
         }
 
-    def _merged(self, payload: MaskedScale, path: str) -> Tensor:
-        """``[d_out, d_in]`` in the type in which the base is stored."""
-        weight = self._weight(path)
-        factors = gain(payload, path)
-        wide = torch.promote_types(weight.dtype, factors.dtype)
-        return (weight.to(wide) * factors.to(wide)).to(weight.dtype)
-
     def _weight(self, path: str) -> Tensor:
-        """As stored, turned if need be: ``Conv1D`` stores ``[d_in, d_out]``."""
-        mask, read = self._masks[path], self._where[f"{path}.weight"]
-        weight = read()
-        for turned in (weight, weight.T):
-            if turned.shape == mask.shape and torch.equal(turned != 0, mask):
-                return turned
-        raise ModelError(f"the zeros of {path} are not where its mask says")
+        """``[d_out, d_in]``, as the model holds it."""
+        where = f"{path}.weight"
+        if path not in self._masks or where not in self._where:
+            raise ModelError(
+                f"{path} is scaled, and has no mask in the pruned model: what is trained must be "
+                f"among what was pruned (model.targets); pruned: {sorted(self._masks)[:3]}, ..."
+            )
+        mask, weight = self._masks[path], self._where[where]()
+        weight = weight.to(self._dtype or weight.dtype)
+        turned = as_stored(mask, weight, path, "the pruned model") is not mask
+        return weight.T if turned else weight
 
 
 def _files(folder: Path) -> dict[str, Callable[[], Tensor]]:
     """Name of a stored tensor -> how to read it."""
     found: dict[str, Callable[[], Tensor]] = {}
     for path in weight_files(folder):
-        if path.name == FILE:
-            continue
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is no safetensors file: convert the model first")
         with safe_open(path, framework="pt") as file:

@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedlora.models.folder import ModelError
+from fedlora.models.folder import MASKS, ModelError
 from fedlora.models.layers import dense_weight
 from fedlora.prune.activations import linear_layers
 
 Masks: TypeAlias = Mapping[str, Tensor]
-FILE = "masks.safetensors"
+FILE = MASKS
 _VALUES, _BITS = "/values", "/bits"
 
 
@@ -53,7 +53,7 @@ def density(masks: Masks) -> float:
 
 
 def check_zeros(masks: Masks, weight: Callable[[str], Tensor], where: str) -> None:
-    """Raise a ModelError unless weights are zero exactly where the masks say.
+    """Raise a ModelError unless weights are finite, and zero exactly where the masks say.
 
     Args:
         masks: by module path.
@@ -74,6 +74,33 @@ def check_zeros(masks: Masks, weight: Callable[[str], Tensor], where: str) -> No
                 f"{where}: the zeros of {path} are not where its mask says: {filled} weights of "
                 f"{mask.numel()} that should be zero are not, {lost} that should not be are zero"
             )
+        if unbounded := int((~w.isfinite()).sum()):
+            raise ModelError(
+                f"{where}: {unbounded} weights of {mask.numel()} of {path} are not finite"
+            )
+
+
+def as_stored(mask: Tensor, weight: Tensor, path: str, where: str) -> Tensor:
+    """A mask in the layout of a stored weight, ``[d_out, d_in]`` or turned (``Conv1D``).
+
+    The zeros tell which it is, where the shape does not.
+
+    Args:
+        mask: ``[d_out, d_in]``.
+        weight: as a file has it.
+        path: of the module, for the message.
+        where: what the weight is of, for the message.
+
+    Raises:
+        ModelError: if the zeros are in neither layout where the mask says, or not all is finite.
+    """
+    turned = mask.T
+    if weight.shape == mask.shape == turned.shape:
+        chosen = turned if torch.equal(turned, (weight != 0).cpu()) else mask
+    else:
+        chosen = turned if weight.shape == turned.shape else mask
+    check_zeros({path: chosen}, lambda _: weight, where)
+    return chosen
 
 
 def check_network(masks: Masks, network: nn.Module, where: str) -> None:
@@ -129,34 +156,48 @@ def save_sparse(state: Mapping[str, Tensor], masks: Masks, file: Path) -> int:
         Bytes of all tensors: of a masked weight, ``nnz`` values and ``ceil(d_out d_in / 8)``.
 
     Raises:
-        ModelError: if a weight's zeros are not where its mask says.
+        ModelError: if a masked module has no weight, or zeros that are not where its mask says.
     """
+    if absent := sorted(p for p in masks if f"{p}.weight" not in state):
+        raise ModelError(
+            f"{file}: no weight of {absent[0]}, which has a mask ({len(absent)} of {len(masks)})"
+        )
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
+    turned = []
     for name, tensor in state.items():
         path = name.removesuffix(".weight")
         if path == name or path not in masks:
             tensors[name] = tensor.detach().cpu().contiguous().clone()
             continue
-        mask = masks[path] if tensor.shape == masks[path].shape else masks[path].T
         stored = tensor.detach().cpu()
-        check_zeros({path: mask}, lambda _, w=stored: w, str(file))  # type: ignore[misc]
+        mask = as_stored(masks[path], stored, path, str(file))
+        if mask is not masks[path]:
+            turned.append(name)
         tensors[name + _VALUES], tensors[name + _BITS] = stored[mask], pack(mask.contiguous())
         shapes[name] = list(tensor.shape)
     metadata = {"identity": identity(masks), "shapes": json.dumps(shapes)}
-    save_file(tensors, file, metadata=metadata)
+    save_file(tensors, file, metadata=metadata | {"turned": json.dumps(turned)})
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
 def load_sparse(file: Path) -> dict[str, Tensor]:
-    """The inverse of `save_sparse`, bit by bit."""
+    """The inverse of `save_sparse`, bit by bit.
+
+    Raises:
+        ModelError: if the file is no such file, or its masks are not those of its identity.
+    """
     with safe_open(file, framework="pt") as opened:
-        shapes = json.loads((opened.metadata() or {})["shapes"])
+        about = opened.metadata() or {}
         found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    if not {"identity", "shapes", "turned"} <= about.keys():
+        raise ModelError(f"{file} is no file of weights without their zeros (save_sparse)")
+    turned, masks = json.loads(about["turned"]), {}
     state = {k: t for k, t in found.items() if not k.endswith((_VALUES, _BITS))}
-    for name, shape in shapes.items():
-        values = found[name + _VALUES]
-        weight = torch.zeros(shape, dtype=values.dtype)
-        weight[unpack(found[name + _BITS], tuple(shape))] = values
-        state[name] = weight
+    for name, shape in json.loads(about["shapes"]).items():
+        values, mask = found[name + _VALUES], unpack(found[name + _BITS], tuple(shape))
+        state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
+        masks[name.removesuffix(".weight")] = mask.T if name in turned else mask
+    if identity(masks) != about["identity"]:
+        raise ModelError(f"{file}: its masks are not those of its identity")
     return state

@@ -1,12 +1,13 @@
 """Pruning the linear layers of a model in place."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from fedlora.models.folder import ModelError
 from fedlora.models.layers import dense_weight
 from fedlora.prune.activations import Activations, linear_layers, measure
 from fedlora.prune.methods import magnitude, sparsegpt, wanda
@@ -49,19 +50,39 @@ def prune(
         Module path -> mask ``[d_out, d_in]``, true where a weight is not zero.
 
     Raises:
-        ModelError: if a layer cannot have the pattern, is not linear or is quantised; nothing has
-            changed then.
+        ModelError: if a layer cannot have the pattern, is not linear, is quantised or hears none of
+            the text; of the first three nothing has changed then.
+    """
+    grams = pruning.method == "sparsegpt"
+
+    def listen(block: str, group: Sequence[str]) -> Activations:
+        return measure(network, group, batches, grams=grams, until=block)
+
+    return prune_by(network, paths, pruning, listen)
+
+
+def prune_by(
+    network: nn.Module,
+    paths: Sequence[str],
+    pruning: Pruning,
+    listen: Callable[[str, Sequence[str]], Activations],
+) -> dict[str, Tensor]:
+    """`prune` by what is heard whenever it is time to listen.
+
+    Args:
+        network: as `prune`.
+        paths: as `prune`.
+        pruning: as `prune`.
+        listen: from the path of a block (empty: of none) and those of layers to what they hear, in
+            the network as it is pruned by then. Never called for ``magnitude``.
     """
     check_layers(network, paths, pruning)
     if pruning.method == "magnitude":
         return prune_from(network, paths, pruning, Activations({}, {}))
-    grams = pruning.method == "sparsegpt"
-    if not pruning.sequential:
-        return prune_from(network, paths, pruning, measure(network, paths, batches, grams=grams))
+    groups = by_block(paths) if pruning.sequential else {"": list(paths)}
     masks: dict[str, Tensor] = {}
-    for block, group in by_block(paths).items():
-        seen = measure(network, group, batches, grams=grams, until=block)
-        masks |= prune_from(network, group, pruning, seen)
+    for block, group in groups.items():
+        masks |= prune_from(network, group, pruning, listen(block, group))
     return masks
 
 
@@ -69,8 +90,14 @@ def prune(
 def prune_from(
     network: nn.Module, paths: Sequence[str], pruning: Pruning, seen: Activations
 ) -> dict[str, Tensor]:
-    """`prune` from what has been measured, for example the sum over clients."""
+    """`prune` from what has been measured, for example the sum over clients.
+
+    Raises:
+        ModelError: as `prune`; nothing has changed then.
+    """
     check_layers(network, paths, pruning)
+    if pruning.method != "magnitude":
+        _require_heard(paths, seen)
     pattern = Pattern.parse(pruning.pattern)
     masks = {}
     for path, layer in linear_layers(network, paths).items():
@@ -92,6 +119,15 @@ def check_layers(network: nn.Module, paths: Sequence[str], pruning: Pruning) -> 
     pattern = Pattern.parse(pruning.pattern)
     for path, layer in linear_layers(network, paths).items():
         pattern.check(path, dense_weight(layer).shape[1])
+
+
+def _require_heard(paths: Sequence[str], seen: Activations) -> None:
+    deaf = [p for p in paths if not seen.tokens.get(p)]
+    if deaf:
+        raise ModelError(
+            f"no token of the calibration text reached {deaf[0]} ({len(deaf)} of {len(paths)} "
+            "layers): give text, other model.targets, or prune by model.method=magnitude"
+        )
 
 
 def by_block(paths: Sequence[str]) -> Mapping[str, list[str]]:

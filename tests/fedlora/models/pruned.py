@@ -1,13 +1,14 @@
 """Small pruned models, and scales for them."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from fedlora.initial import initial_a
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
-from fedlora.prune.masks import identity
+from fedlora.prune.masks import identity, mask_identity
 from fedlora.prune.prune import Pruning, prune
 from fedlora.types import MaskedScale
 from tests.fedlora.models.networks import NETWORKS, wrap
@@ -26,6 +27,19 @@ def pruned(
     model = wrap(NETWORKS[name]().to(dtype), targets)
     masks = prune(model.network, list(model.layers), Pruning(pattern=pattern), batches())
     model.info = replace(model.info, mask=identity(masks))
+    return model
+
+
+def reopened(
+    folder: Path,
+    name: str = "llama",
+    targets: str | tuple[str, ...] = "all-linear",
+    split: bool = False,
+) -> LanguageModel:
+    """A pruned model in a folder, as a spec with these targets loads it."""
+    kind = type(NETWORKS[name]())
+    model = wrap(kind.from_pretrained(folder), targets, split)
+    model.info, model.folder = replace(model.info, mask=mask_identity(folder)), folder
     return model
 
 

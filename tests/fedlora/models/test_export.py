@@ -1,6 +1,7 @@
 """What is saved is what was mounted, for PEFT, for us and for plain transformers."""
 
 import json
+from dataclasses import replace
 
 import peft
 import pytest
@@ -11,9 +12,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora.models.export import CONFIG, WEIGHTS, load_peft, merge, save_peft
-from fedlora.models.folder import ModelError
+from fedlora.models.folder import MASKS, ModelError
+from fedlora.models.spp_peft import save_spp
+from fedlora.prune.masks import check_network, load_masks, mask_identity
 from fedlora.types import Factors, SparseDelta
 from tests.fedlora.models.networks import ALPHA, NETWORKS, adapter, llama, logits, same, wrap
+from tests.fedlora.models.pruned import pruned, reopened, scale
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=15)
 RANKS = {"equal": 5, "unequal": lambda i: 1 + i % 7}
@@ -162,6 +166,58 @@ def test_the_merged_model_computes_the_same(name, split, kind, tmp_path):
     assert not model.network.config.use_cache
     assert plain.state_dict().keys() == NETWORKS[name]().state_dict().keys()
     assert AutoTokenizer.from_pretrained(tmp_path).vocab_size == model.tokenizer.vocab_size
+
+
+@pytest.mark.parametrize(("name", "split"), [("llama", False), ("gpt2", False), ("gpt2", True)])
+def test_a_merged_pruned_model_has_the_masks_of_its_base(name, split, tmp_path):
+    """All of them, whatever carried the update, in the layers that the files have."""
+    base, folder = tmp_path / "base", tmp_path / "merged"
+    merge(pruned(name, dtype=torch.float32), {}, base)
+    targets = {"llama": ("q_proj",), "gpt2": ("q_attn",) if split else ("c_proj",)}[name]
+    model = reopened(base, name, targets, split)
+    assert len(model.layers) < len(load_masks(base))
+    payload = scale(model)
+    merge(model, payload, folder)
+    assert mask_identity(folder) == mask_identity(base)
+    again = reopened(folder, name)
+    check_network(load_masks(folder), again.network, "merged")
+    model.mount(payload)
+    torch.testing.assert_close(logits(again.network), logits(model.network), rtol=1e-5, atol=1e-5)
+
+
+def test_masks_go_with_the_zeros_that_they_describe(tmp_path):
+    """LoRA fills zeros: no mask is left, of an earlier merge into the folder neither. A base
+    pruned further since has masks of its own, which nobody has written yet."""
+    base, folder = tmp_path / "base", tmp_path / "merged"
+    merge(pruned(dtype=torch.float32), {}, base)
+    model = reopened(base)
+    merge(model, scale(model), folder)
+    merge(model, adapter(model.info.modules, 2), folder)
+    assert not (folder / MASKS).exists()
+    merge(model, {}, folder)
+    assert mask_identity(folder) == model.info.mask
+    next(iter(model.layers.values())).base.weight[0] = 0
+    merge(model, {}, folder)
+    assert not (folder / MASKS).exists()
+    with pytest.raises(ModelError, match=r"the zeros of .* are not where its mask says"):
+        merge(model, scale(model), folder)
+
+
+def test_masks_that_nobody_knows_are_not_invented(tmp_path):
+    """From no folder, and with fewer layers adapted than were pruned."""
+    whole = pruned(dtype=torch.float32)
+    model = pruned(dtype=torch.float32, targets=("q_proj",))
+    model.info = replace(model.info, mask=whole.info.mask)
+    with pytest.raises(ModelError, match="its masks are nowhere"):
+        merge(model, scale(model), tmp_path)
+
+
+def test_lora_replaces_spp_in_a_folder(tmp_path):
+    model = pruned()
+    save_spp(scale(model), model.info, tmp_path)
+    factors = adapter(model.info.modules, 2)
+    save_peft(factors, model.info, tmp_path)
+    assert same(load_peft(tmp_path), factors)
 
 
 def _randomise(network) -> None:

@@ -13,11 +13,9 @@ from fedlora.models.export import merge
 from fedlora.models.folder import ModelError
 from fedlora.models.pruned import Pruned, prune_federated
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
-from fedlora.prune.audit import ZeroAudit
 from fedlora.prune.masks import density, identity, load_masks
 from fedlora.prune.prune import Pruning, prune
-from tests.fedlora.models.networks import NETWORKS, adapter, wrap
-from tests.fedlora.models.pruned import scale
+from tests.fedlora.models.networks import NETWORKS, wrap
 from tests.fedlora.prune.text import batches
 
 CPU = torch.device("cpu")
@@ -113,26 +111,6 @@ def test_clients_say_what_all_their_text_would_have_said(method, sequential):
     federated, about = prune_federated(other, pruning, [texts[:1], texts[1:4], texts[4:]])
     assert identity(central) == identity(federated)
     assert about["exchanges"] == (2 if sequential else 1)
-
-
-def test_the_audit_counts_zeros_that_a_merge_would_move(spec):
-    model = spec.load(CPU)
-    audit = ZeroAudit(spec.folder())
-    payload = scale(model)
-    found = audit(payload)
-    assert found == {
-        "spp/zero_pattern": model.info.mask,
-        "spp/zeros_moved": 0,
-        "spp/density": 0.5,
-    }
-    path = next(iter(payload.beta))
-    broken = replace(payload, beta={**payload.beta, path: torch.full((128,), torch.inf)})
-    found = audit(broken)
-    assert found["spp/zeros_moved"] == 128 * 64
-    assert found["spp/zero_pattern"] != model.info.mask
-    assert audit(adapter(model.info.modules, 2)) == {}
-    gpt2 = Pruned(base=TinyGPT2(), method="magnitude")
-    assert ZeroAudit(gpt2.folder())(scale(gpt2.load(CPU)))["spp/zeros_moved"] == 0
 
 
 @pytest.mark.slow

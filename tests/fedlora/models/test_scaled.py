@@ -8,13 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from fedlora.models.export import merge
 from fedlora.models.folder import ModelError
-from fedlora.models.layers import LowRank, dense_weight
-from fedlora.models.scaled import BlockScaled
+from fedlora.models.layers import LowRank, dense_weight, dropout, dropout_bits
+from fedlora.models.scaled import BlockScaled, scaled_branch
 from fedlora.prune.masks import check_zeros
-from fedlora.spp import factor, merged_gain, placed, spread
+from fedlora.spp import factor, gain, merged_gain, merged_weight, placed, spread
 from fedlora.types import Factors
 from tests.fedlora.models.networks import NETWORKS, adapter, logits, step, tokens
 from tests.fedlora.models.pruned import LORA_ALPHA, pruned, scale, zeros
@@ -36,41 +37,44 @@ def layer(m: int, n: int, r: int, seed: int = 0, bias: bool = True):
     return base, normal(r, n), normal(m), normal(2, 5, n)
 
 
-class InBlocks(BlockScaled):
-    """As under another number format."""
-
-    def __call__(self, x, base):
-        branch = self._branch(x, self._weight(base), self.rows())
-        return base(x) + self.scale * branch
-
-
-class Apart(BlockScaled):
-    """As with dropout that drops nothing."""
-
-    def _dropped(self, x):
-        return x
-
-    def __call__(self, x, base):
-        self.p = 0.5
-        return super().__call__(x, base)
+def materialised(x, base, alpha, beta, s, kept=None, before=None):
+    """The definition, in float64 (of kept inputs: what each is multiplied by)."""
+    w = dense_weight(base).double() * (1 if before is None else before.double())
+    bias = None if base.bias is None else base.bias.double()
+    x, dropped = x.double(), x.double() if kept is None else x.double() * kept
+    branch = functional.linear(dropped, s * w * factor(alpha.double(), beta.double()))
+    return functional.linear(x, w, bias) + branch
 
 
 @LAWS
-@given(shapes, st.integers(0, 99), st.sampled_from(["alpha", "beta", "both"]), st.booleans())
-def test_both_ways_are_the_materialised_product(shape, seed, trains, bias):
-    """P4, P7: any m, n and r up to m, ragged blocks included."""
+@given(
+    shapes,
+    st.integers(0, 99),
+    st.sampled_from(["alpha", "beta", "both"]),
+    st.booleans(),
+    st.sampled_from([0.0, 1e-6, 0.4, 1.0]),
+)
+def test_it_is_the_materialised_product(shape, seed, trains, bias, p):
+    """P4, P7: any m, n and r up to m, ragged blocks included, whole and as a branch."""
     m, n, r = shape
     base, alpha, beta, x = layer(m, n, r, seed, bias)
+    bits = dropout_bits(10, [n], seed, x.device)[0]
+    kept = dropout(torch.ones_like(x), p, bits)
     results = []
-    for kind in (BlockScaled, InBlocks, Apart, None):
+    for kind in ("layer", "branch", "definition"):
         here = x.clone().requires_grad_()
-        if kind is None:
-            a, b = (t.clone().requires_grad_() for t in (alpha, beta))
-            y = functional.linear(here, base.weight * (1 + 0.7 * factor(a, b)), base.bias)
+        if kind == "layer":
+            update = BlockScaled(alpha, beta, 0.7, p, base, dtype=torch.float64, trains=trains)
+            update.bits = bits
+            (a, b), y = update.parameters(), update(here, base)
         else:
-            update = kind(alpha, beta, 0.7, 0.0, base, dtype=torch.float64, trains=trains)
-            a, b = update.parameters()
-            y = update(here, base)
+            a, b = alpha.clone(), beta.clone()
+            a.requires_grad_(trains != "beta")
+            b.requires_grad_(trains != "alpha")
+            if kind == "branch":
+                y = base(here) + scaled_branch(here * kept, base.weight, a, b, 0.7)
+            else:
+                y = materialised(here, base, a, b, 0.7, kept)
         (y.sin().sum()).backward()
         results.append((y.detach(), here.grad, a.grad, b.grad))
     for result in results[:-1]:
@@ -79,6 +83,119 @@ def test_both_ways_are_the_materialised_product(shape, seed, trains, bias):
                 assert got is None
             else:
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+FORMATS = {
+    "float32": (torch.float32, False, 1e-5),
+    "bfloat16": (torch.bfloat16, False, 2e-2),
+    "float16": (torch.float16, False, 3e-3),
+    "autocast": (torch.float32, True, 2e-2),
+}
+
+
+def in_format(name, m=48, n=64, r=6, kind=nn.Linear):
+    """A layer, its factors in float32, and inputs as they arrive there."""
+    dtype, _, _ = FORMATS[name]
+    base, alpha, beta, x = layer(m, n, r)
+    if kind is Conv1D:
+        turned = Conv1D(m, n).requires_grad_(False)
+        turned.weight.data, turned.bias.data = base.weight.T.contiguous(), base.bias
+        base = turned
+    return base.to(dtype), alpha.float(), beta.float(), x.to(dtype)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_every_number_format_is_the_materialised_product(name, p, merged, kind):
+    """P4: values, and gradients of the input, alpha and beta, as exact as the format is."""
+    _, autocast, tolerance = FORMATS[name]
+    base, alpha, beta, x = in_format(name, kind=kind)
+    before = (
+        1 + 0.5 * torch.rand(48, 64, generator=torch.Generator().manual_seed(5)) if merged else None
+    )
+    update = BlockScaled(alpha, beta, 0.7, p, base, dtype=torch.float32, gain=before)
+    update.bits = dropout_bits(10, [64], 1, x.device)[0]
+    kept = dropout(torch.ones(x.shape, dtype=torch.float64), p, update.bits)
+    outcomes = []
+    for ours in (True, False):
+        here = x.clone().requires_grad_()
+        if ours:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = update(here, base)
+            assert y.dtype == (torch.bfloat16 if autocast else x.dtype)
+            a, b = update.parameters()
+        else:
+            a, b = alpha.clone().requires_grad_(), beta.clone().requires_grad_()
+            y = materialised(here, base, a, b, 0.7, kept, before)
+        (0.1 * y.double()).tanh().sum().backward()
+        outcomes.append((y.detach(), here.grad, a.grad, b.grad))
+    for got, want in zip(*outcomes, strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < tolerance
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_branch_is_computed_in_the_factors_type(name):
+    """Whatever the base's: a small update is not rounded away."""
+    base, alpha, beta, x = in_format(name)
+    y = scaled_branch(x, base.weight, alpha, 1e-3 * beta, 0.7)
+    want = materialised(x, base, alpha, 1e-3 * beta, 0.7) - base.double()(x.double())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
+
+
+def test_dropout_of_everything_leaves_the_base():
+    """The one mask that a rate of one does not drop has no say either."""
+    base, alpha, beta, x = layer(5, 4, 2)
+    update = BlockScaled(alpha, beta, 0.7, 1.0, base, dtype=torch.float64)
+    update.bits = torch.full((10, 4), 2**15 - 1, dtype=torch.int16)
+    assert torch.equal(update(x, base), base(x))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("merged", [False, True])
+def test_nothing_of_the_size_of_the_weight_is_kept(name, p, merged):
+    """What autograd saves beyond the input, the dropout's bits, the weight and the factors."""
+    _, autocast, _ = FORMATS[name]
+    base, alpha, beta, x = in_format(name, m=256, n=256)
+    before = torch.ones(256, 256) if merged else None
+    update = BlockScaled(alpha, beta, 0.7, p, base, dtype=torch.float32, gain=before)
+    update.bits = dropout_bits(10, [256], 1, x.device)[0]
+    x.requires_grad_()
+    own = [x, update.bits, base.weight, base.bias, *update.parameters()]
+    if merged:
+        own.append(update._weight(base))
+    ours = {t.untyped_storage().data_ptr() for t in own}
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
+        y = update(x, base)
+    # What the base itself does under autocast is not ours: torch keeps its weight in bfloat16.
+    allowed = 256 * 256 * 2 if autocast and not merged else 0
+    assert sum(size for at, size in saved.items() if at not in ours) <= allowed + 256 * 16
+    y.sum().backward()
+
+
+def test_a_small_merged_gain_acts_on_a_base_in_bfloat16():
+    """Rounded to the base's type, a gain of a thousandth would be gone."""
+    base, alpha, beta, _ = in_format("bfloat16")
+    x = torch.randn(400, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    before = torch.full((48, 64), 1.001)
+    update = BlockScaled(alpha, 0 * beta, 0.7, 0.0, base, dtype=torch.float32, gain=before)
+    bias = base.bias.double()
+    with torch.no_grad():
+        y, plain = update(x, base).double() - bias, materialised(x, base, alpha, 0 * beta, 1) - bias
+    assert float((y * plain).sum() / plain.square().sum()) == pytest.approx(1.001, abs=2e-4)
 
 
 @LAWS
@@ -103,13 +220,24 @@ def test_a_smaller_rank_that_divides_is_nested():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_nothing_changes_at_the_start(name, dtype):
+    """P1, bit by bit, with dropout too."""
+    model = pruned(name, dtype=dtype)
+    before = logits(model.network)
+    for p in (0.0, 0.3):
+        model.mount(scale(model, zero=True), dropout=p)
+        model.seed_dropout(0, tokens().numel())
+        assert torch.equal(logits(model.network), before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_changes_at_the_start_and_only_beta_learns_first(name):
     """P1, P2 and P6; in training, without dropout, and in evaluation."""
     model = pruned(name)
     before = logits(model.network)
     parameters = model.mount(scale(model, zero=True))
-    same = torch.equal if name == "llama" else torch.allclose  # Conv1D adds its bias elsewhere
-    assert same(logits(model.network), before)
+    assert torch.equal(logits(model.network), before)
     assert sum(p.numel() for p in parameters) == sum(
         4 * m.d_in + m.d_out for m in model.info.modules
     )
@@ -160,11 +288,13 @@ def test_dropout_is_the_same_mask_as_loras(name):
     torch.testing.assert_close(y, lora(x, wrapped.base), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4", "1:4", "0.75"])
+@pytest.mark.parametrize("pattern", ["0.5", "0.75", "2:4", "1:4", "4:8", "2:8"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_training_and_merging_keep_every_zero(pattern, dtype, tmp_path):
     """P3, P5: the merged file has the zeros of the base, and computes what was mounted."""
-    model = pruned(pattern=pattern, dtype=dtype)
+    keep, _, group = pattern.partition(":")
+    widths = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")  # divisible by eight
+    model = pruned(pattern=pattern, dtype=dtype, targets=widths if group == "8" else "all-linear")
     before = zeros(model)
     parameters = model.mount(scale(model))
     for _ in range(3):
@@ -174,12 +304,38 @@ def test_training_and_merging_keep_every_zero(pattern, dtype, tmp_path):
     model.mount(None)
     state = model.base_state(payload)
     for path, zero in before.items():
-        assert torch.equal(state[f"{path}.weight"] == 0, zero), path
+        found = state[f"{path}.weight"]
+        assert torch.equal(found == 0, zero), path
+        if group:
+            assert (found.view(len(found), -1, int(group)).count_nonzero(-1) == int(keep)).all()
         assert not torch.equal(state[f"{path}.weight"], model.layers[path].base.weight)
         assert state[f"{path}.weight"].dtype == dtype
     if dtype == torch.float32:
         reread = type(model.network).from_pretrained(tmp_path)
         torch.testing.assert_close(logits(reread), mounted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("merges", [0, 1, 2])
+def test_a_merge_is_rounded_once(name, dtype, merges):
+    """Whatever was merged before; what is written is what the audit merges, bit by bit."""
+    model = pruned(name, dtype=dtype)
+    payload = scale(model)
+    past = {p: (0.3 * a[None], 0.2 * payload.beta[p][None]) for p, a in payload.alpha.items()}
+    payload = replace(payload, merges=(past,) * merges)
+    exact = torch.promote_types(dtype, torch.float32)
+    state = model.base_state(payload)
+    model.mount(payload)
+    for path, x in model.layers.items():
+        weight = dense_weight(x.base)
+        found = state[f"{path}.weight"]
+        found = found.T if name == "gpt2" else found
+        assert torch.equal(found, merged_weight(weight, payload, path))
+        wide = weight.double() * gain(payload, path).double()
+        torch.testing.assert_close(model.effective_weight(path), wide.to(exact))
+        if dtype not in (torch.float64, torch.float32):
+            assert torch.equal(found, wide.to(dtype))
 
 
 def test_lora_fills_the_zeros():
@@ -207,6 +363,17 @@ def test_a_merge_that_would_move_zeros_is_refused(value, said):
     )
     with pytest.raises(ModelError, match=f"merging: the zeros of .* says: {said} of 256"):
         model.base_state(payload)
+
+
+def test_a_merge_that_overflows_is_refused():
+    """Finite factors, infinite weights, and every zero in its place."""
+    model = pruned(targets=("q_proj",), dtype=torch.float16)
+    payload = scale(model)
+    path = next(iter(payload.beta))
+    ones = {**payload.alpha, path: torch.ones_like(payload.alpha[path])}
+    large = {**payload.beta, path: torch.full_like(payload.beta[path], 1e9)}
+    with pytest.raises(ModelError, match=r"merging: 128 weights of 256 of .* are not finite"):
+        model.base_state(replace(payload, alpha=ones, beta=large))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -248,13 +415,13 @@ def test_merges_act_before_the_factors():
         want = 1 + s * sum(
             w * factor(x.alpha[path], x.beta[path]) for w, x in ((0.3, first), (0.7, second))
         )
-        gain = merged_gain(replace(last, merges=(merged,)), path)
-        torch.testing.assert_close(gain, want, rtol=1e-12, atol=1e-12)
+        found = merged_gain(replace(last, merges=(merged,)), path)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(
             merged_gain(replace(last, merges=(merged, merged)), path), want * want
         )
     together = replace(last, merges=(merged,))
-    for dropout in (0.0, 0.2):
+    for p in (0.0, 0.2):
         outcomes = []
         for payload in (together, last):
             if payload is last:
@@ -263,7 +430,7 @@ def test_merges_act_before_the_factors():
                 )
                 for path, x in model.layers.items():
                     x.base.weight.data = state[f"{path}.weight"]
-            parameters = model.mount(payload, dropout=dropout)
+            parameters = model.mount(payload, dropout=p)
             step(model, parameters)
             outcomes.append(model.payload())
         for path in last.beta:

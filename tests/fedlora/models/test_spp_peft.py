@@ -6,9 +6,9 @@ import peft
 import pytest
 import torch
 
-from fedlora.models.export import load_peft
+from fedlora.models.export import CONFIG, SPP, load_peft, merge
 from fedlora.models.folder import ModelError
-from fedlora.models.spp_peft import load_spp, save_spp, spp_config
+from fedlora.models.spp_peft import load_spp, peft_model, save_spp, spp_config
 from fedlora.types import payload_tensors
 from tests.fedlora.models.networks import NETWORKS, logits, tokens
 from tests.fedlora.models.pruned import LORA_ALPHA, pruned, scale
@@ -107,3 +107,99 @@ def test_what_was_merged_is_kept_and_not_shown_to_peft(tmp_path):
         load_spp(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="pruned with the mask"):
         save_spp(replace(payload, mask="other"), model.info, tmp_path)
+
+
+def test_what_an_earlier_save_left_is_no_part_of_the_adapter(tmp_path):
+    """With merges, PEFT's files of a save before them would be another adapter."""
+    model = pruned()
+    payload = scale(model)
+    save_spp(payload, model.info, tmp_path)
+    assert (tmp_path / CONFIG).exists()
+    past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
+    save_spp(replace(payload, merges=(past,)), model.info, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {SPP}
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_peft_scales_an_alpha_of_smaller_rank_as_we_do(rank, tmp_path):
+    """``s`` is of the common rank; alpha may have fewer rows, one included."""
+    model = pruned()
+    payload = scale(model)
+    small = replace(payload, alpha={p: a[:rank] for p, a in payload.alpha.items()})
+    save_spp(small, model.info, tmp_path)
+    assert all(len(a) == rank for a in load_spp(tmp_path).alpha.values())
+    model.mount(small)
+    found = logits(theirs(model, "llama", tmp_path))
+    torch.testing.assert_close(found, logits(model.network), rtol=1e-5, atol=1e-6)
+
+
+def two_adapters(dtype=torch.float64):
+    """A pruned network with two SPP adapters at random, and its layers."""
+    model = pruned(dtype=dtype)
+    network = NETWORKS["llama"]().to(dtype)
+    network.load_state_dict(model.base_state())
+    wanted = {"lora_alpha": LORA_ALPHA, "target_modules": ["q_proj", "up_proj"]}
+    wrapped = peft.get_peft_model(network, spp_config(peft.LoraConfig(r=4, **wanted)))
+    wrapped.add_adapter("other", spp_config(peft.LoraConfig(r=2, **wanted)))
+    wrapped.base_model.set_adapter(["default", "other"])
+    g = torch.Generator().manual_seed(4)
+    layers = [m for _, m in _layers(wrapped)]
+    with torch.no_grad():
+        for m in layers:
+            for b in m.lora_B.values():
+                b.weight.copy_(torch.randn(b.weight.shape, generator=g))
+    return wrapped.eval(), layers
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_two_adapters_merge_into_their_sum_and_come_out_again(safe):
+    wrapped, layers = two_adapters()
+    bases = [m.base_layer.weight.clone() for m in layers]
+    both = logits(wrapped)
+    wrapped.base_model.set_adapter("default")
+    one = logits(wrapped)
+    wrapped.base_model.merge_adapter(["default", "other"], safe_merge=safe)
+    torch.testing.assert_close(logits(wrapped), both, rtol=1e-9, atol=1e-9)
+    for m, base in zip(layers, bases, strict=True):
+        assert torch.equal(m.base_layer.weight == 0, base == 0)
+    wrapped.base_model.unmerge_adapter()
+    assert all(torch.equal(m.base_layer.weight, b) for m, b in zip(layers, bases, strict=True))
+    wrapped.base_model.merge_adapter(["other"])
+    wrapped.base_model.unmerge_adapter()
+    torch.testing.assert_close(logits(wrapped), one, rtol=0, atol=0)
+
+
+def test_a_merge_by_peft_that_would_break_the_model_is_refused():
+    """A moved zero, and a weight that float16 cannot hold; nothing has changed then."""
+    for dtype, value, said in (
+        (torch.float64, torch.inf, "that should be zero are not"),
+        (torch.float16, 1e9, "are not finite"),
+    ):
+        wrapped, layers = two_adapters(dtype)
+        before = layers[0].base_layer.weight.clone()
+        with torch.no_grad():
+            layers[0].lora_B["other"].to(torch.float32).weight.fill_(value)
+        with pytest.raises(ModelError, match=f"merging by PEFT: .*other.* {said}"):
+            wrapped.base_model.merge_adapter(["other"])
+        assert torch.equal(layers[0].base_layer.weight, before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_peft_gets_the_base_that_was_trained_on_or_nothing(name, tmp_path):
+    base, adapter, other = (tmp_path / n for n in ("base", "adapter", "other"))
+    model = pruned(name, dtype=torch.float32)
+    merge(model, {}, base)
+    payload = scale(model)
+    save_spp(payload, model.info, adapter)
+    model.mount(payload)
+    kind = type(model.network)
+    found = logits(peft_model(kind.from_pretrained(base), adapter, base).eval())
+    torch.testing.assert_close(found, logits(model.network), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match=r"the network: the zeros of .* are not where its mask"):
+        peft_model(NETWORKS[name](), adapter, base)
+    merge(pruned(name, "0.25", dtype=torch.float32), {}, other)
+    with pytest.raises(ModelError, match=r"was trained on a base with the mask .*, and .* has the"):
+        peft_model(kind.from_pretrained(other), adapter, other)
+    save_spp(scale(model, rank=1), model.info, adapter)
+    with pytest.raises(ModelError, match="PEFT cannot hold what was merged on the way, or rank 1"):
+        peft_model(kind.from_pretrained(base), adapter, base)

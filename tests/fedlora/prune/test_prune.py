@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from fedlora.models.folder import ModelError
 from fedlora.models.layers import dense_weight
 from fedlora.prune.activations import Activations, linear_layers, measure, windows
-from fedlora.prune.methods import magnitude, sparsegpt, wanda
+from fedlora.prune.methods import DAMPING, magnitude, sparsegpt, wanda
 from fedlora.prune.pattern import Pattern
-from fedlora.prune.prune import METHODS, Pruning, by_block, prune, prune_from, sparsity
+from fedlora.prune.prune import METHODS, Pruning, by_block, prune, prune_by, prune_from, sparsity
 from tests.fedlora.models.networks import NETWORKS, wrap
 from tests.fedlora.prune.text import batches
 
@@ -137,6 +137,98 @@ def test_sparsegpt_makes_up_for_what_goes(pattern: str) -> None:
     assert (new[:, 3] == 0).all()
     plain = w * wanda(w, x.square().sum(0), p)
     assert output_error(w, new, x) < 0.8 * output_error(w, plain, x)
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "0.3", "2:4", "1:4", "2:8"])
+def test_sparsegpt_of_independent_inputs_is_a_score_and_changes_nothing_that_stays(pattern):
+    """H is diagonal then, and what a weight's loss costs is ``w_ij² (H_jj + damping)``; a share
+    competes over all rows of a block of 128 columns, groups in their row."""
+    g = torch.Generator().manual_seed(5)
+    w = torch.randn(6, 256, generator=g, dtype=torch.float64)
+    squares = torch.rand(256, generator=g, dtype=torch.float64) ** 4 * 1000
+    p, h = Pattern.parse(pattern), 2 / 50 * squares
+    cost = w.square() * (h + DAMPING * h.mean())
+    want = torch.cat([p.kept(c, compete="layer") for c in cost.split(128, dim=1)], dim=1)
+    kept, new = sparsegpt(w, squares.diag(), 50, p)
+    assert torch.equal(kept, want)
+    torch.testing.assert_close(new, w * want, rtol=1e-12, atol=0)
+
+
+def test_sparsegpt_by_hand() -> None:
+    """One weight of two goes: the surgeon's formula with a damped H, for the first and the second
+    of a group. Undamped, the quiet input's weight would go."""
+    loud, quiet = 1.0, 1e-4
+    h = torch.tensor([[quiet, 0.0], [0.0, loud]], dtype=torch.float64)
+    w = torch.tensor([[5.0, 0.1]], dtype=torch.float64)
+    kept, _ = sparsegpt(w, h / 2, 1, Pattern.parse("1:2"))
+    assert kept.tolist() == [[True, False]]
+    assert (w[0, 0] ** 2 * quiet < w[0, 1] ** 2 * loud).item()
+    h = torch.tensor([[2.0, 0.8], [0.8, 1.0]], dtype=torch.float64)
+    damped = h + 0.01 * 1.5 * torch.eye(2, dtype=torch.float64)
+    inverse = torch.linalg.inv(damped)
+    w = torch.tensor([[0.3, 2.0], [2.0, 0.3]], dtype=torch.float64)
+    kept, new = sparsegpt(w, h / 2, 1, Pattern.parse("1:2"))
+    assert kept.tolist() == [[False, True], [True, False]]
+    made_up = w[0] - w[0, 0] / inverse[0, 0] * inverse[0]
+    torch.testing.assert_close(new, torch.stack([made_up * kept[0], w[1] * kept[1]]))
+    assert abs(new[0, 1] - 2.0) > 0.1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_block_after_block_text_goes_no_further_than_the_block(name: str) -> None:
+    """Later blocks run once for each of theirs, and the output embedding never."""
+    network, paths = model(name)
+    blocks = [b for b in by_block(paths) if b]
+    calls = dict.fromkeys([*blocks, "lm_head"], 0)
+
+    def count(path: str):
+        def counted(*_) -> None:
+            calls[path] += 1
+
+        return counted
+
+    for path in calls:
+        network.get_submodule(path).register_forward_pre_hook(count(path))
+    prune(network, paths, Pruning(), batches(3))
+    assert calls == {blocks[0]: 6, blocks[1]: 3, "lm_head": 0}
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_layers_that_hear_nothing_are_not_pruned_blindly(method: str, sequential: bool) -> None:
+    network, paths = model()
+    before = {k: t.clone() for k, t in network.state_dict().items()}
+    how = Pruning(method, sequential=sequential)
+    with pytest.raises(ModelError, match=r"no token of the calibration text reached .*q_proj \(\d"):
+        prune(network, paths, how, [])
+    network.unused = nn.Linear(16, 4).double()
+    with pytest.raises(ModelError, match=r"reached unused \(1 of"):
+        prune(network, [*paths, "unused"], Pruning(method, sequential=False), batches())
+    del network.unused
+    assert all(torch.equal(before[k], t) for k, t in network.state_dict().items())
+    assert prune(network, paths, Pruning("magnitude"), [])
+
+
+def test_pruning_listens_when_it_is_time_to() -> None:
+    """Once for all layers, or once per block in the network as it is pruned by then."""
+    network, paths = model()
+    heard: list[tuple[str, int]] = []
+
+    def listen(block: str, group):
+        layers = linear_layers(network, paths).values()
+        heard.append((block, sum(bool((dense_weight(x) == 0).any()) for x in layers)))
+        return measure(network, group, batches())
+
+    one_shot = prune_by(network, paths, Pruning(sequential=False), listen)
+    assert heard == [("", 0)]
+    central = prune(*model(), Pruning(sequential=False), batches())
+    assert all(torch.equal(m, central[p]) for p, m in one_shot.items())
+    network, _ = model()
+    heard.clear()
+    prune_by(network, paths, Pruning(), listen)
+    assert heard == [("model.layers.0", 0), ("model.layers.1", 7)]
+    prune_by(network, paths, Pruning("magnitude"), listen)
+    assert len(heard) == 2
 
 
 def test_what_cannot_be_pruned_is_refused_and_nothing_changes() -> None:
