@@ -23,10 +23,13 @@ from fedlora.engine.base import EngineSpec
 from fedlora.environment import environment
 from fedlora.identity import source_hash
 from fedlora.lock import claim
+from fedlora.models.folder import ModelError
 from fedlora.models.modules import ModelInfo
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.prune.audit import ZeroAudit
+from fedlora.prune.masks import load_masks
+from fedlora.prune.stored import PrunedBase, inspect, require_masked
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
 from fedlora.tracking import Trackers, Tracking, track
@@ -223,6 +226,8 @@ class Ground:
     store: Path
     roster: Roster
     worker: WorkerSpec
+    pruned: PrunedBase | None = None
+    """Of a pruned model."""
 
 
 def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
@@ -230,6 +235,7 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
     model = parts.model.resolved()
     info = model.describe()
     check_zeros_kept(parts.client, info, emit)
+    pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     clients = TokenStore(folder).clients
     roster = enroll(
@@ -242,7 +248,7 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
         f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
     )
     worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
-    return Ground(info, folder, roster, worker)
+    return Ground(info, folder, roster, worker, pruned)
 
 
 def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], None]) -> None:
@@ -262,6 +268,22 @@ def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], Non
             f"{info.name} is pruned, and LoRA merged into it fills its zeros: strategy=spp "
             "keeps them"
         )
+
+
+def _inspected(plan: LocalPlan, info: ModelInfo, folder: Path) -> PrunedBase:
+    """A pruned model that holds what its masks say and, for SPP, masks of what is adapted.
+
+    Raises:
+        ModelError: naming a layer.
+    """
+    if plan.technique == "spp":
+        if info.splits:
+            raise ModelError(
+                f"{info.name} was pruned with {info.splits[0].path} whole, and its mask is of the "
+                "whole layer: use model.split_qkv=false"
+            )
+        require_masked((m.path for m in info.modules), load_masks(folder), info.name)
+    return inspect(folder)
 
 
 def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]) -> Session:

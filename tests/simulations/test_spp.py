@@ -1,17 +1,24 @@
 """Whole runs of SPP: what they record, what they leave, what is refused."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fedlora.config import ConfigError
 from fedlora.models.folder import ModelError
-from fedlora.models.spec import HuggingFace
+from fedlora.models.pruned import Pruned, read_about
+from fedlora.models.spec import HuggingFace, TinyGPT2
 from fedlora.models.spp_peft import load_spp
 from fedlora.prune.masks import load_masks, mask_identity
 from simulations.compose import load
-from simulations.federate import build_parts
+from simulations.federate import build_parts, prepare_ground
 from simulations.merge import main
+from tests.simulations.conftest import SMALL
 
 CPU = torch.device("cpu")
 MODEL = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
@@ -20,7 +27,7 @@ SPP = ("strategy=spp", "data.clients=400", *MODEL)
 
 def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
     done = federate(*SPP, "engine=fused")
-    spec = build_parts(load([*SPP])).model
+    spec = build_parts(load([*SMALL, *SPP])).model
     mask = mask_identity(spec.folder())
     assert [r["spp/trained"] for r in done.rounds] == ["beta", "alpha"]
     for record in done.rounds:
@@ -73,3 +80,64 @@ def test_a_dense_model_is_refused_and_lora_on_a_pruned_one_is_told(federate):
 def test_text_that_is_too_short_is_refused(federate):
     with pytest.raises(ModelError, match=r"lower model.clients, model.samples or model.length"):
         federate(*SPP, "model.samples=900")
+
+
+@pytest.fixture
+def pruned(federate) -> Path:
+    """The folder of the tiny model pruned by size: needs no text. Needs the session's cache."""
+    return Pruned(method="magnitude", pattern="2:4").folder()
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "said"),
+    [
+        (
+            Pruned(targets=["q_proj"], method="magnitude"),
+            (),
+            r"adapts model.layers.0.self_attn.k_proj, which .* has no mask for \(24 of 28 adapted "
+            r"layers\): .* use model.targets=\[q_proj\]",
+        ),
+        (
+            Pruned(base=TinyGPT2(), method="magnitude"),
+            ("model.split_qkv=true",),
+            r"pruned with transformer.h.0.attn.c_attn whole, .* use model.split_qkv=false",
+        ),
+    ],
+    ids=["fewer layers pruned than adapted", "split after pruning"],
+)
+def test_layers_without_a_mask_of_their_own_are_refused(federate, tmp_path, made, options, said):
+    model = ("model=hf", f"model.path={made.folder()}", "model.dtype=float32", *options)
+    with pytest.raises(ModelError, match=said):
+        federate("strategy=spp", *model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_zeros_that_moved_are_found_before_there_is_a_run_folder(federate, tmp_path, pruned):
+    shutil.copytree(pruned, tmp_path / "moved")
+    state = load_file(pruned / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    state[name][3] = state[name][3].roll(1)
+    save_file(state, tmp_path / "moved/model.safetensors", metadata={"format": "pt"})
+    for strategy in ("spp", "fedit"):
+        with pytest.raises(
+            ModelError, match=r"zeros of model.layers.1.mlp.up_proj are not .* 40 weights of 45056"
+        ):
+            federate(f"strategy={strategy}", "model=hf", f"model.path={tmp_path / 'moved'}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_clients_that_are_held_out_do_not_calibrate(federate):
+    """With half of the clients apart; and the run itself holds out the same ones."""
+    options = (*SPP, "population.unseen_share=0.5", "seed=3", "model.clients=9")
+    cfg = load([*options, "population.clients=24"])
+    parts = build_parts(cfg)
+    folder = parts.model.folder()
+    ground = prepare_ground(parts, lambda line: None)
+    used = read_about(folder)["calibration_clients"]
+    assert len(used) == 9
+    assert set(used) <= set(ground.roster.trainable)
+    assert len(ground.roster.groups["unseen_random"]) == 12
+    with pytest.raises(ModelError, match=r"asks 13 clients .* 12 of 12 hold so much text"):
+        replace(parts.model, clients=13).folder()
+    anybody = replace(parts.model, population=None, clients=13)
+    assert anybody.folder() != folder
