@@ -87,7 +87,7 @@ def test_zeros_that_moved_are_refused(spec, tmp_path):
 
 def test_what_cannot_be_calibrated_is_refused(spec):
     with pytest.raises(
-        ModelError, match=r"asks 2 clients for 900 sequences of 64 tokens, and 0 hold"
+        ModelError, match=r"asks 2 clients for 900 sequences of 64 tokens, and 0 of 3 hold"
     ):
         replace(spec, samples=900).folder()
     with pytest.raises(ValueError, match=r"model.method=wanda needs text"):
@@ -98,6 +98,29 @@ def test_what_cannot_be_calibrated_is_refused(spec):
     with pytest.raises(ModelError, match="split_qkv=false"):
         split.folder()
     assert density(load_masks(replace(split, base=TinyGPT2()).folder())) == pytest.approx(0.5)
+
+
+def test_what_a_base_is_asked_for_in_vain_is_refused():
+    with pytest.raises(
+        ValueError, match=r"model.base.targets=\[q_proj\] says nothing: .* set that"
+    ):
+        Pruned(base=Tiny(["q_proj"]), method="magnitude")
+    Pruned(["q_proj"], base=Tiny(["q_proj"]), method="magnitude")
+    with pytest.raises(ValueError, match=r"base.quantization=int8: quantised weights cannot"):
+        Pruned(base=HuggingFace(path="x", quantization="int8"), method="magnitude")
+    with pytest.raises(ValueError, match=r"pattern='0' must be the share .* in \(0, 1\)"):
+        Pruned(method="magnitude", pattern="0")
+    with pytest.raises(
+        ModelError, match=r"pattern=1e-9 leaves .* without a zero \(28 of 28 layers"
+    ):
+        Pruned(method="magnitude", pattern="1e-9").folder()
+
+
+def test_a_folder_says_itself_how_it_was_pruned(tmp_path):
+    made = Pruned(method="magnitude", pattern="2:8")
+    assert Pruned(path=str(made.folder()), method="magnitude").name == "tiny-magnitude-2of8"
+    assert made.resolved().name == made.name
+    assert Pruned(path=str(tmp_path / "unknown"), method="magnitude").name == "unknown"
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
