@@ -203,8 +203,8 @@ def calibrators(
         raise ModelError(
             f"calibration asks {count} clients for {samples} sequences of {length} tokens, and "
             f"{len(enough)} of {len(clients)} hold so much text (the largest {most} tokens; "
-            "clients held out for evaluation do not calibrate): lower model.clients, model.samples or "
-            "model.length"
+            "clients held out for evaluation do not calibrate): lower model.clients, "
+            "model.samples or model.length"
         )
     drawn = generator(seed, "calibration").choice(len(enough), count, replace=False)
     return sorted(enough[int(i)] for i in drawn)
