@@ -300,6 +300,7 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
         roster.clients,
         parts.seed,
         mask=info.mask,
+        density=ground.pruned.density if ground.pruned else 1.0,
     )
     audit = ZeroAudit(ground.worker.model.folder()) if info.mask else None
     try:
