@@ -25,6 +25,7 @@ from fedlora.identity import source_hash
 from fedlora.lock import claim
 from fedlora.models.folder import ModelError
 from fedlora.models.modules import ModelInfo
+from fedlora.models.pruned import calibration_traffic
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.prune.audit import ZeroAudit
@@ -48,6 +49,8 @@ ELSEWHERE = {
     "model": ("path",),
 }
 """The same, within groups; data and model are identified by what they contain."""
+MODEL = "model.json"
+"""Of a run folder: the base model as it was, and where it lay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +204,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     session = new_session(parts, ground, folder, emit)
     with claim(folder):
         emit(f"run folder: {folder}")
-        open_session(session, parts)
+        open_session(session, parts, ground)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
@@ -323,7 +326,7 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts) -> None:
+def open_session(session: Session, parts: Parts, ground: Ground) -> None:
     """Go on from the run's checkpoint if there is one; then the run's first files.
 
     Raises:
@@ -335,10 +338,19 @@ def open_session(session: Session, parts: Parts) -> None:
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
         raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
-    write_start(parts, folder, roster)
+    write_start(parts, ground, folder)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
+    if ground.pruned is not None and not session.done:
+        session.tracker.round(_handed_out(ground.pruned, ground.worker.model.folder()))
+
+
+def _handed_out(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:
+    """The record of what came before round 1: how clients came to a pruned model."""
+    record: dict[str, float | int | str] = {"kind": "model", "round": 0}
+    record |= {"model/density": pruned.density, "model/down_bytes": pruned.bytes}
+    return record | calibration_traffic(folder)
 
 
 def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
@@ -380,10 +392,13 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
             )
 
 
-def write_start(parts: Parts, folder: Path, roster: Roster) -> None:
-    """config.yaml, environment.json and population.json of the run folder."""
+def write_start(parts: Parts, ground: Ground, folder: Path) -> None:
+    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    info, roster = ground.info, ground.roster
     _write(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
+    model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
+    _write_json(folder / MODEL, model | {"folder": str(ground.worker.model.folder())})
     population = {
         "clients": len(roster.clients),
         "per_round": roster.per_round,

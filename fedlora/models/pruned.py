@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from fedlora.types import at_least
 
 VERSION = 2  # of what pruning writes: part of the cache's key
 ABOUT = "pruning.json"
+NUMBER = 8
+"""Bytes of a sum or a count that a client sends: float64, in which sums of clients are exact enough
+to be those of all their text."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +214,21 @@ def calibrators(
     return sorted(enough[int(i)] for i in drawn)
 
 
+def calibration_traffic(folder: Path) -> dict[str, int]:
+    """What making a pruned model took of its calibrating clients, all together, for a run's record;
+    nothing of a folder that says nothing of it."""
+    about = read_about(folder)
+    if "up_bytes_per_client" not in about:
+        return {}
+    count = len(about["calibration_clients"])
+    return {
+        "calibration/clients": count,
+        "calibration/exchanges": about["exchanges"],
+        "calibration/up_bytes": count * about["up_bytes_per_client"],
+        "calibration/down_bytes": count * about["down_bytes_per_client"],
+    }
+
+
 def _training_text(store: TokenStore, client: int) -> Iterator[list[int]]:
     return (e.input_ids.tolist() for e in store.examples(client, "train"))
 
@@ -230,15 +249,17 @@ def prune_federated(
 
     Returns:
         The masks, and what the exchange took: ``exchanges`` and, of each client over all of them,
-        ``floats_per_client``.
+        ``floats_per_client`` (sums and counts, `NUMBER` bytes each), ``up_bytes_per_client`` and
+        ``down_bytes_per_client`` (block after block: what became of the blocks before).
     """
     network, paths = model.network, list(model.layers)
-    if pruning.method == "magnitude":
-        return prune(network, paths, pruning, []), {"exchanges": 0, "floats_per_client": 0}
     groups = by_block(paths) if pruning.sequential else {"": paths}
-    masks: dict[str, Tensor] = {}
-    floats = 0
+    if pruning.method == "magnitude":
+        groups = {}
+    masks: dict[str, Tensor] = {} if groups else prune(network, paths, pruning, [])
+    floats = down = 0
     for block, group in groups.items():
+        down = sum(_told(model, path, mask, pruning) for path, mask in masks.items())
         total: Activations | None = None
         for texts in clients:
             grams = pruning.method == "sparsegpt"
@@ -247,4 +268,15 @@ def prune_federated(
         assert total is not None
         floats += total.floats
         masks |= prune_from(network, group, pruning, total)
-    return masks, {"exchanges": len(groups), "floats_per_client": floats}
+    about = {"exchanges": len(groups), "floats_per_client": floats}
+    return masks, about | {
+        "up_bytes_per_client": NUMBER * floats,
+        "down_bytes_per_client": down,
+    }
+
+
+def _told(model: LanguageModel, path: str, mask: Tensor, pruning: Pruning) -> int:
+    """Bytes that tell a client what became of a layer: a bit per weight, and the other weights if
+    pruning changes them."""
+    changed = int(mask.sum()) if pruning.method == "sparsegpt" else 0
+    return math.ceil(mask.numel() / 8) + changed * model.layers[path].weight.element_size()
