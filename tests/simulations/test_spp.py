@@ -14,7 +14,7 @@ from fedlora.models.folder import ModelError
 from fedlora.models.pruned import Pruned, read_about
 from fedlora.models.spec import HuggingFace, TinyGPT2
 from fedlora.models.spp_peft import load_spp
-from fedlora.prune.masks import load_masks, mask_identity
+from fedlora.prune.masks import load_masks, mask_identity, save_sparse
 from simulations.compose import load
 from simulations.federate import build_parts, prepare_ground
 from simulations.merge import main
@@ -35,9 +35,23 @@ def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
         assert (record["spp/zeros_moved"], record["spp/density"]) == (0, 0.5)
         assert record["engine"] == "SPP one by one"
     modules = spec.describe().modules
-    up = {r: {c["bytes_up"] for c in done.clients if c["round"] == r} for r in (1, 2)}
-    assert up[1] == {4 * sum(m.d_out for m in modules)}
-    assert len(up[2]) >= 2, "alpha is sent at the client's own rank"
+    top = load_spp(done.folder / "adapter").blocks
+    down = 4 * sum(top[m.path] * m.d_in + m.d_out for m in modules)
+    up = {r: [c["bytes_up"] for c in done.clients if c["round"] == r] for r in (1, 2)}
+    assert set(up[1]) == {4 * sum(m.d_out for m in modules)}
+    assert len(set(up[2])) >= 2, "alpha is sent at the client's own rank"
+    for record in done.rounds:
+        assert record["wire/up_bytes"] == sum(up[record["round"]])
+        assert record["wire/down_bytes"] == 6 * down
+    (before,) = [r for r in done.records if r["kind"] == "model"]
+    sums = sum(
+        m.d_in for m in modules if m.path.endswith(("q_proj", "o_proj", "up_proj", "n_proj"))
+    )
+    assert before["calibration/up_bytes"] == 2 * 8 * (sums + 4 * 4)
+    assert (before["round"], before["calibration/clients"]) == (0, 2)
+    folder = spec.folder()
+    small = save_sparse(load_file(folder / "model.safetensors"), load_masks(folder), tmp_path / "s")
+    assert before["model/down_bytes"] == small
     assert main([str(done.folder), str(tmp_path / "merged")]) == 0
     merged = HuggingFace(path=str(tmp_path / "merged"))
     assert merged.describe().mask == mask == load_spp(done.folder / "adapter").mask
@@ -53,19 +67,38 @@ def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
     torch.testing.assert_close(plain, mounted, atol=1e-4, rtol=1e-4)
 
 
+SLOW = {
+    "a whole schedule": ("strategy.schedule=[beta,beta,alpha]", "rounds=4"),
+    "beta_only": ("strategy.mode=beta_only",),
+    "separate": ("strategy.mode=separate",),
+    "uniform": ("strategy.weights=uniform",),
+}
+
+
 @pytest.mark.parametrize(
-    "mode",
-    ["stack", *(pytest.param(m, marks=pytest.mark.slow) for m in ("beta_only", "separate"))],
+    ("options", "merges"),
+    [
+        pytest.param(("strategy.mode=stack",), 2, id="stack"),
+        # Three rounds, cut between beta and alpha; and, merged after the second, before beta.
+        pytest.param(("strategy.merge_every=2", "rounds=3"), 1, id="alternate, merged"),
+        *(pytest.param(o, 0, id=name, marks=pytest.mark.slow) for name, o in SLOW.items()),
+    ],
 )
-def test_every_mode_runs_and_resumes(federate, mode):
-    options = (*SPP, f"strategy.mode={mode}", "client.steps=1")
+def test_every_mode_runs_and_resumes(federate, options, merges):
+    options = (*SPP, "client.steps=1", *options)
     whole = federate(*options)
-    federate(*options, "rounds=1", output="cut")
-    resumed = federate(*options, "resume=auto", output="cut")
-    assert resumed.hash == whole.hash
+    rounds = len(whole.rounds)
+    for cut in range(1, rounds):
+        federate(*options, f"rounds={cut}", output=f"cut{cut}")
+        resumed = federate(*options, "resume=auto", output=f"cut{cut}")
+        assert len(resumed.rounds) == rounds
+        assert resumed.hash == whole.hash
+        assert [r["spp/trained"] for r in resumed.rounds] == [
+            r["spp/trained"] for r in whole.rounds
+        ]
     last = resumed.rounds[-1]
-    assert (last["spp/zeros_moved"], last["spp/merges"]) == (0, 2 if mode == "stack" else 0)
-    assert ("spp/residual" in last) == (mode == "separate")
+    assert (last["spp/zeros_moved"], last["spp/merges"]) == (0, merges)
+    assert ("spp/residual" in last) == ("strategy.mode=separate" in options)
 
 
 def test_a_dense_model_is_refused_and_lora_on_a_pruned_one_is_told(federate):

@@ -219,6 +219,8 @@ def test_what_is_not_what_was_asked_for_is_refused():
         nan = torch.full_like(rows, torch.nan)
         for bad, said in (
             (replace(good, mask="other"), "pruned with the mask other, the server's is 0123"),
+            (replace(good, mask="other"), "two independent masks of density 0.3 .* density 0.51"),
+            (replace(good, merges=({"w": (rows[None], rows[None, 0])},)), "it holds 1 merges"),
             (replace(good, trains="beta"), "trains 'beta', expected 'alpha'"),
             (replace(good, **{name: {"w": rows[:, :-1]}}), f"w: {name} .* expected"),
             (replace(good, **{name: {}}), f"{name}: it lacks w"),
@@ -227,7 +229,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
             ({"w": factors(M, N, 2, 1)}, "it holds factors where a MaskedScale was due"),
         ):
             with pytest.raises(RejectedUpdate, match=said):
-                check_update(Update(c, bad, 5), c, start, max_norm=0.0)
+                check_update(Update(c, bad, 5), c, start, max_norm=0.0, density=0.3)
 
 
 def test_a_lone_client_is_stand_alone_training_bit_by_bit():
