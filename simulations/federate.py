@@ -36,6 +36,7 @@ from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
 from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
+from simulations.base import FILE as MODEL
 from simulations.compose import absolute
 from simulations.runtime import Runtime
 from strategies.base import LoRAStrategy, Setup
@@ -49,8 +50,6 @@ ELSEWHERE = {
     "model": ("path",),
 }
 """The same, within groups; data and model are identified by what they contain."""
-MODEL = "model.json"
-"""Of a run folder: the base model as it was, and where it lay."""
 
 
 @dataclasses.dataclass(frozen=True)
