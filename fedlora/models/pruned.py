@@ -17,6 +17,7 @@ from torch import Tensor
 from fedlora.cache import cache_root, locked
 from fedlora.data.source import Source
 from fedlora.data.store import ClientInfo, TokenStore, prepare
+from fedlora.models.compact import expanded
 from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.spec import ModelSpec, Tiny
@@ -108,7 +109,7 @@ class Pruned(ModelSpec):
 
     def folder(self) -> Path:
         if self.path:
-            return Path(self.path).expanduser().absolute()
+            return expanded(Path(self.path).expanduser().absolute())
         base = dataclasses.replace(self.base, targets=self.targets, dtype=self.dtype)
         target = cache_root() / "models" / f"{self.name}-{self._key(base)}"
         if (target / ABOUT).is_file():

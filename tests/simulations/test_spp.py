@@ -1,5 +1,6 @@
 """Whole runs of SPP: what they record, what they leave, what is refused."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fedlora.config import ConfigError
+from fedlora.models.compact import compact
 from fedlora.models.folder import ModelError
 from fedlora.models.pruned import Pruned, read_about
 from fedlora.models.spec import HuggingFace, TinyGPT2
@@ -65,6 +67,70 @@ def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (mounted - base).abs().max() > 1e-3
     torch.testing.assert_close(plain, mounted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_its_zeros_is_written_and_read(federate, tmp_path, capsys):
+    done = federate(*SPP, "rounds=1", "client.steps=1")
+    folders = [tmp_path / name for name in ("dense", "small")]
+    assert main([str(done.folder), str(folders[0])]) == 0
+    assert main([str(done.folder), str(folders[1]), "--sparse"]) == 0
+    stored = {p.name for p in folders[1].glob("*.safetensors")}
+    assert stored == {"sparse.safetensors", "masks.safetensors"}
+    (before,) = [r for r in done.records if r["kind"] == "model"]
+    assert f"({before['model/down_bytes']:,} bytes without its zeros)" in capsys.readouterr().out
+    one, other = (HuggingFace(path=str(f)) for f in folders)
+    assert one.describe().mask == other.describe().mask == done.rounds[0]["spp/mask"]
+    left, right = (s.load(CPU).network.state_dict() for s in (one, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(t, right[name]) for name, t in left.items())
+    # It is a model to go on with: every process finds the expanded one.
+    assert other.resolved().folder() == other.folder() != folders[1]
+    go_on = ("strategy=spp", "model=hf", f"model.path={folders[1]}", "client.steps=1", "rounds=1")
+    assert federate(*go_on, output="more").rounds[0]["spp/zeros_moved"] == 0
+
+
+def test_masks_of_another_model_are_found_when_a_small_model_is_read(federate, tmp_path, pruned):
+    folder = tmp_path / "small"
+    shutil.copytree(pruned, folder)
+    compact(folder)
+    other = Pruned(method="magnitude", pattern="2:8").folder()
+    shutil.copy(other / "masks.safetensors", folder)
+    with pytest.raises(
+        ModelError, match=r"sparse.safetensors, expanded: the zeros of model.layers"
+    ):
+        HuggingFace(path=str(folder)).folder()
+
+
+def test_only_a_model_with_zeros_can_be_written_without_them(federate, tmp_path, capsys):
+    done = federate("strategy=fedit", "rounds=1", "client.steps=1")
+    assert main([str(done.folder), str(tmp_path / "m"), "--sparse"]) == 2
+    assert "has no SPP adapter: only strategy=spp keeps" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_what_was_trained_is_merged_into_the_base_it_was_trained_on(federate, tmp_path, capsys):
+    """Found where it lay; made again if it is gone; refused if it is another."""
+    options = (*SPP[:2], "model.method=magnitude", "model.pattern=2:4", "client.steps=1")
+    done = federate(*options, "rounds=1")
+    about = json.loads((done.folder / "model.json").read_text())
+    assert about["mask"] == done.rounds[0]["spp/mask"]
+    shutil.rmtree(about["folder"])
+    assert main([str(done.folder), str(tmp_path / "m")]) == 0
+    assert "pruned base, is gone: it is looked for, or made, again" in capsys.readouterr().err
+    config = (done.folder / "config.yaml").read_text()
+    for was, now in (("'2:4'", "'2:8'"), ("2:4", "2:8")):
+        config = config.replace(f"pattern: {was}", f"pattern: {now}")
+    (done.folder / "config.yaml").write_text(config)
+    assert main([str(done.folder), str(tmp_path / "n")]) == 0, "the folder of then is taken"
+    about |= {"folder": str(tmp_path / "gone")}
+    (done.folder / "model.json").write_text(json.dumps(about))
+    assert main([str(done.folder), str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert f"a base pruned with the mask {about['mask']}, and" in said
+    assert not (tmp_path / "o").exists()
+    (done.folder / "model.json").unlink()
+    assert main([str(done.folder), str(tmp_path / "o")]) == 2, "and the adapter itself knows"
+    assert "Traceback" not in capsys.readouterr().err
 
 
 SLOW = {
