@@ -123,6 +123,14 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(options, said, tmp_path, c
     assert not (tmp_path / "m").exists()
 
 
+def test_a_method_that_fills_zeros_against_its_word_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(METHODS, "masked_lora", METHODS["lora"])
+    words = (*SHORT, *WORDS, "client.lr=0.02")
+    assert main([str(tmp_path / "m"), "--method", "masked_lora", *words]) == 2
+    assert "after training: the zeros of model.layers" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
 def test_what_is_there_is_not_written_over(tmp_path, capsys):
     (tmp_path / "mine").write_text("precious")
     assert main([str(tmp_path), "--method", "spp", *SHORT]) == 2

@@ -127,6 +127,7 @@ def test_what_was_trained_is_merged_into_the_base_it_was_trained_on(federate, tm
     assert main([str(done.folder), str(tmp_path / "o")]) == 2
     said = capsys.readouterr().err
     assert f"a base pruned with the mask {about['mask']}, and" in said
+    assert f"bring back the folder of then ({about['folder']})" in said
     assert not (tmp_path / "o").exists()
     (done.folder / "model.json").unlink()
     assert main([str(done.folder), str(tmp_path / "o")]) == 2, "and the adapter itself knows"
