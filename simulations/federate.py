@@ -304,7 +304,8 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
         mask=info.mask,
         density=ground.pruned.density if ground.pruned else 1.0,
     )
-    audit = ZeroAudit(ground.worker.model.folder()) if info.mask else None
+    model = ground.worker.model
+    audit = ZeroAudit(model.folder(), getattr(torch, model.dtype)) if info.mask else None
     try:
         return Session(
             method=parts.strategy,

@@ -38,7 +38,7 @@ from fedlora.models.folder import ModelError
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, held_out, members
-from fedlora.prune.masks import Masks, check_network, load_masks, save_masks
+from fedlora.prune.masks import Masks, check_network, load_masks, mask_identity
 from fedlora.prune.stored import require_masked
 from fedlora.types import LocalPlan, at_least
 from simulations.baselines import METHODS, Start, bake, loss_of
@@ -127,14 +127,14 @@ def finetune(options: argparse.Namespace, emit: Callable[[str], None]) -> dict[s
 
 
 def write(model: LanguageModel, masks: Masks, target: Path) -> str:
-    """The model as a folder, with its masks if it has any; their identity.
+    """The model as a folder, with its masks if its zeros are where they say; their identity.
 
     Raises:
         ModelError: if a zero has moved; nothing is written then.
     """
     check_network(masks, model.network, "after training")
     merge(model, {}, target)
-    return save_masks(masks, target) if masks else ""
+    return mask_identity(target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

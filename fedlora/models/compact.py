@@ -36,7 +36,7 @@ def compact(folder: Path) -> int:
         ModelError: if the folder has no masks, or zeros are not where they say.
     """
     found = masks.load_masks(folder)
-    dense = [p for p in weight_files(folder) if p.name != masks.FILE]
+    dense = weight_files(folder)
     state: dict[str, Tensor] = {}
     for path in dense:
         with safe_open(path, framework="pt") as file:

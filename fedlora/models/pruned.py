@@ -24,7 +24,7 @@ from fedlora.models.spec import ModelSpec, Tiny
 from fedlora.population import Population, held_out, members
 from fedlora.prune.activations import Activations, measure, windows
 from fedlora.prune.masks import density, save_masks
-from fedlora.prune.prune import Pruning, by_block, prune, prune_from
+from fedlora.prune.prune import Pruning, prune_by
 from fedlora.seeding import generator
 from fedlora.types import at_least
 
@@ -253,31 +253,35 @@ def prune_federated(
         ``floats_per_client`` (sums and counts, `NUMBER` bytes each), ``up_bytes_per_client`` and
         ``down_bytes_per_client`` (block after block: what became of the blocks before).
     """
-    network, paths = model.network, list(model.layers)
-    groups = by_block(paths) if pruning.sequential else {"": paths}
-    if pruning.method == "magnitude":
-        groups = {}
-    masks: dict[str, Tensor] = {} if groups else prune(network, paths, pruning, [])
-    floats = down = 0
-    for block, group in groups.items():
-        down = sum(_told(model, path, mask, pruning) for path, mask in masks.items())
+    told: list[str] = []
+    exchanges = floats = down = 0
+
+    def listen(block: str, group: Sequence[str]) -> Activations:
+        nonlocal exchanges, floats, down
+        exchanges += 1
+        down = sum(_told(model, path, pruning) for path in told)
+        told.extend(group)
         total: Activations | None = None
         for texts in clients:
             grams = pruning.method == "sparsegpt"
-            seen = measure(network, group, texts, grams=grams, until=block)
+            seen = measure(model.network, group, texts, grams=grams, until=block)
             total = seen if total is None else total + seen
         assert total is not None
         floats += total.floats
-        masks |= prune_from(network, group, pruning, total)
-    about = {"exchanges": len(groups), "floats_per_client": floats}
-    return masks, about | {
+        return total
+
+    masks = prune_by(model.network, list(model.layers), pruning, listen)
+    return masks, {
+        "exchanges": exchanges,
+        "floats_per_client": floats,
         "up_bytes_per_client": NUMBER * floats,
         "down_bytes_per_client": down,
     }
 
 
-def _told(model: LanguageModel, path: str, mask: Tensor, pruning: Pruning) -> int:
-    """Bytes that tell a client what became of a layer: a bit per weight, and the other weights if
-    pruning changes them."""
-    changed = int(mask.sum()) if pruning.method == "sparsegpt" else 0
-    return math.ceil(mask.numel() / 8) + changed * model.layers[path].weight.element_size()
+def _told(model: LanguageModel, path: str, pruning: Pruning) -> int:
+    """Bytes that tell a client what became of a layer: a bit per weight, and the weights that stay
+    if pruning changes them."""
+    weight = model.layers[path].weight
+    changed = int(weight.count_nonzero()) if pruning.method == "sparsegpt" else 0
+    return math.ceil(weight.numel() / 8) + changed * weight.element_size()

@@ -5,12 +5,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from fedlora.models.folder import ModelError, weight_files
-from fedlora.prune.masks import FILE, Masks, check_zeros, density, load_masks
+from fedlora.prune.masks import Masks, as_stored, density, load_masks
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ def inspect(folder: Path) -> PrunedBase:
         if path == name or path not in masks:
             sent += tensor.numel() * tensor.element_size()
             continue
-        mask = masks[path]
-        check_zeros({path: mask}, lambda _, t=tensor, m=mask: as_masked(t, m), str(folder))  # type: ignore[misc]
+        mask = as_stored(masks[path], tensor, path, str(folder))
         sent += int(mask.sum()) * tensor.element_size() + math.ceil(mask.numel() / 8)
         missing.discard(path)
     if missing:
@@ -47,14 +45,6 @@ def inspect(folder: Path) -> PrunedBase:
             f"{len(masks)} masked layers): the masks are of another model"
         )
     return PrunedBase(density(masks), sent)
-
-
-def as_masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """A stored weight as ``[d_out, d_in]``: ``Conv1D`` stores it turned, which shapes alone do not
-    tell where both are equal."""
-    turned = weight.T
-    fits = turned.shape == mask.shape and torch.equal(turned != 0, mask)
-    return turned if fits else weight
 
 
 def require_masked(paths: Iterable[str], masks: Masks, name: str) -> None:
@@ -77,8 +67,6 @@ def require_masked(paths: Iterable[str], masks: Masks, name: str) -> None:
 def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model's files, one after another."""
     for path in weight_files(folder):
-        if path.name == FILE:
-            continue
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is no safetensors file: convert the model first")
         with safe_open(path, framework="pt") as file:

@@ -9,13 +9,15 @@ from safetensors.torch import load_file
 from fedlora.models.compact import compact, expanded, is_compact
 from fedlora.models.folder import ModelError, fingerprint
 from fedlora.models.pruned import Pruned
+from fedlora.models.spec import Tiny, TinyGPT2
 from fedlora.prune.stored import inspect
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
+@pytest.fixture(params=[Tiny(), TinyGPT2()], ids=["llama", "gpt2"])
+def folder(request, tmp_path, monkeypatch):
+    """GPT-2 has square layers that are stored turned."""
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    made = Pruned(method="magnitude", pattern="2:4").folder()
+    made = Pruned(base=request.param, method="magnitude", pattern="2:4").folder()
     return shutil.copytree(made, tmp_path / "model")
 
 
