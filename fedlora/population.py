@@ -88,10 +88,8 @@ def enroll(
         ValueError: if more clients are asked for than the data has, a category does not exist, or
             nobody is left to train.
     """
-    total = population.clients or len(shards)
-    if total > len(shards):
-        raise ValueError(f"population.clients={total}, but the data has {len(shards)} clients")
-    shards = shards[:total]
+    shards = members(population, shards)
+    total = len(shards)
     tiers = ranks.resolve(modules, model_parameters)
     patterns = {t.name: module_ranks(t, modules, clamp=ranks.clamp) for t in tiers}
     names = _assign([t.name for t in tiers], [t.share for t in tiers], total, ranks.quotas, seed)
@@ -99,11 +97,7 @@ def enroll(
         Client(s.id, patterns[name], s.num_train, name)
         for s, name in zip(shards, names, strict=True)
     )
-    task = _in_categories(shards, population.unseen_categories)
-    rest = np.array([s.id for s in shards if s.id not in task], dtype=int)
-    held = round(population.unseen_share * total) if len(rest) else 0
-    drawn = generator(seed, "unseen").choice(len(rest), min(held, len(rest)), replace=False)
-    unseen = {int(rest[i]) for i in drawn}
+    task, unseen = held_out(population, shards, seed)
     trainable = tuple(c.id for c in clients if c.num_examples and c.id not in task | unseen)
     if not trainable:
         raise ValueError(
@@ -121,6 +115,38 @@ def enroll(
         "unseen_task": tuple(sorted(task)),
     }
     return Roster(clients, trainable, groups, min(wanted, len(trainable)), tuple(shards))
+
+
+def members(population: Population, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The data's clients that exist for a population.
+
+    Raises:
+        ValueError: if it asks for more than the data has.
+    """
+    total = population.clients or len(shards)
+    if total > len(shards):
+        raise ValueError(f"population.clients={total}, but the data has {len(shards)} clients")
+    return shards[:total]
+
+
+def held_out(
+    population: Population, shards: Sequence[Shard], seed: int
+) -> tuple[set[int], set[int]]:
+    """Ids of those who never train: by category, and drawn at random.
+
+    Args:
+        population: the rules.
+        shards: of its `members`.
+        seed: of the run.
+
+    Raises:
+        ValueError: for a category that does not exist.
+    """
+    task = _in_categories(shards, population.unseen_categories)
+    rest = np.array([s.id for s in shards if s.id not in task], dtype=int)
+    held = round(population.unseen_share * len(shards)) if len(rest) else 0
+    drawn = generator(seed, "unseen").choice(len(rest), min(held, len(rest)), replace=False)
+    return task, {int(rest[i]) for i in drawn}
 
 
 def _assign(

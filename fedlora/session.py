@@ -357,6 +357,7 @@ class Session:
                         max_norm=self.rounds.max_update_norm,
                         allow_shrink=job.plan.self_prune is not None,
                         dense=job.plan.switch is not None,
+                        density=self.setting.density,
                     )
                     updates.append(result)
                 except RejectedUpdate as error:

@@ -273,6 +273,8 @@ class Setting:
     seed: int
     mask: str = ""
     """Identity of a pruned base's zeros (`fedlora.prune.masks`); empty: it is dense."""
+    density: float = 1.0
+    """Share of the modules' weights that are not zero."""
 
     @property
     def max_ranks(self) -> Ranks:

@@ -36,6 +36,7 @@ def check_update(
     *,
     allow_shrink: bool = False,
     dense: bool = False,
+    density: float = 1.0,
 ) -> None:
     """Refuse an update that is not what was asked for, is not finite or went too far.
 
@@ -47,12 +48,14 @@ def check_update(
             ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
         allow_shrink: ranks may be smaller than expected (self-pruning was planned).
         dense: from a moved base a dense update is due, not factors (local exchanges were planned).
+        density: of the server's pruned base, for the message to who has another.
 
     Raises:
         RejectedUpdate: naming the client, the first thing wrong, and what was expected.
     """
     reason = (
         _wrong_sender(update, expected)
+        or _wrong_mask(update.payload, start, density)
         or _wrong_form(update, expected, start, allow_shrink, dense)
         or _wrong_dtype(update.payload)
         or not_finite(update.payload)
@@ -235,11 +238,22 @@ def _wrong_delta(delta: SparseDelta, start: SparseDelta) -> str:
     return ""
 
 
+def _wrong_mask(payload: Payload, start: Payload, density: float) -> str:
+    if not (isinstance(payload, MaskedScale) and isinstance(start, MaskedScale)):
+        return ""
+    if payload.mask == start.mask:
+        return ""
+    return (
+        f"it was trained on a base pruned with the mask {payload.mask}, the server's is "
+        f"{start.mask}: one mask for all, since weights averaged under two independent masks of "
+        f"density {density:.4g} would have density {1 - (1 - density) ** 2:.4g}"
+    )
+
+
 def _wrong_scale(update: MaskedScale, start: MaskedScale) -> str:
-    if update.mask != start.mask:
+    if update.merges:
         return (
-            f"it was trained on a base pruned with the mask {update.mask}, the server's is "
-            f"{start.mask}: one mask for all"
+            f"it holds {len(update.merges)} merges, which the server has and a client never sends"
         )
     for name in ("lora_alpha", "blocks", "tied", "trains", "seed"):
         got, due = getattr(update, name), getattr(start, name)

@@ -23,15 +23,20 @@ from fedlora.engine.base import EngineSpec
 from fedlora.environment import environment
 from fedlora.identity import source_hash
 from fedlora.lock import claim
+from fedlora.models.folder import ModelError
 from fedlora.models.modules import ModelInfo
+from fedlora.models.pruned import calibration_traffic
 from fedlora.models.spec import ModelSpec
 from fedlora.population import Population, Roster, enroll, panel
 from fedlora.prune.audit import ZeroAudit
+from fedlora.prune.masks import load_masks
+from fedlora.prune.stored import PrunedBase, inspect, require_masked
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
 from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
+from simulations.base import FILE as MODEL
 from simulations.compose import absolute
 from simulations.runtime import Runtime
 from strategies.base import LoRAStrategy, Setup
@@ -198,7 +203,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     session = new_session(parts, ground, folder, emit)
     with claim(folder):
         emit(f"run folder: {folder}")
-        open_session(session, parts)
+        open_session(session, parts, ground)
         try:
             with _status(folder, session):
                 strategy = parts.strategy.bind(
@@ -223,6 +228,8 @@ class Ground:
     store: Path
     roster: Roster
     worker: WorkerSpec
+    pruned: PrunedBase | None = None
+    """Of a pruned model."""
 
 
 def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
@@ -230,6 +237,7 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
     model = parts.model.resolved()
     info = model.describe()
     check_zeros_kept(parts.client, info, emit)
+    pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     clients = TokenStore(folder).clients
     roster = enroll(
@@ -242,7 +250,7 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
         f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
     )
     worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
-    return Ground(info, folder, roster, worker)
+    return Ground(info, folder, roster, worker, pruned)
 
 
 def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], None]) -> None:
@@ -264,6 +272,22 @@ def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], Non
         )
 
 
+def _inspected(plan: LocalPlan, info: ModelInfo, folder: Path) -> PrunedBase:
+    """A pruned model that holds what its masks say and, for SPP, masks of what is adapted.
+
+    Raises:
+        ModelError: naming a layer.
+    """
+    if plan.technique == "spp":
+        if info.splits:
+            raise ModelError(
+                f"{info.name} was pruned with {info.splits[0].path} whole, and its mask is of the "
+                "whole layer: use model.split_qkv=false"
+            )
+        require_masked((m.path for m in info.modules), load_masks(folder), info.name)
+    return inspect(folder)
+
+
 def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str], None]) -> Session:
     """The run before its first round. Writes nothing yet.
 
@@ -278,8 +302,10 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
         roster.clients,
         parts.seed,
         mask=info.mask,
+        density=ground.pruned.density if ground.pruned else 1.0,
     )
-    audit = ZeroAudit(ground.worker.model.folder()) if info.mask else None
+    model = ground.worker.model
+    audit = ZeroAudit(model.folder(), getattr(torch, model.dtype)) if info.mask else None
     try:
         return Session(
             method=parts.strategy,
@@ -300,7 +326,7 @@ def new_session(parts: Parts, ground: Ground, folder: Path, emit: Callable[[str]
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts) -> None:
+def open_session(session: Session, parts: Parts, ground: Ground) -> None:
     """Go on from the run's checkpoint if there is one; then the run's first files.
 
     Raises:
@@ -312,10 +338,19 @@ def open_session(session: Session, parts: Parts) -> None:
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
         raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
-    write_start(parts, folder, roster)
+    write_start(parts, ground, folder)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
+    if ground.pruned is not None and not session.done:
+        session.tracker.round(_handed_out(ground.pruned, ground.worker.model.folder()))
+
+
+def _handed_out(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:
+    """The record of what came before round 1: how clients came to a pruned model."""
+    record: dict[str, float | int | str] = {"kind": "model", "round": 0}
+    record |= {"model/density": pruned.density, "model/down_bytes": pruned.bytes}
+    return record | calibration_traffic(folder)
 
 
 def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
@@ -357,10 +392,13 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
             )
 
 
-def write_start(parts: Parts, folder: Path, roster: Roster) -> None:
-    """config.yaml, environment.json and population.json of the run folder."""
+def write_start(parts: Parts, ground: Ground, folder: Path) -> None:
+    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    info, roster = ground.info, ground.roster
     _write(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
+    model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
+    _write_json(folder / MODEL, model | {"folder": str(ground.worker.model.folder())})
     population = {
         "clients": len(roster.clients),
         "per_round": roster.per_round,

@@ -31,12 +31,12 @@ from fedlora.evaluate import Ids
 from fedlora.models.beam import Decoding, search
 from fedlora.models.export import CONFIG, SPP, load_peft
 from fedlora.models.folder import ModelError
-from fedlora.models.spec import ModelSpec
 from fedlora.models.spp_peft import load_spp
 from fedlora.nlg import evaluate
 from fedlora.progress import clock
 from fedlora.types import Payload, Setting, at_least, one_of
 from fedlora.worker import resolve_device
+from simulations.base import base_of
 from simulations.federate import build_parts, prepare_ground
 
 ADAPTERS = ("final", "none")
@@ -95,7 +95,7 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
         ModelError, DataError, CheckpointError: if model, data or adapter cannot be read.
     """
     config = run_config(run)
-    spec = build(config.model, ModelSpec, "model")  # type: ignore[type-abstract]
+    spec = base_of(run, config.model, emit)
     source = build(config.data, Source, "data")  # type: ignore[type-abstract]
     store = TokenStore(prepare(source, spec.tokenizer(), spec.tokenizer_id(), cache_root()))
     every = contexts(store, request.split)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fedlora import techniques
-from fedlora.initial import initial_a
+from fedlora.initial import drawn_a, initial_a
 from fedlora.linalg import client_shares, client_weights, weighted_sum
 from fedlora.seeding import torch_seed
 from fedlora.spp import factor, mean_factor, nested_rank, spread
@@ -30,7 +30,6 @@ from fedlora.state import State, integers, order, paths, scalar
 from fedlora.types import (
     Client,
     MaskedScale,
-    Module,
     Ranks,
     Setting,
     Update,
@@ -103,6 +102,23 @@ class SPP(LoRAStrategy):
                 "strategy=spp decides itself what a round trains: leave client.train_a and "
                 "client.train_b true, and set strategy.mode or strategy.schedule"
             )
+        if plan.self_prune is not None:
+            raise ValueError(
+                "client.self_prune drops the last ranks of LoRA's A and B, and SPP's alpha scales "
+                "other rows with each rank: use client.self_prune=null, or strategy=heterolora "
+                "with client=adamw"
+            )
+        if setup.quantization != "none":
+            raise ValueError(
+                f"model.quantization={setup.quantization} with strategy=spp: quantised weights "
+                "cannot be scaled one by one; use model.quantization=none"
+            )
+        if setup.wire == "bfloat16" and (self.mode == "stack" or self.merge_every):
+            how = "strategy.mode=stack" if self.mode == "stack" else "strategy.merge_every"
+            raise ValueError(
+                f"federation.wire=bfloat16 with {how}: clients would multiply rounded factors into "
+                "W and the server the factors themselves; use federation.wire=float32"
+            )
 
     def init_state(self, setting: Setting) -> State:
         if not setting.mask:
@@ -118,6 +134,7 @@ class SPP(LoRAStrategy):
             "mask": integers(list(setting.mask.encode())),
             "seed": integers(setting.seed),
             "round": integers(0),
+            "weights": integers(_nonzero(setting)),
             "residual": scalar(0.0),
             f"{GLOBAL}order": order(top),
         }
@@ -146,13 +163,13 @@ class SPP(LoRAStrategy):
         p = client_shares(updates, self.weights)
         sent = [_scale_of(u) for u in updates]
         new = dict(state) | {"round": state["round"] + 1}
-        lost = moved = 0.0
+        lost, moved, merge = 0.0, 0.0, _next_merge(state)
         for path in paths(state, "alpha", GLOBAL):
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
             alphas = [_alpha(s, path, alpha) for s in sent]
             betas = [s.beta.get(path, beta) for s in sent]
             if self.mode == "stack":
-                new |= _merge(state, path, alphas, betas, p)
+                new |= _merged(f"{merge}{path}", len(alpha), alphas, betas, p)
                 continue
             trains = self._trains(state)
             if trains != "beta":
@@ -165,7 +182,9 @@ class SPP(LoRAStrategy):
                 lost += float((mean - kept).square().sum())
                 moved += float((mean - factor(alpha, beta)).square().sum())
         new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
-        return self._restarted(new)
+        after = self._restarted(new)
+        _warn_of_growth(state, after)
+        return after
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -204,16 +223,15 @@ class SPP(LoRAStrategy):
         due = self.merge_every and int(state["round"]) % self.merge_every == 0
         if not due and self.mode != "stack":
             return state
-        new, top = dict(state), _tops(state)
-        for path in paths(state, "alpha", GLOBAL):
+        new, top, merge = dict(state), _tops(state), _next_merge(state)
+        for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
             if self.mode != "stack":
-                new |= _merge(state, path, [alpha], [beta], [1.0])
+                new |= _merged(f"{merge}{path}", r, [alpha], [beta], [1.0])
         seed = _drawn_from(new)
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
-            module = Module(path, "mlp", len(beta), alpha.shape[1])
-            new[f"{GLOBAL}{path}/alpha"] = initial_a(seed, module, r)
+            new[f"{GLOBAL}{path}/alpha"] = drawn_a(seed, path, r, alpha.shape[1])
             new[f"{GLOBAL}{path}/beta"] = torch.zeros_like(beta)
         return new
 
@@ -232,10 +250,34 @@ def _require_nested(setting: Setting, top: Ranks) -> None:
     for ranks in setting.rank_patterns:
         for path, r in ranks.items():
             if top[path] % r:
+                fit = ", ".join(str(k) for k in range(1, top[path] + 1) if top[path] % k == 0)
                 raise ValueError(
                     f"{path}: rank {r} does not divide {top[path]}, the population's largest: "
-                    f"choose ranks that do (1, 2, 4, 8 of 16), or strategy.heterogeneous=nest"
+                    f"choose ranks that do ({fit}), or strategy.heterogeneous=nest"
                 )
+
+
+def _nonzero(setting: Setting) -> int:
+    """How many weights of the adapted modules are not zero."""
+    return round(setting.density * sum(m.d_out * m.d_in for m in setting.modules))
+
+
+def _warn_of_growth(before: State, after: State) -> None:
+    """Say once that the factors of all merges have become more than the weights they scale."""
+    was, now, weights = _merged_numbers(before), _merged_numbers(after), int(after["weights"])
+    if was <= weights < now:
+        log.warning(
+            "the factors of %d merges are %d numbers, more than the %d weights that they scale: "
+            "every client is sent them all, and the checkpoint grows with every merge; merge "
+            "seldom (strategy.merge_every), or use mode=alternate",
+            len(_names(after)),
+            now,
+            weights,
+        )
+
+
+def _merged_numbers(state: State) -> int:
+    return sum(t.numel() for k, t in state.items() if k.startswith(MERGED))
 
 
 def _scale_of(update: Update) -> MaskedScale:
@@ -265,12 +307,14 @@ def _merges(state: State) -> tuple[Mapping[str, tuple[Tensor, Tensor]], ...]:
     )
 
 
-def _merge(
-    state: State, path: str, alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]
+def _next_merge(state: State) -> str:
+    return f"{MERGED}{len(_names(state)):06d}/"
+
+
+def _merged(
+    name: str, top: int, alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]
 ) -> dict[str, Tensor]:
-    """One module's share of the next merge: ``Σ_k p_k F_k``, with the shares in beta."""
-    top = state[f"{GLOBAL}{path}/alpha"].shape[0]
-    name = f"{MERGED}{len(_names(state)):06d}/{path}"
+    """One module's share of a merge: ``Σ_k p_k F_k`` at rank ``top``, with the shares in beta."""
     return {
         f"{name}/alpha": torch.stack([spread(a, top) for a in alphas]),
         f"{name}/beta": torch.stack([w * b for w, b in zip(p, betas, strict=True)]),

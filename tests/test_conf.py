@@ -122,6 +122,29 @@ def test_the_hash_ignores_what_cannot_matter():
             "strategy.aggregator=SPP averages SPP's alpha and beta, and SLoRA gives it LoRA's A",
         ),
         ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
+        (
+            "strategy=spp client.self_prune={_target_:fedlora.types.SelfPrune,weight:0.1,gamma:0.9,"
+            "min_rank:1}",
+            "client.self_prune drops the last ranks of LoRA's A and B",
+        ),
+        (
+            "strategy=spp model=hf model.path=x model.quantization=int8",
+            "model.quantization=int8 with strategy=spp: quantised weights cannot be scaled",
+        ),
+        (
+            "strategy=spp model@model.base=hf model.base.path=x model.base.quantization=int4",
+            "model.base.quantization=int4: quantised weights cannot be pruned",
+        ),
+        (
+            "strategy=spp federation.wire=bfloat16 strategy.merge_every=2",
+            "federation.wire=bfloat16 with strategy.merge_every",
+        ),
+        (
+            "strategy=spp federation.wire=bfloat16 strategy.mode=stack",
+            "federation.wire=bfloat16 with strategy.mode=stack",
+        ),
+        ("strategy=spp model.pattern=0", "pattern='0' must be the share of weights"),
+        ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
         ("client.technique=dora", "client.technique='dora' is not one of"),
         ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),

@@ -282,7 +282,10 @@ class SmolLM2(ModelSpec):
 
 @dataclass(frozen=True)
 class HuggingFace(ModelSpec):
-    """Any causal language model of transformers: a local folder, or a repository of the hub."""
+    """Any causal language model of transformers: a local folder, or a repository of the hub.
+
+    A folder without a pruned model's zeros (`fedlora.models.compact`) is expanded in the cache.
+    """
 
     path: str = ""
     """A folder, or a hub id such as ``HuggingFaceTB/SmolLM2-135M``. Required."""
@@ -317,6 +320,12 @@ class HuggingFace(ModelSpec):
         return Path(self.path).expanduser().is_dir()
 
     def folder(self) -> Path:
+        from fedlora.models.compact import expanded
+
+        return expanded(self._found())
+
+    def _found(self) -> Path:
+        """The folder as it is on this machine."""
         if self.is_local:
             return Path(self.path).expanduser().absolute()
         if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", self.path):
@@ -341,7 +350,7 @@ class HuggingFace(ModelSpec):
         if self.is_local:
             return dataclasses.replace(self, path=str(self.folder()))
         return dataclasses.replace(
-            self, revision=self.folder().name
+            self, revision=self._found().name
         )  # snapshots are named by commit
 
     def load(self, device: torch.device) -> "LanguageModel":

@@ -29,14 +29,14 @@ class Pattern:
             ValueError: naming the text and what is allowed.
         """
         allowed = (
-            f"pattern={text!r} must be the share of weights that become zero, in [0, 1), or N:M "
+            f"pattern={text!r} must be the share of weights that become zero, in (0, 1), or N:M "
             "with 0 < N < M: so many of each M inputs stay"
         )
         kept, colon, group = str(text).partition(":")
         try:
             if not colon:
                 ratio = Fraction(kept)
-                if not 0 <= ratio < 1:
+                if not 0 < ratio < 1:
                     raise ValueError
                 return Pattern(ratio)
             n, m = int(kept), int(group)

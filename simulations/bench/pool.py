@@ -86,7 +86,7 @@ def main(overrides: list[str]) -> None:
     folder = run_folder(parts)
     session = new_session(parts, ground, folder, say)
     with claim(folder):
-        open_session(session, parts)
+        open_session(session, parts, ground)
         context = multiprocessing.get_context("spawn")
         with context.Pool(session.workers, open_worker, (spec,)) as pool:
             for round in range(1, session.rounds.rounds + 1):

@@ -17,7 +17,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,28 +25,32 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedlora.batches import collate
 from fedlora.cache import cache_root
 from fedlora.data.sotu import Sotu
 from fedlora.data.store import TokenStore, prepare
-from fedlora.engine.forward import supervised_logits
 from fedlora.engine.loop import optimise
 from fedlora.engine.memory import keep_freed_memory
-from fedlora.initial import initial_a
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import LowRank, SparseValues, dense_weight, stored_transposed
+from fedlora.models.layers import dense_weight, stored_transposed
 from fedlora.models.spec import ModelSpec, SmolLM2, Tiny
 from fedlora.prune.activations import windows
 from fedlora.prune.masks import check_zeros, identity
 from fedlora.prune.prune import Pruning, prune, sparsity
-from fedlora.types import Factors, LocalPlan, MaskedScale
+from fedlora.types import LocalPlan
+from simulations.baselines import (
+    BATCH,
+    Mount,
+    Start,
+    mount_lora,
+    mount_masked_full,
+    mount_masked_lora,
+    mount_spp,
+)
+from simulations.baselines import loss_of as mean_loss
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 MODELS: Mapping[str, ModelSpec] = {"tiny": Tiny(), "smollm2": SmolLM2()}
-LORA_ALPHA = 16.0
-BATCH = 4
 SHARES = {"test": 0, "validation": 1}
 """Of every ten clients, which are set apart; the others train."""
 
@@ -72,7 +76,7 @@ class Texts:
 class Technique:
     """One way to train a pruned model."""
 
-    mount: Callable[[LanguageModel, int], list[nn.Parameter]]
+    mount: Mount
     rank: int
     lr: float
 
@@ -92,79 +96,9 @@ def texts_of(spec: ModelSpec, length: int = 256, train: int = 256, held: int = 2
     return Texts(cut(rest, train), cut([SHARES["validation"]], held), cut([SHARES["test"]], held))
 
 
-@torch.no_grad()
 def loss_of(model: LanguageModel, texts: Texts | Sequence[Window]) -> float:
     """Mean loss per token, in nats, of what is mounted; of `Texts`, their test part."""
-    held = texts.test if isinstance(texts, Texts) else texts
-    total, tokens = 0.0, 0
-    for i in range(0, len(held), BATCH):
-        batch = collate(held[i : i + BATCH], "full")
-        logits = supervised_logits(model.network, batch)
-        total += float(functional.cross_entropy(logits, batch.targets, reduction="sum"))
-        tokens += batch.tokens
-    return total / tokens
-
-
-class MaskedLowRank(LowRank):
-    """``W + M ∘ (alpha / r) B A`` where ``M`` is one where ``W`` is not zero (as in SQFT,
-    arXiv:2410.03750)."""
-
-    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
-        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
-        bias: Any = base.bias
-        return functional.linear(x, self.weight(base), bias)
-
-    def weight(self, base: nn.Module) -> Tensor:
-        """The effective weight, ``[d_out, d_in]``."""
-        w = dense_weight(base)
-        return w + (w != 0) * (self.scale * (self.b @ self.a))
-
-
-def mount_spp(model: LanguageModel, rank: int, dropout: float = 0.0) -> list[nn.Parameter]:
-    """Alpha and beta as they start."""
-    modules = model.info.modules
-    payload = MaskedScale(
-        model.info.mask,
-        LORA_ALPHA,
-        {m.path: rank for m in modules},
-        {m.path: initial_a(0, m, rank) for m in modules},
-        {m.path: torch.zeros(m.d_out) for m in modules},
-    )
-    return model.mount(payload, dropout=dropout)
-
-
-def mount_lora(model: LanguageModel, rank: int, dropout: float = 0.0) -> list[nn.Parameter]:
-    """A and B as they start."""
-    return model.mount(_start(model, rank), dropout=dropout)
-
-
-def mount_masked_lora(model: LanguageModel, rank: int) -> list[nn.Parameter]:
-    """The same, masked."""
-    model.unmount()
-    for path, f in _start(model, rank).items():
-        model.layers[path].update = MaskedLowRank(f, 0.0, model.device, model.dtype)
-    return _parameters(model)
-
-
-def mount_masked_full(model: LanguageModel, rank: int) -> list[nn.Parameter]:
-    """Every weight that is not zero; the rank means nothing."""
-    model.unmount()
-    for layer in model.layers.values():
-        index = (layer.weight != 0).reshape(-1).nonzero().squeeze(1)
-        layer.update = SparseValues(torch.zeros(len(index)), index, model.dtype)
-    return _parameters(model)
-
-
-def _start(model: LanguageModel, rank: int) -> dict[str, Factors]:
-    return {
-        m.path: Factors(initial_a(0, m, rank), torch.zeros(m.d_out, rank), LORA_ALPHA)
-        for m in model.info.modules
-    }
-
-
-def _parameters(model: LanguageModel) -> list[nn.Parameter]:
-    updates = [layer.update for layer in model.layers.values()]
-    return [p for u in updates if u is not None for p in u.parameters()]
+    return mean_loss(model, texts.test if isinstance(texts, Texts) else texts)
 
 
 TECHNIQUES: Mapping[str, Technique] = {
@@ -213,7 +147,7 @@ class Bench:
 
     def train(self, technique: Technique, lr: float) -> list[nn.Parameter]:
         """Mount and train from the start."""
-        parameters = technique.mount(self.model, technique.rank)
+        parameters = technique.mount(self.model, Start(technique.rank))
         plan = LocalPlan(lr=lr, batch_size=BATCH, steps=self.options.steps, dropout=0.0)
         plan = dataclasses.replace(plan, warmup=0.05)
         optimise(self.model, parameters, self.texts.train, plan, seed=0, round=1, client=0)
@@ -274,7 +208,7 @@ class Bench:
         for _ in range(self.options.repeats):
             for dropout in (0.0, 0.05):
                 for name, mount in sides.items():
-                    parameters = mount(self.model, rank, dropout)
+                    parameters = mount(self.model, Start(rank, dropout=dropout))
                     plan = LocalPlan(lr=1e-4, batch_size=BATCH, steps=steps, dropout=dropout)
                     start = time.process_time()
                     optimise(

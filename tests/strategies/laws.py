@@ -460,6 +460,37 @@ def everything_is_finite_when_nobody_trains(
                 assert bool(torch.isfinite(t).all()), f"{name}: {key}"
 
 
+def everybody_has_one_mask(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """What a client is told to scale, and what the server holds, is the base that was pruned."""
+    population = population_for(strategy)
+    state, _ = after_rounds(strategy, population, seed, precision=precision)
+    for name, payload in everything(strategy, state, population):
+        mask = getattr(payload, "mask", "none")
+        assert mask == population.mask, f"{name}: mask {mask}, the base has {population.mask}"
+
+
+def a_pruned_base_keeps_its_zeros(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Whatever is merged, and in whatever number format: no zero is filled and none is made."""
+    population = population_for(strategy)
+    g = torch.Generator().manual_seed(seed)
+    base = {
+        m.path: torch.randn(m.d_out, m.d_in, generator=g)
+        * (torch.rand(m.d_out, m.d_in, generator=g) < 0.5)
+        for m in population.modules
+    }
+    state, _ = after_rounds(strategy, population, seed, rounds=2, precision=precision)
+    for name, payload in everything(strategy, state, population):
+        for path, effect in dense(payload).items():
+            w = base[path].to(effect.dtype)
+            merged = w * (1 + effect) if isinstance(payload, MaskedScale) else w + effect
+            moved = int(((merged.float() == 0) != (w == 0)).sum())
+            assert moved == 0, f"{name}: {moved} zeros of {path} have moved"
+
+
 def is_frozen_and_names_its_source(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
@@ -488,6 +519,8 @@ LAWS: Sequence[Law] = (
     equal_ranks_start_alike,
     training_is_not_forgotten,
     everything_is_finite_when_nobody_trains,
+    everybody_has_one_mask,
+    a_pruned_base_keeps_its_zeros,
     is_frozen_and_names_its_source,
 )
 
@@ -515,11 +548,17 @@ def _unequal(strategy: LoRAStrategy) -> str:
     return ""
 
 
+def _pruned(strategy: LoRAStrategy) -> str:
+    return "" if strategy.technique == SPP else "its base need not be pruned"
+
+
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
     examples_are_what_is_averaged: _examples,
     unequal_ranks_are_applied: _unequal,
+    everybody_has_one_mask: _pruned,
+    a_pruned_base_keeps_its_zeros: _pruned,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.spp import placed
 from fedlora.state import State
 from fedlora.types import (
     Adapter,
@@ -142,6 +143,35 @@ def shares_left_out(
     return dict(after) | {k: len(updates) * after[k] for k in new}
 
 
+def mask_not_shared(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
+    """Every client prunes for itself."""
+    start = right(state, client)
+    return dataclasses.replace(start, mask=f"{start.mask[:-2]}{client.id:02d}")
+
+
+def merge_fills_zeros(
+    self: LoRAStrategy, right: Hook, state: State, *ranks: Ranks | None
+) -> Payload:
+    """What is exported is added to the weights, as LoRA is, instead of scaling them."""
+    scale = right(state, *ranks)
+    if not ranks:  # what clients start from
+        return scale
+    return {
+        p: Factors(a, placed(scale.beta[p], len(a)), scale.lora_alpha)
+        for p, a in scale.alpha.items()
+    }
+
+
+def merge_overflows(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """``0 * inf`` is no zero."""
+    after = dict(right(state, updates))
+    for key in (k for k in after if k.endswith("/beta")):
+        after[key] = after[key] * torch.finfo(after[key].dtype).max * 8
+    return after
+
+
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
@@ -167,6 +197,9 @@ FAULTS = [
     ],
     *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
     *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
+    *[(s, "start_adapter", mask_not_shared) for s in (SCALED, STACKED)],
+    *[(s, "global_adapter", merge_fills_zeros) for s in (SCALED, STACKED)],
+    *[(s, "aggregate", merge_overflows) for s in (SCALED, STACKED)],
     *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
     *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
@@ -202,7 +235,7 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
 
 
 @pytest.mark.parametrize(
-    "strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED, *SWITCH]
+    "strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED, STACKED, *SWITCH]
 )
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""

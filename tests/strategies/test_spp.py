@@ -10,7 +10,9 @@ from torch import Tensor
 
 from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
 from fedlora.engine.loop import optimise
+from fedlora.initial import initial_a
 from fedlora.prune.masks import identity
+from fedlora.seeding import torch_seed
 from fedlora.spp import factor, gain, mean_factor, sent
 from fedlora.types import (
     Client,
@@ -18,12 +20,14 @@ from fedlora.types import (
     MaskedScale,
     Module,
     Ranks,
+    SelfPrune,
     Setting,
     Update,
     payload_floats,
     payload_tensors,
 )
 from fedlora.validation import RejectedUpdate, change_norm, check_update
+from strategies.base import Setup
 from strategies.spp import SPP
 from tests.fedlora.models.pruned import pruned
 from tests.generators import ALPHA, MASK, factors, setting, trained
@@ -57,8 +61,6 @@ def round_of(
 
 def merged(payload: MaskedScale) -> Tensor:
     if payload.seed >= 0:  # clients draw alpha themselves
-        from fedlora.initial import initial_a
-
         module = population().modules[0]
         payload = replace(
             payload, alpha={"w": initial_a(payload.seed, module, payload.blocks["w"])}
@@ -217,6 +219,8 @@ def test_what_is_not_what_was_asked_for_is_refused():
         nan = torch.full_like(rows, torch.nan)
         for bad, said in (
             (replace(good, mask="other"), "pruned with the mask other, the server's is 0123"),
+            (replace(good, mask="other"), "two independent masks of density 0.3 .* density 0.51"),
+            (replace(good, merges=({"w": (rows[None], rows[None, 0])},)), "it holds 1 merges"),
             (replace(good, trains="beta"), "trains 'beta', expected 'alpha'"),
             (replace(good, **{name: {"w": rows[:, :-1]}}), f"w: {name} .* expected"),
             (replace(good, **{name: {}}), f"{name}: it lacks w"),
@@ -225,7 +229,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
             ({"w": factors(M, N, 2, 1)}, "it holds factors where a MaskedScale was due"),
         ):
             with pytest.raises(RejectedUpdate, match=said):
-                check_update(Update(c, bad, 5), c, start, max_norm=0.0)
+                check_update(Update(c, bad, 5), c, start, max_norm=0.0, density=0.3)
 
 
 def test_a_lone_client_is_stand_alone_training_bit_by_bit():
@@ -269,7 +273,7 @@ def test_ranks_that_do_not_divide_are_nested_or_refused():
     method = SPP()
     state = method.init_state(odd)
     assert [method.enlist(state, c).ranks["w"] for c in odd.clients] == [6, 3, 3]
-    with pytest.raises(ValueError, match=r"w: rank 4 does not divide 6, the population's largest"):
+    with pytest.raises(ValueError, match=r"w: rank 4 does not divide 6, .* do \(1, 2, 3, 6\)"):
         SPP(heterogeneous="refuse").init_state(odd)
     SPP(heterogeneous="refuse").init_state(population())
 
@@ -294,6 +298,70 @@ def test_impossible_options_are_refused(options, said):
 def test_a_dense_base_is_refused():
     with pytest.raises(ValueError, match=r"this one is dense: use model=pruned"):
         SPP().init_state(replace(setting(), mask=""))
+
+
+@pytest.mark.parametrize(
+    ("options", "setup", "said"),
+    [
+        ({}, {"plan": {"self_prune": SelfPrune(0.1, 0.9, 1)}}, "use client.self_prune=null"),
+        ({}, {"quantization": "int8"}, "model.quantization=int8 with strategy=spp"),
+        ({"mode": "stack"}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.mode=stack"),
+        ({"merge_every": 2}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.merge_every"),
+    ],
+)
+def test_what_would_not_be_exact_or_would_mean_nothing_is_refused(options, setup, said):
+    setup = dict(setup)
+    setup["client"] = LocalPlan("spp", **setup.pop("plan", {}))
+    with pytest.raises(ValueError, match=said):
+        SPP(**options).check(Setup(**setup))
+
+
+def test_what_is_exact_is_not_refused():
+    plan = LocalPlan("spp")
+    SPP().check(Setup(plan, wire="bfloat16"))
+    for wire in ("float32", "float64"):
+        SPP(mode="stack").check(Setup(plan, wire=wire))
+        SPP(merge_every=2).check(Setup(plan, wire=wire))
+
+
+@pytest.mark.parametrize("method", MODES.values(), ids=MODES)
+def test_uniform_weights_do_not_see_how_much_data_a_client_has(method):
+    method = replace(method, weights="uniform")
+    state = method.init_state(population())
+    for t in range(2):
+        updates = round_of(method, state, t)
+        mean = sum(merged(u.payload) for u in updates) / len(updates)
+        state = method.aggregate(state, updates)
+        torch.testing.assert_close(merged(method.global_adapter(state)), mean, rtol=1e-6, atol=1e-9)
+
+
+def test_alpha_after_a_merge_is_drawn_like_any_start_and_never_twice():
+    """Whatever the module's kind, by the seed of the merge."""
+    method = SPP(merge_every=2)
+    state, drawn = method.init_state(population()), []
+    for t in range(4):
+        state = method.aggregate(state, round_of(method, state, t))
+        if t % 2:
+            drawn.append(state["global/w/alpha"])
+    seeds = [torch_seed(3, "spp", i) for i in (1, 2)]
+    for module in (Module("w", kind, M, N) for kind in ("mlp", "attention")):
+        assert all(
+            torch.equal(a, initial_a(s, module, 8)) for a, s in zip(drawn, seeds, strict=True)
+        )
+
+
+def test_merges_that_outgrow_the_weights_are_said_once(caplog):
+    """Each merge of five clients is 5 (8 9 + 13) numbers; the layer has 58 of 117 weights."""
+    method = SPP(mode="stack")
+    sparse = replace(population(), density=58 / 117)
+    large = replace(population(), density=10.0)
+    for start, at in ((sparse, 1), (large, 3)):
+        caplog.clear()
+        state = method.init_state(start)
+        for t in range(4):
+            state = method.aggregate(state, round_of(method, state, t))
+            assert len(caplog.records) == (t + 1 >= at)
+        assert f"of {at} merges are {425 * at} numbers" in caplog.text
 
 
 def test_factors_of_another_kind_are_refused():

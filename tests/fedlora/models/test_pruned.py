@@ -11,7 +11,7 @@ from fedlora.config import build, describe
 from fedlora.data.jsonl import Jsonl
 from fedlora.models.export import merge
 from fedlora.models.folder import ModelError
-from fedlora.models.pruned import Pruned, prune_federated
+from fedlora.models.pruned import Pruned, calibration_traffic, prune_federated
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
 from fedlora.prune.masks import density, identity, load_masks
 from fedlora.prune.prune import Pruning, prune
@@ -51,8 +51,17 @@ def test_it_is_made_once_and_is_what_it_says(spec):
     assert (folder / "pruning.json").stat().st_mtime_ns == made
     about = json.loads((folder / "pruning.json").read_text())
     assert about["density"] == 0.5
-    widths = [m.d_in for m in spec.describe().modules]
-    assert (about["exchanges"], about["floats_per_client"]) == (1, sum(widths) + len(widths))
+    # One sum of what q, k and v hear, one of what gate and up hear.
+    own = [m.d_in for m in spec.describe().modules if m.path.endswith(("q_proj", "o_proj"))]
+    own += [m.d_in for m in spec.describe().modules if m.path.endswith(("gate_proj", "down_proj"))]
+    floats = sum(own) + len(own)
+    assert (about["exchanges"], about["floats_per_client"]) == (1, floats)
+    assert calibration_traffic(folder) == {
+        "calibration/clients": 2,
+        "calibration/exchanges": 1,
+        "calibration/up_bytes": 2 * 8 * floats,
+        "calibration/down_bytes": 0,
+    }
     assert len(about["calibration_clients"]) == 2
     model = resolved.load(CPU)
     masks = load_masks(folder)
@@ -87,7 +96,7 @@ def test_zeros_that_moved_are_refused(spec, tmp_path):
 
 def test_what_cannot_be_calibrated_is_refused(spec):
     with pytest.raises(
-        ModelError, match=r"asks 2 clients for 900 sequences of 64 tokens, and 0 hold"
+        ModelError, match=r"asks 2 clients for 900 sequences of 64 tokens, and 0 of 3 hold"
     ):
         replace(spec, samples=900).folder()
     with pytest.raises(ValueError, match=r"model.method=wanda needs text"):
@@ -98,6 +107,29 @@ def test_what_cannot_be_calibrated_is_refused(spec):
     with pytest.raises(ModelError, match="split_qkv=false"):
         split.folder()
     assert density(load_masks(replace(split, base=TinyGPT2()).folder())) == pytest.approx(0.5)
+
+
+def test_what_a_base_is_asked_for_in_vain_is_refused():
+    with pytest.raises(
+        ValueError, match=r"model.base.targets=\[q_proj\] says nothing: .* set that"
+    ):
+        Pruned(base=Tiny(["q_proj"]), method="magnitude")
+    Pruned(["q_proj"], base=Tiny(["q_proj"]), method="magnitude")
+    with pytest.raises(ValueError, match=r"base.quantization=int8: quantised weights cannot"):
+        Pruned(base=HuggingFace(path="x", quantization="int8"), method="magnitude")
+    with pytest.raises(ValueError, match=r"pattern='0' must be the share .* in \(0, 1\)"):
+        Pruned(method="magnitude", pattern="0")
+    with pytest.raises(
+        ModelError, match=r"pattern=1e-9 leaves .* without a zero \(28 of 28 layers"
+    ):
+        Pruned(method="magnitude", pattern="1e-9").folder()
+
+
+def test_a_folder_says_itself_how_it_was_pruned(tmp_path):
+    made = Pruned(method="magnitude", pattern="2:8")
+    assert Pruned(path=str(made.folder()), method="magnitude").name == "tiny-magnitude-2of8"
+    assert made.resolved().name == made.name
+    assert Pruned(path=str(tmp_path / "unknown"), method="magnitude").name == "unknown"
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
@@ -111,6 +143,16 @@ def test_clients_say_what_all_their_text_would_have_said(method, sequential):
     federated, about = prune_federated(other, pruning, [texts[:1], texts[1:4], texts[4:]])
     assert identity(central) == identity(federated)
     assert about["exchanges"] == (2 if sequential else 1)
+    # Two blocks of a gram or a sum, and a count, of each of four inputs.
+    widths = 2 * [16, 16, 16, 20]
+    numbers = sum(d * d if method == "sparsegpt" else 0 for d in widths) + sum(widths) + 8
+    assert about["floats_per_client"] == numbers
+    assert about["up_bytes_per_client"] == 8 * numbers
+    # In between clients are told of the first block: 1792 bits, and of SparseGPT half the weights.
+    first = [m for p, m in federated.items() if ".layers.0." in p]
+    weights = sum(m.numel() for m in first)
+    told = weights // 8 + (8 * sum(int(m.sum()) for m in first) if method == "sparsegpt" else 0)
+    assert about["down_bytes_per_client"] == (told if sequential else 0)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedlora.models.folder import ModelError
 from fedlora.prune.pattern import Pattern
 
-RATIOS = st.integers(0, 99).map(lambda percent: f"0.{percent:02d}")
+RATIOS = st.integers(1, 99).map(lambda percent: f"0.{percent:02d}")
 
 
 def scores(seed: int, m: int, n: int) -> torch.Tensor:
@@ -48,7 +48,23 @@ def test_n_of_every_m_stay(n: int, m: int, compete: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "1.5", "-0.1", "4:2", "4:4", "0:4", "2:", ":4", "half", "2:4:8", "nan", "1/0"]
+    "text",
+    [
+        "0",
+        "0.0",
+        "1",
+        "1.5",
+        "-0.1",
+        "4:2",
+        "4:4",
+        "0:4",
+        "2:",
+        ":4",
+        "half",
+        "2:4:8",
+        "nan",
+        "1/0",
+    ],
 )
 def test_impossible_patterns_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"pattern=.* must be the share .* or N:M"):

@@ -76,9 +76,32 @@ def test_statistics_add_up_over_texts_and_clients() -> None:
     for path in paths:
         torch.testing.assert_close(added.squares[path], whole.squares[path], rtol=1e-12, atol=0)
         torch.testing.assert_close(added.grams[path], whole.grams[path], rtol=1e-10, atol=1e-12)
-    assert whole.floats == sum(len(s) + len(s) ** 2 + 1 for s in whole.squares.values())
     with pytest.raises(ValueError, match="different layers"):
         _ = whole + Activations({}, {})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_several_layers_hear_is_summed_and_sent_once(name: str) -> None:
+    network, paths = model(name)
+    seen = measure(network, paths, batches(3), grams=True)
+    first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    expected = {
+        p: p.replace(end, first[end])
+        for p in paths
+        if (end := p.rpartition(".")[2]) in first and name == "llama"
+    }
+    assert seen.shared == expected == (seen + seen).shared
+    own = [s for p, s in seen.squares.items() if p not in expected]
+    assert seen.floats == sum(len(s) + len(s) ** 2 + 1 for s in own)
+    alone = [measure(network, [p], batches(3), grams=True) for p in paths]
+    for path, one in zip(paths, alone, strict=True):
+        assert not one.shared
+        assert one.tokens[path] == seen.tokens[path]
+        assert torch.equal(one.squares[path], seen.squares[path])
+        assert torch.equal(one.grams[path], seen.grams[path])
+    if expected:
+        with pytest.raises(ValueError, match="which other layers share an input"):
+            _ = seen + measure(network, paths, [], grams=True)
 
 
 @pytest.mark.parametrize("sequential", [True, False])
