@@ -109,15 +109,16 @@ def show(runs: Mapping[str, Mapping[str, Any]]) -> str:
     for side, by_seed in runs.items():
         found = list(by_seed.values())
         sums = {w: [sum(f[f"{w}_bytes"]) for f in found] for w in ("up", "down")}
-        firsts = [runs[FIRST][seed] for seed in by_seed]
-        budgets = [sum(f["up_bytes"]) + sum(f["down_bytes"]) for f in firsts]
-        equal = [at_bytes(f, budget) for f, budget in zip(found, budgets, strict=True)]
+        first = runs.get(FIRST, {})
+        budgets = {k: sum(f["up_bytes"]) + sum(f["down_bytes"]) for k, f in first.items()}
+        equal = [at_bytes(f, budgets[k]) for k, f in by_seed.items() if k in budgets]
         up, down = (statistics.fmean(sums[way]) / 2**20 for way in ("up", "down"))
         rounds = "/".join(str(done) for done in sorted({done for done, _ in equal}))
+        at_equal = f"{over([loss for _, loss in equal])} ({rounds})" if equal else "-"
         lines.append(
             f"| {side} | {found[0]['lr']:g} | {len(found)} "
             f"| {over([f['loss'][0] for f in found])} → {over([f['loss'][-1] for f in found])} "
-            f"| {up:.1f}, {down:.1f} | {over([loss for _, loss in equal])} ({rounds}) |"
+            f"| {up:.1f}, {down:.1f} | {at_equal} |"
         )
     return "\n".join(lines)
 
