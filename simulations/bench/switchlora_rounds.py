@@ -103,13 +103,18 @@ def at_bytes(found: Mapping[str, Any], budget: int) -> tuple[int, float]:
 
 
 def show(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table, means over the seeds."""
-    lines = ["| side | lr | seeds | loss | up, down MiB | loss at equal bytes (after round) |"]
-    lines.append("|---" * 6 + "|")
+    """The table, means over the seeds. Seeds differ in their clients, so differences between sides
+    are taken seed by seed."""
+    lines = [
+        "| side | lr | seeds | loss | minus the first side's | up, down MiB "
+        "| loss at equal bytes (after round) |",
+        "|---" * 7 + "|",
+    ]
     for side, by_seed in runs.items():
         found = list(by_seed.values())
         sums = {w: [sum(f[f"{w}_bytes"]) for f in found] for w in ("up", "down")}
         first = runs.get(FIRST, {})
+        apart = [f["loss"][-1] - first[k]["loss"][-1] for k, f in by_seed.items() if k in first]
         budgets = {k: sum(f["up_bytes"]) + sum(f["down_bytes"]) for k, f in first.items()}
         equal = [at_bytes(f, budgets[k]) for k, f in by_seed.items() if k in budgets]
         up, down = (statistics.fmean(sums[way]) / 2**20 for way in ("up", "down"))
@@ -118,6 +123,7 @@ def show(runs: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(
             f"| {side} | {found[0]['lr']:g} | {len(found)} "
             f"| {over([f['loss'][0] for f in found])} → {over([f['loss'][-1] for f in found])} "
+            f"| {over(apart) if apart else '-'} "
             f"| {up:.1f}, {down:.1f} | {at_equal} |"
         )
     return "\n".join(lines)
