@@ -14,9 +14,9 @@ from typing import Protocol
 
 from fedlora import checkpoint
 from fedlora.codec import WIRE_BYTES, Glance, update_bytes
-from fedlora.linalg import exactness_gap, singular_value_energy, spectra, truncation_error
 from fedlora.population import Roster, cohort, deal, panel
 from fedlora.progress import RoundProgress, round_summary
+from fedlora.records import diagnosis, engine_record, training_record
 from fedlora.state import State
 from fedlora.tracking import Tracker, read_jsonl, summarise
 from fedlora.types import (
@@ -32,7 +32,6 @@ from fedlora.types import (
     TrainJob,
     Update,
     at_least,
-    is_low_rank,
     one_of,
     share,
 )
@@ -309,14 +308,15 @@ class Session:
         self._require_enough(phase, updates, failures)
         self.state = self.method.aggregate(self.state, updates)
         seconds = time.monotonic() - arrived
-        record = self._record(phase, updates, failures, arrived)
-        record |= self._engines(updates)
+        seconds_training = arrived - phase.started
+        record = training_record(phase.round, updates, failures, seconds_training)
+        record |= engine_record(updates, self._notes)
         record["wire/up_bytes"] = sum(self._bytes_up(phase, r) for r in by_client.values())
         record["wire/down_bytes"] = sum(
             self._bytes_down(phase, j.client, by_client.get(i)) for i, j in phase.jobs.items()
         )
         record["round/aggregate_seconds"] = seconds
-        record |= self._diagnose(updates)
+        record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
         if self.audit is not None:
             record |= self.audit(self.method.global_adapter(self.state))
@@ -424,71 +424,6 @@ class Session:
         rows = [row(u.client) | dict(u.metrics) for u in updates]
         rows += [row(f.client) | {"failure": f.kind, "message": f.message} for f in failures]
         self.tracker.clients(rows)
-
-    def _record(
-        self,
-        phase: _Phase,
-        updates: Sequence[Update],
-        failures: Sequence[Failure],
-        arrived: float,
-    ) -> dict[str, float | int | str]:
-        rejected = sum(f.kind == "RejectedUpdate" for f in failures)
-        tokens = sum(u.metrics.get("tokens", 0.0) for u in updates)
-        seconds = arrived - phase.started
-
-        def mean(name: str) -> float:
-            weights = [u.metrics.get("tokens", 1.0) for u in updates]
-            values = [u.metrics.get(name, 0.0) for u in updates]
-            return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
-
-        return {
-            "kind": "round",
-            "round": phase.round,
-            "clients": len(updates),
-            "failed": len(failures) - rejected,
-            "rejected": rejected,
-            "train/loss": mean("loss"),
-            "train/loss_first": mean("loss_first"),
-            "train/loss_last": mean("loss_last"),
-            "train/tokens": tokens,
-            "round/train_seconds": seconds,
-            "round/clients_per_second": len(phase.jobs) / max(seconds, 1e-9),
-        }
-
-    def _engines(self, updates: Sequence[Update]) -> dict[str, float | int | str]:
-        """What trained: the engines' notes, and the share of clients that trained with others."""
-        record: dict[str, float | int | str] = {}
-        if self._notes:
-            record["engine"] = "; ".join(sorted(self._notes))
-        fused = [u.metrics["fused"] for u in updates if "fused" in u.metrics]
-        if fused:
-            record["engine/fused_share"] = sum(fused) / len(fused)
-        return record
-
-    def _diagnose(self, updates: Sequence[Update]) -> dict[str, float]:
-        """What the aggregation kept and lost, where updates are low-rank factors."""
-        adapter = self.method.global_adapter(self.state)
-        if not (is_low_rank(adapter) and is_low_rank(updates[0].payload)):
-            return {}
-        # A split client sends what it holds of the model; what all have sent can be compared.
-        sent = [p for p in adapter if all(p in u.adapter for u in updates)]
-        if not sent:
-            return {}
-        adapter = {p: adapter[p] for p in sent}
-        found = exactness_gap(updates, self.method.reference_weights(updates), adapter)
-        record = {
-            "aggregate/exactness_gap": found["gap"],
-            "aggregate/exactness_gap_relative": found["relative"],
-            "aggregate/update_norm": found["norm"],
-        }
-        values = spectra(adapter)
-        patterns = self.setting.rank_patterns
-        ranks = sorted({r for pattern in patterns for r in pattern.values()})
-        for rank, energy in singular_value_energy(values, ranks).items():
-            record[f"aggregate/energy_at_rank_{rank}"] = energy
-        for label, error in truncation_error(values, patterns).items():
-            record[f"aggregate/truncation_error_{label}"] = error
-        return record
 
     # --- evaluation ---------------------------------------------------------------------------
 
