@@ -224,6 +224,18 @@ def show(record: Record) -> str:
     return "\n".join(lines)
 
 
+def curves(record: Record) -> str:
+    """Training loss, means over seeds and over the steps since the column before."""
+    runs = record.content["runs"]
+    steps = [step for step, _ in next(iter(next(iter(runs.values())).values()))["curve"]]
+    lines = [f"| step | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
+    for name, by_seed in runs.items():
+        losses = zip(*(run["curve"] for run in by_seed.values()), strict=True)
+        means = [statistics.fmean(loss for _, loss in at) for at in losses]
+        lines.append(f"| {name} | {' | '.join(f'{m:.3f}' for m in means)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m simulations.bench.switchlora")
@@ -248,7 +260,8 @@ def main() -> None:
     if given.pilot:
         pilot(record, recipe, text, given.sides)
     table(record, recipe, text, given.sides, given.seeds)
-    print(show(record))
+    if record.content["runs"]:
+        print(show(record), curves(record), sep="\n\n")
 
 
 if __name__ == "__main__":
