@@ -103,13 +103,6 @@ def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
     return gain
 
 
-def gain(payload: MaskedScale, path: str) -> Tensor:
-    """``[d_out, d_in]``: what a module's weight is multiplied by in all."""
-    last = 1 + scale(payload, path) * factor(alpha_of(payload, path), payload.beta[path])
-    before = merged_gain(payload, path)
-    return last if before is None else before * last
-
-
 def scaled_weight(
     weight: Tensor, alpha: Tensor, beta: Tensor, s: float, before: Tensor | None = None
 ) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.initial import initial_a
 from fedlora.seeding import mask_noise, torch_generator
-from fedlora.spp import gain
+from fedlora.spp import alpha_of, factor, merged_gain, scale
 from fedlora.types import (
     Client,
     Factors,
@@ -207,3 +207,10 @@ def stacks(draw: st.DrawFn, *, same_rank: bool = False) -> tuple[list[Factors], 
     weights = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
     p = [w / sum(weights) for w in weights]
     return [factors(m, n, r, seed + k) for k, r in enumerate(ranks)], p
+
+
+def gain(payload: MaskedScale, path: str) -> Tensor:
+    """``[d_out, d_in]``: what a module's weight is multiplied by in all."""
+    last = 1 + scale(payload, path) * factor(alpha_of(payload, path), payload.beta[path])
+    before = merged_gain(payload, path)
+    return last if before is None else before * last

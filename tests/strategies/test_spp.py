@@ -13,7 +13,7 @@ from fedlora.engine.loop import optimise
 from fedlora.initial import initial_a
 from fedlora.prune.masks import identity
 from fedlora.seeding import torch_seed
-from fedlora.spp import factor, gain, mean_factor, sent
+from fedlora.spp import factor, mean_factor, sent
 from fedlora.types import (
     Client,
     LocalPlan,
@@ -30,7 +30,7 @@ from fedlora.validation import RejectedUpdate, change_norm, check_update
 from strategies.base import Setup
 from strategies.spp import SPP
 from tests.fedlora.models.pruned import pruned
-from tests.generators import ALPHA, MASK, factors, setting, trained
+from tests.generators import ALPHA, MASK, factors, gain, setting, trained
 
 M, N, RANKS = 13, 9, (8, 4, 2, 8, 1)
 """Ragged: 8 divides neither; ranks that divide 8."""

@@ -15,10 +15,11 @@ from fedlora.models.folder import ModelError
 from fedlora.models.layers import LowRank, dense_weight, dropout, dropout_bits
 from fedlora.models.scaled import BlockScaled, scaled_branch
 from fedlora.prune.masks import check_zeros
-from fedlora.spp import factor, gain, merged_gain, merged_weight, placed, spread
+from fedlora.spp import factor, merged_gain, merged_weight, placed, spread
 from fedlora.types import Factors
 from tests.fedlora.models.networks import NETWORKS, adapter, logits, step, tokens
 from tests.fedlora.models.pruned import LORA_ALPHA, pruned, scale, zeros
+from tests.generators import gain
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=40)
 shapes = st.tuples(st.integers(1, 13), st.integers(1, 9)).flatmap(
