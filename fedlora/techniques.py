@@ -12,6 +12,8 @@ LORA, SPP, SWITCHLORA = "lora", "spp", "switchlora"
 class Technique:
     """One kind of local training, in words for those who combined it with something else."""
 
+    key: str
+    """What makes a client's plan one of this kind."""
     does: str
     """What its clients do."""
     averaged: str
@@ -24,19 +26,23 @@ class Technique:
 
 TECHNIQUES: Mapping[str, Technique] = {
     LORA: Technique(
+        "client.technique=lora",
         "trains LoRA's A and B without exchanges (client.switch)",
         "LoRA's A and B, over a base that all clients hold alike",
         "client=adamw",
         "strategy=flexlora",
     ),
     SPP: Technique(
+        "client.technique=spp",
         "scales the weights of a pruned model by alpha and beta",
         "SPP's alpha and beta",
         "client=spp",
         "strategy=spp",
     ),
     SWITCHLORA: Technique(
-        "exchanges vectors by itself, so that each client's frozen weights move their own way",
+        "client.switch",
+        "lets clients exchange vectors by themselves, so that each one's frozen weights move their "
+        "own way",
         "exchanged vectors, over a base that moves for all clients alike",
         "client=switchlora",
         "strategy=switchlora",
@@ -59,7 +65,7 @@ def require(plan: LocalPlan, needed: str, strategy: str) -> None:
     if found != needed:
         mine, other = TECHNIQUES[found], TECHNIQUES[needed]
         raise ValueError(
-            f"client.technique={found} {mine.does}, and {strategy} averages {other.averaged}: use "
+            f"{mine.key} {mine.does}, and {strategy} averages {other.averaged}: use "
             f"{mine.strategy}, or {other.client}"
         )
     if plan.switch is not None and found != SWITCHLORA:

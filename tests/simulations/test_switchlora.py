@@ -89,16 +89,16 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
     [
         (
             ["strategy=fedavg", "client=switchlora"],
-            "client.technique=switchlora .* FedAvg averages",
+            "client.switch lets .* FedAvg averages",
         ),
         (["strategy=flexlora", "client=switchlora"], "hold alike: use strategy=switchlora"),
         (
             ["strategy=heterolora", "client=switchlora"],
-            "client.technique=switchlora .* HeteroLoRA averages",
+            "client.switch lets .* HeteroLoRA averages",
         ),
         (
             ["strategy=splitlora", "client=switchlora"],
-            "client.technique=switchlora .* SplitLoRA averages",
+            "client.switch lets .* SplitLoRA averages",
         ),
         (
             ["strategy=slora", "strategy@strategy.aggregator=switchlora"],

@@ -218,7 +218,7 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
         (
             FlexLoRA(),
             Setup(SWITCH),
-            "client.technique=switchlora .* FlexLoRA averages .* alike: use strategy=switchlora",
+            "client.switch lets .* FlexLoRA averages .* alike: use strategy=switchlora",
         ),
         (
             SLoRA(aggregator=rule()),
