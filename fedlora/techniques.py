@@ -22,6 +22,8 @@ class Technique:
     """The config group that brings it."""
     strategy: str
     """A strategy made for it."""
+    keeps_zeros: bool = False
+    """Whether it needs a pruned base, whose zeros its merged update leaves where they are."""
 
 
 TECHNIQUES: Mapping[str, Technique] = {
@@ -38,6 +40,7 @@ TECHNIQUES: Mapping[str, Technique] = {
         "SPP's alpha and beta",
         "client=spp",
         "strategy=spp",
+        keeps_zeros=True,
     ),
     SWITCHLORA: Technique(
         "client.switch",

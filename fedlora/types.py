@@ -14,6 +14,7 @@ from typing import Literal, TypeAlias, TypeGuard, TypeVar
 from torch import Tensor
 
 T = TypeVar("T")
+CHOICES = ("ring", "random")  # of SwitchLoRA's next vector
 
 
 def one_of(name: str, value: T, allowed: Iterable[T]) -> None:
@@ -311,10 +312,6 @@ class SelfPrune:
         at_least("min_rank", self.min_rank, 1)
 
 
-CHOICES = ("ring", "random")
-"""How SwitchLoRA's next vector of a pool is chosen."""
-
-
 @dataclass(frozen=True)
 class Switching:
     """SwitchLoRA's exchange of low-rank vectors during training (`fedlora.switch`)."""
@@ -355,8 +352,7 @@ class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
     technique: str = "lora"
-    """What kind of update a client trains, which the strategy must be made for: ``lora``, or
-    ``spp`` on a pruned base."""
+    """What a client trains: ``lora``, or ``spp`` on a pruned base (`fedlora.techniques`)."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``; fresh state every round."""
     lr: float = 1e-3

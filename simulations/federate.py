@@ -33,6 +33,7 @@ from fedlora.prune.masks import load_masks
 from fedlora.prune.stored import PrunedBase, inspect, require_masked
 from fedlora.ranks import RankDistribution
 from fedlora.session import EvaluationSchedule, Rounds, RunError, Session
+from fedlora.techniques import TECHNIQUES, technique
 from fedlora.tracking import Trackers, Tracking, track
 from fedlora.types import LocalPlan, MaskedScale, Rebased, Setting, SparseDelta
 from fedlora.worker import WorkerSpec
@@ -254,31 +255,34 @@ def prepare_ground(parts: Parts, emit: Callable[[str], None]) -> Ground:
 
 
 def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], None]) -> None:
-    """Refuse SPP on a dense model, and say what LoRA does to a pruned one.
+    """Refuse what needs a pruned model on a dense one, and say what the others do to its zeros.
 
     Raises:
         ConfigError: naming the model and what to use.
     """
-    if plan.technique == "spp" and not info.mask:
+    kind = TECHNIQUES[technique(plan)]
+    if kind.keeps_zeros and not info.mask:
         raise ConfigError(
-            f"client=spp scales the weights of a pruned model, and {info.name} is dense: use "
+            f"{kind.key} {kind.does}, and {info.name} is dense: use "
             "model=pruned (model@model.base=... is what it prunes), or model=hf with the folder of "
             "a pruned model"
         )
-    if plan.technique == "lora" and info.mask:
+    if info.mask and not kind.keeps_zeros:
+        keep = " or ".join(t.strategy for t in TECHNIQUES.values() if t.keeps_zeros)
         emit(
-            f"{info.name} is pruned, and LoRA merged into it fills its zeros: strategy=spp "
-            "keeps them"
+            f"{info.name} is pruned, and what {kind.client} trains fills its zeros when it is "
+            f"merged: {keep} keeps them"
         )
 
 
 def _inspected(plan: LocalPlan, info: ModelInfo, folder: Path) -> PrunedBase:
-    """A pruned model that holds what its masks say and, for SPP, masks of what is adapted.
+    """A pruned model that holds what its masks say and, where zeros are kept, masks of what is
+    adapted.
 
     Raises:
         ModelError: naming a layer.
     """
-    if plan.technique == "spp":
+    if TECHNIQUES[technique(plan)].keeps_zeros:
         if info.splits:
             raise ModelError(
                 f"{info.name} was pruned with {info.splits[0].path} whole, and its mask is of the "

@@ -8,14 +8,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from fedlora.cache import cache_root, locked
 from fedlora.models.folder import ModelError, fingerprint, weight_files
 from fedlora.prune import masks
-from fedlora.prune.stored import inspect
+from fedlora.prune.stored import inspect, tensors
 
 FILE = "sparse.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -37,11 +35,7 @@ def compact(folder: Path) -> int:
     """
     found = masks.load_masks(folder)
     dense = weight_files(folder)
-    state: dict[str, Tensor] = {}
-    for path in dense:
-        with safe_open(path, framework="pt") as file:
-            state |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    size = masks.save_sparse(state, found, folder / FILE)
+    size = masks.save_sparse(dict(tensors(folder)), found, folder / FILE)
     for path in dense:
         path.unlink()
     (folder / _INDEX).unlink(missing_ok=True)

@@ -21,7 +21,6 @@ from fedlora.models.layers import dense_weight
 from fedlora.prune.activations import linear_layers
 
 Masks: TypeAlias = Mapping[str, Tensor]
-FILE = MASKS
 _VALUES, _BITS = "/values", "/bits"
 
 
@@ -114,15 +113,15 @@ def save_masks(masks: Masks, folder: Path) -> str:
     name = identity(masks)
     shapes = {p: list(m.shape) for p, m in masks.items()}
     metadata = {"identity": name, "shapes": json.dumps(shapes)}
-    save_file({p: pack(m) for p, m in masks.items()}, folder / FILE, metadata=metadata)
+    save_file({p: pack(m) for p, m in masks.items()}, folder / MASKS, metadata=metadata)
     return name
 
 
 def mask_identity(folder: Path) -> str:
     """Of the masks in a model folder; empty: it has none. Reads a header."""
-    if not (folder / FILE).is_file():
+    if not (folder / MASKS).is_file():
         return ""
-    with safe_open(folder / FILE, framework="pt") as file:
+    with safe_open(folder / MASKS, framework="pt") as file:
         return str((file.metadata() or {}).get("identity", ""))
 
 
@@ -132,14 +131,14 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: if there are none, or they are not what the file says.
     """
-    if not (folder / FILE).is_file():
-        raise ModelError(f"{folder} holds no {FILE}: it is no pruned model")
-    with safe_open(folder / FILE, framework="pt") as file:
+    if not (folder / MASKS).is_file():
+        raise ModelError(f"{folder} holds no {MASKS}: it is no pruned model")
+    with safe_open(folder / MASKS, framework="pt") as file:
         metadata = file.metadata() or {}
         shapes = json.loads(metadata.get("shapes", "{}"))
         masks = {p: unpack(file.get_tensor(p), tuple(shape)) for p, shape in shapes.items()}
     if identity(masks) != metadata.get("identity"):
-        raise ModelError(f"{folder / FILE}: its masks are not those of its identity")
+        raise ModelError(f"{folder / MASKS}: its masks are not those of its identity")
     return masks
 
 

@@ -31,7 +31,7 @@ def inspect(folder: Path) -> PrunedBase:
     """
     masks = load_masks(folder)
     sent, missing = 0, set(masks)
-    for name, tensor in _stored(folder):
+    for name, tensor in tensors(folder):
         path = name.removesuffix(".weight")
         if path == name or path not in masks:
             sent += tensor.numel() * tensor.element_size()
@@ -64,7 +64,7 @@ def require_masked(paths: Iterable[str], masks: Masks, name: str) -> None:
         )
 
 
-def _stored(folder: Path) -> Iterator[tuple[str, Tensor]]:
+def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of a model's files, one after another."""
     for path in weight_files(folder):
         if path.suffix != ".safetensors":

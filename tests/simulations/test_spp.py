@@ -170,11 +170,12 @@ def test_every_mode_runs_and_resumes(federate, options, merges):
 
 def test_a_dense_model_is_refused_and_lora_on_a_pruned_one_is_told(federate):
     with pytest.raises(
-        ConfigError, match="scales the weights of a pruned model, and tiny is dense"
+        ConfigError,
+        match="scales the weights of a pruned model by alpha and beta, and tiny is dense",
     ):
         federate("strategy=spp", "model=tiny")
     told = federate("strategy=fedit", "model=pruned", *MODEL, "rounds=1", "client.steps=1")
-    assert "LoRA merged into it fills its zeros: strategy=spp" in told.said
+    assert "what client=adamw trains fills its zeros when it is merged: strategy=spp" in told.said
 
 
 def test_text_that_is_too_short_is_refused(federate):
