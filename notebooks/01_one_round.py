@@ -38,15 +38,28 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import PercentFormatter
 
-from fedlora.cache import cache_root
+from fedlora.algebra.linalg import (
+    average,
+    exactness_gap,
+    shares,
+    spectra,
+    truncation_error,
+)
+from fedlora.core.cache import cache_root
+from fedlora.core.types import (
+    EvaluateJob,
+    EvaluatePlan,
+    LocalPlan,
+    Ranks,
+    Setting,
+    TrainJob,
+)
 from fedlora.data import Sotu, TokenStore, prepare
 from fedlora.engine.sequential import Sequential
-from fedlora.linalg import average, exactness_gap, shares, spectra, truncation_error
 from fedlora.models.spec import Tiny
-from fedlora.population import Population, enroll
-from fedlora.ranks import SHARES, RankDistribution
-from fedlora.tracking import summarise
-from fedlora.types import EvaluateJob, EvaluatePlan, LocalPlan, Ranks, Setting, TrainJob
+from fedlora.population.ranks import SHARES, RankDistribution
+from fedlora.population.sampling import Population, enroll
+from fedlora.run.tracking import summarise
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 

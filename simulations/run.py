@@ -16,10 +16,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedlora.config import ConfigError
-from simulations.compose import load
-from simulations.federate import build_parts, run
-from simulations.launch import LaunchError, launch
+from fedlora.core.errors import ConfigError
+from simulations.app.compose import load
+from simulations.app.federate import build_parts, run
+from simulations.app.launch import LaunchError, launch
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -40,8 +40,8 @@ def one_run(overrides: list[str]) -> int:
         cfg = load(overrides)
         parts = build_parts(cfg)
         if parts.runtime.in_process:
-            from simulations.client_app import app
-            from simulations.grid import InProcessGrid
+            from simulations.app.client_app import app
+            from simulations.app.grid import InProcessGrid
 
             if not os.environ.get("FEDLORA_VERBOSE"):
                 logging.getLogger("flwr").setLevel(logging.WARNING)

@@ -19,12 +19,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedlora.carrier import Carrier, Conducted, Hall, WatchedGrid
-from fedlora.codec import payload_bytes
-from fedlora.session import RunError, Session
-from fedlora.state import State
-from fedlora.techniques import LORA, TECHNIQUES, require
-from fedlora.types import (
+from fedlora.algebra.state import State
+from fedlora.core.errors import RunError
+from fedlora.core.techniques import (
+    LORA,
+    TECHNIQUES,
+    require,
+)
+from fedlora.core.types import (
     Client,
     Evaluation,
     Failure,
@@ -35,6 +37,14 @@ from fedlora.types import (
     TrainJob,
     Update,
 )
+from fedlora.server.flower import (
+    Carrier,
+    Conducted,
+    Hall,
+    WatchedGrid,
+)
+from fedlora.server.session import Session
+from fedlora.wire.codec import payload_bytes
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +92,7 @@ class LoRAStrategy(Strategy):
 
     @property
     def technique(self) -> str:
-        """The kind of local training whose results it averages (`fedlora.techniques`)."""
+        """The kind of local training whose results it averages (`fedlora.core.techniques`)."""
         return LORA
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:

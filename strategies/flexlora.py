@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedlora.initial import initial_a
-from fedlora.linalg import (
+from fedlora.algebra.init import initial_a
+from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
     SVD,
@@ -30,9 +30,24 @@ from fedlora.linalg import (
     svd,
     svd_of_product,
 )
-from fedlora.server_optimizer import NoServerOptimizer, ServerOptimizer
-from fedlora.state import State, order, paths, prefixed, scalar, under
-from fedlora.types import Adapter, Client, Factors, Ranks, Setting, Update, one_of
+from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
+from fedlora.algebra.state import (
+    State,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+)
+from fedlora.core.checks import one_of
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Ranks,
+    Setting,
+    Update,
+)
 from strategies.base import LoRAStrategy
 
 GLOBAL, SERVER = "global/", "server/"

@@ -16,10 +16,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.initial import initial_a
-from fedlora.linalg import coverage, factors_of_rank, product_norm, shares, svd
-from fedlora.state import State, order, paths, scalar
-from fedlora.types import (
+from fedlora.algebra.init import initial_a
+from fedlora.algebra.linalg import (
+    coverage,
+    factors_of_rank,
+    product_norm,
+    shares,
+    svd,
+)
+from fedlora.algebra.state import (
+    State,
+    order,
+    paths,
+    scalar,
+)
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
@@ -28,8 +40,6 @@ from fedlora.types import (
     SelfPrune,
     Setting,
     Update,
-    at_least,
-    one_of,
 )
 from strategies.base import LoRAStrategy
 

@@ -15,10 +15,23 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.linalg import client_shares, client_weights
-from fedlora.seeding import mask_noise
-from fedlora.state import State, integers, order, paths, prefixed, scalar, under
-from fedlora.types import (
+from fedlora.algebra.linalg import client_shares, client_weights
+from fedlora.algebra.state import (
+    State,
+    integers,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+)
+from fedlora.core.checks import (
+    at_least,
+    one_of,
+    share,
+)
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
     Client,
     LocalPlan,
     Payload,
@@ -26,9 +39,6 @@ from fedlora.types import (
     Setting,
     SparseDelta,
     Update,
-    at_least,
-    one_of,
-    share,
 )
 from strategies.base import LoRAStrategy
 

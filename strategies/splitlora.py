@@ -21,17 +21,20 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from fedlora.carrier import Conducted, Hall
-from fedlora.initial import initial_factors
-from fedlora.linalg import at_rank
-from fedlora.models.stages import block_of, blocks_of
-from fedlora.split.conduct import COPIES, HOST, SERVER, Play, server_state
-from fedlora.split.noise import Noise
-from fedlora.split.protocol import Cut
-from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.state import State, integers, order, paths, prefixed, scalar, under, unpack
-from fedlora.types import (
+from fedlora.algebra.init import initial_factors
+from fedlora.algebra.linalg import at_rank
+from fedlora.algebra.state import (
+    State,
+    integers,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+    unpack,
+)
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
@@ -40,10 +43,21 @@ from fedlora.types import (
     Setting,
     TrainJob,
     Update,
-    at_least,
     is_low_rank,
-    one_of,
 )
+from fedlora.models.stages import block_of, blocks_of
+from fedlora.server.flower import Conducted, Hall
+from fedlora.split.compression import Wire
+from fedlora.split.noise import Noise
+from fedlora.split.protocol import Cut
+from fedlora.split.run_round import (
+    COPIES,
+    HOST,
+    SERVER,
+    Play,
+    server_state,
+)
+from fedlora.split.server import Rule
 from strategies.base import LoRAStrategy, Setup
 
 MODULES = "modules/"

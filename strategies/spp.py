@@ -21,20 +21,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora import techniques
-from fedlora.initial import drawn_a, initial_a
-from fedlora.linalg import client_shares, client_weights, weighted_sum
-from fedlora.seeding import torch_seed
-from fedlora.spp import factor, mean_factor, nested_rank, spread
-from fedlora.state import State, integers, order, paths, scalar
-from fedlora.types import (
+from fedlora.algebra.init import drawn_a, initial_a
+from fedlora.algebra.linalg import (
+    client_shares,
+    client_weights,
+    weighted_sum,
+)
+from fedlora.algebra.state import (
+    State,
+    integers,
+    order,
+    paths,
+    scalar,
+)
+from fedlora.core import techniques
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import (
     Client,
     MaskedScale,
     Ranks,
     Setting,
     Update,
-    at_least,
-    one_of,
+)
+from fedlora.techniques.spp.scale import (
+    factor,
+    mean_factor,
+    nested_rank,
+    spread,
 )
 from strategies.base import LoRAStrategy, Setup
 

@@ -6,7 +6,7 @@ r"""SwitchLoRA under federated averaging: low-rank vectors are exchanged, and al
 
 The other factor is common, so ``Σ_k p_k s B A_k = s B Ā``: the server's model is exactly the mean
 of its clients' (`sync_alternate`). ``D``, the sum of all compensations, the pools and who is in
-which slot follow from the seed and the averages: none of it travels (`fedlora.switch.replica`).
+which slot follow from the seed and the averages: none of it travels (`switchlora.replica`).
 
     sync_product   both factors are trained; D also gains s Σ_k p_k (B_k - B̄)(A_k - Ā)
     dense          clients exchange by themselves and send what became of their weights
@@ -24,24 +24,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora import techniques
-from fedlora.codec import WIRE_BYTES
-from fedlora.linalg import client_shares, client_weights
-from fedlora.state import State, integers, order, paths, scalar, under
-from fedlora.switch.initial import SIDES, Side, check_rank
-from fedlora.switch.layer import SwitchLayer
-from fedlora.switch.local import start_layer
-from fedlora.switch.replica import (
-    ALTERNATE,
-    DIGEST_BYTES,
-    LAYER,
-    PRODUCT,
-    Replica,
-    Timetable,
-    news,
-    remembered,
+from fedlora.algebra.linalg import client_shares, client_weights
+from fedlora.algebra.state import (
+    State,
+    integers,
+    order,
+    paths,
+    scalar,
+    under,
 )
-from fedlora.types import (
+from fedlora.core import techniques
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
     Client,
     Factors,
     LocalPlan,
@@ -51,9 +45,25 @@ from fedlora.types import (
     Setting,
     Switching,
     Update,
-    at_least,
-    one_of,
 )
+from fedlora.techniques.switchlora.init import (
+    SIDES,
+    Side,
+    check_rank,
+)
+from fedlora.techniques.switchlora.layer import SwitchLayer
+from fedlora.techniques.switchlora.local import start_layer
+from fedlora.techniques.switchlora.replica import (
+    ALTERNATE,
+    DIGEST_BYTES,
+    LAYER,
+    PRODUCT,
+    Replica,
+    Timetable,
+    news,
+    remembered,
+)
+from fedlora.wire.codec import WIRE_BYTES
 from strategies.base import LoRAStrategy, Setup
 
 log = logging.getLogger(__name__)

@@ -5,7 +5,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.types import Client, Factors, Payload, Ranks, Setting, Update
+from fedlora.core.types import (
+    Client,
+    Factors,
+    Payload,
+    Ranks,
+    Setting,
+    Update,
+)
 from strategies.base import LoRAStrategy, State
 
 

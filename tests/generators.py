@@ -12,10 +12,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.initial import initial_a
-from fedlora.seeding import mask_noise, torch_generator
-from fedlora.spp import alpha_of, factor, merged_gain, scale
-from fedlora.types import (
+from fedlora.algebra.init import initial_a
+from fedlora.core.seeding import mask_noise, torch_generator
+from fedlora.core.types import (
     Client,
     Factors,
     MaskedScale,
@@ -26,6 +25,12 @@ from fedlora.types import (
     Setting,
     SparseDelta,
     Update,
+)
+from fedlora.techniques.spp.scale import (
+    alpha_of,
+    factor,
+    merged_gain,
+    scale,
 )
 
 ALPHA = 12.0

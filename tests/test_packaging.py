@@ -18,6 +18,8 @@ from flwr.cli.build import build_fab_from_disk
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from fedlora.run.source_hash import NOT_SHIPPED
+
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -84,7 +86,10 @@ def install_for_a_run(bundle: Path, home: Path) -> subprocess.CompletedProcess[s
 
 
 def test_the_bundle_is_the_code_and_the_configuration(checkout, bundle):
+    excluded = tuple(p.removesuffix("**") for p in PROJECT["tool"]["flwr"]["app"]["fab-exclude"])
     python = {p for p in files_below(checkout, *CODE, suffix=".py") if "/test_" not in p}
+    python = {p for p in python if not p.startswith(excluded)}
+    assert set(excluded) <= set(NOT_SHIPPED)
     configuration = files_below(checkout, "conf", suffix=".yaml")
     rest = {"pyproject.toml", ".info/CONTENT"}
     assert configuration

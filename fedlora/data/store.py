@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.cache import locked
+from fedlora.core.cache import locked
+from fedlora.core.errors import DataError
 from fedlora.data.build import (
     ARRAYS,
     CHECKED,
@@ -25,7 +26,7 @@ from fedlora.data.build import (
     write_store,
 )
 from fedlora.data.encode import Tokenizer
-from fedlora.data.records import SPLITS, DataError
+from fedlora.data.records import SPLITS
 from fedlora.data.source import Source
 from fedlora.data.template import prompt
 

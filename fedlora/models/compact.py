@@ -10,10 +10,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from fedlora.cache import cache_root, locked
-from fedlora.models.folder import ModelError, fingerprint, weight_files
-from fedlora.prune import masks
-from fedlora.prune.stored import inspect, tensors
+from fedlora.core.cache import cache_root, locked
+from fedlora.core.errors import ModelError
+from fedlora.models import masks
+from fedlora.models.folder import fingerprint, weight_files
+from fedlora.models.stored import inspect, tensors
 
 FILE = "sparse.safetensors"
 _INDEX = "model.safetensors.index.json"

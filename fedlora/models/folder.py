@@ -8,11 +8,13 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from fedlora.core.errors import ModelError
+
 ASSETS_VARIABLE = "FEDLORA_ASSETS"
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 MASKS = "masks.safetensors"
-"""Beside the weights of a pruned model, and none of them (`fedlora.prune.masks`)."""
+"""Beside the weights of a pruned model, and none of them (`fedlora.models.masks`)."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_PARTS = (
     *TOKENIZER,
@@ -23,10 +25,6 @@ TOKENIZER_PARTS = (
 )
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two trainings apart
-
-
-class ModelError(RuntimeError):
-    """A base model that cannot be used, in a sentence for the person who named it."""
 
 
 def _asset_folders() -> Iterator[Path]:

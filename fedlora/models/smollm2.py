@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedlora.cache import cache_root
-from fedlora.models.folder import ModelError
+from fedlora.core.cache import cache_root
+from fedlora.core.errors import ModelError
 
 VERSION = 1  # of the conversion: part of the cache's key
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"

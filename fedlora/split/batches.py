@@ -2,7 +2,7 @@
 
 A client of a split goes through its data epoch by epoch across rounds, so its steps are counted
 from the first: step ``t`` is step ``t`` of an unsplit client whose only round is as long
-(`fedlora.batches.step_indices` with ``round=1``), with the same dropout masks.
+(`fedlora.data.batches.step_indices` with ``round=1``), with the same dropout masks.
 """
 
 import math
@@ -14,9 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.batches import Batch, TokenExample, collate, first_target
-from fedlora.seeding import dropout_seeds, generator
-from fedlora.types import LocalPlan
+from fedlora.core.seeding import dropout_seeds, generator
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import (
+    Batch,
+    TokenExample,
+    collate,
+    first_target,
+)
 
 ROUND = 1
 """Streams of a split client are those of this round, whatever round it is."""

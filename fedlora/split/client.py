@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.batches import TokenExample
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import Span, Stage, Stages
-from fedlora.seeding import torch_seed
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
+from fedlora.split.compression import Parts
 from fedlora.split.loss import summed_loss
-from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Down, Opening, Up
-from fedlora.split.wire import Parts
-from fedlora.types import LocalPlan
+from fedlora.split.trainable import Party
 
 
 @dataclass(frozen=True)

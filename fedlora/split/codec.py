@@ -6,8 +6,8 @@ both, and of a node's state:
     split   ConfigRecord  header (JSON): one entry per client; worker, source, wire in a request
     arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters, memory
 
-Activations and gradients are the arrays that `fedlora.split.wire` made, so both transports carry
-the same bits.
+Activations and gradients are the arrays that `fedlora.split.compression` made, so both transports
+carry the same bits.
 """
 
 import functools
@@ -22,12 +22,23 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.codec import decode_payload, encode_payload, plan_from_json, plan_to_json
-from fedlora.config import build, describe
+from fedlora.core.config import build, describe
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.split.batches import Labels, Shape
-from fedlora.split.party import Memory
 from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks
+from fedlora.split.trainable import Memory
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    plan_from_json,
+    plan_to_json,
+)
 
 Arrays = dict[str, NDArray[Any]]
 Answer = Up | Failure
@@ -59,7 +70,7 @@ def encode_downs(
     Args:
         downs: by client.
         openings: of those that have not been opened in this round.
-        worker, source, wire: as in `fedlora.codec.encode_jobs`.
+        worker, source, wire: as in `fedlora.wire.codec.encode_jobs`.
     """
     arrays: Arrays = {}
     header = {}

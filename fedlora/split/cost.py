@@ -17,9 +17,9 @@ arXiv:2004.12088 (SplitFed) and Lin et al., arXiv:2407.00952 (SplitLoRA); the fo
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedlora.core.checks import at_least, one_of
+from fedlora.split.compression import Wire
 from fedlora.split.shapes import Block, Shapes, Split
-from fedlora.split.wire import Wire
-from fedlora.types import at_least, one_of
 
 LABEL_BYTES = 5
 """Per token that the server computes a loss for: an int32 label and a byte of its mask."""

@@ -5,13 +5,13 @@ from typing import Protocol
 
 from flwr.app import RecordDict
 
+from fedlora.core.types import Client, Failure
 from fedlora.split.codec import decode_ups, encode_downs
 from fedlora.split.protocol import Down, Opening, Up
-from fedlora.types import Client, Failure
 
 
 class Hall(Protocol):
-    """Where clients are met: `fedlora.carrier.Hall`."""
+    """Where clients are met: `fedlora.server.flower.Hall`."""
 
     @property
     def worker(self) -> str: ...

@@ -8,11 +8,16 @@ a count of steps; nothing else may matter.
 
 from dataclasses import dataclass, field
 
+from fedlora.core.checks import at_least
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    LocalPlan,
+)
 from fedlora.split.batches import Labels, Shape
+from fedlora.split.compression import Parts, Wire
 from fedlora.split.noise import Noise
-from fedlora.split.party import Memory
-from fedlora.split.wire import Parts, Wire
-from fedlora.types import Adapter, Client, LocalPlan, at_least
+from fedlora.split.trainable import Memory
 
 
 @dataclass(frozen=True)

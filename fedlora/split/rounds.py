@@ -15,17 +15,28 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from fedlora.batches import TokenExample
-from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
-from fedlora.engine.loop import Trace
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Failure,
+    Update,
+    payload_tensors,
+)
+from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
+from fedlora.server.validation import check_update
 from fedlora.split.client import SplitClient
-from fedlora.split.party import Memory
+from fedlora.split.compression import Parts
 from fedlora.split.protocol import Down, Opening, Up, label_bytes, parts_bytes
 from fedlora.split.server import Answer, SplitServer
-from fedlora.split.wire import Parts
-from fedlora.types import Adapter, Client, Failure, Update, payload_tensors
-from fedlora.validation import check_update
+from fedlora.split.trainable import Memory
+from fedlora.training.loop import Trace
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    payload_bytes,
+    update_bytes,
+)
 
 PATIENCE = 2
 """Answers in a row that may be missing or wrong, before a client is out for the round."""

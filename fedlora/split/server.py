@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.seeding import generator, torch_seed
+from fedlora.core.types import Client, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stage, Stages
-from fedlora.seeding import generator, torch_seed
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
+from fedlora.split.compression import Parts, Wire
 from fedlora.split.loss import Loss, summed_loss
-from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Terms, Up
-from fedlora.split.wire import Parts, Wire
-from fedlora.types import Client, LocalPlan, at_least, one_of
+from fedlora.split.trainable import Party
 
 UPDATES = ("concat", "sequential", "per_client")
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedlora.core.checks import at_least
 from fedlora.models.modules import find_modules
 from fedlora.models.stages import block_of
-from fedlora.types import at_least
 
 Reads = Literal["input", "attention", "middle", "inner"]
 """What a linear layer of a block reads: the block's (normed) input, the attention's output, the

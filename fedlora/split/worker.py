@@ -16,14 +16,18 @@ import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from fedlora.batches import TokenExample
+from fedlora.core.types import (
+    Client,
+    Failure,
+    Ranks,
+)
+from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
 from fedlora.split.client import SplitClient
 from fedlora.split.codec import Arrays, Request, opening, opening_header
-from fedlora.split.party import Memory
 from fedlora.split.protocol import Down, Opening, Up
 from fedlora.split.rounds import failed
-from fedlora.types import Client, Failure, Ranks
+from fedlora.split.trainable import Memory
 
 
 class SplitWorker:

@@ -12,12 +12,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.core.types import (
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    TrainJob,
+    Update,
+)
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine
 from fedlora.engine.sequential import Sequential
+from fedlora.engine.worker import worker
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update
-from fedlora.worker import worker
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,9 @@ def say(line: str) -> None:
 def main(overrides: list[str]) -> None:
     """The rounds of `simulations.run` with the same overrides."""
     # Here, for every process of the pool imports this module.
-    from fedlora.lock import claim
-    from simulations.compose import load
-    from simulations.federate import (
+    from fedlora.core.lock import claim
+    from simulations.app.compose import load
+    from simulations.app.federate import (
         build_parts,
         new_session,
         open_session,

@@ -25,24 +25,35 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.data.store import Example
-from fedlora.engine.loop import learning_rates, optimise
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
+from fedlora.split.compression import Wire
 from fedlora.split.cost import client_memory, split_traffic
 from fedlora.split.measure import saved_bytes
-from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.wire import Wire
+from fedlora.split.trainable import Party
 from fedlora.split.worker import SplitWorker
-from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks
-from simulations.bench.engine_cases import SEED, Case, Draw, World
+from fedlora.training.loop import learning_rates, optimise
+from simulations.bench.engine.cases import (
+    SEED,
+    Case,
+    Draw,
+    World,
+)
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 CLIENTS = 3

@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedlora.state import State
-from fedlora.techniques import SPP
-from fedlora.types import (
+from fedlora.algebra.state import State
+from fedlora.core.techniques import SPP
+from fedlora.core.types import (
     Client,
     Factors,
     LocalPlan,

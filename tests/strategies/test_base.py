@@ -6,12 +6,26 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message
 
-from fedlora.codec import decode_jobs, encode_results
-from fedlora.population import Roster
-from fedlora.session import EvaluationSchedule, Rounds, RunError, Session, WorkerDied
-from fedlora.tracking import Trackers
-from fedlora.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
-from simulations.grid import InProcessGrid
+from fedlora.core.errors import RunError, WorkerDied
+from fedlora.core.types import (
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+    Module,
+    Ranks,
+    Setting,
+    Update,
+)
+from fedlora.population.sampling import Roster
+from fedlora.run.tracking import Trackers
+from fedlora.server.session import (
+    EvaluationSchedule,
+    Rounds,
+    Session,
+)
+from fedlora.wire.codec import decode_jobs, encode_results
+from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean
 
 MODULES = (Module("q_proj", "attention", 6, 5),)

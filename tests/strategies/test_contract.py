@@ -7,7 +7,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import conf
-from fedlora.config import ConfigError, build
+from fedlora.core.config import build
+from fedlora.core.errors import ConfigError
 from strategies.base import LoRAStrategy
 from tests.strategies.laws import ABOUT, DOUBLE, LAWS, SINGLE, Law, Precision, why_not
 
@@ -102,7 +103,7 @@ def test_fedavg_and_fedit_differ_by_the_local_optimizer() -> None:
 def test_a_server_optimizer_is_refused_where_it_means_nothing() -> None:
     node = {
         "_target_": "strategies.heterolora.HeteroLoRA",
-        "server_optimizer": {"_target_": "fedlora.server_optimizer.FedAvgM"},
+        "server_optimizer": {"_target_": "fedlora.algebra.server_optimizer.FedAvgM"},
     }
     with pytest.raises(ConfigError, match="strategy: unknown key 'server_optimizer'"):
         build(node, LoRAStrategy, "strategy")

@@ -5,9 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.linalg import average, exactness_gap, shares, weighted_delta
-from fedlora.server_optimizer import FedAdam, FedAvgM
-from fedlora.types import Ranks
+from fedlora.algebra.linalg import (
+    average,
+    exactness_gap,
+    shares,
+    weighted_delta,
+)
+from fedlora.algebra.server_optimizer import FedAdam, FedAvgM
+from fedlora.core.types import Ranks
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

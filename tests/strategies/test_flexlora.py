@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from fedlora.linalg import (
+from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
     covered_shares,
@@ -18,9 +18,13 @@ from fedlora.linalg import (
     svd,
     weighted_delta,
 )
-from fedlora.server_optimizer import FedAvgM
-from fedlora.state import State
-from fedlora.types import Ranks, Setting, Update
+from fedlora.algebra.server_optimizer import FedAvgM
+from fedlora.algebra.state import State
+from fedlora.core.types import (
+    Ranks,
+    Setting,
+    Update,
+)
 from strategies.flexlora import FlexLoRA
 from tests.generators import dense, seeds, setting, single_module_setting, vector_updates
 from tests.strategies.laws import after_rounds, close, cohort

@@ -7,8 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.selfprune import prune_adapter, shrunk_ranks
-from fedlora.types import Factors, LocalPlan, Ranks, SelfPrune
+from fedlora.core.types import (
+    Factors,
+    LocalPlan,
+    Ranks,
+    SelfPrune,
+)
+from fedlora.training.self_pruning import prune_adapter, shrunk_ranks
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
     dense,

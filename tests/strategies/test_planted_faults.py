@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.spp import placed
-from fedlora.state import State
-from fedlora.types import (
+from fedlora.algebra.state import State
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
@@ -24,6 +23,7 @@ from fedlora.types import (
     Switching,
     Update,
 )
+from fedlora.techniques.spp.scale import placed
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
@@ -116,7 +116,7 @@ def residual_forgotten(
 ) -> State:
     """Both factors averaged, each by itself, and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedlora.switch.replica.residual", lambda result: None)
+        patch.setattr("fedlora.techniques.switchlora.replica.residual", lambda result: None)
         return right(state, updates)
 
 

@@ -8,9 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.linalg import factors_of_rank, svd
-from fedlora.seeding import mask_noise
-from fedlora.types import LocalPlan, Ranks, SparseDelta, Update
+from fedlora.algebra.linalg import factors_of_rank, svd
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
+    LocalPlan,
+    Ranks,
+    SparseDelta,
+    Update,
+)
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

@@ -9,24 +9,35 @@ import pytest
 import torch
 from flwr.app import Message
 
-import fedlora.split.conduct
-from fedlora.batches import collate, step_indices
-from fedlora.checkpoint import state_hash
-from fedlora.engine.forward import supervised_logits
-from fedlora.models.folder import ModelError
+import fedlora.split.run_round
+from fedlora.algebra.state import State, unpack
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Ranks,
+    Setting,
+    Update,
+)
+from fedlora.data.batches import collate, step_indices
+from fedlora.models.forward import supervised_logits
 from fedlora.models.stages import Span, block_of
-from fedlora.population import Roster
-from fedlora.session import EvaluationSchedule, Rounds, Session
+from fedlora.population.sampling import Roster
+from fedlora.run.checkpoint import state_hash
+from fedlora.run.tracking import Trackers
+from fedlora.server.session import (
+    EvaluationSchedule,
+    Rounds,
+    Session,
+)
 from fedlora.split.codec import decode_downs, encode_ups
-from fedlora.split.conduct import SERVER
-from fedlora.split.ground import Ground
+from fedlora.split.compression import Wire
+from fedlora.split.context import Ground
+from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
 from fedlora.split.worker import SplitWorker
-from fedlora.state import State, unpack
-from fedlora.tracking import Trackers
-from fedlora.types import Client, Factors, LocalPlan, Ranks, Setting, Update
-from simulations.grid import InProcessGrid
+from simulations.app.grid import InProcessGrid
 from strategies.base import Setup
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
@@ -110,7 +121,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     def make(**more: Any) -> World:
         made = World(tmp_path / str(len(list(tmp_path.iterdir()))), **more)
         made.folder.mkdir()
-        monkeypatch.setattr(fedlora.split.conduct, "ground", lambda _: made.ground)
+        monkeypatch.setattr(fedlora.split.run_round, "ground", lambda _: made.ground)
         return made
 
     return make
@@ -180,8 +191,8 @@ def test_two_rounds_are_one_with_an_average_in_it(world: Any, options: dict[str,
 def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     """A round of one client is its training, cut or not: the path from the session to the stages
     adds nothing."""
-    from fedlora.engine.loop import optimise
     from fedlora.split.batches import ROUND
+    from fedlora.training.loop import optimise
 
     w = world(plan=replace(PLAN, clip=0.0))
     m = method()
@@ -423,8 +434,8 @@ def test_a_tail_without_adapters_is_refused(world: Any) -> None:
 
 def test_rates_run_over_rounds(world: Any) -> None:
     """A schedule over the run's steps; a server's peak of its own; clients at a constant rate."""
-    from fedlora.engine.loop import learning_rates
-    from fedlora.split.conduct import Play
+    from fedlora.split.run_round import Play
+    from fedlora.training.loop import learning_rates
 
     plan = replace(PLAN, schedule="linear", warmup=0.25)
     m = method(horizon=8, client_schedule="constant", server_lr=0.5)

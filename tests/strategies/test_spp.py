@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
-from fedlora.engine.loop import optimise
-from fedlora.initial import initial_a
-from fedlora.prune.masks import identity
-from fedlora.seeding import torch_seed
-from fedlora.spp import factor, mean_factor, sent
-from fedlora.types import (
+from fedlora.algebra.init import initial_a
+from fedlora.core.errors import RejectedUpdate
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import (
     Client,
     LocalPlan,
     MaskedScale,
@@ -26,10 +23,23 @@ from fedlora.types import (
     payload_floats,
     payload_tensors,
 )
-from fedlora.validation import RejectedUpdate, change_norm, check_update
+from fedlora.models.masks import identity
+from fedlora.server.validation import change_norm, check_update
+from fedlora.techniques.spp.scale import (
+    factor,
+    mean_factor,
+    sent,
+)
+from fedlora.training.loop import optimise
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    payload_bytes,
+    update_bytes,
+)
 from strategies.base import Setup
 from strategies.spp import SPP
-from tests.fedlora.models.pruned import pruned
+from tests.fedlora.prune.models import pruned
 from tests.generators import ALPHA, MASK, factors, gain, setting, trained
 
 M, N, RANKS = 13, 9, (8, 4, 2, 8, 1)
@@ -134,7 +144,7 @@ def test_averaging_alpha_and_beta_apart_loses_the_covariance(caplog):
 
 
 def _alpha(payload: MaskedScale) -> Tensor:
-    from fedlora.spp import alpha_of
+    from fedlora.techniques.spp.scale import alpha_of
 
     return alpha_of(payload, "w").double()
 

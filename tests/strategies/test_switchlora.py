@@ -5,10 +5,24 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.codec import encode_payload, update_bytes
-from fedlora.seeding import torch_generator
-from fedlora.switch.replica import ALTERNATE, DIGEST_BYTES, PRODUCT, Replica, news, residual, shared
-from fedlora.types import Factors, LocalPlan, Rebased, Switching, Update
+from fedlora.core.seeding import torch_generator
+from fedlora.core.types import (
+    Factors,
+    LocalPlan,
+    Rebased,
+    Switching,
+    Update,
+)
+from fedlora.techniques.switchlora.replica import (
+    ALTERNATE,
+    DIGEST_BYTES,
+    PRODUCT,
+    Replica,
+    news,
+    residual,
+    shared,
+)
+from fedlora.wire.codec import encode_payload, update_bytes
 from strategies.base import Setup
 from strategies.flexlora import FlexLoRA
 from strategies.slora import SLoRA
@@ -45,8 +59,8 @@ def test_the_server_s_model_is_the_mean_of_its_clients(mode):
 
 def test_planted_fault_factors_of_clients_that_exchange_alone():
     """O0: averaging A and B of clients whose bases went apart misses by more than the update."""
-    from fedlora.switch.layer import begin
-    from tests.fedlora.switch.test_layer import play
+    from fedlora.techniques.switchlora.layer import begin
+    from tests.fedlora.techniques.switchlora.test_layer import play
 
     ends, g = [], torch_generator(0, "test-apart")
     for k in range(3):

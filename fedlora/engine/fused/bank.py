@@ -13,7 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.types import Adapter, Factors, Module
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    Module,
+)
 
 
 class Views(NamedTuple):

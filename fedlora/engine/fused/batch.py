@@ -16,7 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.batches import PAD, Batch, TokenExample, first_target
+from fedlora.data.batches import (
+    PAD,
+    Batch,
+    TokenExample,
+    first_target,
+)
 from fedlora.engine.fused.bank import Layout
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices

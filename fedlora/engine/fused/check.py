@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
-from fedlora.seeding import torch_generator
 
 LENGTHS = (5, 2, 9, 1)
 WINDOW_TRIED = 512

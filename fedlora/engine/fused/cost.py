@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.cache import cache_root, locked
+from fedlora.core.cache import cache_root, locked
+from fedlora.core.checks import at_least
 from fedlora.engine.fused.schedule import Schedule, Work, cost
-from fedlora.types import at_least
 
 log = logging.getLogger(__name__)
 

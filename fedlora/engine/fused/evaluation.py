@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora import evaluate
-from fedlora.batches import TokenExample, check_vocabulary
+from fedlora.core.types import (
+    Adapter,
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    Payload,
+)
+from fedlora.data.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
+from fedlora.evaluation import metrics as evaluate
 from fedlora.models.modules import check_adapter
-from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload
 
 log = logging.getLogger(__name__)
 

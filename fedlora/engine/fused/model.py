@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.engine.forward import supervised_hidden, supervised_logits
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import (
     FusedBatch,
@@ -20,6 +19,7 @@ from fedlora.engine.fused.batch import (
 )
 from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
+from fedlora.models.forward import supervised_hidden, supervised_logits
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dropout_bits, stored_transposed
 from fedlora.models.ragged import RaggedAttention, ragged

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
 
-from fedlora.types import at_least
+from fedlora.core.checks import at_least
 
 
 @dataclass(frozen=True)

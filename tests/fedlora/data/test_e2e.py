@@ -12,13 +12,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.batches import collate
-from fedlora.data import E2E, SPLITS, DataError, TokenStore, prepare
-from fedlora.data.__main__ import main
+from fedlora.core.errors import DataError
+from fedlora.data import (
+    E2E,
+    SPLITS,
+    TokenStore,
+    prepare,
+)
+from fedlora.data.batches import collate
 from fedlora.data.e2e import FILES, attributes, context, sentence
 from fedlora.data.encode import Encoder
 from fedlora.data.records import Record
 from fedlora.data.template import CONTEXT, INSTRUCTION
+from simulations.tools.data import main
 
 from .conftest import CharacterTokenizer, shared_file
 

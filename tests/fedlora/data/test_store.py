@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import SPLITS, DataError, Record, TokenStore, build, prepare
+from fedlora.core.errors import DataError
+from fedlora.data import (
+    SPLITS,
+    Record,
+    TokenStore,
+    build,
+    prepare,
+)
 from fedlora.data.encode import Encoder
 from fedlora.data.store import store_key
 

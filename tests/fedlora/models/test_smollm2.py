@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.cache import VARIABLE
-from fedlora.models.folder import ModelError
+from fedlora.core.cache import VARIABLE
+from fedlora.core.errors import ModelError
 from fedlora.models.smollm2 import converted, unpermute
 from fedlora.models.spec import SmolLM2
 

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import fedlora
-from fedlora.config import ConfigError, build, describe
+from fedlora.core.config import build, describe
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.models import folder as folders
-from fedlora.models.folder import ModelError, find_assets
+from fedlora.models.folder import find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
-from simulations.compose import load
+from simulations.app.compose import load
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.batches import step_indices
+from fedlora.core.seeding import dropout_seeds
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import step_indices
 from fedlora.models.stages import Span, Stages
-from fedlora.seeding import dropout_seeds
 from fedlora.split.batches import ROUND, Labels, Order, Seeds, Shape, pack, pad, step_of
-from fedlora.types import LocalPlan
 from tests.fedlora.engine.world import examples
 from tests.fedlora.split.world import MODELS
 

@@ -5,12 +5,17 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, RecordDict
 
+from fedlora.core.types import (
+    Client,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
+from fedlora.split.compression import Wire
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.split.wire import Wire
-from fedlora.types import Client, Failure, LocalPlan, Ranks
 from tests.fedlora.split.world import MODELS, assert_same, assert_same_memory, start
 
 MODEL = MODELS["llama"](double=False)

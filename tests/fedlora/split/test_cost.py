@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import find_modules
+from fedlora.split.compression import Wire
 from fedlora.split.cost import (
     Device,
     Step,
@@ -28,7 +29,6 @@ from fedlora.split.cost import (
 )
 from fedlora.split.measure import counted_flops, saved_bytes
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.wire import Wire
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import adapter, wrap
 

@@ -9,12 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    Failure,
+    LocalPlan,
+)
 from fedlora.split.batches import Labels, Shape
+from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut, Down, Terms, Up
 from fedlora.split.rounds import Finished, Link, play
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.types import Adapter, Factors, Failure, LocalPlan
 from tests.fedlora.engine.world import SEED
 from tests.fedlora.split.world import (
     MODELS,

@@ -6,17 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.engine.loop import optimise
+from fedlora.core.types import Adapter, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.split.batches import ROUND
+from fedlora.split.compression import Wire
 from fedlora.split.cost import split_traffic
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, play
 from fedlora.split.server import Rule
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.wire import Wire
-from fedlora.types import Adapter, LocalPlan
+from fedlora.training.loop import optimise
 from tests.fedlora.engine.world import SEED, example, examples
 from tests.fedlora.split.world import (
     BLOCKS,

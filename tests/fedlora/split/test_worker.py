@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.types import Failure, LocalPlan
 from fedlora.models.stages import Stages
 from fedlora.split.batches import Seeds
 from fedlora.split.client import SplitClient
+from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, Link, play
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.types import Failure, LocalPlan
 from tests.fedlora.engine.world import SEED, FakeExample, example, examples
 from tests.fedlora.split.world import (
     MODELS,

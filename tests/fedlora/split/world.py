@@ -7,20 +7,26 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedlora.batches import num_steps
-from fedlora.engine.loop import learning_rates
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+)
+from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import Seeds
 from fedlora.split.codec import decode_downs, encode_ups
+from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
-from fedlora.split.party import Memory, Party
 from fedlora.split.protocol import Cut, Opening, Terms
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.split.wire import Wire
+from fedlora.split.trainable import Memory, Party
 from fedlora.split.worker import SplitWorker
-from fedlora.types import Adapter, Client, Factors, Failure, LocalPlan
+from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
 from tests.fedlora.models.networks import adapter, wrap

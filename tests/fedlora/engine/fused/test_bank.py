@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.types import Factors
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
-from fedlora.types import Factors
 from tests.fedlora.models.networks import same
 from tests.generators import ALPHA, MODULES, factors
 

@@ -7,11 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.batches import PAD, collate
+from fedlora.core.types import Factors, Module
+from fedlora.data.batches import PAD, collate
 from fedlora.engine.fused import batch as batches
 from fedlora.engine.fused.bank import Layouts
 from fedlora.engine.fused.batch import Lane, padded_batch, ragged_batch
-from fedlora.types import Factors, Module
 from tests.fedlora.engine.world import example
 
 MODULES = (Module("w", "attention", 5, 6),)

@@ -10,15 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora import evaluate
-from fedlora.engine.fused import Auto, Fused, cost
-from fedlora.engine.fused.cost import CostModel, Sample
-from fedlora.engine.fused.engine import AutoEngine, FusedEngine
-from fedlora.engine.fused.model import FusedModel
-from fedlora.engine.fused.schedule import POLICIES
-from fedlora.engine.sequential import SequentialEngine
-from fedlora.seeding import mask_noise
-from fedlora.types import (
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
@@ -30,6 +23,13 @@ from fedlora.types import (
     TrainJob,
     Update,
 )
+from fedlora.engine.fused import Auto, Fused, cost
+from fedlora.engine.fused.cost import CostModel, Sample
+from fedlora.engine.fused.engine import AutoEngine, FusedEngine
+from fedlora.engine.fused.model import FusedModel
+from fedlora.engine.fused.schedule import POLICIES
+from fedlora.engine.sequential import SequentialEngine
+from fedlora.evaluation import metrics as evaluate
 from tests.fedlora.engine.peft_loop import reference
 from tests.fedlora.engine.world import (
     SEED,

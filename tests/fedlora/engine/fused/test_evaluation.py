@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import evaluate
+from fedlora.core.types import (
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    SparseDelta,
+)
 from fedlora.engine.fused import Fused, evaluation
 from fedlora.engine.sequential import Sequential
-from fedlora.types import EvaluateJob, EvaluatePlan, Evaluation, SparseDelta
+from fedlora.evaluation import metrics as evaluate
 from tests.fedlora.engine.world import EOS, NETWORKS, FakeStore, client, example, examples, model
 from tests.fedlora.models.networks import VOCABULARY, adapter
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from fedlora.core.types import Factors, Module
 from fedlora.engine.fused import kernels
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Lane, Spread, ragged_batch
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.layers import dropped_share, survivors, threshold
-from fedlora.types import Factors, Module
 from tests.fedlora.engine.world import exact, examples, model, start
 from tests.fedlora.models.networks import llama
 

@@ -1,0 +1,316 @@
+"""A round of SplitLoRA as its strategy plays it: stages and parties out of the server's state, the
+itinerary, averages on the way, and the state that comes of it.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
+
+from fedlora.algebra.state import (
+    State,
+    order,
+    pack,
+    prefixed,
+    under,
+    unpack,
+)
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+    TrainJob,
+    Update,
+)
+from fedlora.data.batches import num_steps
+from fedlora.models.layers import LowRank
+from fedlora.server.flower import Conducted, Hall
+from fedlora.split.batches import Seeds
+from fedlora.split.compression import Wire
+from fedlora.split.context import Ground, ground
+from fedlora.split.cost import client_memory, client_work
+from fedlora.split.link import MessageLink
+from fedlora.split.noise import Noise
+from fedlora.split.protocol import Cut, Opening, Terms
+from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
+from fedlora.split.server import Guest, Rule, SplitServer
+from fedlora.split.shapes import Split, shapes_of
+from fedlora.split.trainable import Memory, Party
+from fedlora.training.loop import learning_rates
+
+SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
+"""Parts of the server's state: its own adapters, what optimizers remember, adapters per client."""
+HOST = -1
+"""The server where an average counts it as one more client."""
+
+
+class SplitMethod(Protocol):
+    """What a round has to know of its strategy, documented on `strategies.splitlora.SplitLoRA`."""
+
+    @property
+    def tail(self) -> int: ...
+    @property
+    def rule(self) -> Rule: ...
+    @property
+    def average_every(self) -> int: ...
+    @property
+    def transport(self) -> str: ...
+    @property
+    def keep_graphs(self) -> bool: ...
+    @property
+    def activations(self) -> Wire: ...
+    @property
+    def gradients(self) -> Wire: ...
+    @property
+    def noise(self) -> Noise: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def server_lr(self) -> float: ...
+    @property
+    def client_schedule(self) -> str: ...
+    @property
+    def horizon(self) -> int: ...
+    @property
+    def memory(self) -> str: ...
+    def cut_of(self, state: State, client: Client) -> Cut: ...
+    def copy_of(self, state: State, client: Client) -> dict[str, Factors]: ...
+    def start_adapter(self, state: State, client: Client) -> Adapter: ...
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
+
+
+def server_state(adapter: Adapter) -> dict[str, Tensor]:
+    """The server's own adapters as they stand in the state."""
+    return pack(adapter, SERVER) | {f"{SERVER}order": order(adapter)}
+
+
+class Play:
+    """A round from jobs to results.
+
+    Args:
+        method: the strategy.
+        state: of the server.
+        jobs: of the round's clients, who all have the same plan.
+        hall: where clients are met.
+
+    Raises:
+        ModelError: if the model cannot be cut there.
+    """
+
+    def __init__(
+        self, method: SplitMethod, state: State, jobs: Sequence[TrainJob], hall: Hall
+    ) -> None:
+        self.method, self.state, self.hall = method, state, hall
+        self.jobs = {j.client.id: j for j in jobs}
+        self.ground: Ground = ground(hall.worker)
+        self.plan = jobs[0].plan
+        self.terms = Terms(
+            seed=jobs[0].seed,
+            activations=method.activations,
+            gradients=method.gradients,
+            noise=method.noise,
+            smoothing=method.label_smoothing,
+            keep_graphs=method.keep_graphs,
+        )
+        self.cuts = {i: method.cut_of(state, j.client) for i, j in self.jobs.items()}
+        for cut in self.cuts.values():
+            self.ground.check(cut)
+        blocks = int(state["blocks"])
+        if method.tail > 0 and blocks != self.ground.stages.blocks:
+            raise ModelError(
+                f"strategy.tail={method.tail}: the last adapter of the model lies in block "
+                f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
+                "the last block"
+            )
+        self.openings = {i: self._opening(i) for i in self.jobs}
+        self.copies = {
+            i: method.copy_of(state, j.client)
+            for i, j in self.jobs.items()
+            if method.rule.update == "per_client"
+        }
+        self.server = self._server()
+
+    def conducted(self) -> Conducted:
+        itinerary = self._itinerary()
+        if not int(self.state["steps"]):
+            self._announce()
+        found = play(
+            self._link(),
+            self.server,
+            itinerary,
+            self._average,
+            self.hall.say,
+            lambda step, loss: self.hall.step(step, itinerary.length, loss),
+        )
+        results: list[Update | Failure] = []
+        for i, end in found.items():
+            if isinstance(end, Failure):
+                results.append(end)
+                continue
+            n = self.ground.store.count(i, "train")
+            metrics = dict(end.metrics) | self._costs(i, end.metrics)
+            results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
+        good = {i: end for i, end in found.items() if isinstance(end, Finished)}
+        if self.terms.noise.sigma:
+            self._account(good)
+        return Conducted(self._after(good, itinerary.length), results)
+
+    def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
+        bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
+        cut, rows = self.cuts[i], metrics["exchanged_tokens"]
+        split = Split(cut.first, cut.tail if cut.u_shaped else None)
+        ranks = {p: f.rank for p, f in self.openings[i].adapter.items()}
+        dropout = self.plan.dropout > 0
+        try:
+            shapes = shapes_of(self.ground.model.network, ranks)
+            length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
+            work = client_work(shapes, split, max(1, length))
+            widest = int(metrics["step_tokens"])
+            supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
+            held = client_memory(shapes, split, widest, dropout=dropout, supervised=supervised)
+        except ValueError:
+            return {}
+        return {
+            "client_flops": rows * (work.forward + work.backward),
+            "client_memory": float(held.total),
+        }
+
+    def _announce(self) -> None:
+        """What whoever runs this should know before the first round."""
+        method, blocks = self.method, self.ground.stages.blocks
+        cuts = sorted({c.first for c in self.cuts.values()})
+        held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
+        if method.tail >= 0:
+            held += f" and the last {method.tail} with the head; labels stay with them"
+        else:
+            held += "; the server is given the labels, which are the text itself"
+        self.hall.say(f"split: {held}; {method.rule.update}, {method.transport}")
+
+    def _account(self, found: Mapping[int, Finished]) -> None:
+        """Say what the noise guarantees after the steps so far."""
+        releases = rows = 0
+        for i, end in found.items():
+            held = self.ground.examples_of(i, self.plan, self.terms.seed)
+            releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
+            rows = max(rows, *(len(e.input_ids) - 1 for e in held))
+        if releases:
+            self.hall.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
+
+    def _link(self) -> LocalLink | MessageLink:
+        if self.method.transport == "messages":
+            return MessageLink(self.hall, self.openings)
+        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.hall.wire)
+
+    def _opening(self, i: int) -> Opening:
+        job = self.jobs[i]
+        assert isinstance(job.start, Mapping)
+        memory = self._memory(f"{i}/")
+        return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
+
+    def _memory(self, whose: str) -> Memory:
+        return under(self.state, f"{MEMORY}{whose}") if self.method.memory == "keep" else {}
+
+    def _server(self) -> SplitServer:
+        guests = {
+            i: Guest(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
+            for i, j in self.jobs.items()
+        }
+        if self.method.rule.update == "per_client":
+            parties = {i: self._party(copy, f"server{i}/") for i, copy in self.copies.items()}
+        else:
+            own = unpack(self.state, float(self.state["alpha"]), SERVER)
+            parties = {HOST: self._party(own, "server/")}
+        stages = self.ground.stages
+        return SplitServer(stages, parties, guests, self.plan, self.method.rule, self.terms)
+
+    def _party(self, adapter: Adapter, whose: str) -> Party:
+        updates = self.ground.model.updates(adapter, self.plan.dropout)
+        factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
+        return Party(factors, self.plan, self._memory(whose))
+
+    def _itinerary(self) -> Itinerary:
+        """
+        Raises:
+            ValueError: if the averages do not fit into the round.
+        """
+        plan, seed, every = self.plan, self.terms.seed, self.method.average_every
+        steps = {}
+        for i in self.jobs:
+            held = plan.batch_size
+            if not plan.steps:
+                with suppress(ValueError):  # nothing to train on: said when the client is opened
+                    held = len(self.ground.examples_of(i, plan, seed))
+            steps[i] = num_steps(held, plan)
+        length = max(steps.values())
+        if every and length % every:
+            raise ValueError(
+                f"strategy.average_every={every} does not divide the round's {length} steps "
+                "(client.steps): a round ends with an average"
+            )
+        of_clients = self._rates(length, plan)
+        if self.method.client_schedule == "constant":
+            of_clients = [plan.lr] * length
+        return Itinerary(
+            starts={i: o.adapter for i, o in self.openings.items()},
+            done={i: int(self.state["done"][i]) for i in self.jobs},
+            steps=steps,
+            server_rates=self._rates(length, replace(plan, lr=self.method.server_lr or plan.lr)),
+            client_rates=of_clients,
+            average_after=frozenset(range(every, length, every)) if every else frozenset(),
+        )
+
+    def _rates(self, length: int, plan: LocalPlan) -> list[float]:
+        horizon, done = self.method.horizon, int(self.state["steps"])
+        if not horizon:
+            return learning_rates(length, plan)
+        rates = learning_rates(horizon, plan)
+        return [rates[min(done + k, horizon - 1)] for k in range(length)]
+
+    def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
+        """In the middle of a round, by the same rule as at its end."""
+        updates = [
+            Update(self.jobs[i].client, adapters[i], self.jobs[i].client.num_examples)
+            for i in sorted(adapters)
+        ]
+        now = self._with_server(dict(self.state))
+        after = self.method.aggregate(now, updates)
+        for i, party in self.server.parties.items():
+            if i == HOST:
+                party.load(unpack(after, float(after["alpha"]), SERVER))
+            else:
+                party.load(self.method.copy_of(after, self.jobs[i].client))
+        self.state = after
+        return {i: self.method.start_adapter(after, self.jobs[i].client) for i in adapters}
+
+    def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state with the server's adapters as they are now."""
+        for i, party in self.server.parties.items():
+            if i == HOST:
+                state |= server_state(party.adapter())
+            else:
+                state |= pack(party.adapter(), f"{COPIES}{i}/")
+                state[f"{COPIES}{i}/order"] = order(party.adapter())
+        return state
+
+    def _after(self, found: Mapping[int, Finished], length: int) -> State:
+        """The state at the end of the exchanges."""
+        state = self._with_server(dict(self.state))
+        state["steps"] = state["steps"] + length
+        done = state["done"].clone()
+        for i, end in found.items():
+            done[i] = end.done
+        state["done"] = done
+        if self.method.memory == "keep":
+            for i, end in found.items():
+                state |= prefixed(end.memory, f"{MEMORY}{i}/")
+            for i, party in self.server.parties.items():
+                whose = "server/" if i == HOST else f"server{i}/"
+                state |= prefixed(party.memory(), f"{MEMORY}{whose}")
+        return state
