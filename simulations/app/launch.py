@@ -132,7 +132,7 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
     superlink = str(Path(sys.executable).parent / "flower-superlink")
     log = (home / "superlink.log").open("w")
-    guarded = [sys.executable, str(ROOT / "simulations" / "guard.py"), mark, str(home)]
+    guarded = [sys.executable, str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
     guard = subprocess.Popen(
         [*guarded, superlink, *command],
         stdin=subprocess.PIPE,

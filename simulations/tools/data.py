@@ -1,4 +1,4 @@
-"""Look at a data set: ``python -m simulations.tools.data {stats,show} data=<source> [key=value]``."""
+"""Look at a data set: ``simulations.tools.data {stats,show} data=<source> [key=value ...]``."""
 
 import argparse
 import os

@@ -28,7 +28,7 @@ from tests.simulations.app.launched import (
     until,
 )
 
-GUARD = ROOT / "simulations" / "guard.py"
+GUARD = ROOT / "simulations" / "app" / "guard.py"
 
 # ------------------------------------------------------------------------------------------ words
 

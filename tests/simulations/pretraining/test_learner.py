@@ -14,7 +14,7 @@ from fedlora.techniques.switchlora.init import SIDES
 from simulations.pretraining import learner, pretrain
 from simulations.pretraining.learner import Method
 from simulations.pretraining.recipe import build_model
-from tests.simulations.pretraining.test_pretrain import SMALL
+from tests.simulations.pretraining.test_pretrain import SMALL, documents  # noqa: F401
 
 SWITCH = Method("switchlora", rank=4, interval=4.0, ratio=10.0, freeze=2)
 FACTORS = [

@@ -32,7 +32,7 @@ LINE = (
     "07386821 11 n 02 moo 0 big_moo(a) 0 002 @ 07386300 n 0000 + 01055036 v 0101 | the sound made "
     'by a cow or bull; "we heard a moo in the dark"'
 )
-ASSETS = Path(pretrain.__file__).parents[1] / "fedlora" / "models" / "assets"
+ASSETS = Path(pretrain.__file__).parents[2] / "fedlora" / "models" / "assets"
 SMALL = recipe.Recipe(
     tokens=6 * 64,
     vocabulary=300,

@@ -117,7 +117,7 @@ def test_the_default_tokenizer_ships_with_the_package():
 
 def test_looking_at_data_imports_no_model_library():
     code = (
-        "import sys, fedlora.data.__main__; "
+        "import sys, simulations.tools.data; "
         "sys.exit(bool({'transformers', 'hydra', 'datasets', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
