@@ -469,7 +469,8 @@ def _status(folder: Path, session: Session) -> Iterator[None]:
 
 def _report(folder: Path, emit: Callable[[str], None]) -> None:
     """A finished run stays finished whatever happens to its pictures."""
-    from simulations.reporting.report import write_report  # matplotlib: seconds that a start need not wait
+    # matplotlib takes seconds that a start need not wait for
+    from simulations.reporting.report import write_report
 
     try:
         emit(f"report: {write_report(folder)}")
