@@ -12,13 +12,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedlora import checkpoint
-from fedlora.checkpoint import state_hash
-from fedlora.tracking import read_jsonl
-from simulations.client_app import app
-from simulations.compose import load
-from simulations.federate import run
-from simulations.grid import InProcessGrid
+from fedlora.run import checkpoint
+from fedlora.run.checkpoint import state_hash
+from fedlora.run.tracking import read_jsonl
+from simulations.app.client_app import app
+from simulations.app.compose import load
+from simulations.app.federate import run
+from simulations.app.grid import InProcessGrid
 from tests.regression.cases import OUTPUT, RESUME, ROUNDS, SMALL, Case
 from tests.regression.outcome import Outcome, columns, digest, kept, nameless, old_names
 

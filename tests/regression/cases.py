@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 RENAMED: dict[str, str] = {}
-"""Old name -> new name of what records and rows of clients hold (``train/loss``, ``delta_norm``)."""
+"""Old name -> new name of what records and clients' rows hold (``train/loss``)."""
 STATE_RENAMED: dict[str, str] = {}
 """Old beginning -> new beginning of the names of a state's tensors (``global/``)."""
 

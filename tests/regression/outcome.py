@@ -37,7 +37,7 @@ def _compared(name: str, value: Any) -> bool:
 
 
 def columns(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Numbers by what they are of (``round``, ``evaluate seen own``) and name, round after round."""
+    """Numbers by what they are of (``round``, ``evaluate seen own``) and name, by round."""
     found: dict[str, dict[str, list[Any]]] = {}
     for record in map(kept, records):
         of = " ".join(str(record[k]) for k in ("kind", "group", "adapter") if k in record)
