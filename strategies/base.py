@@ -12,7 +12,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.serverapp import Grid
@@ -21,17 +21,14 @@ from torch import Tensor
 
 from fedlora.algebra.state import State
 from fedlora.core.errors import RunError
-from fedlora.core.techniques import (
-    LORA,
-    TECHNIQUES,
-    require,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.technique import Technique, require
 from fedlora.core.types import (
+    Adapter,
     Client,
     Evaluation,
     Failure,
     LocalPlan,
-    Payload,
     Ranks,
     Setting,
     TrainJob,
@@ -44,6 +41,7 @@ from fedlora.server.flower import (
     WatchedGrid,
 )
 from fedlora.server.session import Session
+from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.codec import payload_bytes
 
 log = logging.getLogger(__name__)
@@ -74,6 +72,9 @@ class LoRAStrategy(Strategy):
     checkpoint holds exactly this, so everything that matters to the next round must be in it.
     """
 
+    technique: ClassVar[type[Technique]] = LoRA
+    """What its clients train: the technique whose results it averages."""
+
     def check(self, setup: Setup) -> None:
         """Refuse a combination before anything is loaded.
 
@@ -81,19 +82,14 @@ class LoRAStrategy(Strategy):
             ValueError: one sentence that says why and what to use instead.
         """
         nested = getattr(self, "aggregator", None)
-        if isinstance(nested, LoRAStrategy) and nested.technique != self.technique:
+        if isinstance(nested, LoRAStrategy) and nested.technique is not self.technique:
             raise ValueError(
                 f"strategy.aggregator={type(nested).__name__} averages "
-                f"{TECHNIQUES[nested.technique].averaged}, and {type(self).__name__} gives it "
-                f"{TECHNIQUES[self.technique].averaged}: use "
-                f"{TECHNIQUES[nested.technique].strategy} by itself, or another aggregator"
+                f"{nested.technique.averaged}, and {type(self).__name__} gives it "
+                f"{self.technique.averaged}: use {nested.technique.strategy} by itself, or another "
+                "aggregator"
             )
         require(setup.client, self.technique, type(self).__name__)
-
-    @property
-    def technique(self) -> str:
-        """The kind of local training whose results it averages (`fedlora.core.techniques`)."""
-        return LORA
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
         """Bytes that a real client is sent before it trains, given what it knows already.
@@ -115,8 +111,9 @@ class LoRAStrategy(Strategy):
         return client
 
     @abstractmethod
-    def start_adapter(self, state: State, client: Client) -> Payload:
-        """What an enlisted client starts the round from. Equal ranks must give equal payloads."""
+    def start_adapter(self, state: State, client: Client) -> Payload | Adapter:
+        """What an enlisted client starts the round from, as a payload or as plain factors. Equal
+        ranks must give equal ones."""
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
         """What an enlisted client does this round, given the configured plan."""
@@ -145,7 +142,7 @@ class LoRAStrategy(Strategy):
         return self.enlist(state, client).ranks
 
     @abstractmethod
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload | Adapter:
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:

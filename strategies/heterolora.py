@@ -37,10 +37,11 @@ from fedlora.core.types import (
     Factors,
     LocalPlan,
     Ranks,
-    SelfPrune,
     Setting,
     Update,
 )
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import with_pruning
 from strategies.base import LoRAStrategy
 
 GLOBAL = "global/"
@@ -133,7 +134,7 @@ class HeteroLoRA(LoRAStrategy):
         if not self.prune:
             return base
         prune = SelfPrune(weight=self.penalty_weight, gamma=self.gamma, min_rank=self.min_rank)
-        return replace(base, self_prune=prune)
+        return with_pruning(base, prune)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         names = list(updates[0].adapter)

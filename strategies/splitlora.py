@@ -15,8 +15,8 @@ differ, see docs/fidelity.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor
@@ -43,7 +43,6 @@ from fedlora.core.types import (
     Setting,
     TrainJob,
     Update,
-    is_low_rank,
 )
 from fedlora.models.stages import block_of, blocks_of
 from fedlora.server.flower import Conducted, Hall
@@ -58,6 +57,7 @@ from fedlora.split.run_round import (
     server_state,
 )
 from fedlora.split.server import Rule
+from fedlora.techniques.lora.payload import LowRankPayload
 from strategies.base import LoRAStrategy, Setup
 
 MODULES = "modules/"
@@ -189,7 +189,7 @@ class SplitLoRA(LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            if not is_low_rank(self.aggregator.start_adapter(nested, first)):
+            if not isinstance(self.aggregator.start_adapter(nested, first), Mapping):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
                     "updates or moves the base; the stages of a split train low-rank factors over "
@@ -230,11 +230,11 @@ class SplitLoRA(LoRAStrategy):
             if mine:
                 nested = under(state, part.prefix)
                 planned = self.aggregator.plan(nested, replace(client, ranks=mine), base)
-            changed = [f.name for f in fields(base) if _differ(planned, base, f.name)]
+            changed = list(_changed(planned, base, "client"))
             if changed:
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} changes what a client "
-                    f"does (client.{', client.'.join(changed)}), which a split client cannot do; "
+                    f"does ({', '.join(changed)}), which a split client cannot do; "
                     "with heterolora, set strategy.aggregator.prune=false"
                 )
         return base
@@ -336,12 +336,13 @@ class SplitLoRA(LoRAStrategy):
             ranks = part.ranks(u.client.ranks)
             if ranks:
                 who = replace(u.client, ranks=ranks)
-                mine.append(replace(u, client=who, payload=part.of(u.adapter)))
+                mine.append(replace(u, client=who, payload=LowRankPayload(part.of(u.adapter))))
             else:
                 served += u.num_examples
         if part.shared and served:
             host = self._host(state, part, served)
-            mine.insert(0, Update(host, {p: server[p] for p in host.ranks}, served))
+            own = LowRankPayload({p: server[p] for p in host.ranks})
+            mine.insert(0, Update(host, own, served))
         return mine
 
     def _completed(self, state: State, update: Update) -> Update:
@@ -351,7 +352,7 @@ class SplitLoRA(LoRAStrategy):
         own = dict(update.adapter) | copy
         order_ = [p for p in paths(state, "r", MODULES) if p in own]
         who = replace(update.client, ranks=Ranks({p: ranks[p] for p in order_}))
-        return replace(update, client=who, payload={p: own[p] for p in order_})
+        return replace(update, client=who, payload=LowRankPayload({p: own[p] for p in order_}))
 
     def copy_of(self, state: State, client: Client) -> dict[str, Factors]:
         """The server's adapters of one client under ``per_client``: as trained, or the average."""
@@ -386,5 +387,11 @@ def _within(setting: Setting, part: Part) -> Setting:
     )
 
 
-def _differ(a: LocalPlan, b: LocalPlan, name: str) -> bool:
-    return bool(getattr(a, name) != getattr(b, name))
+def _changed(a: object, b: object, name: str) -> Iterator[str]:
+    """The fields in which two values of one dataclass differ, those of its parts too."""
+    if not is_dataclass(a) or type(a) is not type(b):
+        if a != b:
+            yield name
+        return
+    for f in fields(a):
+        yield from _changed(getattr(a, f.name), getattr(b, f.name), f"{name}.{f.name}")

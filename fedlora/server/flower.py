@@ -164,7 +164,7 @@ class Carrier:
     def arrays(self) -> ArrayRecord:
         """The global adapter at the population's largest ranks, as Flower's model arrays."""
         session = self.session
-        adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
+        adapter = session.global_payload(session.setting.max_ranks)
         return ArrayRecord([encode_payload(adapter, session.rounds.wire)[0]])
 
     def messages(

@@ -9,21 +9,17 @@ from fedlora.algebra.linalg import (
     spectra,
     truncation_error,
 )
-from fedlora.algebra.state import State
+from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
     Failure,
-    Payload,
-    Ranks,
     Setting,
     Update,
-    is_low_rank,
 )
 
 
 class Averaging(Protocol):
-    """The hooks of a method that a diagnosis asks (`strategies.base.LoRAStrategy`)."""
+    """The hook of a method that a diagnosis asks (`strategies.base.LoRAStrategy`)."""
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
 
 
@@ -73,18 +69,18 @@ def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, 
 
 
 def diagnosis(
-    method: Averaging, state: State, setting: Setting, updates: Sequence[Update]
+    method: Averaging, whole: Payload, setting: Setting, updates: Sequence[Update]
 ) -> Mapping[str, float]:
     """What the aggregation kept and lost, where updates are low-rank factors.
 
     Args:
-        method: whose state it is.
-        state: after the aggregation.
+        method: which weights clients.
+        whole: the global update after the aggregation, as exactly as it is known.
         setting: for the population's rank patterns.
         updates: that were aggregated; at least one.
     """
-    adapter = method.global_adapter(state)
-    if not (is_low_rank(adapter) and is_low_rank(updates[0].payload)):
+    adapter = plain_factors(whole)
+    if adapter is None or plain_factors(updates[0].payload) is None:
         return {}
     # A split client sends what it holds of the model; what all have sent can be compared.
     sent = [p for p in adapter if all(p in u.adapter for u in updates)]

@@ -20,10 +20,12 @@ from fedlora.core.checks import (
 )
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.types import (
+    Adapter,
     Client,
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
+    Expected,
     Failure,
     LocalPlan,
     Payload,
@@ -72,10 +74,10 @@ class Method(Protocol):
 
     def init_state(self, setting: Setting) -> State: ...
     def enlist(self, state: State, client: Client) -> Client: ...
-    def start_adapter(self, state: State, client: Client) -> Payload: ...
+    def start_adapter(self, state: State, client: Client) -> Payload | Adapter: ...
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan: ...
     def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
+    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload | Adapter: ...
     def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
     def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
     def report(self, state: State) -> Mapping[str, float | int | str]: ...
@@ -260,8 +262,9 @@ class Session:
         plan, starts, plans = self.rounds.plan(self.plan, round), {}, {}
         for c in clients:
             if c.ranks not in starts:
-                starts[c.ranks] = self.method.start_adapter(self.state, c)
+                start = self.method.start_adapter(self.state, c)
                 plans[c.ranks] = self.method.plan(self.state, c, plan)
+                starts[c.ranks] = plans[c.ranks].technique.payload(start)
         jobs = [
             TrainJob(self.setting.seed, round, c, starts[c.ranks], plans[c.ranks]) for c in clients
         ]
@@ -328,10 +331,10 @@ class Session:
             self._bytes_down(phase, j.client, by_client.get(i)) for i, j in phase.jobs.items()
         )
         record["round/aggregate_seconds"] = seconds
-        record |= diagnosis(self.method, self.state, self.setting, updates)
+        record |= diagnosis(self.method, self.global_payload(), self.setting, updates)
         record |= self.method.report(self.state)
         if self.audit is not None:
-            record |= self.audit(self.method.global_adapter(self.state))
+            record |= self.audit(self.global_payload())
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         # Records before the checkpoint: if a kill comes between, resuming drops them and repeats
@@ -362,15 +365,8 @@ class Session:
                 failures.append(result)
             else:
                 try:
-                    check_update(
-                        result,
-                        job.client,
-                        job.start,
-                        max_norm=self.rounds.max_update_norm,
-                        allow_shrink=job.plan.self_prune is not None,
-                        dense=job.plan.switch is not None,
-                        density=self.setting.density,
-                    )
+                    expected = Expected(job.client, job.start, job.plan, self.setting.density)
+                    check_update(result, expected, self.rounds.max_update_norm)
                     updates.append(result)
                 except RejectedUpdate as error:
                     failures.append(Failure(job.client, "RejectedUpdate", error.reason))
@@ -439,6 +435,10 @@ class Session:
 
     # --- evaluation ---------------------------------------------------------------------------
 
+    def global_payload(self, ranks: Ranks | None = None) -> Payload:
+        """The global model's update, as `Method.global_adapter`, as what travels."""
+        return self.plan.technique.payload(self.method.global_adapter(self.state, ranks))
+
     def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
         """Tagged batches of evaluation jobs after this round; empty where none is due."""
         if not self.schedule.due(round, self.rounds.rounds):
@@ -471,7 +471,7 @@ class Session:
             for c in clients
         ]
         clients = [self.method.enlist(self.state, c) for c in clients]
-        adapters = {r: self.method.global_adapter(self.state, r) for r in dict.fromkeys(wanted)}
+        adapters = {r: self.global_payload(r) for r in dict.fromkeys(wanted)}
         return [
             EvaluateJob(seed, round, c, adapters[r], self.schedule.plan)
             for c, r in zip(clients, wanted, strict=True)

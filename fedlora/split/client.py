@@ -12,13 +12,14 @@ from fedlora.core.seeding import torch_seed
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import LowRank
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
 from fedlora.split.loss import summed_loss
 from fedlora.split.protocol import Cut, Down, Opening, Up
 from fedlora.split.trainable import Party
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def party_of(stages: Stages, opening: Opening) -> Party:
             f"client {opening.client.id} was sent adapters of {len(opening.adapter)} modules, its "
             f"blocks have {len(own)}: {list(opening.adapter)[:2]} and {own[:2]}"
         )
-    updates = stages.model.updates(opening.adapter, opening.plan.dropout)
+    updates = LowRankPayload(opening.adapter).updates(stages.model, opening.plan.dropout)
     factors = {path: u for path, u in updates.items() if isinstance(u, LowRank)}
     return Party(factors, opening.plan, opening.memory)
 

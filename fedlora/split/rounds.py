@@ -20,7 +20,6 @@ from fedlora.core.types import (
     Client,
     Failure,
     Update,
-    payload_tensors,
 )
 from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
@@ -30,6 +29,7 @@ from fedlora.split.compression import Parts
 from fedlora.split.protocol import Down, Opening, Up, label_bytes, parts_bytes
 from fedlora.split.server import Answer, SplitServer
 from fedlora.split.trainable import Memory
+from fedlora.techniques.lora.payload import LowRankPayload, factor_tensors
 from fedlora.training.loop import Trace
 from fedlora.wire.codec import (
     decode_payload,
@@ -94,9 +94,9 @@ class LocalLink:
 
 def through(adapter: Adapter, wire: str) -> Adapter:
     """An adapter as it comes out of a message."""
-    payload = decode_payload(*encode_payload(adapter, wire))
-    assert isinstance(payload, Mapping)
-    return payload
+    found = decode_payload(*encode_payload(LowRankPayload(adapter), wire)).low_rank()
+    assert found is not None
+    return found
 
 
 def failed(client: Client, error: Exception) -> Failure:
@@ -292,13 +292,14 @@ class _Round:
         if up.adapter is None:
             raise ValueError(f"client {i} was asked for its adapters and sent none")
         client = self.server.guests[i].client
-        update = Update(client, up.adapter, client.num_examples)
-        check_update(update, client, self.itinerary.starts[i], max_norm=0)
+        update = Update(client, LowRankPayload(up.adapter), client.num_examples)
+        start = LowRankPayload(self.itinerary.starts[i])
+        check_update(update, Expected(client, start, self.server.plan), max_norm=0)
 
     def _note_down(self, i: int, down: Down) -> None:
         sent = parts_bytes(down.gradient) + parts_bytes(down.middle)
         if down.adapter is not None:
-            sent += payload_bytes(down.adapter, self.link.wire)
+            sent += payload_bytes(LowRankPayload(down.adapter), self.link.wire)
         self.ledgers[i].down += sent
 
     def _note_up(self, i: int, down: Down, up: Up) -> None:
@@ -377,7 +378,9 @@ class _Round:
 
     def _note_return(self, i: int, up: Up) -> None:
         """The adapters that a client sends at its end are counted with its update."""
-        self.ledgers[i].up += update_bytes(_adapter(up), self.server.plan, self.link.wire)
+        self.ledgers[i].up += update_bytes(
+            LowRankPayload(_adapter(up)), self.server.plan, self.link.wire
+        )
 
     def _finished(self, i: int) -> Finished | Failure:
         if i in self.lost:
@@ -396,7 +399,7 @@ def _distance(start: Adapter, end: Adapter) -> float:
     """Euclidean norm of the change of all factors."""
     squares = [
         float((e - s).double().square().sum())
-        for (_, s), (_, e) in zip(payload_tensors(start), payload_tensors(end), strict=True)
+        for (_, s), (_, e) in zip(factor_tensors(start), factor_tensors(end), strict=True)
     ]
     return math.sqrt(math.fsum(squares))
 

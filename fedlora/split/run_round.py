@@ -29,7 +29,6 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.batches import num_steps
-from fedlora.models.layers import LowRank
 from fedlora.server.flower import Conducted, Hall
 from fedlora.split.batches import Seeds
 from fedlora.split.compression import Wire
@@ -42,6 +41,8 @@ from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
 from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.trainable import Memory, Party
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
@@ -210,9 +211,10 @@ class Play:
 
     def _opening(self, i: int) -> Opening:
         job = self.jobs[i]
-        assert isinstance(job.start, Mapping)
+        start = job.start.low_rank()
+        assert start is not None
         memory = self._memory(f"{i}/")
-        return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
+        return Opening(job.client, job.plan, self.cuts[i], self.terms, start, memory)
 
     def _memory(self, whose: str) -> Memory:
         return under(self.state, f"{MEMORY}{whose}") if self.method.memory == "keep" else {}
@@ -231,7 +233,7 @@ class Play:
         return SplitServer(stages, parties, guests, self.plan, self.method.rule, self.terms)
 
     def _party(self, adapter: Adapter, whose: str) -> Party:
-        updates = self.ground.model.updates(adapter, self.plan.dropout)
+        updates = LowRankPayload(adapter).updates(self.ground.model, self.plan.dropout)
         factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
         return Party(factors, self.plan, self._memory(whose))
 
@@ -276,7 +278,11 @@ class Play:
     def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
         """In the middle of a round, by the same rule as at its end."""
         updates = [
-            Update(self.jobs[i].client, adapters[i], self.jobs[i].client.num_examples)
+            Update(
+                self.jobs[i].client,
+                LowRankPayload(adapters[i]),
+                self.jobs[i].client.num_examples,
+            )
             for i in sorted(adapters)
         ]
         now = self._with_server(dict(self.state))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from fedlora.core.techniques import TECHNIQUES, technique
 from flwr.serverapp import Grid
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,7 +19,6 @@ from fedlora.core.cache import cache_root
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError, ModelError, RunError
 from fedlora.core.lock import claim
-from fedlora.core.techniques import TECHNIQUES, technique
 from fedlora.core.types import (
     LocalPlan,
     MaskedScale,

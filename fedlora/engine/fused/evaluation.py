@@ -2,17 +2,17 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
     Adapter,
     EvaluateJob,
     Evaluation,
     Failure,
-    Payload,
 )
 from fedlora.data.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
@@ -115,10 +115,7 @@ class FusedEvaluator:
     def _task(self, job: EvaluateJob, slot: int) -> Task:
         plan, who, store = job.plan, job.client.id, self._store
         if job.adapter is not None:
-            if not isinstance(job.adapter, Mapping):
-                kind = type(job.adapter).__name__
-                raise TypeError(f"the fused engine evaluates low-rank factors, not a {kind}")
-            check_adapter(job.adapter, self._fused.model.info)
+            check_adapter(_factors(job.adapter), self._fused.model.info)
         if store.count(who, plan.split) == 0:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
         references = store.references(who, plan.split) if plan.generate else None
@@ -196,8 +193,10 @@ def _factors(payload: Payload | None) -> Adapter:
     """The bare base model is an adapter of no module."""
     if payload is None:
         return {}
-    assert isinstance(payload, Mapping)
-    return payload
+    factors = plain_factors(payload)
+    if factors is None:
+        raise TypeError(f"the fused engine evaluates low-rank factors, not {payload.noun}")
+    return factors
 
 
 def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:
