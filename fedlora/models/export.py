@@ -91,8 +91,9 @@ def load(run: Path, info: ModelInfo, otherwise: type[Payload]) -> Payload:
     return otherwise.load(run / otherwise.folder, info)
 
 
-def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
-    """Write the base with an update added to its weights: a plain model in Hugging Face's layout.
+def merge(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
+    """Write the base with an update added to its weights (``None``: as it is), in Hugging Face's
+    layout of a plain model.
 
     What is mounted on the model does not matter and is not changed. Sums are rounded once to the
     type in which the base is held. A pruned base's masks go along while its zeros are where they
@@ -108,7 +109,7 @@ def merge(model: LanguageModel, payload: Payload, folder: Path) -> None:
     try:
         _check_zeros(masks, merged)
     except ModelError:
-        if payload.keeps_zeros:
+        if payload is not None and payload.keeps_zeros:
             raise
         masks = {}
     config: Any = model.network.config

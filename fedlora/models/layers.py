@@ -51,10 +51,10 @@ class LinearUpdate(ABC):
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight ``[d_out, d_in]``, without dropout."""
 
-    def restrict(self, train_a: bool, train_b: bool) -> None:
+    def restrict(self, train_a: bool, train_b: bool) -> None:  # noqa: B027
         """Freeze one of two factors, where there are two."""
 
-    def check_stored(self, path: str, base: nn.Module, stored: Tensor) -> None:
+    def check_stored(self, path: str, base: nn.Module, stored: Tensor) -> None:  # noqa: B027
         """Look at a merged weight before it is written.
 
         Args:

@@ -181,7 +181,7 @@ class Pruned(ModelSpec):
             )
         building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            merge(model, {}, building)
+            merge(model, None, building)
             about |= {"mask": save_masks(masks, building), "density": density(masks)}
             about |= {"base": self.base.name, "method": self.method, "pattern": self.pattern}
             about |= {"sequential": self.sequential, "calibration_clients": list(texts)}

@@ -19,6 +19,7 @@ from fedlora.core.checks import (
     share,
 )
 from fedlora.core.errors import RejectedUpdate, RunError
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -28,7 +29,6 @@ from fedlora.core.types import (
     Expected,
     Failure,
     LocalPlan,
-    Payload,
     Ranks,
     Setting,
     TrainJob,

@@ -18,6 +18,7 @@ from typing import Protocol
 from fedlora.core.types import (
     Adapter,
     Client,
+    Expected,
     Failure,
     Update,
 )

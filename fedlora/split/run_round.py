@@ -156,7 +156,7 @@ class Play:
                 continue
             n = self.ground.store.count(i, "train")
             metrics = dict(end.metrics) | self._costs(i, end.metrics)
-            results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
+            results.append(Update(self.jobs[i].client, LowRankPayload(end.adapter), n, metrics))
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
         if self.terms.noise.sigma:
             self._account(good)

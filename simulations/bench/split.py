@@ -34,7 +34,6 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import Example
 from fedlora.engine.memory import keep_freed_memory
-from fedlora.models.layers import LowRank
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
@@ -47,6 +46,8 @@ from fedlora.split.server import Guest, Rule, SplitServer
 from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.trainable import Party
 from fedlora.split.worker import SplitWorker
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates, optimise
 from simulations.bench.engine.cases import (
     SEED,
@@ -239,7 +240,7 @@ class Bench:
         return {p: f for p, f in self.whole.items() if cut.owns(block_of(p) or 0, blocks) == client}
 
     def _party(self, own: Adapter, plan: LocalPlan) -> Party:
-        updates = self.model.updates(own, plan.dropout)
+        updates = LowRankPayload(own).updates(self.model, plan.dropout)
         return Party({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
 
 

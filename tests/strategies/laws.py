@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
+from fedlora.core.techniques import SPP
 from torch import Tensor
 
 from fedlora.algebra.state import State
-from fedlora.core.techniques import SPP
 from fedlora.core.types import (
     Client,
     Factors,

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from fedlora.training.self_pruning import prune_adapter, shrunk_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from fedlora.core.types import (
     Ranks,
     SelfPrune,
 )
-from fedlora.training.self_pruning import prune_adapter, shrunk_ranks
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
     dense,

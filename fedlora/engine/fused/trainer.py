@@ -231,7 +231,7 @@ class Limits:
 
 
 class FusedTrainer:
-    """Runs planned chains of one base; whoever is in a fused step that raises is handed to ``rescue``."""
+    """Runs planned chains of one base; clients of a fused step that raises are left in `rescue`."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
         self._fused, self._store = fused, store

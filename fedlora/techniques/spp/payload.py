@@ -1,4 +1,4 @@
-"""SPP's factors as they travel: a multiplicative update of a pruned base, which keeps every zero."""
+"""SPP's factors as they travel: a multiplicative update of a pruned base that keeps its zeros."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -63,7 +63,7 @@ class MaskedScale(Payload):
         one_of("trains", self.trains, ("alpha", "beta", "both"))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """``<path>/alpha``, then ``<path>/beta``, ``<path>/change`` and the merges in their order."""
+        """``<path>/alpha``, ``<path>/beta``, ``<path>/change``, then the merges in their order."""
         for name in _PARTS:
             for path, t in getattr(self, name).items():
                 yield f"{path}/{name}", t

@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
-from fedlora.core.types import Ranks, SelfPrune
 from fedlora.training.self_pruning import (
     keep,
     penalty,
@@ -16,6 +12,10 @@ from fedlora.training.self_pruning import (
     shrunk_ranks,
     tail_product,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.core.types import Ranks, SelfPrune
 from tests.generators import factors, vector_factors
 
 PRUNE = SelfPrune(weight=0.5, gamma=0.7, min_rank=2)

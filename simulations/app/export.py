@@ -1,0 +1,16 @@
+"""What a finished run leaves for other programs: its final payload, in a standard format."""
+
+from fedlora.models import export as exports
+from fedlora.models.modules import ModelInfo
+from fedlora.models.spec import ModelSpec
+from fedlora.server.session import Session
+from simulations.app.parts import Parts
+
+
+def export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -> None:
+    """The global update at the population's largest ranks: ``adapter/`` in PEFT's format, or what
+    else its payload writes."""
+    payload = session.global_payload(session.setting.max_ranks)
+    base, dropout = str(model.folder()), parts.client.dropout
+    if said := exports.export(payload, session.folder, info, base, dropout):
+        session.emit(said)
