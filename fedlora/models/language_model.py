@@ -57,6 +57,7 @@ class LanguageModel:
             m.path: _wrap(network, m.path) for m in info.modules
         }
         """Module path -> wrapped layer, in module order."""
+        self._payload: Payload | None = None
         self._kept: dict[str, OrderedDict[Any, Any]] = {}
 
     @property
@@ -100,6 +101,7 @@ class LanguageModel:
             ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
         """
         updates = {} if payload is None else payload.updates(self, dropout)
+        self._payload = payload
         for path, layer in self.layers.items():
             layer.update = updates.get(path)
         for update in updates.values():
@@ -136,6 +138,10 @@ class LanguageModel:
         widths = [m.d_in for m in self.info.modules]
         drawn = dropout_bits(rows, widths, seed, self.device)
         return dict(zip(self.layers, drawn, strict=True))
+
+    def payload(self) -> Payload | None:
+        """A detached copy of what is mounted, as it has been trained (`Payload.read`)."""
+        return None if self._payload is None else self._payload.read(self.mounted())
 
     def mounted(self) -> dict[str, LinearUpdate]:
         """Module path -> what is mounted there, in module order."""

@@ -22,4 +22,6 @@ def train_mounted(
         job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
     )
     trace = optimise(model, parameters, examples, plan, **where)
-    return job.start.read(model.mounted()), trace
+    trained = model.payload()
+    assert trained is not None
+    return trained, trace

@@ -16,25 +16,19 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
-from fedlora.core.techniques import SPP
 from torch import Tensor
 
 from fedlora.algebra.state import State
-from fedlora.core.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    MaskedScale,
-    Payload,
-    Ranks,
-    Rebased,
-    Setting,
-    SparseDelta,
-    Update,
-    payload_tensors,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.spp.payload import MaskedScale
+from fedlora.techniques.spp.technique import Scaling
+from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
-from tests.generators import dense, roomy_setting, setting, trained
+from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
 
@@ -77,13 +71,14 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
     if not isinstance(start, Rebased):
         return trained
     assert not isinstance(trained, SparseDelta | Rebased)
-    if plan.switch is not None:
+    if isinstance(plan.technique, SwitchTraining):
         return Rebased(dense(Rebased(start.shift, trained)))
     kept = start.factors
-    return {
+    found = {
         p: Factors(f.a if plan.train_a else kept[p].a, f.b if plan.train_b else kept[p].b, f.alpha)
         for p, f in trained.items()
     }
+    return LowRankPayload(found)
 
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
@@ -111,7 +106,8 @@ def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
         names = ("alpha", "beta", "change")
         cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
         return dataclasses.replace(payload, **cast)
-    return {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
+    found = {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
+    return LowRankPayload(found)
 
 
 def after_rounds(
@@ -155,7 +151,7 @@ def assert_close(
 
 def assert_same(a: Payload, b: Payload, what: str) -> None:
     """Bit by bit."""
-    left, right = dict(payload_tensors(a)), dict(payload_tensors(b))
+    left, right = dict(as_payload(a).tensors()), dict(as_payload(b).tensors())
     assert list(left) == list(right), f"{what}: {list(left)} and {list(right)}"
     for name, t in left.items():
         assert torch.equal(t, right[name]), f"{what}: {name}"
@@ -291,7 +287,7 @@ def inputs_are_not_touched(
     population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     copies = {k: t.clone() for k, t in state.items()}
-    sent = [{n: t.clone() for n, t in payload_tensors(u.payload)} for u in updates]
+    sent = [{n: t.clone() for n, t in as_payload(u.payload).tensors()} for u in updates]
     after = strategy.aggregate(state, updates)
     everything(strategy, after, population)
     everything(strategy, state, population)
@@ -300,7 +296,7 @@ def inputs_are_not_touched(
         assert torch.equal(copies[key], t), f"{key} of the state changed"
     storage = {t.untyped_storage().data_ptr() for t in after.values() if t.numel()}
     for update, before in zip(updates, sent, strict=True):
-        for name, t in payload_tensors(update.payload):
+        for name, t in as_payload(update.payload).tensors():
             assert torch.equal(before[name], t), f"{name} of an update changed"
             aliased = t.numel() and t.untyped_storage().data_ptr() in storage
             assert not aliased, f"the state aliases {name} of client {update.client.id}"
@@ -407,9 +403,9 @@ def unequal_ranks_are_applied(
         sizes = {
             c.tier: sum(
                 t.numel()
-                for _, t in payload_tensors(
+                for _, t in as_payload(
                     strategy.start_adapter(state, strategy.enlist(state, c))
-                )
+                ).tensors()
             )
             for c in population.clients
         }
@@ -456,7 +452,7 @@ def everything_is_finite_when_nobody_trains(
             updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
-            for key, t in payload_tensors(payload):
+            for key, t in as_payload(payload).tensors():
                 assert bool(torch.isfinite(t).all()), f"{name}: {key}"
 
 
@@ -540,7 +536,7 @@ def _examples(strategy: LoRAStrategy) -> str:
 
 
 def _unequal(strategy: LoRAStrategy) -> str:
-    if strategy.technique == SPP:
+    if strategy.technique is Scaling:
         return "its clients are all sent the common factors; ranks say what they train of them"
     rule = getattr(strategy, "aggregator", strategy)
     if getattr(rule, "heterogeneous", "") == "smallest":
@@ -549,7 +545,7 @@ def _unequal(strategy: LoRAStrategy) -> str:
 
 
 def _pruned(strategy: LoRAStrategy) -> str:
-    return "" if strategy.technique == SPP else "its base need not be pruned"
+    return "" if strategy.technique is Scaling else "its base need not be pruned"
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {

@@ -7,16 +7,7 @@ import torch
 from flwr.app import ConfigRecord, Error, Message
 
 from fedlora.core.errors import RunError, WorkerDied
-from fedlora.core.types import (
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-    Module,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.population.sampling import Roster
 from fedlora.run.tracking import Trackers
 from fedlora.server.session import (

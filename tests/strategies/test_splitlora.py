@@ -12,14 +12,7 @@ from flwr.app import Message
 import fedlora.split.run_round
 from fedlora.algebra.state import State, unpack
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
 from fedlora.data.batches import collate, step_indices
 from fedlora.models.forward import supervised_logits
 from fedlora.models.stages import Span, block_of
@@ -386,7 +379,9 @@ def test_an_aggregator_that_trains_otherwise_is_refused(world: Any) -> None:
     pruning = method(aggregator=HeteroLoRA())
     state = pruning.init_state(setting)
     client = pruning.enlist(state, setting.clients[0])
-    with pytest.raises(ValueError, match=r"HeteroLoRA changes .*client\.self_prune.*prune=false"):
+    with pytest.raises(
+        ValueError, match=r"HeteroLoRA changes .*client\.technique\.self_prune.*prune=false"
+    ):
         pruning.plan(state, client, PLAN)
     with pytest.raises(ValueError, match=r"client\.micro_batch_size=1: a step of a split client"):
         method().check(Setup(replace(PLAN, micro_batch_size=1)))

@@ -11,25 +11,14 @@ from torch import Tensor
 from fedlora.algebra.init import initial_a
 from fedlora.core.errors import RejectedUpdate
 from fedlora.core.seeding import torch_seed
-from fedlora.core.types import (
-    Client,
-    LocalPlan,
-    MaskedScale,
-    Module,
-    Ranks,
-    SelfPrune,
-    Setting,
-    Update,
-    payload_floats,
-    payload_tensors,
-)
+from fedlora.core.types import Client, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.models.masks import identity
 from fedlora.server.validation import change_norm, check_update
-from fedlora.techniques.spp.scale import (
-    factor,
-    mean_factor,
-    sent,
-)
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.spp.payload import MaskedScale, sent
+from fedlora.techniques.spp.scale import factor, mean_factor
+from fedlora.techniques.spp.technique import Scaling
 from fedlora.training.loop import optimise
 from fedlora.wire.codec import (
     decode_payload,
@@ -144,7 +133,7 @@ def test_averaging_alpha_and_beta_apart_loses_the_covariance(caplog):
 
 
 def _alpha(payload: MaskedScale) -> Tensor:
-    from fedlora.techniques.spp.scale import alpha_of
+    from fedlora.techniques.spp.payload import alpha_of
 
     return alpha_of(payload, "w").double()
 
@@ -193,16 +182,14 @@ def test_bytes_are_those_of_what_is_sent(method, wire):
             assert update_bytes(up, LocalPlan(), wire) == encode_payload(up, wire)[0].nbytes
             r = u.client.ranks["w"]
             floats = {"beta": M, "alpha": r * N, "both": r * N + M}[start.trains]
-            assert payload_floats(up) == floats
+            assert up.floats() == floats
             for payload in (start, up):
                 back = decode_payload(*encode_payload(payload, "float64"))
                 assert isinstance(back, MaskedScale)
                 assert replace(back, alpha={}, beta={}, change={}, merges=()) == replace(
                     payload, alpha={}, beta={}, change={}, merges=()
                 )
-                for (a, x), (b, y) in zip(
-                    payload_tensors(payload), payload_tensors(back), strict=True
-                ):
+                for (a, x), (b, y) in zip(payload.tensors(), back.tensors(), strict=True):
                     assert a == b
                     assert torch.equal(x.double(), y)
         state = method.aggregate(state, round_of(method, state, t))
@@ -313,21 +300,19 @@ def test_a_dense_base_is_refused():
 @pytest.mark.parametrize(
     ("options", "setup", "said"),
     [
-        ({}, {"plan": {"self_prune": SelfPrune(0.1, 0.9, 1)}}, "use client.self_prune=null"),
+        ({}, {"client": LocalPlan(technique=LoRA(SelfPrune(0.1, 0.9, 1)))}, "or client=spp"),
         ({}, {"quantization": "int8"}, "model.quantization=int8 with strategy=spp"),
         ({"mode": "stack"}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.mode=stack"),
         ({"merge_every": 2}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.merge_every"),
     ],
 )
 def test_what_would_not_be_exact_or_would_mean_nothing_is_refused(options, setup, said):
-    setup = dict(setup)
-    setup["client"] = LocalPlan("spp", **setup.pop("plan", {}))
     with pytest.raises(ValueError, match=said):
-        SPP(**options).check(Setup(**setup))
+        SPP(**options).check(Setup(**{"client": LocalPlan(Scaling()), **setup}))
 
 
 def test_what_is_exact_is_not_refused():
-    plan = LocalPlan("spp")
+    plan = LocalPlan(Scaling())
     SPP().check(Setup(plan, wire="bfloat16"))
     for wire in ("float32", "float64"):
         SPP(mode="stack").check(Setup(plan, wire=wire))

@@ -127,7 +127,7 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
         """PEFT's files, ours or another's."""
         from fedlora.techniques.lora.peft import load_peft
 
-        return cls(load_peft(folder, info))
+        return load_peft(folder, info)
 
 
 def factor_tensors(factors: Adapter) -> Iterator[tuple[str, Tensor]]:

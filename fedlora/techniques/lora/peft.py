@@ -101,7 +101,7 @@ def save_peft(
     forget(folder)
 
 
-def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
+def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
     """Read a LoRA adapter in PEFT's format, ours or another's.
 
     Args:
@@ -133,7 +133,7 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
         path: Factors(a=pair["A"], b=pair["B"], alpha=_alpha(config, path, pair["A"].shape[0]))
         for path, pair in halves.items()
     }
-    return split_adapter(adapter, info.splits) if info else adapter
+    return LowRankPayload(split_adapter(adapter, info.splits) if info else adapter)
 
 
 def _number(alpha: float) -> Any:

@@ -21,6 +21,7 @@ from fedlora.evaluation.metrics import (
 )
 from fedlora.models.spec import HuggingFace
 from fedlora.server.session import EvaluationSchedule
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.engine.world import EOS, NETWORKS, example, examples, model, start
 from tests.fedlora.models.networks import VOCABULARY, save_gpt2_tokenizer
 
@@ -31,7 +32,10 @@ HELD = examples(8, seed=4)
 def ready(name="gpt2", rank=3, size=1.0):
     resident = model(name)
     factors = start(resident, rank)
-    resident.mount({p: Factors(size * f.a, size * f.b, f.alpha) for p, f in factors.items()})
+    larger = LowRankPayload(
+        {p: Factors(size * f.a, size * f.b, f.alpha) for p, f in factors.items()}
+    )
+    resident.mount(LowRankPayload(larger))
     return resident
 
 

@@ -15,11 +15,7 @@ from hypothesis import strategies as st
 
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError
-from fedlora.core.types import (
-    Client,
-    Evaluation,
-    Ranks,
-)
+from fedlora.core.types import Client, Evaluation, Ranks
 from fedlora.run.tracking import (
     JsonlTracker,
     Silent,

@@ -6,11 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.core.types import (
-    Adapter,
-    Factors,
-    LocalPlan,
-)
+from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.split.trainable import Memory, Party
 from tests.fedlora.split.world import MODELS, assert_same, start
 

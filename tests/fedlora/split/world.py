@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-)
+from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan
 from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of

@@ -9,11 +9,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fedlora.core.types import (
-    Client,
-    Evaluation,
-    Ranks,
-)
+from fedlora.core.types import Client, Evaluation, Ranks
 from fedlora.run.tracking import JsonlTracker, summarise
 from simulations.reporting import figures
 from simulations.reporting.report import (

@@ -18,8 +18,6 @@ from fedlora.core.types import (
     Factors,
     Failure,
     LocalPlan,
-    SelfPrune,
-    SparseDelta,
     TrainJob,
     Update,
 )
@@ -30,6 +28,10 @@ from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import POLICIES
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.evaluation import metrics as evaluate
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.sparse.payload import SparseDelta
 from tests.fedlora.engine.peft_loop import reference
 from tests.fedlora.engine.world import (
     SEED,
@@ -199,7 +201,7 @@ PLANS = st.builds(
     dropout=st.sampled_from([0.0, 0.25, 1.0]),
     loss=st.sampled_from(["full", "response"]),
     train_a=st.booleans(),
-    self_prune=st.sampled_from([None, None, SelfPrune(0.3, 0.5, 1)]),
+    technique=st.sampled_from([LoRA(), LoRA(), LoRA(SelfPrune(0.3, 0.5, 1))]),
 )
 
 
@@ -280,9 +282,11 @@ def test_a_cohort_that_freezes_one_factor_is_fused(frozen, dropout, products):
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
 def test_self_pruning_shrinks_the_same_clients(on, layout):
     prune = SelfPrune(5.0, 0.5, 1)
-    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, clip=0.0, self_prune=prune)
+    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, clip=0.0, technique=LoRA(prune))
     plans = [plain_] * 4
-    plans[1] = dataclasses.replace(plans[1], self_prune=SelfPrune(0.0, 0.5, 1), weight_decay=0.0)
+    plans[1] = dataclasses.replace(
+        plans[1], technique=LoRA(SelfPrune(0.0, 0.5, 1)), weight_decay=0.0
+    )
     plans[2] = dataclasses.replace(plans[2], train_a=False, micro_batch_size=1)
     store = FakeStore({k: examples(6, k) for k in range(4)})
     jobs = [job(start(resident(on), 4, seed=k), plan, k) for k, plan in enumerate(plans)]
@@ -573,7 +577,7 @@ def test_the_model_is_left_as_it_was(on, layout, checkpoint):
         assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
         assert after[1:4] == before[1:4] and after[4] == before[4]
         assert not any(after[5])
-        assert not mine.factors() and all(layer.update is None for layer in mine.layers.values())
+        assert not mine.parameters() and all(layer.update is None for layer in mine.layers.values())
         assert all(p.grad is None and not p.requires_grad for p in mine.network.parameters())
 
 
@@ -608,7 +612,9 @@ def test_texts_do_not_depend_on_how_activations_are_kept(on, monkeypatch):
         elif "wte" in name or "wpe" in name:
             p.data.mul_(25)
     store = FakeStore({0: examples(6, 3, 20)}, {0: ["w1 w2 w3"] * 6})
-    factors = {p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in start(mine, 2, 9).items()}
+    factors = LowRankPayload(
+        {p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in start(mine, 2, 9).items()}
+    )
     plan = EvaluatePlan(max_new_tokens=6)
     jobs = [EvaluateJob(SEED, 1, client(factors), factors, plan)]
     for checkpoint in (False, True):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import payload_tensors
-from fedlora.models.export import CONFIG, SPP, load_peft, merge
+from fedlora.models.export import KIND, merge
+from fedlora.techniques.lora.peft import CONFIG, load_peft
 from fedlora.techniques.spp.peft import (
+    SPP,
     load_spp,
     peft_model,
     save_spp,
@@ -41,7 +42,7 @@ def test_peft_computes_what_we_mounted(name, tmp_path):
     back = load_spp(tmp_path)
     assert dict(back.blocks) == dict(payload.blocks)
     assert (back.mask, back.lora_alpha) == (payload.mask, LORA_ALPHA)
-    for (one, x), (other, y) in zip(payload_tensors(payload), payload_tensors(back), strict=True):
+    for (one, x), (other, y) in zip(payload.tensors(), back.tensors(), strict=True):
         assert one == other
         assert torch.equal(x, y)
     wrapped = theirs(model, name, tmp_path)
@@ -81,7 +82,7 @@ def test_gradients_are_ours():
     wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
     model.mount(payload)
     model.network(input_ids=tokens(), labels=tokens()).loss.backward()
-    for (_, m), (alpha, beta) in zip(_layers(wrapped), model.factors(), strict=True):
+    for (_, m), (alpha, beta) in zip(_layers(wrapped), model.parameters(), strict=True):
         torch.testing.assert_close(m.lora_A["default"].weight.grad, alpha.grad)
         torch.testing.assert_close(m.lora_B["default"].weight.grad[:, 0], beta.grad)
 
@@ -99,7 +100,7 @@ def test_rank_one_is_never_taken_for_lora(tmp_path):
     save_spp(scale(model, rank=1), model.info, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     assert set(load_spp(tmp_path).blocks.values()) == {1}
-    with pytest.raises(ModelError, match="holds an SPP adapter, which scales"):
+    with pytest.raises(ModelError, match="holds a MaskedScale, which is more than LoRA"):
         load_peft(tmp_path)
 
 
@@ -126,7 +127,7 @@ def test_what_an_earlier_save_left_is_no_part_of_the_adapter(tmp_path):
     assert (tmp_path / CONFIG).exists()
     past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
     save_spp(replace(payload, merges=(past,)), model.info, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {SPP}
+    assert {p.name for p in tmp_path.iterdir()} == {SPP, KIND}
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -197,7 +198,7 @@ def test_a_merge_by_peft_that_would_break_the_model_is_refused():
 def test_peft_gets_the_base_that_was_trained_on_or_nothing(name, tmp_path):
     base, adapter, other = (tmp_path / n for n in ("base", "adapter", "other"))
     model = pruned(name, dtype=torch.float32)
-    merge(model, {}, base)
+    merge(model, None, base)
     payload = scale(model)
     save_spp(payload, model.info, adapter)
     model.mount(payload)
@@ -206,7 +207,7 @@ def test_peft_gets_the_base_that_was_trained_on_or_nothing(name, tmp_path):
     torch.testing.assert_close(found, logits(model.network), rtol=1e-5, atol=1e-5)
     with pytest.raises(ModelError, match=r"the network: the zeros of .* are not where its mask"):
         peft_model(NETWORKS[name](), adapter, base)
-    merge(pruned(name, "0.25", dtype=torch.float32), {}, other)
+    merge(pruned(name, "0.25", dtype=torch.float32), None, other)
     with pytest.raises(ModelError, match=r"was trained on a base with the mask .*, and .* has the"):
         peft_model(kind.from_pretrained(other), adapter, other)
     save_spp(scale(model, rank=1), model.info, adapter)

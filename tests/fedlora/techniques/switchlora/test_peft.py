@@ -10,7 +10,6 @@ from torch import nn
 
 from fedlora.core.errors import ModelError
 from fedlora.core.seeding import torch_generator
-from fedlora.core.types import Switching
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import (
@@ -18,6 +17,7 @@ from fedlora.techniques.switchlora.peft import (
     pretraining,
     switched,
 )
+from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from tests.fedlora.engine.world import exact
 from tests.fedlora.models.networks import VOCABULARY, gpt2, llama
 
