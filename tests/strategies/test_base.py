@@ -15,6 +15,7 @@ from fedlora.server.session import (
     Rounds,
     Session,
 )
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.codec import decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean
@@ -42,7 +43,7 @@ def add_one(message: Message) -> Message:
     updates = [
         Update(
             j.client,
-            {p: Factors(f.a + 1, f.b + 1, f.alpha) for p, f in j.start.items()},
+            LowRankPayload({p: Factors(f.a + 1, f.b + 1, f.alpha) for p, f in j.start.items()}),
             j.client.num_examples,
             {"loss": 1.0, "tokens": 4.0},
         )

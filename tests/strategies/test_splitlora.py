@@ -39,6 +39,7 @@ from strategies.slora import SLoRA
 from strategies.splitlora import SplitLoRA
 from tests.fedlora.engine.world import FakeStore, example, examples
 from tests.fedlora.split.world import BLOCKS, MODELS
+from tests.generators import as_payload
 from tests.strategies.test_base import Shard
 
 SEED = 3
@@ -191,7 +192,7 @@ def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     m = method()
     setting = w.setting
     state = m.init_state(setting)
-    start = m.global_adapter(state)
+    start = as_payload(m.global_adapter(state))
     w.store.held = {0: w.store.held[0], 1: [], 2: []}
     session = w.run(m, 1)
     parameters = w.model.mount(start, dropout=w.plan.dropout)
@@ -199,7 +200,7 @@ def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     want = w.model.payload()
     w.model.unmount()
     got = m.global_adapter(session.state)
-    assert isinstance(want, dict)
+    assert isinstance(want, LowRankPayload)
     for path, f in want.items():
         assert torch.equal(got[path].a, f.a), path
         assert torch.equal(got[path].b, f.b), path
@@ -289,13 +290,13 @@ def test_the_global_adapter_unsplit_computes_what_the_parties_compute(
     batch = collate(w.store.held[0], "full")
     stages, blocks = w.ground.stages, BLOCKS
     with torch.no_grad():
-        w.model.mount(m.global_adapter(state))
+        w.model.mount(as_payload(m.global_adapter(state)))
         want = supervised_logits(w.model.network, batch)
         w.model.unmount()
         for c in w.setting.clients:
             cut = m.cut_of(state, c)
-            own = w.model.updates(m.start_adapter(state, m.enlist(state, c)))
-            server = w.model.updates(unpack(state, 12.0, SERVER))
+            own = as_payload(m.start_adapter(state, m.enlist(state, c))).updates(w.model)
+            server = as_payload(unpack(state, 12.0, SERVER)).updates(w.model)
             last = blocks - max(cut.tail, 0)
             parts = [(Span(0, cut.first, embeds=True), own)]
             parts.append((Span(cut.first, last, heads=not cut.u_shaped), server))

@@ -11,9 +11,10 @@ from torch import Tensor
 from fedlora.algebra.init import initial_a
 from fedlora.core.errors import RejectedUpdate
 from fedlora.core.seeding import torch_seed
-from fedlora.core.types import Client, LocalPlan, Module, Ranks, Setting, Update
+from fedlora.core.types import Client, Expected, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.models.masks import identity
-from fedlora.server.validation import change_norm, check_update
+from fedlora.server.validation import check_update
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.spp.payload import MaskedScale, sent
@@ -206,11 +207,12 @@ def test_what_is_not_what_was_asked_for_is_refused():
         c = method.enlist(state, client)
         start = method.start_adapter(state, c)
         good = sent(trained(start, 1))
-        check_update(Update(c, good, 5), c, start, max_norm=0.0)
-        norm = change_norm(start, good)
+        expected = Expected(c, start, LocalPlan(Scaling()), density=0.3)
+        check_update(Update(c, good, 5), expected, max_norm=0.0)
+        norm = good.change_norm(start)
         assert norm > 0
         with pytest.raises(RejectedUpdate, match="has norm"):
-            check_update(Update(c, good, 5), c, start, max_norm=norm / 2)
+            check_update(Update(c, good, 5), expected, max_norm=norm / 2)
         name = "change" if c.ranks["w"] < 8 else "alpha"
         rows = getattr(good, name)["w"]
         nan = torch.full_like(rows, torch.nan)
@@ -223,10 +225,13 @@ def test_what_is_not_what_was_asked_for_is_refused():
             (replace(good, **{name: {}}), f"{name}: it lacks w"),
             (replace(good, beta=start.beta), "beta: it has the unknown w"),
             (replace(good, **{name: {"w": nan}}), "NaN or infinite"),
-            ({"w": factors(M, N, 2, 1)}, "it holds factors where a MaskedScale was due"),
+            (
+                LowRankPayload({"w": factors(M, N, 2, 1)}),
+                "it holds factors where a MaskedScale was due",
+            ),
         ):
             with pytest.raises(RejectedUpdate, match=said):
-                check_update(Update(c, bad, 5), c, start, max_norm=0.0, density=0.3)
+                check_update(Update(c, bad, 5), expected, max_norm=0.0)
 
 
 def test_a_lone_client_is_stand_alone_training_bit_by_bit():
@@ -238,7 +243,7 @@ def test_a_lone_client_is_stand_alone_training_bit_by_bit():
     ranks = Ranks({m.path: 4 for m in model.info.modules})
     client = Client(0, ranks, len(examples))
     whole = Setting(model.info.modules, 100, 8.0, (client,), 5, mask=model.info.mask)
-    plan = LocalPlan("spp", lr=0.05, batch_size=2, dropout=0.1)
+    plan = LocalPlan(Scaling(), lr=0.05, batch_size=2, dropout=0.1)
     method = SPP()
     state = method.init_state(whole)
 

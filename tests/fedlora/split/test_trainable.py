@@ -8,6 +8,7 @@ import torch
 
 from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.split.trainable import Memory, Party
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.split.world import MODELS, assert_same, start
 
 PLANS = {
@@ -18,7 +19,7 @@ PLANS = {
 
 
 def party(adapter: Adapter, plan: LocalPlan, memory: Memory | None = None) -> Party:
-    updates: Any = MODELS["llama"](double=False).updates(adapter)
+    updates: Any = LowRankPayload(adapter).updates(MODELS["llama"](double=False))
     return Party(updates, plan, memory)
 
 

@@ -20,6 +20,7 @@ from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
 from fedlora.split.trainable import Memory, Party
 from fedlora.split.worker import SplitWorker
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
@@ -86,7 +87,7 @@ class Federation:
 
     def opening(self, i: int) -> Opening:
         own = self.adapters.get(i, part(self.whole, self.cut(i), client=True))
-        who = replace(client(own, id=i), num_examples=len(self.held[i]))
+        who = replace(client(LowRankPayload(own), id=i), num_examples=len(self.held[i]))
         memory = self.memories.get(i, {})
         return Opening(who, self.plan, self.cut(i), self.terms, own, memory)
 
@@ -117,7 +118,7 @@ class Federation:
         for key in keys:
             cut = self.cut(key) if each else lowest
             own = self.adapters.get(-1 - key if each else -1) or part(self.whole, cut, client=False)
-            updates: Any = self.model.updates(own, self.plan.dropout)
+            updates: Any = LowRankPayload(own).updates(self.model, self.plan.dropout)
             parties[key] = Party(updates, self.plan, self.memories.get(-1 - key if each else -1))
         guests = {
             i: Guest(self.opening(i).client, self.cut(i), Seeds(seed=SEED, client=i))
