@@ -32,6 +32,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import (
     Roster,
     cohort,
@@ -44,7 +45,6 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import (
     Tracker,
     read_jsonl,
-    summarise,
 )
 from fedlora.server.round_metrics import (
     diagnosis,
