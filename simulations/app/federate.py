@@ -50,6 +50,8 @@ from fedlora.run.tracking import (
     Tracking,
     track,
 )
+from fedlora.server.flower import FederatedRun
+from fedlora.server.method import Setup
 from fedlora.server.session import (
     EvaluationSchedule,
     Rounds,
@@ -59,7 +61,7 @@ from fedlora.techniques.spp.audit import ZeroAudit
 from simulations.app.compose import absolute
 from simulations.app.runtime import Runtime
 from simulations.tools.base_model import FILE as MODEL
-from strategies.base import LoRAStrategy, Setup
+from strategies.base import LoRAStrategy
 
 T = TypeVar("T")
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -226,11 +228,11 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
         open_session(session, parts, ground)
         try:
             with _status(folder, session):
-                strategy = parts.strategy.bind(
+                federated = FederatedRun(
                     session, worker=ground.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
-                    strategy.start(grid_of(parts))
+                    federated.start(grid_of(parts))
                 _export(session, parts, ground.info, ground.worker.model)
         finally:
             session.tracker.close()
@@ -484,7 +486,7 @@ def _export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -
     from fedlora.models.export import save_peft, save_update  # PEFT: seconds nobody need wait
     from fedlora.techniques.spp.peft import save_spp
 
-    adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
+    adapter = session.method.global_update(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
         return

@@ -170,7 +170,7 @@ def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) 
     ground = prepare_ground(parts, lambda line: None)
     info, clients = ground.info, ground.roster.clients
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, clients, parts.seed)
-    return parts.strategy.global_adapter(dict(saved.state), setting.max_ranks)
+    return parts.strategy.global_update(dict(saved.state), setting.max_ranks)
 
 
 class Lines:
