@@ -289,7 +289,7 @@ def test_keys_are_apart_and_cover_the_model(world: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"tier_cuts": CUTS}, {"tail": 1, "cut": 1}], ids=str)
-def test_the_global_adapter_unsplit_computes_what_the_stages_compute(
+def test_the_global_update_unsplit_computes_what_the_stages_compute(
     world: Any, options: dict[str, Any]
 ) -> None:
     w, m = world(), method(**options)
