@@ -41,7 +41,7 @@ from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.spec import SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
 from simulations.app.compose import load
-from simulations.app.federate import build_parts
+from simulations.app.parts import build_parts
 
 SEED = 7
 ALPHA = 16.0
@@ -221,7 +221,7 @@ def _experiment(world: World) -> tuple[Store, list[TrainJob]]:
     jobs = []
     for client in cohort(roster, parts.seed, 1):
         if client.ranks not in starts:
-            starts[client.ranks] = method.start_adapter(state, client)
+            starts[client.ranks] = method.client_start(state, client)
         plan = replace(method.plan(state, client, parts.client), dropout=case.plan.dropout)
         jobs.append(TrainJob(parts.seed, 1, client, starts[client.ranks], plan))
     return store, jobs[: case.clients] if case.clients else jobs
