@@ -86,7 +86,8 @@ def main(overrides: list[str]) -> None:
             for round in range(1, session.rounds.rounds + 1):
                 tasks = [(spec, pickle.dumps(jobs)) for jobs in session.train_cohorts(round)]
                 answers = pool.imap_unordered(train, tasks)
-                session.finish_training([r for a in answers for r in pickle.loads(a)])
+                results = [r for a in answers for r in pickle.loads(a)]
+                session.finish_training(results, session.state)
 
 
 if __name__ == "__main__":
