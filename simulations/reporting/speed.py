@@ -88,7 +88,8 @@ def _bfloat16(found: Any) -> str:
 
 def _split(found: Any) -> str:
     def ratio(case: str, side: str) -> float:
-        cpu = {row["name"]: statistics.median(row["cpu_ms"]) for row in found["cases"][case]}
+        rows = found["cases"][case]
+        cpu = {row["name"]: float(statistics.median(row["cpu_ms"])) for row in rows}
         return cpu[side] / cpu["unsplit"]
 
     sides = {"split, one client": "one client", "split concat": "three clients"}
@@ -134,7 +135,7 @@ def _svd(found: Any) -> str:
     def seconds(preset: str, backend: str) -> float:
         kinds = found["presets"][preset]["kinds"].values()
         each = ((k["modules"], statistics.median(k["backends"][backend]["cpu_ms"])) for k in kinds)
-        return sum(n * ms for n, ms in each) / 1000
+        return float(sum(n * ms for n, ms in each)) / 1000
 
     return "; ".join(
         f"{preset} ranks: " + ", ".join(f"{b} {seconds(preset, b):.1f} s" for b in BACKENDS)
@@ -200,6 +201,10 @@ def overview(records: Records) -> str:
             f"LoRA pruned again {pruned['LoRA, pruned again']:.1f}",
             spp["command"],
         ],
-        ["fused engine, short texts", f"{faster} a plain PEFT loop in one process and in two", fused["command"]],
+        [
+            "fused engine, short texts",
+            f"{faster} a plain PEFT loop in one process and in two",
+            fused["command"],
+        ],
     ]
     return markdown(["claim", "measured", "command"], [[a, b, code(c)] for a, b, c in rows])

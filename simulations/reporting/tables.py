@@ -29,12 +29,18 @@ class Records:
         Raises:
             FileNotFoundError: if there is not exactly one; the message names the folders.
         """
-        files = [f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))]
+        files = [
+            f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))
+        ]
         exact = [f for f in files if f.stem == name] or files
         if len(exact) != 1:
             found = ", ".join(f.name for f in exact) or "none"
             raise FileNotFoundError(f"{name}: one JSON file is wanted in {FOLDERS}, found {found}")
         return json.loads(exact[0].read_text(encoding="utf-8"))
+
+    def text(self, name: str) -> str:
+        """A recorded text of docs/results/, such as what a run printed."""
+        return (self.root / FOLDERS[0] / name).read_text(encoding="utf-8")
 
 
 Table = Callable[[Records], str]
@@ -77,6 +83,11 @@ def times(x: float) -> str:
     return f"{x:.2f}x" if x < 3 else f"{x:.1f}x" if x < 10 else f"{x:.0f}x"
 
 
+def printed(records: Records) -> str:
+    """What the default run prints, without the lines in between."""
+    return f"```\n{records.text('default.log')}```"
+
+
 # --- runs -----------------------------------------------------------------------------------------
 
 
@@ -86,10 +97,8 @@ def learning(records: Records) -> str:
     for r in records["runs"]["rows"]:
         note = f", {r['note']}" if r.get("note") else ""
         loss = change(r["first"]["loss_response"], r["last"]["loss_response"])
-        rows.append(
-            [f"{r['run']}{note}", code(r["command"]), loss, rouge(r), traffic(r["up_mib"])]
-            + [clock(r["seconds"])]
-        )
+        cost = (traffic(r["up_mib"]), clock(r["seconds"]))
+        rows.append([f"{r['run']}{note}", code(r["command"]), loss, rouge(r), *cost])
     return markdown(["run", "command", "loss", "ROUGE-L", "sent up", "time"], rows)
 
 
@@ -103,12 +112,12 @@ def rouge(row: Mapping[str, Any]) -> str:
 
 def e2e(records: Records) -> str:
     """Split-federated runs on E2E."""
-    rows = [
-        [code(r["experiment"]) + f": {r['what']}", f"{r['perplexity']:.3f}"]
-        + [traffic(r["up_mib_per_round"]), f"{r['bleu']:.2f}", f"{r['nist']:.2f}"]
-        + [f"{100 * r['rouge_l_e2e']:.1f}", f"{r['cider']:.3f}"]
-        for r in records["e2e"]["rows"]
-    ]
+    rows = []
+    for r in records["e2e"]["rows"]:
+        run = f"{code(r['experiment'])}: {r['what']}"
+        scores = (r["bleu"], r["nist"], 100 * r["rouge_l_e2e"], r["cider"])
+        texts = (f"{x:.{digits}f}" for x, digits in zip(scores, (2, 2, 1, 3), strict=True))
+        rows.append([run, f"{r['perplexity']:.3f}", traffic(r["up_mib_per_round"]), *texts])
     names = ["experiment", "perplexity", "sent up in a round", "BLEU", "NIST", "ROUGE-L (E2E)"]
     return markdown([*names, "CIDEr"], rows)
 
@@ -160,6 +169,7 @@ def sparse(records: Records) -> str:
 
 
 TABLES: dict[str, Table] = {
+    "printed": printed,
     "learning": learning,
     "e2e": e2e,
     "switchlora": switchlora,
