@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedlora.algebra.state import State
+from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
 from fedlora.core.techniques import (
     LORA,
@@ -31,6 +32,7 @@ from fedlora.core.types import (
     Evaluation,
     Failure,
     LocalPlan,
+    Module,
     Payload,
     Ranks,
     Setting,
@@ -95,6 +97,10 @@ class LoRAStrategy(Strategy):
         """The kind of local training whose results it averages (`fedlora.core.techniques`)."""
         return LORA
 
+    def rank_range(self, module: Module) -> tuple[int, int]:
+        """The smallest and the largest rank that a client can train on a module."""
+        return 1, module.max_rank
+
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
         """Bytes that a real client is sent before it trains, given what it knows already.
 
@@ -125,6 +131,34 @@ class LoRAStrategy(Strategy):
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """What one client adds, where ``aggregate`` needs no more than a weighted sum of that.
+
+        With ``w_k`` from `reference_weights`, ``aggregate(state, updates)`` must be
+        ``absorb(state, Σ_k w_k adds_k, Σ_k w_k)`` up to rounding. A summand is the change of what
+        the client started from: a client that did not move adds exactly zero. Names and shapes
+        depend on the state alone, never on the client's ranks.
+
+        Args:
+            state: as in every hook.
+            start: what the client started the round from, as it received it.
+            update: validated.
+
+        Returns:
+            Tensors or products by name; ``None``: the method needs the updates themselves.
+        """
+        return None
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """The state after a sum of what clients add.
+
+        Args:
+            state: as in every hook.
+            total: ``Σ_k w_k adds_k``; of equal names and shapes as one summand.
+            weight: what the sum is divided by: ``Σ_k w_k``, or a number fixed beforehand.
+        """
+        raise TypeError(f"{type(self).__name__} needs its clients' updates, not their sum")
 
     def conduct(self, state: State, jobs: Sequence[TrainJob], hall: Hall) -> Conducted | None:
         """Train a round in several exchanges with its clients (SplitLoRA).
