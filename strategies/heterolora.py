@@ -29,6 +29,7 @@ from fedlora.algebra.linalg import (
     svd,
 )
 from fedlora.algebra.state import (
+    Kept,
     State,
     order,
     paths,
@@ -159,7 +160,7 @@ class HeteroLoRA(LoRAStrategy):
         ranks = Ranks(dict(zip(client.ranks, now, strict=True)))
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return {path: self._truncated(state, path, r) for path, r in client.ranks.items()}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -171,7 +172,7 @@ class HeteroLoRA(LoRAStrategy):
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         if self.average == "change":
             weights = self.reference_weights(updates)
-            terms = [self._changes(state, self.start_adapter(state, u.client), u) for u in updates]
+            terms = [self._changes(state, self.client_start(state, u.client), u) for u in updates]
             return self.absorb(state, total(terms, weights), math.fsum(weights))
         return self._averages(state, updates)
 
@@ -238,7 +239,7 @@ class HeteroLoRA(LoRAStrategy):
             new |= _module_state(path, a, c * f.b, a0, fresh)
         return new
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         if ranks is None:
             whole = {path: state[f"{GLOBAL}{path}/a0"] for path in paths(state, "a0", GLOBAL)}
             ranks = Ranks({path: a0.shape[0] for path, a0 in whole.items()})

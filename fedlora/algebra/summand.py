@@ -1,7 +1,7 @@
 r"""What one client adds to the server's model: a sum's terms, their norm and their weighted sum.
 
 A method whose next state depends on its clients only through ``Σ_k w_k x_k`` says what ``x_k`` is
-(`strategies.base.LoRAStrategy.adds`) and how the sum is taken in (``absorb``). A term maps names
+(`fedlora.server.method.Method.adds`) and how the sum is taken in (``absorb``). A term maps names
 to tensors or to products that stay factored:
 
     x = B A             B [m, j],  A [j, n]

@@ -69,7 +69,7 @@ def cohort(
     updates = []
     for client in population.clients:
         c = strategy.enlist(state, client)
-        start = strategy.start_adapter(state, c)
+        start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
         updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
@@ -93,7 +93,7 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
     """What the weights of an update's client differ from the base's by."""
-    payload, start = update.payload, strategy.start_adapter(state, update.client)
+    payload, start = update.payload, strategy.client_start(state, update.client)
     if isinstance(start, Rebased) and not isinstance(payload, SparseDelta | Rebased):
         return dense(Rebased(start.shift, payload))
     return dense(payload)
@@ -148,7 +148,7 @@ def after_rounds(
 def effects(strategy: LoRAStrategy, state: State, population: Setting) -> list[dict[str, Tensor]]:
     """What each client's start adds to the base weights."""
     return [
-        dense(strategy.start_adapter(state, strategy.enlist(state, c))) for c in population.clients
+        dense(strategy.client_start(state, strategy.enlist(state, c))) for c in population.clients
     ]
 
 
@@ -185,7 +185,7 @@ def weights(strategy: LoRAStrategy, round: int) -> str:
 
 
 def _untrained(strategy: LoRAStrategy, state: State, client: Client) -> Payload:
-    start = strategy.start_adapter(state, client)
+    start = strategy.client_start(state, client)
     factors = start.factors if isinstance(start, Rebased) else start
     return answer(start, factors, strategy.plan(state, client, PLAN))
 
@@ -194,11 +194,11 @@ def everything(
     strategy: LoRAStrategy, state: State, population: Setting
 ) -> list[tuple[str, Payload]]:
     """Every payload that a state can give."""
-    out = [("global", strategy.global_adapter(state))]
+    out = [("global", strategy.global_update(state))]
     for c in population.clients:
         e = strategy.enlist(state, c)
-        out.append((f"start of {c.id}", strategy.start_adapter(state, e)))
-        out.append((f"global at {c.id}", strategy.global_adapter(state, e.ranks)))
+        out.append((f"start of {c.id}", strategy.client_start(state, e)))
+        out.append((f"global at {c.id}", strategy.global_update(state, e.ranks)))
     return out
 
 
@@ -226,7 +226,7 @@ def a_lone_client_gets_its_update_back(
     for update in cohort(strategy, state, population, seed, precision):
         after = strategy.aggregate(state, [update])
         client = strategy.enlist(after, population.clients[update.client.id])
-        back = dense(strategy.start_adapter(after, client))
+        back = dense(strategy.client_start(after, client))
         sent = reached(strategy, state, update)
         assert_close(back, sent, precision, f"lone client {client.id}")
 
@@ -271,7 +271,7 @@ def examples_are_what_is_averaged(
     state = _in(precision, strategy.init_state(population))
     updates = cohort(strategy, state, population, seed, precision)
     first = updates[0].payload
-    start = strategy.start_adapter(state, updates[0].client)
+    start = strategy.client_start(state, updates[0].client)
     if isinstance(first, MaskedScale):
         updates = [_with_alpha(u, first) for u in updates]
     elif isinstance(start, Mapping):
@@ -374,7 +374,7 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
     states.append(strategy.aggregate(states[1], second))
     for i, s in enumerate(states):
         for c in population.clients:
-            payload = strategy.start_adapter(s, strategy.enlist(s, c))
+            payload = strategy.client_start(s, strategy.enlist(s, c))
             if isinstance(payload, Rebased):
                 payload = payload.factors
             if isinstance(payload, Mapping):
@@ -401,8 +401,8 @@ def starts_have_the_ranks_of_their_clients(
         for c in population.clients:
             e = strategy.enlist(state, c)
             for payload in (
-                strategy.start_adapter(state, e),
-                strategy.global_adapter(state, e.ranks),
+                strategy.client_start(state, e),
+                strategy.global_update(state, e.ranks),
             ):
                 if isinstance(payload, Rebased):
                     got = Ranks({p: f.rank for p, f in payload.factors.items()})
@@ -423,9 +423,7 @@ def unequal_ranks_are_applied(
         sizes = {
             c.tier: sum(
                 t.numel()
-                for _, t in payload_tensors(
-                    strategy.start_adapter(state, strategy.enlist(state, c))
-                )
+                for _, t in payload_tensors(strategy.client_start(state, strategy.enlist(state, c)))
             )
             for c in population.clients
         }
@@ -440,7 +438,7 @@ def equal_ranks_start_alike(
     for c in population.clients:
         e = strategy.enlist(state, c)
         twin = Client(id=99, ranks=e.ranks, num_examples=1)
-        assert_same(strategy.start_adapter(state, e), strategy.start_adapter(state, twin), "a twin")
+        assert_same(strategy.client_start(state, e), strategy.client_start(state, twin), "a twin")
         assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
 
 
@@ -534,7 +532,7 @@ def added(strategy: LoRAStrategy, state: State, updates: Sequence[Update]) -> li
     """What each client adds; empty where the method needs the updates themselves."""
     found = []
     for u in updates:
-        x = strategy.adds(state, strategy.start_adapter(state, u.client), u)
+        x = strategy.adds(state, strategy.client_start(state, u.client), u)
         if x is None:
             return []
         found.append(x)
@@ -564,7 +562,7 @@ def absorbing_the_sum_is_aggregating(
         )
         aggregated = strategy.aggregate(state, updates)
         assert absorbed.keys() == aggregated.keys(), f"{what}: states of other names"
-        one, other = (strategy.global_adapter(s) for s in (absorbed, aggregated))
+        one, other = (strategy.global_update(s) for s in (absorbed, aggregated))
         assert_close(dense(one), dense(other), precision, what)
         for x, y in zip(
             effects(strategy, absorbed, population),
@@ -598,7 +596,7 @@ def absorbing_nothing_changes_nothing(
             summand.total(added(strategy, state, updates), [0.0] * len(updates)), 0.0
         )
         after = strategy.absorb(state, nothing, 3.0)
-        before, now = strategy.global_adapter(state), strategy.global_adapter(after)
+        before, now = strategy.global_update(state), strategy.global_adapter(after)
         if type(before) is type(now):
             assert_close(dense(now), dense(before), precision, what)
 

@@ -205,7 +205,7 @@ def start_of_another_rank(
     self: LoRAStrategy, right: Hook, state: State, start: Payload, update: Update
 ) -> Summands:
     """What a client of other ranks starts from, cut to its own."""
-    other = self.start_adapter(state, _of_other_ranks(self, state, update.client))
+    other = self.client_start(state, _of_other_ranks(self, state, update.client))
     if isinstance(other, SparseDelta):
         values = {p: torch.zeros_like(v) for p, v in start.values.items()}
         for p, v in other.values.items():
@@ -267,19 +267,19 @@ FAULTS = [
     ],
     *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
     *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
-    *[(s, "start_adapter", mask_not_shared) for s in (SCALED, STACKED)],
-    *[(s, "global_adapter", merge_fills_zeros) for s in (SCALED, STACKED)],
+    *[(s, "client_start", mask_not_shared) for s in (SCALED, STACKED)],
+    *[(s, "global_update", merge_fills_zeros) for s in (SCALED, STACKED)],
     *[(s, "aggregate", merge_overflows) for s in (SCALED, STACKED)],
-    *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
+    *[(s, "client_start", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
     *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
-    *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "client_start", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "enlist", ranks_not_applied) for s in (FLEX, HETERO, SPARSE, SECOND)],
-    *[(s, "start_adapter", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
-    *[(s, "start_adapter", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "client_start", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "client_start", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "aggregate", first_counted_twice) for s in SWITCH],
     *[(s, "aggregate", unweighted_mean) for s in SWITCH],
     *[(s, "aggregate", never_loaded) for s in SWITCH],
-    *[(s, "start_adapter", base_not_moved) for s in SWITCH],
+    *[(s, "client_start", base_not_moved) for s in SWITCH],
     (SWITCH[1], "aggregate", residual_forgotten),
     (CARRY, "adds", scale_dropped_from_summands),
     (CHANGE, "adds", scales_left_out_of_changes),
