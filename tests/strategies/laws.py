@@ -596,7 +596,7 @@ def absorbing_nothing_changes_nothing(
             summand.total(added(strategy, state, updates), [0.0] * len(updates)), 0.0
         )
         after = strategy.absorb(state, nothing, 3.0)
-        before, now = strategy.global_update(state), strategy.global_adapter(after)
+        before, now = strategy.global_update(state), strategy.global_update(after)
         if type(before) is type(now):
             assert_close(dense(now), dense(before), precision, what)
 
