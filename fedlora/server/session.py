@@ -30,6 +30,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import (
     Roster,
     cohort,
@@ -42,8 +43,8 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import (
     Tracker,
     read_jsonl,
-    summarise,
 )
+from fedlora.server.combine import combine
 from fedlora.server.method import Method
 from fedlora.server.round_metrics import (
     diagnosis,
@@ -309,7 +310,7 @@ class Session:
         updates, failures = self._sort_out(phase, by_client)
         self._report_clients(phase, updates, failures, by_client)
         self._require_enough(phase, updates, failures)
-        self.state = self.method.aggregate(state, updates)
+        self.state = combine(self.method, state, updates, phase.round)
         seconds = time.monotonic() - arrived
         seconds_training = arrived - phase.started
         record = training_record(phase.round, updates, failures, seconds_training)
