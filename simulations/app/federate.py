@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.core.cache import cache_root
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError, ModelError, RunError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim, write_file
 from fedlora.core.techniques import TECHNIQUES, technique
 from fedlora.core.types import (
     LocalPlan,
@@ -418,7 +418,7 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
 def write_start(parts: Parts, ground: Ground, folder: Path) -> None:
     """config.yaml, environment.json, model.json and population.json of the run folder."""
     info, roster = ground.info, ground.roster
-    _write(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
+    write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
     _write_json(folder / MODEL, model | {"folder": str(ground.worker.model.folder())})
@@ -433,14 +433,7 @@ def write_start(parts: Parts, ground: Ground, folder: Path) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of a file or none of it, whenever the process ends."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
 @contextmanager
