@@ -18,8 +18,9 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError
 from simulations.app.compose import load
-from simulations.app.federate import build_parts, run
+from simulations.app.federate import run
 from simulations.app.launch import LaunchError, launch
+from simulations.app.parts import build_parts
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""

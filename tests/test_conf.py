@@ -7,7 +7,7 @@ import pytest
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 from simulations.app.compose import load, split_overrides
-from simulations.app.federate import build_parts
+from simulations.app.parts import build_parts
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))

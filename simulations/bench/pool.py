@@ -78,21 +78,18 @@ def main(overrides: list[str]) -> None:
     # Here, for every process of the pool imports this module.
     from fedlora.core.files import claim
     from simulations.app.compose import load
-    from simulations.app.federate import (
-        build_parts,
-        new_session,
-        open_session,
-        prepare_ground,
-        run_folder,
-    )
+    from simulations.app.federate import new_session, open_session
+    from simulations.app.inputs import prepare_inputs
+    from simulations.app.parts import build_parts
+    from simulations.app.run_folder import run_folder
 
     parts = build_parts(load(overrides))
-    ground = prepare_ground(parts, say)
-    spec = ground.worker.to_json()
+    inputs = prepare_inputs(parts, say)
+    spec = inputs.worker.to_json()
     folder = run_folder(parts)
-    session = new_session(parts, ground, folder, say)
+    session = new_session(parts, inputs, folder, say)
     with claim(folder):
-        open_session(session, parts, ground)
+        open_session(session, parts, inputs)
         context = multiprocessing.get_context("spawn")
         with context.Pool(session.workers, open_worker, (spec,)) as pool:
             for round in range(1, session.rounds.rounds + 1):

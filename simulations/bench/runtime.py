@@ -35,7 +35,7 @@ from fedlora.core.cache import cache_root
 from fedlora.data.store import TokenStore, prepare
 from fedlora.run.tracking import read_jsonl
 from simulations.app.compose import load as compose
-from simulations.app.federate import build_parts
+from simulations.app.parts import build_parts
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 MARK = "FEDLORA_BENCH"

@@ -37,7 +37,8 @@ from fedlora.models.export import CONFIG, SPP, load_peft
 from fedlora.run import checkpoint
 from fedlora.run.progress import clock
 from fedlora.techniques.spp.peft import load_spp
-from simulations.app.federate import build_parts, prepare_ground
+from simulations.app.inputs import prepare_inputs
+from simulations.app.parts import build_parts
 from simulations.tools.base_model import base_of
 
 ADAPTERS = ("final", "none")
@@ -169,8 +170,8 @@ def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) 
         raise ConfigError(f"{run} has no adapter/ and no checkpoint: its first round was not done")
     emit(f"{run.name}: no adapter/; the checkpoint after round {saved.round} is taken")
     parts = build_parts(config)
-    ground = prepare_ground(parts, lambda line: None)
-    info, clients = ground.info, ground.roster.clients
+    inputs = prepare_inputs(parts, lambda line: None)
+    info, clients = inputs.info, inputs.roster.clients
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, clients, parts.seed)
     return parts.strategy.global_adapter(dict(saved.state), setting.max_ranks)
 

@@ -41,7 +41,7 @@ from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.spec import SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
 from simulations.app.compose import load
-from simulations.app.federate import build_parts
+from simulations.app.parts import build_parts
 
 SEED = 7
 ALPHA = 16.0

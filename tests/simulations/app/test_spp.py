@@ -21,7 +21,8 @@ from fedlora.models.spec import HuggingFace, TinyGPT2
 from fedlora.prune.spec import Pruned, read_about
 from fedlora.techniques.spp.peft import load_spp
 from simulations.app.compose import load
-from simulations.app.federate import build_parts, prepare_ground
+from simulations.app.inputs import prepare_inputs
+from simulations.app.parts import build_parts
 from simulations.tools.merge import main
 from tests.simulations.conftest import SMALL
 
@@ -236,11 +237,11 @@ def test_clients_that_are_held_out_do_not_calibrate(federate):
     cfg = load([*options, "population.clients=24"])
     parts = build_parts(cfg)
     folder = parts.model.folder()
-    ground = prepare_ground(parts, lambda line: None)
+    inputs = prepare_inputs(parts, lambda line: None)
     used = read_about(folder)["calibration_clients"]
     assert len(used) == 9
-    assert set(used) <= set(ground.roster.trainable)
-    assert len(ground.roster.groups["unseen_random"]) == 12
+    assert set(used) <= set(inputs.roster.trainable)
+    assert len(inputs.roster.groups["unseen_random"]) == 12
     with pytest.raises(ModelError, match=r"asks 13 clients .* 12 of 12 hold so much text"):
         replace(parts.model, clients=13).folder()
     anybody = replace(parts.model, population=None, clients=13)
