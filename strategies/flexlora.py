@@ -32,6 +32,7 @@ from fedlora.algebra.linalg import (
 )
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
+    Kept,
     State,
     order,
     paths,
@@ -121,7 +122,7 @@ class FlexLoRA(LoRAStrategy):
             state |= _module_state(m.path, empty, a0[m.path])
         return state | prefixed(self.server_optimizer.init(nothing), SERVER)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return self._at(state, client.ranks)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
@@ -149,7 +150,7 @@ class FlexLoRA(LoRAStrategy):
         memory = prefixed(self.server_optimizer.init(delta), SERVER)
         return _replaced(kept | memory, {path: svd(w) for path, w in delta.items()})
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         if ranks is not None:
             return self._at(state, ranks)
         whole = {path: _svd(state, path) for path in paths(state, "s", GLOBAL)}

@@ -25,6 +25,7 @@ from fedlora.algebra.linalg import (
     svd,
 )
 from fedlora.algebra.state import (
+    Kept,
     State,
     order,
     paths,
@@ -126,7 +127,7 @@ class HeteroLoRA(LoRAStrategy):
         ranks = Ranks(dict(zip(client.ranks, now, strict=True)))
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return {path: self._truncated(state, path, r) for path, r in client.ranks.items()}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -178,7 +179,7 @@ class HeteroLoRA(LoRAStrategy):
             new |= _module_state(path, a, c * f.b, a0, fresh)
         return new
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         if ranks is None:
             whole = {path: state[f"{GLOBAL}{path}/a0"] for path in paths(state, "a0", GLOBAL)}
             ranks = Ranks({path: a0.shape[0] for path, a0 in whole.items()})

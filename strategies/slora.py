@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedlora.algebra.linalg import client_shares, client_weights
 from fedlora.algebra.state import (
+    Kept,
     State,
     integers,
     order,
@@ -135,10 +136,10 @@ class SLoRA(LoRAStrategy):
             return client
         return self.aggregator.enlist(under(state, NESTED), client)
 
-    def start_adapter(self, state: State, client: Client) -> Payload:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
         if self._sparse(state):
             return _masked(state, self._density(state, client.ranks))
-        return self.aggregator.start_adapter(under(state, NESTED), client)
+        return self.aggregator.client_start(under(state, NESTED), client, kept)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
         """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
@@ -161,9 +162,9 @@ class SLoRA(LoRAStrategy):
             return client_weights(updates, self.weights)
         return self.aggregator.reference_weights(updates)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
         if not self._sparse(state):
-            return self.aggregator.global_adapter(under(state, NESTED), ranks)
+            return self.aggregator.global_update(under(state, NESTED), ranks)
         if ranks is None:
             return _masked(state, float(state[f"{SPARSE}densities"].max()))
         return _masked(state, self._density(state, ranks))

@@ -28,6 +28,7 @@ from fedlora.algebra.linalg import (
     weighted_sum,
 )
 from fedlora.algebra.state import (
+    Kept,
     State,
     integers,
     order,
@@ -44,13 +45,14 @@ from fedlora.core.types import (
     Setting,
     Update,
 )
+from fedlora.server.method import Setup
 from fedlora.techniques.spp.scale import (
     factor,
     mean_factor,
     nested_rank,
     spread,
 )
-from strategies.base import LoRAStrategy, Setup
+from strategies.base import LoRAStrategy
 
 log = logging.getLogger(__name__)
 
@@ -163,8 +165,8 @@ class SPP(LoRAStrategy):
         ranks = Ranks({p: nested_rank(r, top[p]) for p, r in client.ranks.items()})
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
-    def start_adapter(self, state: State, client: Client) -> MaskedScale:
-        whole, trains = self.global_adapter(state), self._trains(state)
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> MaskedScale:
+        whole, trains = self.global_update(state), self._trains(state)
         if self.mode == "beta_only":
             return replace(whole, alpha={}, seed=_drawn_from(state), trains=trains)
         if self.mode == "stack":
@@ -215,7 +217,7 @@ class SPP(LoRAStrategy):
             found["spp/residual"] = float(state["residual"])
         return found
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> MaskedScale:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> MaskedScale:
         """The common factors: their effect is the same at every rank."""
         names = paths(state, "alpha", GLOBAL)
         return MaskedScale(

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedlora.algebra.linalg import client_shares, client_weights
 from fedlora.algebra.state import (
+    Kept,
     State,
     integers,
     order,
@@ -46,6 +47,7 @@ from fedlora.core.types import (
     Switching,
     Update,
 )
+from fedlora.server.method import Setup
 from fedlora.techniques.switchlora.init import (
     SIDES,
     Side,
@@ -64,7 +66,7 @@ from fedlora.techniques.switchlora.replica import (
     remembered,
 )
 from fedlora.wire.codec import WIRE_BYTES
-from strategies.base import LoRAStrategy, Setup
+from strategies.base import LoRAStrategy
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +221,7 @@ class SwitchLoRA(LoRAStrategy):
         made = Replica.begin(shapes, setting.max_ranks, setting.alpha, timetable)
         return state | made.state() | {"seen": integers([0] * len(setting.clients))}
 
-    def start_adapter(self, state: State, client: Client) -> Rebased:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Rebased:
         return self._at(state, client.ranks)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -252,7 +254,7 @@ class SwitchLoRA(LoRAStrategy):
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Rebased:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Rebased:
         if ranks is not None:
             return self._at(state, ranks)
         if self.mode == DENSE:

@@ -23,6 +23,7 @@ from fedlora.algebra.linalg import (
 )
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
+    Kept,
     State,
     order,
     pack,
@@ -65,7 +66,7 @@ class FactorAverage:
     def enlist(self, state: State, client: Client) -> Client:
         return at_common_rank(state, client)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return factors(state)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
@@ -77,7 +78,7 @@ class FactorAverage:
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         return continued(state, delta, self.server_optimizer)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         return at_ranks(state, ranks)
 
 

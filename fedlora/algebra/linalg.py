@@ -380,7 +380,7 @@ def at_rank(f: Factors, rank: int) -> Factors:
 
 
 def exactness_gap(
-    updates: Sequence[Update], weights: Sequence[float], global_adapter: Adapter
+    updates: Sequence[Update], weights: Sequence[float], global_update: Adapter
 ) -> dict[str, float]:
     """How far the new global model is from the average of what the clients trained.
 
@@ -389,7 +389,7 @@ def exactness_gap(
     """
     p = shares(weights)
     gap = norm = 0.0
-    for path, g in global_adapter.items():
+    for path, g in global_update.items():
         b, a = stack([u.adapter[path] for u in updates], p)
         mine_b, mine_a = (t.to(b.dtype) for t in stack([g], [1.0]))
         norm += product_norm(b, a) ** 2

@@ -1,7 +1,6 @@
 """What a round's record says of its training: losses, speed, engines, and what averaging kept."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 from fedlora.algebra.linalg import (
     exactness_gap,
@@ -12,19 +11,11 @@ from fedlora.algebra.linalg import (
 from fedlora.algebra.state import State
 from fedlora.core.types import (
     Failure,
-    Payload,
-    Ranks,
     Setting,
     Update,
     is_low_rank,
 )
-
-
-class Averaging(Protocol):
-    """The hooks of a method that a diagnosis asks (`strategies.base.LoRAStrategy`)."""
-
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
-    def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
+from fedlora.server.method import Method
 
 
 def training_record(
@@ -73,7 +64,7 @@ def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, 
 
 
 def diagnosis(
-    method: Averaging, state: State, setting: Setting, updates: Sequence[Update]
+    method: Method, state: State, setting: Setting, updates: Sequence[Update]
 ) -> Mapping[str, float]:
     """What the aggregation kept and lost, where updates are low-rank factors.
 
@@ -83,7 +74,7 @@ def diagnosis(
         setting: for the population's rank patterns.
         updates: that were aggregated; at least one.
     """
-    adapter = method.global_adapter(state)
+    adapter = method.global_update(state)
     if not (is_low_rank(adapter) and is_low_rank(updates[0].payload)):
         return {}
     # A split client sends what it holds of the model; what all have sent can be compared.

@@ -2,7 +2,7 @@
 written down.
 
 `Session` turns a method's hooks into batches of jobs and turns results into the next state. It is
-driven by `strategies.base.LoRAStrategy`, which only carries the jobs and results over the wire.
+driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results over the wire.
 """
 
 import logging
@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from fedlora.algebra.state import State
 from fedlora.core.checks import (
@@ -27,7 +26,6 @@ from fedlora.core.types import (
     Failure,
     LocalPlan,
     Payload,
-    Ranks,
     Setting,
     TrainJob,
     Update,
@@ -46,6 +44,8 @@ from fedlora.run.tracking import (
     read_jsonl,
     summarise,
 )
+from fedlora.server.combine import combine
+from fedlora.server.method import Method
 from fedlora.server.round_metrics import (
     diagnosis,
     engine_record,
@@ -65,21 +65,6 @@ MOST_PER_MESSAGE = 256
 whole (half a MiB per client of the default run, tens for larger models), progress is seen by
 replies alone, and whoever dies loses a whole message: with everybody of a large population in one
 round, a share of the round per worker would be too much of all three."""
-
-
-class Method(Protocol):
-    """The hooks of a federated method; documented on `strategies.base.LoRAStrategy`."""
-
-    def init_state(self, setting: Setting) -> State: ...
-    def enlist(self, state: State, client: Client) -> Client: ...
-    def start_adapter(self, state: State, client: Client) -> Payload: ...
-    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan: ...
-    def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload: ...
-    def evaluated_ranks(self, state: State, client: Client) -> Ranks: ...
-    def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
-    def report(self, state: State) -> Mapping[str, float | int | str]: ...
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -260,7 +245,7 @@ class Session:
         plan, starts, plans = self.rounds.plan(self.plan, round), {}, {}
         for c in clients:
             if c.ranks not in starts:
-                starts[c.ranks] = self.method.start_adapter(self.state, c)
+                starts[c.ranks] = self.method.client_start(self.state, c)
                 plans[c.ranks] = self.method.plan(self.state, c, plan)
         jobs = [
             TrainJob(self.setting.seed, round, c, starts[c.ranks], plans[c.ranks]) for c in clients
@@ -291,7 +276,7 @@ class Session:
         label = f"round {round}/{self.rounds.rounds}  {phase}"
         self._progress = RoundProgress(clients, label, emit=self.emit)
 
-    def heard(self, reply: Glance) -> None:
+    def on_reply(self, reply: Glance) -> None:
         """Show progress when a reply arrives, and what an engine says of itself if it is new."""
         for note in reply.notes:
             if note not in self._said:
@@ -300,14 +285,21 @@ class Session:
         self._notes.update(reply.notes)
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
-    def stepped(self, step: int, steps: int, loss: float) -> None:
+    def on_step(self, step: int, steps: int, loss: float) -> None:
         """Show progress in a round whose clients take their steps together."""
-        self._progress.stepped(step, steps, loss)
+        self._progress.on_step(step, steps, loss)
 
-    def finish_training(self, results: Iterable[Update | Failure]) -> dict[str, float | int | str]:
+    def finish_training(
+        self, results: Iterable[Update | Failure], state: State
+    ) -> dict[str, float | int | str]:
         """Validate and aggregate a round's results, write the checkpoint and the records.
 
         Clients of whom nothing came count as failed.
+
+        Args:
+            results: of the round's clients.
+            state: into which they are aggregated: that of the round's start, or what exchanges
+                have made of it (`fedlora.server.method.RoundOutcome`).
 
         Raises:
             RunError: if too few clients succeeded. Completed rounds stay on disk.
@@ -318,7 +310,7 @@ class Session:
         updates, failures = self._sort_out(phase, by_client)
         self._report_clients(phase, updates, failures, by_client)
         self._require_enough(phase, updates, failures)
-        self.state = self.method.aggregate(self.state, updates)
+        self.state = combine(self.method, state, updates, phase.round)
         seconds = time.monotonic() - arrived
         seconds_training = arrived - phase.started
         record = training_record(phase.round, updates, failures, seconds_training)
@@ -331,7 +323,7 @@ class Session:
         record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
         if self.audit is not None:
-            record |= self.audit(self.method.global_adapter(self.state))
+            record |= self.audit(self.method.global_update(self.state))
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - phase.started
         # Records before the checkpoint: if a kill comes between, resuming drops them and repeats
@@ -471,7 +463,7 @@ class Session:
             for c in clients
         ]
         clients = [self.method.enlist(self.state, c) for c in clients]
-        adapters = {r: self.method.global_adapter(self.state, r) for r in dict.fromkeys(wanted)}
+        adapters = {r: self.method.global_update(self.state, r) for r in dict.fromkeys(wanted)}
         return [
             EvaluateJob(seed, round, c, adapters[r], self.schedule.plan)
             for c, r in zip(clients, wanted, strict=True)

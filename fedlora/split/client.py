@@ -18,7 +18,7 @@ from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
 from fedlora.split.loss import summed_loss
 from fedlora.split.protocol import Cut, Down, Opening, Up
-from fedlora.split.trainable import Party
+from fedlora.split.trainable import TrainableStage
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class SplitClient:
         self.examples = examples
         self.model = stages.model
         self.head, self.tail = client_stages(stages, opening.cut)
-        self.party = party_of(stages, opening)
+        self.trainable = trainable_of(stages, opening)
         self._order = Order(len(examples), plan, seed=terms.seed, client=client.id)
         self._seeds = Seeds(seed=terms.seed, client=client.id)
         self._pending: _Pending | None = None
@@ -68,7 +68,7 @@ class SplitClient:
         """
         grad_norm = self._learn(down)
         if down.adapter is not None:
-            self.party.load(down.adapter)
+            self.trainable.load(down.adapter)
         if down.middle is not None:
             return self._finish(down.step, down.middle)
         sent: dict[str, object] = {}
@@ -83,15 +83,15 @@ class SplitClient:
             }
         if down.upload:
             sent |= {
-                "adapter": self.party.adapter(),
-                "memory": self.party.memory(),
+                "adapter": self.trainable.adapter(),
+                "memory": self.trainable.memory(),
             }
         return Up(down.step, grad_norm=grad_norm, **sent)  # type: ignore[arg-type]
 
     def grads(self) -> dict[str, Tensor]:
         """What a U-shape's tail has left for the optimizer step to come, by buffer. With adapters
         and optimizer memory, all that another process needs to go on (`resume`)."""
-        return {f"{i}": g.clone() for i, g in enumerate(self.party.flat.grads)}
+        return {f"{i}": g.clone() for i, g in enumerate(self.trainable.flat.grads)}
 
     def resume(self, step: int, grads: Mapping[str, Tensor], *, forward: bool) -> None:
         """Go on where another process stopped.
@@ -104,7 +104,7 @@ class SplitClient:
         else:
             self._pending = _Pending(step, None)
         for i, saved in grads.items():
-            self.party.flat.grads[int(i)].copy_(saved)
+            self.trainable.flat.grads[int(i)].copy_(saved)
 
     def ready(self, step: int, *, graph: bool) -> bool:
         """Whether a step waits here for its tail or its gradient, the latter with its graph."""
@@ -140,12 +140,12 @@ class SplitClient:
                     f"up and was sent a gradient of {list(gradient.shape)}"
                 )
             pending.packed.backward(gradient.to(pending.packed))
-        return float(self.party.step(down.rate))
+        return float(self.trainable.step(down.rate))
 
     def _forward(self, number: int, step: Step) -> Parts:
         """Activations at the cut, as they go on the wire."""
         terms, device = self.opening.terms, self.model.device
-        self.party.zero_grad()
+        self.trainable.zero_grad()
         batch = step.batch.to(device)
         self._mount(self.head, number, batch.inputs.numel())
         try:
@@ -185,11 +185,11 @@ class SplitClient:
         )
 
     def _mount(self, stage: Stage, number: int, rows: int) -> None:
-        stage.mount(self.party.updates)
+        stage.mount(self.trainable.updates)
         if self.opening.plan.dropout > 0 and stage.layers:
             bits = self.model.dropout_bits(self._seeds[number], rows)
             for path in stage.layers:
-                self.party.updates[path].bits = bits[path]
+                self.trainable.updates[path].bits = bits[path]
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         """For whatever a client adds at random to one step."""
@@ -212,7 +212,7 @@ def client_stages(stages: Stages, cut: Cut) -> tuple[Stage, Stage | None]:
     return head, stages[Span(last, stages.blocks, heads=True)]
 
 
-def party_of(stages: Stages, opening: Opening) -> Party:
+def trainable_of(stages: Stages, opening: Opening) -> TrainableStage:
     """What a client trains.
 
     Raises:
@@ -227,7 +227,7 @@ def party_of(stages: Stages, opening: Opening) -> Party:
         )
     updates = stages.model.updates(opening.adapter, opening.plan.dropout)
     factors = {path: u for path, u in updates.items() if isinstance(u, LowRank)}
-    return Party(factors, opening.plan, opening.memory)
+    return TrainableStage(factors, opening.plan, opening.memory)
 
 
 def autocast(model: LanguageModel, plan: LocalPlan) -> torch.autocast:

@@ -188,7 +188,7 @@ def play(
 
     Args:
         link: to the clients.
-        server: its parties are trained in place.
+        server: its adapters are trained in place.
         itinerary: of the round.
         average: of adapters in the middle of the round.
         say: takes one line for every step that a client loses.

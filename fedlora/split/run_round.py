@@ -1,12 +1,11 @@
-"""A round of SplitLoRA as its strategy plays it: stages and parties out of the server's state, the
-itinerary, averages on the way, and the state that comes of it.
+"""A round of SplitLoRA: stages and what trains on them out of the server's state, the itinerary,
+averages on the way, and the state that comes of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
 
 from torch import Tensor
 
@@ -27,21 +26,21 @@ from fedlora.core.types import (
     LocalPlan,
     TrainJob,
     Update,
+    is_low_rank,
 )
 from fedlora.data.batches import num_steps
 from fedlora.models.layers import LowRank
-from fedlora.server.flower import Conducted, Hall
+from fedlora.server.method import ClientChannel, Method, RoundOutcome
 from fedlora.split.batches import Seeds
-from fedlora.split.compression import Wire
+from fedlora.split.config import SplitConfig
 from fedlora.split.context import Ground, ground
 from fedlora.split.cost import client_memory, client_work
 from fedlora.split.link import MessageLink
-from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Opening, Terms
 from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
-from fedlora.split.server import Guest, Rule, SplitServer
+from fedlora.split.server import Guest, SplitServer
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.trainable import Memory, Party
+from fedlora.split.trainable import Memory, TrainableStage
 from fedlora.training.loop import learning_rates
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
@@ -50,93 +49,74 @@ HOST = -1
 """The server where an average counts it as one more client."""
 
 
-class SplitMethod(Protocol):
-    """What a round has to know of its strategy, documented on `strategies.splitlora.SplitLoRA`."""
-
-    @property
-    def tail(self) -> int: ...
-    @property
-    def rule(self) -> Rule: ...
-    @property
-    def average_every(self) -> int: ...
-    @property
-    def transport(self) -> str: ...
-    @property
-    def keep_graphs(self) -> bool: ...
-    @property
-    def activations(self) -> Wire: ...
-    @property
-    def gradients(self) -> Wire: ...
-    @property
-    def noise(self) -> Noise: ...
-    @property
-    def label_smoothing(self) -> float: ...
-    @property
-    def server_lr(self) -> float: ...
-    @property
-    def client_schedule(self) -> str: ...
-    @property
-    def horizon(self) -> int: ...
-    @property
-    def memory(self) -> str: ...
-    def cut_of(self, state: State, client: Client) -> Cut: ...
-    def copy_of(self, state: State, client: Client) -> dict[str, Factors]: ...
-    def start_adapter(self, state: State, client: Client) -> Adapter: ...
-    def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
-
-
 def server_state(adapter: Adapter) -> dict[str, Tensor]:
     """The server's own adapters as they stand in the state."""
     return pack(adapter, SERVER) | {f"{SERVER}order": order(adapter)}
 
 
-class Play:
+class SplitRound:
     """A round from jobs to results.
 
     Args:
-        method: the strategy.
+        config: the method's options.
+        method: averages adapters, on the way and in the end (`aggregate`, `client_start`).
         state: of the server.
         jobs: of the round's clients, who all have the same plan.
-        hall: where clients are met.
+        channel: to these clients.
+        cuts: which blocks each client holds, by id.
+        copy_of: under ``rule.update=per_client``, the server's adapters of one client.
 
     Raises:
         ModelError: if the model cannot be cut there.
     """
 
     def __init__(
-        self, method: SplitMethod, state: State, jobs: Sequence[TrainJob], hall: Hall
+        self,
+        config: SplitConfig,
+        method: Method,
+        state: State,
+        jobs: Sequence[TrainJob],
+        channel: ClientChannel,
+        *,
+        cuts: Mapping[int, Cut],
+        copy_of: Callable[[State, Client], Mapping[str, Factors]],
     ) -> None:
-        self.method, self.state, self.hall = method, state, hall
+        self.config, self.method, self.state, self.channel = config, method, state, channel
+        self.cuts, self.copy_of = cuts, copy_of
         self.jobs = {j.client.id: j for j in jobs}
-        self.ground: Ground = ground(hall.worker)
+        self.ground: Ground = ground(channel.worker)
         self.plan = jobs[0].plan
         self.terms = Terms(
             seed=jobs[0].seed,
-            activations=method.activations,
-            gradients=method.gradients,
-            noise=method.noise,
-            smoothing=method.label_smoothing,
-            keep_graphs=method.keep_graphs,
+            activations=config.activations,
+            gradients=config.gradients,
+            noise=config.noise,
+            smoothing=config.label_smoothing,
+            keep_graphs=config.keep_graphs,
         )
-        self.cuts = {i: method.cut_of(state, j.client) for i, j in self.jobs.items()}
         for cut in self.cuts.values():
             self.ground.check(cut)
         blocks = int(state["blocks"])
-        if method.tail > 0 and blocks != self.ground.stages.blocks:
+        if config.tail > 0 and blocks != self.ground.stages.blocks:
             raise ModelError(
-                f"strategy.tail={method.tail}: the last adapter of the model lies in block "
+                f"strategy.tail={config.tail}: the last adapter of the model lies in block "
                 f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
                 "the last block"
             )
         self.openings = {i: self._opening(i) for i in self.jobs}
         self.copies = {
-            i: method.copy_of(state, j.client)
+            i: copy_of(state, j.client)
             for i, j in self.jobs.items()
-            if method.rule.update == "per_client"
+            if config.rule.update == "per_client"
         }
         self.server = self._server()
 
-    def conducted(self) -> Conducted:
+    def run(self) -> RoundOutcome:
+        """Play all steps.
+
+        Raises:
+            FloatingPointError: if the server's loss is not finite.
+        """
         itinerary = self._itinerary()
         if not int(self.state["steps"]):
             self._announce()
@@ -145,8 +125,8 @@ class Play:
             self.server,
             itinerary,
             self._average,
-            self.hall.say,
-            lambda step, loss: self.hall.step(step, itinerary.length, loss),
+            self.channel.say,
+            lambda step, loss: self.channel.on_step(step, itinerary.length, loss),
         )
         results: list[Update | Failure] = []
         for i, end in found.items():
@@ -159,7 +139,7 @@ class Play:
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
         if self.terms.noise.sigma:
             self._account(good)
-        return Conducted(self._after(good, itinerary.length), results)
+        return RoundOutcome(self._after(good, itinerary.length), results)
 
     def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
@@ -184,14 +164,14 @@ class Play:
 
     def _announce(self) -> None:
         """What whoever runs this should know before the first round."""
-        method, blocks = self.method, self.ground.stages.blocks
+        config, blocks = self.config, self.ground.stages.blocks
         cuts = sorted({c.first for c in self.cuts.values()})
         held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
-        if method.tail >= 0:
-            held += f" and the last {method.tail} with the head; labels stay with them"
+        if config.tail >= 0:
+            held += f" and the last {config.tail} with the head; labels stay with them"
         else:
             held += "; the server is given the labels, which are the text itself"
-        self.hall.say(f"split: {held}; {method.rule.update}, {method.transport}")
+        self.channel.say(f"split: {held}; {config.rule.update}, {config.transport}")
 
     def _account(self, found: Mapping[int, Finished]) -> None:
         """Say what the noise guarantees after the steps so far."""
@@ -201,12 +181,12 @@ class Play:
             releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
             rows = max(rows, *(len(e.input_ids) - 1 for e in held))
         if releases:
-            self.hall.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
+            self.channel.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
 
     def _link(self) -> LocalLink | MessageLink:
-        if self.method.transport == "messages":
-            return MessageLink(self.hall, self.openings)
-        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.hall.wire)
+        if self.config.transport == "messages":
+            return MessageLink(self.channel, self.openings)
+        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.channel.wire)
 
     def _opening(self, i: int) -> Opening:
         job = self.jobs[i]
@@ -215,32 +195,34 @@ class Play:
         return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
 
     def _memory(self, whose: str) -> Memory:
-        return under(self.state, f"{MEMORY}{whose}") if self.method.memory == "keep" else {}
+        return under(self.state, f"{MEMORY}{whose}") if self.config.memory == "keep" else {}
 
     def _server(self) -> SplitServer:
         guests = {
             i: Guest(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
             for i, j in self.jobs.items()
         }
-        if self.method.rule.update == "per_client":
-            parties = {i: self._party(copy, f"server{i}/") for i, copy in self.copies.items()}
+        if self.config.rule.update == "per_client":
+            trainables = {
+                i: self._trainable(copy, f"server{i}/") for i, copy in self.copies.items()
+            }
         else:
             own = unpack(self.state, float(self.state["alpha"]), SERVER)
-            parties = {HOST: self._party(own, "server/")}
+            trainables = {HOST: self._trainable(own, "server/")}
         stages = self.ground.stages
-        return SplitServer(stages, parties, guests, self.plan, self.method.rule, self.terms)
+        return SplitServer(stages, trainables, guests, self.plan, self.config.rule, self.terms)
 
-    def _party(self, adapter: Adapter, whose: str) -> Party:
+    def _trainable(self, adapter: Adapter, whose: str) -> TrainableStage:
         updates = self.ground.model.updates(adapter, self.plan.dropout)
         factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
-        return Party(factors, self.plan, self._memory(whose))
+        return TrainableStage(factors, self.plan, self._memory(whose))
 
     def _itinerary(self) -> Itinerary:
         """
         Raises:
             ValueError: if the averages do not fit into the round.
         """
-        plan, seed, every = self.plan, self.terms.seed, self.method.average_every
+        plan, seed, every = self.plan, self.terms.seed, self.config.average_every
         steps = {}
         for i in self.jobs:
             held = plan.batch_size
@@ -255,19 +237,19 @@ class Play:
                 "(client.steps): a round ends with an average"
             )
         of_clients = self._rates(length, plan)
-        if self.method.client_schedule == "constant":
+        if self.config.client_schedule == "constant":
             of_clients = [plan.lr] * length
         return Itinerary(
             starts={i: o.adapter for i, o in self.openings.items()},
             done={i: int(self.state["done"][i]) for i in self.jobs},
             steps=steps,
-            server_rates=self._rates(length, replace(plan, lr=self.method.server_lr or plan.lr)),
+            server_rates=self._rates(length, replace(plan, lr=self.config.server_lr or plan.lr)),
             client_rates=of_clients,
             average_after=frozenset(range(every, length, every)) if every else frozenset(),
         )
 
     def _rates(self, length: int, plan: LocalPlan) -> list[float]:
-        horizon, done = self.method.horizon, int(self.state["steps"])
+        horizon, done = self.config.horizon, int(self.state["steps"])
         if not horizon:
             return learning_rates(length, plan)
         rates = learning_rates(horizon, plan)
@@ -281,22 +263,27 @@ class Play:
         ]
         now = self._with_server(dict(self.state))
         after = self.method.aggregate(now, updates)
-        for i, party in self.server.parties.items():
+        for i, trainable in self.server.trainables.items():
             if i == HOST:
-                party.load(unpack(after, float(after["alpha"]), SERVER))
+                trainable.load(unpack(after, float(after["alpha"]), SERVER))
             else:
-                party.load(self.method.copy_of(after, self.jobs[i].client))
+                trainable.load(self.copy_of(after, self.jobs[i].client))
         self.state = after
-        return {i: self.method.start_adapter(after, self.jobs[i].client) for i in adapters}
+        starts: dict[int, Adapter] = {}
+        for i in adapters:
+            start = self.method.client_start(after, self.jobs[i].client)
+            assert is_low_rank(start)
+            starts[i] = start
+        return starts
 
     def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state with the server's adapters as they are now."""
-        for i, party in self.server.parties.items():
+        for i, trainable in self.server.trainables.items():
             if i == HOST:
-                state |= server_state(party.adapter())
+                state |= server_state(trainable.adapter())
             else:
-                state |= pack(party.adapter(), f"{COPIES}{i}/")
-                state[f"{COPIES}{i}/order"] = order(party.adapter())
+                state |= pack(trainable.adapter(), f"{COPIES}{i}/")
+                state[f"{COPIES}{i}/order"] = order(trainable.adapter())
         return state
 
     def _after(self, found: Mapping[int, Finished], length: int) -> State:
@@ -307,10 +294,10 @@ class Play:
         for i, end in found.items():
             done[i] = end.done
         state["done"] = done
-        if self.method.memory == "keep":
+        if self.config.memory == "keep":
             for i, end in found.items():
                 state |= prefixed(end.memory, f"{MEMORY}{i}/")
-            for i, party in self.server.parties.items():
+            for i, trainable in self.server.trainables.items():
                 whose = "server/" if i == HOST else f"server{i}/"
-                state |= prefixed(party.memory(), f"{MEMORY}{whose}")
+                state |= prefixed(trainable.memory(), f"{MEMORY}{whose}")
         return state

@@ -28,7 +28,7 @@ from fedlora.split.client import autocast
 from fedlora.split.compression import Parts, Wire
 from fedlora.split.loss import Loss, summed_loss
 from fedlora.split.protocol import Cut, Terms, Up
-from fedlora.split.trainable import Party
+from fedlora.split.trainable import TrainableStage
 
 UPDATES = ("concat", "sequential", "per_client")
 
@@ -96,7 +96,7 @@ class SplitServer:
 
     Args:
         stages: of the resident model.
-        parties: what trains: one for all clients (key -1), or one per client.
+        trainables: what trains: one for all clients (key -1), or one per client.
         guests: the round's clients.
         plan: of the round.
         rule: see the module.
@@ -106,14 +106,14 @@ class SplitServer:
     def __init__(
         self,
         stages: Stages,
-        parties: Mapping[int, Party],
+        trainables: Mapping[int, TrainableStage],
         guests: Mapping[int, Guest],
         plan: LocalPlan,
         rule: Rule,
         terms: Terms,
     ) -> None:
         self.model: LanguageModel = stages.model
-        self.stages, self.parties, self.guests = stages, parties, guests
+        self.stages, self.trainables, self.guests = stages, trainables, guests
         self.plan, self.rule, self.terms = plan, rule, terms
         self._passes: list[_Pass] = []
         self._leaves: dict[int, Tensor] = {}
@@ -265,18 +265,18 @@ class SplitServer:
         return {i: w / total for i, w in weights.items()}
 
     def _begin(self, ups: Mapping[int, Up]) -> None:
-        for party in self._trained(ups):
-            party.zero_grad()
+        for trainable in self._trained(ups):
+            trainable.zero_grad()
 
-    def _trained(self, ups: Mapping[int, Up]) -> list[Party]:
+    def _trained(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
         keys = sorted(ups) if self.rule.update == "per_client" else [-1]
-        return [self.parties[k] for k in keys]
+        return [self.trainables[k] for k in keys]
 
     def _forward(
         self, ids: Sequence[int], shares: Mapping[int, float], ups: Mapping[int, Up]
     ) -> _Pass:
         """Rows enter at their own cut: those of a client that holds more blocks join later."""
-        party = self._trained({ids[0]: ups[ids[0]]})[0]
+        trainable = self._trained({ids[0]: ups[ids[0]]})[0]
         leaves = {i: self._leaves.pop(i) for i in ids}
         width = max(_shape(ups[i]).width for i in ids)
         x: Tensor | None = None
@@ -286,7 +286,7 @@ class SplitServer:
             present += joining
             rows = [pad(leaves[i], _shape(ups[i]), width) for i in joining]
             x = torch.cat(rows if x is None else [x, *rows])
-            self._mount(stage, party, present, ups, width)
+            self._mount(stage, trainable, present, ups, width)
             try:
                 with autocast(self.model, self.plan):
                     if stage.span.heads:
@@ -310,9 +310,14 @@ class SplitServer:
         return [self.stages[span] for span in spans]
 
     def _mount(
-        self, stage: Stage, party: Party, ids: Sequence[int], ups: Mapping[int, Up], width: int
+        self,
+        stage: Stage,
+        trainable: TrainableStage,
+        ids: Sequence[int],
+        ups: Mapping[int, Up],
+        width: int,
     ) -> None:
-        stage.mount(party.updates)
+        stage.mount(trainable.updates)
         if self.plan.dropout == 0 or not stage.layers:
             return
         drawn = []
@@ -322,7 +327,7 @@ class SplitServer:
             bits = self.model.dropout_bits(self.guests[i].seeds[ups[i].step], rows)
             drawn.append({p: _wider(bits[p], len(shape.lengths), width) for p in stage.layers})
         for path in stage.layers:
-            party.updates[path].bits = torch.cat([d[path] for d in drawn])
+            trainable.updates[path].bits = torch.cat([d[path] for d in drawn])
 
     def _positions(self, ids: Sequence[int], ups: Mapping[int, Up], width: int) -> Tensor:
         """Supervised positions of all rows, client by client."""
@@ -398,8 +403,8 @@ class SplitServer:
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
         if ups:
-            for party in self._trained(ups):
-                party.step(rate)
+            for trainable in self._trained(ups):
+                trainable.step(rate)
 
     def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
         seed = torch_seed(self.terms.seed, f"split {purpose}", i, ups[i].step)

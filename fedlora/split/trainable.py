@@ -1,4 +1,4 @@
-"""What one party of a split trains: adapters on its own blocks, and an optimizer that remembers.
+"""What one side of a split trains: adapters on its own blocks, and an optimizer that remembers.
 
 The optimizer is that of the sequential engine (one flat buffer), so that a split of one client
 computes, bit for bit, what an unsplit client does.
@@ -25,8 +25,8 @@ Memory = Mapping[str, Tensor]
 """What an optimizer remembers, by name: ``exp_avg``, ``exp_avg_sq``, ``step`` or the like."""
 
 
-class Party:
-    """Live adapters of one party and their optimizer.
+class TrainableStage:
+    """Live adapters of one stage and their optimizer.
 
     Args:
         updates: module path -> what is mounted there (`LanguageModel.updates`); may be empty.
@@ -101,7 +101,7 @@ class Party:
             buffer = self.flat.buffers[int(i)]
             if value.numel() not in (1, buffer.numel()):
                 raise ValueError(
-                    f"the optimizer's {key} holds {value.numel()} numbers, the party trains "
+                    f"the optimizer's {key} holds {value.numel()} numbers, the stage trains "
                     f"{buffer.numel()}"
                 )
             self.optimizer.state[buffer][key] = value.to(buffer.device, copy=True)

@@ -103,7 +103,9 @@ def _remember(state: RecordDict, i: int, client: SplitClient) -> str:
     """Put a client into its node's state; the stamp of the state."""
     stamp = uuid4().hex
     arrays: Arrays = {}
-    now = replace(client.opening, adapter=client.party.adapter(), memory=client.party.memory())
+    now = replace(
+        client.opening, adapter=client.trainable.adapter(), memory=client.trainable.memory()
+    )
     exact = "float64" if client.model.dtype == torch.float64 else "float32"
     header = {
         "opening": opening_header(i, now, arrays, exact),

@@ -13,7 +13,7 @@ def export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) ->
     from fedlora.models.export import save_peft, save_update  # PEFT: seconds nobody need wait
     from fedlora.techniques.spp.peft import save_spp
 
-    adapter = session.method.global_adapter(session.state, session.setting.max_ranks)
+    adapter = session.method.global_update(session.state, session.setting.max_ranks)
     if isinstance(adapter, SparseDelta):
         session.emit("adapter/ is not written: the run ended in a sparse stage, before any LoRA")
         return

@@ -15,10 +15,11 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
+from fedlora.server.method import Setup
 from fedlora.server.session import EvaluationSchedule, Rounds
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
-from strategies.base import LoRAStrategy, Setup
+from strategies.base import LoRAStrategy
 
 T = TypeVar("T")
 

@@ -45,7 +45,7 @@ from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.trainable import Party
+from fedlora.split.trainable import TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.training.loop import learning_rates, optimise
 from simulations.bench.engine.cases import (
@@ -161,15 +161,15 @@ class Bench:
     def server(
         self, variant: Variant, plan: LocalPlan, openings: Mapping[int, Opening]
     ) -> SplitServer:
-        """With its parties."""
+        """With what it trains."""
         first = openings[0]
         own = self._part(first.cut, client=False)
         keys = list(openings) if variant.rule.update == "per_client" else [-1]
         guests = {
             i: Guest(o.client, o.cut, Seeds(seed=SEED, client=i)) for i, o in openings.items()
         }
-        parties = {key: self._party(own, plan) for key in keys}
-        return SplitServer(self.stages, parties, guests, plan, variant.rule, first.terms)
+        trainables = {key: self._trainable(own, plan) for key in keys}
+        return SplitServer(self.stages, trainables, guests, plan, variant.rule, first.terms)
 
     def link(
         self,
@@ -238,9 +238,9 @@ class Bench:
         blocks = self.stages.blocks
         return {p: f for p, f in self.whole.items() if cut.owns(block_of(p) or 0, blocks) == client}
 
-    def _party(self, own: Adapter, plan: LocalPlan) -> Party:
+    def _trainable(self, own: Adapter, plan: LocalPlan) -> TrainableStage:
         updates = self.model.updates(own, plan.dropout)
-        return Party({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
+        return TrainableStage({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
 
 
 @dataclass

@@ -173,7 +173,7 @@ def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) 
     inputs = prepare_inputs(parts, lambda line: None)
     info, clients = inputs.info, inputs.roster.clients
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, clients, parts.seed)
-    return parts.strategy.global_adapter(dict(saved.state), setting.max_ranks)
+    return parts.strategy.global_update(dict(saved.state), setting.max_ranks)
 
 
 class Lines:

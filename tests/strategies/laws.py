@@ -64,7 +64,7 @@ def cohort(
     updates = []
     for client in population.clients:
         c = strategy.enlist(state, client)
-        start = strategy.start_adapter(state, c)
+        start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
         updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
@@ -88,7 +88,7 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
     """What the weights of an update's client differ from the base's by."""
-    payload, start = update.payload, strategy.start_adapter(state, update.client)
+    payload, start = update.payload, strategy.client_start(state, update.client)
     if isinstance(start, Rebased) and not isinstance(payload, SparseDelta | Rebased):
         return dense(Rebased(start.shift, payload))
     return dense(payload)
@@ -132,7 +132,7 @@ def after_rounds(
 def effects(strategy: LoRAStrategy, state: State, population: Setting) -> list[dict[str, Tensor]]:
     """What each client's start adds to the base weights."""
     return [
-        dense(strategy.start_adapter(state, strategy.enlist(state, c))) for c in population.clients
+        dense(strategy.client_start(state, strategy.enlist(state, c))) for c in population.clients
     ]
 
 
@@ -169,7 +169,7 @@ def weights(strategy: LoRAStrategy, round: int) -> str:
 
 
 def _untrained(strategy: LoRAStrategy, state: State, client: Client) -> Payload:
-    start = strategy.start_adapter(state, client)
+    start = strategy.client_start(state, client)
     factors = start.factors if isinstance(start, Rebased) else start
     return answer(start, factors, strategy.plan(state, client, PLAN))
 
@@ -178,11 +178,11 @@ def everything(
     strategy: LoRAStrategy, state: State, population: Setting
 ) -> list[tuple[str, Payload]]:
     """Every payload that a state can give."""
-    out = [("global", strategy.global_adapter(state))]
+    out = [("global", strategy.global_update(state))]
     for c in population.clients:
         e = strategy.enlist(state, c)
-        out.append((f"start of {c.id}", strategy.start_adapter(state, e)))
-        out.append((f"global at {c.id}", strategy.global_adapter(state, e.ranks)))
+        out.append((f"start of {c.id}", strategy.client_start(state, e)))
+        out.append((f"global at {c.id}", strategy.global_update(state, e.ranks)))
     return out
 
 
@@ -210,7 +210,7 @@ def a_lone_client_gets_its_update_back(
     for update in cohort(strategy, state, population, seed, precision):
         after = strategy.aggregate(state, [update])
         client = strategy.enlist(after, population.clients[update.client.id])
-        back = dense(strategy.start_adapter(after, client))
+        back = dense(strategy.client_start(after, client))
         sent = reached(strategy, state, update)
         assert_close(back, sent, precision, f"lone client {client.id}")
 
@@ -255,7 +255,7 @@ def examples_are_what_is_averaged(
     state = strategy.init_state(population)
     updates = cohort(strategy, state, population, seed, precision)
     first = updates[0].payload
-    start = strategy.start_adapter(state, updates[0].client)
+    start = strategy.client_start(state, updates[0].client)
     if isinstance(first, MaskedScale):
         updates = [_with_alpha(u, first) for u in updates]
     elif isinstance(start, Mapping):
@@ -358,7 +358,7 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
     states.append(strategy.aggregate(states[1], second))
     for i, s in enumerate(states):
         for c in population.clients:
-            payload = strategy.start_adapter(s, strategy.enlist(s, c))
+            payload = strategy.client_start(s, strategy.enlist(s, c))
             if isinstance(payload, Rebased):
                 payload = payload.factors
             if isinstance(payload, Mapping):
@@ -385,8 +385,8 @@ def starts_have_the_ranks_of_their_clients(
         for c in population.clients:
             e = strategy.enlist(state, c)
             for payload in (
-                strategy.start_adapter(state, e),
-                strategy.global_adapter(state, e.ranks),
+                strategy.client_start(state, e),
+                strategy.global_update(state, e.ranks),
             ):
                 if isinstance(payload, Rebased):
                     got = Ranks({p: f.rank for p, f in payload.factors.items()})
@@ -407,9 +407,7 @@ def unequal_ranks_are_applied(
         sizes = {
             c.tier: sum(
                 t.numel()
-                for _, t in payload_tensors(
-                    strategy.start_adapter(state, strategy.enlist(state, c))
-                )
+                for _, t in payload_tensors(strategy.client_start(state, strategy.enlist(state, c)))
             )
             for c in population.clients
         }
@@ -424,7 +422,7 @@ def equal_ranks_start_alike(
     for c in population.clients:
         e = strategy.enlist(state, c)
         twin = Client(id=99, ranks=e.ranks, num_examples=1)
-        assert_same(strategy.start_adapter(state, e), strategy.start_adapter(state, twin), "a twin")
+        assert_same(strategy.client_start(state, e), strategy.client_start(state, twin), "a twin")
         assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
 
 

@@ -108,7 +108,7 @@ class Planner:
         )
         if id(job.start) not in starts:
             layout = self._layouts(job.start)
-            packed = layout.packed(job.start, self._dtype, self._device)
+            packed = layout.pack(job.start, self._dtype, self._device)
             starts[id(job.start)] = layout, packed
         return Chain(job, *starts[id(job.start)], steps, Work(forwards))
 

@@ -221,7 +221,7 @@ def _experiment(world: World) -> tuple[Store, list[TrainJob]]:
     jobs = []
     for client in cohort(roster, parts.seed, 1):
         if client.ranks not in starts:
-            starts[client.ranks] = method.start_adapter(state, client)
+            starts[client.ranks] = method.client_start(state, client)
         plan = replace(method.plan(state, client, parts.client), dropout=case.plan.dropout)
         jobs.append(TrainJob(parts.seed, 1, client, starts[client.ranks], plan))
     return store, jobs[: case.clients] if case.clients else jobs

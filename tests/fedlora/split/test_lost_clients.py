@@ -172,8 +172,8 @@ def test_the_others_go_on_as_if_it_had_never_been_there(update: str, cut: Cut) -
         assert_same(outcome.client(i).adapter, without.client(i).adapter)
         assert_same_memory(outcome.client(i).memory, without.client(i).memory)
         assert outcome.client(i).metrics == without.client(i).metrics
-    for key, party in without.server.parties.items():
-        assert_same(outcome.server.parties[key].adapter(), party.adapter())
+    for key, trainable in without.server.trainables.items():
+        assert_same(outcome.server.trainables[key].adapter(), trainable.adapter())
 
 
 TAILS: dict[str, Fault] = {
@@ -199,7 +199,7 @@ def test_a_tail_that_fails_leaves_the_joint_loss_to_the_others(kind: str) -> Non
     without = replace(f, clients=(0, 2)).play()
     for i in (0, 2):
         assert_near(outcome.client(i).adapter, without.client(i).adapter, 1e-9)
-    ends = [o.server.parties[-1].adapter() for o in (outcome, without)]
+    ends = [o.server.trainables[-1].adapter() for o in (outcome, without)]
     assert_near(ends[0], ends[1], 1e-9)
 
 
@@ -293,7 +293,7 @@ def test_what_was_not_asked_for_is_not_trained_on() -> None:
     outcome = spoiled(f, fault, lambda n, down: n == 0 or not down.forward)
     assert f.said == []
     want = f.play()
-    assert_same(outcome.server.parties[-1].adapter(), want.server.parties[-1].adapter())
+    assert_same(outcome.server.trainables[-1].adapter(), want.server.trainables[-1].adapter())
 
 
 def test_a_client_with_nothing_to_train_on_is_out_and_named() -> None:

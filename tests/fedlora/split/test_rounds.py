@@ -112,8 +112,8 @@ def test_the_joint_gradient_is_the_sum_of_the_clients(weights: str, cuts: dict[i
     }
     total = sum(s[weights] for s in size.values())
     share = {i: s[weights] / total for i, s in size.items()}
-    got = gradient(whole, both["joint"].server.parties[-1].adapter())
-    parts = {i: gradient(whole, x.server.parties[-1].adapter()) for i, x in lone.items()}
+    got = gradient(whole, both["joint"].server.trainables[-1].adapter())
+    parts = {i: gradient(whole, x.server.trainables[-1].adapter()) for i, x in lone.items()}
     for name, g in got.items():
         want = sum(share[i] * parts[i][name] for i in f.clients if name in parts[i])
         torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-13)
@@ -134,7 +134,7 @@ def test_cutting_the_joint_batch_changes_rounding_alone(cuts: dict[int, Cut]) ->
         cut = joined(f, Rule(tokens=tokens))
         for i in f.clients:
             assert_near(cut.client(i).adapter, whole.client(i).adapter, 1e-9)
-        near = cut.server.parties[-1].adapter(), whole.server.parties[-1].adapter()
+        near = cut.server.trainables[-1].adapter(), whole.server.trainables[-1].adapter()
         assert_near(*near, 1e-9)
 
 
@@ -154,7 +154,7 @@ def test_clients_gradients_add_up_to_that_of_the_joint_batch() -> None:
     split, central = three()
     want = gradient(central.whole, unsplit(central.model, central.whole, central)[0])
     outcome = split.play()
-    got = gradient(split.whole, outcome.server.parties[-1].adapter())
+    got = gradient(split.whole, outcome.server.trainables[-1].adapter())
     each = [gradient(split.whole, outcome.client(i).adapter) for i in split.clients]
     got |= {name: sum(g[name] for g in each) for name in each[0]}
     assert got.keys() == want.keys()
@@ -183,10 +183,10 @@ def test_sequential_is_one_round_after_another_at_the_server() -> None:
         alone = replace(f, clients=(i,), held={i: f.held[i]})
         alone.adapters = {} if server is None else {-1: server}
         turn = alone.play()
-        server = turn.server.parties[-1].adapter()
+        server = turn.server.trainables[-1].adapter()
         assert_near(outcome.client(i).adapter, turn.client(i).adapter, 1e-12)
     assert server is not None
-    assert_near(outcome.server.parties[-1].adapter(), server, 1e-12)
+    assert_near(outcome.server.trainables[-1].adapter(), server, 1e-12)
 
 
 def test_turns_are_fixed_or_shuffled_by_step() -> None:
@@ -211,22 +211,22 @@ def test_an_average_within_a_round_is_a_round_that_ends_there(update: str, cut: 
     f = Federation(model, plan, start(model), ids, dict.fromkeys(ids, cut), Rule(update))
     first = f.play()
     own = {i: first.client(i).adapter for i in ids}
-    parties = first.server.parties.items()
-    keys = {k: -1 - k if update == "per_client" else -1 for k, _ in parties}
+    trainables = first.server.trainables.items()
+    keys = {k: -1 - k if update == "per_client" else -1 for k, _ in trainables}
     second = replace(
         f,
         done={i: first.client(i).done for i in ids},
-        adapters=mean_of_factors(own) | {keys[k]: p.adapter() for k, p in parties},
+        adapters=mean_of_factors(own) | {keys[k]: p.adapter() for k, p in trainables},
         memories={i: first.client(i).memory for i in ids}
-        | {keys[k]: p.memory() for k, p in parties},
+        | {keys[k]: p.memory() for k, p in trainables},
     )
     end = second.play()
     whole = replace(f, plan=replace(plan, steps=4), average_after=frozenset({2})).play()
     for i in ids:
         assert_same(whole.client(i).adapter, end.client(i).adapter)
         assert whole.client(i).done == end.client(i).done == 4
-    for key, party in whole.server.parties.items():
-        assert_same(party.adapter(), end.server.parties[key].adapter())
+    for key, trainable in whole.server.trainables.items():
+        assert_same(trainable.adapter(), end.server.trainables[key].adapter())
 
 
 def test_everybody_holds_the_average_afterwards() -> None:
@@ -260,16 +260,17 @@ def test_the_parties_hold_every_adapter_once_and_an_average_leaves_the_server_al
     seen = []
 
     def average(adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
-        assert all(set(a).isdisjoint(server.parties[-1].updates) for a in adapters.values())
+        assert all(set(a).isdisjoint(server.trainables[-1].updates) for a in adapters.values())
         assert all(
-            set(a) | set(server.parties[-1].updates) == set(model.layers) for a in adapters.values()
+            set(a) | set(server.trainables[-1].updates) == set(model.layers)
+            for a in adapters.values()
         )
-        seen.append(server.parties[-1].adapter())
+        seen.append(server.trainables[-1].adapter())
         return mean_of_factors(adapters)
 
     itinerary = replace(f.itinerary(), server_rates=[0.1] * 3 + [0.0] * 2)
     play(f.local(), server, replace(itinerary, average_after=frozenset({3})), average)
-    assert_same(seen[0], server.parties[-1].adapter())
+    assert_same(seen[0], server.trainables[-1].adapter())
 
 
 # --- what is sent ---------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from fedlora.core.types import (
 from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of
+from fedlora.server.method import ClientChannel
 from fedlora.split.batches import Seeds
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.compression import Wire
@@ -24,7 +25,7 @@ from fedlora.split.link import MessageLink
 from fedlora.split.protocol import Cut, Opening, Terms
 from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
 from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.split.trainable import Memory, Party
+from fedlora.split.trainable import Memory, TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
@@ -113,23 +114,25 @@ class Federation:
         workers = [
             SplitWorker(Stages(m), lambda o: self.held[o.client.id]) for m in models or [self.model]
         ]
-        return MessageLink(FakeHall(workers, nodes, self.wire), self.openings)
+        return MessageLink(FakeChannel(workers, nodes, self.wire), self.openings)
 
     def server(self) -> SplitServer:
         each = self.rule.update == "per_client"
         keys = list(self.clients) if each else [-1]
         lowest = min((self.cut(i) for i in self.clients), key=lambda c: c.first)
-        parties = {}
+        trainables = {}
         for key in keys:
             cut = self.cut(key) if each else lowest
             own = self.adapters.get(-1 - key if each else -1) or part(self.whole, cut, client=False)
             updates: Any = self.model.updates(own, self.plan.dropout)
-            parties[key] = Party(updates, self.plan, self.memories.get(-1 - key if each else -1))
+            trainables[key] = TrainableStage(
+                updates, self.plan, self.memories.get(-1 - key if each else -1)
+            )
         guests = {
             i: Guest(self.opening(i).client, self.cut(i), Seeds(seed=SEED, client=i))
             for i in self.clients
         }
-        return SplitServer(self.stages, parties, guests, self.plan, self.rule, self.terms)
+        return SplitServer(self.stages, trainables, guests, self.plan, self.rule, self.terms)
 
     def itinerary(self) -> Itinerary:
         steps = {i: num_steps(len(self.held[i]), self.plan) for i in self.clients}
@@ -147,7 +150,7 @@ class Federation:
 
 
 @dataclass
-class FakeHall:
+class FakeChannel(ClientChannel):
     """Nodes, and processes that serve their messages in turn; answers come last first."""
 
     workers: Sequence[SplitWorker]
@@ -163,6 +166,12 @@ class FakeHall:
         self.records: list[RecordDict] = []
         """All that was sent, either way."""
         self.served = 0
+
+    def say(self, line: str) -> None:
+        raise NotImplementedError
+
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        raise NotImplementedError
 
     def exchange(
         self,
@@ -201,7 +210,7 @@ class Outcome:
         """A client's adapters and the server's that belong to them, in module order."""
         own = self.client(i).adapter
         key = i if self.server.rule.update == "per_client" else -1
-        server = self.server.parties[key].adapter()
+        server = self.server.trainables[key].adapter()
         return {p: own[p] if p in own else server[p] for p in self.server.model.layers}
 
 
@@ -257,9 +266,9 @@ def assert_equal(a: Outcome, b: Outcome) -> None:
             assert_same_memory(x.memory, y.memory)
             assert x.metrics == y.metrics
             assert x.done == y.done
-    for key, party in a.server.parties.items():
-        assert_same(party.adapter(), b.server.parties[key].adapter())
-        assert_same_memory(party.memory(), b.server.parties[key].memory())
+    for key, trainable in a.server.trainables.items():
+        assert_same(trainable.adapter(), b.server.trainables[key].adapter())
+        assert_same_memory(trainable.memory(), b.server.trainables[key].memory())
 
 
 def assert_same_memory(a: Memory, b: Memory) -> None:
