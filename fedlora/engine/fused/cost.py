@@ -102,12 +102,6 @@ class CostModel:
             total += self.seconds(cost(forwards, schedule.padded), len(forwards))
         return total
 
-    def share(self, work: Work, budget: int) -> float:
-        """Seconds that a client adds to a round of full ragged steps: for dealing out clients."""
-        tokens = sum(f.tokens for f in work.forwards)
-        per_token = self.token_seconds + self.step_seconds / budget
-        return per_token * tokens + self.client_seconds * len(work.forwards)
-
     def dump(self) -> str:
         """As JSON, readable by `load` and by people."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
