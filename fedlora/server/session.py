@@ -30,6 +30,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import (
     Roster,
     cohort,
@@ -42,7 +43,6 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import (
     Tracker,
     read_jsonl,
-    summarise,
 )
 from fedlora.server.combine import combine
 from fedlora.server.method import Method
