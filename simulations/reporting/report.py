@@ -465,9 +465,7 @@ def _write(file: Path, title: str, body: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], object] = print) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.reporting.report", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedlora report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument(

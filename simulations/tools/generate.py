@@ -212,9 +212,7 @@ def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.tools.generate", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedlora generate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_FOLDER")
