@@ -20,7 +20,7 @@ from fedlora.evaluation.metrics import (
     trimmed,
 )
 from fedlora.models.spec import HuggingFace
-from fedlora.server.session import EvaluationSchedule
+from fedlora.server.schedule import EvaluationSchedule
 from tests.fedlora.engine.world import EOS, NETWORKS, example, examples, model, start
 from tests.fedlora.models.networks import VOCABULARY, save_gpt2_tokenizer
 
