@@ -56,10 +56,10 @@ from fedlora.core.types import (
 )
 from fedlora.data import Sotu, TokenStore, prepare
 from fedlora.engine.sequential import Sequential
+from fedlora.evaluation.summary import summarise
 from fedlora.models.spec import Tiny
 from fedlora.population.ranks import SHARES, RankDistribution
 from fedlora.population.sampling import Population, enroll
-from fedlora.run.tracking import summarise
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 
@@ -169,7 +169,7 @@ measured = {
                 [EvaluateJob(SEED, 1, client, adapter, EvaluatePlan(split=split, generate=False))]
             )
         )
-    ).metrics["loss_response"]
+    ).scalars["loss_response"]
     for split in ("train", "test")
     for name, adapter in (("before", None), ("after", update.payload))
 }

@@ -9,6 +9,7 @@ message, it runs in any Flower app:
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
@@ -159,16 +160,16 @@ class LoRAClient(NumPyClient):
                 ``round``, and optionally ``seed``.
 
         Returns:
-            The loss per response token (per token where no response is left), the number of
-            examples, and all metrics.
+            The loss per response token (per token where no response is left; NaN if the plan's
+            metrics have no loss), the number of examples, and all metrics.
         """
         adapter = decode_payload(parameters[0], str(config["header"])) if parameters else None
         plan = cast(EvaluatePlan, _expect(plan_from_json(str(config["plan"])), EvaluatePlan))
         seed = int(config.get("seed", self.seed))
         job = EvaluateJob(seed, int(config["round"]), self.client, adapter, plan)
-        metrics = dict(self.evaluate_job(job).metrics)
-        loss = metrics.get("loss_response", metrics["loss_full"])
-        return float(loss), int(metrics["examples"]), metrics
+        scalars = self.evaluate_job(job).scalars
+        loss = scalars.get("loss_response", scalars.get("loss_full", math.nan))
+        return loss, int(scalars["examples"]), {**scalars}
 
     def _check_identity(self, client: Client) -> None:
         if client.id != self.client.id:

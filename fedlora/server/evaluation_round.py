@@ -12,8 +12,8 @@ from fedlora.core.types import (
     Payload,
     Setting,
 )
+from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import Roster, cohort, panel
-from fedlora.run.tracking import summarise
 from fedlora.server.method import Method
 
 

@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from flwr.app import RecordDict
 from fedlora.core.types import (
     Adapter,
     Client,
+    Factors,
     Failure,
     LocalPlan,
     Ranks,
@@ -93,16 +95,17 @@ class MemoryMessages:
 
     def __init__(self, worker: SplitWorker, openings: Mapping[int, Opening]) -> None:
         self.worker, self.openings, self.state = worker, openings, RecordDict()
+        self.wire = "float32"
         self._opened: set[int] = set()
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """One exchange with all clients on one node."""
         new = {i: self.openings[i] for i in downs if i not in self._opened}
-        sent = encode_downs(downs, new, worker="", source="", wire="float32")
+        sent = encode_downs(downs, new, worker="", source="", wire=self.wire)
         answers = self.worker.answer(decode_downs(sent), self.state)
         clients = {i: self.openings[i].client for i in downs}
         self._opened |= set(downs)
-        return decode_ups(encode_ups(answers, wire="float32"), clients)
+        return decode_ups(encode_ups(answers, wire=self.wire), clients)
 
 
 class Bench:
@@ -111,7 +114,9 @@ class Bench:
     def __init__(self, case: Case) -> None:
         world = World(case)
         self.case, self.model, self.network = case, world.model, world.network
-        self.whole = world.jobs[0].start
+        start = world.jobs[0].start
+        assert isinstance(start, Mapping)
+        self.whole: Mapping[str, Factors] = start
         self.held = {i: world.store.examples(i, "train") for i in range(CLIENTS)}
         self.stages = Stages(self.model)
         self.cut = -(-self.stages.blocks // 4)
@@ -234,7 +239,6 @@ class Bench:
         self.model.unmount()
 
     def _part(self, cut: Cut, *, client: bool) -> Adapter:
-        assert isinstance(self.whole, Mapping)
         blocks = self.stages.blocks
         return {p: f for p, f in self.whole.items() if cut.owns(block_of(p) or 0, blocks) == client}
 
@@ -268,7 +272,7 @@ def sides(bench: Bench) -> dict[str, Callable[[], Any]]:
         "FL-LoRA": bench.federated,
     }
     for name, variant in VARIANTS.items():
-        found[f"split {name}"] = lambda variant=variant: bench.split(variant)
+        found[f"split {name}"] = partial(bench.split, variant)
     return found
 
 

@@ -396,7 +396,7 @@ def pretrain(
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line; every field of the recipe is an option."""
     parser = argparse.ArgumentParser(
-        prog="python -m simulations.pretraining.pretrain",
+        prog="fedlora pretrain",
         description="Pre-train a tiny model that fedlora ships: a Llama (model=tiny) or a GPT-2.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -462,8 +462,8 @@ def _method_options(parser: argparse.ArgumentParser) -> None:
     option("--full-steps", type=int, default=default.full_steps, help="all weights before factors")
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(parse(given))
     output, threads = options.pop("output"), options.pop("threads")
@@ -487,7 +487,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pretrain(recipe, output, command, save_every, method)
     except (MissingSource, ValueError, FloatingPointError, OSError, RunFolderError) as error:
         raise SystemExit(f"pretrain: {error}") from error
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -209,7 +209,7 @@ def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
         meteor = "-" if s["meteor"] is None else f"{s['meteor']:.4f}"
         lines.append(
             f"{name:<{width}}  {s['bleu']:5.2f}  {s['nist']:7.4f}  {meteor:>7}  "
-            f"{100 * s['rouge_l']:7.2f}  {s['cider']:6.4f}  {record['contexts']:8d}  "
+            f"{100 * s['rouge_l_e2e']:7.2f}  {s['cider']:6.4f}  {record['contexts']:8d}  "
             f"{record['seconds']:7.1f}"
         )
     notes = dict.fromkeys(r["scores"]["meteor_note"] for r in records)
@@ -217,9 +217,7 @@ def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.tools.generate", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedlora generate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_FOLDER")

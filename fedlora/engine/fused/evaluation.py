@@ -43,15 +43,11 @@ class Task:
 
     def result(self, fused: FusedModel) -> Evaluation:
         """The metrics, once all results are there."""
-        model, plan, examples = fused.model, self.job.plan, self.panel.examples
-        guesses = [self.guesses[i] for i in range(len(examples))]
-        metrics = evaluate.likelihood_metrics(model, examples, guesses, plan)
-        if plan.generate:
-            texts = [self.texts[i] for i in range(len(examples))]
-            metrics |= evaluate.generation_metrics(
-                model, examples, self.panel.references, texts, plan
-            )
-        return Evaluation(self.job.client, metrics)
+        plan, rows = self.job.plan, range(len(self.panel.examples))
+        guesses = [self.guesses[i] for i in rows]
+        texts = [self.texts[i] for i in rows] if plan.generate else []
+        outputs = evaluate.outputs_of(fused.model, self.panel, guesses, texts, plan)
+        return Evaluation(self.job.client, evaluate.metrics_of(outputs, plan))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_evaluate_is_evaluate_job():
     factors = start(resident)
     member = LoRAClient(resident, STORE, client(factors), SEED)
     plan = EvaluatePlan(max_new_tokens=3)
-    wanted = member.evaluate_job(EvaluateJob(SEED, 3, client(factors), factors, plan)).metrics
+    wanted = member.evaluate_job(EvaluateJob(SEED, 3, client(factors), factors, plan)).scalars
     loss, n, metrics = member.evaluate(*config(factors, plan))
     assert (loss, n, metrics) == (wanted["loss_response"], 7, dict(wanted))
     bare = member.evaluate([], {"plan": plan_to_json(plan), "round": 0})

@@ -74,7 +74,7 @@ def trained(spec, on):
 def measured(spec, on):
     jobs = [EvaluateJob(1, 1, client(a, k), a, MEASURED) for k, a in enumerate(starts(on))]
     found = spec.open(on, store()).evaluate(jobs)
-    return {e.client.id: dict(e.metrics) for e in found}
+    return {e.client.id: e.scalars for e in found}
 
 
 def losses(updates):
