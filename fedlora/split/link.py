@@ -7,7 +7,7 @@ from flwr.app import RecordDict
 from fedlora.core.types import Client, Failure
 from fedlora.server.method import ClientChannel
 from fedlora.split.codec import decode_ups, encode_downs
-from fedlora.split.protocol import Down, Opening, Up
+from fedlora.split.protocol import Down, InitMessage, Up
 
 
 class MessageLink:
@@ -15,11 +15,11 @@ class MessageLink:
 
     Args:
         channel: to the round's clients.
-        openings: of these clients, by id.
+        inits: of these clients, by id.
     """
 
-    def __init__(self, channel: ClientChannel, openings: Mapping[int, Opening]) -> None:
-        self.channel, self.openings = channel, openings
+    def __init__(self, channel: ClientChannel, inits: Mapping[int, InitMessage]) -> None:
+        self.channel, self.inits = channel, inits
         self._opened: set[int] = set()
 
     @property
@@ -31,7 +31,7 @@ class MessageLink:
         """Send and wait. What a node does not answer is the failure of all its clients."""
 
         def content(who: Sequence[Client]) -> RecordDict:
-            new = {c.id: self.openings[c.id] for c in who if c.id not in self._opened}
+            new = {c.id: self.inits[c.id] for c in who if c.id not in self._opened}
             mine = {c.id: downs[c.id] for c in who}
             channel = self.channel
             return encode_downs(
@@ -39,7 +39,7 @@ class MessageLink:
             )
 
         found: dict[int, Up | Failure] = {}
-        clients = [self.openings[i].client for i in sorted(downs)]
+        clients = [self.inits[i].client for i in sorted(downs)]
         for who, answer in self.channel.exchange(clients, "split", content):
             if isinstance(answer, str):
                 found |= {c.id: Failure(c, "WorkerError", answer) for c in who}

@@ -1,5 +1,5 @@
-"""A round of SplitLoRA: stages and what trains on them out of the server's state, the itinerary,
-averages on the way, and the state that comes of it.
+"""A round of SplitLoRA: stages and what trains on them out of the server's state, the plan of the
+round, averages on the way, and the state that comes of it.
 """
 
 import math
@@ -33,18 +33,18 @@ from fedlora.models.layers import LowRank
 from fedlora.server.method import ClientChannel, Method, RoundOutcome
 from fedlora.split.batches import Seeds
 from fedlora.split.config import SplitConfig
-from fedlora.split.context import Ground, ground
+from fedlora.split.context import RunContext, run_context
 from fedlora.split.cost import client_memory, client_work
 from fedlora.split.link import MessageLink
-from fedlora.split.protocol import Cut, Opening, Terms
-from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
-from fedlora.split.server import Guest, SplitServer
+from fedlora.split.protocol import Cut, InitMessage, Terms
+from fedlora.split.rounds import Finished, LocalLink, RoundPlan, run_exchanges
+from fedlora.split.server import ClientInfo, SplitServer
 from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.trainable import Memory, TrainableStage
+from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.training.loop import learning_rates
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
-"""Parts of the server's state: its own adapters, what optimizers remember, adapters per client."""
+"""Parts of the server's state: its own adapters, optimizer states, adapters per client."""
 HOST = -1
 """The server where an average counts it as one more client."""
 
@@ -84,7 +84,7 @@ class SplitRound:
         self.config, self.method, self.state, self.channel = config, method, state, channel
         self.cuts, self.copy_of = cuts, copy_of
         self.jobs = {j.client.id: j for j in jobs}
-        self.ground: Ground = ground(channel.worker)
+        self.context: RunContext = run_context(channel.worker)
         self.plan = jobs[0].plan
         self.terms = Terms(
             seed=jobs[0].seed,
@@ -95,15 +95,15 @@ class SplitRound:
             keep_graphs=config.keep_graphs,
         )
         for cut in self.cuts.values():
-            self.ground.check(cut)
+            self.context.check(cut)
         blocks = int(state["blocks"])
-        if config.tail > 0 and blocks != self.ground.stages.blocks:
+        if config.tail > 0 and blocks != self.context.stages.blocks:
             raise ModelError(
                 f"strategy.tail={config.tail}: the last adapter of the model lies in block "
-                f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
+                f"{blocks - 1} of {self.context.stages.blocks}; a U-shape needs model.targets in "
                 "the last block"
             )
-        self.openings = {i: self._opening(i) for i in self.jobs}
+        self.inits = {i: self._init(i) for i in self.jobs}
         self.copies = {
             i: copy_of(state, j.client)
             for i, j in self.jobs.items()
@@ -117,39 +117,39 @@ class SplitRound:
         Raises:
             FloatingPointError: if the server's loss is not finite.
         """
-        itinerary = self._itinerary()
+        round_plan = self._round_plan()
         if not int(self.state["steps"]):
             self._announce()
-        found = play(
+        found = run_exchanges(
             self._link(),
             self.server,
-            itinerary,
+            round_plan,
             self._average,
             self.channel.say,
-            lambda step, loss: self.channel.on_step(step, itinerary.length, loss),
+            lambda step, loss: self.channel.on_step(step, round_plan.length, loss),
         )
         results: list[Update | Failure] = []
         for i, end in found.items():
             if isinstance(end, Failure):
                 results.append(end)
                 continue
-            n = self.ground.store.count(i, "train")
+            n = self.context.store.count(i, "train")
             metrics = dict(end.metrics) | self._costs(i, end.metrics)
             results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
         if self.terms.noise.sigma:
             self._account(good)
-        return RoundOutcome(self._after(good, itinerary.length), results)
+        return RoundOutcome(self._after(good, round_plan.length), results)
 
     def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
         bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
         cut, rows = self.cuts[i], metrics["exchanged_tokens"]
         split = Split(cut.first, cut.tail if cut.u_shaped else None)
-        ranks = {p: f.rank for p, f in self.openings[i].adapter.items()}
+        ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
         try:
-            shapes = shapes_of(self.ground.model.network, ranks)
+            shapes = shapes_of(self.context.model.network, ranks)
             length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
             work = client_work(shapes, split, max(1, length))
             widest = int(metrics["step_tokens"])
@@ -164,7 +164,7 @@ class SplitRound:
 
     def _announce(self) -> None:
         """What whoever runs this should know before the first round."""
-        config, blocks = self.config, self.ground.stages.blocks
+        config, blocks = self.config, self.context.stages.blocks
         cuts = sorted({c.first for c in self.cuts.values()})
         held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
         if config.tail >= 0:
@@ -177,7 +177,7 @@ class SplitRound:
         """Say what the noise guarantees after the steps so far."""
         releases = rows = 0
         for i, end in found.items():
-            held = self.ground.examples_of(i, self.plan, self.terms.seed)
+            held = self.context.examples_of(i, self.plan, self.terms.seed)
             releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
             rows = max(rows, *(len(e.input_ids) - 1 for e in held))
         if releases:
@@ -185,21 +185,21 @@ class SplitRound:
 
     def _link(self) -> LocalLink | MessageLink:
         if self.config.transport == "messages":
-            return MessageLink(self.channel, self.openings)
-        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.channel.wire)
+            return MessageLink(self.channel, self.inits)
+        return LocalLink(self.context.stages, self.inits, self.context.examples, self.channel.wire)
 
-    def _opening(self, i: int) -> Opening:
+    def _init(self, i: int) -> InitMessage:
         job = self.jobs[i]
         assert isinstance(job.start, Mapping)
         memory = self._memory(f"{i}/")
-        return Opening(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
+        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
 
-    def _memory(self, whose: str) -> Memory:
+    def _memory(self, whose: str) -> OptimizerState:
         return under(self.state, f"{MEMORY}{whose}") if self.config.memory == "keep" else {}
 
     def _server(self) -> SplitServer:
-        guests = {
-            i: Guest(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
+        clients = {
+            i: ClientInfo(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
             for i, j in self.jobs.items()
         }
         if self.config.rule.update == "per_client":
@@ -209,15 +209,15 @@ class SplitRound:
         else:
             own = unpack(self.state, float(self.state["alpha"]), SERVER)
             trainables = {HOST: self._trainable(own, "server/")}
-        stages = self.ground.stages
-        return SplitServer(stages, trainables, guests, self.plan, self.config.rule, self.terms)
+        stages = self.context.stages
+        return SplitServer(stages, trainables, clients, self.plan, self.config.rule, self.terms)
 
     def _trainable(self, adapter: Adapter, whose: str) -> TrainableStage:
-        updates = self.ground.model.updates(adapter, self.plan.dropout)
+        updates = self.context.model.updates(adapter, self.plan.dropout)
         factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
         return TrainableStage(factors, self.plan, self._memory(whose))
 
-    def _itinerary(self) -> Itinerary:
+    def _round_plan(self) -> RoundPlan:
         """
         Raises:
             ValueError: if the averages do not fit into the round.
@@ -228,7 +228,7 @@ class SplitRound:
             held = plan.batch_size
             if not plan.steps:
                 with suppress(ValueError):  # nothing to train on: said when the client is opened
-                    held = len(self.ground.examples_of(i, plan, seed))
+                    held = len(self.context.examples_of(i, plan, seed))
             steps[i] = num_steps(held, plan)
         length = max(steps.values())
         if every and length % every:
@@ -239,8 +239,8 @@ class SplitRound:
         of_clients = self._rates(length, plan)
         if self.config.client_schedule == "constant":
             of_clients = [plan.lr] * length
-        return Itinerary(
-            starts={i: o.adapter for i, o in self.openings.items()},
+        return RoundPlan(
+            starts={i: o.adapter for i, o in self.inits.items()},
             done={i: int(self.state["done"][i]) for i in self.jobs},
             steps=steps,
             server_rates=self._rates(length, replace(plan, lr=self.config.server_lr or plan.lr)),
@@ -296,8 +296,8 @@ class SplitRound:
         state["done"] = done
         if self.config.memory == "keep":
             for i, end in found.items():
-                state |= prefixed(end.memory, f"{MEMORY}{i}/")
+                state |= prefixed(end.optimizer_state, f"{MEMORY}{i}/")
             for i, trainable in self.server.trainables.items():
                 whose = "server/" if i == HOST else f"server{i}/"
-                state |= prefixed(trainable.memory(), f"{MEMORY}{whose}")
+                state |= prefixed(trainable.optimizer_state(), f"{MEMORY}{whose}")
         return state

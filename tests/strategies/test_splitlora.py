@@ -32,7 +32,7 @@ from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.compression import Wire
-from fedlora.split.context import Ground
+from fedlora.split.context import RunContext
 from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
 from fedlora.split.worker import SplitWorker
@@ -69,9 +69,9 @@ class World:
         self.model = MODELS["llama"](double=False)
         held = {i: examples(n, seed=i) for i, n in HELD.items()}
         self.store = FakeStore(held)
-        self.ground = Ground(self.model, self.store)  # type: ignore[arg-type]
-        other = Ground(MODELS["llama"](double=False), self.store)  # type: ignore[arg-type]
-        workers = [SplitWorker(g.stages, g.examples) for g in (self.ground, other)]
+        self.context = RunContext(self.model, self.store)  # type: ignore[arg-type]
+        other = RunContext(MODELS["llama"](double=False), self.store)  # type: ignore[arg-type]
+        workers = [SplitWorker(g.stages, g.examples) for g in (self.context, other)]
         served = iter(range(10**6))
 
         def app(message: Message, context: Any) -> Message:
@@ -119,7 +119,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     def make(**more: Any) -> World:
         made = World(tmp_path / str(len(list(tmp_path.iterdir()))), **more)
         made.folder.mkdir()
-        monkeypatch.setattr(fedlora.split.run_round, "ground", lambda _: made.ground)
+        monkeypatch.setattr(fedlora.split.run_round, "run_context", lambda _: made.context)
         return made
 
     return make
@@ -292,7 +292,7 @@ def test_the_global_update_unsplit_computes_what_the_stages_compute(
     w, m = world(), method(**options)
     state = w.run(m).state
     batch = collate(w.store.held[0], "full")
-    stages, blocks = w.ground.stages, BLOCKS
+    stages, blocks = w.context.stages, BLOCKS
     with torch.no_grad():
         w.model.mount(m.global_update(state))
         want = supervised_logits(w.model.network, batch)

@@ -13,7 +13,7 @@ from fedlora.split.compression import Wire
 from fedlora.split.cost import split_traffic
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
-from fedlora.split.rounds import Finished, play
+from fedlora.split.rounds import Finished, run_exchanges
 from fedlora.split.server import Rule
 from fedlora.split.shapes import Split, shapes_of
 from fedlora.training.loop import optimise
@@ -165,8 +165,8 @@ def test_clients_gradients_add_up_to_that_of_the_joint_batch() -> None:
 def test_clients_at_n_times_the_rate_average_to_the_central_step() -> None:
     split, central = three()
     want, _ = unsplit(central.model, central.whole, central)
-    itinerary = replace(split.itinerary(), client_rates=[3.0])
-    found = play(split.local(), split.server(), itinerary, mean_of_factors)
+    round_plan = replace(split.round_plan(), client_rates=[3.0])
+    found = run_exchanges(split.local(), split.server(), round_plan, mean_of_factors)
     own = {i: end.adapter for i, end in found.items() if isinstance(end, Finished)}
     mean = mean_of_factors(own)[0]
     assert_near(mean, {p: want[p] for p in mean}, 1e-12)
@@ -217,8 +217,8 @@ def test_an_average_within_a_round_is_a_round_that_ends_there(update: str, cut: 
         f,
         done={i: first.client(i).done for i in ids},
         adapters=mean_of_factors(own) | {keys[k]: p.adapter() for k, p in trainables},
-        memories={i: first.client(i).memory for i in ids}
-        | {keys[k]: p.memory() for k, p in trainables},
+        optimizer_states={i: first.client(i).optimizer_state for i in ids}
+        | {keys[k]: p.optimizer_state() for k, p in trainables},
     )
     end = second.play()
     whole = replace(f, plan=replace(plan, steps=4), average_after=frozenset({2})).play()
@@ -243,8 +243,8 @@ def test_everybody_holds_the_average_afterwards() -> None:
 
     f = Federation(model, plan, start(model), (0, 1, 2), terms=DOUBLE, held=held)
     f.average_after = frozenset({2})
-    itinerary = replace(f.itinerary(), client_rates=[0.1, 0.1, 0.0, 0.0])
-    found = play(f.local(), f.server(), itinerary, average)
+    round_plan = replace(f.round_plan(), client_rates=[0.1, 0.1, 0.0, 0.0])
+    found = run_exchanges(f.local(), f.server(), round_plan, average)
     assert asked == [[0, 1, 2]]
     ends = [end.adapter for end in found.values() if isinstance(end, Finished)]
     assert len(ends) == 3
@@ -268,8 +268,8 @@ def test_the_parties_hold_every_adapter_once_and_an_average_leaves_the_server_al
         seen.append(server.trainables[-1].adapter())
         return mean_of_factors(adapters)
 
-    itinerary = replace(f.itinerary(), server_rates=[0.1] * 3 + [0.0] * 2)
-    play(f.local(), server, replace(itinerary, average_after=frozenset({3})), average)
+    round_plan = replace(f.round_plan(), server_rates=[0.1] * 3 + [0.0] * 2)
+    run_exchanges(f.local(), server, replace(round_plan, average_after=frozenset({3})), average)
     assert_same(seen[0], server.trainables[-1].adapter())
 
 

@@ -11,7 +11,7 @@ from fedlora.core.types import (
     Factors,
     LocalPlan,
 )
-from fedlora.split.trainable import Memory, TrainableStage
+from fedlora.split.trainable import OptimizerState, TrainableStage
 from tests.fedlora.split.world import MODELS, assert_same, start
 
 PLANS = {
@@ -21,9 +21,11 @@ PLANS = {
 }
 
 
-def trainable(adapter: Adapter, plan: LocalPlan, memory: Memory | None = None) -> TrainableStage:
+def trainable(
+    adapter: Adapter, plan: LocalPlan, state: OptimizerState | None = None
+) -> TrainableStage:
     updates: Any = MODELS["llama"](double=False).updates(adapter)
-    return TrainableStage(updates, plan, memory)
+    return TrainableStage(updates, plan, state)
 
 
 def step(who: TrainableStage, seed: int) -> None:
@@ -34,13 +36,13 @@ def step(who: TrainableStage, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_adapter_and_memory_are_all_there_is(name: str) -> None:
+def test_adapter_and_optimizer_state_are_all_there_is(name: str) -> None:
     plan = PLANS[name]
     whole = start(MODELS["llama"](double=False))
     one = trainable(whole, plan)
-    assert one.memory() == {}
+    assert one.optimizer_state() == {}
     step(one, 1)
-    kept, memory = one.adapter(), one.memory()
+    kept, memory = one.adapter(), one.optimizer_state()
     other = trainable(kept, plan, memory)
     for who in (one, other):
         step(who, 2)
@@ -55,7 +57,7 @@ def test_adapter_and_memory_are_all_there_is(name: str) -> None:
 def test_copies_are_copies() -> None:
     one = trainable(start(MODELS["llama"](double=False)), PLANS["adamw"])
     step(one, 1)
-    adapter, memory = one.adapter(), one.memory()
+    adapter, memory = one.adapter(), one.optimizer_state()
     before = {p: f.b.clone() for p, f in adapter.items()}, dict(memory)
     moments = {name: t.clone() for name, t in memory.items()}
     step(one, 2)
@@ -71,10 +73,10 @@ def test_an_average_of_another_rank_is_refused() -> None:
         one.load({**whole, path: Factors(f.a[:1], f.b[:, :1], f.alpha)})
 
 
-def test_memory_of_another_party_is_refused() -> None:
+def test_state_of_another_stage_is_refused() -> None:
     whole = start(MODELS["llama"](double=False))
     one = trainable(whole, PLANS["adamw"])
     step(one, 1)
     fewer = dict(list(whole.items())[:3])
-    with pytest.raises(ValueError, match=r"the optimizer's exp_avg holds \d+ numbers"):
-        trainable(fewer, replace(PLANS["adamw"]), one.memory())
+    with pytest.raises(ValueError, match=r"the optimizer's exp_avg holds \d+ scalars"):
+        trainable(fewer, replace(PLANS["adamw"]), one.optimizer_state())

@@ -14,7 +14,7 @@ from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
-from fedlora.split.rounds import Finished, Link, play
+from fedlora.split.rounds import Finished, Link, run_exchanges
 from fedlora.split.server import Rule
 from tests.fedlora.engine.world import SEED, FakeExample, example, examples
 from tests.fedlora.split.world import (
@@ -107,24 +107,24 @@ def test_a_process_does_not_take_a_client_of_an_earlier_round_for_that_of_now() 
     channel.turn = lambda n: 1 if n == 1 else 0
     link.exchange({0: Down(0, forward=True)})
     again = replace(f, whole=start(f.model, seed=5))
-    assert_equal(again.play(MessageLink(channel, again.openings)), again.play())
+    assert_equal(again.play(MessageLink(channel, again.inits)), again.play())
 
 
 def test_a_client_goes_on_elsewhere_bit_by_bit() -> None:
     f = federation(average_after=frozenset())
-    live = SplitClient(f.stages, f.held[0], f.opening(0))
+    live = SplitClient(f.stages, f.held[0], f.init(0))
     up = live.receive(Down(0, forward=True))
     answer = f.server()
     answer.receive(0, up)
     gradient = answer.learn({0: up}, 0.1)[0].gradient
     down = Down(1, gradient=gradient, of=0, rate=0.1, upload=True)
-    other = SplitClient(Stages(others(f, 1)[0]), f.held[0], f.opening(0))
+    other = SplitClient(Stages(others(f, 1)[0]), f.held[0], f.init(0))
     other.resume(0, {}, forward=True)
     want, got = live.receive(down), other.receive(down)
     assert want.adapter is not None and got.adapter is not None
     assert_same(want.adapter, got.adapter)
     assert want.grad_norm == got.grad_norm > 0
-    planted = SplitClient(f.stages, f.held[0], f.opening(0))
+    planted = SplitClient(f.stages, f.held[0], f.init(0))
     planted._seeds = Seeds(seed=SEED + 1, client=0)
     planted.resume(0, {}, forward=True)
     assert planted.receive(down).grad_norm != want.grad_norm, "other masks would not be seen"
@@ -238,7 +238,7 @@ def test_bytes_that_are_counted_are_those_that_cross(cut: Cut) -> None:
     for n, record in enumerate(link.channel.records):
         for name, array in record.array_records["arrays"].items():
             kind = name.split("/")[1]
-            if kind in ("start", "memory"):
+            if kind in ("start", "optimizer"):
                 continue
             if n % 2:
                 up += array.numpy().nbytes
@@ -267,10 +267,12 @@ def test_states_are_complete() -> None:
 def test_an_adapters_wire_rounds_alike_on_both_paths() -> None:
     f = federation()
     here, there = f.local(), f.messages(others(f, 2), nodes=2)
-    here = type(here)(f.stages, f.openings, here.examples, "bfloat16")
+    here = type(here)(f.stages, f.inits, here.examples, "bfloat16")
     assert isinstance(there.channel, FakeChannel)
     there.channel.wire = "bfloat16"
-    outcomes = [play(x, f.server(), f.itinerary(), mean_of_factors) for x in (here, there)]
+    outcomes = [
+        run_exchanges(x, f.server(), f.round_plan(), mean_of_factors) for x in (here, there)
+    ]
     for i in IDS:
         a, b = outcomes[0][i], outcomes[1][i]
         assert isinstance(a, Finished) and isinstance(b, Finished)
