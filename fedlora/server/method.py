@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.algebra.state import Kept, State
+from fedlora.algebra.summand import Summands
 from fedlora.core.techniques import LORA, TECHNIQUES, require
 from fedlora.core.types import (
     Client,
     Failure,
     LocalPlan,
+    Module,
     Payload,
     Ranks,
     Setting,
@@ -126,6 +128,10 @@ class Method(ABC):
             )
         require(setup.client, self.technique, type(self).__name__)
 
+    def rank_range(self, module: Module) -> tuple[int, int]:
+        """The smallest and the largest rank that a client can train on a module."""
+        return 1, module.max_rank
+
     @abstractmethod
     def init_state(self, setting: Setting) -> State:
         """The state before round 1."""
@@ -188,6 +194,34 @@ class Method(ABC):
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """What one client adds, where `aggregate` needs no more than a weighted sum of that.
+
+        With ``w_k`` from `reference_weights`, ``aggregate(state, updates)`` must be
+        ``absorb(state, Σ_k w_k adds_k, Σ_k w_k)`` up to rounding. A summand is the change of what
+        the client started from: a client that did not move adds exactly zero. Names and shapes
+        depend on the state alone, never on the client's ranks.
+
+        Args:
+            state: as in every hook.
+            start: what the client started the round from, as it received it.
+            update: validated.
+
+        Returns:
+            Tensors or products by name; ``None``: the method needs the updates themselves.
+        """
+        return None
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """The state after a sum of what clients add.
+
+        Args:
+            state: as in every hook.
+            total: ``Σ_k w_k adds_k``; of equal names and shapes as one summand.
+            weight: what the sum is divided by: ``Σ_k w_k``, or a number fixed beforehand.
+        """
+        raise TypeError(f"{type(self).__name__} needs its clients' updates, not their sum")
 
     def kept(
         self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
