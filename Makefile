@@ -36,7 +36,7 @@ lint: setup  ## style, format and import contracts
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 
-types: setup  ## mypy --strict on fedlora and strategies
+types: setup  ## mypy --strict
 	$(PY) -m mypy
 
 smoke: setup  ## one small run through Flower and Ray, end to end

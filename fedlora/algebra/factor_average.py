@@ -23,6 +23,7 @@ from fedlora.algebra.linalg import (
 )
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
+    Kept,
     State,
     order,
     pack,
@@ -31,15 +32,10 @@ from fedlora.algebra.state import (
     under,
     unpack,
 )
+from fedlora.algebra.summand import Summands, dense, factor_changes
 from fedlora.core.checks import one_of
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Adapter, Client, Factors, Ranks, Setting, Update
 
 GLOBAL, SERVER = "global/", "server/"
 
@@ -65,11 +61,22 @@ class FactorAverage:
     def enlist(self, state: State, client: Client) -> Client:
         return at_common_rank(state, client)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return factors(state)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         return next_state(state, updates, self.weights, self.server_optimizer)
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The changes of ``A`` and ``B`` at the common rank."""
+        assert isinstance(start, Mapping)
+        found: dict[str, Tensor] = {}
+        for path, f in update.adapter.items():
+            found |= factor_changes(path, start[path], f)
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        return moved(state, total, weight, self.server_optimizer)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -77,7 +84,7 @@ class FactorAverage:
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         return continued(state, delta, self.server_optimizer)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         return at_ranks(state, ranks)
 
 
@@ -128,7 +135,18 @@ def next_state(
             raise ValueError(
                 f"{path}: clients sent rank {f.rank}, the global rank is {old[path].rank}"
             )
-    new, memory = optimizer.step(pack(old), pack(mean), under(state, SERVER))
+    return _stepped(state, pack(mean), optimizer)
+
+
+def moved(state: State, total: Summands, weight: float, optimizer: ServerOptimizer) -> State:
+    """The factors plus ``total / weight``, passed through the server optimizer."""
+    old = pack(factors(state))
+    return _stepped(state, {k: t + dense(total[k]) / weight for k, t in old.items()}, optimizer)
+
+
+def _stepped(state: State, mean: Mapping[str, Tensor], optimizer: ServerOptimizer) -> State:
+    old = pack(factors(state))
+    new, memory = optimizer.step(old, mean, under(state, SERVER))
     kept = {key: state[key] for key in ("alpha", f"{GLOBAL}order")}
     return kept | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
 

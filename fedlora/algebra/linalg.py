@@ -106,12 +106,6 @@ def stack(
     return torch.cat(b, dim=1), torch.cat(a)
 
 
-def weighted_delta(factors: Sequence[Factors], p: Sequence[float]) -> Tensor:
-    """``Σ_k p_k s_k B_k A_k`` as a dense matrix, in one product over the stacked ranks."""
-    b, a = stack(factors, p)
-    return b @ a
-
-
 def product_norm(b: Tensor, a: Tensor) -> float:
     """``||B A||_F``.
 
@@ -380,7 +374,7 @@ def at_rank(f: Factors, rank: int) -> Factors:
 
 
 def exactness_gap(
-    updates: Sequence[Update], weights: Sequence[float], global_adapter: Adapter
+    updates: Sequence[Update], weights: Sequence[float], global_update: Adapter
 ) -> dict[str, float]:
     """How far the new global model is from the average of what the clients trained.
 
@@ -389,7 +383,7 @@ def exactness_gap(
     """
     p = shares(weights)
     gap = norm = 0.0
-    for path, g in global_adapter.items():
+    for path, g in global_update.items():
         b, a = stack([u.adapter[path] for u in updates], p)
         mine_b, mine_a = (t.to(b.dtype) for t in stack([g], [1.0]))
         norm += product_norm(b, a) ** 2

@@ -15,6 +15,8 @@ from fedlora.core.types import Adapter, Factors
 
 State: TypeAlias = Mapping[str, Tensor]
 """What a server remembers between rounds. Never mutated."""
+Kept: TypeAlias = Mapping[str, Tensor]
+"""What one client remembers between the rounds in which it takes part. Never mutated."""
 
 
 def pack(adapter: Adapter, prefix: str = "") -> dict[str, Tensor]:

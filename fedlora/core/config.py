@@ -7,7 +7,7 @@ value and what is allowed.
 
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,8 +37,10 @@ def locate(target: str) -> type:
 def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") -> T:
     """Build the dataclass named by ``node._target_`` from the node's other keys.
 
-    A field that is itself a mapping with ``_target_`` is built first. Types are converted and
-    checked by OmegaConf against the dataclass's annotations, values by its ``__post_init__``.
+    A field that is itself a mapping with ``_target_`` is built first, and a list of such mappings,
+    or a group of them by name, becomes a tuple; entries of a group that are null are left out.
+    Types are converted and checked by OmegaConf against the dataclass's annotations, values by its
+    ``__post_init__``.
 
     Args:
         node: a Hydra node or a plain mapping.
@@ -63,11 +65,12 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
                 f"{cls.__name__} has {sorted(known)}"
             )
     hints = get_type_hints(cls)
-    nested = {
+    nested: dict[str, Any] = {
         k: build(v, hints[k] if isinstance(hints[k], type) else object, f"{where}.{k}")
         for k, v in fields.items()
-        if isinstance(v, Mapping) and "_target_" in v
+        if _is_target(v)
     }
+    nested |= {k: _several(v, f"{where}.{k}") for k, v in fields.items() if _are_targets(v)}
     rest = {k: v for k, v in fields.items() if k not in nested}
     try:
         value = cls(**_convert(cls, rest, where), **nested)
@@ -78,6 +81,24 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
     if not isinstance(value, base):
         raise ConfigError(f"{where or 'config'}: {cls.__name__} is not a {base.__name__}")
     return value
+
+
+def _is_target(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
+
+
+def _are_targets(value: Any) -> bool:
+    """Whether a value is a list of targets, or a group of targets and nulls by name."""
+    if isinstance(value, Mapping):
+        entries = [v for v in value.values() if v is not None]
+        return "_target_" not in value and bool(value) and all(map(_is_target, entries))
+    return isinstance(value, list | tuple) and bool(value) and all(map(_is_target, value))
+
+
+def _several(value: Mapping[str, Any] | Sequence[Any], where: str) -> tuple[object, ...]:
+    """The objects of a list or a group of targets, in its order."""
+    named = value.items() if isinstance(value, Mapping) else enumerate(value)
+    return tuple(build(v, object, f"{where}.{k}") for k, v in named if v is not None)
 
 
 def _convert(cls: type, fields: dict[str, Any], where: str) -> dict[str, Any]:

@@ -62,14 +62,15 @@ class Technique(ABC):
             What was trained, and its `fedlora.training.loop.Trace`.
         """
 
-    def payload(self, value: "Payload | Adapter") -> Payload:
+    @classmethod
+    def payload(cls, value: "Payload | Adapter") -> Payload:
         """What a strategy's hook has given as what travels.
 
         Raises:
             TypeError: if it is no payload.
         """
         if not isinstance(value, Payload):
-            raise TypeError(f"{type(self).__name__} trains no {type(value).__name__}")
+            raise TypeError(f"{cls.__name__} trains no {type(value).__name__}")
         return value
 
     def sends(self, start: Payload) -> type[Payload]:

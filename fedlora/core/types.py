@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from fedlora.core.checks import at_least, one_of, share
+from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique, default_technique
 
@@ -233,17 +234,22 @@ class EvaluatePlan:
     """Per client; 0: all."""
     batch_size: int = 8
     generate: bool = True
-    """Greedy generation after the prompt: ROUGE-L and exact match."""
+    """Greedy generation after the prompt, for the metrics that need texts."""
     max_new_tokens: int = 32
-    teacher_forced_rouge: bool = False
-    """Also ROUGE-L of teacher-forced argmax tokens over the whole sequence, as the FlexLoRA code
-    computes it. It measures prompt predictability, not generation: see docs/fidelity.md."""
+    metrics: tuple[Scorer, ...] | None = None
+    """What is measured; None: `fedlora.evaluation.scorers.DEFAULT`."""
 
     def __post_init__(self) -> None:
         one_of("evaluate.split", self.split, ("train", "eval", "test"))
         at_least("evaluate.max_examples", self.max_examples, 0)
         at_least("evaluate.batch_size", self.batch_size, 1)
         at_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        for metric in self.metrics or ():
+            if not isinstance(metric, Scorer):
+                raise ValueError(
+                    f"evaluate.plan.metrics: {type(metric).__name__} is no metric; it must be a "
+                    "dataclass derived from fedlora.core.metric.Scorer"
+                )
 
 
 @dataclass(frozen=True)
@@ -306,9 +312,14 @@ class Evaluation:
     """What was measured on one client."""
 
     client: Client
-    metrics: Mapping[str, float]
-    """Means over the client's examples or tokens, beside the counts ``examples``,
-    ``tokens_full`` and ``tokens_response`` that weight them."""
+    metrics: Mapping[str, Metric]
+    """By name: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the plan
+    asked for."""
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics as plain values of this client."""
+        return {name: metric.scalar for name, metric in self.metrics.items()}
 
 
 @dataclass(frozen=True)

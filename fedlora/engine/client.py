@@ -1,19 +1,15 @@
 """A virtual client: the unit of work of the simulation, and a Flower client on its own.
 
 Engines call it with values (`LoRAClient.train`, `LoRAClient.evaluate_job`); Flower calls it with
-arrays and scalars (`fit`, `evaluate`). Beside the library's own apps, which send many jobs per
-message, it runs in any Flower app:
-
-    app = ClientApp(client_fn=client_fn_for(model, store, clients, seed=0))
+arrays and scalars (`fit`, `evaluate`): ``client.to_client()`` is what a ``client_fn`` returns.
 """
 
 import json
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
-from flwr.app import Context
-from flwr.client import Client as FlowerClient
 from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
@@ -135,16 +131,16 @@ class LoRAClient(NumPyClient):
                 ``round``, and optionally ``seed``.
 
         Returns:
-            The loss per response token (per token where no response is left), the number of
-            examples, and all metrics.
+            The loss per response token (per token where no response is left; NaN if the plan's
+            metrics have no loss), the number of examples, and all metrics.
         """
         adapter = decode_payload(parameters[0], str(config["header"])) if parameters else None
         plan = cast(EvaluatePlan, _expect(plan_from_json(str(config["plan"])), EvaluatePlan))
         seed = int(config.get("seed", self.seed))
         job = EvaluateJob(seed, int(config["round"]), self.client, adapter, plan)
-        metrics = dict(self.evaluate_job(job).metrics)
-        loss = metrics.get("loss_response", metrics["loss_full"])
-        return float(loss), int(metrics["examples"]), metrics
+        scalars = self.evaluate_job(job).scalars
+        loss = scalars.get("loss_response", scalars.get("loss_full", math.nan))
+        return loss, int(scalars["examples"]), {**scalars}
 
     def _check_identity(self, client: Client) -> None:
         if client.id != self.client.id:
@@ -189,18 +185,6 @@ def completed(
     """A trained payload as the job's update: what of it the technique sends."""
     client, payload = job.plan.technique.completed(job, payload)
     return Update(client, payload, num_examples, metrics)
-
-
-def client_fn_for(
-    model: LanguageModel, store: TokenStore, clients: Sequence[Client], seed: int
-) -> Callable[[Context], FlowerClient]:
-    """A ``client_fn`` for Flower's ``ClientApp``: node ``partition-id`` is that client."""
-
-    def client_fn(context: Context) -> FlowerClient:
-        partition = int(cast(int, context.node_config["partition-id"]))
-        return LoRAClient(model, store, clients[partition], seed).to_client()
-
-    return client_fn
 
 
 def _expect(plan: object, kind: type) -> object:

@@ -3,7 +3,7 @@
     bleu      BLEU-4, 0 to 100 (Papineni et al., 2002)
     nist      NIST-5, unbounded (Doddington, 2002)
     meteor    METEOR 1.5, 0 to 1 (Denkowski & Lavie, 2014): only with Java and pycocoevalcap
-    rouge_l   ROUGE-L with beta 1.2, 0 to 1 (Lin, 2004)
+    rouge_l_e2e  ROUGE-L with beta 1.2, 0 to 1 (Lin, 2004)
     cider     CIDEr-D, 0 to 10 (Vedantam et al., 2015)
 
 Definitions and parameters are those of the challenge's scripts (``tuetschek/e2e-metrics``; Dušek et
@@ -46,7 +46,7 @@ class NlgScores:
     nist: float
     meteor: float | None
     """None where it was not computed."""
-    rouge_l: float
+    rouge_l_e2e: float
     cider: float
     meteor_note: str = ""
     """Why there is no METEOR."""
@@ -72,7 +72,7 @@ def evaluate(hypotheses: Texts, references: References) -> NlgScores:
         bleu=bleu(hypotheses, references),
         nist=nist(hypotheses, references),
         meteor=found,
-        rouge_l=rouge_l(hypotheses, references),
+        rouge_l_e2e=rouge_l_e2e(hypotheses, references),
         cider=cider(hypotheses, references),
         meteor_note=note,
     )
@@ -189,7 +189,7 @@ def words(text: str) -> list[str]:
     return [token for token in _TOKEN.findall(spaced) if token not in _DROPPED]
 
 
-def rouge_l(hypotheses: Texts, references: References) -> float:
+def rouge_l_e2e(hypotheses: Texts, references: References) -> float:
     """Mean over hypotheses of the F-score (beta 1.2) of the longest common subsequence.
 
     Precision and recall are each the best over the references, so they may stem from two of them.

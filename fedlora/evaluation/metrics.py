@@ -1,19 +1,11 @@
-"""What a mounted model does on held-out examples: losses, generation scores, counts.
+"""What a mounted model does on held-out examples: likelihoods, greedy texts, and their metrics.
 
-    loss_full, loss_response   mean negative log-likelihood per token: after BOS; of the response
-    perplexity                 exp(loss_response)
-    accuracy                   share of response tokens that are the most likely one
-    rouge_l, rouge_l_unicode   ROUGE-L F1 of greedy generation after the prompt (`evaluation.rouge`)
-    exact_match                share of generations that equal the reference
-    rouge_l_teacher_forced     ROUGE-L of the argmax of every next token, given the true ones before
-
-The last is what the FlexLoRA code reports. Nine tenths of its tokens are prompt, so it tells how
-predictable the instructions are; it is never called ROUGE-L here. Responses end with EOS, which
-counts as one of their tokens.
+One forward pass gives the likelihood of every true token; where the plan says so, greedy generation
+after each prompt gives texts. Both together are the `Outputs` that the plan's scorers
+(`fedlora.evaluation.scorers`) turn into metrics.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.core.metric import Metric, Outputs, count
 from fedlora.core.types import EvaluatePlan
 from fedlora.data.batches import (
     TokenExample,
@@ -30,7 +23,7 @@ from fedlora.data.batches import (
     first_target,
     subset,
 )
-from fedlora.evaluation.rouge import exact_match, rouge_l
+from fedlora.evaluation.scorers import scorers_of
 from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
 
@@ -45,7 +38,7 @@ def measure(
     *,
     seed: int,
     client: int,
-) -> dict[str, float]:
+) -> dict[str, Metric]:
     """Measure what is mounted on one client's examples.
 
     With ``plan.max_examples`` a client's part is drawn once from ``(seed, client)``: it is the same
@@ -60,15 +53,14 @@ def measure(
         client: whose examples.
 
     Returns:
-        The metrics above and the counts ``examples``, ``tokens_full``, ``tokens_response`` and
-        (with generation) ``truncated_prompts``. A metric of response tokens is absent where no
-        response is left after truncation.
+        As `metrics_of`.
     """
     panel = chosen(examples, references, plan, seed=seed, client=client)
-    metrics = likelihoods(model, panel.examples, plan)
+    guesses = likelihoods(model, panel.examples, plan)
+    texts: list[str] = []
     if plan.generate:
-        metrics |= generation(model, panel.examples, panel.references, plan)
-    return metrics
+        texts = generate(model, prompts(model, panel.examples, plan), plan)
+    return metrics_of(outputs_of(model, panel, guesses, texts, plan), plan)
 
 
 @dataclass(frozen=True)
@@ -106,15 +98,6 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-@dataclass
-class _Sums:
-    full: float = 0.0
-    response: float = 0.0
-    hits: int = 0
-    tokens_full: int = 0
-    tokens_response: int = 0
-
-
 Guess: TypeAlias = tuple[Tensor, Tensor]
 """Of every token of an example after BOS: its negative log-likelihood (float64) and the most likely
 token in its place, both ``[t - 1]``, on the CPU."""
@@ -122,51 +105,68 @@ token in its place, both ``[t - 1]``, on the CPU."""
 
 def likelihoods(
     model: LanguageModel, examples: Sequence[TokenExample], plan: EvaluatePlan
-) -> dict[str, float]:
-    """Everything that needs only the true tokens."""
+) -> list[Guess]:
+    """The guesses of each example, in batches of similar length."""
     guesses: dict[int, Guess] = {}
     for rows in by_length([len(e.input_ids) for e in examples], plan.batch_size):
         group = [examples[i] for i in rows]
         guesses |= zip(rows, next_tokens(model, group), strict=True)
-    return likelihood_metrics(model, examples, [guesses[i] for i in range(len(examples))], plan)
+    return [guesses[i] for i in range(len(examples))]
 
 
-def likelihood_metrics(
+def outputs_of(
     model: LanguageModel,
-    examples: Sequence[TokenExample],
+    panel: Panel,
     guesses: Sequence[Guess],
+    texts: Sequence[str],
     plan: EvaluatePlan,
-) -> dict[str, float]:
-    """The metrics that follow from the guesses of a client's examples."""
-    sums, scores = _Sums(), []
-    for e, (nll, guess) in zip(examples, guesses, strict=True):
-        _add(sums, e, nll, guess)
-        if plan.teacher_forced_rouge:
-            scores.append(rouge_l(_text(model, e.input_ids[1:]), _text(model, guess.numpy())))
+) -> Outputs:
+    """What scorers read, of one client.
+
+    Args:
+        model: whose context and tokenizer.
+        panel: the client's examples.
+        guesses: of each of them.
+        texts: generated after each prompt; empty without generation.
+        plan: of the evaluation.
+    """
+    examples, room = panel.examples, _room(model, plan)
+    starts = [first_target(e, "response") - 1 for e in examples]
+    return Outputs(
+        tokens=[e.input_ids[1:] for e in examples],
+        response_at=[min(at, len(nll)) for at, (nll, _) in zip(starts, guesses, strict=True)],
+        nll=[nll for nll, _ in guesses],
+        best=[best for _, best in guesses],
+        decode=lambda ids: _text(model, ids),
+        references=panel.references,
+        generated=texts,
+        truncated=sum(len(_prompt(e)) > room for e in examples) if plan.generate else 0,
+    )
+
+
+def metrics_of(outputs: Outputs, plan: EvaluatePlan) -> dict[str, Metric]:
+    """What the plan's scorers say of one client, behind the counts ``examples``, ``tokens_full``,
+    ``tokens_response`` and (with generation) ``truncated_prompts``.
+
+    Raises:
+        ValueError: if two scorers use one name.
+    """
     metrics = {
-        "examples": float(len(examples)),
-        "tokens_full": float(sums.tokens_full),
-        "tokens_response": float(sums.tokens_response),
+        "examples": count(outputs.examples),
+        "tokens_full": count(outputs.tokens_full),
+        "tokens_response": count(outputs.tokens_response),
     }
-    if sums.tokens_full:
-        metrics["loss_full"] = sums.full / sums.tokens_full
-    if sums.tokens_response:
-        loss = sums.response / sums.tokens_response
-        accuracy = sums.hits / sums.tokens_response
-        metrics |= {"loss_response": loss, "perplexity": perplexity(loss), "accuracy": accuracy}
-    if plan.teacher_forced_rouge:
-        metrics["rouge_l_teacher_forced"] = math.fsum(scores) / len(scores)
+    if plan.generate:
+        metrics["truncated_prompts"] = count(outputs.truncated)
+    for scorer in scorers_of(plan):
+        found: Mapping[str, Metric] = scorer.score(outputs)
+        if twice := sorted(metrics.keys() & found.keys()):
+            raise ValueError(
+                f"evaluate.plan.metrics: {type(scorer).__name__} measures {twice}, which another "
+                "metric measures too; give each a name of its own"
+            )
+        metrics |= found
     return metrics
-
-
-def _add(sums: _Sums, example: TokenExample, loss: Tensor, guess: Tensor) -> None:
-    at = min(first_target(example, "response") - 1, len(loss))
-    true = torch.from_numpy(example.input_ids[1:].astype(np.int64))
-    sums.full += float(loss.sum())
-    sums.response += float(loss[at:].sum())
-    sums.hits += int((guess[at:] == true[at:]).sum())
-    sums.tokens_full += len(loss)
-    sums.tokens_response += len(loss) - at
 
 
 def next_tokens(model: LanguageModel, examples: Sequence[TokenExample]) -> list[Guess]:
@@ -187,22 +187,6 @@ def guesses_of(logits: Tensor, targets: Tensor, examples: Sequence[TokenExample]
     return list(zip(nll.split(sizes), best.split(sizes), strict=True))
 
 
-def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite where a float ends."""
-    return math.exp(loss) if loss < 709 else math.inf
-
-
-def generation(
-    model: LanguageModel,
-    examples: Sequence[TokenExample],
-    references: Sequence[str],
-    plan: EvaluatePlan,
-) -> dict[str, float]:
-    """Scores of what the model writes after each prompt."""
-    texts = generate(model, prompts(model, examples, plan), plan)
-    return generation_metrics(model, examples, references, texts, plan)
-
-
 def prompts(
     model: LanguageModel, examples: Sequence[TokenExample], plan: EvaluatePlan
 ) -> list[Ids]:
@@ -216,24 +200,6 @@ def _prompt(example: TokenExample) -> Ids:
 
 def _room(model: LanguageModel, plan: EvaluatePlan) -> int:
     return max(1, model.info.context - plan.max_new_tokens)
-
-
-def generation_metrics(
-    model: LanguageModel,
-    examples: Sequence[TokenExample],
-    references: Sequence[str],
-    texts: Sequence[str],
-    plan: EvaluatePlan,
-) -> dict[str, float]:
-    """The metrics that follow from the texts generated for a client's examples."""
-    scored = list(zip(references, texts, strict=True))
-    n, room = len(scored), _room(model, plan)
-    return {
-        "rouge_l": math.fsum(rouge_l(r, t) for r, t in scored) / n,
-        "rouge_l_unicode": math.fsum(rouge_l(r, t, unicode=True) for r, t in scored) / n,
-        "exact_match": math.fsum(exact_match(r, t) for r, t in scored) / n,
-        "truncated_prompts": float(sum(len(_prompt(e)) > room for e in examples)),
-    }
 
 
 def trimmed(ids: Ids, room: int) -> Ids:

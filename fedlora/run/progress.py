@@ -49,7 +49,7 @@ class RoundProgress:
             self._last = now
             self.emit(self.line(now))
 
-    def stepped(self, step: int, steps: int, loss: float) -> None:
+    def on_step(self, step: int, steps: int, loss: float) -> None:
         """Say now and then how far clients are that take their steps together.
 
         For example ``round 3/20  train  step 12/33  loss 3.214  ETA 0:08``.

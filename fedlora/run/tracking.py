@@ -15,11 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
-import numpy as np
-
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.seeding import generator
-from fedlora.core.types import Evaluation
+from fedlora.core.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -185,12 +182,15 @@ def plain(value: Any) -> Any:
 
 
 def _append(file: Path, records: Sequence[Record]) -> None:
-    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in records)
-    text = "".join(f"{line}\n" for line in lines)
     with file.open("a", encoding="utf-8") as f:
-        f.write(text)
+        f.write(_lines(records))
         f.flush()
         os.fsync(f.fileno())
+
+
+def _lines(records: Sequence[Record]) -> str:
+    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in records)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
@@ -210,10 +210,7 @@ def _forget_after(file: Path, last: int) -> None:
     if not file.exists():
         return
     kept = [r for r in _records(file) if int(r.get("round", 0)) <= last]
-    rest = file.with_name(f"{file.name}.kept")
-    rest.unlink(missing_ok=True)
-    _append(rest, kept)
-    rest.replace(file)
+    write_file(file, _lines(kept))
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------
@@ -335,75 +332,3 @@ def _run_id(folder: Path) -> str:
     if not file.exists():
         file.write_text(secrets.token_hex(6))
     return file.read_text().strip()
-
-
-# --- summaries ------------------------------------------------------------------------------------
-
-COUNTS = ("examples", "tokens_full", "tokens_response", "truncated_prompts")
-_RESPONSE = ("loss_response", "perplexity", "accuracy")
-
-
-def summarise(
-    evaluations: Sequence[Evaluation], seed: int = 0, resamples: int = 1000
-) -> dict[str, float]:
-    """Means over clients of what was measured on them, each beside its weighted mean.
-
-    ``<name>`` is the plain mean, ``<name>_weighted`` weights clients by the examples or tokens the
-    metric is a mean of. ``perplexity`` and ``perplexity_weighted`` are the exponentials of the mean
-    losses per response token (the latter is the perplexity of all tokens together): one client with
-    a loss of 20 would outweigh all others in a mean of perplexities. ``rouge_l_low`` and
-    ``rouge_l_high`` bound the mean over clients at 95 % by bootstrapping clients.
-
-    Args:
-        evaluations: in any order, one per client; values that are not finite are left out.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
-    """
-    ordered = sorted(evaluations, key=lambda e: e.client.id)
-    rows = [e.metrics for e in ordered]
-    derived = {*COUNTS, "perplexity"}
-    names = dict.fromkeys(name for row in rows for name in row if name not in derived)
-    summary: dict[str, float] = {"clients": len(rows)}
-    for count in COUNTS:
-        if any(count in row for row in rows):
-            summary[count] = math.fsum(row.get(count, 0.0) for row in rows)
-    for name in names:
-        pairs = [
-            (float(row[name]), float(row.get(_weight(name), 1.0)))
-            for row in rows
-            if name in row and math.isfinite(row[name])
-        ]
-        if pairs:
-            summary[name] = math.fsum(v for v, _ in pairs) / len(pairs)
-        total = math.fsum(w for _, w in pairs)
-        if total > 0:
-            summary[f"{name}_weighted"] = math.fsum(v * w for v, w in pairs) / total
-    for kind in ("", "_weighted"):
-        if f"loss_response{kind}" in summary:
-            summary[f"perplexity{kind}"] = _exp(summary[f"loss_response{kind}"])
-    scores = [row["rouge_l"] for row in rows if math.isfinite(row.get("rouge_l", math.nan))]
-    if scores:
-        low, high = bootstrap(scores, seed, resamples)
-        summary |= {"rouge_l_low": low, "rouge_l_high": high}
-    return summary
-
-
-def bootstrap(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:
-    """The 2.5 % and 97.5 % quantiles of the mean under resampling with replacement."""
-    sample = np.asarray(values, dtype=np.float64)
-    random = generator(seed, "bootstrap", len(sample))
-    means = sample[random.integers(0, len(sample), (resamples, len(sample)))].mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _weight(name: str) -> str:
-    """The count that a metric is a mean over."""
-    if name in _RESPONSE:
-        return "tokens_response"
-    return "tokens_full" if name.endswith("_full") else "examples"
-
-
-def _exp(loss: float) -> float:
-    """The exponential, infinite where a float ends."""
-    return math.exp(loss) if loss < 700 else math.inf

@@ -1,7 +1,6 @@
 """What a round's record says of its training: losses, speed, engines, and what averaging kept."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Protocol
 
 from fedlora.algebra.linalg import (
     exactness_gap,
@@ -9,18 +8,14 @@ from fedlora.algebra.linalg import (
     spectra,
     truncation_error,
 )
-from fedlora.core.payload import Payload, plain_factors
+from fedlora.algebra.state import State
+from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     Failure,
     Setting,
     Update,
 )
-
-
-class Averaging(Protocol):
-    """The hook of a method that a diagnosis asks (`strategies.base.LoRAStrategy`)."""
-
-    def reference_weights(self, updates: Sequence[Update]) -> list[float]: ...
+from fedlora.server.method import Method
 
 
 def training_record(
@@ -69,17 +64,17 @@ def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, 
 
 
 def diagnosis(
-    method: Averaging, whole: Payload, setting: Setting, updates: Sequence[Update]
+    method: Method, state: State, setting: Setting, updates: Sequence[Update]
 ) -> Mapping[str, float]:
     """What the aggregation kept and lost, where updates are low-rank factors.
 
     Args:
-        method: which weights clients.
-        whole: the global update after the aggregation, as exactly as it is known.
+        method: whose state it is.
+        state: after the aggregation.
         setting: for the population's rank patterns.
         updates: that were aggregated; at least one.
     """
-    adapter = plain_factors(whole)
+    adapter = plain_factors(method.technique.payload(method.global_update(state)))
     if adapter is None or plain_factors(updates[0].payload) is None:
         return {}
     # A split client sends what it holds of the model; what all have sent can be compared.

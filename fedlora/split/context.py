@@ -1,4 +1,4 @@
-"""What a process needs to play its part in a split: stages of its resident model, and the data."""
+"""What a process needs to take part in a split: stages of its resident model, and the data."""
 
 import functools
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from fedlora.engine.worker import resident, worker
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stages, check_stages
 from fedlora.split.batches import ROUND
-from fedlora.split.protocol import Cut, Opening
+from fedlora.split.protocol import Cut, InitMessage
 from fedlora.split.worker import SplitWorker
 
 MOST_KEPT = 256
 """Clients whose examples a process keeps in memory."""
 
 
-class Ground:
-    """Stages and examples; see `ground`."""
+class RunContext:
+    """Stages and examples; see `run_context`."""
 
     def __init__(self, model: LanguageModel, store: TokenStore) -> None:
         self.model, self.store = model, store
@@ -27,16 +27,16 @@ class Ground:
         self._checked: set[Cut] = set()
         self._examples = functools.lru_cache(maxsize=MOST_KEPT)(self._read)
 
-    def examples(self, opening: Opening) -> Sequence[Example]:
-        """What a client trains on: the same in every round.
+    def examples(self, init: InitMessage) -> Sequence[Example]:
+        """The examples that a client trains on: the same in every round.
 
         Raises:
             ValueError: if that is nothing.
         """
-        return self.examples_of(opening.client.id, opening.plan, opening.terms.seed)
+        return self.examples_of(init.client.id, init.plan, init.terms.seed)
 
     def examples_of(self, client: int, plan: LocalPlan, seed: int) -> Sequence[Example]:
-        """As `examples`, for a client that is not open."""
+        """As `examples`, for a client without an `InitMessage`."""
         # Of the plan only what decides the choice: rates change from round to round.
         chosen = LocalPlan(loss=plan.loss, max_examples=plan.max_examples)
         return self._examples(client, chosen, seed)
@@ -48,7 +48,7 @@ class Ground:
         """Refuse a cut that this model cannot have. Cheap after the first time.
 
         Raises:
-            ModelError: naming the cut and the blocks there are, or why the architecture resists.
+            ModelError: naming the cut and the blocks there are, or why the model cannot be cut.
         """
         if cut in self._checked:
             return
@@ -63,15 +63,15 @@ class Ground:
 
 
 @functools.lru_cache(maxsize=1)
-def ground(spec: str) -> Ground:
-    """This process's ground for a JSON `fedlora.engine.worker.WorkerSpec`."""
+def run_context(spec: str) -> RunContext:
+    """This process's context for a JSON `fedlora.engine.worker.WorkerSpec`."""
     keep_freed_memory()
-    return Ground(*resident(spec))
+    return RunContext(*resident(spec))
 
 
 @functools.lru_cache(maxsize=1)
 def split_worker(spec: str) -> SplitWorker:
     """What answers a worker's split messages, as fast as its engine is configured to be."""
     worker(spec)  # its threads and memory settings are the process's
-    here = ground(spec)
+    here = run_context(spec)
     return SplitWorker(here.stages, here.examples)

@@ -1,12 +1,11 @@
-"""A round of SplitLoRA as its strategy plays it: stages and parties out of the server's state, the
-itinerary, averages on the way, and the state that comes of it.
+"""A round of SplitLoRA: stages and what trains on them out of the server's state, the plan of the
+round, averages on the way, and the state that comes of it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
 
 from torch import Tensor
 
@@ -19,71 +18,26 @@ from fedlora.algebra.state import (
     unpack,
 )
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-    TrainJob,
-    Update,
-)
+from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan, TrainJob, Update
 from fedlora.data.batches import num_steps
-from fedlora.server.flower import Conducted, Hall
+from fedlora.server.method import ClientChannel, Method, RoundOutcome
 from fedlora.split.batches import Seeds
-from fedlora.split.compression import Wire
-from fedlora.split.context import Ground, ground
-from fedlora.split.cost import client_memory, client_work
+from fedlora.split.config import SplitConfig
+from fedlora.split.context import RunContext, run_context
+from fedlora.split.cost import client_part
 from fedlora.split.link import MessageLink
-from fedlora.split.noise import Noise
-from fedlora.split.protocol import Cut, Opening, Terms
-from fedlora.split.rounds import Finished, Itinerary, LocalLink, play
-from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.trainable import Memory, Party
+from fedlora.split.protocol import Cut, InitMessage, Terms
+from fedlora.split.rounds import Finished, LocalLink, RoundPlan, run_exchanges
+from fedlora.split.server import ClientInfo, SplitServer
+from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
-"""Parts of the server's state: its own adapters, what optimizers remember, adapters per client."""
+"""Parts of the server's state: its own adapters, optimizer states, adapters per client."""
 HOST = -1
 """The server where an average counts it as one more client."""
-
-
-class SplitMethod(Protocol):
-    """What a round has to know of its strategy, documented on `strategies.splitlora.SplitLoRA`."""
-
-    @property
-    def tail(self) -> int: ...
-    @property
-    def rule(self) -> Rule: ...
-    @property
-    def average_every(self) -> int: ...
-    @property
-    def transport(self) -> str: ...
-    @property
-    def keep_graphs(self) -> bool: ...
-    @property
-    def activations(self) -> Wire: ...
-    @property
-    def gradients(self) -> Wire: ...
-    @property
-    def noise(self) -> Noise: ...
-    @property
-    def label_smoothing(self) -> float: ...
-    @property
-    def server_lr(self) -> float: ...
-    @property
-    def client_schedule(self) -> str: ...
-    @property
-    def horizon(self) -> int: ...
-    @property
-    def memory(self) -> str: ...
-    def cut_of(self, state: State, client: Client) -> Cut: ...
-    def copy_of(self, state: State, client: Client) -> dict[str, Factors]: ...
-    def start_adapter(self, state: State, client: Client) -> Adapter: ...
-    def aggregate(self, state: State, updates: Sequence[Update]) -> State: ...
 
 
 def server_state(adapter: Adapter) -> dict[str, Tensor]:
@@ -91,164 +45,181 @@ def server_state(adapter: Adapter) -> dict[str, Tensor]:
     return pack(adapter, SERVER) | {f"{SERVER}order": order(adapter)}
 
 
-class Play:
+class SplitRound:
     """A round from jobs to results.
 
     Args:
-        method: the strategy.
+        config: the method's options.
+        method: averages adapters, on the way and in the end (`aggregate`, `client_start`).
         state: of the server.
         jobs: of the round's clients, who all have the same plan.
-        hall: where clients are met.
+        channel: to these clients.
+        cuts: which blocks each client holds, by id.
+        copy_of: under ``rule.update=per_client``, the server's adapters of one client.
 
     Raises:
         ModelError: if the model cannot be cut there.
     """
 
     def __init__(
-        self, method: SplitMethod, state: State, jobs: Sequence[TrainJob], hall: Hall
+        self,
+        config: SplitConfig,
+        method: Method,
+        state: State,
+        jobs: Sequence[TrainJob],
+        channel: ClientChannel,
+        *,
+        cuts: Mapping[int, Cut],
+        copy_of: Callable[[State, Client], Mapping[str, Factors]],
     ) -> None:
-        self.method, self.state, self.hall = method, state, hall
+        self.config, self.method, self.state, self.channel = config, method, state, channel
+        self.cuts, self.copy_of = cuts, copy_of
         self.jobs = {j.client.id: j for j in jobs}
-        self.ground: Ground = ground(hall.worker)
+        self.context: RunContext = run_context(channel.worker)
         self.plan = jobs[0].plan
         self.terms = Terms(
             seed=jobs[0].seed,
-            activations=method.activations,
-            gradients=method.gradients,
-            noise=method.noise,
-            smoothing=method.label_smoothing,
-            keep_graphs=method.keep_graphs,
+            activations=config.activations,
+            gradients=config.gradients,
+            noise=config.noise,
+            smoothing=config.label_smoothing,
+            keep_graphs=config.keep_graphs,
         )
-        self.cuts = {i: method.cut_of(state, j.client) for i, j in self.jobs.items()}
         for cut in self.cuts.values():
-            self.ground.check(cut)
+            self.context.check(cut)
         blocks = int(state["blocks"])
-        if method.tail > 0 and blocks != self.ground.stages.blocks:
+        if config.tail > 0 and blocks != self.context.stages.blocks:
             raise ModelError(
-                f"strategy.tail={method.tail}: the last adapter of the model lies in block "
-                f"{blocks - 1} of {self.ground.stages.blocks}; a U-shape needs model.targets in "
+                f"strategy.tail={config.tail}: the last adapter of the model lies in block "
+                f"{blocks - 1} of {self.context.stages.blocks}; a U-shape needs model.targets in "
                 "the last block"
             )
-        self.openings = {i: self._opening(i) for i in self.jobs}
+        self.inits = {i: self._init(i) for i in self.jobs}
         self.copies = {
-            i: method.copy_of(state, j.client)
+            i: copy_of(state, j.client)
             for i, j in self.jobs.items()
-            if method.rule.update == "per_client"
+            if config.rule.update == "per_client"
         }
         self.server = self._server()
 
-    def conducted(self) -> Conducted:
-        itinerary = self._itinerary()
+    def run(self) -> RoundOutcome:
+        """Play all steps.
+
+        Raises:
+            FloatingPointError: if the server's loss is not finite.
+        """
+        round_plan = self._round_plan()
         if not int(self.state["steps"]):
             self._announce()
-        found = play(
+        found = run_exchanges(
             self._link(),
             self.server,
-            itinerary,
+            round_plan,
             self._average,
-            self.hall.say,
-            lambda step, loss: self.hall.step(step, itinerary.length, loss),
+            self.channel.say,
+            lambda step, loss: self.channel.on_step(step, round_plan.length, loss),
         )
         results: list[Update | Failure] = []
         for i, end in found.items():
             if isinstance(end, Failure):
                 results.append(end)
                 continue
-            n = self.ground.store.count(i, "train")
+            n = self.context.store.count(i, "train")
             metrics = dict(end.metrics) | self._costs(i, end.metrics)
             results.append(Update(self.jobs[i].client, LowRankPayload(end.adapter), n, metrics))
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
         if self.terms.noise.sigma:
             self._account(good)
-        return Conducted(self._after(good, itinerary.length), results)
+        return RoundOutcome(self._after(good, round_plan.length), results)
 
     def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
         bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
         cut, rows = self.cuts[i], metrics["exchanged_tokens"]
-        split = Split(cut.first, cut.tail if cut.u_shaped else None)
-        ranks = {p: f.rank for p, f in self.openings[i].adapter.items()}
+        ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
         try:
-            shapes = shapes_of(self.ground.model.network, ranks)
+            part = client_part(self.context.model.network, ranks, cut)
             length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
-            work = client_work(shapes, split, max(1, length))
+            work = part.flops(max(1, length))
             widest = int(metrics["step_tokens"])
             supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
-            held = client_memory(shapes, split, widest, dropout=dropout, supervised=supervised)
+            held = part.memory(widest, dropout=dropout, supervised=supervised)
         except ValueError:
             return {}
         return {
             "client_flops": rows * (work.forward + work.backward),
-            "client_memory": float(held.total),
+            "client_memory": float(sum(held)),
         }
 
     def _announce(self) -> None:
         """What whoever runs this should know before the first round."""
-        method, blocks = self.method, self.ground.stages.blocks
+        config, blocks = self.config, self.context.stages.blocks
         cuts = sorted({c.first for c in self.cuts.values()})
         held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
-        if method.tail >= 0:
-            held += f" and the last {method.tail} with the head; labels stay with them"
+        if config.tail >= 0:
+            held += f" and the last {config.tail} with the head; labels stay with them"
         else:
             held += "; the server is given the labels, which are the text itself"
-        self.hall.say(f"split: {held}; {method.rule.update}, {method.transport}")
+        self.channel.say(f"split: {held}; {config.rule.update}, {config.transport}")
 
     def _account(self, found: Mapping[int, Finished]) -> None:
         """Say what the noise guarantees after the steps so far."""
         releases = rows = 0
         for i, end in found.items():
-            held = self.ground.examples_of(i, self.plan, self.terms.seed)
+            held = self.context.examples_of(i, self.plan, self.terms.seed)
             releases = max(releases, math.ceil(end.done * self.plan.batch_size / len(held)))
             rows = max(rows, *(len(e.input_ids) - 1 for e in held))
         if releases:
-            self.hall.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
+            self.channel.say(f"split: {self.terms.noise.privacy(releases, rows).text}")
 
     def _link(self) -> LocalLink | MessageLink:
-        if self.method.transport == "messages":
-            return MessageLink(self.hall, self.openings)
-        return LocalLink(self.ground.stages, self.openings, self.ground.examples, self.hall.wire)
+        if self.config.transport == "messages":
+            return MessageLink(self.channel, self.inits)
+        return LocalLink(self.context.stages, self.inits, self.context.examples, self.channel.wire)
 
-    def _opening(self, i: int) -> Opening:
+    def _init(self, i: int) -> InitMessage:
         job = self.jobs[i]
         start = job.start.low_rank()
         assert start is not None
         memory = self._memory(f"{i}/")
-        return Opening(job.client, job.plan, self.cuts[i], self.terms, start, memory)
+        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, start, memory)
 
-    def _memory(self, whose: str) -> Memory:
-        return under(self.state, f"{MEMORY}{whose}") if self.method.memory == "keep" else {}
+    def _memory(self, whose: str) -> OptimizerState:
+        return under(self.state, f"{MEMORY}{whose}") if self.config.memory == "keep" else {}
 
     def _server(self) -> SplitServer:
-        guests = {
-            i: Guest(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
+        clients = {
+            i: ClientInfo(j.client, self.cuts[i], Seeds(seed=self.terms.seed, client=i))
             for i, j in self.jobs.items()
         }
-        if self.method.rule.update == "per_client":
-            parties = {i: self._party(copy, f"server{i}/") for i, copy in self.copies.items()}
+        if self.config.rule.update == "per_client":
+            trainables = {
+                i: self._trainable(copy, f"server{i}/") for i, copy in self.copies.items()
+            }
         else:
             own = unpack(self.state, float(self.state["alpha"]), SERVER)
-            parties = {HOST: self._party(own, "server/")}
-        stages = self.ground.stages
-        return SplitServer(stages, parties, guests, self.plan, self.method.rule, self.terms)
+            trainables = {HOST: self._trainable(own, "server/")}
+        stages = self.context.stages
+        return SplitServer(stages, trainables, clients, self.plan, self.config.rule, self.terms)
 
-    def _party(self, adapter: Adapter, whose: str) -> Party:
-        updates = LowRankPayload(adapter).updates(self.ground.model, self.plan.dropout)
+    def _trainable(self, adapter: Adapter, whose: str) -> TrainableStage:
+        updates = LowRankPayload(adapter).updates(self.context.model, self.plan.dropout)
         factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
-        return Party(factors, self.plan, self._memory(whose))
+        return TrainableStage(factors, self.plan, self._memory(whose))
 
-    def _itinerary(self) -> Itinerary:
+    def _round_plan(self) -> RoundPlan:
         """
         Raises:
             ValueError: if the averages do not fit into the round.
         """
-        plan, seed, every = self.plan, self.terms.seed, self.method.average_every
+        plan, seed, every = self.plan, self.terms.seed, self.config.average_every
         steps = {}
         for i in self.jobs:
             held = plan.batch_size
             if not plan.steps:
                 with suppress(ValueError):  # nothing to train on: said when the client is opened
-                    held = len(self.ground.examples_of(i, plan, seed))
+                    held = len(self.context.examples_of(i, plan, seed))
             steps[i] = num_steps(held, plan)
         length = max(steps.values())
         if every and length % every:
@@ -257,19 +228,19 @@ class Play:
                 "(client.steps): a round ends with an average"
             )
         of_clients = self._rates(length, plan)
-        if self.method.client_schedule == "constant":
+        if self.config.client_schedule == "constant":
             of_clients = [plan.lr] * length
-        return Itinerary(
-            starts={i: o.adapter for i, o in self.openings.items()},
+        return RoundPlan(
+            starts={i: o.adapter for i, o in self.inits.items()},
             done={i: int(self.state["done"][i]) for i in self.jobs},
             steps=steps,
-            server_rates=self._rates(length, replace(plan, lr=self.method.server_lr or plan.lr)),
+            server_rates=self._rates(length, replace(plan, lr=self.config.server_lr or plan.lr)),
             client_rates=of_clients,
             average_after=frozenset(range(every, length, every)) if every else frozenset(),
         )
 
     def _rates(self, length: int, plan: LocalPlan) -> list[float]:
-        horizon, done = self.method.horizon, int(self.state["steps"])
+        horizon, done = self.config.horizon, int(self.state["steps"])
         if not horizon:
             return learning_rates(length, plan)
         rates = learning_rates(horizon, plan)
@@ -287,22 +258,27 @@ class Play:
         ]
         now = self._with_server(dict(self.state))
         after = self.method.aggregate(now, updates)
-        for i, party in self.server.parties.items():
+        for i, trainable in self.server.trainables.items():
             if i == HOST:
-                party.load(unpack(after, float(after["alpha"]), SERVER))
+                trainable.load(unpack(after, float(after["alpha"]), SERVER))
             else:
-                party.load(self.method.copy_of(after, self.jobs[i].client))
+                trainable.load(self.copy_of(after, self.jobs[i].client))
         self.state = after
-        return {i: self.method.start_adapter(after, self.jobs[i].client) for i in adapters}
+        starts: dict[int, Adapter] = {}
+        for i in adapters:
+            start = self.method.client_start(after, self.jobs[i].client)
+            assert isinstance(start, Mapping)
+            starts[i] = start
+        return starts
 
     def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A state with the server's adapters as they are now."""
-        for i, party in self.server.parties.items():
+        for i, trainable in self.server.trainables.items():
             if i == HOST:
-                state |= server_state(party.adapter())
+                state |= server_state(trainable.adapter())
             else:
-                state |= pack(party.adapter(), f"{COPIES}{i}/")
-                state[f"{COPIES}{i}/order"] = order(party.adapter())
+                state |= pack(trainable.adapter(), f"{COPIES}{i}/")
+                state[f"{COPIES}{i}/order"] = order(trainable.adapter())
         return state
 
     def _after(self, found: Mapping[int, Finished], length: int) -> State:
@@ -313,10 +289,10 @@ class Play:
         for i, end in found.items():
             done[i] = end.done
         state["done"] = done
-        if self.method.memory == "keep":
+        if self.config.memory == "keep":
             for i, end in found.items():
-                state |= prefixed(end.memory, f"{MEMORY}{i}/")
-            for i, party in self.server.parties.items():
+                state |= prefixed(end.optimizer_state, f"{MEMORY}{i}/")
+            for i, trainable in self.server.trainables.items():
                 whose = "server/" if i == HOST else f"server{i}/"
-                state |= prefixed(party.memory(), f"{MEMORY}{whose}")
+                state |= prefixed(trainable.optimizer_state(), f"{MEMORY}{whose}")
         return state

@@ -1,4 +1,5 @@
-"""What one party of a split trains: adapters on its own blocks, and an optimizer that remembers.
+"""What one side of a split trains: adapters on its own blocks, and an optimizer whose state is
+kept.
 
 The optimizer is that of the sequential engine (one flat buffer), so that a split of one client
 computes, bit for bit, what an unsplit client does.
@@ -21,21 +22,24 @@ from fedlora.training.loop import (
     optimizer_for,
 )
 
-Memory = Mapping[str, Tensor]
-"""What an optimizer remembers, by name: ``exp_avg``, ``exp_avg_sq``, ``step`` or the like."""
+OptimizerState = Mapping[str, Tensor]
+"""Tensors of an optimizer by name: ``exp_avg``, ``exp_avg_sq``, ``step`` or the like."""
 
 
-class Party:
-    """Live adapters of one party and their optimizer.
+class TrainableStage:
+    """Live adapters of one stage and their optimizer.
 
     Args:
         updates: module path -> what is mounted there (`LanguageModel.updates`); may be empty.
         plan: optimizer, clipping, and which factors train.
-        memory: of the optimizer, as `memory` gave it; empty: a fresh one.
+        optimizer_state: as `optimizer_state` returned it; empty: a new optimizer.
     """
 
     def __init__(
-        self, updates: Mapping[str, LowRank], plan: LocalPlan, memory: Memory | None = None
+        self,
+        updates: Mapping[str, LowRank],
+        plan: LocalPlan,
+        optimizer_state: OptimizerState | None = None,
     ) -> None:
         self.updates = dict(updates)
         self.plan = plan
@@ -46,8 +50,8 @@ class Party:
         self.flat = FlatParameters(trained)
         buffers = self.flat.buffers
         self.optimizer = optimizer_for(plan, buffers) if buffers else None
-        if memory and self.optimizer is not None:
-            self._remember(memory)
+        if optimizer_state and self.optimizer is not None:
+            self._restore(optimizer_state)
 
     def zero_grad(self) -> None:
         """Clear the gradients in front of a step's first backward pass."""
@@ -60,11 +64,11 @@ class Party:
         return clip_and_step(self.optimizer, self.flat.buffers, rate, self.plan.clip)
 
     def adapter(self) -> Adapter:
-        """A detached copy of the adapters, on the CPU as whatever is sent or kept."""
+        """A detached copy of the adapters, on the CPU like all that is sent or kept."""
         return {path: _on_cpu(update.factors()) for path, update in self.updates.items()}
 
     def load(self, adapter: Adapter) -> None:
-        """Overwrite the adapters in place; the optimizer goes on with what it remembers.
+        """Overwrite the adapters in place; the optimizer keeps its state.
 
         Raises:
             ValueError: naming a module whose shape is another.
@@ -79,9 +83,8 @@ class Party:
                 update.a.copy_(new.a)
                 update.b.copy_(new.b)
 
-    def memory(self) -> dict[str, Tensor]:
-        """A detached copy of what the optimizer remembers, on the CPU; empty before its first
-        step."""
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """A detached copy of the optimizer state, on the CPU; empty before its first step."""
         return {
             f"{i}/{name}": value.detach().to("cpu", copy=True)
             for i, buffer in enumerate(self.flat.buffers)
@@ -94,14 +97,14 @@ class Party:
         found: Mapping[str, object] = self.optimizer.state.get(buffer, {})
         return found
 
-    def _remember(self, memory: Memory) -> None:
+    def _restore(self, optimizer_state: OptimizerState) -> None:
         assert self.optimizer is not None
-        for name, value in memory.items():
+        for name, value in optimizer_state.items():
             i, _, key = name.partition("/")
             buffer = self.flat.buffers[int(i)]
             if value.numel() not in (1, buffer.numel()):
                 raise ValueError(
-                    f"the optimizer's {key} holds {value.numel()} numbers, the party trains "
+                    f"the optimizer's {key} holds {value.numel()} scalars, the stage trains "
                     f"{buffer.numel()}"
                 )
             self.optimizer.state[buffer][key] = value.to(buffer.device, copy=True)

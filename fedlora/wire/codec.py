@@ -18,6 +18,7 @@ and of a reply:
                           the engine
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedlora.core.config import build, describe
+from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload, payload_class, target_of
 from fedlora.core.types import (
     Client,
@@ -220,7 +222,7 @@ def encode_results(
                 "metrics": dict(result.metrics),
             }
         elif isinstance(result, Evaluation):
-            row["metrics"] = dict(result.metrics)
+            row["evaluation"] = {n: dataclasses.astuple(m) for n, m in result.metrics.items()}
         else:
             row["failure"] = [result.kind, result.message, result.traceback]
         rows.append(row)
@@ -282,11 +284,17 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
 def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord) -> Result:
     if "failure" in row:
         return Failure(client, *(str(text) for text in row["failure"]))
+    if "evaluation" in row:
+        measured = row["evaluation"].items()
+        return Evaluation(client, {str(name): _decode_metric(m) for name, m in measured})
     metrics = {str(k): float(v) for k, v in row["metrics"].items()}
-    if "payload" not in row:
-        return Evaluation(client, metrics)
     payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"], trusted=False)
     sender = client
     if dict(client.ranks) != row["ranks"]:
         sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
     return Update(sender, payload, row["num_examples"], metrics)
+
+
+def _decode_metric(fields: Sequence[Any]) -> Metric:
+    value, weight, over_clients, interval = fields
+    return Metric(float(value), float(weight), str(over_clients), bool(interval))

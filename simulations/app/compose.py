@@ -72,7 +72,7 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
     text = " ".join(lines).partition(" Config search path:")[0].partition(" To append to your")[0]
-    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
+    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
     allowed = f"groups: {', '.join(groups)}"
     if unknown := re.search(r"Could not override '(?:([\w.]+)\.)?\w+'", text):
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -10,13 +10,14 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, track
+from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.export import export
 from simulations.app.identity import changed
@@ -51,11 +52,11 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
         open_session(session, parts, inputs)
         try:
             with status_file(folder, session):
-                strategy = parts.strategy.bind(
+                federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
-                    strategy.start(grid_of(parts))
+                    federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
         finally:
             session.tracker.close()

@@ -18,7 +18,7 @@ class InProcessGrid(Grid):
     """
 
     def __init__(self, app: ClientApp, nodes: int = 4) -> None:
-        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # type: ignore[misc,method-assign,assignment]
+        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._app = app
         self._queue: dict[str, Message] = {}
         self._contexts = {

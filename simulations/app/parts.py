@@ -15,10 +15,11 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
-from fedlora.server.session import EvaluationSchedule, Rounds
+from fedlora.server.method import Setup
+from fedlora.server.schedule import EvaluationSchedule, Rounds
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
-from strategies.base import LoRAStrategy, Setup
+from strategies.base import LoRAStrategy
 
 T = TypeVar("T")
 
@@ -64,8 +65,9 @@ def build_parts(cfg: DictConfig) -> Parts:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     known = {f.name for f in dataclasses.fields(Parts)} - {"resolved"} | {"rounds", "experiment"}
-    for key in resolved.keys() - known:
-        raise ConfigError(f"unknown key {key}={resolved[key]!r}; known: {sorted(known)}")
+    for key, value in resolved.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {key!s}={value!r}; known: {sorted(known)}")
     for key, kind in (
         ("seed", int),
         ("rounds", int),
@@ -95,7 +97,7 @@ def build_parts(cfg: DictConfig) -> Parts:
         population=part("population", Population),
         model=part("model", ModelSpec),  # type: ignore[type-abstract]
         data=part("data", Source),  # type: ignore[type-abstract]
-        engine=part("engine", EngineSpec),
+        engine=part("engine", EngineSpec),  # type: ignore[type-abstract]
         evaluate=part("evaluate", EvaluationSchedule),
         runtime=part("runtime", Runtime),
         tracking=part("tracking", Tracking),  # type: ignore[type-abstract]

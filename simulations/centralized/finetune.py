@@ -148,19 +148,21 @@ def write(model: LanguageModel, masks: Masks, target: Path) -> str:
         ModelError: if a zero has moved; nothing is written then.
     """
     check_network(masks, model.network, "after training")
-    merge(model, {}, target)
+    merge(model, None, target)
     return mask_identity(target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(description=" ".join((__doc__ or "").split("\n\n")[0].split()))
+    parser = argparse.ArgumentParser(
+        prog="fedlora finetune", description=" ".join((__doc__ or "").split("\n\n")[0].split())
+    )
     parser.add_argument("target", type=Path, help="folder to write the model to")
     parser.add_argument("--method", choices=list(METHODS), required=True)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--alpha", type=float, default=16.0, help="the scale is alpha / rank")
     parser.add_argument("--held", type=int, default=64, help="examples that losses are of")
-    parser.add_argument("overrides", nargs="*", help="as of simulations.run")
+    parser.add_argument("overrides", nargs="*", help="as of fedlora run")
     options = parser.parse_intermixed_args(arguments)
     torch.set_num_threads(1)
     try:

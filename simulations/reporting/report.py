@@ -281,11 +281,7 @@ _MEASURES = {
 def _evaluation_table(run: Run) -> str:
     """The last evaluation of every group: mean over clients, and the weighted mean below it."""
     last = {label: rows[-1] for label, rows in run.groups().items()}
-    shown = {
-        k: v
-        for k, v in _MEASURES.items()
-        if any(number(r.get(k)) is not None for r in last.values())
-    }
+    shown = _shown_metrics(list(last.values()))
     if not shown:
         return ""
     rows = []
@@ -294,15 +290,21 @@ def _evaluation_table(run: Run) -> str:
         for key in shown:
             weighted = f"<br><small>{_show(r.get(f'{key}_weighted'))}</small>"
             interval = ""
-            if key == "rouge_l" and number(r.get("rouge_l_low")) is not None:
-                interval = (
-                    f" <small>[{_show(r['rouge_l_low'])}, {_show(r['rouge_l_high'])}]</small>"
-                )
+            if number(r.get(f"{key}_low")) is not None:
+                low, high = _show(r[f"{key}_low"]), _show(r[f"{key}_high"])
+                interval = f" <small>[{low}, {high}]</small>"
             cells.append((f"{_show(r.get(key))}{interval}{weighted}", "n"))
         rows.append(cells)
     note = "<p>Mean over clients; below it, weighted by examples or tokens.</p>"
     names = [("group", ""), *((n, "n") for n in ("round", "clients", *shown.values()))]
     return f"<h2>Last evaluation</h2>{_table(names, rows)}{note}"
+
+
+def _shown_metrics(records: Sequence[Record]) -> dict[str, str]:
+    """Metrics that have a mean in some record, with their titles: known ones first."""
+    means = [k.removesuffix("_weighted") for r in records for k in r if k.endswith("_weighted")]
+    titles = _MEASURES | {k: k.replace("_", " ") for k in means if k not in _MEASURES}
+    return {k: v for k, v in titles.items() if any(number(r.get(k)) is not None for r in records)}
 
 
 def _failure_table(run: Run) -> str:
@@ -463,9 +465,7 @@ def _write(file: Path, title: str, body: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None, show: Callable[[str], object] = print) -> int:
     """The command line; the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.reporting.report", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedlora report", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument(

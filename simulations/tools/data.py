@@ -1,7 +1,11 @@
-"""Look at a data set: ``simulations.tools.data {stats,show} data=<source> [key=value ...]``."""
+"""Look at a data set, named in the words of a run.
+
+fedlora data stats data=jsonl data.path=records.jsonl
+fedlora data show data=sotu --client 700
+fedlora data stats data=e2e model=gpt2                 with another model's tokens
+"""
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +13,7 @@ from typing import Any
 
 from fedlora.core.cache import cache_root
 from fedlora.core.config import build
-from fedlora.core.errors import DataError, ModelError
+from fedlora.core.errors import ModelError
 from fedlora.data import (
     SPLITS,
     Source,
@@ -17,31 +21,19 @@ from fedlora.data import (
     prepare,
 )
 from fedlora.data.tokenizer import FolderTokenizer
-from fedlora.models.folder import find_assets, tokenizer_id
-
-SOURCES = {
-    "sotu": "fedlora.data.sotu.Sotu",
-    "natural_instructions": "fedlora.data.natural_instructions.NaturalInstructions",
-    "jsonl": "fedlora.data.jsonl.Jsonl",
-    "e2e": "fedlora.data.e2e.E2E",
-}
-PATHS = {
-    "natural_instructions": ("FEDLORA_NI", "natural_instructions.parquet"),
-    "e2e": ("FEDLORA_E2E", "e2e.parquet"),
-}
-"""Environment variable and default of sources whose path has one, as in ``conf/data``."""
+from fedlora.models.folder import tokenizer_id
+from fedlora.models.spec import ModelSpec
+from fedlora.prune.spec import Pruned
+from simulations.app.compose import load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a mistake in the data or the options is one line and exit code 2."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
-        source = parse_source(options.settings)
-        tiny = options.model == "tiny"
-        folder = find_assets("tiny") if tiny else Path(options.model).expanduser()
+        source, folder = sources(options.words)
         tokenizer = FolderTokenizer(folder)
-        cache = options.cache or cache_root()
-        store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache))
+        store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache_root()))
         if options.command == "stats":
             lines = statistics_lines(store.statistics())
         else:
@@ -55,41 +47,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m simulations.tools.data", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for command, about in (("stats", "count and measure"), ("show", "print one example")):
-        sub = commands.add_parser(command, help=about)
-        sub.add_argument(
-            "settings", nargs="*", metavar="key=value", help="data=<source>, then its options"
-        )
-        sub.add_argument("--model", default="tiny", help="tiny, or a folder with tokenizer.json")
-        sub.add_argument("--cache", type=Path, help="where token stores live")
-    show = commands.choices["show"]
-    show.add_argument("--client", type=int, default=0)
-    show.add_argument("--split", choices=SPLITS, default="train")
-    show.add_argument("--index", type=int, default=0, help="position in the split")
+    parser = argparse.ArgumentParser(prog="fedlora data", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "command", choices=("stats", "show"), help="count and measure, or one example"
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="as of fedlora run: data=..., data.key=..., model=...",
+    )
+    parser.add_argument("--client", type=int, default=0, help="show: whose")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="show: of which split")
+    parser.add_argument("--index", type=int, default=0, help="show: position in the split")
     return parser
 
 
-def parse_source(settings: Sequence[str]) -> Source:
-    """The source described by ``data=<name>`` and ``key=value`` (or ``data.key=value``)."""
-    values: dict[str, Any] = {}
-    name = "sotu"
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise DataError(f"{setting!r} is not of the form key=value")
-        if key == "data":
-            name = value
-        else:
-            values[key.removeprefix("data.")] = value
-    if name not in SOURCES:
-        raise DataError(f"data={name!r} is not one of {list(SOURCES)}")
-    if name in PATHS:
-        values.setdefault("path", os.environ.get(*PATHS[name]))
-    elif name == "jsonl" and "path" not in values:
-        raise DataError("data=jsonl needs path=<a file or a pattern such as data/*.jsonl>")
-    return build({"_target_": SOURCES[name], **values}, Source, "data")  # type: ignore[type-abstract]
+def sources(words: Sequence[str]) -> tuple[Source, Path]:
+    """The data of a run with these words, and the folder that holds its tokenizer.
+
+    Raises:
+        ConfigError: for a word that a run would refuse too.
+        ModelError: if the model has no folder here.
+    """
+    cfg = load(words)
+    source = build(cfg.data, Source, "data")  # type: ignore[type-abstract]
+    model = build(cfg.model, ModelSpec, "model")  # type: ignore[type-abstract]
+    base = model.base if isinstance(model, Pruned) else model  # pruning leaves the tokenizer alone
+    return source, base.folder()
 
 
 def statistics_lines(s: dict[str, Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.config import build
 from fedlora.core.errors import CheckpointError, ConfigError, ModelError
+from fedlora.core.files import write_file
 from fedlora.core.payload import Payload
 from fedlora.core.types import Setting
 from fedlora.data.source import Source
@@ -135,8 +136,9 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
         "adapter": request.adapter,
         "decoding": dataclasses.asdict(request.decoding),
     }
-    _write(run / f"{request.stem}.jsonl", (json.dumps(r, ensure_ascii=False) for r in rows))
-    _write(run / f"{request.stem}.json", [json.dumps(record, indent=1)])
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]
+    write_file(run / f"{request.stem}.jsonl", "".join(lines))
+    write_file(run / f"{request.stem}.json", json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -175,7 +177,7 @@ def final_adapter(
     inputs = prepare_inputs(parts, lambda line: None)
     found, clients = inputs.info, inputs.roster.clients
     setting = Setting(found.modules, found.parameters, parts.ranks.alpha, clients, parts.seed)
-    last = parts.strategy.global_adapter(dict(saved.state), setting.max_ranks)
+    last = parts.strategy.global_update(dict(saved.state), setting.max_ranks)
     return parts.client.technique.payload(last)
 
 
@@ -196,13 +198,6 @@ class Lines:
             self._emit(f"  {done}/{of} contexts  ETA {clock(left)}")
 
 
-def _write(file: Path, lines: Iterable[str]) -> None:
-    """All of a file or none of it."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(file)
-
-
 def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
     """The columns of the papers' tables: ROUGE-L in per cent, the others as they are."""
     width = max(len("run"), *map(len, names))
@@ -214,7 +209,7 @@ def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
         meteor = "-" if s["meteor"] is None else f"{s['meteor']:.4f}"
         lines.append(
             f"{name:<{width}}  {s['bleu']:5.2f}  {s['nist']:7.4f}  {meteor:>7}  "
-            f"{100 * s['rouge_l']:7.2f}  {s['cider']:6.4f}  {record['contexts']:8d}  "
+            f"{100 * s['rouge_l_e2e']:7.2f}  {s['cider']:6.4f}  {record['contexts']:8d}  "
             f"{record['seconds']:7.1f}"
         )
     notes = dict.fromkeys(r["scores"]["meteor_note"] for r in records)
@@ -222,9 +217,7 @@ def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m simulations.tools.generate", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="fedlora generate", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("runs", nargs="+", type=Path, metavar="RUN_FOLDER")

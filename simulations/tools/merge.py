@@ -9,6 +9,7 @@ python -m simulations.tools.merge outputs/spp-heavy_tail_strong-sotu-pruned-s0 m
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,9 +57,11 @@ def merge_run(run: Path, target: Path, *, sparse: bool = False) -> int:
     return compact(target) if sparse else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="fedlora merge", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("run", type=Path, help="a run folder with adapter/ or update/")
     parser.add_argument("target", type=Path, help="folder to write the model to")
     parser.add_argument(

@@ -110,7 +110,7 @@ class Planner:
         )
         if id(job.start) not in starts:
             layout = self._layouts(adapter)
-            packed = layout.packed(adapter, self._dtype, self._device)
+            packed = layout.pack(adapter, self._dtype, self._device)
             starts[id(job.start)] = layout, packed
         version = "" if base is None else base.version
         return Chain(job, *starts[id(job.start)], steps, Work(forwards), version)

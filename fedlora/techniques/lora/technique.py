@@ -37,7 +37,8 @@ class LoRA(Technique):
         """Gradient steps on the factors, whatever base they are over."""
         return train_mounted(model, job, examples)
 
-    def payload(self, value: Payload | Adapter) -> Payload:
+    @classmethod
+    def payload(cls, value: Payload | Adapter) -> Payload:
         """Strategies may give factors as plain mappings."""
         return value if isinstance(value, Payload) else LowRankPayload(value)
 

@@ -95,6 +95,9 @@ class SwitchLayer:
         frozen, and the other way round; no frozen vector is exchanged, and none that would have to
         come from a slot.
         """
+        # The ring of slots, from one pointer forward to the other: a - b and b - a slots. The last
+        # ones before a pointer hold frozen vectors of the other factor, which a pointer must not
+        # reach. A step exchanges equally many vectors of both factors, so both have as many frozen.
         r, a, b = self.rank, self.pointers["a"], self.pointers["b"]
         held = {side: sum(f > 0 for f in self.frozen[side]) for side in SIDES}
         gaps = ((a - b - held["a"]) % r, (b - a - held["b"]) % r)
@@ -112,6 +115,7 @@ class SwitchLayer:
 
     def ring(self, side: Side, count: int) -> list[int]:
         """The vectors that follow in the pool on the one that came in last."""
+        # The slot before the pointer was filled last; index -1 is the last slot of the ring.
         ids = self.ids[side]
         last = ids[self.pointers[side] - 1]
         return [(last + 1 + i) % self.pool for i in range(count)]
@@ -145,16 +149,24 @@ class SwitchLayer:
         if not slots:
             return []
         with torch.no_grad():
+            # k vectors, one per row: [k, d_in] of A or [k, d_out] of B.
             fresh = pool[list(incoming)].to(own.device, own.dtype)
             gone = own[slots]
+
+            # What the layer loses by the exchange is added to its frozen weight: for A
+            # s B (old - new), [d_out, k] x [k, d_in]; for B s (old - new) A.
             scaled = self.scale * self.vectors(partner)[slots]
             left, right = (scaled, gone - fresh) if side == "a" else (gone - fresh, scaled)
             if ordered:
                 outer_sum(self.weight, left.t(), right)
             else:
                 self.weight.addmm_(left.t(), right)
+
+            # Old vectors go back to their own places in the pool, as trained; new ones come in.
             pool[[ids[slot] for slot in slots]] = gone.to(pool.device, pool.dtype)
             own[slots] = fresh
+
+        # Who is where now; partners of the new vectors stand still for a while.
         for slot, new in zip(slots, incoming, strict=True):
             ids[slot] = new
             self.frozen[partner][slot] = freeze
@@ -190,6 +202,7 @@ class SwitchLayer:
                     )
                 if mine.is_floating_point():
                     mine.copy_(state[name])
+        # Integers of `state` are copies of these lists, not the lists themselves.
         for side, pointer in zip(SIDES, state["pointers"].tolist(), strict=True):
             self.ids[side] = state[f"ids_{side}"].tolist()
             self.frozen[side] = state[f"frozen_{side}"].tolist()

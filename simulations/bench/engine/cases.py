@@ -21,7 +21,6 @@ from fedlora.algebra.init import initial_a
 from fedlora.core.cache import cache_root
 from fedlora.core.seeding import generator, torch_generator
 from fedlora.core.types import (
-    Adapter,
     Client,
     Factors,
     LocalPlan,
@@ -40,6 +39,8 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.spec import SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
+from fedlora.server.training_round import training_jobs
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.compose import load
 from simulations.app.parts import build_parts
 
@@ -186,10 +187,10 @@ class World:
 def _random(world: World) -> tuple[Store, list[TrainJob]]:
     case = world.case
     store = Memory(case, world.network.config.vocab_size)
-    starts: dict[int, tuple[Ranks, Adapter]] = {}
+    starts: dict[int, tuple[Ranks, LowRankPayload]] = {}
     for rank in set(case.ranks):
         factors = {m.path: _factors(m, min(rank, m.max_rank)) for m in world.modules}
-        starts[rank] = Ranks({p: f.rank for p, f in factors.items()}), factors
+        starts[rank] = Ranks({p: f.rank for p, f in factors.items()}), LowRankPayload(factors)
     jobs = []
     for k in range(case.clients):
         ranks, start = starts[case.ranks[k % len(case.ranks)]]
@@ -217,13 +218,8 @@ def _experiment(world: World) -> tuple[Store, list[TrainJob]]:
     )
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
     state = method.init_state(setting)
-    starts: dict[Ranks, Any] = {}
-    jobs = []
-    for client in cohort(roster, parts.seed, 1):
-        if client.ranks not in starts:
-            starts[client.ranks] = method.start_adapter(state, client)
-        plan = replace(method.plan(state, client, parts.client), dropout=case.plan.dropout)
-        jobs.append(TrainJob(parts.seed, 1, client, starts[client.ranks], plan))
+    clients, plan = cohort(roster, parts.seed, 1), replace(parts.client, dropout=case.plan.dropout)
+    jobs = training_jobs(method, state, clients, plan, seed=parts.seed, round=1)
     return store, jobs[: case.clients] if case.clients else jobs
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.client import ClientApp, NumPyClient
+from flwr.client import Client, ClientApp, NumPyClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
-from fedlora.engine.client import LoRAClient, client_fn_for
+from fedlora.engine.client import LoRAClient
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.codec import (
@@ -72,7 +72,7 @@ def test_evaluate_is_evaluate_job():
     factors = start(resident)
     member = LoRAClient(resident, STORE, client(factors), SEED)
     plan = EvaluatePlan(max_new_tokens=3)
-    wanted = member.evaluate_job(EvaluateJob(SEED, 3, client(factors), factors, plan)).metrics
+    wanted = member.evaluate_job(EvaluateJob(SEED, 3, client(factors), factors, plan)).scalars
     loss, n, metrics = member.evaluate(*config(factors, plan))
     assert (loss, n, metrics) == (wanted["loss_response"], 7, dict(wanted))
     bare = member.evaluate([], {"plan": plan_to_json(plan), "round": 0})
@@ -101,7 +101,12 @@ def test_it_runs_in_a_plain_flower_client_app(monkeypatch):
     resident = model()
     factors = start(resident)
     members = [client(factors, 0), client(factors, 1)]
-    app = ClientApp(client_fn=client_fn_for(resident, STORE, members, SEED))
+
+    def client_fn(context: Context) -> Client:
+        member = members[int(context.node_config["partition-id"])]
+        return LoRAClient(resident, STORE, member, SEED).to_client()
+
+    app = ClientApp(client_fn=client_fn)
     parameters, scalars = config(factors, PLAN)
     arrays = ArrayRecord({"0": Array(parameters[0])})
     message = Message(

@@ -15,11 +15,11 @@ from fedlora.evaluation.corpus_metrics import (
     evaluate,
     meteor,
     nist,
-    rouge_l,
+    rouge_l_e2e,
     words,
 )
 
-ALL = {"bleu": bleu, "nist": nist, "rouge_l": rouge_l, "cider": cider}
+ALL = {"bleu": bleu, "nist": nist, "rouge_l_e2e": rouge_l_e2e, "cider": cider}
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 VOCABULARY = ["the", "a", "pub", "near", "cheap", "Café", "n't", "'s", "kid-free", ",", ".", "£20"]
 
@@ -99,13 +99,13 @@ def test_rouge_l_by_hand():
     """First: "the cat on the mat" of both lengths 6; "cat on the mat" of 6 and 7: P = R = 5/6.
     Second: "a dog ran" of 3 in 4 words: P = 1, R = 3/4; "dogs" has nothing of it."""
     expected = (f_score(5 / 6, 5 / 6) + f_score(1, 3 / 4)) / 2
-    assert rouge_l(HYPOTHESES, REFERENCES) == pytest.approx(expected, **EXACT)
+    assert rouge_l_e2e(HYPOTHESES, REFERENCES) == pytest.approx(expected, **EXACT)
 
 
 def test_rouge_l_takes_precision_and_recall_from_different_references():
     # "a b" is all of the hypothesis in the long one (P = 1); "a" is all of the short one (R = 1).
-    assert rouge_l(["a b"], [["a x b y z", "a"]]) == pytest.approx(1.0, **EXACT)
-    assert rouge_l(["a b"], [["a x b y z"]]) == pytest.approx(f_score(1, 2 / 5), **EXACT)
+    assert rouge_l_e2e(["a b"], [["a x b y z", "a"]]) == pytest.approx(1.0, **EXACT)
+    assert rouge_l_e2e(["a b"], [["a x b y z"]]) == pytest.approx(f_score(1, 2 / 5), **EXACT)
 
 
 def test_cider_by_hand():
@@ -133,13 +133,13 @@ def test_a_perfect_match_reaches_the_top():
     said = ["the pub is near the river", "Loch Fyne serves cheap Indian food"]
     got = evaluate(said, [[s] for s in said])
     assert got.bleu == pytest.approx(100, rel=1e-9)
-    assert got.rouge_l == pytest.approx(1, **EXACT)
+    assert got.rouge_l_e2e == pytest.approx(1, **EXACT)
     assert got.cider == pytest.approx(10, **EXACT)
 
 
 def test_nothing_in_common_scores_nothing():
     got = evaluate(["a b c d e", "f g h i j"], [["k l m n o"], ["p q r s t", "u v"]])
-    assert (got.bleu, got.nist, got.rouge_l, got.cider) == (0, 0, 0, 0)
+    assert (got.bleu, got.nist, got.rouge_l_e2e, got.cider) == (0, 0, 0, 0)
 
 
 @every_metric
@@ -169,7 +169,7 @@ def test_every_reference_twice_changes_nothing(metric, corpus):
     assert metric(said, [2 * g for g in wanted]) == pytest.approx(metric(said, wanted), **EXACT)
 
 
-@pytest.mark.parametrize("metric", [bleu, rouge_l])
+@pytest.mark.parametrize("metric", [bleu, rouge_l_e2e])
 @given(corpora)
 def test_one_reference_twice_changes_nothing_where_the_best_counts(metric, corpus):
     said, wanted = map(list, zip(*corpus, strict=True))
@@ -284,7 +284,9 @@ def test_agreement_with_the_java_path():
     theirs, mine = ptb(wanted), ptb([[h] for h in said])
     for group, tokens in zip(wanted, theirs.values(), strict=True):
         assert [" ".join(words(t)).replace("£", "#") for t in group] == tokens
-    assert rouge_l(said, wanted) == pytest.approx(Rouge().compute_score(theirs, mine)[0], rel=1e-9)
+    assert rouge_l_e2e(said, wanted) == pytest.approx(
+        Rouge().compute_score(theirs, mine)[0], rel=1e-9
+    )
     assert cider(said, wanted) == pytest.approx(Cider().compute_score(theirs, mine)[0], rel=1e-9)
     whole = [g[0] for g in wanted]
     assert 0 < meteor(said, wanted) < meteor(whole, wanted) <= 1

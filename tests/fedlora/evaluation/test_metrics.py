@@ -2,29 +2,28 @@
 
 import dataclasses
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedlora.core.config import build
+from fedlora.core.config import build, describe
+from fedlora.core.errors import ConfigError
 from fedlora.core.types import EvaluatePlan, Factors
 from fedlora.evaluation import metrics as evaluate
-from fedlora.evaluation.metrics import (
-    generate,
-    measure,
-    perplexity,
-    trimmed,
-)
+from fedlora.evaluation.metrics import Panel, generate, trimmed
+from fedlora.evaluation.rouge import rouge_l
+from fedlora.evaluation.scorers import DEFAULT, ExactMatch, Likelihood, TeacherForcedRouge
 from fedlora.models.spec import HuggingFace
-from fedlora.server.session import EvaluationSchedule
+from fedlora.server.schedule import EvaluationSchedule
 from fedlora.techniques.lora.payload import LowRankPayload
+from simulations.app.compose import load
 from tests.fedlora.engine.world import EOS, NETWORKS, example, examples, model, start
+from tests.fedlora.evaluation.toy_metric import ResponseLength
 from tests.fedlora.models.networks import VOCABULARY, save_gpt2_tokenizer
 
+TEXT_SCORES = ("rouge_l", "rouge_l_unicode", "exact_match", "truncated_prompts")
 PLAN = EvaluatePlan(batch_size=3, max_new_tokens=6)
 HELD = examples(8, seed=4)
 
@@ -37,6 +36,11 @@ def ready(name="gpt2", rank=3, size=1.0):
     )
     resident.mount(LowRankPayload(larger))
     return resident
+
+
+def measure(*arguments, **named):
+    """What is measured, as plain values."""
+    return {n: m.scalar for n, m in evaluate.measure(*arguments, **named).items()}
 
 
 def one_by_one(resident, held):
@@ -83,11 +87,6 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary():
     got = measure(resident, HELD, None, EvaluatePlan(generate=False), seed=1, client=0)
     assert got["perplexity"] == pytest.approx(VOCABULARY, rel=1e-12)
     assert got["loss_full"] == pytest.approx(math.log(VOCABULARY), rel=1e-12)
-
-
-def test_perplexity_ends_where_floats_do():
-    assert perplexity(0.5) == math.exp(0.5)
-    assert perplexity(1e4) == math.inf
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -161,9 +160,13 @@ def test_generation_scores_by_hand():
     held = [example([1, 5, 0], 2), example([1, 20, 7, 0], 2), example([1, 2, 8, 0], 3)]
     texts = ["w6 w7 w8 w9", "w21 w30 w40 w23", "w9"]
     plan = EvaluatePlan(batch_size=2, max_new_tokens=4)
-    got = evaluate.generation(resident, held, texts, plan)
+    said = generate(resident, evaluate.prompts(resident, held, plan), plan)
+    sizes = [len(e.input_ids) - 1 for e in held]
+    unread = [(torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=int)) for n in sizes]
+    outputs = evaluate.outputs_of(resident, Panel(held, texts), unread, said, plan)
+    got = {n: m.scalar for n, m in evaluate.metrics_of(outputs, plan).items()}
     # 5 -> 6 7 8 9 EOS (cut at four); 20 -> 21 22 23 24; 8 -> 9 EOS
-    assert got == {
+    assert {name: got[name] for name in TEXT_SCORES} == {
         "rouge_l": pytest.approx((1 + 2 / 4 + 1) / 3, rel=1e-12),
         "rouge_l_unicode": pytest.approx((1 + 2 / 4 + 1) / 3, rel=1e-12),
         "exact_match": pytest.approx(2 / 3, rel=1e-12),
@@ -215,13 +218,13 @@ def test_without_a_response_there_is_no_number_for_it():
 
 def test_teacher_forced_rouge_shifts_by_one_and_sees_no_padding():
     resident = ready()
-    plan = EvaluatePlan(generate=False, teacher_forced_rouge=True, batch_size=8)
+    plan = EvaluatePlan(generate=False, metrics=(TeacherForcedRouge(),), batch_size=8)
     got = measure(resident, HELD, None, plan, seed=1, client=0)["rouge_l_teacher_forced"]
     scores = []
     for e, (_, best) in zip(HELD, one_by_one(resident, HELD), strict=True):
         true = [f"w{i}" for i in e.input_ids[1:].tolist() if i != EOS]
         guess = [f"w{i}" for i in best.tolist() if i != EOS]
-        scores.append(evaluate.rouge_l(" ".join(true), " ".join(guess)))
+        scores.append(rouge_l(" ".join(true), " ".join(guess)))
     assert got == pytest.approx(np.mean(scores), rel=1e-12)
     assert 0 < got < 1
 
@@ -257,7 +260,36 @@ def test_evaluation_leaves_no_gradient_and_no_randomness():
     assert all(p.grad is None for p in resident.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["fast", "test"])
+@pytest.mark.parametrize("name", ["fast", "full", "test", "paper_code", "loss", "none"])
 def test_configured_evaluations_are_valid(name):
-    raw = yaml.safe_load(Path(f"conf/evaluate/{name}.yaml").read_text())
-    assert build(raw, EvaluationSchedule, "evaluate").due(1, 1)
+    schedule = build(load([f"evaluate={name}"]).evaluate, EvaluationSchedule, "evaluate")
+    assert schedule.due(1, 1) == (name != "none")
+    teacher_forced = (TeacherForcedRouge(),) if name in ("test", "paper_code") else ()
+    assert schedule.plan.metrics == DEFAULT + teacher_forced
+    assert build(describe(schedule.plan), EvaluatePlan, "plan") == schedule.plan
+
+
+def test_metrics_are_a_list_that_configuration_changes():
+    target = "tests.fedlora.evaluation.toy_metric.ResponseLength"
+    toy = f"+evaluate.plan.metrics.length={{_target_: {target}, unit: 2}}"
+    words = ["evaluate.plan.metrics.rouge=null", toy]
+    plan = build(load(words).evaluate, EvaluationSchedule, "evaluate").plan
+    assert plan.metrics == (Likelihood(), ExactMatch(), ResponseLength(2.0))
+    assert measure(ready(), HELD, ["w1"] * len(HELD), plan, seed=1, client=0).keys() == {
+        "examples", "tokens_full", "tokens_response", "truncated_prompts", "loss_full",
+        "loss_response", "perplexity", "accuracy", "exact_match", "response_length",
+    }  # fmt: skip
+    bare = dataclasses.replace(plan, metrics=(), generate=False)
+    got = measure(ready(), HELD, None, bare, seed=1, client=0)
+    assert got.keys() == {"examples", "tokens_full", "tokens_response"}
+
+
+def test_what_is_no_metric_is_refused():
+    wrong = "+evaluate.plan.metrics.x._target_=fedlora.core.types.SelfPrune"
+    with pytest.raises(ConfigError, match="SelfPrune"):
+        build(load([wrong]).evaluate, EvaluationSchedule, "evaluate")
+    with pytest.raises(ValueError, match="str is no metric; it must be a dataclass derived from"):
+        EvaluatePlan(metrics=("rouge",))
+    plan = EvaluatePlan(generate=False, metrics=(Likelihood(), Likelihood()))
+    with pytest.raises(ValueError, match=r"Likelihood measures \['accuracy', .* another metric"):
+        measure(ready(), HELD, None, plan, seed=1, client=0)

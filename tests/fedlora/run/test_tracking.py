@@ -15,17 +15,14 @@ from hypothesis import strategies as st
 
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError
-from fedlora.core.types import Client, Evaluation, Ranks
 from fedlora.run.tracking import (
     JsonlTracker,
     Silent,
     Tracking,
     Wandb,
-    bootstrap,
     distributions,
     flat_metrics,
     read_jsonl,
-    summarise,
     track,
 )
 
@@ -279,98 +276,6 @@ def test_distributions_are_of_numbers_and_leave_out_what_failed():
         {"round": 1, "client": 2, "rank": "8", "failure": "ValueError", "message": "m"},
     ]
     assert distributions(rows) == {"rank": [8.0, 200.0, 8.0], "loss": [1.5], "seconds": [2.0]}
-
-
-# --- summaries ------------------------------------------------------------------------------------
-
-RANKS = Ranks({"q": 4})
-
-
-def evaluation(client: int, **metrics: float) -> Evaluation:
-    return Evaluation(Client(client, RANKS, 5), metrics)
-
-
-def measured(client: int, examples: int, tokens: int, loss: float, rouge: float) -> Evaluation:
-    return evaluation(
-        client,
-        examples=examples,
-        tokens_full=3 * tokens,
-        tokens_response=tokens,
-        loss_full=loss / 2,
-        loss_response=loss,
-        perplexity=math.exp(loss),
-        rouge_l=rouge,
-    )
-
-
-evaluations = st.lists(
-    st.tuples(st.integers(1, 9), st.integers(1, 50), st.floats(0, 9), st.floats(0, 1)),
-    min_size=1,
-    max_size=9,
-).map(lambda rows: [measured(i, *row) for i, row in enumerate(rows)])
-
-
-@LAWS
-@given(found=evaluations, shuffle=st.randoms(use_true_random=False))
-def test_order_does_not_matter_and_bounds_enclose(found, shuffle):
-    summary = summarise(found)
-    shuffled = list(found)
-    shuffle.shuffle(shuffled)
-    assert summarise(shuffled) == summary
-    assert all(math.isfinite(v) for v in summary.values())
-    for name in ("loss_full", "loss_response", "rouge_l"):
-        values = [e.metrics[name] for e in found]
-        for mean in (summary[name], summary[f"{name}_weighted"]):
-            assert min(values) - 1e-9 <= mean <= max(values) + 1e-9
-    assert summary["rouge_l_low"] <= summary["rouge_l"] + 1e-12
-    assert summary["rouge_l_high"] >= summary["rouge_l"] - 1e-12
-    assert summary["clients"] == len(found)
-    assert summary["tokens_full"] == 3 * summary["tokens_response"]
-
-
-def test_each_metric_is_weighted_by_what_it_is_a_mean_of():
-    found = [measured(0, 1, 90, 1.0, 0.0), measured(1, 9, 10, 2.0, 1.0)]
-    summary = summarise(found)
-    assert summary["loss_response"] == 1.5
-    assert summary["loss_response_weighted"] == pytest.approx(1.1)
-    assert summary["loss_full_weighted"] == pytest.approx(0.55)
-    assert summary["rouge_l"] == 0.5
-    assert summary["rouge_l_weighted"] == pytest.approx(0.9)
-    assert summary["perplexity"] == pytest.approx(math.exp(1.5))
-    assert summary["perplexity_weighted"] == pytest.approx(math.exp(1.1))
-
-
-def test_splitting_a_client_in_two_leaves_weighted_means_alone():
-    whole = [measured(0, 4, 40, 1.25, 0.5), measured(1, 6, 10, 3.0, 0.75)]
-    split = [measured(0, 4, 40, 1.25, 0.5), *(measured(i, 3, 5, 3.0, 0.75) for i in (1, 2))]
-    a, b = summarise(whole), summarise(split)
-    for name in a:
-        if name.endswith("_weighted"):
-            assert a[name] == pytest.approx(b[name], rel=1e-12)
-
-
-def test_what_was_not_measured_on_a_client_is_not_counted_as_zero():
-    bare = evaluation(1, examples=5, tokens_full=9, tokens_response=0, loss_full=4.0)
-    broken = evaluation(2, examples=5, tokens_full=9, tokens_response=3, loss_response=math.nan)
-    summary = summarise([measured(0, 5, 10, 2.0, 0.5), bare, broken])
-    assert summary["loss_response"] == summary["loss_response_weighted"] == 2.0
-    assert summary["loss_full"] == pytest.approx(2.5)
-    assert summary["rouge_l"] == 0.5
-    assert summary["clients"] == 3
-
-
-def test_nothing_measured_has_no_means():
-    assert summarise([]) == {"clients": 0}
-    assert "perplexity" not in summarise([evaluation(0, examples=2)])
-
-
-def test_the_bootstrap_is_deterministic_and_as_wide_as_theory_says():
-    values = np.random.default_rng(5).normal(0.4, 0.1, 400).tolist()
-    low, high = bootstrap(values, seed=7, resamples=4000)
-    assert (low, high) == bootstrap(values, seed=7, resamples=4000)
-    assert (low, high) != bootstrap(values, seed=8, resamples=4000)
-    assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 20, rel=0.05)
-    assert bootstrap([0.3], seed=1) == (0.3, 0.3)
 
 
 def test_a_record_that_cannot_be_written_stops_the_run(tmp_path):

@@ -11,12 +11,9 @@ from fedlora.engine.sequential import Sequential
 from fedlora.population.sampling import Roster
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run.tracking import Trackers
-from fedlora.server.session import (
-    MOST_PER_MESSAGE,
-    EvaluationSchedule,
-    Rounds,
-    Session,
-)
+from fedlora.server.packing import MOST_PER_MESSAGE
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
 from fedlora.wire.codec import Glance
 from tests.fakes import Mean
 from tests.fedlora.population.test_workload import Held
@@ -113,17 +110,17 @@ def test_a_rehearsal_deals_as_the_engine_behind_it():
     assert Faulty().messages_per_worker == Sequential().messages_per_worker
 
 
-def test_a_note_is_said_once_and_recorded_where_it_was_heard(tmp_path):
+def test_a_note_is_said_once_and_recorded_where_it_came(tmp_path):
     said: list[str] = []
     run = session([Held(1, 9)] * 3, folder=tmp_path, emit=said.append)
     records = []
     for round, notes in enumerate([("b", "a"), ("b",), ()], 1):
         jobs = [j for jobs in run.train_cohorts(round) for j in jobs]
         for half in (1, 2):  # two replies that say the same
-            run.heard(Glance(half, 0, [], notes))
+            run.on_reply(Glance(half, 0, [], notes))
         metrics = {"tokens": 1.0} | ({"fused": 1.0} if round == 2 else {})
         updates = [Update(j.client, j.start, 1, metrics if j.client.id else {}) for j in jobs]
-        records.append(run.finish_training(updates))
+        records.append(run.finish_training(updates, run.state))
     assert [line for line in said if line.startswith("engine")] == ["engine: b", "engine: a"]
     assert [r.get("engine") for r in records] == ["a; b", "b", None]
     assert [r.get("engine/fused_share") for r in records] == [None, 1.0, None]

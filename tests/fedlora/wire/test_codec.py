@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.core.metric import Metric, count
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -128,7 +129,7 @@ def test_results_round_trip():
     shrunk = Client(0, Ranks({"q": 2}), 4)
     results = [
         Update(shrunk, adapter(0, {"q": 2}), 4, {"loss": 1.5}),
-        Evaluation(b, {"rouge_l": 0.25}),
+        Evaluation(b, {"rouge_l": Metric(0.25, 7, interval=True), "tokens": count(9)}),
         Failure(c, "ValueError", "no data", "trace"),
     ]
     back = decode_results(encode_results(results, wire="float32"), {x.id: x for x in (a, b, c)})
@@ -139,7 +140,7 @@ def test_results_round_trip():
 
 
 def test_an_engines_notes_travel_with_its_results():
-    done = [Evaluation(ASKED[0], {"accuracy": 1.0})]
+    done = [Evaluation(ASKED[0], {"accuracy": Metric(1.0, 3)})]
     content = encode_results(done, wire="float32", notes=("fused, ragged", "padded: why"))
     assert glance(content).notes == ("fused, ragged", "padded: why")
     assert decode_results(content, {0: ASKED[0]}) == done
@@ -181,16 +182,15 @@ def test_a_row_that_cannot_be_read_costs_its_own_client_alone(change):
     content = replied(change)
     glance(content)
     first, second = decode_results(content, ASKED)
-    if not isinstance(first, Evaluation):  # without a payload a row is a well-formed evaluation
-        assert isinstance(first, Failure)
+    assert isinstance(first, Failure)
     assert isinstance(second, Update)
     same(second.payload, adapter(1, {"q": 3}))
 
 
 def test_a_client_that_a_reply_is_silent_about_has_failed():
-    content = encode_results([Evaluation(ASKED[0], {"accuracy": 1.0})], wire="float32")
+    content = encode_results([Evaluation(ASKED[0], {"accuracy": Metric(1.0, 3)})], wire="float32")
     good, silent = decode_results(content, ASKED)
-    assert good == Evaluation(ASKED[0], {"accuracy": 1.0})
+    assert good == Evaluation(ASKED[0], {"accuracy": Metric(1.0, 3)})
     assert silent == Failure(ASKED[1], "NoReply", "the reply says nothing of it")
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim
 from fedlora.run import checkpoint
 from fedlora.techniques.lora.peft import load_peft
 
@@ -124,6 +124,25 @@ def test_evaluation_is_written_and_summarised(federate):
         for a in ("full", "own")
     }
     assert all(r["loss_response"] > 0 for r in found)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "fused"])
+def test_a_metric_is_one_file_and_one_line(federate, engine):
+    """A metric that nothing else knows of: in the records, each client with the metric's weight."""
+    done = federate(
+        "+evaluate.plan.metrics.length._target_=tests.fedlora.evaluation.toy_metric.ResponseLength",
+        "evaluate=fast", "evaluate.clients=3", "evaluate.plan.max_new_tokens=2", "rounds=1",
+        f"engine={engine}",
+    )  # fmt: skip
+    first, last = (r for r in done.records if r["kind"] == "evaluate")
+    names = ("", "_weighted", "_low", "_high")
+    lengths = [first[f"response_length{name}"] for name in names]
+    assert lengths == [last[f"response_length{name}"] for name in names]
+    mean, weighted, low, high = lengths
+    assert low <= mean <= high
+    # Three clients of two examples: weights are proportional to the values themselves.
+    assert mean == pytest.approx(first["tokens_response"] / first["examples"], rel=1e-12)
+    assert weighted >= mean
 
 
 def test_the_base_is_what_round_zero_measures(federate):

@@ -9,8 +9,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fedlora.core.types import Client, Evaluation, Ranks
-from fedlora.run.tracking import JsonlTracker, summarise
+from fedlora.core.metric import Metric, count
+from fedlora.core.types import (
+    Client,
+    Evaluation,
+    Ranks,
+)
+from fedlora.evaluation.summary import summarise
+from fedlora.run.tracking import JsonlTracker
 from simulations.reporting import figures
 from simulations.reporting.report import (
     main,
@@ -110,12 +116,15 @@ def evaluate(tracker, n, rounds, random, speed) -> None:
             Evaluation(
                 Client(k, Ranks({"q": 4}), 9),
                 {
-                    "examples": 4, "tokens_full": 300, "tokens_response": 80,
-                    "loss_full": 3.3 + worse - done + 0.1 * random.normal(),
-                    "loss_response": 3.5 + worse - done + 0.2 * random.normal(),
-                    "accuracy": 0.25 + 0.2 * done - worse / 10,
-                    "rouge_l": float(np.clip(0.1 + 0.2 * done + 0.1 * random.normal(), 0, 1)),
-                    "exact_match": 0.0,
+                    "examples": count(4), "tokens_full": count(300), "tokens_response": count(80),
+                    "loss_full": Metric(3.3 + worse - done + 0.1 * random.normal(), 300),
+                    "loss_response": Metric(3.5 + worse - done + 0.2 * random.normal(), 80),
+                    "accuracy": Metric(0.25 + 0.2 * done - worse / 10, 80),
+                    "rouge_l": Metric(
+                        float(np.clip(0.1 + 0.2 * done + 0.1 * random.normal(), 0, 1)),
+                        4, interval=True,
+                    ),
+                    "exact_match": Metric(0.0, 4),
                 },
             )
             for k in range(20)

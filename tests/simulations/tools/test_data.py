@@ -16,7 +16,8 @@ from fedlora.core.config import (
 from fedlora.core.errors import ConfigError
 from fedlora.data import Jsonl, Source
 from fedlora.data.tokenizer import FolderTokenizer
-from simulations.tools.data import main, parse_source
+from fedlora.models.folder import find_assets
+from simulations.tools.data import main, sources
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
 
@@ -37,52 +38,68 @@ def jsonl(tmp_path):
     return path
 
 
-def test_statistics_are_printed(jsonl, tokenizer_folder, tmp_path, capsys):
-    common = ["--model", str(tokenizer_folder), "--cache", str(tmp_path / "cache")]
-    assert main(["stats", "data=jsonl", f"path={jsonl}", "data.cutoff=64", *common]) == 0
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+
+
+def tokens_of(folder: Path) -> list[str]:
+    """The words that name a model folder."""
+    return ["model=hf", f"model.path={folder}"]
+
+
+def test_statistics_are_printed(jsonl, tokenizer_folder, capsys):
+    words = ["data=jsonl", f"data.path={jsonl}", "data.cutoff=64", *tokens_of(tokenizer_folder)]
+    assert main(["stats", *words]) == 0
     table = capsys.readouterr().out
     assert re.search(r"^data +jsonl, cutoff 64, truncation input$", table, re.MULTILINE)
     assert re.search(r"^examples +10 \(train 6, eval 2, test 2\)$", table, re.MULTILINE)
     assert re.search(r"^empty outputs +4$", table, re.MULTILINE)
 
 
-def test_an_example_is_shown_as_the_model_sees_it(jsonl, tokenizer_folder, tmp_path, capsys):
-    common = ["--model", str(tokenizer_folder), "--cache", str(tmp_path / "cache")]
-    assert main(["show", "data=jsonl", f"path={jsonl}", "--client", "1", *common]) == 0
+def test_an_example_is_shown_as_the_model_sees_it(jsonl, tokenizer_folder, capsys):
+    words = ["data=jsonl", f"data.path={jsonl}"]
+    tokens = tokens_of(tokenizer_folder)
+    assert main(["show", *words, "--client", "1", *tokens]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"<bos>### Task\nSay it\.\n\n### Input\n\d\n\n### Answer\n\n--- resp", shown)
-    assert main(["show", "data=jsonl", f"path={jsonl}", "--client", "2", *common]) == 2
+    assert main(["show", *words, "--client", "2", *tokens]) == 2
     assert capsys.readouterr().err == "error: client 2 is not in 0..1\n"
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("words", "message"),
     [
-        (["data=dolly"], "data='dolly' is not one of"),
-        (["data=jsonl"], "needs path="),
-        (["data=sotu", "clients=many"], "clients='many'"),
-        (["data=sotu", "client=7"], "unknown key 'client'='7'"),
-        (["sotu"], "'sotu' is not of the form key=value"),
-        (["data=natural_instructions", "path=no/such/file"], "neither a folder nor a file"),
+        (["data=dolly"], "e2e jsonl natural_instructions sotu"),
+        (["data=jsonl"], "missing mandatory value: path"),
+        (["data=sotu", "data.clients=many"], "clients='many'"),
+        (["data=sotu", "data.client=7"], "data has: _target_, clients, cutoff, truncation"),
+        (["data=sotu", "clients=7"], "Could not override 'clients'"),
+        (["sotu"], "'sotu' missing EQUAL"),
+        (["data=natural_instructions", "data.path=no/such/file"], "neither a folder nor a file"),
     ],
 )
-def test_a_mistake_is_one_line_and_an_exit_code(
-    settings, message, tokenizer_folder, tmp_path, capsys
-):
-    code = main(["stats", *settings, "--model", str(tokenizer_folder), "--cache", str(tmp_path)])
+def test_a_mistake_is_one_line_and_an_exit_code(words, message, tokenizer_folder, capsys):
+    code = main(["stats", *words, *tokens_of(tokenizer_folder)])
     printed = capsys.readouterr()
     assert code == 2
     assert message in printed.err and printed.err.count("\n") == 1 and not printed.out
 
 
 def test_a_folder_without_tokenizer_is_named(tmp_path, capsys):
-    assert main(["stats", "--model", str(tmp_path), "--cache", str(tmp_path)]) == 2
+    assert main(["stats", *tokens_of(tmp_path)]) == 2
     assert "has no tokenizer.json" in capsys.readouterr().err
 
 
-def test_settings_are_those_of_the_configuration():
-    source = parse_source(["data=jsonl", "data.path=x", "partition=iid", "clients=12"])
-    assert source == Jsonl(path="x", partition="iid", clients=12)
+def test_the_words_are_those_of_a_run():
+    words = ["data=jsonl", "data.path=/x", "data.partition=iid", "data.clients=12"]
+    source, folder = sources([*words, "client.lr=1"])
+    assert source == Jsonl(path="/x", partition="iid", clients=12)
+    assert folder == find_assets("tiny")
+
+
+def test_pruning_leaves_the_tokenizer_alone():
+    assert sources(["model=pruned"])[1] == find_assets("tiny")  # and nothing is pruned for it
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("*.yaml")), ids=lambda f: f.stem)
@@ -107,8 +124,7 @@ def test_a_typing_mistake_in_the_configuration_is_named():
 
 
 def test_the_default_tokenizer_ships_with_the_package():
-    models = pytest.importorskip("fedlora.models.folder")
-    tokenizer = FolderTokenizer(models.find_assets("tiny"))
+    tokenizer = FolderTokenizer(find_assets("tiny"))
     text = "The state of the Union: naïve, 東京."
     (ids,) = tokenizer([text], add_special_tokens=False)["input_ids"]
     assert tokenizer.decode(ids) == text
@@ -118,6 +134,6 @@ def test_the_default_tokenizer_ships_with_the_package():
 def test_looking_at_data_imports_no_model_library():
     code = (
         "import sys, simulations.tools.data; "
-        "sys.exit(bool({'transformers', 'hydra', 'datasets', 'pandas'} & set(sys.modules)))"
+        "sys.exit(bool({'transformers', 'datasets', 'pandas'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -67,7 +67,7 @@ def rounds(model, method: SwitchLoRA, count: int, base: LocalPlan = PLAN):
     client, state = setting.clients[0], method.init_state(setting)
     store = FakeStore({0: examples(7)})
     for t in range(count):
-        start, plan = method.start_adapter(state, client), method.plan(state, client, base)
+        start, plan = method.client_start(state, client), method.plan(state, client, base)
         job = TrainJob(SEED, t + 1, client, start, plan)
         update = LoRAClient(model, store, client, SEED).train(job)
         state = method.aggregate(state, [update])
@@ -79,7 +79,7 @@ def test_one_client_and_one_round_is_stand_alone_training():
     method = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=STEPS, horizon=1)
     state, update = rounds(model, method, 1)
     wanted = alone(NETWORKS["llama"](), PLAN, SEED)
-    got = dense(method.global_adapter(state))
+    got = dense(method.global_update(state))
     assert got.keys() == wanted.keys()
     for path, w in wanted.items():
         torch.testing.assert_close(got[path], w, rtol=0, atol=1e-12)
@@ -97,7 +97,7 @@ def test_alternating_rounds_without_exchanges_are_alternating_lora():
     method = SwitchLoRA(switching=never, steps=1, horizon=6)
     setting = population(model.info.modules)
     state = method.init_state(setting)
-    start = method.start_adapter(state, setting.clients[0])
+    start = method.client_start(state, setting.clients[0])
     before = {
         m.path: network.get_submodule(m.path).weight.detach().clone() for m in setting.modules
     }
@@ -121,7 +121,7 @@ def test_alternating_rounds_without_exchanges_are_alternating_lora():
         optimizer.step()
         peft.network.zero_grad()
     state, _ = rounds(model, method, 6, plan)
-    got = dense(method.global_adapter(state))
+    got = dense(method.global_update(state))
     for path, layer in peft.layers.items():
         wanted = layer.base_layer.weight + layer.get_delta_weight("default") - before[path]
         assert float(wanted.detach().abs().max()) > 1e-3
@@ -177,7 +177,7 @@ def test_local_exchanges_need_a_base_that_may_move():
     model = wrap(NETWORKS["llama"]())
     setting = population(model.info.modules)
     start = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=2, horizon=1)
-    factors = start.start_adapter(start.init_state(setting), setting.clients[0]).factors
+    factors = start.client_start(start.init_state(setting), setting.clients[0]).factors
     job = TrainJob(SEED, 1, setting.clients[0], LowRankPayload(factors), PLAN)
     client = LoRAClient(model, FakeStore({0: examples(7)}), setting.clients[0], SEED)
     with pytest.raises(TypeError, match="LowRankPayload is none; use strategy=switchlora"):
