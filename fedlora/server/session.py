@@ -46,6 +46,7 @@ from fedlora.run.tracking import (
 )
 from fedlora.server.combine import combine
 from fedlora.server.method import Method
+from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.round_metrics import (
     diagnosis,
     engine_record,
@@ -185,6 +186,8 @@ class Session:
     config_hash: str = ""
     audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
     """Looks at the global model after every round, for its record."""
+    postprocess: Sequence[Postprocessor] = ()
+    """What happens to clients' changes between accepted and averaged; none: nothing does."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     done: int = field(init=False, default=0)
@@ -310,7 +313,14 @@ class Session:
         updates, failures = self._sort_out(phase, by_client)
         self._report_clients(phase, updates, failures, by_client)
         self._require_enough(phase, updates, failures)
-        self.state = combine(self.method, state, updates, phase.round)
+        self.state = combine(
+            self.method,
+            state,
+            updates,
+            Moment(self.setting.seed, phase.round),
+            starts={i: job.start for i, job in phase.jobs.items()},
+            postprocessors=self.postprocess,
+        )
         seconds = time.monotonic() - arrived
         seconds_training = arrived - phase.started
         record = training_record(phase.round, updates, failures, seconds_training)
