@@ -253,6 +253,17 @@ class Method(ABC):
         """At which ranks a client uses the global model: those it holds."""
         return self.enlist(state, client).ranks
 
+    def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        """What one client itself uses, of what it is sent and what it keeps: the global update at
+        its ranks. Clients of equal variants that keep nothing use the same.
+
+        Args:
+            state: as in every hook.
+            client: as it stands in the population.
+            kept: what `kept` returned when it last took part; ``None``: nothing.
+        """
+        return self.global_update(state, self.evaluated_ranks(state, client))
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         """By what the method weights its clients: the average against which the exactness gap is
         measured. Methods with a choice of weights override this."""

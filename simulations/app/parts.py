@@ -16,7 +16,7 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
 from fedlora.server.method import Setup
-from fedlora.server.session import EvaluationSchedule, Rounds
+from fedlora.server.schedule import EvaluationSchedule, Rounds
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
 from strategies.base import LoRAStrategy
