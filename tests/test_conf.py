@@ -26,6 +26,7 @@ NEEDED = {
     "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
+    "postprocess=bound": ["strategy=fedit"],
 }
 
 
