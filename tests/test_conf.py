@@ -128,11 +128,11 @@ def test_the_hash_ignores_what_cannot_matter():
         ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
         (
             "strategy=heterolora client.self_prune={_target_:fedlora.core.types.SelfPrune}",
-            "client.self_prune has another name now: use client.technique.self_prune",
+            "client.self_prune is client.technique.self_prune since version 0.2",
         ),
         (
             "strategy=switchlora client.switch.interval=20",
-            "client.switch.interval has another name now: use client.technique",
+            "client.switch.interval is client.technique.interval since version 0.2",
         ),
         (
             "strategy=spp model=hf model.path=x model.quantization=int8",
@@ -152,7 +152,10 @@ def test_the_hash_ignores_what_cannot_matter():
         ),
         ("strategy=spp model.pattern=0", "pattern='0' must be the share of weights"),
         ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
-        ("client.technique=spp", "a group of settings now: use client/technique=spp"),
+        (
+            "client.technique=spp",
+            "client.technique='spp' is no group of settings: use client/technique=",
+        ),
         ("client/technique=dora", "Available options in 'client/technique': lora spp switchlora"),
         ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),

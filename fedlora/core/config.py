@@ -72,6 +72,11 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
         for k, v in fields.items()
         if _is_target(v)
     }
+    for key, v in fields.items():
+        if isinstance(v, str) and dataclasses.is_dataclass(hints[key]):
+            name = f"{where}.{key}"
+            group = name.replace(".", "/")
+            raise ConfigError(f"{name}={v!r} is no group of settings: use {group}=...")
     nested |= {k: _several(v, f"{where}.{k}") for k, v in fields.items() if _are_targets(v)}
     rest = {k: v for k, v in fields.items() if k not in nested}
     try:
