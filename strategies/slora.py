@@ -26,6 +26,7 @@ from fedlora.algebra.state import (
     scalar,
     under,
 )
+from fedlora.algebra.summand import Summands, dense
 from fedlora.core.checks import (
     at_least,
     one_of,
@@ -163,10 +164,46 @@ class SLoRA(LoRAStrategy):
         nested = under(state, NESTED)
         if not self._sparse(state):
             return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
-        delta = self._sparse_round(state, updates)
-        if int(done["rounds"]) == self.stage1_rounds:
-            return done | prefixed(self.aggregator.adopt(nested, delta), NESTED)
-        return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
+        return self._after_sparse(state, self._sparse_round(state, updates))
+
+    @property
+    def needs_updates(self) -> str:
+        if self.stage1_rounds and self.sparse_average == "coverage":
+            return (
+                "strategy.sparse_average=coverage divides each coordinate by the weight of those "
+                "who trained it; choose strategy.sparse_average=plain"
+            )
+        return self.aggregator.needs_updates
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """Stage 1: the change of the values, at the coordinates of the largest mask, in row-major
+        order; not by ``coverage``, whose denominator depends on who came. Stage 2: as
+        ``aggregator``."""
+        if not self._sparse(state):
+            return self.aggregator.adds(under(state, NESTED), start, update)
+        if self.sparse_average == "coverage":
+            return None
+        sent, found = _sparse_payload(update), {}
+        assert isinstance(start, SparseDelta)
+        for path, values in sent.values.items():
+            u, largest = self._largest_mask(state, path)
+            change = values - start.values[path]
+            wide = change.new_zeros(int(largest.sum()))
+            wide[u[largest] < sent.density] = change  # a smaller mask is part of the largest
+            found[path] = wide
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        if not self._sparse(state):
+            nested = self.aggregator.absorb(under(state, NESTED), total, weight)
+            return {"rounds": state["rounds"] + 1} | prefixed(nested, NESTED)
+        delta = {}
+        for path in paths(state, "delta", SPARSE):
+            old, change = state[f"{SPARSE}{path}/delta"], dense(total[path]) / weight
+            _, largest = self._largest_mask(state, path)
+            delta[path] = old.to(torch.promote_types(old.dtype, change.dtype), copy=True)
+            delta[path][largest] += change
+        return self._after_sparse(state, delta)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         if isinstance(updates[0].payload, SparseDelta):
@@ -219,6 +256,19 @@ class SLoRA(LoRAStrategy):
         shapes = {p: state[f"{SPARSE}{p}/delta"].shape for p in ranks}
         plain = {p: (int(m), int(n)) for p, (m, n) in shapes.items()}
         return lora_share(ranks, plain, int(state[f"{SPARSE}parameters"]))
+
+    def _largest_mask(self, state: State, path: str) -> tuple[Tensor, Tensor]:
+        """A module's noise and the mask of the population's largest density, ``[d_out, d_in]``."""
+        shape = state[f"{SPARSE}{path}/delta"].shape
+        u = mask_noise(int(state[f"{SPARSE}seed"]), path, *shape)
+        return u, u < float(state[f"{SPARSE}densities"].max())
+
+    def _after_sparse(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        """The state after a round of stage 1; after the last one ``aggregator`` goes on."""
+        done = {"rounds": state["rounds"] + 1}
+        if int(done["rounds"]) == self.stage1_rounds:
+            return done | prefixed(self.aggregator.adopt(under(state, NESTED), delta), NESTED)
+        return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
 
     def _sparse_round(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
         p = client_shares(updates, self.weights)

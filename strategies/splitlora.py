@@ -34,12 +34,14 @@ from fedlora.algebra.state import (
     under,
     unpack,
 )
+from fedlora.algebra.summand import Summand, Summands
 from fedlora.core.checks import at_least
 from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
     LocalPlan,
+    Payload,
     Ranks,
     Setting,
     TrainJob,
@@ -213,6 +215,44 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             if part.shared:
                 server |= self._start(new, part, self._host(new, part))
         return new | server_state(server)
+
+    @property
+    def needs_updates(self) -> str:
+        if self.rule.update == "per_client" or self.tier_cuts:
+            return (
+                "the server votes in a split with strategy.rule.update=per_client or unequal cuts "
+                "(strategy.tier_cuts), by the examples of those it serves; choose "
+                "strategy.rule.update=concat and one strategy.cut"
+            )
+        return self.aggregator.needs_updates
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """As ``aggregator``, part by part, unless the server votes in a part for those it serves:
+        with unequal cuts, or copies of its own adapters."""
+        parts = self._parts(state)
+        if self.rule.update == "per_client" or any(part.shared for part in parts):
+            return None
+        assert is_low_rank(start)
+        found: dict[str, Summand] = {}
+        for part in parts:
+            who = replace(update.client, ranks=part.ranks(update.client.ranks))
+            mine = replace(update, client=who, payload=part.of(update.adapter))
+            nested = under(state, part.prefix)
+            added = self.aggregator.adds(nested, part.of(start), mine)
+            if added is None:
+                return None
+            found |= {f"{part.prefix}{name}": x for name, x in added.items()}
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        new = {k: t for k, t in state.items() if not k.startswith(COPIES)}
+        for part in self._parts(state):
+            n = len(part.prefix)
+            mine = {k[n:]: x for k, x in total.items() if k.startswith(part.prefix)}
+            nested = self.aggregator.absorb(under(state, part.prefix), mine, weight)
+            new = {k: t for k, t in new.items() if not k.startswith(part.prefix)}
+            new |= prefixed(nested, part.prefix)
+        return new
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return self.aggregator.reference_weights(updates)

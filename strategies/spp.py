@@ -35,12 +35,14 @@ from fedlora.algebra.state import (
     paths,
     scalar,
 )
+from fedlora.algebra.summand import Summands, dense
 from fedlora.core import techniques
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.seeding import torch_seed
 from fedlora.core.types import (
     Client,
     MaskedScale,
+    Payload,
     Ranks,
     Setting,
     Update,
@@ -203,9 +205,38 @@ class SPP(LoRAStrategy):
                 lost += float((mean - kept).square().sum())
                 moved += float((mean - factor(alpha, beta)).square().sum())
         new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
-        after = self._restarted(new)
-        _warn_of_growth(state, after)
-        return after
+        return self._next(state, new)
+
+    @property
+    def needs_updates(self) -> str:
+        if self.mode in ("stack", "separate"):
+            return (
+                f"strategy.mode={self.mode} trains alpha and beta at once, and no sum says what "
+                "their product became; choose strategy.mode=alternate or beta_only"
+            )
+        return ""
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The change of alpha or beta, whichever is trained, at the common rank; with both trained
+        there is no sum that says what clients learnt."""
+        trains = self._trains(state)
+        if trains == "both":
+            return None
+        sent, begun, found = _scale_of(update), start, {}
+        assert isinstance(begun, MaskedScale)
+        for path in paths(state, "alpha", GLOBAL):
+            if trains == "beta":
+                found[f"{path}/beta"] = sent.beta[path] - begun.beta[path]
+            else:
+                before = begun.alpha[path]
+                found[f"{path}/alpha"] = _alpha_change(sent, path, before)
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        new = dict(state) | {"round": state["round"] + 1, "residual": scalar(0.0)}
+        for key, change in total.items():
+            new[f"{GLOBAL}{key}"] = state[f"{GLOBAL}{key}"] + dense(change) / weight
+        return self._next(state, new)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -238,6 +269,12 @@ class SPP(LoRAStrategy):
         if self.mode == "alternate":
             return self.schedule[int(state["round"]) % len(self.schedule)]
         return "beta" if self.mode == "beta_only" else "both"
+
+    def _next(self, before: State, averaged: dict[str, Tensor]) -> State:
+        """The state after averages, with merges where they are due."""
+        after = self._restarted(averaged)
+        _warn_of_growth(before, after)
+        return after
 
     def _restarted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """After a merge, beta is zero again and alpha drawn anew."""
@@ -313,6 +350,13 @@ def _alpha(sent: MaskedScale, path: str, common: Tensor) -> Tensor:
     if path in sent.change:
         return common + spread(sent.change[path], len(common))
     return sent.alpha.get(path, common)
+
+
+def _alpha_change(sent: MaskedScale, path: str, before: Tensor) -> Tensor:
+    """``[r, d_in]``: what a client changed alpha by, at the common rank."""
+    if path in sent.change:
+        return spread(sent.change[path], len(before))
+    return sent.alpha.get(path, before) - before
 
 
 def _names(state: State) -> list[str]:

@@ -32,14 +32,17 @@ from fedlora.algebra.state import (
     under,
     unpack,
 )
+from fedlora.algebra.summand import Summands, dense, factor_changes
 from fedlora.core.checks import one_of
 from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
+    Payload,
     Ranks,
     Setting,
     Update,
+    is_low_rank,
 )
 
 GLOBAL, SERVER = "global/", "server/"
@@ -71,6 +74,21 @@ class FactorAverage:
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         return next_state(state, updates, self.weights, self.server_optimizer)
+
+    @property
+    def needs_updates(self) -> str:
+        return ""
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The changes of ``A`` and ``B`` at the common rank."""
+        assert is_low_rank(start)
+        found: dict[str, Tensor] = {}
+        for path, f in update.adapter.items():
+            found |= factor_changes(path, start[path], f)
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        return moved(state, total, weight, self.server_optimizer)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -129,7 +147,18 @@ def next_state(
             raise ValueError(
                 f"{path}: clients sent rank {f.rank}, the global rank is {old[path].rank}"
             )
-    new, memory = optimizer.step(pack(old), pack(mean), under(state, SERVER))
+    return _stepped(state, pack(mean), optimizer)
+
+
+def moved(state: State, total: Summands, weight: float, optimizer: ServerOptimizer) -> State:
+    """The factors plus ``total / weight``, passed through the server optimizer."""
+    old = pack(factors(state))
+    return _stepped(state, {k: t + dense(total[k]) / weight for k, t in old.items()}, optimizer)
+
+
+def _stepped(state: State, mean: Mapping[str, Tensor], optimizer: ServerOptimizer) -> State:
+    old = pack(factors(state))
+    new, memory = optimizer.step(old, mean, under(state, SERVER))
     kept = {key: state[key] for key in ("alpha", f"{GLOBAL}order")}
     return kept | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
 

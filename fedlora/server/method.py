@@ -13,11 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.algebra.state import Kept, State
+from fedlora.algebra.summand import Summands
 from fedlora.core.techniques import LORA, TECHNIQUES, require
 from fedlora.core.types import (
     Client,
     Failure,
     LocalPlan,
+    Module,
     Payload,
     Ranks,
     Setting,
@@ -126,6 +128,10 @@ class Method(ABC):
             )
         require(setup.client, self.technique, type(self).__name__)
 
+    def rank_range(self, module: Module) -> tuple[int, int]:
+        """The smallest and the largest rank that a client can train on a module."""
+        return 1, module.max_rank
+
     @abstractmethod
     def init_state(self, setting: Setting) -> State:
         """The state before round 1."""
@@ -189,6 +195,40 @@ class Method(ABC):
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
 
+    @property
+    def needs_updates(self) -> str:
+        """Why `aggregate` needs more than a sum of what clients add, and what to choose instead;
+        empty: a sum is enough, and `adds` is never ``None``."""
+        return f"strategy {type(self).__name__} averages whole updates, not a sum of their changes"
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """What one client adds, where `aggregate` needs no more than a weighted sum of that.
+
+        With ``w_k`` from `reference_weights`, ``aggregate(state, updates)`` must be
+        ``absorb(state, Σ_k w_k adds_k, Σ_k w_k)`` up to rounding. A summand is the change of what
+        the client started from: a client that did not move adds exactly zero. Names and shapes
+        depend on the state alone, never on the client's ranks.
+
+        Args:
+            state: as in every hook.
+            start: what the client started the round from, as it received it.
+            update: validated.
+
+        Returns:
+            Tensors or products by name; ``None``: as `needs_updates` says.
+        """
+        return None
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """The state after a sum of what clients add.
+
+        Args:
+            state: as in every hook.
+            total: ``Σ_k w_k adds_k``; of equal names and shapes as one summand.
+            weight: what the sum is divided by: ``Σ_k w_k``, or a number fixed beforehand.
+        """
+        raise TypeError(f"{type(self).__name__} needs its clients' updates, not their sum")
+
     def kept(
         self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
     ) -> Kept | None:
@@ -218,6 +258,17 @@ class Method(ABC):
     def evaluated_ranks(self, state: State, client: Client) -> Ranks:
         """At which ranks a client uses the global model: those it holds."""
         return self.enlist(state, client).ranks
+
+    def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        """What one client itself uses, of what it is sent and what it keeps: the global update at
+        its ranks. Clients of equal variants that keep nothing use the same.
+
+        Args:
+            state: as in every hook.
+            client: as it stands in the population.
+            kept: what `kept` returned when it last took part; ``None``: nothing.
+        """
+        return self.global_update(state, self.evaluated_ranks(state, client))
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         """By what the method weights its clients: the average against which the exactness gap is

@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedlora.run.package import VARIABLE as PACKAGE
 from fedlora.run.source_hash import ROOT
+from simulations.app.bundle import app_folder
 from simulations.app.guard import VARIABLE, end
 from simulations.app.runtime import Runtime
 
@@ -119,9 +121,7 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     mark, port = uuid.uuid4().hex, _free_port()
     environment = os.environ | QUIET | {"FLWR_HOME": str(home), "FEDLORA_CWD": os.getcwd()}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    assets = ROOT / "fedlora" / "models" / "assets"  # Flower's copy of the app holds no binaries
-    if assets.is_dir():
-        environment.setdefault("FEDLORA_ASSETS", str(assets))
+    environment.setdefault(PACKAGE, str(ROOT))  # Flower's copy of the app lacks some files
     # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.
     environment["RAY_ADDRESS"] = runtime.ray_address or "local"
     (home / "config.toml").write_text(
@@ -130,7 +130,9 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     )
     command = ["--insecure", "--simulation", "--disable-runtime-dependency-installation"]
     command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
-    superlink = str(Path(sys.executable).parent / "flower-superlink")
+    superlink = shutil.which("flower-superlink", path=environment["PATH"])
+    if superlink is None:
+        raise LaunchError(f"there is no flower-superlink on {environment['PATH']}: install flwr")
     log = (home / "superlink.log").open("w")
     guarded = [sys.executable, str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
     guard = subprocess.Popen(
@@ -182,7 +184,7 @@ def _run(
     text = shlex.join(overrides)
     answer = flwr.ask(
         "run",
-        str(ROOT),
+        str(app_folder(flwr.home)),
         "own",
         "--federation-config",
         runtime.federation_config(),

@@ -15,6 +15,7 @@ from tests.strategies.laws import ABOUT, DOUBLE, LAWS, SINGLE, Law, Precision, w
 CONF = Path(next(iter(conf.__path__)))
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 
+CHANGE = ["strategy=heterolora", "strategy.average=change", "strategy.prune=false"]
 OPTIONS = [
     ["strategy=fedavg", "strategy.weights=uniform"],
     ["strategy=fedavg", "strategy/server_optimizer=fedavgm"],
@@ -34,6 +35,11 @@ OPTIONS = [
     ["strategy=heterolora", "strategy.scale=raw"],
     ["strategy=heterolora", "strategy.uncovered=zero"],
     ["strategy=heterolora", "strategy.prune=false"],
+    [*CHANGE, "strategy.weights=examples"],
+    [*CHANGE, "strategy.weights=uniform"],
+    [*CHANGE, "strategy.weights=examples", "strategy.scale=raw"],
+    ["strategy=heterolora", "strategy.weights=uniform"],
+    ["strategy=flexlora", "strategy.residual=carry", "strategy/server_optimizer=fedavgm"],
     ["strategy=slora", "strategy.stage1_rounds=0"],
     ["strategy=splitlora", "strategy.cut=11"],
     ["strategy=splitlora", "strategy.tail=3"],

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
@@ -20,6 +19,7 @@ from fedlora.models import folder as folders
 from fedlora.models.folder import find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
+from fedlora.run import package
 from simulations.app.compose import load
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
@@ -206,10 +206,10 @@ def test_impossible_values_are_refused_by_name(wrong, message):
 def test_gpt2_comes_from_the_folder_that_the_environment_names(monkeypatch):
     for variable, stem in (("FEDLORA_GPT2", "gpt2"), ("FEDLORA_GPT2_MEDIUM", "gpt2_medium")):
         monkeypatch.delenv(variable, raising=False)
-        hub = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        hub = build(load([f"model={stem}"]).model, ModelSpec, "model")
         assert hub.path == f"openai-community/{stem.replace('_', '-')}"
         monkeypatch.setenv(variable, "/models/mine")
-        mine = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        mine = build(load([f"model={stem}"]).model, ModelSpec, "model")
         assert mine == dataclasses.replace(hub, path="/models/mine")
 
 
@@ -241,8 +241,9 @@ class TestAssets:
     def bundle(self, monkeypatch, tmp_path) -> Path:
         """A copy of the package without assets, not installed, in a strange directory."""
         monkeypatch.delenv(folders.ASSETS_VARIABLE, raising=False)
-        monkeypatch.setattr(folders, "__file__", str(tmp_path / "bundle" / "folder.py"))
-        monkeypatch.setattr(folders.metadata, "distributions", lambda **_: [])
+        monkeypatch.delenv(package.VARIABLE, raising=False)
+        monkeypatch.setattr(package, "ROOT", tmp_path / "bundle")
+        monkeypatch.setattr(package.metadata, "distributions", lambda **_: [])
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         return tmp_path
@@ -250,14 +251,21 @@ class TestAssets:
     def test_nowhere_lists_where_it_looked(self, bundle):
         with pytest.raises(ModelError) as caught:
             find_assets("tiny")
-        for place in (bundle / "bundle/assets/tiny", bundle / "elsewhere/fedlora/models/assets"):
-            assert str(place) in str(caught.value)
+        for place in ("bundle", "elsewhere"):
+            assert str(bundle / place / "fedlora/models/assets/tiny") in str(caught.value)
 
     def test_the_variable_wins(self, bundle, monkeypatch):
         monkeypatch.setenv(folders.ASSETS_VARIABLE, str(bundle / "mine"))
         _asset(bundle / "mine" / "tiny")
-        _asset(bundle / "bundle" / "assets" / "tiny")
+        _asset(bundle / "bundle/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "mine" / "tiny"
+
+    def test_the_launchers_word_comes_before_the_bundle(self, bundle, monkeypatch):
+        monkeypatch.setenv(package.VARIABLE, str(bundle / "checkout"))
+        _asset(bundle / "bundle/fedlora/models/assets/tiny")
+        assert find_assets("tiny") == bundle / "bundle/fedlora/models/assets/tiny"
+        _asset(bundle / "checkout/fedlora/models/assets/tiny")
+        assert find_assets("tiny") == bundle / "checkout/fedlora/models/assets/tiny"
 
     def test_an_editable_install_points_to_its_checkout(self, bundle, monkeypatch):
         checkout = bundle / "a checkout"
@@ -270,7 +278,7 @@ class TestAssets:
             def locate_file(self, path):
                 return bundle / "site-packages" / path
 
-        monkeypatch.setattr(folders.metadata, "distributions", lambda **_: [Distribution()])
+        monkeypatch.setattr(package.metadata, "distributions", lambda **_: [Distribution()])
         _asset(bundle / "site-packages/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "site-packages/fedlora/models/assets/tiny"
         _asset(checkout / "fedlora/models/assets/tiny")

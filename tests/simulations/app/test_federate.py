@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim
 from fedlora.models.export import load_peft
 from fedlora.run import checkpoint
 
@@ -59,6 +59,22 @@ def test_messages_and_nodes_do_not_change_the_result(federate):
     one = federate("engine=sequential", "federation.clients_per_message=1", "runtime.nodes=7")
     many = federate("engine=sequential", "federation.clients_per_message=6", "runtime.nodes=2")
     assert one.hash == many.hash
+
+
+def test_postprocessors_act_between_accepted_and_averaged(federate):
+    words = ("strategy=fedit", "engine=sequential")
+    plain, wide, narrow = (
+        federate(*words, *more)
+        for more in (
+            [],
+            ["postprocess=bound", "postprocess.bound.norm=1e6"],
+            ["postprocess=bound", "postprocess.bound.norm=1e-3"],
+        )
+    )
+    losses = [[r["train/loss"] for r in done.rounds] for done in (plain, wide, narrow)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2][0] == losses[0][0]
+    assert narrow.hash not in (plain.hash, wide.hash)
 
 
 @pytest.mark.slow
