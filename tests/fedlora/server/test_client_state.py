@@ -115,6 +115,15 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*.safetensors"))
 
 
+def needed(folder: Path) -> list[str]:
+    """Files of clients to which a checkpoint of a run folder refers."""
+    found = set()
+    for round in checkpoint.saved_rounds(folder / "checkpoints"):
+        index = checkpoint.load(folder / "checkpoints" / f"round_{round:05d}").extra["client_state"]
+        found |= {f"method/{int(i):06d}/{v[0]:05d}.safetensors" for i, v in index["method"].items()}
+    return sorted(found)
+
+
 # --- a session ------------------------------------------------------------------------------------
 
 
@@ -167,14 +176,11 @@ def test_every_kept_checkpoint_finds_what_clients_kept_then(tmp_path, keep):
     for round in range(1, 9):
         trained(run, round)
         states[round] = everything(run), run.client_store.index()
-    needed = set()
+    assert len(checkpoint.saved_rounds(tmp_path / "checkpoints")) == keep
     for round in checkpoint.saved_rounds(tmp_path / "checkpoints"):
         found = checkpoint.load(tmp_path / "checkpoints" / f"round_{round:05d}")
         assert found.extra["client_state"] == states[round][1]
-        needed |= {(i, v[0]) for i, v in found.extra["client_state"]["method"].items()}
-    assert files(tmp_path / "client_state") == sorted(
-        f"method/{int(i):06d}/{r:05d}.safetensors" for i, r in needed
-    )
+    assert files(tmp_path / "client_state") == needed(tmp_path)
     for round in reversed(checkpoint.saved_rounds(tmp_path / "checkpoints")):
         again = session(tmp_path, OwnB(), rounds=8, keep=keep)
         assert again.resume() == round
@@ -206,9 +212,9 @@ def killed_at(n: int, folder: Path) -> bool:
 
             return step
 
-        for name in ("rename", "replace", "open", "unlink"):
-            setattr(Path, name, deadly(getattr(Path, name)))
-        shutil.rmtree = deadly(shutil.rmtree)
+        steps_of = ("rename", "replace", "open", "unlink")
+        for owner, name in ((os, "fsync"), (shutil, "rmtree"), *((Path, s) for s in steps_of)):
+            setattr(owner, name, deadly(getattr(owner, name)))
         to_the_end(session(folder, OwnB(), rounds=3, keep=1))
         os._exit(0)
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
@@ -222,7 +228,7 @@ def test_a_kill_at_any_step_resumes_to_the_same_bits(tmp_path):
         again = session(folder, OwnB(), rounds=3, keep=1)
         again.resume()
         assert_same(to_the_end(again), whole)
-        assert files(folder / "client_state") == files(tmp_path / "whole/client_state")
+        assert files(folder / "client_state") == needed(folder)
         shutil.rmtree(folder)
         if not killed:
             assert n > 40
