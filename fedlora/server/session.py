@@ -32,6 +32,7 @@ from fedlora.server.combine import combine
 from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
+from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.training_round import (
@@ -74,6 +75,8 @@ class Session:
     config_hash: str = ""
     audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
     """Looks at the global model after every round, for its record."""
+    postprocess: Sequence[Postprocessor] = ()
+    """What happens to clients' changes between accepted and averaged; none: nothing does."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -186,10 +189,17 @@ class Session:
         replies = validate(current, collect(current, results), self.rounds, self.setting)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        after = combine(self.method, state, replies.updates, current.round)
-        stage_kept(self.method, self.state, current, replies, self.client_store)
+        before = self.state
+        self.state = combine(
+            self.method,
+            state,
+            replies.updates,
+            Moment(self.setting.seed, current.round),
+            starts={i: job.start for i, job in current.jobs.items()},
+            postprocessors=self.postprocess,
+        )
+        stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
-        self.state = after
         record = self._record(current, replies, arrived)
         self._checkpoint(current, record)
         return record
