@@ -37,7 +37,7 @@ def _compared(name: str, value: Any) -> bool:
 
 
 def columns(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Numbers by what they are of (``round``, ``evaluate seen own``) and name, round after round."""
+    """Numbers by what they are of (``evaluate seen own``) and name, round after round."""
     found: dict[str, dict[str, list[Any]]] = {}
     for record in map(kept, records):
         of = " ".join(str(record[k]) for k in ("kind", "group", "adapter") if k in record)
@@ -85,7 +85,7 @@ def differences(reference: Outcome, found: Outcome) -> list[str]:
             break
     if len(reference["states"]) != len(found["states"]):
         said.append(f"{len(reference['states'])} -> {len(found['states'])} rounds")
-    for part in ("records", "clients"):
+    for part in ("records", "clients", "population"):
         if reference.get(part) != found.get(part):
             said.append(part)
     files = sorted(reference["exports"].keys() | found["exports"].keys())
