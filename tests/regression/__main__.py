@@ -112,8 +112,9 @@ def work(options: argparse.Namespace, picked: Sequence[Case]) -> int:
         counts[verdict] += 1
         seconds = time.perf_counter() - start
         say(f"{case.name:40} {seconds:5.1f} s  {verdict}{': ' if why else ''}{why}")
-    total = f"{', '.join(f'{n} {v}' for v, n in counts.items() if n)}; "
-    say(f"{total}{time.perf_counter() - began:.0f} s; reference {file.stem}")
+    total = ", ".join(f"{n} {v}" for v, n in counts.items() if n)
+    passed = f"{time.perf_counter() - began:.0f} s ({time.process_time():.0f} s of one core)"
+    say(f"{total}; {passed}; reference {file.stem}")
     if counts[CLOSE]:
         say("close: on another processor hashes differ and metrics are within 1e-4")
     if options.task == "compare":

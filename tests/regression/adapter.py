@@ -25,11 +25,13 @@ from simulations.corpus import SOURCES, Document
 from simulations.federate import run
 from simulations.grid import InProcessGrid
 from simulations.merge import merge_run
-from tests.regression.cases import ADDRESSES, OUTPUT, RESUME, ROUNDS, SMALL, Case
+from tests.regression.cases import OUTPUT, RESUME, ROUNDS, Case
 from tests.regression.outcome import Outcome, columns, digest, kept, nameless, old_names
 from tests.regression.texts import documents, write_records
 
 STATE_HASH = "state/hash"
+GIVEN = ("recipe.", "method.", "decoding.", "threads")
+"""What commands repeat of what they were told."""
 
 
 def prepare(folder: Path) -> None:
@@ -45,7 +47,7 @@ def outcome(case: Case) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="regression-") as name:
         texts = Path(name) / "texts.jsonl"
         write_records(texts)
-        words = [word.format(texts=texts) if "{texts}" in word else word for word in case.words]
+        words = [word.replace("{texts}", str(texts)) for word in case.all_words]
         silent = io.StringIO()
         with contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             return KINDS[case.kind](words, Path(name), case.cut)
@@ -79,7 +81,7 @@ def scored(words: Sequence[str], where: Path, cut: int) -> Outcome:
 def tuned(words: Sequence[str], where: Path, cut: int) -> Outcome:
     """A baseline of one machine."""
     _done(finetune.main([str(where / "out"), *words]))
-    return _of_command(where / "out", "finetune.json")
+    return _of_command(where / "out", _read(where / "out" / "finetune.json"))
 
 
 def pretrained(words: Sequence[str], where: Path, cut: int) -> Outcome:
@@ -92,7 +94,7 @@ def pretrained(words: Sequence[str], where: Path, cut: int) -> Outcome:
     brief = mock.patch.object(pretrain, "SAMPLES", ("the senate",))
     with mock.patch.object(tokens, "corpus", few), brief:
         pretrain.main([*words, "--output", str(where / "out")])
-    return _of_command(where / "out", "training.json")
+    return _of_command(where / "out", _read(where / "out" / "training.json"))
 
 
 KINDS = {
@@ -110,8 +112,7 @@ def _done(code: int) -> None:
 
 
 def _federate(words: Sequence[str], where: Path, cut: int) -> Path:
-    text = () if any(w.startswith("data=") for w in words) else ADDRESSES
-    words = [*SMALL, *text, *words, f"{OUTPUT}={where / 'out'}"]
+    words = [*words, f"{OUTPUT}={where / 'out'}"]
     if cut:
         _run([*words, f"{ROUNDS}={cut}"])
         words = [*words, RESUME]
@@ -135,8 +136,8 @@ def _of_folder(folder: Path) -> Outcome:
     }
 
 
-def _of_command(folder: Path, name: str) -> Outcome:
-    record = _flat(_read(folder / name)) | {"kind": name.partition(".")[0]}
+def _of_command(folder: Path, said: object) -> Outcome:
+    record = _flat(said) | {"kind": "command"}
     found = {"states": [], "metrics": columns([record]), "records": digest(kept(record))}
     return found | {"exports": _tensors(folder)}
 
@@ -147,7 +148,8 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         parts = [_flat(v, f"{prefix}{'.' if prefix else ''}{k}") for k, v in pairs]
         return {name: number for part in parts for name, number in part.items()}
-    return {prefix: value} if isinstance(value, int | float) else {}
+    given = prefix.startswith(GIVEN) or not isinstance(value, int | float)
+    return {} if given else {prefix: value}
 
 
 def _states(folder: Path, records: Iterable[Mapping[str, Any]]) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Tables of the words by which cases differ. ``{texts}`` is a file of records made for the run."""
+"""The words by which cases differ, in tables. ``{texts}`` is a file of records made for the run."""
 
 from collections.abc import Mapping
 
@@ -10,7 +10,7 @@ SERVERS: Table = {
 }
 PRUNES = (
     "strategy.prune=true strategy.gamma=0.5 strategy.penalty_weight=10 client.lr=0.02 rounds=3 "
-    "population.clients=9 population.per_round=6 client.steps=3"
+    "population.clients=9 population.per_round=6"
 )
 EQUAL = "ranks=homogeneous ranks.rank=8"
 U_SHAPE = "strategy.tail=1 strategy.cut=1"
@@ -40,7 +40,7 @@ OF_STRATEGIES: Mapping[str, Table] = {
     },
     "heterolora": {
         "prune": PRUNES,
-        "prune-fused": f"{PRUNES} engine=fused engine.tokens=512 engine.slots=4",
+        "prune-fused": f"{PRUNES} engine=fused engine.tokens=160 engine.slots=4",
         "prune-min-rank": f"{PRUNES} strategy.min_rank=2 strategy.uncovered=zero",
         "examples": "strategy.weights=examples",
         "examples-sparsity": "strategy.weights=examples_sparsity",
@@ -113,7 +113,7 @@ OF_STRATEGIES: Mapping[str, Table] = {
 OF_CLIENTS: Table = {
     "sgd": "client=sgd client.momentum=0.9 client.weight_decay=0.01 client.schedule=cosine",
     "epochs": "client.steps=0 client.epochs=2 client.max_examples=3 client.batch_size=2 rounds=1",
-    "response": "client.loss=response data=jsonl data.path={texts} population.clients=0",
+    "response": "client.loss=response",
     "micro": "client.batch_size=3 client.micro_batch_size=1 client.warmup=0.5 client.clip=0.1",
     "decay": "client.weight_decay=0.1 client.schedule=constant client.clip=0 "
     "client.betas=[0.8,0.95] client.eps=1e-6 federation.lr_decay=0.5 federation.lr_decay_round=1",
@@ -123,12 +123,12 @@ OF_CLIENTS: Table = {
 }
 ON_BOTH = ("sgd", "epochs", "response", "micro", "decay", "a-frozen", "bf16")
 
-NATURAL = "data=jsonl data.path={texts} population.clients=0"
 EVALUATED = (
     "evaluate=fast evaluate.clients=2 evaluate.plan.max_new_tokens=4 evaluate.plan.batch_size=3 "
     "evaluate.groups=[seen,unseen_random,participants] evaluate.adapters=[full,own,largest]"
 )
-BRIEF = "client.steps=1 rounds=1 population.per_round=2"
+BRIEF = "client.steps=1 rounds=1"
+CROWD = "engine.slots=2 population.per_round=8 client.steps=3 rounds=1"
 OF_GROUPS: Mapping[str, Table] = {
     "ranks": {
         "homogeneous": f"{BRIEF} ranks=homogeneous",
@@ -138,12 +138,13 @@ OF_GROUPS: Mapping[str, Table] = {
         "normal": f"{BRIEF} ranks=normal",
         "paper": f"{BRIEF} ranks=uniform ranks.preset=paper",
         "custom": f"{BRIEF} ranks=custom ranks.clamp=true",
-        "custom-fused": f"{BRIEF} ranks=custom engine=fused engine.tokens=512 engine.slots=4",
+        "custom-fused": f"{BRIEF} ranks=custom engine=fused engine.tokens=160 engine.slots=4",
     },
     "data": {
-        "natural": f"{NATURAL} {BRIEF} data.truncation=right data.cutoff=48",
-        "iid": f"{NATURAL} {BRIEF} data.partition=iid data.clients=7",
-        "dirichlet": f"{NATURAL} {BRIEF} data.partition=dirichlet data.clients=6",
+        "addresses": "data=sotu data.clients=40 data.cutoff=48 population.clients=24",
+        "cut": f"{BRIEF} data.truncation=right data.cutoff=40",
+        "iid": f"{BRIEF} data.partition=iid data.clients=7",
+        "dirichlet": f"{BRIEF} data.partition=dirichlet data.clients=6",
         "seed": "seed=3 client.steps=1 population.fraction=0.2 population.per_round=0",
     },
     "model": {
@@ -155,13 +156,13 @@ OF_GROUPS: Mapping[str, Table] = {
         "pruned": "strategy=fedit model=pruned model.method=magnitude rounds=1",
     },
     "engine": {
-        "auto": "engine=auto engine.tokens=512 engine.slots=2",
+        "auto": "engine=auto engine.tokens=160 engine.slots=2",
         "fused-padded": "engine.layout=padded rounds=1",
         "fused-checkpoint": "engine.checkpoint=true rounds=1",
-        "fused-fifo-refill": "engine.policy=fifo_refill engine.slots=2 rounds=1",
-        "fused-fifo-wave": "engine.policy=fifo_wave engine.slots=2 rounds=1",
-        "fused-lpt-wave": "engine.policy=lpt_wave engine.slots=2 rounds=1",
-        "fused-length-match": "engine.policy=length_match engine.slots=2 rounds=1",
+        "fused-fifo-refill": f"engine.policy=fifo_refill {CROWD}",
+        "fused-fifo-wave": f"engine.policy=fifo_wave {CROWD}",
+        "fused-lpt-wave": f"engine.policy=lpt_wave {CROWD}",
+        "fused-length-match": f"engine.policy=length_match {CROWD}",
         "faulty": "engine=faulty engine.raise_share=0.3 engine.nan_share=0.2 "
         "population.per_round=9 federation.min_success=0.2 rounds=1",
     },
@@ -178,18 +179,18 @@ OF_GROUPS: Mapping[str, Table] = {
         "full": "evaluate=full evaluate.clients=1 evaluate.plan.max_new_tokens=3 rounds=1 "
         "evaluate.plan.max_examples=2",
         "paper-code": "evaluate=paper_code evaluate.plan.max_examples=2 rounds=1",
-        "unseen-task": f"evaluate=loss {NATURAL} {BRIEF} population.unseen_categories=[upper] "
+        "unseen-task": f"evaluate=loss {BRIEF} population.unseen_categories=[upper] "
         "evaluate.groups=[unseen_task] evaluate.clients=2",
     },
     "federation": {
-        "one-each": "federation.clients_per_message=1 engine=fused engine.tokens=512 "
+        "one-each": "federation.clients_per_message=1 engine=fused engine.tokens=160 "
         "engine.slots=4 rounds=1",
         "bounded": "federation.max_update_norm=0.9 federation.min_success=0.1 rounds=1",
     },
     "alone": {
         "lora": "strategy=fedit population.per_round=1 rounds=1 client.steps=4 client.warmup=0.25",
         "lora-fused": "strategy=fedit population.per_round=1 rounds=1 client.steps=4 "
-        "engine=fused engine.tokens=512 engine.slots=4",
+        "engine=fused engine.tokens=160 engine.slots=4",
         "sparse": "strategy=slora strategy.stage1_rounds=1 population.per_round=1 rounds=1 "
         "client.steps=4",
         "pruning": "strategy=heterolora strategy.penalty_weight=10 strategy.gamma=0.5 "
@@ -202,7 +203,7 @@ OF_GROUPS: Mapping[str, Table] = {
 }
 
 TUNED = (
-    "data.clients=40 data.cutoff=48 population.clients=24 model.method=magnitude "
+    "data=jsonl data.path={texts} data.cutoff=64 model.method=magnitude "
     "model.pattern=2:4 client.steps=3 client.batch_size=2 client.lr=0.02 --held 4 --rank 4"
 )
 NETWORK = (
@@ -217,7 +218,7 @@ COMMANDS: Mapping[str, Table] = {
         "switchlora": f"strategy=switchlora {BRIEF}",
         "gpt2-split": f"model=tiny_gpt2 model.split_qkv=true model.targets=[q_attn,v_attn] {BRIEF}",
     },
-    "scored": {"beams": f"{NATURAL} {BRIEF}"},
+    "scored": {"beams": f"{BRIEF}"},
     "finetune": {
         "none": f"--method none {TUNED}",
         "lora": f"--method lora {TUNED} client.dropout=0.1",

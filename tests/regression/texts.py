@@ -7,7 +7,7 @@ from pathlib import Path
 TEXT = "the senate and house of united states were in session when a ship came to the river"
 WORDS = TEXT.split()
 KINDS = ("upper", "count", "last", "copy")
-CLIENTS, RECORDS = 8, 14
+CLIENTS, FEWEST, MOST = 24, 5, 16
 
 
 def write_records(file: Path) -> None:
@@ -16,13 +16,13 @@ def write_records(file: Path) -> None:
     rows = [
         _record(rng, f"client {c}", KINDS[min(c % 5, 3)])
         for c in range(CLIENTS)
-        for _ in range(RECORDS - c)
+        for _ in range(rng.randint(FEWEST, MOST))
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _record(rng: random.Random, client: str, kind: str) -> dict[str, str]:
-    words = rng.choices(WORDS, k=rng.randint(3, 12))
+    words = rng.choices(WORDS, k=rng.randint(2, 24))
     text = " ".join(words)
     answers = {"upper": text.upper(), "count": str(len(words)), "last": words[-1], "copy": text}
     return {
