@@ -8,10 +8,12 @@ SERVERS: Table = {
     "fedadam": "strategy/server_optimizer=fedadam",
     "fedavgm": "strategy/server_optimizer=fedavgm",
 }
-PRUNES = (
-    "strategy.prune=true strategy.gamma=0.5 strategy.penalty_weight=10 client.lr=0.02 rounds=3 "
-    "population.clients=9 population.per_round=6"
+SHRINK = (
+    "strategy.prune=true strategy.gamma=0.5 strategy.penalty_weight=10 client.lr=0.02 "
+    "federation.lr_decay=0.1 federation.lr_decay_round=1"
 )
+"""A tail that grew in the first round shrinks in the next, so that ranks are pruned."""
+PRUNES = f"{SHRINK} rounds=3 population.clients=9 population.per_round=6"
 EQUAL = "ranks=homogeneous ranks.rank=8"
 U_SHAPE = "strategy.tail=1 strategy.cut=1"
 MESSAGES = "strategy.transport=messages"
@@ -128,7 +130,7 @@ EVALUATED = (
     "evaluate.groups=[seen,unseen_random,participants] evaluate.adapters=[full,own,largest]"
 )
 BRIEF = "client.steps=1 rounds=1"
-CROWD = "engine.slots=2 population.per_round=8 client.steps=3 rounds=1"
+CROWD = "engine.slots=3 population.per_round=8 client.steps=0 client.batch_size=1 rounds=1"
 OF_GROUPS: Mapping[str, Table] = {
     "ranks": {
         "homogeneous": f"{BRIEF} ranks=homogeneous",
@@ -193,8 +195,8 @@ OF_GROUPS: Mapping[str, Table] = {
         "engine=fused engine.tokens=160 engine.slots=4",
         "sparse": "strategy=slora strategy.stage1_rounds=1 population.per_round=1 rounds=1 "
         "client.steps=4",
-        "pruning": "strategy=heterolora strategy.penalty_weight=10 strategy.gamma=0.5 "
-        "client.lr=0.02 population.per_round=1 rounds=1 client.steps=4",
+        "pruning": f"strategy=heterolora {SHRINK} {EQUAL} population.clients=1 "
+        "population.unseen_share=0 population.per_round=1",
         "spp": "strategy=spp strategy.mode=stack model.method=magnitude population.per_round=1 "
         "rounds=1 client.steps=4",
         "switchlora": f"strategy=switchlora strategy.mode=dense {EQUAL} population.per_round=1 "
