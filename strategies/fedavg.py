@@ -9,7 +9,7 @@ YAML chooses ``client=sgd``). The product of the averages is not the average of 
 
 from dataclasses import dataclass
 
-from fedlora.factor_average import FactorAverage
+from fedlora.algebra.factor_average import FactorAverage
 from strategies.base import LoRAStrategy
 
 

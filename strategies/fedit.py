@@ -9,7 +9,7 @@ fresh state every round (``client=adamw``, the default of conf/config.yaml).
 
 from dataclasses import dataclass
 
-from fedlora.factor_average import FactorAverage
+from fedlora.algebra.factor_average import FactorAverage
 from strategies.base import LoRAStrategy
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedlora.initial import initial_a
-from fedlora.linalg import (
+from fedlora.algebra.init import initial_a
+from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
     SVD,
@@ -30,9 +30,28 @@ from fedlora.linalg import (
     svd,
     svd_of_product,
 )
-from fedlora.server_optimizer import NoServerOptimizer, ServerOptimizer
-from fedlora.state import State, order, paths, prefixed, scalar, under
-from fedlora.types import Adapter, Client, Factors, Ranks, Setting, Update, one_of
+from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+)
+from fedlora.algebra.summand import Product, Summands, product_change
+from fedlora.core.checks import one_of
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Payload,
+    Ranks,
+    Setting,
+    Update,
+    is_low_rank,
+)
 from strategies.base import LoRAStrategy
 
 GLOBAL, SERVER = "global/", "server/"
@@ -106,7 +125,7 @@ class FlexLoRA(LoRAStrategy):
             state |= _module_state(m.path, empty, a0[m.path])
         return state | prefixed(self.server_optimizer.init(nothing), SERVER)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return self._at(state, client.ranks)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
@@ -115,16 +134,32 @@ class FlexLoRA(LoRAStrategy):
             path: self._average(_svd(state, path), [u.adapter[path] for u in updates], p)
             for path in paths(state, "s", GLOBAL)
         }
-        if not isinstance(self.server_optimizer, NoServerOptimizer):
-            return self._server_step(state, averages)
-        top = {path: state[f"{GLOBAL}{path}/a0"].shape[0] for path in averages}
-        return _replaced(
-            state,
-            {
-                path: svd_of_product(b, a, self.backend, top[path])
-                for path, (b, a) in averages.items()
-            },
-        )
+        return self._next(state, averages)
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The changes of ``s B A``, as products, if ``residual=carry``.
+
+        Otherwise the new ``W`` holds the average of the starts ``T_{r_k}(W)``, which depends on the
+        ranks that were drawn; so it does with the weights of ``weighting=covered``.
+        """
+        if self.residual == "drop" or self.weighting == "covered":
+            return None
+        assert is_low_rank(start)
+        return {p: product_change(p, start[p], f) for p, f in update.adapter.items()}
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """``W + total / weight``, then its SVD."""
+        averages = {}
+        for path in paths(state, "s", GLOBAL):
+            old, change = _svd(state, path), total[path]
+            if not isinstance(change, Product):  # a postprocessor made it dense
+                w = old.dense() + change / weight
+                averages[path] = (w, torch.eye(w.shape[1], dtype=w.dtype))
+                continue
+            root = old.s.sqrt()
+            b = torch.cat([old.u * root, change.b / weight], dim=1)  # [m, k + j]
+            averages[path] = (b, torch.cat([root[:, None] * old.v, change.a]))
+        return self._next(state, averages)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -134,7 +169,7 @@ class FlexLoRA(LoRAStrategy):
         memory = prefixed(self.server_optimizer.init(delta), SERVER)
         return _replaced(kept | memory, {path: svd(w) for path, w in delta.items()})
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         if ranks is not None:
             return self._at(state, ranks)
         whole = {path: _svd(state, path) for path in paths(state, "s", GLOBAL)}
@@ -160,6 +195,19 @@ class FlexLoRA(LoRAStrategy):
             b = torch.cat([b, (rest.u * root).to(b.dtype)], dim=1)
             a = torch.cat([a, (root[:, None] * rest.v).to(a.dtype)])
         return b, a
+
+    def _next(self, state: State, averages: Mapping[str, tuple[Tensor, Tensor]]) -> State:
+        """The state whose ``W`` are these products, after the server optimizer."""
+        if not isinstance(self.server_optimizer, NoServerOptimizer):
+            return self._server_step(state, averages)
+        top = {path: state[f"{GLOBAL}{path}/a0"].shape[0] for path in averages}
+        return _replaced(
+            state,
+            {
+                path: svd_of_product(b, a, self.backend, top[path])
+                for path, (b, a) in averages.items()
+            },
+        )
 
     def _server_step(self, state: State, averages: Mapping[str, tuple[Tensor, Tensor]]) -> State:
         old = {path: _svd(state, path).dense() for path in averages}

@@ -3,10 +3,12 @@ r"""HeteroLoRA: truncate to send, zero-pad to average, and let clients prune the
     send      B[:, :r_k],  A[:r_k, :]
     train     loss + λ Σ_modules ||B[:, tail]||_F ||A[tail, :]||_F, then maybe drop the tail
     average   B ← Σ_k q_k pad(B_k),  A ← Σ_k q_k pad(A_k),   q_k ∝ ||s_k B_k A_k||_F
+    change    B ← B + Σ_k p_k pad(√s_k (B_k - B⁰_k)),  A alike: ``average=change``, not the paper's
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
 arXiv:2401.06432. With unequal ranks the scale ``alpha / r`` is unequal too; ``scale=absorb``
-averages ``sqrt(s_k)`` times the factors and divides again on the way out. See docs/fidelity.md.
+averages ``sqrt(s_k)`` times the factors and divides again on the way out. ``average=change`` needs
+no more than a sum of what clients add, and what nobody trains does not fade. See docs/fidelity.md.
 """
 
 import math
@@ -15,30 +17,51 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fedlora.initial import initial_a
-from fedlora.linalg import coverage, factors_of_rank, product_norm, shares, svd
-from fedlora.state import State, order, paths, scalar
-from fedlora.types import (
+from fedlora.algebra.init import initial_a
+from fedlora.algebra.linalg import (
+    client_weights,
+    coverage,
+    factors_of_rank,
+    product_norm,
+    shares,
+    svd,
+)
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    order,
+    paths,
+    scalar,
+)
+from fedlora.algebra.summand import Summands, dense, factor_changes, total
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
     LocalPlan,
+    Payload,
     Ranks,
     SelfPrune,
     Setting,
     Update,
-    at_least,
-    one_of,
+    is_low_rank,
 )
 from strategies.base import LoRAStrategy
 
 GLOBAL = "global/"
+WEIGHTS = ("sparsity", "examples", "examples_sparsity", "uniform")
+SUM_WEIGHTS = ("examples", "uniform")
+"""Weights that follow from the client alone, not from what it sent."""
 
 
 def sparsity_shares(norms: Sequence[float], examples: Sequence[int], weights: str) -> list[float]:
-    """``q_k`` by product norm (``sparsity``), ``n_k`` (``examples``) or both; all zero: uniform."""
+    """``q_k`` by product norm (``sparsity``), ``n_k`` (``examples``), both, or neither
+    (``uniform``); all zero: uniform."""
     raw = {
+        "uniform": [1.0] * len(norms),
         "sparsity": list(norms),
         "examples": [float(n) for n in examples],
         "examples_sparsity": [n * x for n, x in zip(examples, norms, strict=True)],
@@ -74,16 +97,20 @@ class HeteroLoRA(LoRAStrategy):
     prune: bool = True
     """Regularise the tail and prune ranks; false: neither, ranks stay."""
     weights: str = "sparsity"
-    """``sparsity``, ``examples`` or ``examples_sparsity``."""
+    """``sparsity``, ``examples``, ``examples_sparsity`` or ``uniform``."""
     norm_scope: str = "layer"
     """The norm in a weight is of one ``layer`` (each has its own weights) or the ``model``."""
     scale: str = "absorb"
     """``absorb`` ``sqrt(alpha / r)`` into the averaged factors, or average them ``raw``."""
     uncovered: str = "keep"
     """Rank indices that nobody returned: ``keep`` them, or ``zero`` ``B`` and restart ``A``."""
+    average: str = "value"
+    """Average the ``value`` of factors, as published, or the ``change`` from what clients started
+    from."""
 
     def __post_init__(self) -> None:
-        one_of("strategy.weights", self.weights, ("sparsity", "examples", "examples_sparsity"))
+        one_of("strategy.weights", self.weights, WEIGHTS)
+        one_of("strategy.average", self.average, ("value", "change"))
         one_of("strategy.norm_scope", self.norm_scope, ("layer", "model"))
         one_of("strategy.scale", self.scale, ("absorb", "raw"))
         one_of("strategy.uncovered", self.uncovered, ("keep", "zero"))
@@ -91,6 +118,22 @@ class HeteroLoRA(LoRAStrategy):
         at_least("strategy.penalty_weight", self.penalty_weight, 0)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"strategy.gamma={self.gamma!r} must lie in (0, 1]")
+        if self.average == "change":
+            self._check_change()
+
+    def _check_change(self) -> None:
+        refused = (
+            ("weights", self.weights, self.weights not in SUM_WEIGHTS, "uniform or examples"),
+            ("prune", self.prune, self.prune, "false"),
+            ("uncovered", self.uncovered, self.uncovered != "keep", "keep"),
+        )
+        for name, value, wrong, instead in refused:
+            if wrong:
+                raise ValueError(
+                    f"strategy.{name}={value} with strategy.average=change: the sum of changes "
+                    "knows neither the norms nor the ranks of those who sent them; choose "
+                    f"strategy.{name}={instead}, or strategy.average=value"
+                )
 
     def init_state(self, setting: Setting) -> State:
         top = setting.max_ranks
@@ -104,8 +147,9 @@ class HeteroLoRA(LoRAStrategy):
         for m in setting.modules:
             r = top[m.path]
             a0 = initial_a(setting.seed, m, r)
-            fresh = torch.ones(r, dtype=torch.uint8)
-            state |= _module_state(m.path, a0.clone(), torch.zeros(m.d_out, r), a0, fresh)
+            fresh = torch.full((r,), int(self.average == "value"), dtype=torch.uint8)
+            a = a0 * self._absorbed(setting.alpha, r) if self.average == "change" else a0.clone()
+            state |= _module_state(m.path, a, torch.zeros(m.d_out, r), a0, fresh)
         return state
 
     def enlist(self, state: State, client: Client) -> Client:
@@ -116,7 +160,7 @@ class HeteroLoRA(LoRAStrategy):
         ranks = Ranks(dict(zip(client.ranks, now, strict=True)))
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return {path: self._truncated(state, path, r) for path, r in client.ranks.items()}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -126,6 +170,13 @@ class HeteroLoRA(LoRAStrategy):
         return replace(base, self_prune=prune)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        if self.average == "change":
+            weights = self.reference_weights(updates)
+            terms = [self._changes(state, self.client_start(state, u.client), u) for u in updates]
+            return self.absorb(state, total(terms, weights), math.fsum(weights))
+        return self._averages(state, updates)
+
+    def _averages(self, state: State, updates: Sequence[Update]) -> State:
         names = list(updates[0].adapter)
         factors = {path: [u.adapter[path] for u in updates] for path in names}
         norms = {path: [self._norm(f) for f in factors[path]] for path in names}
@@ -143,6 +194,24 @@ class HeteroLoRA(LoRAStrategy):
                 ranks[u.client.id] = torch.tensor(list(u.client.ranks.values()), dtype=ranks.dtype)
             new["ranks"] = ranks
         return new
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The changes of ``√s A`` and ``√s B``, padded to the largest rank, if
+        ``average=change``."""
+        if self.average == "value":
+            return None
+        assert is_low_rank(start)
+        return self._changes(state, start, update)
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        new = dict(state)
+        for key, change in total.items():
+            new[f"{GLOBAL}{key}"] = state[f"{GLOBAL}{key}"] + dense(change) / weight
+        return new
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        """Examples, unless all count alike: weights by norm are no property of a client."""
+        return client_weights(updates, "uniform" if self.weights == "uniform" else "examples")
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """Clients of any rank ``r`` start from ``T_r``: singular directions are nested.
@@ -162,17 +231,35 @@ class HeteroLoRA(LoRAStrategy):
             a0 = state[f"{GLOBAL}{path}/a0"]
             top = a0.shape[0]
             f = factors_of_rank(svd(w), top, alpha, "b", a0)
-            c = math.sqrt(alpha / top) if self.scale == "absorb" else 1.0
+            c = self._absorbed(alpha, top)
             fresh = (f.b == 0).all(dim=0).to(torch.uint8)
+            if self.average == "change":
+                fresh = torch.zeros_like(fresh)
             a = torch.where(fresh.bool()[:, None], f.a, c * f.a)
             new |= _module_state(path, a, c * f.b, a0, fresh)
         return new
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         if ranks is None:
             whole = {path: state[f"{GLOBAL}{path}/a0"] for path in paths(state, "a0", GLOBAL)}
             ranks = Ranks({path: a0.shape[0] for path, a0 in whole.items()})
         return {path: self._truncated(state, path, r) for path, r in ranks.items()}
+
+    def _absorbed(self, alpha: float, rank: int) -> float:
+        """What both factors of a rank are multiplied by in the state."""
+        return math.sqrt(alpha / rank) if self.scale == "absorb" else 1.0
+
+    def _changes(self, state: State, start: Adapter, update: Update) -> dict[str, Tensor]:
+        """Per module ``a [r_max, d_in]`` and ``b [d_out, r_max]``. A client has every rank index
+        below its own, so the padding comes after them."""
+        found: dict[str, Tensor] = {}
+        for path, f in update.adapter.items():
+            moved = factor_changes(path, start[path], f)
+            c = self._absorbed(f.alpha, f.rank)
+            missing = state[f"{GLOBAL}{path}/a0"].shape[0] - f.rank
+            found[f"{path}/a"] = pad(c * moved[f"{path}/a"], (0, 0, 0, missing))
+            found[f"{path}/b"] = pad(c * moved[f"{path}/b"], (0, missing))
+        return found
 
     def _norm(self, f: Factors) -> float:
         return product_norm(f.b, f.a) * (f.scale if self.scale == "absorb" else 1.0)
@@ -185,7 +272,7 @@ class HeteroLoRA(LoRAStrategy):
             raise ValueError(f"{path}: rank {rank} exceeds the global rank {a.shape[0]}")
         a, b = a[:rank], b[:, :rank]
         if self.scale == "absorb":
-            root = math.sqrt(alpha / rank)
+            root = self._absorbed(alpha, rank)
             a, b = torch.where(fresh[:rank, None].bool(), a, a / root), b / root
         return Factors(a=a.clone(), b=b.clone(), alpha=alpha)
 

@@ -15,10 +15,25 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.linalg import client_shares, client_weights
-from fedlora.seeding import mask_noise
-from fedlora.state import State, integers, order, paths, prefixed, scalar, under
-from fedlora.types import (
+from fedlora.algebra.linalg import client_shares, client_weights
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    integers,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+)
+from fedlora.algebra.summand import Summands, dense
+from fedlora.core.checks import (
+    at_least,
+    one_of,
+    share,
+)
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
     Client,
     LocalPlan,
     Payload,
@@ -26,9 +41,6 @@ from fedlora.types import (
     Setting,
     SparseDelta,
     Update,
-    at_least,
-    one_of,
-    share,
 )
 from strategies.base import LoRAStrategy
 
@@ -125,10 +137,10 @@ class SLoRA(LoRAStrategy):
             return client
         return self.aggregator.enlist(under(state, NESTED), client)
 
-    def start_adapter(self, state: State, client: Client) -> Payload:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
         if self._sparse(state):
             return _masked(state, self._density(state, client.ranks))
-        return self.aggregator.start_adapter(under(state, NESTED), client)
+        return self.aggregator.client_start(under(state, NESTED), client, kept)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
         """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
@@ -141,19 +153,46 @@ class SLoRA(LoRAStrategy):
         nested = under(state, NESTED)
         if not self._sparse(state):
             return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
-        delta = self._sparse_round(state, updates)
-        if int(done["rounds"]) == self.stage1_rounds:
-            return done | prefixed(self.aggregator.adopt(nested, delta), NESTED)
-        return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
+        return self._after_sparse(state, self._sparse_round(state, updates))
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """Stage 1: the change of the values, at the coordinates of the largest mask, in row-major
+        order; not by ``coverage``, whose denominator depends on who came. Stage 2: as
+        ``aggregator``."""
+        if not self._sparse(state):
+            return self.aggregator.adds(under(state, NESTED), start, update)
+        if self.sparse_average == "coverage":
+            return None
+        sent, found = _sparse_payload(update), {}
+        assert isinstance(start, SparseDelta)
+        for path, values in sent.values.items():
+            u, largest = self._largest_mask(state, path)
+            change = values - start.values[path]
+            wide = change.new_zeros(int(largest.sum()))
+            wide[u[largest] < sent.density] = change  # a smaller mask is part of the largest
+            found[path] = wide
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        if not self._sparse(state):
+            nested = self.aggregator.absorb(under(state, NESTED), total, weight)
+            return {"rounds": state["rounds"] + 1} | prefixed(nested, NESTED)
+        delta = {}
+        for path in paths(state, "delta", SPARSE):
+            old, change = state[f"{SPARSE}{path}/delta"], dense(total[path]) / weight
+            _, largest = self._largest_mask(state, path)
+            delta[path] = old.to(torch.promote_types(old.dtype, change.dtype), copy=True)
+            delta[path][largest] += change
+        return self._after_sparse(state, delta)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         if isinstance(updates[0].payload, SparseDelta):
             return client_weights(updates, self.weights)
         return self.aggregator.reference_weights(updates)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
         if not self._sparse(state):
-            return self.aggregator.global_adapter(under(state, NESTED), ranks)
+            return self.aggregator.global_update(under(state, NESTED), ranks)
         if ranks is None:
             return _masked(state, float(state[f"{SPARSE}densities"].max()))
         return _masked(state, self._density(state, ranks))
@@ -197,6 +236,19 @@ class SLoRA(LoRAStrategy):
         shapes = {p: state[f"{SPARSE}{p}/delta"].shape for p in ranks}
         plain = {p: (int(m), int(n)) for p, (m, n) in shapes.items()}
         return lora_share(ranks, plain, int(state[f"{SPARSE}parameters"]))
+
+    def _largest_mask(self, state: State, path: str) -> tuple[Tensor, Tensor]:
+        """A module's noise and the mask of the population's largest density, ``[d_out, d_in]``."""
+        shape = state[f"{SPARSE}{path}/delta"].shape
+        u = mask_noise(int(state[f"{SPARSE}seed"]), path, *shape)
+        return u, u < float(state[f"{SPARSE}densities"].max())
+
+    def _after_sparse(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        """The state after a round of stage 1; after the last one ``aggregator`` goes on."""
+        done = {"rounds": state["rounds"] + 1}
+        if int(done["rounds"]) == self.stage1_rounds:
+            return done | prefixed(self.aggregator.adopt(under(state, NESTED), delta), NESTED)
+        return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
 
     def _sparse_round(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
         p = client_shares(updates, self.weights)

@@ -21,30 +21,45 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from fedlora.carrier import Conducted, Hall
-from fedlora.initial import initial_factors
-from fedlora.linalg import at_rank
-from fedlora.models.stages import block_of, blocks_of
-from fedlora.split.conduct import COPIES, HOST, SERVER, Play, server_state
-from fedlora.split.noise import Noise
-from fedlora.split.protocol import Cut
-from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.state import State, integers, order, paths, prefixed, scalar, under, unpack
-from fedlora.types import (
+from fedlora.algebra.init import initial_factors
+from fedlora.algebra.linalg import at_rank
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    integers,
+    order,
+    paths,
+    prefixed,
+    scalar,
+    under,
+    unpack,
+)
+from fedlora.algebra.summand import Summand, Summands
+from fedlora.core.checks import at_least
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
     LocalPlan,
+    Payload,
     Ranks,
     Setting,
     TrainJob,
     Update,
-    at_least,
     is_low_rank,
-    one_of,
 )
-from strategies.base import LoRAStrategy, Setup
+from fedlora.models.stages import block_of, blocks_of
+from fedlora.server.method import ClientChannel, RoundOutcome, Setup
+from fedlora.split.config import SplitConfig
+from fedlora.split.protocol import Cut
+from fedlora.split.run_round import (
+    COPIES,
+    HOST,
+    SERVER,
+    SplitRound,
+    server_state,
+)
+from strategies.base import LoRAStrategy
 
 MODULES = "modules/"
 
@@ -80,66 +95,22 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SplitLoRA(LoRAStrategy):
+class SplitLoRA(SplitConfig, LoRAStrategy):
     aggregator: LoRAStrategy
     """Averages clients' adapters."""
     cut: int = -1
     """Blocks that a client holds; -1: a quarter of them, rounded up."""
     tier_cuts: Mapping[str, int] = field(default_factory=dict)
     """Of clients of a tier, where it is not `cut`."""
-    tail: int = -1
-    """U-shape: clients also hold the last so many blocks, final norm and output embedding, and no
-    label leaves them; -1: no U-shape, labels go to the server."""
-    rule: Rule = field(default_factory=Rule)
-    """How the server learns from several clients."""
-    average_every: int = 0
-    """Steps between averages of clients' adapters; 0: at the end of each round. Divides a round's
-    steps."""
-    transport: str = "local"
-    """``local``: both stages in the server's process; ``messages``: every tensor crosses Flower.
-    Same bits."""
-    keep_graphs: bool = False
-    """Of ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
-    activations: Wire = field(default_factory=Wire)
-    """Number format of activations, whichever way they go."""
-    gradients: Wire = field(default_factory=Wire)
-    """Number format of gradients."""
-    noise: Noise = field(default_factory=Noise)
-    """On activations."""
-    label_smoothing: float = 0.0
-    """In the training loss alone."""
-    server_lr: float = 0.0
-    """Peak learning rate of the server; 0: the client's."""
-    client_schedule: str = "same"
-    """``same`` as the server's, or ``constant`` (as in the released code)."""
-    horizon: int = 0
-    """Steps over which ``client.schedule`` runs, from the first of the run; 0: within each round,
-    as with other methods."""
-    memory: str = "keep"
-    """What an optimizer remembers over an average and from round to round: ``keep`` it, as the
-    paper does, or begin each round ``fresh``."""
     server_rank: int = 0
     """Of the server's adapters; 0: the largest that any client holds."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("strategy.cut", self.cut, -1)
-        at_least("strategy.tail", self.tail, -1)
         for tier, cut in self.tier_cuts.items():
             at_least(f"strategy.tier_cuts.{tier}", cut, 0)
-        at_least("strategy.average_every", self.average_every, 0)
-        at_least("strategy.server_lr", self.server_lr, 0)
-        at_least("strategy.horizon", self.horizon, 0)
         at_least("strategy.server_rank", self.server_rank, 0)
-        one_of("strategy.transport", self.transport, ("local", "messages"))
-        one_of("strategy.client_schedule", self.client_schedule, ("same", "constant"))
-        one_of("strategy.memory", self.memory, ("keep", "fresh"))
-        if self.rule.gradient == "joint" and self.tail > 0:
-            raise ValueError(
-                f"strategy.rule.gradient='joint' with strategy.tail={self.tail}: a tail learns "
-                "from its client's own mean loss; choose own_mean, or tail <= 0"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f"strategy.label_smoothing={self.label_smoothing!r} must be in [0, 1)")
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
@@ -175,7 +146,7 @@ class SplitLoRA(LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            if not is_low_rank(self.aggregator.start_adapter(nested, first)):
+            if not is_low_rank(self.aggregator.client_start(nested, first)):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
                     "updates or moves the base; the stages of a split train low-rank factors over "
@@ -201,7 +172,7 @@ class SplitLoRA(LoRAStrategy):
     def evaluated_ranks(self, state: State, client: Client) -> Ranks:
         return self._whole_ranks(state, self.enlist(state, client))
 
-    def start_adapter(self, state: State, client: Client) -> Adapter:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         found: dict[str, Factors] = {}
         for part in self._parts(state):
             mine = part.ranks(client.ranks)
@@ -240,10 +211,38 @@ class SplitLoRA(LoRAStrategy):
                 server |= self._start(new, part, self._host(new, part))
         return new | server_state(server)
 
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """As ``aggregator``, part by part, unless the server votes in a part for those it serves:
+        with unequal cuts, or copies of its own adapters."""
+        parts = self._parts(state)
+        if self.rule.update == "per_client" or any(part.shared for part in parts):
+            return None
+        assert is_low_rank(start)
+        found: dict[str, Summand] = {}
+        for part in parts:
+            who = replace(update.client, ranks=part.ranks(update.client.ranks))
+            mine = replace(update, client=who, payload=part.of(update.adapter))
+            nested = under(state, part.prefix)
+            added = self.aggregator.adds(nested, part.of(start), mine)
+            if added is None:
+                return None
+            found |= {f"{part.prefix}{name}": x for name, x in added.items()}
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        new = {k: t for k, t in state.items() if not k.startswith(COPIES)}
+        for part in self._parts(state):
+            n = len(part.prefix)
+            mine = {k[n:]: x for k, x in total.items() if k.startswith(part.prefix)}
+            nested = self.aggregator.absorb(under(state, part.prefix), mine, weight)
+            new = {k: t for k, t in new.items() if not k.startswith(part.prefix)}
+            new |= prefixed(nested, part.prefix)
+        return new
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return self.aggregator.reference_weights(updates)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Adapter:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         server = unpack(state, float(state["alpha"]), SERVER)
         wanted = paths(state, "r", MODULES) if ranks is None else list(ranks)
         found: dict[str, Factors] = {}
@@ -251,7 +250,7 @@ class SplitLoRA(LoRAStrategy):
             mine = Ranks({}) if ranks is None else part.ranks(ranks)
             if ranks is None or mine:
                 nested = under(state, part.prefix)
-                adapter = self.aggregator.global_adapter(nested, None if ranks is None else mine)
+                adapter = self.aggregator.global_update(nested, None if ranks is None else mine)
                 assert isinstance(adapter, Mapping)
                 found |= adapter
         for path in wanted:
@@ -300,7 +299,7 @@ class SplitLoRA(LoRAStrategy):
 
     def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
         """What an enlisted client's share of a part starts from."""
-        start = self.aggregator.start_adapter(under(state, part.prefix), client)
+        start = self.aggregator.client_start(under(state, part.prefix), client)
         assert isinstance(start, Mapping)
         return {p: start[p] for p in client.ranks}
 
@@ -332,14 +331,14 @@ class SplitLoRA(LoRAStrategy):
 
     def _completed(self, state: State, update: Update) -> Update:
         """A client's update with the copy of the server's adapters that was trained for it."""
-        copy = self.copy_of(state, update.client)
+        copy = self._copy_of(state, update.client)
         ranks = dict(update.client.ranks) | {p: f.rank for p, f in copy.items()}
         own = dict(update.adapter) | copy
         order_ = [p for p in paths(state, "r", MODULES) if p in own]
         who = replace(update.client, ranks=Ranks({p: ranks[p] for p in order_}))
         return replace(update, client=who, payload={p: own[p] for p in order_})
 
-    def copy_of(self, state: State, client: Client) -> dict[str, Factors]:
+    def _copy_of(self, state: State, client: Client) -> dict[str, Factors]:
         """The server's adapters of one client under ``per_client``: as trained, or the average."""
         prefix = f"{COPIES}{client.id}/"
         trained = unpack(state, float(state["alpha"]), prefix)
@@ -353,14 +352,24 @@ class SplitLoRA(LoRAStrategy):
 
     # --- a round --------------------------------------------------------------------------------
 
-    def conduct(self, state: State, jobs: Sequence[TrainJob], hall: Hall) -> Conducted:
+    def run_round(
+        self, state: State, jobs: Sequence[TrainJob], channel: ClientChannel
+    ) -> RoundOutcome:
         """One round of exchanges.
 
         Raises:
             ModelError: if the model cannot be cut there.
             FloatingPointError: if the server's loss is not finite.
         """
-        return Play(self, state, jobs, hall).conducted()
+        return SplitRound(
+            config=self,
+            method=self,
+            state=state,
+            jobs=jobs,
+            channel=channel,
+            cuts={j.client.id: self.cut_of(state, j.client) for j in jobs},
+            copy_of=self._copy_of,
+        ).run()
 
 
 def _within(setting: Setting, part: Part) -> Setting:

@@ -21,22 +21,40 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora import techniques
-from fedlora.initial import drawn_a, initial_a
-from fedlora.linalg import client_shares, client_weights, weighted_sum
-from fedlora.seeding import torch_seed
-from fedlora.spp import factor, mean_factor, nested_rank, spread
-from fedlora.state import State, integers, order, paths, scalar
-from fedlora.types import (
+from fedlora.algebra.init import drawn_a, initial_a
+from fedlora.algebra.linalg import (
+    client_shares,
+    client_weights,
+    weighted_sum,
+)
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    integers,
+    order,
+    paths,
+    scalar,
+)
+from fedlora.algebra.summand import Summands, dense
+from fedlora.core import techniques
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import (
     Client,
     MaskedScale,
+    Payload,
     Ranks,
     Setting,
     Update,
-    at_least,
-    one_of,
 )
-from strategies.base import LoRAStrategy, Setup
+from fedlora.server.method import Setup
+from fedlora.techniques.spp.scale import (
+    factor,
+    mean_factor,
+    nested_rank,
+    spread,
+)
+from strategies.base import LoRAStrategy
 
 log = logging.getLogger(__name__)
 
@@ -149,8 +167,8 @@ class SPP(LoRAStrategy):
         ranks = Ranks({p: nested_rank(r, top[p]) for p, r in client.ranks.items()})
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
-    def start_adapter(self, state: State, client: Client) -> MaskedScale:
-        whole, trains = self.global_adapter(state), self._trains(state)
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> MaskedScale:
+        whole, trains = self.global_update(state), self._trains(state)
         if self.mode == "beta_only":
             return replace(whole, alpha={}, seed=_drawn_from(state), trains=trains)
         if self.mode == "stack":
@@ -182,9 +200,29 @@ class SPP(LoRAStrategy):
                 lost += float((mean - kept).square().sum())
                 moved += float((mean - factor(alpha, beta)).square().sum())
         new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
-        after = self._restarted(new)
-        _warn_of_growth(state, after)
-        return after
+        return self._next(state, new)
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The change of alpha or beta, whichever is trained, at the common rank; with both trained
+        there is no sum that says what clients learnt."""
+        trains = self._trains(state)
+        if trains == "both":
+            return None
+        sent, begun, found = _scale_of(update), start, {}
+        assert isinstance(begun, MaskedScale)
+        for path in paths(state, "alpha", GLOBAL):
+            if trains == "beta":
+                found[f"{path}/beta"] = sent.beta[path] - begun.beta[path]
+            else:
+                before = begun.alpha[path]
+                found[f"{path}/alpha"] = _alpha_change(sent, path, before)
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        new = dict(state) | {"round": state["round"] + 1, "residual": scalar(0.0)}
+        for key, change in total.items():
+            new[f"{GLOBAL}{key}"] = state[f"{GLOBAL}{key}"] + dense(change) / weight
+        return self._next(state, new)
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -201,7 +239,7 @@ class SPP(LoRAStrategy):
             found["spp/residual"] = float(state["residual"])
         return found
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> MaskedScale:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> MaskedScale:
         """The common factors: their effect is the same at every rank."""
         names = paths(state, "alpha", GLOBAL)
         return MaskedScale(
@@ -217,6 +255,12 @@ class SPP(LoRAStrategy):
         if self.mode == "alternate":
             return self.schedule[int(state["round"]) % len(self.schedule)]
         return "beta" if self.mode == "beta_only" else "both"
+
+    def _next(self, before: State, averaged: dict[str, Tensor]) -> State:
+        """The state after averages, with merges where they are due."""
+        after = self._restarted(averaged)
+        _warn_of_growth(before, after)
+        return after
 
     def _restarted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """After a merge, beta is zero again and alpha drawn anew."""
@@ -292,6 +336,13 @@ def _alpha(sent: MaskedScale, path: str, common: Tensor) -> Tensor:
     if path in sent.change:
         return common + spread(sent.change[path], len(common))
     return sent.alpha.get(path, common)
+
+
+def _alpha_change(sent: MaskedScale, path: str, before: Tensor) -> Tensor:
+    """``[r, d_in]``: what a client changed alpha by, at the common rank."""
+    if path in sent.change:
+        return spread(sent.change[path], len(before))
+    return sent.alpha.get(path, before) - before
 
 
 def _names(state: State) -> list[str]:

@@ -6,7 +6,7 @@ r"""SwitchLoRA under federated averaging: low-rank vectors are exchanged, and al
 
 The other factor is common, so ``Σ_k p_k s B A_k = s B Ā``: the server's model is exactly the mean
 of its clients' (`sync_alternate`). ``D``, the sum of all compensations, the pools and who is in
-which slot follow from the seed and the averages: none of it travels (`fedlora.switch.replica`).
+which slot follow from the seed and the averages: none of it travels (`switchlora.replica`).
 
     sync_product   both factors are trained; D also gains s Σ_k p_k (B_k - B̄)(A_k - Ā)
     dense          clients exchange by themselves and send what became of their weights
@@ -24,14 +24,40 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora import techniques
-from fedlora.codec import WIRE_BYTES
-from fedlora.linalg import client_shares, client_weights
-from fedlora.state import State, integers, order, paths, scalar, under
-from fedlora.switch.initial import SIDES, Side, check_rank
-from fedlora.switch.layer import SwitchLayer
-from fedlora.switch.local import start_layer
-from fedlora.switch.replica import (
+from fedlora.algebra.linalg import client_shares, client_weights
+from fedlora.algebra.state import (
+    Kept,
+    State,
+    integers,
+    order,
+    paths,
+    scalar,
+    under,
+)
+from fedlora.algebra.summand import Summands, dense
+from fedlora.core import techniques
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Module,
+    Payload,
+    Ranks,
+    Rebased,
+    Setting,
+    Switching,
+    Update,
+)
+from fedlora.server.method import Setup
+from fedlora.techniques.switchlora.init import (
+    SIDES,
+    Side,
+    check_rank,
+)
+from fedlora.techniques.switchlora.layer import SwitchLayer
+from fedlora.techniques.switchlora.local import start_layer
+from fedlora.techniques.switchlora.replica import (
     ALTERNATE,
     DIGEST_BYTES,
     LAYER,
@@ -41,20 +67,8 @@ from fedlora.switch.replica import (
     news,
     remembered,
 )
-from fedlora.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    Payload,
-    Ranks,
-    Rebased,
-    Setting,
-    Switching,
-    Update,
-    at_least,
-    one_of,
-)
-from strategies.base import LoRAStrategy, Setup
+from fedlora.wire.codec import WIRE_BYTES
+from strategies.base import LoRAStrategy
 
 log = logging.getLogger(__name__)
 
@@ -209,7 +223,7 @@ class SwitchLoRA(LoRAStrategy):
         made = Replica.begin(shapes, setting.max_ranks, setting.alpha, timetable)
         return state | made.state() | {"seen": integers([0] * len(setting.clients))}
 
-    def start_adapter(self, state: State, client: Client) -> Rebased:
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Rebased:
         return self._at(state, client.ranks)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -230,19 +244,46 @@ class SwitchLoRA(LoRAStrategy):
             }
             return dict(state) | mean | {"round": integers(done + 1)}
         shared = self._replica(state)
-        result = self._result(shared, updates, p)
-        shared.install(result)
         seen = state["seen"].clone()
         seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
-        kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
-        history = {k: t for k, t in state.items() if k.startswith("history/")}
-        after = kept | shared.state()
-        return after | remembered(after | history, done, result)
+        return _installed(state, shared, self._result(shared, updates, p), seen)
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """The change of the factor whose turn it is, padded to all slots; of ``dense`` the change
+        of the weights. ``sync_product`` needs the covariance of both factors: nothing."""
+        assert isinstance(start, Rebased)
+        if self.mode == PRODUCT:
+            return None
+        if self.mode == DENSE:
+            sent = _dense(update).shift
+            return {f"{p}/d": d - _whole(start, p) for p, d in sent.items()}
+        (side,) = self._timetable(0).sides(int(state["round"]))
+        found: dict[str, Tensor] = {}
+        for path, f in update.adapter.items():
+            slots = state[f"{LAYER}{path}/a"].shape[0]
+            change = getattr(f, side) - getattr(start.factors[path], side)
+            rows = change if side == "a" else change.t()  # [r_k, d]
+            padded = _padded(rows, slots)
+            found[f"{path}/{side}"] = padded if side == "a" else padded.t()
+        return found
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """A sum does not say who took part: clients count as knowing no more than before, and what
+        they are sent next is counted from there."""
+        done = int(state["round"])
+        if self.mode == DENSE:
+            new = {
+                f"{SHIFT}{k}": state[f"{SHIFT}{k}"] + dense(x) / weight for k, x in total.items()
+            }
+            return dict(state) | new | {"round": integers(done + 1)}
+        shared = self._replica(state)
+        result = {k: state[f"{LAYER}{k}"] + dense(x) / weight for k, x in total.items()}
+        return _installed(state, shared, result, state["seen"].clone())
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Rebased:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Rebased:
         if ranks is not None:
             return self._at(state, ranks)
         if self.mode == DENSE:
@@ -264,6 +305,10 @@ class SwitchLoRA(LoRAStrategy):
         if self.hash_every and done % self.hash_every == 0:
             found["switch/replica_differs"] = int(not self._witnessed(state))
         return found
+
+    def rank_range(self, module: Module) -> tuple[int, int]:
+        """As `check_rank` says: one slot could be frozen, and some vector must be in no slot."""
+        return 2, module.max_rank - 1
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
         """What the client missed of the shared state, or all of it where that is less.
@@ -356,6 +401,31 @@ class SwitchLoRA(LoRAStrategy):
             if sides == SIDES:
                 found |= _rest(path, *covariance(layer, sent, p))
         return found
+
+
+def _installed(
+    state: State, shared: Replica, result: Mapping[str, Tensor], seen: Tensor
+) -> dict[str, Tensor]:
+    """The state after a round whose averages are ``result``.
+
+    Args:
+        state: before it.
+        shared: the replica of that state; it is changed.
+        result: as `Replica.install` takes it.
+        seen: per client, the rounds whose results it knows.
+    """
+    done = int(state["round"])
+    shared.install(result)
+    kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
+    history = {k: t for k, t in state.items() if k.startswith("history/")}
+    after = kept | shared.state()
+    return after | remembered(after | history, done, result)
+
+
+def _whole(start: Rebased, path: str) -> Tensor:
+    """What a start adds to a module's weight, ``[d_out, d_in]`` float64."""
+    shift = start.shift[path].double()
+    return shift + _delta(start.factors[path]) if path in start.factors else shift
 
 
 def _delta(f: Factors) -> Tensor:

@@ -5,8 +5,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.types import Client, Factors, Payload, Ranks, Setting, Update
-from strategies.base import LoRAStrategy, State
+from fedlora.algebra.state import Kept, State
+from fedlora.core.types import (
+    Client,
+    Factors,
+    Payload,
+    Ranks,
+    Setting,
+    Update,
+)
+from strategies.base import LoRAStrategy
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +34,8 @@ class Mean(LoRAStrategy):
         ranks = Ranks(dict.fromkeys(client.ranks, self.rank))
         return Client(client.id, ranks, client.num_examples, client.tier)
 
-    def start_adapter(self, state: State, client: Client) -> Payload:
-        return self.global_adapter(state)
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        return self.global_update(state)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         new = {"alpha": state["alpha"]}
@@ -37,7 +45,7 @@ class Mean(LoRAStrategy):
                 new[f"{path}/{part}"] = torch.stack(tensors).mean(dim=0)
         return new
 
-    def global_adapter(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
         paths = [k[:-2] for k in state if k.endswith("/a")]
         alpha = float(state["alpha"])
         return {p: Factors(state[f"{p}/a"], state[f"{p}/b"], alpha) for p in paths}

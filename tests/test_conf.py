@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import ConfigError
-from fedlora.identity import ROOT
-from simulations.compose import load, split_overrides
-from simulations.federate import build_parts
+from fedlora.core.errors import ConfigError
+from fedlora.run.source_hash import ROOT
+from simulations.app.compose import load, split_overrides
+from simulations.app.parts import build_parts
 
 CONF = ROOT / "conf"
 EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{p.parent.relative_to(CONF)}={p.stem}"
     for p in CONF.glob("*/**/*.yaml")
-    if p.parent.name != "experiment"
+    if p.relative_to(CONF).parts[0] not in ("experiment", "hydra")
 )
 NEEDED = {
     # options that name something only a user can name
@@ -123,8 +123,8 @@ def test_the_hash_ignores_what_cannot_matter():
         ),
         ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
         (
-            "strategy=spp client.self_prune={_target_:fedlora.types.SelfPrune,weight:0.1,gamma:0.9,"
-            "min_rank:1}",
+            "strategy=spp client.self_prune={_target_:fedlora.core.types.SelfPrune,weight:0.1,"
+            "gamma:0.9,min_rank:1}",
             "client.self_prune drops the last ranks of LoRA's A and B",
         ),
         (
@@ -150,7 +150,10 @@ def test_the_hash_ignores_what_cannot_matter():
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
         ("strategy=spp model.calibration=null", "model.method=wanda needs text"),
         ("strategy=spp strategy.schedule=[alpha]", "must begin with beta"),
-        ("strategy.server_optimizer._target_=fedlora.types.LocalPlan", "is not a ServerOptimizer"),
+        (
+            "strategy.server_optimizer._target_=fedlora.core.types.LocalPlan",
+            "is not a ServerOptimizer",
+        ),
     ],
 )
 def test_a_mistake_ends_in_one_sentence_that_names_it(overrides, message):

@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tomllib
 import zipfile
 from email import message_from_bytes
-from importlib.metadata import packages_distributions
+from importlib.metadata import entry_points, packages_distributions
 from io import BytesIO
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import pytest
 from flwr.cli.build import build_fab_from_disk
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from fedlora.run import source_hash
+from fedlora.run.source_hash import NOT_SHIPPED
+from simulations.app import bundle as bundle_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")
@@ -84,7 +89,10 @@ def install_for_a_run(bundle: Path, home: Path) -> subprocess.CompletedProcess[s
 
 
 def test_the_bundle_is_the_code_and_the_configuration(checkout, bundle):
+    excluded = tuple(p.removesuffix("**") for p in PROJECT["tool"]["flwr"]["app"]["fab-exclude"])
     python = {p for p in files_below(checkout, *CODE, suffix=".py") if "/test_" not in p}
+    python = {p for p in python if not p.startswith(excluded)}
+    assert set(excluded) <= set(NOT_SHIPPED)
     configuration = files_below(checkout, "conf", suffix=".yaml")
     rest = {"pyproject.toml", ".info/CONTENT"}
     assert configuration
@@ -204,3 +212,68 @@ def test_everything_imported_is_declared():
         if not {canonicalize_name(d) for d in distributions.get(name, [name])} & known
     }
     assert not undeclared
+
+
+# --- installed elsewhere -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The bin folder of an environment with the wheel and this environment's other packages."""
+    home = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", home], check=True)
+    python, (site,) = home / "bin" / "python", home.glob("lib/python3*/site-packages")
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel]
+    subprocess.run(pip, check=True)
+    (site / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    for entry in entry_points(group="console_scripts"):
+        if entry.dist and entry.dist.name == "flwr":  # pip wrote them for another Python
+            script, function = home / "bin" / entry.name, entry.attr
+            call = f"import sys\nfrom {entry.module} import {function}\nsys.exit({function}())\n"
+            script.write_text(f"#!{python}\n{call}")
+            script.chmod(0o755)
+    return home / "bin"
+
+
+def elsewhere(bin_folder: Path, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """The installed command in an empty folder, with nothing in the environment that helps it."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FEDLORA_ROOT")}
+    command = [bin_folder / "fedlora", *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_flowers_table_of_an_installed_package_is_that_of_the_checkout():
+    installed = tomllib.loads(bundle_of.PROJECT.format(version=PROJECT["project"]["version"]))
+    for key in ("publisher", "components", "config"):
+        assert installed["tool"]["flwr"]["app"][key] == PROJECT["tool"]["flwr"]["app"][key]
+    for key in ("name", "version", "license"):
+        assert installed["project"][key] == PROJECT["project"][key]
+
+
+def test_an_installed_package_is_bundled_from_a_copy(bundle, checkout, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle_of, "ROOT", checkout)
+    assert bundle_of.app_folder(tmp_path / "scratch") == checkout
+    stranger = tmp_path / "site-packages"
+    shutil.copytree(checkout, stranger)
+    (stranger / "pyproject.toml").write_text('[project]\nname = "somebody-else"\n')
+    (stranger / "another_package").mkdir()
+    (stranger / "another_package" / "module.py").touch()
+    for module in (bundle_of, source_hash):
+        monkeypatch.setattr(module, "ROOT", stranger)
+    with zipfile.ZipFile(BytesIO(build_fab_from_disk(bundle_of.app_folder(tmp_path)))) as fab:
+        shipped = set(fab.namelist())
+    assert shipped == files_below(bundle, ".") - {"LICENSE"}
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.parametrize("runtime", ["in_process", "laptop"])
+def test_the_command_works_from_an_empty_folder(installed, tmp_path, runtime):
+    done = elsewhere(installed, tmp_path, "run", "experiment=smoke", f"runtime={runtime}")
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "RUN COMPLETED" in said and "report: " in said
+    (run,) = (tmp_path / "outputs").iterdir()
+    assert {"adapter", "report.html", "metrics.jsonl"} <= {p.name for p in run.iterdir()}
+    assert str(ROOT) not in said
+    assert {p.name for p in tmp_path.iterdir()} == {"outputs"}

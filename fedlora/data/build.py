@@ -25,8 +25,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.core.errors import DataError
 from fedlora.data.encode import Encoder, Tokenizer
-from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source
 
 FORMAT = 1  # of the folder: part of the key

@@ -27,13 +27,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
-from fedlora.batches import subset
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.errors import DataError
 from fedlora.data import partition
-from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.batches import subset
+from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source, file_identity
 from fedlora.data.tables import open_parquet, require
 from fedlora.data.template import CONTEXT, Template
-from fedlora.types import at_least, one_of
 
 COLUMNS = ("split", "mr_orig", "ref")
 FILES = {"train": "trainset.csv", "eval": "devset.csv", "test": "testset_w_refs.csv"}

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from fedlora.data.records import DataError, Record
+from fedlora.core.errors import DataError
+from fedlora.data.records import Record
 from fedlora.data.template import INSTRUCTION, Template
 
 _CHARACTERS_PER_TOKEN = 16

@@ -7,11 +7,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from fedlora.core.checks import (
+    at_least,
+    one_of,
+    share,
+)
+from fedlora.core.errors import DataError
+from fedlora.core.seeding import generator
 from fedlora.data import partition
-from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source, file_identity
-from fedlora.seeding import generator
-from fedlora.types import at_least, one_of, share
 
 PARTITIONS = ("natural", "iid", "dirichlet")
 _SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "eval", "valid": "eval", "dev": "eval"}

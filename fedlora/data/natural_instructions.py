@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fedlora.data.records import SPLITS, DataError, Record
+from fedlora.core.errors import DataError
+from fedlora.core.seeding import generator
+from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source, file_identity
 from fedlora.data.tables import open_parquet, require
-from fedlora.seeding import generator
 
 COLUMNS = ("client_id", "split", "category", "instruction", "input", "output")
 TASK_COLUMNS = ("task_name", "definition", "inputs", "targets")

@@ -11,8 +11,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fedlora.data.records import DataError
-from fedlora.seeding import generator
+from fedlora.core.errors import DataError
+from fedlora.core.seeding import generator
 
 
 def natural(labels: Sequence[str]) -> list[list[int]]:
@@ -75,7 +75,7 @@ def balanced(sizes: Sequence[int], clients: int, seed: int, purpose: str) -> lis
         sizes: of each group, at least 1.
         clients: how many there are.
         seed: of the draw.
-        purpose: keeps draws of one seed apart, as in `fedlora.seeding.generator`.
+        purpose: keeps draws of one seed apart, as in `fedlora.core.seeding.generator`.
     """
     order = generator(seed, purpose).permutation(len(sizes)).tolist()
     half = len(order) // 2

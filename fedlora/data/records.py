@@ -5,10 +5,6 @@ from dataclasses import dataclass
 SPLITS = ("train", "eval", "test")
 
 
-class DataError(ValueError):
-    """A mistake in the data or its description: one sentence for the person who owns it."""
-
-
 @dataclass(frozen=True)
 class Record:
     """One example of one client, as text."""

@@ -15,9 +15,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from fedlora.data.records import DataError, Record
+from fedlora.core.checks import at_least
+from fedlora.core.errors import DataError
+from fedlora.data.records import Record
 from fedlora.data.source import Source
-from fedlora.types import at_least
 
 FIRST_YEAR = 1901  # earlier addresses belong to the pre-training text of the tiny base model
 MIN_PASSAGES = 6  # per client: four to train on, one for each held-out split

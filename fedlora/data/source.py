@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from fedlora.core.checks import at_least, one_of
 from fedlora.data.records import Record
 from fedlora.data.template import INSTRUCTION, Template
-from fedlora.types import at_least, one_of
 
 TRUNCATIONS = ("input", "right")
 _HASHED_BYTES = 64 * 2**20  # up to here a file is identified by its content: at most 0.1 s

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.data.records import DataError
+from fedlora.core.errors import DataError
 
 
 def require(columns: Any, wanted: Sequence[str], where: str) -> None:

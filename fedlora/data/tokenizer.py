@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fedlora.data.records import DataError
+from fedlora.core.errors import DataError
 
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _GPT2_BORDER = "<|endoftext|>"

@@ -10,9 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedlora.core.types import (
+    Client,
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    TrainJob,
+    Update,
+)
 from fedlora.data.store import TokenStore
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import Client, EvaluateJob, Evaluation, Failure, TrainJob, Update
 
 
 class Engine(Protocol):

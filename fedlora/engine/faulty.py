@@ -10,12 +10,9 @@ from typing import Any
 
 import torch
 
-from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine, EngineSpec
-from fedlora.engine.sequential import Sequential
-from fedlora.models.language_model import LanguageModel
-from fedlora.seeding import generator
-from fedlora.types import (
+from fedlora.core.checks import at_least, share
+from fedlora.core.seeding import generator
+from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
     Factors,
@@ -26,9 +23,11 @@ from fedlora.types import (
     SparseDelta,
     TrainJob,
     Update,
-    at_least,
-    share,
 )
+from fedlora.data.store import TokenStore
+from fedlora.engine.base import Engine, EngineSpec
+from fedlora.engine.sequential import Sequential
+from fedlora.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,19 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.client import LoRAClient
+from fedlora.core.checks import at_least
+from fedlora.core.types import (
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    TrainJob,
+    Update,
+)
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import EngineSpec, failure
+from fedlora.engine.client import LoRAClient
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update, at_least
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,32 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedlora.models.folder import MASKS, ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    MaskedScale,
+    Payload,
+    Rebased,
+)
+from fedlora.models.folder import MASKS
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
+from fedlora.models.masks import (
+    Masks,
+    as_stored,
+    identity,
+    load_masks,
+    save_masks,
+)
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
-from fedlora.prune.masks import Masks, as_stored, identity, load_masks, save_masks
-from fedlora.types import Adapter, Factors, MaskedScale, Payload, Rebased
 
 UPDATE = "update.safetensors"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SPP = "spp.safetensors"
 """Beside or in place of these, where an adapter scales the base's weights
-(`fedlora.models.spp_peft`)."""
+(`fedlora.techniques.spp.peft`)."""
 
 _PREFIX = "base_model.model."
 
@@ -149,7 +162,7 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> Adapter:
     if (folder / SPP).is_file():
         raise ModelError(
             f"{folder} holds an SPP adapter, which scales the weights of a pruned base and adds "
-            "nothing to them: read it with fedlora.models.spp_peft.load_spp"
+            "nothing to them: read it with fedlora.techniques.spp.peft.load_spp"
         )
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():

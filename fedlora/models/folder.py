@@ -1,18 +1,18 @@
 """A base model as a folder on disk: where it is, whether it is whole, and what identifies it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+
+from fedlora.core.errors import ModelError
+from fedlora.run.package import places
 
 ASSETS_VARIABLE = "FEDLORA_ASSETS"
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 MASKS = "masks.safetensors"
-"""Beside the weights of a pruned model, and none of them (`fedlora.prune.masks`)."""
+"""Beside the weights of a pruned model, and none of them (`fedlora.models.masks`)."""
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 TOKENIZER_PARTS = (
     *TOKENIZER,
@@ -25,23 +25,11 @@ TOKENIZER_PARTS = (
 _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two trainings apart
 
 
-class ModelError(RuntimeError):
-    """A base model that cannot be used, in a sentence for the person who named it."""
-
-
 def _asset_folders() -> Iterator[Path]:
-    """Where assets may be. Flower ships an app without binaries, so beside this file is not enough:
-    the folder that the package was installed from, or into, has them."""
+    """Where assets may be: Flower ships an app without them."""
     if root := os.environ.get(ASSETS_VARIABLE):
         yield Path(root).expanduser()
-    yield Path(__file__).parent / "assets"
-    inside = Path("fedlora", "models", "assets")
-    for distribution in metadata.distributions(name="fedlora"):
-        origin = distribution.read_text("direct_url.json")
-        if origin and (url := urlparse(json.loads(origin)["url"])).scheme == "file":
-            yield Path(unquote(url.path)) / inside
-        yield Path(str(distribution.locate_file(inside)))
-    yield Path.cwd() / inside
+    yield from places("fedlora/models/assets")
 
 
 def find_assets(name: str) -> Path:

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.initial import initial_a
+from fedlora.algebra.init import initial_a
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
+    Adapter,
+    MaskedScale,
+    Payload,
+    Rebased,
+    SparseDelta,
+)
 from fedlora.models.layers import (
     AdaptedLinear,
     LinearUpdate,
@@ -19,13 +27,11 @@ from fedlora.models.layers import (
     dropout_bits,
     mask_index,
 )
+from fedlora.models.masks import check_zeros
 from fedlora.models.modules import ModelInfo, check_adapter, check_paths, check_scale
 from fedlora.models.qkv import join_state
-from fedlora.models.scaled import BlockScaled
-from fedlora.prune.masks import check_zeros
-from fedlora.seeding import mask_noise
-from fedlora.spp import merged_gain, scale
-from fedlora.types import Adapter, MaskedScale, Payload, Rebased, SparseDelta
+from fedlora.techniques.spp.layer import BlockScaled
+from fedlora.techniques.spp.scale import merged_gain, scale
 
 MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
 
@@ -120,7 +126,7 @@ class LanguageModel:
         """Determine the masks of the next forward; without dropout nothing is drawn.
 
         Args:
-            seed: of all its masks (`fedlora.seeding.dropout_seeds`).
+            seed: of all its masks (`fedlora.core.seeding.dropout_seeds`).
             rows: tokens of the forward, padding included.
         """
         dropping = [

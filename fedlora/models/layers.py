@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.types import Factors
+from fedlora.core.types import Factors
 
 
 def stored_transposed(base: nn.Module) -> bool:

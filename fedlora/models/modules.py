@@ -6,9 +6,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Adapter,
+    MaskedScale,
+    Module,
+)
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
-from fedlora.types import Adapter, MaskedScale, Module
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class ModelInfo:
     splits: tuple[Split, ...] = ()
     """Layers that the model's files hold as one and this network computes in parts."""
     mask: str = ""
-    """Identity of where a pruned model's weights are zero (`fedlora.prune.masks`); empty: dense."""
+    """Identity of where a pruned model's weights are zero (`models.masks`); empty: dense."""
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -156,3 +161,31 @@ def _check_rows(what: str, alpha: Tensor | None, r: int, d_in: int) -> None:
         raise ValueError(f"{what} {shape} does not fit: expected ({r}, {d_in})")
     if r % len(alpha):
         raise ValueError(f"{what} has rank {len(alpha)}, which does not divide {r}")
+
+
+def linear_layers(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear layers at these paths, without whatever adapters are around them.
+
+    Raises:
+        ModelError: naming a path where there is nothing, no linear layer, or a quantised one.
+    """
+    found = {}
+    for path in paths:
+        try:
+            layer = network.get_submodule(path)
+        except AttributeError as error:
+            raise ModelError(f"{type(network).__name__} has no module {path!r}") from error
+        base = layer.base if isinstance(layer, AdaptedLinear) else layer
+        if not is_linear(base):
+            raise ModelError(
+                f"{path} is a {type(base).__name__}; only linear layers (nn.Linear, Conv1D) can be "
+                "pruned: choose other model.targets"
+            )
+        weight: Any = base.weight
+        if not weight.is_floating_point():
+            raise ModelError(
+                f"{path} stores {weight.dtype} weights: a quantised base cannot be pruned; use "
+                "model.quantization=none"
+            )
+        found[path] = base
+    return found

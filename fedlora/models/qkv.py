@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.models.folder import ModelError
-from fedlora.types import Adapter, Factors, Module
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    Module,
+)
 
 FUSED: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "gpt2": ("attn.c_attn", ("q_attn", "k_attn", "v_attn"))

@@ -4,6 +4,21 @@ All tokens of a step form one row ``[1, N]``; every layer of a transformer but a
 tokens alone and does not notice. Attention gathers the sequences into a few padded stacks of
 similar length, computes them causally, and puts the tokens back. A pad repeats its own sequence's
 last token, so that nothing of one sequence can reach another, not even a NaN through 0 * NaN.
+
+An example of four sequences of 2, 8, 7 and 2 tokens: rows 0-1, 2-9, 10-16 and 17-18. The long ones
+make one stack ``[2, 8]`` with one pad, the short ones another, ``[2, 2]``:
+
+>>> geometry = Geometry.of([2, 8, 7, 2])
+>>> geometry.shapes
+((2, 8), (2, 2))
+>>> geometry.gather[:16].view(2, 8).tolist()
+[[2, 3, 4, 5, 6, 7, 8, 9], [10, 11, 12, 13, 14, 15, 16, 16]]
+>>> geometry.gather[16:].view(2, 2).tolist()
+[[0, 1], [17, 18]]
+>>> geometry.pads.tolist()
+[15]
+>>> geometry.scatter.tolist()  # of rows 0-1, 2-9, 10-16 and 17-18
+[16, 17, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 18, 19]
 """
 
 import itertools
@@ -19,7 +34,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 STACKS = 4
-"""Sequences are stacked with those whose length is within a quarter of the longest."""
+"""The most stacks. Sequences up to a quarter as long as the longest one share a stack, those up to
+half as long the next, and so on."""
 
 _HARMLESS = frozenset(
     [
@@ -41,51 +57,59 @@ _HARMLESS = frozenset(
         "use_cache",
     ]
 )
-"""What models hand their attention function and what changes nothing here."""
+"""Arguments that models give their attention function and that change nothing here."""
 
 _names = itertools.count()
 
 
 class RaggedUnsupported(ValueError):
-    """This model's attention asks for something that ragged sequences do not get here."""
+    """This model's attention needs something that ragged sequences do not offer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """Where the sequences of one ``[1, N]`` row lie."""
+    """Where the sequences of one ``[1, N]`` row lie in stacks of ``M`` places."""
 
     shapes: tuple[tuple[int, int], ...]
-    """``(sequences, width)`` of each stack."""
+    """``(sequences, width)`` of each stack, the widest first; their products add up to ``M``."""
     gather: Tensor | None
-    """``[M]``: row of every place of the stacks, one stack after another; None: rows are stacked as
-    they are."""
+    """``[M]``: the row of every place, one stack after another; None: all sequences have one
+    length, so place and row are the same."""
     scatter: Tensor | None
-    """``[N]``: place of every row."""
+    """``[N]``: the place of every row."""
     pads: Tensor | None
-    """``[p]``: places that hold a repeated token."""
+    """``[M - N]``: places that repeat a token; None: there are none."""
 
     @staticmethod
     def of(lengths: Sequence[int]) -> "Geometry":
-        """Of sequences of so many tokens, at least one each, one after another."""
-        length = np.asarray(lengths, np.int64)
-        start, longest = np.cumsum(length) - length, int(length.max())
+        """The geometry of sequences of ``lengths`` tokens, at least one each, end to end."""
+        length = np.asarray(lengths, np.int64)  # [S]
+        start, longest = np.cumsum(length) - length, int(length.max())  # [S]: each one's first row
         if len(set(lengths)) == 1:
             return Geometry(((len(lengths), longest),), None, None, None)
-        stack = -(-STACKS * length // longest)
+
+        # Which stack each sequence is in, 1..STACKS: its length in quarters of the longest, up.
+        stack = -(-STACKS * length // longest)  # [S]
+
         shapes, gather, pads = [], [], []
-        scatter, at = np.zeros(int(length.sum()), np.int64), 0
+        scatter, at = np.zeros(int(length.sum()), np.int64), 0  # [N], places before this stack
         for s in np.unique(stack)[::-1]:
-            chosen = np.flatnonzero(stack == s)
-            n, first = length[chosen], start[chosen]
+            # Its sequences: how long they are, their first rows, and the width that holds them.
+            chosen = np.flatnonzero(stack == s)  # [s]
+            n, first = length[chosen, None], start[chosen, None]  # [s, 1]
             width = int(n.max())
-            steps = np.arange(width)
-            real = steps < n[:, None]
-            source = first[:, None] + np.minimum(steps, n[:, None] - 1)
-            place = at + np.arange(source.size).reshape(source.shape)
-            scatter[source[real]] = place[real]
+
+            # The row that each of its places holds; after a sequence's end the last one again.
+            steps = np.arange(width)  # [width]
+            real = steps < n  # [s, width]
+            source = first + np.minimum(steps, n - 1)  # [s, width]
             gather.append(source.reshape(-1))
-            pads.append(place[~real])
             shapes.append((len(chosen), width))
+
+            # And back: the places of its rows, without the repeated ones.
+            place = at + np.arange(source.size).reshape(source.shape)  # [s, width]
+            scatter[source[real]] = place[real]
+            pads.append(place[~real])
             at += source.size
         return Geometry(
             tuple(shapes),
@@ -101,18 +125,24 @@ class Geometry:
 
 
 def indices(found: NDArray[np.int64]) -> Tensor | None:
-    """As a tensor; None without any."""
+    """``[p]`` as a tensor; None if there are none."""
     return torch.from_numpy(found) if len(found) else None
 
 
-def gathered(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
-    """The rows ``[M, d]`` of ``x`` that ``index [M]`` names, but zero in the rows of ``empty``."""
+def gather_rows(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
+    """The rows ``[M, d]`` of ``x [N, d]`` that ``index [M]`` names; zero in the rows ``empty [p]``.
+
+    >>> x, index = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1, 1])
+    >>> gather_rows(x, index, empty=torch.tensor([2])).tolist()
+    [[1.0], [2.0], [0.0]]
+    """
     rows = x.index_select(0, index)
     return rows if empty is None else rows.index_fill_(0, empty, 0)
 
 
 class _Stack(torch.autograd.Function):
-    """Rows ``[N, d]`` to places ``[M, d]``. A place that repeats a token passes no gradient."""
+    """Rows ``[N, d]`` to places ``[M, d]``. A place that repeats a token passes no gradient: its
+    output is not used, and its key and value are hidden from all real tokens by causality."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
@@ -135,7 +165,7 @@ class _Unstack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return gathered(grad, ctx.geometry.gather, ctx.geometry.pads), None
+        return gather_rows(grad, ctx.geometry.gather, ctx.geometry.pads), None
 
 
 class RaggedAttention:
@@ -148,9 +178,9 @@ class RaggedAttention:
     def __init__(self) -> None:
         self.geometry: Geometry | None = None
         self.calls = 0
-        """How often a model has asked: zero after a forward means that it has its own attention."""
+        """Calls so far: zero after a forward pass means that the model uses its own attention."""
         self.windowed = False
-        """Whether any layer has asked for a window."""
+        """Whether any layer has a sliding window."""
         self.name = f"fedlora_ragged_{next(_names)}"
 
     def __call__(
@@ -170,9 +200,10 @@ class RaggedAttention:
         ``[1, N, heads, d]``.
 
         Raises:
-            RaggedUnsupported: if the model asks for more than scaled causal attention within a
+            RaggedUnsupported: if the model needs more than scaled causal attention within a
                 window.
         """
+        # Refuse what stacks could not do.
         self.calls += 1
         self.windowed |= sliding_window is not None
         asked = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
@@ -181,12 +212,16 @@ class RaggedAttention:
         if asked:
             raise RaggedUnsupported(f"{type(module).__name__} attends with {', '.join(asked)}")
         assert self.geometry is not None
+
+        # Stack, attend stack by stack, [sequences, heads, width, d] each.
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
         stacked = [self._stacks(x) for x in (query, key, value)]
         outs = [
             _attend(q, k, v, scaling, sliding_window, groups)
             for q, k, v in zip(*stacked, strict=True)
         ]
+
+        # Back to rows: heads side by side, [M, heads d], then [N, heads d].
         flat = [o.transpose(1, 2).reshape(-1, heads * o.shape[-1]) for o in outs]
         places = flat[0] if len(flat) == 1 else torch.cat(flat)
         rows = places
@@ -199,7 +234,7 @@ class RaggedAttention:
         geometry = self.geometry
         assert geometry is not None
         _, heads, rows, d = x.shape
-        places = x.transpose(1, 2).reshape(rows, heads * d)
+        places = x.transpose(1, 2).reshape(rows, heads * d)  # [N, heads d], stacked [M, heads d]
         if geometry.gather is not None:
             places = _Stack.apply(places, geometry.gather, geometry.scatter)  # type: ignore[no-untyped-call]
         parts = places.split([s * t for s, t in geometry.shapes])
@@ -212,12 +247,14 @@ class RaggedAttention:
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, groups: int
 ) -> Tensor:
-    """Causal attention of one stack, ``[sequences, heads, width, d]``."""
+    """Causal attention of one stack, ``[sequences, heads, width, d]``; ``groups`` query heads share
+    a key head."""
     width = q.shape[-2]
     if window is None or window >= width:
         return functional.scaled_dot_product_attention(
             q, k, v, is_causal=width > 1, scale=scaling, enable_gqa=groups > 1
         )
+    # Which key each query sees, [width, width]: itself and the window - 1 tokens before it.
     at = torch.arange(width, device=q.device)
     near = (at[:, None] >= at) & (at[:, None] - at < window)
     k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
@@ -225,14 +262,14 @@ def _attend(
 
 
 def is_exchangeable(network: Any) -> bool:
-    """Whether transformers can exchange a ``PreTrainedModel``'s attention function. Older
-    architectures have their attention built in, and asking them for another is a warning."""
+    """Whether transformers can replace a ``PreTrainedModel``'s attention function. Older
+    architectures have it built in; replacing it there only gives a warning."""
     return bool(network._can_set_attn_implementation())
 
 
 @contextmanager
 def ragged(network: Any, attention: RaggedAttention) -> Iterator[None]:
-    """Let a ``PreTrainedModel`` attend through ``attention`` for a while."""
+    """While the context is open, a ``PreTrainedModel`` attends through ``attention``."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     before = network.config._attn_implementation

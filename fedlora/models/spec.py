@@ -17,13 +17,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from fedlora.core.checks import one_of
+from fedlora.core.errors import ModelError
 from fedlora.models import folder as folders
-from fedlora.models.folder import ModelError, find_assets
+from fedlora.models.folder import find_assets
+from fedlora.models.masks import (
+    check_network,
+    load_masks,
+    mask_identity,
+)
 from fedlora.models.modules import ModelInfo as ModelInfo
 from fedlora.models.modules import find_modules
 from fedlora.models.qkv import Split, split_qkv
-from fedlora.prune.masks import check_network, load_masks, mask_identity
-from fedlora.types import one_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

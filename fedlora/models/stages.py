@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.batches import Batch
-from fedlora.engine.forward import supervised_logits
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.types import Module
+from fedlora.data.batches import Batch
+from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import Module
 
 _BLOCK = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 PROBE = (2, 7)

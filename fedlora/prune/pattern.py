@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
 
 
 @dataclass(frozen=True)

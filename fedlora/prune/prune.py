@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fedlora.models.folder import ModelError
+from fedlora.core.checks import one_of
+from fedlora.core.errors import ModelError
 from fedlora.models.layers import dense_weight
-from fedlora.prune.activations import Activations, linear_layers, measure
+from fedlora.models.modules import linear_layers
 from fedlora.prune.methods import magnitude, sparsegpt, wanda
 from fedlora.prune.pattern import Pattern
-from fedlora.types import one_of
+from fedlora.prune.statistics import Activations, measure
 
 METHODS = ("wanda", "magnitude", "sparsegpt")
 _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")

@@ -1,8 +1,25 @@
-"""Which examples are in a client's step, and how they cross a cut: rows of tokens without padding.
+"""Which examples a client's step holds, and how they cross a cut: rows of tokens without padding.
 
 A client of a split goes through its data epoch by epoch across rounds, so its steps are counted
-from the first: step ``t`` is step ``t`` of an unsplit client whose only round is as long
-(`fedlora.batches.step_indices` with ``round=1``), with the same dropout masks.
+from its first one: step ``t`` is step ``t`` of an unsplit client whose only round is as long
+(`fedlora.data.batches.step_indices` with ``round=1``), with the same dropout masks.
+
+The example in this module is a step of two rows of 3 and 2 input tokens. In a padded batch they are
+rows of three places, 0-2 and 3-5, and place 5 is padding:
+
+>>> shape = Shape((3, 2))
+>>> shape.index().tolist()
+[0, 1, 2, 3, 4]
+>>> shape.index(width=4).tolist()
+[0, 1, 2, 4, 5]
+>>> hidden = torch.arange(6.0).view(2, 3, 1)
+>>> pack(hidden, shape).flatten().tolist()
+[0.0, 1.0, 2.0, 3.0, 4.0]
+>>> pad(pack(hidden, shape), shape).flatten().tolist()
+[0.0, 1.0, 2.0, 3.0, 4.0, 0.0]
+>>> labels = Labels(first=(1, 0), targets=torch.tensor([12, 13, 21, 22]))
+>>> labels.positions(shape).tolist()  # a loss from the first row's second token on
+[1, 2, 3, 4]
 """
 
 import math
@@ -14,41 +31,51 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.batches import Batch, TokenExample, collate, first_target
-from fedlora.seeding import dropout_seeds, generator
-from fedlora.types import LocalPlan
+from fedlora.core.seeding import dropout_seeds, generator
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import (
+    Batch,
+    TokenExample,
+    collate,
+    first_target,
+)
 
 ROUND = 1
-"""Streams of a split client are those of this round, whatever round it is."""
+"""A split client's random streams are always those of this round."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How many tokens each row of a step has: all that a stage in the middle has to know."""
+    """How many tokens each row of a step has: all that a stage in the middle needs to know."""
 
     lengths: tuple[int, ...]
     """Input positions of each row."""
 
     @property
     def width(self) -> int:
-        """Of the padded batch."""
+        """Width of the padded batch: the longest row."""
         return max(self.lengths)
 
     @property
     def tokens(self) -> int:
-        """Rows of what crosses the cut."""
+        """Tokens of all rows together; hidden states cross the cut as ``[tokens, d]``."""
         return sum(self.lengths)
 
     def check(self, context: int) -> None:
-        """Raise a ValueError unless there are rows, each of which fits into so many tokens."""
+        """Raise a ValueError unless there are rows and each has 1 to ``context`` tokens."""
         if not self.lengths or not 1 <= min(self.lengths) <= max(self.lengths) <= context:
             raise ValueError(
                 f"rows of {list(self.lengths)} tokens: the model takes 1..{context} in a row"
             )
 
     def index(self, width: int = 0) -> Tensor:
-        """``[tokens]`` int64: where each token lies in a padded batch ``[b * width]``."""
+        """``[tokens]`` int64: the place of each token in a padded batch ``[b * width]``.
+
+        Args:
+            width: of the padded batch; 0: that of the longest row.
+        """
         width = width or self.width
+        # Row r begins at place r * width and fills as many places as it has tokens.
         rows = [torch.arange(r * width, r * width + n) for r, n in enumerate(self.lengths)]
         return torch.cat(rows)
 
@@ -58,12 +85,12 @@ class Labels:
     """What a loss needs: the tokens that follow each row's supervised positions."""
 
     first: tuple[int, ...]
-    """Of each row: its first supervised position; all that follow have a loss too."""
+    """First supervised position of each row; all later ones have a loss too."""
     targets: Tensor
     """``[n]`` int64, row by row."""
 
     def positions(self, shape: Shape, width: int = 0) -> Tensor:
-        """``[n]`` int64: flat positions in the padded batch ``[b * width]``."""
+        """``[n]`` int64: supervised positions in the padded batch ``[b * width]``."""
         width = width or shape.width
         rows = zip(self.first, shape.lengths, strict=True)
         return torch.cat(
@@ -72,6 +99,7 @@ class Labels:
 
     def check(self, shape: Shape, vocabulary: int) -> None:
         """Raise a ValueError unless the labels fit the rows and the vocabulary."""
+        # Row r has lengths[r] - first[r] labels; all of them together are the targets.
         counts = [n - f for f, n in zip(self.first, shape.lengths, strict=True)]
         if min(self.first) < 0 or min(counts) < 0 or sum(counts) != self.targets.numel():
             raise ValueError(
@@ -117,7 +145,7 @@ def pad(packed: Tensor, shape: Shape, width: int = 0) -> Tensor:
 
 
 class Order:
-    """The examples of any step of a client: a fresh permutation per epoch, cut into batches."""
+    """The examples of any step of a client: a new permutation per epoch, cut into batches."""
 
     def __init__(self, n: int, plan: LocalPlan, *, seed: int, client: int) -> None:
         self.n = n
@@ -133,6 +161,8 @@ class Order:
         self._permutation: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
 
     def __getitem__(self, step: int) -> list[int]:
+        # Permutations are drawn one after another: for an earlier epoch start again, and draw up to
+        # the epoch of this step.
         epoch, at = divmod(step, self.per_epoch)
         if epoch < self._epoch:
             self._restart()
@@ -144,7 +174,7 @@ class Order:
 
 
 class Seeds:
-    """The seed of the dropout masks of any step of a client."""
+    """The seed of the dropout masks of any step of a client; kept once drawn."""
 
     def __init__(self, *, seed: int, client: int) -> None:
         self._stream = dropout_seeds(seed, ROUND, client)

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.batches import TokenExample
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import Span, Stage, Stages
-from fedlora.seeding import torch_seed
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
+from fedlora.split.compression import Parts
 from fedlora.split.loss import summed_loss
-from fedlora.split.party import Party
-from fedlora.split.protocol import Cut, Down, Opening, Up
-from fedlora.split.wire import Parts
-from fedlora.types import LocalPlan
+from fedlora.split.protocol import Cut, Down, InitMessage, Up
+from fedlora.split.trainable import TrainableStage
 
 
 @dataclass(frozen=True)
@@ -36,25 +36,25 @@ class SplitClient:
     Args:
         stages: of the resident model.
         examples: what it trains on.
-        opening: with what it begins.
+        init: what it begins the round with.
 
     Raises:
         ModelError: if the cut does not lie inside the model.
         ValueError: if there is nothing to train on, or the adapters do not fit.
     """
 
-    def __init__(self, stages: Stages, examples: Sequence[TokenExample], opening: Opening) -> None:
-        client, plan, terms = opening.client, opening.plan, opening.terms
+    def __init__(self, stages: Stages, examples: Sequence[TokenExample], init: InitMessage) -> None:
+        client, plan, terms = init.client, init.plan, init.terms
         if not examples:
             raise ValueError(
                 f"client {client.id} has nothing to train on: no example with a token that has a "
                 f"loss (client.loss={plan.loss})"
             )
-        self.opening = opening
+        self.init = init
         self.examples = examples
         self.model = stages.model
-        self.head, self.tail = client_stages(stages, opening.cut)
-        self.party = party_of(stages, opening)
+        self.head, self.tail = client_stages(stages, init.cut)
+        self.trainable = trainable_of(stages, init)
         self._order = Order(len(examples), plan, seed=terms.seed, client=client.id)
         self._seeds = Seeds(seed=terms.seed, client=client.id)
         self._pending: _Pending | None = None
@@ -68,7 +68,7 @@ class SplitClient:
         """
         grad_norm = self._learn(down)
         if down.adapter is not None:
-            self.party.load(down.adapter)
+            self.trainable.load(down.adapter)
         if down.middle is not None:
             return self._finish(down.step, down.middle)
         sent: dict[str, object] = {}
@@ -83,15 +83,15 @@ class SplitClient:
             }
         if down.upload:
             sent |= {
-                "adapter": self.party.adapter(),
-                "memory": self.party.memory(),
+                "adapter": self.trainable.adapter(),
+                "optimizer_state": self.trainable.optimizer_state(),
             }
         return Up(down.step, grad_norm=grad_norm, **sent)  # type: ignore[arg-type]
 
     def grads(self) -> dict[str, Tensor]:
         """What a U-shape's tail has left for the optimizer step to come, by buffer. With adapters
-        and optimizer memory, all that another process needs to go on (`resume`)."""
-        return {f"{i}": g.clone() for i, g in enumerate(self.party.flat.grads)}
+        and optimizer state, all that another process needs to go on (`resume`)."""
+        return {f"{i}": g.clone() for i, g in enumerate(self.trainable.flat.grads)}
 
     def resume(self, step: int, grads: Mapping[str, Tensor], *, forward: bool) -> None:
         """Go on where another process stopped.
@@ -104,7 +104,7 @@ class SplitClient:
         else:
             self._pending = _Pending(step, None)
         for i, saved in grads.items():
-            self.party.flat.grads[int(i)].copy_(saved)
+            self.trainable.flat.grads[int(i)].copy_(saved)
 
     def ready(self, step: int, *, graph: bool) -> bool:
         """Whether a step waits here for its tail or its gradient, the latter with its graph."""
@@ -117,7 +117,7 @@ class SplitClient:
         return -1 if self._pending is None else self._pending.step
 
     def _step(self, step: int) -> Step:
-        return step_of(self.examples, self._order[step], self.opening.plan)
+        return step_of(self.examples, self._order[step], self.init.plan)
 
     def _learn(self, down: Down) -> float:
         """Backward and optimizer step; what no gradient comes for is dropped."""
@@ -129,27 +129,27 @@ class SplitClient:
         if pending is None or pending.packed is None or pending.step != down.of:
             waiting = "none waits" if pending is None else f"step {pending.step} waits"
             raise ValueError(
-                f"client {self.opening.client.id} was sent the gradient of step {down.of}, but "
+                f"client {self.init.client.id} was sent the gradient of step {down.of}, but "
                 f"{waiting} for one"
             )
         if pending.packed.requires_grad:
-            gradient = self.opening.terms.gradients.decode(down.gradient)
+            gradient = self.init.terms.gradients.decode(down.gradient)
             if gradient.shape != pending.packed.shape:
                 raise ValueError(
-                    f"client {self.opening.client.id} sent {list(pending.packed.shape)} numbers "
+                    f"client {self.init.client.id} sent {list(pending.packed.shape)} numbers "
                     f"up and was sent a gradient of {list(gradient.shape)}"
                 )
             pending.packed.backward(gradient.to(pending.packed))
-        return float(self.party.step(down.rate))
+        return float(self.trainable.step(down.rate))
 
     def _forward(self, number: int, step: Step) -> Parts:
         """Activations at the cut, as they go on the wire."""
-        terms, device = self.opening.terms, self.model.device
-        self.party.zero_grad()
+        terms, device = self.init.terms, self.model.device
+        self.trainable.zero_grad()
         batch = step.batch.to(device)
         self._mount(self.head, number, batch.inputs.numel())
         try:
-            with autocast(self.model, self.opening.plan):
+            with autocast(self.model, self.init.plan):
                 hidden = self.head.hidden(batch.inputs)
         finally:
             self.head.mount({})
@@ -164,15 +164,15 @@ class SplitClient:
         assert self.tail is not None
         if self._pending is None or self._pending.step != number:
             raise ValueError(
-                f"client {self.opening.client.id} was sent hidden states of step {number}, whose "
+                f"client {self.init.client.id} was sent hidden states of step {number}, whose "
                 "forward it has not begun"
             )
-        terms, step = self.opening.terms, self._step(number)
+        terms, step = self.init.terms, self._step(number)
         z = terms.activations.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
         shape, positions = step.shape, step.batch.positions.to(self.model.device)
         self._mount(self.tail, number, step.batch.inputs.numel())
         try:
-            with autocast(self.model, self.opening.plan):
+            with autocast(self.model, self.init.plan):
                 logits = self.tail.logits(pad(z, shape), positions)
         finally:
             self.tail.mount({})
@@ -185,15 +185,15 @@ class SplitClient:
         )
 
     def _mount(self, stage: Stage, number: int, rows: int) -> None:
-        stage.mount(self.party.updates)
-        if self.opening.plan.dropout > 0 and stage.layers:
+        stage.mount(self.trainable.updates)
+        if self.init.plan.dropout > 0 and stage.layers:
             bits = self.model.dropout_bits(self._seeds[number], rows)
             for path in stage.layers:
-                self.party.updates[path].bits = bits[path]
+                self.trainable.updates[path].bits = bits[path]
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         """For whatever a client adds at random to one step."""
-        who = self.opening
+        who = self.init
         seed = torch_seed(who.terms.seed, f"split {purpose}", who.client.id, step)
         return torch.Generator(self.model.device).manual_seed(seed)
 
@@ -212,22 +212,22 @@ def client_stages(stages: Stages, cut: Cut) -> tuple[Stage, Stage | None]:
     return head, stages[Span(last, stages.blocks, heads=True)]
 
 
-def party_of(stages: Stages, opening: Opening) -> Party:
+def trainable_of(stages: Stages, init: InitMessage) -> TrainableStage:
     """What a client trains.
 
     Raises:
         ValueError: if its adapters are not those of its blocks.
     """
-    head, tail = client_stages(stages, opening.cut)
+    head, tail = client_stages(stages, init.cut)
     own = [*head.layers, *(tail.layers if tail is not None else ())]
-    if list(opening.adapter) != own:
+    if list(init.adapter) != own:
         raise ValueError(
-            f"client {opening.client.id} was sent adapters of {len(opening.adapter)} modules, its "
-            f"blocks have {len(own)}: {list(opening.adapter)[:2]} and {own[:2]}"
+            f"client {init.client.id} was sent adapters of {len(init.adapter)} modules, its "
+            f"blocks have {len(own)}: {list(init.adapter)[:2]} and {own[:2]}"
         )
-    updates = stages.model.updates(opening.adapter, opening.plan.dropout)
+    updates = stages.model.updates(init.adapter, init.plan.dropout)
     factors = {path: u for path, u in updates.items() if isinstance(u, LowRank)}
-    return Party(factors, opening.plan, opening.memory)
+    return TrainableStage(factors, init.plan, init.optimizer_state)
 
 
 def autocast(model: LanguageModel, plan: LocalPlan) -> torch.autocast:

@@ -4,10 +4,11 @@ One message holds what every client on one node is sent (`Down`), or answers (`U
 both, and of a node's state:
 
     split   ConfigRecord  header (JSON): one entry per client; worker, source, wire in a request
-    arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters, memory
+    arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters,
+            optimizer state
 
-Activations and gradients are the arrays that `fedlora.split.wire` made, so both transports carry
-the same bits.
+Activations and gradients are the arrays that `fedlora.split.compression` made, so both transports
+carry the same bits.
 """
 
 import functools
@@ -22,12 +23,23 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.codec import decode_payload, encode_payload, plan_from_json, plan_to_json
-from fedlora.config import build, describe
+from fedlora.core.config import build, describe
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.split.batches import Labels, Shape
-from fedlora.split.party import Memory
-from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks
+from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
+from fedlora.split.trainable import OptimizerState
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    plan_from_json,
+    plan_to_json,
+)
 
 Arrays = dict[str, NDArray[Any]]
 Answer = Up | Failure
@@ -42,13 +54,13 @@ class Request:
     wire: str
     """Number format of adapters."""
     downs: Mapping[int, Down]
-    openings: Mapping[int, Opening]
+    inits: Mapping[int, InitMessage]
     """Of clients that begin with this exchange."""
 
 
 def encode_downs(
     downs: Mapping[int, Down],
-    openings: Mapping[int, Opening],
+    inits: Mapping[int, InitMessage],
     *,
     worker: str,
     source: str,
@@ -58,15 +70,15 @@ def encode_downs(
 
     Args:
         downs: by client.
-        openings: of those that have not been opened in this round.
-        worker, source, wire: as in `fedlora.codec.encode_jobs`.
+        inits: of those that begin the round with this exchange.
+        worker, source, wire: as in `fedlora.wire.codec.encode_jobs`.
     """
     arrays: Arrays = {}
     header = {}
     for i, down in downs.items():
         header[str(i)] = _down_header(i, down, arrays, wire)
-        if i in openings:
-            header[str(i)]["opening"] = opening_header(i, openings[i], arrays, wire)
+        if i in inits:
+            header[str(i)]["init"] = init_header(i, inits[i], arrays, wire)
     return _content(header, arrays, worker=worker, source=source, wire=wire)
 
 
@@ -80,10 +92,8 @@ def decode_downs(content: RecordDict) -> Request:
         source=str(config["source"]),
         wire=str(config["wire"]),
         downs={int(i): _down(int(i), h, found) for i, h in header.items()},
-        openings={
-            int(i): opening(int(i), h["opening"], found)
-            for i, h in header.items()
-            if "opening" in h
+        inits={
+            int(i): read_init(int(i), h["init"], found) for i, h in header.items() if "init" in h
         },
     )
 
@@ -115,29 +125,29 @@ def decode_ups(content: RecordDict, clients: Mapping[int, Client]) -> dict[int, 
     return answers
 
 
-def opening_header(i: int, opening: Opening, arrays: Arrays, wire: str) -> dict[str, Any]:
-    """An opening as JSON; its arrays are put beside others."""
-    _put(arrays, f"{i}/memory", {k: _numpy(v) for k, v in opening.memory.items()})
-    client = opening.client
+def init_header(i: int, init: InitMessage, arrays: Arrays, wire: str) -> dict[str, Any]:
+    """An `InitMessage` as JSON; its arrays are added to ``arrays``."""
+    _put_state(arrays, i, init.optimizer_state)
+    client = init.client
     return {
         "client": [client.id, dict(client.ranks), client.num_examples, client.tier],
-        "plan": plan_to_json(opening.plan),
-        "cut": json.dumps(describe(opening.cut)),
-        "terms": json.dumps(describe(opening.terms)),
-        "adapter": _put_adapter(arrays, f"{i}/start", opening.adapter, wire),
+        "plan": plan_to_json(init.plan),
+        "cut": json.dumps(describe(init.cut)),
+        "terms": json.dumps(describe(init.terms)),
+        "adapter": _put_adapter(arrays, f"{i}/start", init.adapter, wire),
     }
 
 
-def opening(i: int, header: Mapping[str, Any], found: Arrays) -> Opening:
-    """The inverse of `opening_header`."""
+def read_init(i: int, header: Mapping[str, Any], found: Arrays) -> InitMessage:
+    """The inverse of `init_header`."""
     cid, ranks, examples, tier = header["client"]
-    return Opening(
+    return InitMessage(
         client=Client(cid, Ranks(ranks), examples, tier),
         plan=_plan(header["plan"]),
         cut=_cut(header["cut"]),
         terms=_terms(header["terms"]),
         adapter=_adapter(found, f"{i}/start", header["adapter"]),
-        memory=_memory(found, i),
+        optimizer_state=_state(found, i),
     )
 
 
@@ -207,7 +217,7 @@ def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
         arrays[f"{i}/labels/targets"] = up.labels.targets.numpy().astype(np.int32)
     if up.adapter is not None:
         header["adapter"] = _put_adapter(arrays, f"{i}/adapter", up.adapter, wire)
-        _put(arrays, f"{i}/memory", {k: _numpy(v) for k, v in (up.memory or {}).items()})
+        _put_state(arrays, i, up.optimizer_state or {})
     return header
 
 
@@ -227,7 +237,7 @@ def _up(client: Client, h: Mapping[str, Any], found: Arrays) -> Answer:
         shape=None if lengths is None else Shape(tuple(int(n) for n in lengths)),
         labels=_labels(labels) if labels else None,
         adapter=_adapter(found, f"{i}/adapter", h["adapter"]) if "adapter" in h else None,
-        memory=_memory(found, i) if "adapter" in h else None,
+        optimizer_state=_state(found, i) if "adapter" in h else None,
     )
 
 
@@ -267,8 +277,12 @@ def _adapter(found: Arrays, name: str, header: str) -> Adapter:
     return payload
 
 
-def _memory(found: Arrays, i: int) -> Memory:
-    return {k: torch.from_numpy(np.array(v)) for k, v in _get(found, f"{i}/memory").items()}
+def _put_state(arrays: Arrays, i: int, optimizer_state: OptimizerState) -> None:
+    _put(arrays, f"{i}/optimizer", {k: _numpy(v) for k, v in optimizer_state.items()})
+
+
+def _state(found: Arrays, i: int) -> OptimizerState:
+    return {k: torch.from_numpy(np.array(v)) for k, v in _get(found, f"{i}/optimizer").items()}
 
 
 def _numpy(tensor: Tensor) -> NDArray[Any]:

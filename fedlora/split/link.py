@@ -1,61 +1,46 @@
 """A round's exchanges through Flower messages."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 from flwr.app import RecordDict
 
+from fedlora.core.types import Client, Failure
+from fedlora.server.method import ClientChannel
 from fedlora.split.codec import decode_ups, encode_downs
-from fedlora.split.protocol import Down, Opening, Up
-from fedlora.types import Client, Failure
-
-
-class Hall(Protocol):
-    """Where clients are met: `fedlora.carrier.Hall`."""
-
-    @property
-    def worker(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def wire(self) -> str: ...
-    def exchange(
-        self,
-        clients: Sequence[Client],
-        action: str,
-        content: Callable[[Sequence[Client]], RecordDict],
-    ) -> list[tuple[Sequence[Client], RecordDict | str]]: ...
+from fedlora.split.protocol import Down, InitMessage, Up
 
 
 class MessageLink:
     """Clients behind Flower nodes: one message per node and exchange.
 
     Args:
-        hall: where the round's clients are met.
-        openings: of these clients, by id.
+        channel: to the round's clients.
+        inits: of these clients, by id.
     """
 
-    def __init__(self, hall: Hall, openings: Mapping[int, Opening]) -> None:
-        self.hall, self.openings = hall, openings
+    def __init__(self, channel: ClientChannel, inits: Mapping[int, InitMessage]) -> None:
+        self.channel, self.inits = channel, inits
         self._opened: set[int] = set()
 
     @property
     def wire(self) -> str:
         """Number format of adapters."""
-        return self.hall.wire
+        return self.channel.wire
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """Send and wait. What a node does not answer is the failure of all its clients."""
 
         def content(who: Sequence[Client]) -> RecordDict:
-            new = {c.id: self.openings[c.id] for c in who if c.id not in self._opened}
+            new = {c.id: self.inits[c.id] for c in who if c.id not in self._opened}
             mine = {c.id: downs[c.id] for c in who}
-            hall = self.hall
-            return encode_downs(mine, new, worker=hall.worker, source=hall.source, wire=hall.wire)
+            channel = self.channel
+            return encode_downs(
+                mine, new, worker=channel.worker, source=channel.source, wire=channel.wire
+            )
 
         found: dict[int, Up | Failure] = {}
-        clients = [self.openings[i].client for i in sorted(downs)]
-        for who, answer in self.hall.exchange(clients, "split", content):
+        clients = [self.inits[i].client for i in sorted(downs)]
+        for who, answer in self.channel.exchange(clients, "split", content):
             if isinstance(answer, str):
                 found |= {c.id: Failure(c, "WorkerError", answer) for c in who}
                 continue

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.types import at_least
+from fedlora.core.checks import at_least
 
 LIBRARY = "dp-accounting"
 NOT_COVERED = (

@@ -1,18 +1,23 @@
-"""What the parties of a split say to each other, as values.
+"""The messages between the server and the clients of a split, as values.
 
 One exchange per step: the gradient of the step before goes down, the activations of the next one
 come up. With a U-shape a second one follows: the server's hidden states go down to the client's
-tail, their gradient comes up. What a client holds between two exchanges is `Memory`, adapters and
-a count of steps; nothing else may matter.
+tail, their gradient comes up. Between two exchanges a client holds its adapters, its optimizer
+state and a count of steps; nothing else may matter.
 """
 
 from dataclasses import dataclass, field
 
+from fedlora.core.checks import at_least
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    LocalPlan,
+)
 from fedlora.split.batches import Labels, Shape
+from fedlora.split.compression import Parts, Wire
 from fedlora.split.noise import Noise
-from fedlora.split.party import Memory
-from fedlora.split.wire import Parts, Wire
-from fedlora.types import Adapter, Client, LocalPlan, at_least
+from fedlora.split.trainable import OptimizerState
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,8 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Opening:
-    """With what a client begins a round."""
+class InitMessage:
+    """What a client needs to begin a round."""
 
     client: Client
     plan: LocalPlan
@@ -70,13 +75,13 @@ class Opening:
     terms: Terms
     adapter: Adapter
     """Of the blocks that it holds."""
-    memory: Memory
-    """Of its optimizer; empty: a fresh one."""
+    optimizer_state: OptimizerState
+    """Empty: a new optimizer."""
 
 
 @dataclass(frozen=True)
 class Down:
-    """What a client is sent in one exchange. What is missing does not happen; the order is fixed:
+    """What a client is sent in one exchange. What is missing is not done; the order is fixed:
     gradient, optimizer step, new adapter, forward; or else the tail."""
 
     step: int
@@ -92,7 +97,7 @@ class Down:
     middle: Parts | None = None
     """U-shape: hidden states that the client's tail goes on with."""
     upload: bool = False
-    """Whether adapter and memory are to be sent back."""
+    """Whether adapter and optimizer state are to be sent back."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +113,11 @@ class Up:
     loss: float = 0.0
     """U-shape: mean negative log-likelihood of the step's supervised tokens."""
     tokens: int = 0
-    """Supervised tokens of the step; with a U-shape all that the server hears of its labels."""
+    """Supervised tokens of the step; with a U-shape all that the server learns of its labels."""
     grad_norm: float = 0.0
     """Of the optimizer step that this exchange brought, before clipping."""
     adapter: Adapter | None = None
-    memory: Memory | None = None
+    optimizer_state: OptimizerState | None = None
 
 
 def parts_bytes(parts: Parts | None) -> int:

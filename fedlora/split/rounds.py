@@ -1,45 +1,52 @@
-"""One round of a split: the same exchanges whatever carries them.
+"""One round of a split: the same exchanges over any transport.
 
     step k    gradients of step k-1 down, activations of step k up        (k < K)
     U-shape   hidden states down to the tails, their gradients up
     average   every so many steps: adapters up, their average down with the next step
-    the end   the last gradient down, adapters and optimizer memory up
+    the end   the last gradient down, adapters and optimizer state up
 
-A client whose answer does not come, or makes no sense, loses that step and is named; the others go
-on as if it were not there. After `PATIENCE` misses in a row it is out for the round.
+A client whose answer is missing or wrong loses that step and is named; the others continue as if it
+were not there. After `MOST_MISSES` in a row it is out for the round.
 """
 
 import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from fedlora.batches import TokenExample
-from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
-from fedlora.engine.loop import Trace
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Failure,
+    Update,
+    payload_tensors,
+)
+from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
+from fedlora.server.validation import check_update
 from fedlora.split.client import SplitClient
-from fedlora.split.party import Memory
-from fedlora.split.protocol import Down, Opening, Up, label_bytes, parts_bytes
+from fedlora.split.progress import ClientProgress, Gradient, Phase
+from fedlora.split.protocol import Down, InitMessage, Up, parts_bytes
 from fedlora.split.server import Answer, SplitServer
-from fedlora.split.wire import Parts
-from fedlora.types import Adapter, Client, Failure, Update, payload_tensors
-from fedlora.validation import check_update
-
-PATIENCE = 2
-"""Answers in a row that may be missing or wrong, before a client is out for the round."""
+from fedlora.split.trainable import OptimizerState
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    payload_bytes,
+    update_bytes,
+)
 
 
 class Link(Protocol):
-    """What carries a round's exchanges. Clients are opened with their first one."""
+    """A transport of a round's exchanges. A client gets its `InitMessage` with its first one."""
 
     @property
     def wire(self) -> str:
         """Number format of adapters."""
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
-        """One answer, or what became of it, for every client that was sent something."""
+        """For every client that is sent something its answer, or why there is none."""
 
 
 class LocalLink:
@@ -47,21 +54,21 @@ class LocalLink:
 
     Args:
         stages: of the resident model.
-        openings: of the round's clients, by id.
-        examples: what a client trains on.
+        inits: of the round's clients, by id.
+        examples: reads what a client trains on.
         wire: number format of adapters; what a message would round is rounded here too.
     """
 
     def __init__(
         self,
         stages: Stages,
-        openings: Mapping[int, Opening],
-        examples: Callable[[Opening], Sequence[TokenExample]],
+        inits: Mapping[int, InitMessage],
+        examples: Callable[[InitMessage], Sequence[TokenExample]],
         wire: str = "float32",
     ) -> None:
         self.stages, self.examples, self.wire = stages, examples, wire
-        self.openings = {
-            i: replace(o, adapter=through(o.adapter, wire)) for i, o in openings.items()
+        self.inits = {
+            i: replace(o, adapter=through_wire(o.adapter, wire)) for i, o in inits.items()
         }
         self.clients: dict[int, SplitClient] = {}
 
@@ -69,38 +76,42 @@ class LocalLink:
         return {i: self._one(i, down) for i, down in sorted(downs.items())}
 
     def _one(self, i: int, down: Down) -> Up | Failure:
-        opening = self.openings[i]
+        init = self.inits[i]
         try:
             if i not in self.clients:
-                self.clients[i] = SplitClient(self.stages, self.examples(opening), opening)
+                self.clients[i] = SplitClient(self.stages, self.examples(init), init)
             if down.adapter is not None:
-                down = replace(down, adapter=through(down.adapter, self.wire))
+                down = replace(down, adapter=through_wire(down.adapter, self.wire))
             up = self.clients[i].receive(down)
-            return up if up.adapter is None else replace(up, adapter=through(up.adapter, self.wire))
+            return (
+                up
+                if up.adapter is None
+                else replace(up, adapter=through_wire(up.adapter, self.wire))
+            )
         except Exception as error:
-            return failed(opening.client, error)
+            return failure_of(init.client, error)
 
 
-def through(adapter: Adapter, wire: str) -> Adapter:
+def through_wire(adapter: Adapter, wire: str) -> Adapter:
     """An adapter as it comes out of a message."""
     payload = decode_payload(*encode_payload(adapter, wire))
     assert isinstance(payload, Mapping)
     return payload
 
 
-def failed(client: Client, error: Exception) -> Failure:
-    """An exception as what the server hears of it."""
+def failure_of(client: Client, error: Exception) -> Failure:
+    """An exception as a record that can travel."""
     return Failure(client, type(error).__name__, str(error), traceback.format_exc())
 
 
 @dataclass(frozen=True)
-class Itinerary:
+class RoundPlan:
     """What a round consists of."""
 
     starts: Mapping[int, Adapter]
-    """Of each client."""
+    """Adapters that each client starts from."""
     done: Mapping[int, int]
-    """Steps that each client has behind it: its next one has this number."""
+    """Steps of each client before this round: its next one has this number."""
     steps: Mapping[int, int]
     """Steps of each client in this round."""
     server_rates: Sequence[float]
@@ -115,81 +126,46 @@ class Itinerary:
         return max(self.steps.values())
 
 
-@dataclass
-class Ledger:
-    """What happened to one client in the round."""
-
-    losses: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    norms: list[float] = field(default_factory=list)
-    up: int = 0
-    """Bytes of activations, labels and gradients that it sent, and of adapters within the round."""
-    down: int = 0
-    """Bytes of gradients and hidden states that it was sent, and of averages within the round."""
-    dropped: int = 0
-    """Steps that it lost, or whose gradient it did not get."""
-    rows: int = 0
-    """Tokens whose activations it sent."""
-    widest: int = 0
-    """Tokens of its largest step, padding included."""
-
-    def metrics(self, moved: float) -> dict[str, float]:
-        """As of any client (`Trace.metrics`), beside bytes and lost steps.
-
-        Args:
-            moved: how far the client's adapters have moved in the round.
-        """
-        norms = tuple(self.norms) or (0.0,)  # its one gradient may have been lost
-        trace = Trace(tuple(self.losses), tuple(self.tokens), norms, moved)
-        return trace.metrics() | {
-            "exchanged_up": float(self.up),
-            "exchanged_down": float(self.down),
-            "exchanged_tokens": float(self.rows),
-            "step_tokens": float(self.widest),
-            "dropped_steps": float(self.dropped),
-        }
-
-
 @dataclass(frozen=True)
 class Finished:
     """A client at the end of the round."""
 
     adapter: Adapter
-    memory: Memory
+    optimizer_state: OptimizerState
     done: int
-    """Steps that it has behind it now."""
+    """Its steps so far, this round included."""
     metrics: Mapping[str, float]
 
 
 Average = Callable[[Mapping[int, Adapter]], Mapping[int, Adapter]]
-"""Clients' adapters to what each of them goes on with."""
+"""Maps all clients' adapters to those that each client continues with."""
 
 
-def play(
+def run_exchanges(
     link: Link,
     server: SplitServer,
-    itinerary: Itinerary,
+    plan: RoundPlan,
     average: Average,
     say: Callable[[str], None] = lambda _: None,
-    progress: Callable[[int, float], None] = lambda _, __: None,
+    on_step: Callable[[int, float], None] = lambda _, __: None,
 ) -> dict[int, Finished | Failure]:
-    """Play a round.
+    """All exchanges of a round.
 
     Args:
         link: to the clients.
-        server: its parties are trained in place.
-        itinerary: of the round.
+        server: its adapters are trained in place.
+        plan: of the round.
         average: of adapters in the middle of the round.
         say: takes one line for every step that a client loses.
-        progress: takes each finished step and its mean loss.
+        on_step: takes the number of each finished step and its mean loss.
 
     Returns:
-        For every client of the itinerary, where it stands, or why it does not.
+        For every client of the plan, its result or why there is none.
 
     Raises:
         FloatingPointError: naming the client, if the server's loss is not finite.
     """
-    return _Round(link, server, itinerary, average, say, progress).play()
+    return _Round(link, server, plan, average, say, on_step).run()
 
 
 class _Round:
@@ -197,188 +173,168 @@ class _Round:
         self,
         link: Link,
         server: SplitServer,
-        itinerary: Itinerary,
+        plan: RoundPlan,
         average: Average,
         say: Callable[[str], None],
-        progress: Callable[[int, float], None],
+        on_step: Callable[[int, float], None],
     ) -> None:
-        self.link, self.server, self.itinerary = link, server, itinerary
-        self.average, self.say, self.progress = average, say, progress
-        self.ledgers = {i: Ledger() for i in itinerary.steps}
-        self.strikes = dict.fromkeys(itinerary.steps, 0)
-        self.lost: dict[int, Failure] = {}
-        self.waiting: dict[int, tuple[int, Parts, float]] = {}
-        """Gradients that go down with a client's next exchange: step, gradient, rate."""
-        self.fresh: dict[int, Adapter] = {}
-        """Averages that go down with every exchange until one is answered."""
-        self.homecoming: dict[int, Up] = {}
-        """Of clients that have sent their adapters and do not go on."""
+        self.link, self.server, self.plan = link, server, plan
+        self.average, self.say, self.on_step = average, say, on_step
+        self.clients = {
+            i: ClientProgress(
+                client=server.clients[i].client,
+                done=plan.done[i],
+                steps=steps,
+                u_shaped=server.clients[i].cut.u_shaped,
+            )
+            for i, steps in plan.steps.items()
+        }
         self.k = 0
+        """Steps of the round so far."""
 
-    def play(self) -> dict[int, Finished | Failure]:
-        it = self.itinerary
-        for self.k in range(it.length + 1):
-            if self.k in it.average_after:
+    def run(self) -> dict[int, Finished | Failure]:
+        # A client with fewer steps than others returns after its last one; the last exchange of all
+        # (k = length) brings the last gradient down and the adapters up.
+        for k in range(self.plan.length + 1):
+            self.k = k
+            if k in self.plan.average_after:
                 self._average()
             downs = {
-                i: self._down(i, forward=self.k < steps)
-                for i, steps in it.steps.items()
-                if self._away(i) and self.k <= steps
+                i: client.ask(k, forward=k < client.steps)
+                for i, client in self._training().items()
+                if k <= client.steps
             }
             ups = self._exchange(downs)
             self._learn({i: up for i, up in ups.items() if downs[i].forward})
-        self._fetch()
-        return {i: self._finished(i) for i in sorted(it.steps)}
+        self._fetch_adapters()
+        return {i: self._result(i) for i in sorted(self.clients)}
 
-    def _away(self, i: int) -> bool:
-        """Whether a client is still to be heard of."""
-        return i not in self.lost and i not in self.homecoming
+    def _training(self) -> dict[int, ClientProgress]:
+        return {i: c for i, c in self.clients.items() if c.phase is Phase.TRAINING}
 
-    def _down(self, i: int, *, forward: bool) -> Down:
-        step, gradient, rate = self.waiting.pop(i, (-1, None, 0.0))
-        return Down(
-            step=self.itinerary.done[i] + self.k,
-            gradient=gradient,
-            of=step,
-            rate=rate,
-            adapter=self.fresh.get(i),
-            forward=forward,
-            upload=not forward,
-        )
+    # --- an exchange ----------------------------------------------------------------------------
 
     def _exchange(self, downs: Mapping[int, Down]) -> dict[int, Up]:
-        """Answers that can be used; who gave none loses its step."""
+        """The answers that can be used. A client without one loses its step."""
         answers = self.link.exchange(downs) if downs else {}
         good: dict[int, Up] = {}
         for i, down in downs.items():
-            self._note_down(i, down)
-            answer = answers.get(i)
+            client = self.clients[i]
+            client.stats.down += self._down_bytes(down)
+            answer = self._checked(i, down, answers.get(i))
             if isinstance(answer, Up):
-                answer = self._checked(i, down, answer)
-            if isinstance(answer, Up):
+                client.on_answer(down, answer)
                 good[i] = answer
-                self._note_up(i, down, answer)
             else:
-                self._miss(i, down, answer)
+                self.say(client.on_miss(down, answer))
         return good
 
-    def _checked(self, i: int, down: Down, up: Up) -> Up | Failure:
-        try:
-            if up.step != down.step:
-                raise ValueError(f"client {i} answered step {up.step}, was asked for {down.step}")
-            if down.forward:
-                self.server.receive(i, up)
-            if down.middle is not None:
-                self.server.receive_tail(i, up)
-            if down.upload:
-                self._check_adapter(i, up)
-        except Exception as error:
-            return failed(self.server.guests[i].client, error)
-        return up
-
-    def _check_adapter(self, i: int, up: Up) -> None:
-        """Raise unless it can be averaged: one adapter that is not a number would spoil all."""
-        if up.adapter is None:
-            raise ValueError(f"client {i} was asked for its adapters and sent none")
-        client = self.server.guests[i].client
-        update = Update(client, up.adapter, client.num_examples)
-        check_update(update, client, self.itinerary.starts[i], max_norm=0)
-
-    def _note_down(self, i: int, down: Down) -> None:
+    def _down_bytes(self, down: Down) -> int:
         sent = parts_bytes(down.gradient) + parts_bytes(down.middle)
         if down.adapter is not None:
             sent += payload_bytes(down.adapter, self.link.wire)
-        self.ledgers[i].down += sent
+        return sent
 
-    def _note_up(self, i: int, down: Down, up: Up) -> None:
-        ledger = self.ledgers[i]
-        ledger.up += parts_bytes(up.hidden) + label_bytes(up)
-        if up.shape is not None:
-            ledger.rows += up.shape.tokens
-            ledger.widest = max(ledger.widest, len(up.shape.lengths) * up.shape.width)
-        self.fresh.pop(i, None)
-        if not (down.forward and self.server.guests[i].cut.u_shaped):
-            self.strikes[i] = 0  # else the tail's answer decides
-        if down.gradient is not None:
-            ledger.norms.append(up.grad_norm)
-        if down.upload:
-            self.homecoming[i] = up
+    def _checked(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
+        """An answer that makes sense, or a failure that says what is wrong."""
+        client = self.clients[i].client
+        if answer is None:
+            return Failure(client, "NoReply", "no answer came")
+        if isinstance(answer, Failure):
+            return answer
+        try:
+            if answer.step != down.step:
+                raise ValueError(
+                    f"client {i} answered step {answer.step}, was asked for {down.step}"
+                )
+            if down.forward:
+                self.server.receive(i, answer)
+            if down.middle is not None:
+                self.server.receive_tail(i, answer)
+            if down.upload:
+                self._check_adapter(i, answer)
+        except Exception as error:
+            return failure_of(client, error)
+        return answer
 
-    def _miss(self, i: int, down: Down, failure: Failure | None) -> None:
-        client = self.server.guests[i].client
-        failure = failure or Failure(client, "NoReply", "no answer came")
-        self.strikes[i] += 1
-        fate = "sends no adapters"
-        if down.forward or down.middle is not None:
-            fate = f"loses step {down.step}"
-        elif down.gradient is not None:
-            fate = f"loses the gradient of step {down.of}"
-        self.ledgers[i].dropped += "loses" in fate
-        if self.strikes[i] >= PATIENCE:
-            self.lost[i] = failure
-            fate += " and is out for the round"
-        self.say(f"client {i} {fate}: {failure.kind}: {failure.message}")
+    def _check_adapter(self, i: int, up: Up) -> None:
+        """Raise unless it can be averaged: one adapter that is not finite would spoil all."""
+        if up.adapter is None:
+            raise ValueError(f"client {i} was asked for its adapters and sent none")
+        client = self.clients[i].client
+        update = Update(client, up.adapter, client.num_examples)
+        check_update(update, client, self.plan.starts[i], max_norm=0)
+
+    # --- a step of the server -------------------------------------------------------------------
 
     def _learn(self, ups: Mapping[int, Up]) -> None:
         """The server's turns on one step's activations."""
         if not ups:
             return
-        rate = self.itinerary.server_rates[self.k]
         answers: dict[int, Answer] = {}
         for group in self.server.groups(list(ups), max(ups[i].step for i in ups)):
-            mine = {i: ups[i] for i in group}
-            u_shaped = {i for i in group if self.server.guests[i].cut.u_shaped}
-            if not u_shaped:
-                answers |= self.server.learn(mine, rate)
-                continue
-            middles = self.server.middle(mine)
-            downs = {i: Down(step=ups[i].step, middle=m) for i, m in middles.items()}
-            answers |= self.server.finish(mine, self._exchange(downs), rate)
+            answers |= self._turn({i: ups[i] for i in group})
+        rate = self.plan.client_rates[self.k]
         for i, answer in answers.items():
-            self.waiting[i] = (ups[i].step, answer.gradient, self.itinerary.client_rates[self.k])
-            self.ledgers[i].losses.append(answer.loss)
-            self.ledgers[i].tokens.append(answer.tokens)
+            gradient = Gradient(ups[i].step, answer.gradient, rate)
+            self.clients[i].on_step(gradient, answer.loss, answer.tokens)
         if answers:
             tokens = sum(a.tokens for a in answers.values())
-            self.progress(self.k + 1, sum(a.loss * a.tokens for a in answers.values()) / tokens)
+            mean = sum(a.loss * a.tokens for a in answers.values()) / tokens
+            self.on_step(self.k + 1, mean)
 
-    def _fetch(self) -> None:
-        """Adapters of those who have not sent theirs."""
-        while missing := [i for i in self.itinerary.steps if self._away(i)]:
-            self._exchange({i: self._down(i, forward=False) for i in missing})
+    def _turn(self, ups: Mapping[int, Up]) -> dict[int, Answer]:
+        """One optimizer step of the server; with a U-shape, an exchange with the tails within."""
+        rate = self.plan.server_rates[self.k]
+        if not any(self.clients[i].u_shaped for i in ups):
+            return self.server.learn(ups, rate)
+        middles = self.server.middle(ups)
+        downs = {i: Down(step=ups[i].step, middle=m) for i, m in middles.items()}
+        return self.server.finish(ups, self._exchange(downs), rate)
+
+    # --- adapters -------------------------------------------------------------------------------
+
+    def _fetch_adapters(self) -> None:
+        """Ask all clients that are still training for their adapters, until each sends or fails."""
+        while training := self._training():
+            self._exchange({i: c.ask(self.k, forward=False) for i, c in training.items()})
 
     def _average(self) -> None:
-        """Everybody's adapters up; their average goes down with the next step. Who has no more
-        steps in this round, though others have, keeps the average too."""
-        steps = self.itinerary.steps
-        self._fetch()
-        there = dict(sorted(self.homecoming.items()))
+        """Average all adapters; the average goes down with the next step.
+
+        A client that has no more steps in this round, though others have, keeps the average too.
+        """
+        self._fetch_adapters()
+        there = {i: c for i, c in sorted(self.clients.items()) if c.phase is Phase.RETURNED}
         if not there:
             return
-        averages = self.average({i: _adapter(up) for i, up in there.items()})
-        for i, up in there.items():
-            if self.k < steps[i]:
-                self._note_return(i, up)
-                self.fresh[i] = averages[i]
-                del self.homecoming[i]  # it goes on, and comes home again
+        averages = self.average({i: client.adapter for i, client in there.items()})
+        for i, client in there.items():
+            if self.k < client.steps:
+                client.stats.up += self._returned_bytes(client)
+                client.resume(averages[i])
             else:
-                self.homecoming[i] = replace(up, adapter=averages[i])
+                assert client.answer is not None
+                client.answer = replace(client.answer, adapter=averages[i])
 
-    def _note_return(self, i: int, up: Up) -> None:
-        """The adapters that a client sends at its end are counted with its update."""
-        self.ledgers[i].up += update_bytes(_adapter(up), self.server.plan, self.link.wire)
+    def _returned_bytes(self, client: ClientProgress) -> int:
+        """Bytes of adapters sent within the round; those of its end are counted as its update."""
+        return update_bytes(client.adapter, self.server.plan, self.link.wire)
 
-    def _finished(self, i: int) -> Finished | Failure:
-        if i in self.lost:
-            return self.lost[i]
-        up, ledger = self.homecoming[i], self.ledgers[i]
-        if not ledger.losses:
-            client = self.server.guests[i].client
-            return Failure(client, "NoStep", "none of its steps reached the server")
-        adapter = _adapter(up)
-        done = self.itinerary.done[i] + self.itinerary.steps[i]
-        moved = _distance(self.itinerary.starts[i], adapter)
-        return Finished(adapter, up.memory or {}, done, ledger.metrics(moved))
+    def _result(self, i: int) -> Finished | Failure:
+        client = self.clients[i]
+        if client.failure is not None:
+            return client.failure
+        if not client.stats.losses:
+            return Failure(client.client, "NoStep", "none of its steps reached the server")
+        assert client.answer is not None
+        moved = _distance(self.plan.starts[i], client.adapter)
+        return Finished(
+            adapter=client.adapter,
+            optimizer_state=client.answer.optimizer_state or {},
+            done=client.done + client.steps,
+            metrics=client.stats.metrics(moved),
+        )
 
 
 def _distance(start: Adapter, end: Adapter) -> float:
@@ -388,8 +344,3 @@ def _distance(start: Adapter, end: Adapter) -> float:
         for (_, s), (_, e) in zip(payload_tensors(start), payload_tensors(end), strict=True)
     ]
     return math.sqrt(math.fsum(squares))
-
-
-def _adapter(up: Up) -> Adapter:
-    assert up.adapter is not None
-    return up.adapter

@@ -18,16 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.seeding import generator, torch_seed
+from fedlora.core.types import Client, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stage, Stages
-from fedlora.seeding import generator, torch_seed
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
+from fedlora.split.compression import Parts, Wire
 from fedlora.split.loss import Loss, summed_loss
-from fedlora.split.party import Party
 from fedlora.split.protocol import Cut, Terms, Up
-from fedlora.split.wire import Parts, Wire
-from fedlora.types import Client, LocalPlan, at_least, one_of
+from fedlora.split.trainable import TrainableStage
 
 UPDATES = ("concat", "sequential", "per_client")
 
@@ -58,8 +59,8 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Guest:
-    """What the server knows of a client while a round lasts."""
+class ClientInfo:
+    """What the server knows of a client during a round."""
 
     client: Client
     cut: Cut
@@ -95,8 +96,8 @@ class SplitServer:
 
     Args:
         stages: of the resident model.
-        parties: what trains: one for all clients (key -1), or one per client.
-        guests: the round's clients.
+        trainables: the server's adapters: one for all clients (key -1), or one per client.
+        clients: the round's clients.
         plan: of the round.
         rule: see the module.
         terms: of the run.
@@ -105,14 +106,14 @@ class SplitServer:
     def __init__(
         self,
         stages: Stages,
-        parties: Mapping[int, Party],
-        guests: Mapping[int, Guest],
+        trainables: Mapping[int, TrainableStage],
+        clients: Mapping[int, ClientInfo],
         plan: LocalPlan,
         rule: Rule,
         terms: Terms,
     ) -> None:
         self.model: LanguageModel = stages.model
-        self.stages, self.parties, self.guests = stages, parties, guests
+        self.stages, self.trainables, self.clients = stages, trainables, clients
         self.plan, self.rule, self.terms = plan, rule, terms
         self._passes: list[_Pass] = []
         self._leaves: dict[int, Tensor] = {}
@@ -135,7 +136,7 @@ class SplitServer:
                 f"client {i} sent activations {list(z.shape)} for {up.shape.tokens} tokens of "
                 f"{d} numbers"
             )
-        if not self.guests[i].cut.u_shaped:
+        if not self.clients[i].cut.u_shaped:
             if up.labels is None:
                 raise ValueError(f"client {i} sent no labels, and its cut is not U-shaped")
             up.labels.check(up.shape, self.model.vocabulary)
@@ -177,7 +178,7 @@ class SplitServer:
     def learn(self, ups: Mapping[int, Up], rate: float) -> dict[int, Answer]:
         """One turn without a U-shape: forward, loss, backward, optimizer step.
 
-        Whoever takes part has been received (`receive`).
+        All of these clients have been received (`receive`).
 
         Raises:
             FloatingPointError: naming a client whose loss or gradient is not finite.
@@ -232,7 +233,7 @@ class SplitServer:
 
     def _passes_of(self, ups: Mapping[int, Up]) -> Iterator[tuple[list[int], dict[int, float]]]:
         """Clients whose rows share a forward pass, with their shares of the joint loss."""
-        ids = sorted(ups, key=lambda i: (self.guests[i].cut.first, i))
+        ids = sorted(ups, key=lambda i: (self.clients[i].cut.first, i))
         shares = self._shares(ups)
         if self.rule.update != "concat":
             for i in ids:
@@ -257,35 +258,35 @@ class SplitServer:
             return dict.fromkeys(ups, 1.0)
         weights = dict.fromkeys(ups, 1.0)
         if self.rule.weights == "examples":
-            weights = {i: float(self.guests[i].client.num_examples) for i in ups}
+            weights = {i: float(self.clients[i].client.num_examples) for i in ups}
         elif self.rule.weights == "tokens":
             weights = {i: float(up.tokens) for i, up in ups.items()}
         total = sum(weights.values())
         return {i: w / total for i, w in weights.items()}
 
     def _begin(self, ups: Mapping[int, Up]) -> None:
-        for party in self._trained(ups):
-            party.zero_grad()
+        for trainable in self._trained(ups):
+            trainable.zero_grad()
 
-    def _trained(self, ups: Mapping[int, Up]) -> list[Party]:
+    def _trained(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
         keys = sorted(ups) if self.rule.update == "per_client" else [-1]
-        return [self.parties[k] for k in keys]
+        return [self.trainables[k] for k in keys]
 
     def _forward(
         self, ids: Sequence[int], shares: Mapping[int, float], ups: Mapping[int, Up]
     ) -> _Pass:
         """Rows enter at their own cut: those of a client that holds more blocks join later."""
-        party = self._trained({ids[0]: ups[ids[0]]})[0]
+        trainable = self._trained({ids[0]: ups[ids[0]]})[0]
         leaves = {i: self._leaves.pop(i) for i in ids}
         width = max(_shape(ups[i]).width for i in ids)
         x: Tensor | None = None
         present: list[int] = []
         for stage in self._segments(ids):
-            joining = [i for i in ids if self.guests[i].cut.first == stage.span.start]
+            joining = [i for i in ids if self.clients[i].cut.first == stage.span.start]
             present += joining
             rows = [pad(leaves[i], _shape(ups[i]), width) for i in joining]
             x = torch.cat(rows if x is None else [x, *rows])
-            self._mount(stage, party, present, ups, width)
+            self._mount(stage, trainable, present, ups, width)
             try:
                 with autocast(self.model, self.plan):
                     if stage.span.heads:
@@ -299,8 +300,8 @@ class SplitServer:
 
     def _segments(self, ids: Sequence[int]) -> list[Stage]:
         """The server's blocks, cut wherever a client's rows join."""
-        cuts = sorted({self.guests[i].cut.first for i in ids})
-        tail = self.guests[ids[0]].cut.tail
+        cuts = sorted({self.clients[i].cut.first for i in ids})
+        tail = self.clients[ids[0]].cut.tail
         last = self.stages.blocks - max(tail, 0)
         ends = [*cuts[1:], last]
         spans = [Span(start, stop) for start, stop in zip(cuts, ends, strict=True)]
@@ -309,19 +310,24 @@ class SplitServer:
         return [self.stages[span] for span in spans]
 
     def _mount(
-        self, stage: Stage, party: Party, ids: Sequence[int], ups: Mapping[int, Up], width: int
+        self,
+        stage: Stage,
+        trainable: TrainableStage,
+        ids: Sequence[int],
+        ups: Mapping[int, Up],
+        width: int,
     ) -> None:
-        stage.mount(party.updates)
+        stage.mount(trainable.updates)
         if self.plan.dropout == 0 or not stage.layers:
             return
         drawn = []
         for i in ids:
             shape = _shape(ups[i])
             rows = len(shape.lengths) * shape.width
-            bits = self.model.dropout_bits(self.guests[i].seeds[ups[i].step], rows)
+            bits = self.model.dropout_bits(self.clients[i].seeds[ups[i].step], rows)
             drawn.append({p: _wider(bits[p], len(shape.lengths), width) for p in stage.layers})
         for path in stage.layers:
-            party.updates[path].bits = torch.cat([d[path] for d in drawn])
+            trainable.updates[path].bits = torch.cat([d[path] for d in drawn])
 
     def _positions(self, ids: Sequence[int], ups: Mapping[int, Up], width: int) -> Tensor:
         """Supervised positions of all rows, client by client."""
@@ -397,8 +403,8 @@ class SplitServer:
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
         if ups:
-            for party in self._trained(ups):
-                party.step(rate)
+            for trainable in self._trained(ups):
+                trainable.step(rate)
 
     def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
         seed = torch_seed(self.terms.seed, f"split {purpose}", i, ups[i].step)

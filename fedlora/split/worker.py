@@ -8,22 +8,26 @@ from this process if it is the one that made it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from uuid import uuid4
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
 
-from fedlora.batches import TokenExample
+from fedlora.core.types import (
+    Client,
+    Failure,
+    Ranks,
+)
+from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
 from fedlora.split.client import SplitClient
-from fedlora.split.codec import Arrays, Request, opening, opening_header
-from fedlora.split.party import Memory
-from fedlora.split.protocol import Down, Opening, Up
-from fedlora.split.rounds import failed
-from fedlora.types import Client, Failure, Ranks
+from fedlora.split.codec import Arrays, Request, init_header, read_init
+from fedlora.split.protocol import Down, InitMessage, Up
+from fedlora.split.rounds import failure_of
 
 
 class SplitWorker:
@@ -35,7 +39,7 @@ class SplitWorker:
     """
 
     def __init__(
-        self, stages: Stages, examples: Callable[[Opening], Sequence[TokenExample]]
+        self, stages: Stages, examples: Callable[[InitMessage], Sequence[TokenExample]]
     ) -> None:
         self.stages, self.examples = stages, examples
         self._live: dict[int, tuple[str, SplitClient]] = {}  # client -> (its state's stamp, it)
@@ -48,33 +52,31 @@ class SplitWorker:
         return {i: self._one(i, down, request, state) for i, down in request.downs.items()}
 
     def _one(self, i: int, down: Down, request: Request, state: RecordDict) -> Up | Failure:
-        began = request.openings.get(i)
+        began = request.inits.get(i)
         live = self._live.pop(i, None)
         try:
             client = self._opened(began) if began else self._recalled(i, down, state, live)
         except Exception as error:
-            return failed(began.client if began else _client_of(i, state), error)
+            return failure_of(began.client if began else _client_of(i, state), error)
         answer: Up | Failure
         try:
             answer = client.receive(down)
         except Exception as error:
-            answer = failed(client.opening.client, error)
-        stamp = _remember(state, i, client)
-        if client.opening.terms.keep_graphs and client.pending >= 0:
+            answer = failure_of(client.init.client, error)
+        stamp = _store(state, i, client)
+        if client.init.terms.keep_graphs and client.pending >= 0:
             self._live[i] = stamp, client
         return answer
 
-    def _opened(self, begun: Opening) -> SplitClient:
+    def _opened(self, begun: InitMessage) -> SplitClient:
         return SplitClient(self.stages, self.examples(begun), begun)
 
     def _recalled(
         self, i: int, down: Down, state: RecordDict, live: tuple[str, SplitClient] | None
     ) -> SplitClient:
-        held = _recall(state, i)
-        if live is not None and live[0] == held.stamp:
-            client = live[1]
-        else:
-            client = self._opened(held.opening)
+        held = _load(state, i)
+        known = live is not None and live[0] == held.stamp
+        client = live[1] if live is not None and known else self._opened(held.init)
         learns = down.gradient is not None
         goes_on = held.pending >= 0 and (learns or down.middle is not None)
         if goes_on and not client.ready(held.pending, graph=learns):
@@ -86,34 +88,35 @@ class SplitWorker:
 class _Held:
     """A client as a node's state holds it."""
 
-    opening: Opening
-    """With the adapters and the memory of now."""
+    init: InitMessage
+    """With the adapters and the optimizer state of now."""
     stamp: str
     """Of this state and no other: a client that a process kept may be older."""
     pending: int
-    grads: Memory
+    grads: Mapping[str, Tensor]
     """What a U-shape's tail has left, by buffer."""
 
 
-def _remember(state: RecordDict, i: int, client: SplitClient) -> str:
-    """Put a client into its node's state; the stamp of the state."""
+def _store(state: RecordDict, i: int, client: SplitClient) -> str:
+    """Put a client into its node's state. Returns the stamp of that state."""
     stamp = uuid4().hex
     arrays: Arrays = {}
-    now = replace(client.opening, adapter=client.party.adapter(), memory=client.party.memory())
+    trained = client.trainable
+    now = replace(client.init, adapter=trained.adapter(), optimizer_state=trained.optimizer_state())
     exact = "float64" if client.model.dtype == torch.float64 else "float32"
     header = {
-        "opening": opening_header(i, now, arrays, exact),
+        "init": init_header(i, now, arrays, exact),
         "stamp": stamp,
         "pending": client.pending,
     }
-    if client.opening.cut.u_shaped and client.pending >= 0:
+    if client.init.cut.u_shaped and client.pending >= 0:
         arrays |= {f"{i}/grads/{k}": g.cpu().numpy() for k, g in client.grads().items()}
     state[f"split/{i}"] = ConfigRecord({"header": json.dumps(header)})
     state[f"split/{i}/arrays"] = ArrayRecord({name: Array(a) for name, a in arrays.items()})
     return stamp
 
 
-def _recall(state: RecordDict, i: int) -> _Held:
+def _load(state: RecordDict, i: int) -> _Held:
     """
     Raises:
         ValueError: if the node has never opened the client.
@@ -124,7 +127,7 @@ def _recall(state: RecordDict, i: int) -> _Held:
     found = {name: a.numpy() for name, a in state.array_records[f"split/{i}/arrays"].items()}
     start = f"{i}/grads/"
     return _Held(
-        opening=opening(i, header["opening"], found),
+        init=read_init(i, header["init"], found),
         stamp=str(header["stamp"]),
         pending=int(header["pending"]),
         grads={
@@ -137,4 +140,4 @@ def _recall(state: RecordDict, i: int) -> _Held:
 
 def _client_of(i: int, state: RecordDict) -> Client:
     """Whose failure it is, as far as the node knows."""
-    return _recall(state, i).opening.client if f"split/{i}" in state else Client(i, Ranks({}), 0)
+    return _load(state, i).init.client if f"split/{i}" in state else Client(i, Ranks({}), 0)

@@ -4,9 +4,9 @@
 
 80 clients in four tiers send factors of the 210 linear layers of SmolLM2-135M. The layers have
 four distinct kinds; one layer of each kind is decomposed by every backend of
-`fedlora.linalg.svd_of_product`, and its time counts as often as the model has such layers. Updates
-are what training gives: a common part with a decaying spectrum, cut to each client's rank, and
-noise of the client's own. Errors are taken against a float64 SVD of the dense product.
+`fedlora.algebra.linalg.svd_of_product`, and its time counts as often as the model has such layers.
+Updates are what training gives: a common part with a decaying spectrum, cut to each client's
+rank, and noise of the client's own. Errors are taken against a float64 SVD of the dense product.
 """
 
 import argparse
@@ -20,10 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedlora.linalg import BACKENDS, backend_flops, cheapest_backend, stack, svd_of_product
-from fedlora.ranks import RankDistribution, module_ranks, quotas
-from fedlora.seeding import torch_generator
-from fedlora.types import Factors, Module
+from fedlora.algebra.linalg import (
+    BACKENDS,
+    backend_flops,
+    cheapest_backend,
+    stack,
+    svd_of_product,
+)
+from fedlora.core.seeding import torch_generator
+from fedlora.core.types import Factors, Module
+from fedlora.population.ranks import (
+    RankDistribution,
+    module_ranks,
+    quotas,
+)
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 LAYERS = 30

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fedlora.environment import environment
+from fedlora.run.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.types import Factors, TrainJob
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.modules import is_linear, shape
-from fedlora.types import Factors, TrainJob
-from simulations.bench.engine_cases import Fed, fed
+from simulations.bench.engine.cases import Fed, fed
 
 SIZES = (1024, 2048)
 

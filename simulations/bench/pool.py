@@ -12,12 +12,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedlora.core.types import (
+    Failure,
+    TrainJob,
+    Update,
+)
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine
-from fedlora.engine.sequential import Sequential
+from fedlora.engine.sequential import Sequential, SequentialEngine
+from fedlora.engine.worker import worker
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import EvaluateJob, Evaluation, Failure, TrainJob, Update
-from fedlora.worker import worker
 
 
 @dataclass(frozen=True)
@@ -27,28 +30,22 @@ class Stamped(Sequential):
     stamp: str = ""
     """File for the time; written once for all workers."""
 
-    def open(self, model: LanguageModel, store: TokenStore) -> Engine:
+    def open(self, model: LanguageModel, store: TokenStore) -> "_StampedEngine":
         """The engine behind a stamp."""
-        return _StampedEngine(super().open(model, store), Path(self.stamp))
+        super().open(model, store)  # threads and memory of the process
+        return _StampedEngine(model, store, Path(self.stamp))
 
 
-class _StampedEngine:
-    def __init__(self, inner: Engine, stamp: Path) -> None:
-        self._inner, self._stamp = inner, stamp
+class _StampedEngine(SequentialEngine):
+    def __init__(self, model: LanguageModel, store: TokenStore, stamp: Path) -> None:
+        super().__init__(model, store)
+        self._stamp = stamp
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
-        """As the inner engine."""
+        """As the sequential engine, after the stamp."""
         with suppress(FileExistsError), self._stamp.open("x") as file:
             file.write(repr(time.time()))
-        return self._inner.train(jobs)
-
-    def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
-        """As the inner engine."""
-        return self._inner.evaluate(jobs)
-
-    def notes(self) -> tuple[str, ...]:
-        """As the inner engine."""
-        return self._inner.notes()
+        yield from super().train(jobs)
 
 
 def open_worker(spec: str) -> None:
@@ -70,29 +67,27 @@ def say(line: str) -> None:
 def main(overrides: list[str]) -> None:
     """The rounds of `simulations.run` with the same overrides."""
     # Here, for every process of the pool imports this module.
-    from fedlora.lock import claim
-    from simulations.compose import load
-    from simulations.federate import (
-        build_parts,
-        new_session,
-        open_session,
-        prepare_ground,
-        run_folder,
-    )
+    from fedlora.core.files import claim
+    from simulations.app.compose import load
+    from simulations.app.federate import new_session, open_session
+    from simulations.app.inputs import prepare_inputs
+    from simulations.app.parts import build_parts
+    from simulations.app.run_folder import run_folder
 
     parts = build_parts(load(overrides))
-    ground = prepare_ground(parts, say)
-    spec = ground.worker.to_json()
+    inputs = prepare_inputs(parts, say)
+    spec = inputs.worker.to_json()
     folder = run_folder(parts)
-    session = new_session(parts, ground, folder, say)
+    session = new_session(parts, inputs, folder, say)
     with claim(folder):
-        open_session(session, parts, ground)
+        open_session(session, parts, inputs)
         context = multiprocessing.get_context("spawn")
         with context.Pool(session.workers, open_worker, (spec,)) as pool:
             for round in range(1, session.rounds.rounds + 1):
                 tasks = [(spec, pickle.dumps(jobs)) for jobs in session.train_cohorts(round)]
                 answers = pool.imap_unordered(train, tasks)
-                session.finish_training([r for a in answers for r in pickle.loads(a)])
+                results = [r for a in answers for r in pickle.loads(a)]
+                session.finish_training(results, session.state)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from typing import Any
 
 import psutil
 
-from fedlora.cache import cache_root
+from fedlora.core.cache import cache_root
 from fedlora.data.store import TokenStore, prepare
-from fedlora.tracking import read_jsonl
+from fedlora.run.tracking import read_jsonl
+from simulations.app.compose import load as compose
+from simulations.app.parts import build_parts
 from simulations.bench.machine import RESULTS, command, load, machine, write
-from simulations.compose import load as compose
-from simulations.federate import build_parts
 
 MARK = "FEDLORA_BENCH"
 TINY = ("population.clients=200", "population.per_round=8", "client.steps=1", "client.batch_size=1")

@@ -17,9 +17,25 @@ from pathlib import Path
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
-from simulations.bench.engine_cases import SHORT, Case, Draw, World
-from simulations.bench.engine_hosts import Group, Opened, Run, hosts
-from simulations.bench.engine_measure import Cohort, agreement, cohort_of, padding, tune
+from simulations.bench.engine.cases import (
+    SHORT,
+    Case,
+    Draw,
+    World,
+)
+from simulations.bench.engine.hosts import (
+    Group,
+    Opened,
+    Run,
+    hosts,
+)
+from simulations.bench.engine.measure import (
+    Cohort,
+    agreement,
+    cohort_of,
+    padding,
+    tune,
+)
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
 POLICIES = ("fifo_wave", "lpt_wave", "fifo_refill", "length_match", "refill")

@@ -26,19 +26,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fedlora.cache import cache_root
+from fedlora.core.cache import cache_root
+from fedlora.core.types import LocalPlan
 from fedlora.data.sotu import Sotu
 from fedlora.data.store import TokenStore, prepare
-from fedlora.engine.loop import optimise
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight, stored_transposed
+from fedlora.models.masks import check_zeros, identity
 from fedlora.models.spec import ModelSpec, SmolLM2, Tiny
-from fedlora.prune.activations import windows
-from fedlora.prune.masks import check_zeros, identity
 from fedlora.prune.prune import Pruning, prune, sparsity
-from fedlora.types import LocalPlan
-from simulations.baselines import (
+from fedlora.prune.statistics import windows
+from fedlora.training.loop import optimise
+from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.centralized.baselines import (
     BATCH,
     Mount,
     Start,
@@ -47,8 +48,7 @@ from simulations.baselines import (
     mount_masked_lora,
     mount_spp,
 )
-from simulations.baselines import loss_of as mean_loss
-from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.centralized.baselines import loss_of as mean_loss
 
 MODELS: Mapping[str, ModelSpec] = {"tiny": Tiny(), "smollm2": SmolLM2()}
 SHARES = {"test": 0, "validation": 1}

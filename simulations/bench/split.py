@@ -19,31 +19,43 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from flwr.app import RecordDict
 
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.data.store import Example
-from fedlora.engine.loop import learning_rates, optimise
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.layers import LowRank
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
-from fedlora.split.cost import client_memory, split_traffic
-from fedlora.split.measure import saved_bytes
-from fedlora.split.party import Party
-from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
-from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.wire import Wire
+from fedlora.split.compression import Wire
+from fedlora.split.cost import client_part
+from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
+from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_exchanges
+from fedlora.split.server import ClientInfo, Rule, SplitServer
+from fedlora.split.trainable import TrainableStage
 from fedlora.split.worker import SplitWorker
-from fedlora.types import Adapter, Client, Failure, LocalPlan, Ranks
-from simulations.bench.engine_cases import SEED, Case, Draw, World
+from fedlora.training.loop import learning_rates, optimise
+from simulations.bench.engine.cases import (
+    SEED,
+    Case,
+    Draw,
+    World,
+)
 from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.bench.saved_bytes import saved_bytes
 
 CLIENTS = 3
 STEPS = 4
@@ -80,18 +92,19 @@ VARIANTS: Mapping[str, Variant] = {
 class MemoryMessages:
     """The message path without Flower: every exchange through records and a node's state."""
 
-    def __init__(self, worker: SplitWorker, openings: Mapping[int, Opening]) -> None:
-        self.worker, self.openings, self.state = worker, openings, RecordDict()
+    def __init__(self, worker: SplitWorker, inits: Mapping[int, InitMessage]) -> None:
+        self.worker, self.inits, self.state = worker, inits, RecordDict()
+        self.wire = "float32"
         self._opened: set[int] = set()
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """One exchange with all clients on one node."""
-        new = {i: self.openings[i] for i in downs if i not in self._opened}
-        sent = encode_downs(downs, new, worker="", source="", wire="float32")
+        new = {i: self.inits[i] for i in downs if i not in self._opened}
+        sent = encode_downs(downs, new, worker="", source="", wire=self.wire)
         answers = self.worker.answer(decode_downs(sent), self.state)
-        clients = {i: self.openings[i].client for i in downs}
+        clients = {i: self.inits[i].client for i in downs}
         self._opened |= set(downs)
-        return decode_ups(encode_ups(answers, wire="float32"), clients)
+        return decode_ups(encode_ups(answers, wire=self.wire), clients)
 
 
 class Bench:
@@ -100,7 +113,9 @@ class Bench:
     def __init__(self, case: Case) -> None:
         world = World(case)
         self.case, self.model, self.network = case, world.model, world.network
-        self.whole = world.jobs[0].start
+        start = world.jobs[0].start
+        assert isinstance(start, Mapping)
+        self.whole: Mapping[str, Factors] = start
         self.held = {i: world.store.examples(i, "train") for i in range(CLIENTS)}
         self.stages = Stages(self.model)
         self.cut = -(-self.stages.blocks // 4)
@@ -121,21 +136,21 @@ class Bench:
         if joined:
             plan = replace(PLAN, batch_size=CLIENTS * PLAN.batch_size)
             held = {0: [e for rows in held.values() for e in rows]}
-        openings = self.openings(variant, plan, held)
-        server = self.server(variant, plan, openings)
+        inits = self.inits(variant, plan, held)
+        server = self.server(variant, plan, inits)
         rates = learning_rates(STEPS, plan)
-        itinerary = Itinerary(
-            starts={i: o.adapter for i, o in openings.items()},
-            done=dict.fromkeys(openings, 0),
-            steps=dict.fromkeys(openings, STEPS),
+        round_plan = RoundPlan(
+            starts={i: o.adapter for i, o in inits.items()},
+            done=dict.fromkeys(inits, 0),
+            steps=dict.fromkeys(inits, STEPS),
             server_rates=rates,
             client_rates=rates,
         )
-        return play(self.link(variant, openings, held), server, itinerary, lambda a: a)
+        return run_exchanges(self.link(variant, inits, held), server, round_plan, lambda a: a)
 
-    def openings(
+    def inits(
         self, variant: Variant, plan: LocalPlan, held: Mapping[int, Sequence[Example]]
-    ) -> dict[int, Opening]:
+    ) -> dict[int, InitMessage]:
         """Of every client."""
         cut = Cut(self.cut, variant.tail)
         own = self._part(cut, client=True)
@@ -143,37 +158,37 @@ class Bench:
         kept = variant.path.endswith("kept")
         terms = Terms(SEED, activations=variant.wire, gradients=variant.wire, keep_graphs=kept)
         return {
-            i: Opening(Client(i, ranks, len(rows)), plan, cut, terms, own, {})
+            i: InitMessage(Client(i, ranks, len(rows)), plan, cut, terms, own, {})
             for i, rows in held.items()
         }
 
     def server(
-        self, variant: Variant, plan: LocalPlan, openings: Mapping[int, Opening]
+        self, variant: Variant, plan: LocalPlan, inits: Mapping[int, InitMessage]
     ) -> SplitServer:
-        """With its parties."""
-        first = openings[0]
+        """With what it trains."""
+        first = inits[0]
         own = self._part(first.cut, client=False)
-        keys = list(openings) if variant.rule.update == "per_client" else [-1]
-        guests = {
-            i: Guest(o.client, o.cut, Seeds(seed=SEED, client=i)) for i, o in openings.items()
+        keys = list(inits) if variant.rule.update == "per_client" else [-1]
+        clients = {
+            i: ClientInfo(o.client, o.cut, Seeds(seed=SEED, client=i)) for i, o in inits.items()
         }
-        parties = {key: self._party(own, plan) for key in keys}
-        return SplitServer(self.stages, parties, guests, plan, variant.rule, first.terms)
+        trainables = {key: self._trainable(own, plan) for key in keys}
+        return SplitServer(self.stages, trainables, clients, plan, variant.rule, first.terms)
 
     def link(
         self,
         variant: Variant,
-        openings: Mapping[int, Opening],
+        inits: Mapping[int, InitMessage],
         held: Mapping[int, Sequence[Example]],
     ) -> Link:
         """Of the variant's path."""
 
-        def examples(opening: Opening) -> Sequence[Example]:
-            return held[opening.client.id]
+        def examples(init: InitMessage) -> Sequence[Example]:
+            return held[init.client.id]
 
         if variant.path == "local":
-            return LocalLink(self.stages, openings, examples)
-        return MemoryMessages(SplitWorker(self.stages, examples), openings)
+            return LocalLink(self.stages, inits, examples)
+        return MemoryMessages(SplitWorker(self.stages, examples), inits)
 
     def memory_unsplit(self) -> float:
         """Bytes that one unsplit step of everybody's rows saves for its backward pass."""
@@ -185,12 +200,12 @@ class Bench:
 
     def memory(self, variant: Variant) -> dict[str, float]:
         """Bytes that one step saves for its backward pass: one client's, and the server's."""
-        openings = self.openings(variant, PLAN, self.held)
-        link = self.link(variant, openings, self.held)
-        server = self.server(variant, PLAN, openings)
+        inits = self.inits(variant, PLAN, self.held)
+        link = self.link(variant, inits, self.held)
+        server = self.server(variant, PLAN, inits)
         base = list(self.network.parameters())
         with saved_bytes(base) as of_clients:
-            ups = link.exchange({i: Down(step=0, forward=True) for i in openings})
+            ups = link.exchange({i: Down(step=0, forward=True) for i in inits})
         assert all(isinstance(up, Up) for up in ups.values())
         good = {i: up for i, up in ups.items() if isinstance(up, Up)}
         for i, up in good.items():
@@ -201,16 +216,13 @@ class Bench:
 
     def formula(self, variant: Variant) -> dict[str, float]:
         """What `fedlora.split.cost` says of the first client: memory, and bytes of the round."""
-        shapes = shapes_of(self.network, {p: f.rank for p, f in self.whole.items()})
-        split = Split(self.cut, None if variant.tail < 0 else variant.tail)
+        ranks = {p: f.rank for p, f in self.whole.items()}
+        part = client_part(self.network, ranks, Cut(self.cut, variant.tail))
         tokens = self._tokens(0)
-        traffic = split_traffic(
-            shapes, split, steps=1, tokens=tokens, activations=variant.wire,
-            gradients=variant.wire, weight_bytes=0, label_bytes=4,
-        )  # fmt: skip
+        up, down = part.traffic(tokens, variant.wire, variant.wire, labels=tokens)
         padded = PLAN.batch_size * max(len(e.input_ids) - 1 for e in self.held[0])
-        saved = client_memory(shapes, split, padded, dropout=PLAN.dropout > 0).saved
-        return {"up": traffic.up, "down": traffic.down, "client": saved}
+        saved = part.memory(padded, dropout=PLAN.dropout > 0).saved
+        return {"up": up, "down": down, "client": saved}
 
     def _tokens(self, client: int) -> int:
         """Of a mean step."""
@@ -223,13 +235,12 @@ class Bench:
         self.model.unmount()
 
     def _part(self, cut: Cut, *, client: bool) -> Adapter:
-        assert isinstance(self.whole, Mapping)
         blocks = self.stages.blocks
         return {p: f for p, f in self.whole.items() if cut.owns(block_of(p) or 0, blocks) == client}
 
-    def _party(self, own: Adapter, plan: LocalPlan) -> Party:
+    def _trainable(self, own: Adapter, plan: LocalPlan) -> TrainableStage:
         updates = self.model.updates(own, plan.dropout)
-        return Party({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
+        return TrainableStage({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
 
 
 @dataclass
@@ -257,7 +268,7 @@ def sides(bench: Bench) -> dict[str, Callable[[], Any]]:
         "FL-LoRA": bench.federated,
     }
     for name, variant in VARIANTS.items():
-        found[f"split {name}"] = lambda variant=variant: bench.split(variant)
+        found[f"split {name}"] = partial(bench.split, variant)
     return found
 
 

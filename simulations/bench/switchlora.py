@@ -25,10 +25,19 @@ import torch
 from transformers.utils import logging
 
 from simulations.bench.machine import RESULTS, command, load, machine, over, write
-from simulations.learner import Learner, Method, learner
-from simulations.pretrain import evaluate, train_step
-from simulations.recipe import Recipe, build_model
-from simulations.tokens import Text, Tokens, build_text, packed
+from simulations.pretraining.learner import (
+    Learner,
+    Method,
+    learner,
+)
+from simulations.pretraining.pretrain import evaluate, train_step
+from simulations.pretraining.recipe import Recipe, build_model
+from simulations.pretraining.tokens import (
+    Text,
+    Tokens,
+    build_text,
+    packed,
+)
 
 RECIPE = Recipe(
     tokens=1_200_000, batch=8, length=128, long_every=0, warmup=50, decay=0.0, beta2=0.999

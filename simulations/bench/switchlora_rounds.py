@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.tracking import read_jsonl
+from fedlora.run.tracking import read_jsonl
+from simulations.app.client_app import app
+from simulations.app.compose import load as compose
+from simulations.app.federate import run
+from simulations.app.grid import InProcessGrid
 from simulations.bench.machine import RESULTS, command, load, machine, over, write
-from simulations.client_app import app
-from simulations.compose import load as compose
-from simulations.federate import run
-from simulations.grid import InProcessGrid
 
 FIRST = "alternating"
 PILOT_SEED = 100

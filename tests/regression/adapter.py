@@ -15,16 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from fedlora import checkpoint
-from fedlora.checkpoint import state_hash
-from fedlora.tracking import read_jsonl
-from simulations import finetune, nlg, pretrain, tokens
-from simulations.client_app import app
-from simulations.compose import load
-from simulations.corpus import SOURCES, Document
-from simulations.federate import run
-from simulations.grid import InProcessGrid
-from simulations.merge import merge_run
+from fedlora.run import checkpoint
+from fedlora.run.checkpoint import state_hash
+from fedlora.run.tracking import read_jsonl
+from simulations.app.client_app import app
+from simulations.app.compose import load
+from simulations.app.federate import run
+from simulations.app.grid import InProcessGrid
+from simulations.centralized import finetune
+from simulations.pretraining import pretrain, tokens
+from simulations.pretraining.corpus import SOURCES, Document
+from simulations.tools import generate
+from simulations.tools.merge import merge_run
 from tests.regression.cases import OUTPUT, RESUME, ROUNDS, Case
 from tests.regression.outcome import Outcome, columns, digest, kept, nameless, old_names
 from tests.regression.texts import documents, write_records
@@ -70,7 +72,7 @@ def merged(words: Sequence[str], where: Path, cut: int) -> Outcome:
 def scored(words: Sequence[str], where: Path, cut: int) -> Outcome:
     """A run, and what it answers by beam search, compared with what is wanted."""
     folder = _federate(words, where, cut)
-    _done(nlg.main([str(folder), "--max-new-tokens", "5", "--beams", "2", "--device", "cpu"]))
+    _done(generate.main([str(folder), "--max-new-tokens", "5", "--beams", "2", "--device", "cpu"]))
     found = _of_folder(folder)
     found["exports"]["nlg.jsonl"] = digest(read_jsonl(folder / "nlg.jsonl"))
     score = _flat(_read(folder / "nlg.json")) | {"kind": "scores"}

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.tracking import read_jsonl
-from simulations.client_app import app
-from simulations.compose import load
-from simulations.federate import run
-from simulations.grid import InProcessGrid
+from fedlora.run.tracking import read_jsonl
+from simulations.app.client_app import app
+from simulations.app.compose import load
+from simulations.app.federate import run
+from simulations.app.grid import InProcessGrid
 
 SMALL = [
     "population.clients=24",

@@ -10,17 +10,22 @@ Updates are compared as products, never as factors, and errors are measured agai
 
 import dataclasses
 import importlib
+import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedlora.state import State
-from fedlora.techniques import SPP
-from fedlora.types import (
+from fedlora.algebra import summand
+from fedlora.algebra.server_optimizer import NoServerOptimizer
+from fedlora.algebra.state import State
+from fedlora.algebra.summand import Product, Summands
+from fedlora.core.techniques import SPP
+from fedlora.core.types import (
     Client,
     Factors,
     LocalPlan,
@@ -64,7 +69,7 @@ def cohort(
     updates = []
     for client in population.clients:
         c = strategy.enlist(state, client)
-        start = strategy.start_adapter(state, c)
+        start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
         updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
@@ -88,7 +93,7 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
     """What the weights of an update's client differ from the base's by."""
-    payload, start = update.payload, strategy.start_adapter(state, update.client)
+    payload, start = update.payload, strategy.client_start(state, update.client)
     if isinstance(start, Rebased) and not isinstance(payload, SparseDelta | Rebased):
         return dense(Rebased(start.shift, payload))
     return dense(payload)
@@ -97,8 +102,13 @@ def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, T
 def population_for(
     strategy: LoRAStrategy, tiers: Sequence[str] = ("T1", "T2", "T3", "T4", "T1", "T4")
 ) -> Setting:
-    """A population on modules that a strategy can do something with."""
-    return roomy_setting(tiers) if hasattr(strategy, "switching") else setting(tiers)
+    """A population on modules and at ranks that a strategy can do something with."""
+    usual = setting(tiers)
+    for module in usual.modules:
+        lowest, highest = strategy.rank_range(module)
+        if not lowest <= usual.min_ranks[module.path] <= usual.max_ranks[module.path] <= highest:
+            return roomy_setting(tiers)
+    return usual
 
 
 def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
@@ -112,6 +122,12 @@ def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
         cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
         return dataclasses.replace(payload, **cast)
     return {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
+
+
+def _in(precision: Precision, state: State) -> State:
+    """A first state in the precision of what clients send: it is float32 itself."""
+    wide = precision.dtype
+    return {k: t.to(wide) if t.dtype == torch.float32 else t for k, t in state.items()}
 
 
 def after_rounds(
@@ -132,7 +148,7 @@ def after_rounds(
 def effects(strategy: LoRAStrategy, state: State, population: Setting) -> list[dict[str, Tensor]]:
     """What each client's start adds to the base weights."""
     return [
-        dense(strategy.start_adapter(state, strategy.enlist(state, c))) for c in population.clients
+        dense(strategy.client_start(state, strategy.enlist(state, c))) for c in population.clients
     ]
 
 
@@ -169,7 +185,7 @@ def weights(strategy: LoRAStrategy, round: int) -> str:
 
 
 def _untrained(strategy: LoRAStrategy, state: State, client: Client) -> Payload:
-    start = strategy.start_adapter(state, client)
+    start = strategy.client_start(state, client)
     factors = start.factors if isinstance(start, Rebased) else start
     return answer(start, factors, strategy.plan(state, client, PLAN))
 
@@ -178,11 +194,11 @@ def everything(
     strategy: LoRAStrategy, state: State, population: Setting
 ) -> list[tuple[str, Payload]]:
     """Every payload that a state can give."""
-    out = [("global", strategy.global_adapter(state))]
+    out = [("global", strategy.global_update(state))]
     for c in population.clients:
         e = strategy.enlist(state, c)
-        out.append((f"start of {c.id}", strategy.start_adapter(state, e)))
-        out.append((f"global at {c.id}", strategy.global_adapter(state, e.ranks)))
+        out.append((f"start of {c.id}", strategy.client_start(state, e)))
+        out.append((f"global at {c.id}", strategy.global_update(state, e.ranks)))
     return out
 
 
@@ -206,11 +222,11 @@ def a_lone_client_gets_its_update_back(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     population = population_for(strategy)
-    state = strategy.init_state(population)
+    state = _in(precision, strategy.init_state(population))
     for update in cohort(strategy, state, population, seed, precision):
         after = strategy.aggregate(state, [update])
         client = strategy.enlist(after, population.clients[update.client.id])
-        back = dense(strategy.start_adapter(after, client))
+        back = dense(strategy.client_start(after, client))
         sent = reached(strategy, state, update)
         assert_close(back, sent, precision, f"lone client {client.id}")
 
@@ -252,10 +268,10 @@ def examples_are_what_is_averaged(
 ) -> None:
     """Where nothing is lost (equal ranks, equal A), the result is the mean per example."""
     population = population_for(strategy, ("T4", "T4", "T4"))
-    state = strategy.init_state(population)
+    state = _in(precision, strategy.init_state(population))
     updates = cohort(strategy, state, population, seed, precision)
     first = updates[0].payload
-    start = strategy.start_adapter(state, updates[0].client)
+    start = strategy.client_start(state, updates[0].client)
     if isinstance(first, MaskedScale):
         updates = [_with_alpha(u, first) for u in updates]
     elif isinstance(start, Mapping):
@@ -358,7 +374,7 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
     states.append(strategy.aggregate(states[1], second))
     for i, s in enumerate(states):
         for c in population.clients:
-            payload = strategy.start_adapter(s, strategy.enlist(s, c))
+            payload = strategy.client_start(s, strategy.enlist(s, c))
             if isinstance(payload, Rebased):
                 payload = payload.factors
             if isinstance(payload, Mapping):
@@ -385,8 +401,8 @@ def starts_have_the_ranks_of_their_clients(
         for c in population.clients:
             e = strategy.enlist(state, c)
             for payload in (
-                strategy.start_adapter(state, e),
-                strategy.global_adapter(state, e.ranks),
+                strategy.client_start(state, e),
+                strategy.global_update(state, e.ranks),
             ):
                 if isinstance(payload, Rebased):
                     got = Ranks({p: f.rank for p, f in payload.factors.items()})
@@ -407,25 +423,32 @@ def unequal_ranks_are_applied(
         sizes = {
             c.tier: sum(
                 t.numel()
-                for _, t in payload_tensors(
-                    strategy.start_adapter(state, strategy.enlist(state, c))
-                )
+                for _, t in payload_tensors(strategy.client_start(state, strategy.enlist(state, c)))
             )
             for c in population.clients
         }
         assert sizes["T1"] < sizes["T2"] < sizes["T3"] < sizes["T4"], f"payload sizes {sizes}"
 
 
-def equal_ranks_start_alike(
+def equal_variants_start_alike(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
+    """A start and a plan depend on a client by its variant alone: others may share them."""
     population = population_for(strategy)
     state, _ = after_rounds(strategy, population, seed, precision=precision)
     for c in population.clients:
         e = strategy.enlist(state, c)
-        twin = Client(id=99, ranks=e.ranks, num_examples=1)
-        assert_same(strategy.start_adapter(state, e), strategy.start_adapter(state, twin), "a twin")
-        assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
+        others = [
+            Client(id=99, ranks=e.ranks, num_examples=1),
+            Client(id=e.id, ranks=e.ranks, num_examples=e.num_examples + 1),
+        ]
+        variant = strategy.variant(state, e)
+        twins = [o for o in others if strategy.variant(state, o) == variant]
+        assert twins, f"a variant of {variant} depends on what a client holds, not on who it is"
+        for twin in twins:
+            one, two = strategy.client_start(state, e), strategy.client_start(state, twin)
+            assert_same(one, two, "a twin")
+            assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
 
 
 def training_is_not_forgotten(
@@ -502,6 +525,153 @@ def is_frozen_and_names_its_source(
     assert "arXiv:" in text, f"{cls.__module__} names no source"
 
 
+# ------------------------------------------------------------------- laws of what clients add
+
+DISTRIBUTIONS: Mapping[str, tuple[str, ...]] = {
+    "uniform": ("T1", "T2", "T3", "T4", "T1", "T4"),
+    "heavy_tail_light": ("T1", "T1", "T1", "T1", "T4"),
+    "heavy_tail_strong": ("T4", "T4", "T4", "T4", "T1"),
+    "normal": ("T2", "T3", "T3", "T2", "T1", "T4"),
+    "homogeneous": ("T3", "T3", "T3"),
+}
+"""Tiers of small populations, as the files under conf/ranks distribute them."""
+
+
+def added(strategy: LoRAStrategy, state: State, updates: Sequence[Update]) -> list[Summands]:
+    """What each client adds; empty where the method needs the updates themselves."""
+    found = []
+    for u in updates:
+        x = strategy.adds(state, strategy.client_start(state, u.client), u)
+        if x is None:
+            return []
+        found.append(x)
+    return found
+
+
+def _summing(
+    strategy: LoRAStrategy, seed: int, precision: Precision, rounds: Sequence[int] = (0, 1, 2)
+) -> Iterator[tuple[str, Setting, State, list[Update]]]:
+    """Every rank distribution, some rounds in, where the next state needs a sum alone."""
+    for name, tiers in DISTRIBUTIONS.items():
+        population = population_for(strategy, tiers)
+        for t in rounds:
+            state, updates = after_rounds(strategy, population, seed, t, precision)
+            if added(strategy, state, updates):
+                yield f"{name}, round {t}", population, state, updates
+
+
+def absorbing_the_sum_is_aggregating(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """``aggregate(s, U) = absorb(s, Σ w adds, Σ w)``."""
+    for what, population, state, updates in _summing(strategy, seed, precision):
+        w = strategy.reference_weights(updates)
+        absorbed = strategy.absorb(
+            state, summand.total(added(strategy, state, updates), w), math.fsum(w)
+        )
+        aggregated = strategy.aggregate(state, updates)
+        assert absorbed.keys() == aggregated.keys(), f"{what}: states of other names"
+        one, other = (strategy.global_update(s) for s in (absorbed, aggregated))
+        assert_close(dense(one), dense(other), precision, what)
+        for x, y in zip(
+            effects(strategy, absorbed, population),
+            effects(strategy, aggregated, population),
+            strict=True,
+        ):
+            assert_close(x, y, precision, f"{what}: starts")
+
+
+def who_did_not_move_adds_nothing(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Exactly zero, in the sum as well."""
+    for what, _, state, updates in _summing(strategy, seed, precision):
+        still = [
+            dataclasses.replace(u, payload=_untrained(strategy, state, u.client)) for u in updates
+        ]
+        for u, x in zip(still, added(strategy, state, still), strict=True):
+            for name, t in x.items():
+                assert not bool(summand.dense(t).any()), f"{what}: client {u.client.id} adds {name}"
+            assert summand.norm(x) == 0, f"{what}: client {u.client.id} adds something"
+
+
+def absorbing_nothing_changes_nothing(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """As a product. Where a round hands over to another kind of update (SLoRA's last sparse round),
+    the new kind holds what it can."""
+    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1, 2)):
+        nothing = summand.scaled(
+            summand.total(added(strategy, state, updates), [0.0] * len(updates)), 0.0
+        )
+        after = strategy.absorb(state, nothing, 3.0)
+        before, now = strategy.global_update(state), strategy.global_update(after)
+        if type(before) is type(now):
+            assert_close(dense(now), dense(before), precision, what)
+
+
+def summands_do_not_show_ranks(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Names and shapes are those of every other client."""
+    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+        shapes = [
+            {name: tuple(t.shape) for name, t in x.items()} for x in added(strategy, state, updates)
+        ]
+        assert all(s == shapes[0] for s in shapes), f"{what}: {shapes}"
+
+
+def summands_have_the_norm_of_dense_ones(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    tolerance = max(1e-10, precision.tolerance)
+    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+        for x in added(strategy, state, updates):
+            whole = summand.norm({name: summand.dense(t).double() for name, t in x.items()})
+            assert abs(summand.norm(x) - whole) <= tolerance * whole, what
+
+
+def order_of_summands_does_not_matter(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    for what, population, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+        results = []
+        for order in (updates, random.Random(seed).sample(updates, len(updates))):
+            w = strategy.reference_weights(order)
+            total = summand.total(added(strategy, state, order), w)
+            results.append(effects(strategy, strategy.absorb(state, total, sum(w)), population))
+        for x, y in zip(*results, strict=True):
+            assert_close(x, y, precision, f"{what}: another order")
+
+
+def adding_and_absorbing_are_pure(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Nothing is changed, nothing of the sum is in the state, and the same comes twice."""
+    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+        given = [state, *(dict(payload_tensors(u.payload)) for u in updates)]
+        copies = [{k: t.clone() for k, t in tensors.items()} for tensors in given]
+        w = strategy.reference_weights(updates)
+        total = summand.total(added(strategy, state, updates), w)
+        parts = _tensors(total)
+        before = {k: t.clone() for k, t in parts.items()}
+        one, two = (strategy.absorb(state, total, sum(w)) for _ in range(2))
+        for tensors, copy in zip([*given, parts], [*copies, before], strict=True):
+            for name, t in tensors.items():
+                assert torch.equal(t, copy[name]), f"{what}: {name} changed"
+        assert all(torch.equal(t, two[k]) for k, t in one.items()), f"{what}: not the same twice"
+        storage = {t.untyped_storage().data_ptr() for t in one.values() if t.numel()}
+        for name, t in parts.items():
+            assert t.untyped_storage().data_ptr() not in storage, f"{what}: the state has {name}"
+
+
+def _tensors(summands: Summands) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, x in summands.items():
+        found |= {f"{name}.b": x.b, f"{name}.a": x.a} if isinstance(x, Product) else {name: x}
+    return found
+
+
 Law = Callable[[LoRAStrategy, int, Precision], None]
 
 LAWS: Sequence[Law] = (
@@ -516,12 +686,19 @@ LAWS: Sequence[Law] = (
     no_direction_is_dead,
     starts_have_the_ranks_of_their_clients,
     unequal_ranks_are_applied,
-    equal_ranks_start_alike,
+    equal_variants_start_alike,
     training_is_not_forgotten,
     everything_is_finite_when_nobody_trains,
     everybody_has_one_mask,
     a_pruned_base_keeps_its_zeros,
     is_frozen_and_names_its_source,
+    absorbing_the_sum_is_aggregating,
+    who_did_not_move_adds_nothing,
+    absorbing_nothing_changes_nothing,
+    summands_do_not_show_ranks,
+    summands_have_the_norm_of_dense_ones,
+    order_of_summands_does_not_matter,
+    adding_and_absorbing_are_pure,
 )
 
 
@@ -552,6 +729,22 @@ def _pruned(strategy: LoRAStrategy) -> str:
     return "" if strategy.technique == SPP else "its base need not be pruned"
 
 
+@cache
+def _sums(strategy: LoRAStrategy) -> str:
+    population = population_for(strategy)
+    for rounds in (0, 1, 2):
+        if added(strategy, *after_rounds(strategy, population, 1, rounds)):
+            return ""
+    return "it needs its clients' updates, not their sum"
+
+
+def _sums_and_stays(strategy: LoRAStrategy) -> str:
+    optimizer = getattr(strategy, "server_optimizer", NoServerOptimizer())
+    if not isinstance(optimizer, NoServerOptimizer):
+        return "its server optimizer moves on by itself"
+    return _sums(strategy)
+
+
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
@@ -559,6 +752,13 @@ ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,
+    absorbing_the_sum_is_aggregating: _sums,
+    who_did_not_move_adds_nothing: _sums,
+    absorbing_nothing_changes_nothing: _sums_and_stays,
+    summands_do_not_show_ranks: _sums,
+    summands_have_the_norm_of_dense_ones: _sums,
+    order_of_summands_does_not_matter: _sums,
+    adding_and_absorbing_are_pure: _sums,
 }
 
 

@@ -1,17 +1,30 @@
-"""Where strategies meet Flower: what a foreign reply, a silence or a death does to a run."""
+"""A run over Flower: what a foreign reply, a silence or a death does to a run."""
 
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from flwr.app import ConfigRecord, Error, Message
+from flwr.serverapp.strategy import Strategy
 
-from fedlora.codec import decode_jobs, encode_results
-from fedlora.population import Roster
-from fedlora.session import EvaluationSchedule, Rounds, RunError, Session, WorkerDied
-from fedlora.tracking import Trackers
-from fedlora.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
-from simulations.grid import InProcessGrid
+from fedlora.core.errors import RunError, WorkerDied
+from fedlora.core.types import (
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+    Module,
+    Ranks,
+    Setting,
+    Update,
+)
+from fedlora.population.sampling import Roster
+from fedlora.run.tracking import Trackers
+from fedlora.server.flower import FederatedRun
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
+from fedlora.wire.codec import decode_jobs, encode_results
+from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean
 
 MODULES = (Module("q_proj", "attention", 6, 5),)
@@ -47,11 +60,10 @@ def add_one(message: Message) -> Message:
 
 
 def served(folder, app, **rounds):
-    """A bound strategy and its session; ``app`` answers every message."""
+    """A run and its session; ``app`` answers every message."""
     said: list[str] = []
-    method = Mean(rank=2)
     session = Session(
-        method=method,
+        method=Mean(rank=2),
         setting=Setting(MODULES, 1000, 12.0, CLIENTS, 3),
         roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6, SHARDS),
         plan=LocalPlan(),
@@ -62,17 +74,16 @@ def served(folder, app, **rounds):
         tracker=Trackers(()),
         emit=said.append,
     )
-    strategy = method.bind(session, worker="{}", source="")
-    return strategy, session, said, InProcessGrid(lambda m, _: app(m), 3)
+    run = FederatedRun(session, worker="{}", source="")
+    return run, session, said, InProcessGrid(lambda m, _: app(m), 3)
 
 
 def test_two_rounds_add_two(tmp_path):
-    strategy, session, said, grid = served(tmp_path, add_one)
+    run, session, said, grid = served(tmp_path, add_one)
     before = session.state["q_proj/a"].clone()
-    result = strategy.start(grid)
+    run.start(grid)
     torch.testing.assert_close(session.state["q_proj/a"], before + 2)
     assert session.done == 2
-    assert result.train_metrics_clientapp[2]["clients"] == 6
     assert sum("done" in line for line in said) == 2
 
 
@@ -104,8 +115,8 @@ def error(message, reply):
 
 @pytest.mark.parametrize("change", [no_results, nonsense, error])
 def test_a_broken_reply_costs_its_own_clients_alone(tmp_path, change):
-    strategy, session, said, grid = served(tmp_path, spoiled(change), rounds=1, min_success=0.1)
-    strategy.start(grid)
+    run, session, said, grid = served(tmp_path, spoiled(change), rounds=1, min_success=0.1)
+    run.start(grid)
     assert session.done == 1
     text = "\n".join(said)
     assert "failed: WorkerError" in text
@@ -116,19 +127,19 @@ def test_a_dead_worker_stops_the_round_and_nothing_of_it_is_kept(tmp_path):
     def dies(message, reply):
         return Message(Error(code=0, reason="x.ActorDiedError: gone"), reply_to=message)
 
-    strategy, session, _, grid = served(tmp_path, spoiled(dies))
+    run, session, _, grid = served(tmp_path, spoiled(dies))
     before = session.state
     with pytest.raises(WorkerDied, match=r"No round was complete yet; the same command"):
-        strategy.start(grid)
+        run.start(grid)
     assert session.state is before
     assert session.done == 0
 
 
 def test_silence_is_a_failure(tmp_path):
-    strategy, _, said, grid = served(tmp_path, add_one, rounds=1, min_success=0.1)
+    run, _, said, grid = served(tmp_path, add_one, rounds=1, min_success=0.1, timeout_s=0.2)
     grid.pull_messages = lambda ids: []
     with pytest.raises(RunError, match="only 0 of 6 clients succeeded"):
-        strategy.start(grid, timeout=0.2)
+        run.start(grid)
     assert "NoReply" in "\n".join(said)
 
 
@@ -138,14 +149,19 @@ def test_too_few_successes_stop_the_run(tmp_path):
         failures = [Failure(j.client, "ValueError", "no") for j in jobs]
         return Message(encode_results(failures, wire="float32"), reply_to=message)
 
-    strategy, *_, grid = served(tmp_path, app)
+    run, *_, grid = served(tmp_path, app)
     with pytest.raises(RunError, match=r"only 0 of 6 .* first failure: ValueError: no"):
-        strategy.start(grid)
+        run.start(grid)
 
 
-def test_an_unbound_strategy_says_so(tmp_path):
-    with pytest.raises(RunError, match="Mean serves no run"):
-        Mean().start(InProcessGrid(lambda m, _: m))
+@pytest.mark.parametrize(
+    "call",
+    ["start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate"],
+)
+def test_a_strategy_without_a_run_says_how_to_run_it(call):
+    assert isinstance(Mean(), Strategy)
+    with pytest.raises(RunError, match=r"Mean serves virtual clients.*FederatedRun\(session"):
+        getattr(Mean(), call)(InProcessGrid(lambda m, _: m))
 
 
 def test_resuming_goes_on_from_the_checkpoint(tmp_path):

@@ -7,13 +7,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 import conf
-from fedlora.config import ConfigError, build
+from fedlora.core.config import build
+from fedlora.core.errors import ConfigError
 from strategies.base import LoRAStrategy
 from tests.strategies.laws import ABOUT, DOUBLE, LAWS, SINGLE, Law, Precision, why_not
 
 CONF = Path(next(iter(conf.__path__)))
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 
+CHANGE = ["strategy=heterolora", "strategy.average=change", "strategy.prune=false"]
 OPTIONS = [
     ["strategy=fedavg", "strategy.weights=uniform"],
     ["strategy=fedavg", "strategy/server_optimizer=fedavgm"],
@@ -33,6 +35,11 @@ OPTIONS = [
     ["strategy=heterolora", "strategy.scale=raw"],
     ["strategy=heterolora", "strategy.uncovered=zero"],
     ["strategy=heterolora", "strategy.prune=false"],
+    [*CHANGE, "strategy.weights=examples"],
+    [*CHANGE, "strategy.weights=uniform"],
+    [*CHANGE, "strategy.weights=examples", "strategy.scale=raw"],
+    ["strategy=heterolora", "strategy.weights=uniform"],
+    ["strategy=flexlora", "strategy.residual=carry", "strategy/server_optimizer=fedavgm"],
     ["strategy=slora", "strategy.stage1_rounds=0"],
     ["strategy=splitlora", "strategy.cut=11"],
     ["strategy=splitlora", "strategy.tail=3"],
@@ -102,7 +109,7 @@ def test_fedavg_and_fedit_differ_by_the_local_optimizer() -> None:
 def test_a_server_optimizer_is_refused_where_it_means_nothing() -> None:
     node = {
         "_target_": "strategies.heterolora.HeteroLoRA",
-        "server_optimizer": {"_target_": "fedlora.server_optimizer.FedAvgM"},
+        "server_optimizer": {"_target_": "fedlora.algebra.server_optimizer.FedAvgM"},
     }
     with pytest.raises(ConfigError, match="strategy: unknown key 'server_optimizer'"):
         build(node, LoRAStrategy, "strategy")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from fedlora.linalg import (
+from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
     covered_shares,
@@ -16,13 +16,23 @@ from fedlora.linalg import (
     shares,
     stack,
     svd,
+)
+from fedlora.algebra.server_optimizer import FedAvgM
+from fedlora.algebra.state import State
+from fedlora.core.types import (
+    Ranks,
+    Setting,
+    Update,
+)
+from strategies.flexlora import FlexLoRA
+from tests.generators import (
+    dense,
+    seeds,
+    setting,
+    single_module_setting,
+    vector_updates,
     weighted_delta,
 )
-from fedlora.server_optimizer import FedAvgM
-from fedlora.state import State
-from fedlora.types import Ranks, Setting, Update
-from strategies.flexlora import FlexLoRA
-from tests.generators import dense, seeds, setting, single_module_setting, vector_updates
 from tests.strategies.laws import after_rounds, close, cohort
 
 
@@ -32,13 +42,13 @@ def truncated(w: Tensor, rank: int) -> Tensor:
 
 
 def whole(state: State, rule: FlexLoRA | None = None) -> dict[str, Tensor]:
-    return dense((rule or FlexLoRA()).global_adapter(state))
+    return dense((rule or FlexLoRA()).global_update(state))
 
 
 def untouched(rule: FlexLoRA, state: State, population: Setting) -> list[Update]:
     """A round in which nobody trains."""
     return [
-        Update(client=c, payload=rule.start_adapter(state, c), num_examples=c.num_examples)
+        Update(client=c, payload=rule.client_start(state, c), num_examples=c.num_examples)
         for c in population.clients
     ]
 
@@ -50,7 +60,7 @@ def test_v1_through_the_hooks() -> None:
     w = whole(state)["w"]
     assert float(w.square().sum()) == pytest.approx(5.61351370077, rel=1e-11)
     for r, norm in ((1, 0.468264563483), (2, 1.08946873226), (5, 2.96160685396)):
-        f = rule.global_adapter(state, Ranks({"w": r}))["w"]
+        f = rule.global_update(state, Ranks({"w": r}))["w"]
         assert float(f.b.norm()) == pytest.approx(norm, rel=1e-11)
         close(f.delta(), truncated(w, r))
 
@@ -73,16 +83,16 @@ def test_every_rank_gets_the_best_of_it(split: str, seed: int) -> None:
     for path, w in whole(after, rule).items():
         close(w, weighted_delta([u.adapter[path] for u in updates], p))
     for c in population.clients:
-        for path, f in rule.start_adapter(after, c).items():
+        for path, f in rule.client_start(after, c).items():
             close(f.delta(), truncated(whole(after)[path], c.ranks[path]))
 
 
 def test_in_the_first_round_everybody_gets_a_prefix_of_one_initialisation() -> None:
     population, rule = setting(), FlexLoRA()
     state = rule.init_state(population)
-    largest = rule.start_adapter(state, population.clients[3])
+    largest = rule.client_start(state, population.clients[3])
     for c in population.clients:
-        for path, f in rule.start_adapter(state, c).items():
+        for path, f in rule.client_start(state, c).items():
             assert torch.equal(f.a, largest[path].a[: f.rank])
             assert not bool(f.b.any())
 
@@ -92,7 +102,7 @@ def test_a_is_orthonormal_beyond_the_rank_of_the_update_too() -> None:
     population, rule = setting(), FlexLoRA()
     state = rule.init_state(population)
     after = rule.aggregate(state, cohort(rule, state, population, seed=4)[:1])
-    for f in rule.start_adapter(after, population.clients[3]).values():
+    for f in rule.client_start(after, population.clients[3]).values():
         eye = torch.eye(f.rank, dtype=torch.float64)
         close(f.a @ f.a.T, eye)
         assert not bool(f.b[:, 2:].any())
@@ -149,7 +159,7 @@ def test_carrying_by_slices_follows_its_equation() -> None:
     for path, w in whole(state).items():
         fs = [u.adapter[path] for u in updates]
         weights = covered_shares(p, [f.rank for f in fs])
-        starts = [rule.start_adapter(state, u.client)[path] for u in updates]
+        starts = [rule.client_start(state, u.client)[path] for u in updates]
         b, a = stack(fs, weights)
         b0, a0 = stack(starts, weights)
         close(after[path], w + b @ a - b0 @ a0)
@@ -207,7 +217,7 @@ def test_backends_give_the_same_starts(backend: str, tolerance: float) -> None:
     state, updates = after_rounds(FlexLoRA(), population, seed=8)
     one, two = (FlexLoRA(backend=b).aggregate(state, updates) for b in ("auto", backend))
     for c in population.clients:
-        starts = FlexLoRA().start_adapter(one, c), FlexLoRA().start_adapter(two, c)
+        starts = FlexLoRA().client_start(one, c), FlexLoRA().client_start(two, c)
         for x, y in zip(*(dense(s).values() for s in starts), strict=True):
             close(y, x, tolerance)
 
@@ -215,7 +225,7 @@ def test_backends_give_the_same_starts(backend: str, tolerance: float) -> None:
 def test_one_step_of_sgd_from_the_first_start() -> None:
     """P19: with B = 0, A does not move and dB = -lr s g (A x)ᵀ."""
     population, rule = setting(), FlexLoRA()
-    f = next(iter(rule.start_adapter(rule.init_state(population), population.clients[3]).values()))
+    f = next(iter(rule.client_start(rule.init_state(population), population.clients[3]).values()))
     a, b = f.a.double().requires_grad_(), f.b.double().requires_grad_()
     x, g = torch.arange(5.0).double(), torch.arange(6.0).double() - 2
     (f.scale * (b @ (a @ x)) @ g).backward()
@@ -258,5 +268,5 @@ def test_the_reference_of_the_gap_is_what_is_averaged() -> None:
     population = single_module_setting(6, 5, (1, 2, 3), alpha=4.0)
     for weights in ("examples", "uniform"):
         rule = FlexLoRA(weights=weights)
-        found = rule.global_adapter(rule.aggregate(rule.init_state(population), updates))
+        found = rule.global_update(rule.aggregate(rule.init_state(population), updates))
         assert exactness_gap(updates, rule.reference_weights(updates), found)["relative"] < 1e-7

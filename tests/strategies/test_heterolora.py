@@ -7,8 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.selfprune import prune_adapter, shrunk_ranks
-from fedlora.types import Factors, LocalPlan, Ranks, SelfPrune
+from fedlora.core.types import (
+    Factors,
+    LocalPlan,
+    Ranks,
+    SelfPrune,
+)
+from fedlora.training.self_pruning import prune_adapter, shrunk
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
     dense,
@@ -44,9 +49,9 @@ def test_v3_weights_and_padding() -> None:
 def test_v3_through_the_hooks() -> None:
     population, rule = single_module_setting(6, 5, RANKS, alpha=4.0), HeteroLoRA(scale="raw")
     state = rule.aggregate(rule.init_state(population), vector_updates(RANKS))
-    f = rule.global_adapter(state)["w"]
+    f = rule.global_update(state)["w"]
     assert float((f.b @ f.a).norm()) == pytest.approx(1.06940968249, rel=1e-11)
-    client = rule.start_adapter(state, population.clients[1])["w"]
+    client = rule.client_start(state, population.clients[1])["w"]
     close(client.a, f.a[:2])
     close(client.b, f.b[:, :2])
 
@@ -71,7 +76,7 @@ def test_equal_ranks_and_norms_give_the_plain_average() -> None:
         dataclasses.replace(u, payload={"w": x})
         for u, x in zip(vector_updates((3, 3, 3)), (f, other), strict=False)
     ]
-    found = rule.global_adapter(rule.aggregate(rule.init_state(population), updates))["w"]
+    found = rule.global_update(rule.aggregate(rule.init_state(population), updates))["w"]
     close(found.a, (f.a + other.a) / 2)
     close(found.b, f.b)
 
@@ -88,9 +93,9 @@ def test_the_first_round_sends_the_initialisation_itself() -> None:
     population = setting()
     for rule in (HeteroLoRA(), HeteroLoRA(scale="raw")):
         state = rule.init_state(population)
-        largest = rule.start_adapter(state, population.clients[3])
+        largest = rule.client_start(state, population.clients[3])
         for c in population.clients:
-            for path, f in rule.start_adapter(state, c).items():
+            for path, f in rule.client_start(state, c).items():
                 assert torch.equal(f.a, largest[path].a[: f.rank])
                 assert not bool(f.b.any())
 
@@ -101,7 +106,7 @@ def test_the_scope_of_the_norm(scope: str) -> None:
     state = rule.init_state(population)
     updates = cohort(rule, state, population, seed=3)
     squares = [{p: float(d.square().sum()) for p, d in dense(u.payload).items()} for u in updates]
-    after = rule.global_adapter(rule.aggregate(state, updates))
+    after = rule.global_update(rule.aggregate(state, updates))
     for path, f in after.items():
         norms = [(sum(s.values()) if scope == "model" else s[path]) ** 0.5 for s in squares]
         q = norms[0] / sum(norms)
@@ -112,9 +117,9 @@ def test_rows_that_nobody_returned_are_kept_or_restarted() -> None:
     population = setting()
     for rule in (HeteroLoRA(), HeteroLoRA(uncovered="zero")):
         state, updates = after_rounds(rule, population, seed=4)
-        before = rule.start_adapter(state, population.clients[3])
-        fresh = rule.start_adapter(rule.init_state(population), population.clients[3])
-        after = rule.start_adapter(rule.aggregate(state, updates[:1]), population.clients[3])
+        before = rule.client_start(state, population.clients[3])
+        fresh = rule.client_start(rule.init_state(population), population.clients[3])
+        after = rule.client_start(rule.aggregate(state, updates[:1]), population.clients[3])
         for path, f in after.items():
             r = updates[0].client.ranks[path]
             if rule.uncovered == "keep":
@@ -130,9 +135,9 @@ def test_a_client_of_weight_zero_covers_nothing() -> None:
     population, rule = setting(("T1", "T4")), HeteroLoRA()
     state = rule.init_state(population)
     moved = cohort(rule, state, population, seed=1)
-    still = dataclasses.replace(moved[1], payload=rule.start_adapter(state, moved[1].client))
+    still = dataclasses.replace(moved[1], payload=rule.client_start(state, moved[1].client))
     after = rule.aggregate(state, [moved[0], still])
-    for f in rule.start_adapter(after, population.clients[1]).values():
+    for f in rule.client_start(after, population.clients[1]).values():
         assert bool((f.a.norm(dim=1) > 1e-6).all())
 
 
@@ -156,10 +161,10 @@ def test_pruned_clients_stay_pruned(seed: int) -> None:
     for t in range(4):
         e = rule.enlist(state, client)
         assert e == dataclasses.replace(client, ranks=want)
-        start = rule.start_adapter(state, e)
+        start = rule.client_start(state, e)
         assert Ranks({p: f.rank for p, f in start.items()}) == want
         payload = prune_adapter(trained(start, seed + t), prune)
-        want = shrunk_ranks(want, prune)
+        want = Ranks({path: shrunk(r, prune) for path, r in want.items()})
         update = dataclasses.replace(
             cohort(rule, state, population, seed)[3],
             client=dataclasses.replace(e, ranks=want),
@@ -182,14 +187,14 @@ def test_continuing_from_an_update_needs_one_scale() -> None:
     rule = HeteroLoRA()
     state = rule.adopt(rule.init_state(population), delta)
     for c in population.clients:
-        for path, f in rule.start_adapter(state, c).items():
+        for path, f in rule.client_start(state, c).items():
             u, s, v = torch.linalg.svd(delta[path], full_matrices=False)
             close(f.delta(), (u[:, : f.rank] * s[: f.rank]) @ v[: f.rank])
     raw = HeteroLoRA(scale="raw")
     with pytest.raises(ValueError, match="choose scale=absorb"):
         raw.adopt(raw.init_state(population), delta)
     equal = setting(("T3", "T3"))
-    found = raw.start_adapter(raw.adopt(raw.init_state(equal), delta), equal.clients[0])
+    found = raw.client_start(raw.adopt(raw.init_state(equal), delta), equal.clients[0])
     for path, f in found.items():
         u, s, v = torch.linalg.svd(delta[path], full_matrices=False)
         close(f.delta(), (u[:, : f.rank] * s[: f.rank]) @ v[: f.rank])
@@ -209,6 +214,6 @@ def test_options_are_checked() -> None:
             HeteroLoRA(**{key: value})  # type: ignore[arg-type]
     rule, population = HeteroLoRA(), setting()
     with pytest.raises(ValueError, match="exceeds the global rank"):
-        rule.global_adapter(
+        rule.global_update(
             rule.init_state(population), Ranks(dict.fromkeys(population.max_ranks, 7))
         )

@@ -12,18 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from fedlora.spp import placed
-from fedlora.state import State
-from fedlora.types import (
+from fedlora.algebra.state import State
+from fedlora.algebra.summand import Summands
+from fedlora.core.types import (
     Adapter,
     Client,
     Factors,
     Payload,
     Ranks,
+    Rebased,
     SparseDelta,
     Switching,
     Update,
 )
+from fedlora.techniques.spp.scale import placed
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
@@ -32,7 +34,7 @@ from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
 from strategies.spp import SPP
 from strategies.switchlora import ALTERNATE, DENSE, PRODUCT, SwitchLoRA
-from tests.strategies.laws import LAWS, SINGLE, why_not
+from tests.strategies.laws import LAWS, SINGLE, population_for, why_not
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,13 @@ def start_ignores_ranks(self: LoRAStrategy, right: Hook, state: State, client: C
     return right(state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))))
 
 
+def start_depends_on_the_client(
+    self: LoRAStrategy, right: Hook, state: State, client: Client
+) -> Payload:
+    """Clients of equal variants share one start: another client's would be theirs."""
+    return _rescaled(right(state, client), lambda f: f.alpha * (1 + client.id % 2))
+
+
 def base_not_moved(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
     start = right(state, client)
     shift = {p: torch.zeros_like(t) for p, t in start.shift.items()}
@@ -116,7 +125,7 @@ def residual_forgotten(
 ) -> State:
     """Both factors averaged, each by itself, and nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedlora.switch.replica.residual", lambda result: None)
+        patch.setattr("fedlora.techniques.switchlora.replica.residual", lambda result: None)
         return right(state, updates)
 
 
@@ -172,10 +181,78 @@ def merge_overflows(
     return after
 
 
+def scale_dropped_from_summands(
+    self: LoRAStrategy, right: Hook, state: State, start: Payload, update: Update
+) -> Summands:
+    """``B A`` is added where ``s B A`` is meant."""
+    plain = dataclasses.replace(update, payload=_rescaled(update.payload, lambda f: 1 / f.scale))
+    return right(state, _rescaled(start, lambda f: 1 / f.scale), plain)
+
+
+def scales_left_out_of_changes(
+    self: LoRAStrategy, right: Hook, state: State, start: Payload, update: Update
+) -> Summands:
+    """Factors of unequal ranks are summed as if their scales were one."""
+    found = right(state, start, update)
+    return {k: x / update.adapter[k[:-2]].scale ** 0.5 for k, x in found.items()}
+
+
+def padded_at_the_wrong_end(
+    self: LoRAStrategy, right: Hook, state: State, start: Payload, update: Update
+) -> Summands:
+    found = dict(right(state, start, update))
+    for name, x in found.items():
+        dim = x.dim() - 1 if name.endswith("/b") else 0
+        used = x.norm(dim=1 - dim) > 0 if x.dim() == 2 else x != 0
+        found[name] = x.roll(len(used) - int(used.nonzero().max()) - 1 if used.any() else 0, dim)
+    return found
+
+
+def start_of_another_rank(
+    self: LoRAStrategy, right: Hook, state: State, start: Payload, update: Update
+) -> Summands:
+    """What a client of other ranks starts from, cut to its own."""
+    other = self.client_start(state, _of_other_ranks(self, state, update.client))
+    if isinstance(other, SparseDelta):
+        values = {p: torch.zeros_like(v) for p, v in start.values.items()}
+        for p, v in other.values.items():
+            n = min(len(v), len(values[p]))
+            values[p][:n] = v[:n]
+        return right(state, dataclasses.replace(start, values=values), update)
+    if isinstance(other, Rebased):
+        ranks = {p: f.rank for p, f in start.factors.items()}
+        cut = {p: _cut(f, ranks[p]) for p, f in other.factors.items()}
+        return right(state, Rebased(start.shift, cut), update)
+    return right(state, {p: _cut(f, start[p].rank) for p, f in other.items()}, update)
+
+
+def _of_other_ranks(strategy: LoRAStrategy, state: State, client: Client) -> Client:
+    tier = "T3" if client.tier == "T4" else "T4"
+    other = next(c for c in population_for(strategy).clients if c.tier == tier)
+    return strategy.enlist(state, other)
+
+
+def _cut(f: Factors, rank: int) -> Factors:
+    """The first directions of factors; missing ones are zero."""
+    a, b = f.a.new_zeros(rank, f.a.shape[1]), f.b.new_zeros(f.b.shape[0], rank)
+    n = min(rank, f.rank)
+    a[:n], b[:, :n] = f.a[:n], f.b[:, :n]
+    return Factors(a, b, f.alpha)
+
+
+def weight_twice(
+    self: LoRAStrategy, right: Hook, state: State, total: Summands, weight: float
+) -> State:
+    """An average of an average."""
+    return right(state, total, 2 * weight)
+
+
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
 SECOND = SLoRA(aggregator=FlexLoRA(), stage1_rounds=0)
+CARRY = FlexLoRA(residual="carry")
+CHANGE = HeteroLoRA(weights="examples", average="change", prune=False)
 SCALED, STACKED = SPP(), SPP(mode="stack")
 SWITCH = [
     SwitchLoRA(mode=mode, switching=Switching(interval=10.0, ratio=10.0), steps=3, horizon=40)
@@ -197,20 +274,29 @@ FAULTS = [
     ],
     *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
     *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
-    *[(s, "start_adapter", mask_not_shared) for s in (SCALED, STACKED)],
-    *[(s, "global_adapter", merge_fills_zeros) for s in (SCALED, STACKED)],
+    *[(s, "client_start", mask_not_shared) for s in (SCALED, STACKED)],
+    *[(s, "global_update", merge_fills_zeros) for s in (SCALED, STACKED)],
     *[(s, "aggregate", merge_overflows) for s in (SCALED, STACKED)],
-    *[(s, "start_adapter", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
+    *[(s, "client_start", scale_dropped_on_redistribution) for s in (FLEX, HETERO, SECOND)],
     *[(s, "aggregate", scale_dropped_on_arrival) for s in (AVERAGE, FLEX, HETERO, SECOND)],
-    *[(s, "start_adapter", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "client_start", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "enlist", ranks_not_applied) for s in (FLEX, HETERO, SPARSE, SECOND)],
-    *[(s, "start_adapter", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
-    *[(s, "start_adapter", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[(s, "client_start", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "client_start", start_depends_on_the_client) for s in (AVERAGE, FLEX, HETERO)],
+    *[(s, "client_start", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "aggregate", first_counted_twice) for s in SWITCH],
     *[(s, "aggregate", unweighted_mean) for s in SWITCH],
     *[(s, "aggregate", never_loaded) for s in SWITCH],
-    *[(s, "start_adapter", base_not_moved) for s in SWITCH],
+    *[(s, "client_start", base_not_moved) for s in SWITCH],
     (SWITCH[1], "aggregate", residual_forgotten),
+    (CARRY, "adds", scale_dropped_from_summands),
+    (CHANGE, "adds", scales_left_out_of_changes),
+    *[(s, "adds", padded_at_the_wrong_end) for s in (CHANGE, SPARSE, SWITCH[0])],
+    *[(s, "adds", start_of_another_rank) for s in (CARRY, CHANGE, SPARSE)],
+    *[
+        (s, "absorb", weight_twice)
+        for s in (AVERAGE, FEDIT, CARRY, CHANGE, SPARSE, SCALED, SWITCH[0], SWITCH[2])
+    ],
 ]
 
 
@@ -235,7 +321,8 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
 
 
 @pytest.mark.parametrize(
-    "strategy", [AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED, STACKED, *SWITCH]
+    "strategy",
+    [AVERAGE, FEDIT, FLEX, CARRY, HETERO, CHANGE, SPARSE, SECOND, SCALED, STACKED, *SWITCH],
 )
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""

@@ -8,9 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.linalg import factors_of_rank, svd
-from fedlora.seeding import mask_noise
-from fedlora.types import LocalPlan, Ranks, SparseDelta, Update
+from fedlora.algebra.linalg import factors_of_rank, svd
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
+    LocalPlan,
+    Ranks,
+    SparseDelta,
+    Update,
+)
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
@@ -66,10 +71,10 @@ def test_masks_are_nested_and_nothing_else_moves() -> None:
     """P16: the support of D stays inside the largest mask, and the base is never touched."""
     population, rule = setting(), SLoRA(aggregator=FlexLoRA(), stage1_rounds=9)
     state, _ = after_rounds(rule, population, seed=1, rounds=3)
-    payload = rule.global_adapter(state)
+    payload = rule.global_update(state)
     assert isinstance(payload, SparseDelta)
     d = dense(payload)
-    smaller = [rule.start_adapter(state, c) for c in population.clients[:4]]
+    smaller = [rule.client_start(state, c) for c in population.clients[:4]]
     densities = [s.density for s in smaller if isinstance(s, SparseDelta)]
     assert densities == sorted(densities)
     assert len(set(densities)) == 4
@@ -85,7 +90,7 @@ def test_masks_are_nested_and_nothing_else_moves() -> None:
 def test_the_density_is_the_lora_budget() -> None:
     population = setting(parameters=700)
     state = SLoRA(aggregator=FlexLoRA()).init_state(population)
-    start = SLoRA(aggregator=FlexLoRA()).start_adapter(state, population.clients[2])
+    start = SLoRA(aggregator=FlexLoRA()).client_start(state, population.clients[2])
     assert isinstance(start, SparseDelta)
     assert start.density == (2 * 11 + 5 * 16 + 2 * 13) / 700
     tiny = setting(parameters=10)
@@ -98,7 +103,7 @@ def test_other_densities() -> None:
     for option, want in (("code", list(CODE_DENSITY.values())), ("0.25", [0.25] * 4)):
         rule = SLoRA(aggregator=FlexLoRA(), density=option)
         state = rule.init_state(population)
-        starts = [rule.start_adapter(state, c) for c in population.clients[:4]]
+        starts = [rule.client_start(state, c) for c in population.clients[:4]]
         assert [s.density for s in starts if isinstance(s, SparseDelta)] == want
     odd = dataclasses.replace(
         population, clients=(dataclasses.replace(population.clients[0], tier="phone"),)
@@ -151,7 +156,7 @@ def test_a_constant_density_is_that_of_any_ranks() -> None:
     wanted = {"0.25": 0.25, "budget": 3 * (11 + 16 + 13) / 700, "code": 3 * (11 + 16 + 13) / 700}
     for option, density in wanted.items():
         rule = SLoRA(aggregator=FlexLoRA(), density=option)
-        found = rule.global_adapter(rule.init_state(population), strange)
+        found = rule.global_update(rule.init_state(population), strange)
         assert isinstance(found, SparseDelta)
         assert found.density == density
 
@@ -188,7 +193,7 @@ def test_the_switch_keeps_what_each_rank_can_hold(
     assert all(bool(x.any()) for x in d.values())
     for c in population.clients:
         e = rule.enlist(switched, c)
-        start = rule.start_adapter(switched, e)
+        start = rule.client_start(switched, e)
         assert not isinstance(start, SparseDelta)
         for path, f in start.items():
             u, s, v = torch.linalg.svd(d[path], full_matrices=False)
@@ -201,11 +206,11 @@ def test_the_rounds_after_the_switch_are_the_aggregators() -> None:
     population = setting()
     rule, inner = SLoRA(aggregator=FlexLoRA(), stage1_rounds=1), FlexLoRA()
     state, _ = after_rounds(rule, population, seed=3, rounds=1)
-    nested = inner.adopt(inner.init_state(population), dense(rule.global_adapter(state)))
+    nested = inner.adopt(inner.init_state(population), dense(rule.global_update(state)))
     for t in range(2):
         updates = cohort(rule, state, population, seed=5 + t)
         state, nested = rule.aggregate(state, updates), inner.aggregate(nested, updates)
-    one, two = dense(rule.global_adapter(state)), dense(inner.global_adapter(nested))
+    one, two = dense(rule.global_update(state)), dense(inner.global_update(nested))
     for path in one:
         close(one[path], two[path])
 
@@ -232,6 +237,6 @@ def test_factors_in_stage_one_are_refused() -> None:
     population, rule = setting(), SLoRA(aggregator=FlexLoRA())
     state = rule.init_state(population)
     c = population.clients[0]
-    start = FlexLoRA().start_adapter(FlexLoRA().init_state(population), c)
+    start = FlexLoRA().client_start(FlexLoRA().init_state(population), c)
     with pytest.raises(TypeError, match="client 0 sent factors"):
         rule.aggregate(state, [Update(client=c, payload=start, num_examples=1)])

@@ -9,25 +9,34 @@ import pytest
 import torch
 from flwr.app import Message
 
-import fedlora.split.conduct
-from fedlora.batches import collate, step_indices
-from fedlora.checkpoint import state_hash
-from fedlora.engine.forward import supervised_logits
-from fedlora.models.folder import ModelError
+import fedlora.split.run_round
+from fedlora.algebra.state import State, unpack
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Ranks,
+    Setting,
+    Update,
+)
+from fedlora.data.batches import collate, step_indices
+from fedlora.models.forward import supervised_logits
 from fedlora.models.stages import Span, block_of
-from fedlora.population import Roster
-from fedlora.session import EvaluationSchedule, Rounds, Session
+from fedlora.population.sampling import Roster
+from fedlora.run.checkpoint import state_hash
+from fedlora.run.tracking import Trackers
+from fedlora.server.flower import FederatedRun
+from fedlora.server.method import Setup
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
 from fedlora.split.codec import decode_downs, encode_ups
-from fedlora.split.conduct import SERVER
-from fedlora.split.ground import Ground
+from fedlora.split.compression import Wire
+from fedlora.split.context import RunContext
+from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
 from fedlora.split.worker import SplitWorker
-from fedlora.state import State, unpack
-from fedlora.tracking import Trackers
-from fedlora.types import Client, Factors, LocalPlan, Ranks, Setting, Update
-from simulations.grid import InProcessGrid
-from strategies.base import Setup
+from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
@@ -60,9 +69,9 @@ class World:
         self.model = MODELS["llama"](double=False)
         held = {i: examples(n, seed=i) for i, n in HELD.items()}
         self.store = FakeStore(held)
-        self.ground = Ground(self.model, self.store)  # type: ignore[arg-type]
-        other = Ground(MODELS["llama"](double=False), self.store)  # type: ignore[arg-type]
-        workers = [SplitWorker(g.stages, g.examples) for g in (self.ground, other)]
+        self.context = RunContext(self.model, self.store)  # type: ignore[arg-type]
+        other = RunContext(MODELS["llama"](double=False), self.store)  # type: ignore[arg-type]
+        workers = [SplitWorker(g.stages, g.examples) for g in (self.context, other)]
         served = iter(range(10**6))
 
         def app(message: Message, context: Any) -> Message:
@@ -100,8 +109,8 @@ class World:
         )
         if resume:
             assert session.resume()
-        strategy = method.bind(session, worker="{}", source="")
-        strategy.start(InProcessGrid(self.app, self.nodes))  # type: ignore[arg-type]
+        run = FederatedRun(session, worker="{}", source="")
+        run.start(InProcessGrid(self.app, self.nodes))  # type: ignore[arg-type]
         return session
 
 
@@ -110,7 +119,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-u
     def make(**more: Any) -> World:
         made = World(tmp_path / str(len(list(tmp_path.iterdir()))), **more)
         made.folder.mkdir()
-        monkeypatch.setattr(fedlora.split.conduct, "ground", lambda _: made.ground)
+        monkeypatch.setattr(fedlora.split.run_round, "run_context", lambda _: made.context)
         return made
 
     return make
@@ -180,21 +189,21 @@ def test_two_rounds_are_one_with_an_average_in_it(world: Any, options: dict[str,
 def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     """A round of one client is its training, cut or not: the path from the session to the stages
     adds nothing."""
-    from fedlora.engine.loop import optimise
     from fedlora.split.batches import ROUND
+    from fedlora.training.loop import optimise
 
     w = world(plan=replace(PLAN, clip=0.0))
     m = method()
     setting = w.setting
     state = m.init_state(setting)
-    start = m.global_adapter(state)
+    start = m.global_update(state)
     w.store.held = {0: w.store.held[0], 1: [], 2: []}
     session = w.run(m, 1)
     parameters = w.model.mount(start, dropout=w.plan.dropout)
     optimise(w.model, parameters, w.store.held[0], w.plan, seed=SEED, round=ROUND, client=0)
     want = w.model.payload()
     w.model.unmount()
-    got = m.global_adapter(session.state)
+    got = m.global_update(session.state)
     assert isinstance(want, dict)
     for path, f in want.items():
         assert torch.equal(got[path].a, f.a), path
@@ -221,7 +230,7 @@ def updates_of(m: SplitLoRA, state: State, setting: Setting) -> list[Update]:
     found = []
     for c in setting.clients:
         who = m.enlist(state, c)
-        start = m.start_adapter(state, who)
+        start = m.client_start(state, who)
         found.append(Update(who, random_like(start, c.id), c.num_examples))
     return found
 
@@ -251,7 +260,7 @@ def test_a_block_is_averaged_over_all_who_hold_it(world: Any) -> None:
             assert torch.equal(now[path].a, server[path].a)  # the server's alone
             continue
         got = [
-            m.start_adapter(after, m.enlist(after, c))[path].a
+            m.client_start(after, m.enlist(after, c))[path].a
             for c in setting.clients
             if CUTS[c.tier] > block
         ]
@@ -260,7 +269,7 @@ def test_a_block_is_averaged_over_all_who_hold_it(world: Any) -> None:
         for a in got:
             torch.testing.assert_close(a, want, rtol=1e-5, atol=1e-6)
             assert torch.equal(a, got[0])
-        assert torch.equal(m.global_adapter(after)[path].a, got[0])
+        assert torch.equal(m.global_update(after)[path].a, got[0])
 
 
 def test_keys_are_apart_and_cover_the_model(world: Any) -> None:
@@ -277,20 +286,20 @@ def test_keys_are_apart_and_cover_the_model(world: Any) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"tier_cuts": CUTS}, {"tail": 1, "cut": 1}], ids=str)
-def test_the_global_adapter_unsplit_computes_what_the_parties_compute(
+def test_the_global_update_unsplit_computes_what_the_stages_compute(
     world: Any, options: dict[str, Any]
 ) -> None:
     w, m = world(), method(**options)
     state = w.run(m).state
     batch = collate(w.store.held[0], "full")
-    stages, blocks = w.ground.stages, BLOCKS
+    stages, blocks = w.context.stages, BLOCKS
     with torch.no_grad():
-        w.model.mount(m.global_adapter(state))
+        w.model.mount(m.global_update(state))
         want = supervised_logits(w.model.network, batch)
         w.model.unmount()
         for c in w.setting.clients:
             cut = m.cut_of(state, c)
-            own = w.model.updates(m.start_adapter(state, m.enlist(state, c)))
+            own = w.model.updates(m.client_start(state, m.enlist(state, c)))
             server = w.model.updates(unpack(state, 12.0, SERVER))
             last = blocks - max(cut.tail, 0)
             parts = [(Span(0, cut.first, embeds=True), own)]
@@ -314,7 +323,7 @@ def test_two_clients_with_unequal_ranks_average_their_products(world: Any) -> No
     path = next(iter(updates[2].adapter))
     total = sum(HELD.values())
     want = sum(HELD[i] / total * u.adapter[path].delta() for i, u in enumerate(updates))
-    torch.testing.assert_close(m.global_adapter(after)[path].delta(), want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(m.global_update(after)[path].delta(), want, rtol=1e-4, atol=1e-4)
 
 
 # --- what goes wrong ------------------------------------------------------------------------------
@@ -416,22 +425,22 @@ def test_a_tail_without_adapters_is_refused(world: Any) -> None:
     jobs: Any = [
         type("Job", (), {"client": c, "seed": SEED, "plan": PLAN, "start": {}}) for c in clients
     ]
-    hall: Any = type("Hall", (), {"worker": "{}", "wire": "float32"})
+    channel: Any = type("Channel", (), {"worker": "{}", "wire": "float32"})
     with pytest.raises(ModelError, match=r"last adapter of the model lies in block 2 of 4"):
-        m.conduct(state, jobs, hall)
+        m.run_round(state, jobs, channel)
 
 
 def test_rates_run_over_rounds(world: Any) -> None:
     """A schedule over the run's steps; a server's peak of its own; clients at a constant rate."""
-    from fedlora.engine.loop import learning_rates
-    from fedlora.split.conduct import Play
+    from fedlora.split.run_round import SplitRound
+    from fedlora.training.loop import learning_rates
 
     plan = replace(PLAN, schedule="linear", warmup=0.25)
     m = method(horizon=8, client_schedule="constant", server_lr=0.5)
     w = world(plan=plan)
     state = w.run(m, 2).state
-    play: Any = object.__new__(Play)
-    play.method, play.state = m, state
+    play: Any = object.__new__(SplitRound)
+    play.config, play.state = m, state
     assert play._rates(2, plan) == learning_rates(8, plan)[4:6]
     assert int(state["steps"]) == 4
 

@@ -8,13 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.codec import decode_payload, encode_payload, payload_bytes, update_bytes
-from fedlora.engine.loop import optimise
-from fedlora.initial import initial_a
-from fedlora.prune.masks import identity
-from fedlora.seeding import torch_seed
-from fedlora.spp import factor, mean_factor, sent
-from fedlora.types import (
+from fedlora.algebra.init import initial_a
+from fedlora.core.errors import RejectedUpdate
+from fedlora.core.seeding import torch_seed
+from fedlora.core.types import (
     Client,
     LocalPlan,
     MaskedScale,
@@ -26,10 +23,23 @@ from fedlora.types import (
     payload_floats,
     payload_tensors,
 )
-from fedlora.validation import RejectedUpdate, change_norm, check_update
-from strategies.base import Setup
+from fedlora.models.masks import identity
+from fedlora.server.method import Setup
+from fedlora.server.validation import change_norm, check_update
+from fedlora.techniques.spp.scale import (
+    factor,
+    mean_factor,
+    sent,
+)
+from fedlora.training.loop import optimise
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    payload_bytes,
+    update_bytes,
+)
 from strategies.spp import SPP
-from tests.fedlora.models.pruned import pruned
+from tests.fedlora.prune.models import pruned
 from tests.generators import ALPHA, MASK, factors, gain, setting, trained
 
 M, N, RANKS = 13, 9, (8, 4, 2, 8, 1)
@@ -53,7 +63,7 @@ def round_of(
     updates = []
     for client in population(ranks).clients:
         c = method.enlist(state, client)
-        start = method.start_adapter(state, c)
+        start = method.client_start(state, c)
         payload = trained(start, 100 * seed + c.id, size=0.2)
         updates.append(Update(c, payload, c.num_examples))
     return updates
@@ -87,7 +97,7 @@ def test_the_server_holds_the_mean_of_what_clients_hold(method):
         mean = sum(u.num_examples / total * merged(u.payload) for u in updates)
         # What a client sends is enough: the rest of its payload is not looked at.
         state = method.aggregate(state, [replace(u, payload=sent(u.payload)) for u in updates])
-        server = merged(method.global_adapter(state))
+        server = merged(method.global_update(state))
         torch.testing.assert_close(server, mean, rtol=1e-6, atol=1e-9)
         assert torch.equal(server == 0, zeros)
         assert not torch.equal(server, weight())
@@ -102,7 +112,7 @@ def test_alternation_is_exact_to_the_last_digits():
         mean = sum(u.num_examples / total * merged(u.payload) for u in updates)
         state = method.aggregate(state, updates)
         torch.testing.assert_close(
-            merged(method.global_adapter(state)), mean, rtol=1e-13, atol=1e-14
+            merged(method.global_update(state)), mean, rtol=1e-13, atol=1e-14
         )
 
 
@@ -134,7 +144,7 @@ def test_averaging_alpha_and_beta_apart_loses_the_covariance(caplog):
 
 
 def _alpha(payload: MaskedScale) -> Tensor:
-    from fedlora.spp import alpha_of
+    from fedlora.techniques.spp.scale import alpha_of
 
     return alpha_of(payload, "w").double()
 
@@ -144,7 +154,7 @@ def test_rounds_follow_the_schedule_and_merges_begin_anew():
     state = method.init_state(population())
     seen = []
     for t in range(7):
-        start = method.start_adapter(state, method.enlist(state, population().clients[1]))
+        start = method.client_start(state, method.enlist(state, population().clients[1]))
         seen.append((start.trains, dict(start.tied), len(start.merges)))
         if t in (0, 3, 6):
             assert not start.beta["w"].any()
@@ -165,7 +175,7 @@ def test_merged_every_round_and_not_at_all_start_alike_and_end_with_the_same_wei
         states = [
             m.aggregate(s, round_of(m, s, t)) for m, s in zip((plain, often), states, strict=True)
         ]
-    one, other = (m.global_adapter(s) for m, s in zip((plain, often), states, strict=True))
+    one, other = (m.global_update(s) for m, s in zip((plain, often), states, strict=True))
     assert (len(one.merges), len(other.merges)) == (0, 1)
     torch.testing.assert_close(merged(one), merged(other), rtol=1e-6, atol=1e-9)
 
@@ -177,7 +187,7 @@ def test_bytes_are_those_of_what_is_sent(method, wire):
     state = method.init_state(population())
     for t in range(3):
         for u in round_of(method, state, t):
-            start = method.start_adapter(state, u.client)
+            start = method.client_start(state, u.client)
             up = sent(u.payload)
             assert payload_bytes(start, wire) == encode_payload(start, wire)[0].nbytes
             assert update_bytes(up, LocalPlan(), wire) == encode_payload(up, wire)[0].nbytes
@@ -197,7 +207,7 @@ def test_bytes_are_those_of_what_is_sent(method, wire):
                     assert torch.equal(x.double(), y)
         state = method.aggregate(state, round_of(method, state, t))
     if method.mode == "beta_only":
-        assert not method.start_adapter(state, population().clients[0]).alpha
+        assert not method.client_start(state, population().clients[0]).alpha
 
 
 def test_what_is_not_what_was_asked_for_is_refused():
@@ -207,7 +217,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
     state = method.aggregate(state, round_of(method, state, 0))
     for client in population().clients[:2]:
         c = method.enlist(state, client)
-        start = method.start_adapter(state, c)
+        start = method.client_start(state, c)
         good = sent(trained(start, 1))
         check_update(Update(c, good, 5), c, start, max_norm=0.0)
         norm = change_norm(start, good)
@@ -252,12 +262,12 @@ def test_a_lone_client_is_stand_alone_training_bit_by_bit():
         assert isinstance(found, MaskedScale)
         return found
 
-    alone = method.global_adapter(state)
+    alone = method.global_update(state)
     for t in range(4):
-        start = method.start_adapter(state, method.enlist(state, client))
+        start = method.client_start(state, method.enlist(state, client))
         state = method.aggregate(state, [Update(client, sent(train(start, t)), len(examples))])
         alone = train(replace(alone, trains=("beta", "alpha")[t % 2]), t)
-    server = method.global_adapter(state)
+    server = method.global_update(state)
     for path in ranks:
         assert torch.equal(server.alpha[path], alone.alpha[path])
         assert torch.equal(server.beta[path], alone.beta[path])
@@ -332,7 +342,7 @@ def test_uniform_weights_do_not_see_how_much_data_a_client_has(method):
         updates = round_of(method, state, t)
         mean = sum(merged(u.payload) for u in updates) / len(updates)
         state = method.aggregate(state, updates)
-        torch.testing.assert_close(merged(method.global_adapter(state)), mean, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(merged(method.global_update(state)), mean, rtol=1e-6, atol=1e-9)
 
 
 def test_alpha_after_a_merge_is_drawn_like_any_start_and_never_twice():

@@ -5,11 +5,25 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.codec import encode_payload, update_bytes
-from fedlora.seeding import torch_generator
-from fedlora.switch.replica import ALTERNATE, DIGEST_BYTES, PRODUCT, Replica, news, residual, shared
-from fedlora.types import Factors, LocalPlan, Rebased, Switching, Update
-from strategies.base import Setup
+from fedlora.core.seeding import torch_generator
+from fedlora.core.types import (
+    Factors,
+    LocalPlan,
+    Rebased,
+    Switching,
+    Update,
+)
+from fedlora.server.method import Setup
+from fedlora.techniques.switchlora.replica import (
+    ALTERNATE,
+    DIGEST_BYTES,
+    PRODUCT,
+    Replica,
+    news,
+    residual,
+    shared,
+)
+from fedlora.wire.codec import encode_payload, update_bytes
 from strategies.flexlora import FlexLoRA
 from strategies.slora import SLoRA
 from strategies.switchlora import DENSE, SwitchLoRA, covariance
@@ -34,19 +48,19 @@ def test_the_server_s_model_is_the_mean_of_its_clients(mode):
         total = sum(u.num_examples for u in updates)
         sent = [reached(method, state, u) for u in updates]
         state = method.aggregate(state, updates)
-        got = dense(method.global_adapter(state))
+        got = dense(method.global_update(state))
         for path, w in got.items():
             mean = sum(u.num_examples / total * s[path] for u, s in zip(updates, sent, strict=True))
             close(w, mean)
         for c in population.clients:
-            for path, w in dense(method.start_adapter(state, c)).items():
+            for path, w in dense(method.client_start(state, c)).items():
                 close(w, got[path], 1e-6)
 
 
 def test_planted_fault_factors_of_clients_that_exchange_alone():
     """O0: averaging A and B of clients whose bases went apart misses by more than the update."""
-    from fedlora.switch.layer import begin
-    from tests.fedlora.switch.test_layer import play
+    from fedlora.techniques.switchlora.layer import begin
+    from tests.fedlora.techniques.switchlora.test_layer import play
 
     ends, g = [], torch_generator(0, "test-apart")
     for k in range(3):
@@ -87,7 +101,7 @@ def test_a_replica_that_was_sent_what_is_counted_is_where_the_server_is(mode):
             known = copies[u.client.id].round
             found = news(state, known)
             counted = method.bytes_down(
-                state, u.client, method.start_adapter(state, u.client), "float32"
+                state, u.client, method.client_start(state, u.client), "float32"
             )
             sent = sum(len(x.numpy().tobytes()) for x in found.tensors())
             assert counted == sent + (DIGEST_BYTES if t and t % 4 == 0 else 0)
@@ -113,7 +127,7 @@ def test_of_dense_the_mean_update_is_sent_and_counted():
     population, method = roomy_setting(), rule(DENSE)
     state, updates = after_rounds(method, population, seed=1)
     client = population.clients[0]
-    start = method.start_adapter(state, client)
+    start = method.client_start(state, client)
     size = sum(m.d_out * m.d_in for m in population.modules)
     assert method.bytes_down(state, client, start, "float32") == 4 * size
     assert method.bytes_down(method.init_state(population), client, start, "float32") == 0
@@ -128,7 +142,7 @@ def test_of_dense_the_mean_update_is_sent_and_counted():
 def test_without_replicas_everything_is_sent_every_time():
     population, method = roomy_setting(), rule(replicas=False)
     state, _ = after_rounds(method, population, seed=1)
-    start = method.start_adapter(state, population.clients[0])
+    start = method.client_start(state, population.clients[0])
     array, _ = encode_payload(start)
     assert method.bytes_down(state, population.clients[0], start, "float32") == array.nbytes
 
@@ -139,10 +153,10 @@ def test_alone_and_without_exchanges_it_is_alternating_lora():
     method = rule(switching=Switching(interval=1e12))
     state = method.init_state(population)
     client = population.clients[0]
-    first = method.start_adapter(state, client)
+    first = method.client_start(state, client)
     wanted = {path: (f.a.double(), f.b.double()) for path, f in first.factors.items()}
     for t in range(4):
-        start = method.start_adapter(state, client)
+        start = method.client_start(state, client)
         assert all(torch.equal(start.shift[p], d) for p, d in first.shift.items())
         plan = method.plan(state, client, PLAN)
         assert (plan.train_a, plan.train_b) == (t % 2 == 0, t % 2 == 1)
@@ -151,7 +165,7 @@ def test_alone_and_without_exchanges_it_is_alternating_lora():
             a, b = wanted[path]
             wanted[path] = (f.a, b) if plan.train_a else (a, f.b)
         state = method.aggregate(state, [update])
-        for path, f in method.start_adapter(state, client).factors.items():
+        for path, f in method.client_start(state, client).factors.items():
             close(f.a, wanted[path][0], 1e-15)
             close(f.b, wanted[path][1], 1e-15)
 
@@ -268,7 +282,7 @@ def test_ranks_that_cannot_switch_are_refused(mode):
 def test_dense_updates_where_factors_are_due_are_refused():
     population, method = roomy_setting(), rule()
     state = method.init_state(population)
-    start = method.start_adapter(state, population.clients[0])
+    start = method.client_start(state, population.clients[0])
     bad = Update(population.clients[0], Rebased(dict(start.shift)), 1)
     with pytest.raises(TypeError, match="client 0 sent a Rebased"):
         method.aggregate(state, [bad])

@@ -4,6 +4,15 @@ A row holds ``[A of every module | B^T of every module]`` of one client, exactly
 ranks ask for: nothing is padded, so no padded entry can ever train. ``B`` is stored transposed,
 which keeps the small rank on the fast side of the matrix products
 (`fedlora.engine.fused.kernels`).
+
+The examples in this module put two clients into one bank: adapters of rank 2 and rank 1 on a layer
+``w`` with ``d_in = 3`` and ``d_out = 2``, beside a layer ``v`` that has no adapter.
+
+>>> modules = [Module("v", "mlp", d_out=2, d_in=3), Module("w", "mlp", d_out=2, d_in=3)]
+>>> def adapter(rank):
+...     a = torch.arange(1.0, 1 + rank * 3).view(rank, 3)
+...     b = 10 * torch.arange(1.0, 1 + rank * 2).view(2, rank)
+...     return {"w": Factors(a, b, alpha=4.0)}
 """
 
 from collections.abc import Sequence
@@ -13,7 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedlora.types import Adapter, Factors, Module
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    Module,
+)
 
 
 class Views(NamedTuple):
@@ -49,21 +62,31 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A row's arrangement for one pattern of ranks and scales. `Layouts` makes one per pattern, so
-    that clients can be compared by the identity of theirs."""
+    """Where a row holds what, for one pattern of ranks and scales. `Layouts` makes one layout per
+    pattern, so that two clients' layouts can be compared by identity.
+
+    >>> layout = Layout.of(adapter(2), modules)
+    >>> layout.a_size, layout.size  # 2 * 3 scalars of A, then 2 * 2 of B^T
+    (6, 10)
+    >>> layout.parts
+    (None, Part(rank=2, d_in=3, d_out=2, a=0, bt=6, alpha=4.0))
+    >>> layout.pack(adapter(2), torch.float32, torch.device("cpu")).tolist()
+    [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 10.0, 30.0, 20.0, 40.0]
+    """
 
     paths: tuple[str, ...]
     """Of the model's modules, in order."""
     parts: tuple[Part | None, ...]
     """Of every module of the model, in order; None where the adapter has nothing."""
     a_size: int
-    """Numbers in all A: the row's first section."""
+    """Scalars in all A: the row's first section."""
     size: int
-    """Numbers in a row."""
+    """Scalars in a row."""
 
     @staticmethod
     def of(adapter: Adapter, modules: Sequence[Module]) -> "Layout":
         """The layout of an adapter that fits the modules (`models.modules.check_adapter`)."""
+        # The sections of A and of B^T are filled side by side, module after module.
         held = [(m, adapter.get(m.path)) for m in modules]
         a_size = sum(f.rank * m.d_in for m, f in held if f is not None)
         parts: list[Part | None] = []
@@ -88,8 +111,8 @@ class Layout:
             if p is not None
         }
 
-    def packed(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An adapter as a row ``[size]`` of its own."""
+    def pack(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An adapter as a new row ``[size]``."""
         row = torch.empty(self.size, dtype=dtype, device=device)
         for path, (a, bt) in self.factors(row).items():
             a.copy_(adapter[path].a)
@@ -97,7 +120,7 @@ class Layout:
         return row
 
     def read(self, row: Tensor) -> dict[str, Factors]:
-        """The adapter in a copy of a row ``[size]``, which its factors are views of."""
+        """The adapter in a row ``[size]``; its factors are views of a copy of the row."""
         alphas = {
             path: p.alpha for path, p in zip(self.paths, self.parts, strict=True) if p is not None
         }
@@ -132,6 +155,15 @@ class AdapterBank:
         dtype: of parameters and gradients.
         device: where they live.
         compute: the type that forward passes compute in; if another, they see a copy (`refresh`).
+
+    >>> layout, other = Layout.of(adapter(2), modules), Layout.of(adapter(1), modules)
+    >>> bank = AdapterBank(2, layout.size, torch.float32, torch.device("cpu"))
+    >>> for slot, (l, rank) in enumerate([(layout, 2), (other, 1)]):
+    ...     _ = bank.load(slot, l.pack(adapter(rank), torch.float32, torch.device("cpu")))
+    >>> bank.params.int().tolist()
+    [[1, 2, 3, 4, 5, 6, 10, 30, 20, 40], [1, 2, 3, 10, 20, 0, 0, 0, 0, 0]]
+    >>> [None if v is None else v.a.tolist() for v in bank.views(1, 1, other)]
+    [None, [[1.0, 2.0, 3.0]]]
     """
 
     _KEPT = 1024  # lists of views, of which a round on s slots needs a few s
@@ -168,7 +200,7 @@ class AdapterBank:
             raise ValueError(f"slot {slot} is not in 0..{slots - 1}")
         if len(start) > width:
             raise ValueError(
-                f"an adapter of {len(start):,} numbers does not fit a bank whose rows hold "
+                f"an adapter of {len(start):,} scalars does not fit a bank whose rows hold "
                 f"{width:,}: its ranks are larger than those the bank was made for"
             )
         row, grad = self.params[slot, : len(start)], self.grads[slot, : len(start)]
@@ -177,7 +209,8 @@ class AdapterBank:
         return row, grad
 
     def views(self, slot: int, rows: int, layout: Layout) -> list[Views | None]:
-        """Every module's factors in ``rows`` consecutive slots of one layout, in module order."""
+        """Every module's factors in ``rows`` consecutive slots of one layout, in module order; None
+        where the layout has none."""
         key = (slot, rows, layout)
         found = self._views.get(key)
         if found is None:
@@ -191,6 +224,7 @@ class AdapterBank:
         width = self.params.shape[1]
 
         def view(source: Tensor, offset: int, d: int) -> Tensor:
+            # From one client's factor to the next it is a whole row of the bank, width scalars.
             shape, stride = [rows, part.rank, d], [width, d, 1]
             first = 1 if rows == 1 else 0
             return source.as_strided(shape[first:], stride[first:], slot * width + offset)

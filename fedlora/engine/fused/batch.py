@@ -1,11 +1,35 @@
-"""One fused forward: whose examples, and how they lie beside one another.
+"""Assembles one fused forward pass: which examples it holds and which rows they occupy.
 
-Ragged: all sequences of all clients end to end, ``[1, N]``, not one padded position. Padded: one
-sequence per row, ``[S, width]``, padded on the right, for models whose attention is their own.
+Two layouts. Ragged: all sequences of all clients end to end, ``[1, N]``, without padding. Padded:
+one sequence per row, ``[S, width]``, padded on the right, for models whose attention cannot be
+replaced.
 
-Either way a client's rows are consecutive. The products with its own factors are small, and a call
-for each of many clients costs more than the arithmetic; then they are done for stacks of clients,
-in a copy of the rows that gives each client of a stack equally many (`Spread`).
+In both layouts the rows of one client are consecutive. The products with a client's own factors are
+small: with many clients, one call per client costs more than the arithmetic. Such products are
+computed for stacks of clients, on a copy of the rows in which every client of a stack has equally
+many rows (`Spread`).
+
+The examples in this module follow two clients (`Lane`) through the assembly, ``K = 2`` lanes with
+``S = 3`` sequences of ``T = 9`` input tokens. A sequence's last token is a target only. Client 0
+has a loss on responses, client 1 on all tokens:
+
+>>> from types import SimpleNamespace
+>>> def sequence(*ids, prompt=1):
+...     return SimpleNamespace(input_ids=np.array(ids), prompt_tokens=prompt)
+>>> layout = Layout(paths=(), parts=(), a_size=0, size=0)
+>>> client_0 = [sequence(11, 12, 13, 14, prompt=2), sequence(21, 22)]
+>>> client_1 = [sequence(31, 32, 33, 34, 35, 36)]
+>>> lanes = [
+...     Lane(0, layout, client_0, "response", tokens=3, dropped=2**14, seed=7),
+...     Lane(1, layout, client_1, "full", tokens=5, dropped=2**14, seed=8),
+... ]
+>>> ragged, padded = ragged_batch(lanes, hidden=16), padded_batch(lanes, hidden=16)
+>>> ragged.batch.inputs.tolist()
+[[11, 12, 13, 21, 31, 32, 33, 34, 35]]
+>>> ragged.batch.position_ids.tolist()
+[[0, 1, 2, 0, 0, 1, 2, 3, 4]]
+>>> padded.batch.inputs.tolist()
+[[11, 12, 13, 0, 0], [21, 0, 0, 0, 0], [31, 32, 33, 34, 35]]
 """
 
 from collections.abc import Sequence
@@ -16,59 +40,67 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.batches import PAD, Batch, TokenExample, first_target
+from fedlora.data.batches import (
+    PAD,
+    Batch,
+    TokenExample,
+    first_target,
+)
 from fedlora.engine.fused.bank import Layout
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
 
 SPREAD_LANES = 4
-"""Fewer clients are not worth a copy of their rows."""
-SPREAD_NUMBERS = 25_000
-"""Of a hidden state that a client has on average, above which a call of its own costs less than
-copying them: rows times width. An estimate from the time of calls and of copies, not tuned."""
+"""Rows are copied only where at least so many clients share a forward pass."""
+SPREAD_SCALARS = 25_000
+"""Rows are copied only where a client has at most so many scalars of a hidden state on average
+(rows times width); above, one call per client is cheaper than the copy. An estimate from the
+measured time of calls and copies, not tuned."""
 
 Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Lane:
-    """One client's forward pass."""
+    """One client's part of a forward pass."""
 
     slot: int
+    """Its row of the adapter bank."""
     layout: Layout
     examples: Sequence[TokenExample]
-    """At least one, each with at least one token that has a loss."""
+    """At least one, each with at least one supervised token."""
     loss: str
     """``full`` or ``response``."""
     tokens: int
-    """Supervised tokens of the whole optimizer step, over which its loss is a mean."""
+    """Supervised tokens of the whole optimizer step; the loss is the mean over them."""
     train_a: bool = True
     train_b: bool = True
     dropped: int = 0
-    """`dropped_share` of the dropout rate."""
+    """The dropout rate as `dropped_share` counts it, in units of 2^-16."""
     seed: int = 0
-    """Of its dropout masks."""
+    """Seed of its dropout masks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """Lanes whose products are batched: one layout and flags, consecutive slots, equal rows."""
+    """Lanes whose products are computed in one stack: one layout, the same flags, consecutive
+    slots, equally many rows."""
 
     lanes: tuple[Lane, ...]
     rows: int
-    """Of all its lanes together, in the copy where there is one."""
+    """Rows of all its lanes together, counted in the copy if there is one (`Spread`)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """A copy of the rows in which the lanes of a group have equally many."""
+    """A copy of the rows in which all lanes of a group have equally many."""
 
     out: Tensor
     """``[M]`` int64: the row that each row of the copy repeats; a pad repeats its lane's last."""
     back: Tensor
-    """``[N]`` int64: where each row is in the copy."""
+    """``[N]`` int64: the place of each row in the copy."""
     pads: Tensor | None
-    """``[p]`` int64: rows of the copy that are nobody's."""
+    """``[p]`` int64: rows of the copy that are pads; None: there are none."""
 
     def to(self, device: torch.device) -> "Spread":
         """The same on another device."""
@@ -78,71 +110,256 @@ class Spread:
 
 @dataclass(frozen=True, eq=False)
 class FusedBatch:
-    """The tensors of one fused forward."""
+    """The tensors of one fused forward pass.
+
+    ``K`` lanes, ``N`` rows (pads of the padded layout included), ``M`` rows of the copy (`Spread`),
+    ``n`` supervised tokens.
+    """
 
     batch: Batch
     """``inputs [1, N]`` or ``[S, width]``; positions and targets of the supervised tokens."""
     owners: Tensor
     """``[n]`` int64: the lane of each supervised token."""
     weights: Tensor
-    """``[n]``: one over its client's `Lane.tokens`."""
+    """``[n]``: one divided by `Lane.tokens` of the token's lane."""
     groups: tuple[Group, ...]
     """In the order of the rows."""
     lanes: tuple[Lane, ...]
-    """In the order of the rows; what `owners` counts."""
+    """In the order of the rows; `owners` counts them."""
     geometry: Geometry | None
     """None: padded."""
     spread: Spread | None
-    """None: the products with the clients' factors use the rows as they are."""
+    """None: the products with the clients' factors use the rows themselves."""
     source: Tensor | None
-    """Which row of the clients' own padded batches a row (of the copy, ``[M]``, where there is one,
-    else ``[N]``) is; None: all rows are, in order. Dropout masks are drawn for those batches, as a
-    client alone draws them."""
+    """``[M]``, or ``[N]`` without a copy: the row of the clients' own padded batches, one batch
+    after another, that each row is; None: they are the same rows in the same order. Dropout masks
+    are drawn for those batches, exactly as for a client that is trained alone."""
     thresholds: Tensor | None
-    """``[M or N, 1]`` int16: sixteen random bits below it drop a number; None: no dropout."""
+    """``[M or N, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
+    dropout."""
     drawn: tuple[int, ...]
-    """Rows of each lane's own padded batch."""
+    """``K`` numbers: rows of each lane's own padded batch."""
     tokens: int
     """Real tokens."""
 
     @property
     def rows(self) -> int:
-        """What the frozen layers compute: real tokens and pads."""
+        """``N``: rows that the frozen layers compute, real tokens and pads."""
         return self.batch.inputs.numel()
 
 
 def ragged_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
-    """Lanes, in the order of their slots, end to end.
+    """All sequences end to end.
 
     Args:
-        lanes: at least one.
-        hidden: width of the model, which decides whether rows are worth a copy.
+        lanes: at least one, in the order of their slots.
+        hidden: width of the model; decides whether the rows are worth a copy.
     """
     return _assemble(lanes, hidden, ragged=True)
 
 
 def padded_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
-    """Lanes, in the order of their slots, one sequence per row; arguments as `ragged_batch`."""
+    """One sequence per row; arguments as for `ragged_batch`."""
     return _assemble(lanes, hidden, ragged=False)
 
 
-def _width(example: TokenExample) -> int:
-    """Input tokens of an example: all but the last."""
-    return len(example.input_ids) - 1
+def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
+    # Where every token goes.
+    held = _sequences(lanes)
+    rows = _ragged_rows(held) if ragged else _padded_rows(held)
+
+    # What the network computes on, and where it has a loss.
+    inputs = _filled(rows, np.concatenate([e.input_ids[:-1] for e in held.examples]), PAD)
+    following = _filled(rows, np.concatenate([e.input_ids[1:] for e in held.examples]), 0)
+    positions = _filled(rows, held.within, 0) if ragged else None
+    supervised, owners = _supervised(lanes, held, rows)
+    weights = (1 / np.array([lane.tokens for lane in lanes]))[owners]  # [n]
+
+    # Which lanes are multiplied in one stack, and the copy of the rows which that may need.
+    copied = _worth_a_copy(len(lanes), rows.total, hidden)
+    groups = _group(lanes, rows.per_lane.tolist(), copied)
+    spread = _spread(groups, rows.per_lane) if copied else None
+
+    return FusedBatch(
+        batch=Batch(
+            torch.from_numpy(inputs).view(rows.shape),
+            torch.from_numpy(supervised),
+            torch.from_numpy(following[supervised]),
+            None if positions is None else torch.from_numpy(positions).view(rows.shape),
+        ),
+        owners=torch.from_numpy(owners),
+        weights=torch.from_numpy(weights),
+        groups=groups,
+        lanes=tuple(lanes),
+        geometry=Geometry.of(held.length.tolist()) if ragged else None,
+        spread=spread,
+        source=_source(lanes, held, rows, spread),
+        thresholds=_thresholds(groups),
+        drawn=tuple(_own_rows(held).tolist()),
+        tokens=int(held.length.sum()),
+    )
 
 
-def _alike(a: Lane, b: Lane) -> bool:
-    """Whether the products of two lanes can be batched, ``b`` following ``a``."""
+# --- counting in runs ----------------------------------------------------------------------------
+
+
+def _starts(counts: Ids) -> Ids:
+    """Where each run begins, of runs of ``counts [n]`` items one after another: ``[n]``.
+
+    >>> _starts(np.array([3, 1, 5])).tolist()
+    [0, 3, 4]
+    """
+    starts: Ids = np.cumsum(counts) - counts
+    return starts
+
+
+def _within(counts: Ids) -> Ids:
+    """The place of every item in its own run, ``[sum(counts)]``.
+
+    >>> _within(np.array([3, 1, 5])).tolist()
+    [0, 1, 2, 0, 0, 1, 2, 3, 4]
+    """
+    within: Ids = np.arange(counts.sum()) - np.repeat(_starts(counts), counts)
+    return within
+
+
+# --- which row each token has --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequences:
+    """``S`` sequences of ``K`` lanes, ``T`` input tokens together."""
+
+    examples: list[TokenExample]
+    """``S``, lane after lane."""
+    lane: Ids
+    """``[S]``: the lane of each sequence."""
+    length: Ids
+    """``[S]``: input tokens of each sequence, one less than it has tokens."""
+    within: Ids
+    """``[T]``: the place of every token in its sequence."""
+    per_lane: Ids
+    """``[K]``: sequences of each lane."""
+
+
+def _sequences(lanes: Sequence[Lane]) -> _Sequences:
+    """All sequences, lane after lane.
+
+    >>> held = _sequences(lanes)
+    >>> held.lane.tolist(), held.length.tolist(), held.per_lane.tolist()
+    ([0, 0, 1], [3, 1, 5], [2, 1])
+    """
+    examples = [e for lane in lanes for e in lane.examples]
+    per_lane = np.array([len(lane.examples) for lane in lanes])  # [K]
+    length = np.array([len(e.input_ids) - 1 for e in examples])  # [S]
+    lane = np.repeat(np.arange(len(lanes)), per_lane)  # [S]
+    return _Sequences(examples, lane, length, _within(length), per_lane)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """``N`` rows, in the order in which the frozen layers compute them."""
+
+    shape: tuple[int, int]
+    """Of the network's input; ``N`` is its product."""
+    of_token: Ids
+    """``[T]``: the row of every token. The other rows are pads."""
+    per_lane: Ids
+    """``[K]``: consecutive rows of each lane, pads included."""
+
+    @property
+    def total(self) -> int:
+        """``N``."""
+        return self.shape[0] * self.shape[1]
+
+
+def _ragged_rows(held: _Sequences) -> _Rows:
+    """Token after token: no pads.
+
+    >>> rows = _ragged_rows(_sequences(lanes))
+    >>> rows.shape, rows.of_token.tolist(), rows.per_lane.tolist()
+    ((1, 9), [0, 1, 2, 3, 4, 5, 6, 7, 8], [4, 5])
+    """
+    total = int(held.length.sum())
+    per_lane = np.bincount(held.lane, held.length).astype(np.int64)  # [K]
+    return _Rows((1, total), np.arange(total), per_lane)
+
+
+def _padded_rows(held: _Sequences) -> _Rows:
+    """As many rows per sequence as the longest has tokens.
+
+    >>> rows = _padded_rows(_sequences(lanes))
+    >>> rows.shape, rows.of_token.tolist(), rows.per_lane.tolist()
+    ((3, 5), [0, 1, 2, 5, 10, 11, 12, 13, 14], [10, 5])
+    """
+    width = int(held.length.max())
+    first = np.arange(len(held.length)) * width  # [S]: row of each sequence's first token
+    of_token = np.repeat(first, held.length) + held.within  # [T]
+    return _Rows((len(held.length), width), of_token, held.per_lane * width)
+
+
+def _filled(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
+    """``values [T]`` of the tokens as rows ``[N]``, with ``pad`` elsewhere.
+
+    >>> _filled(_padded_rows(_sequences(lanes)), np.arange(1, 10), pad=0).tolist()
+    [1, 2, 3, 0, 0, 4, 0, 0, 0, 0, 5, 6, 7, 8, 9]
+    """
+    full = np.full(rows.total, pad, np.int64)
+    full[rows.of_token] = values
+    return full
+
+
+def _supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tuple[Ids, Ids]:
+    """Row and lane of every token with a loss, ``[n]`` each.
+
+    Input token ``t`` predicts token ``t + 1``, so the first supervised one is the token in front of
+    the first target: 12 for the response 13 14 of client 0's first sequence.
+
+    >>> held = _sequences(lanes)
+    >>> for values in _supervised(lanes, held, _ragged_rows(held)):
+    ...     print(values.tolist())
+    [1, 2, 3, 4, 5, 6, 7, 8]
+    [0, 0, 0, 1, 1, 1, 1, 1]
+    """
+    losses = [lanes[k].loss for k in held.lane.tolist()]
+    pairs = zip(held.examples, losses, strict=True)
+    first = np.array([first_target(e, loss) - 1 for e, loss in pairs])  # [S]
+    chosen = held.within >= np.repeat(first, held.length)  # [T]
+    lane = np.repeat(held.lane, held.length)  # [T]
+    return rows.of_token[chosen], lane[chosen]
+
+
+# --- stacks of lanes -----------------------------------------------------------------------------
+
+
+def _worth_a_copy(lanes: int, rows: int, hidden: int) -> bool:
+    """Whether stacks of clients on a copy of the rows are cheaper than one call per client."""
+    return lanes >= SPREAD_LANES and rows * hidden <= SPREAD_SCALARS * lanes
+
+
+def _stackable(a: Lane, b: Lane) -> bool:
+    """Whether lane ``b`` may follow lane ``a`` in a stack."""
     flags = [(x.layout, x.train_a, x.train_b, x.dropped) for x in (a, b)]
     return flags[0] == flags[1] and a.slot + 1 == b.slot
 
 
-def _grouped(lanes: Sequence[Lane], counts: Sequence[int], spread: bool) -> tuple[Group, ...]:
-    """Runs of lanes that can be batched: those of equal rows, or all if rows are spread."""
+def _group(lanes: Sequence[Lane], counts: Sequence[int], copied: bool) -> tuple[Group, ...]:
+    """Runs of stackable lanes; without a copy they must have equally many rows.
+
+    Args:
+        lanes: ``K``.
+        counts: rows of each.
+        copied: whether every lane of a group is given the rows of its largest.
+
+    >>> [g.rows for g in _group(lanes, [4, 5], copied=False)]
+    [4, 5]
+    >>> [g.rows for g in _group(lanes, [4, 5], copied=True)]
+    [10]
+    """
     runs: list[list[int]] = []
     for i, lane in enumerate(lanes):
         last = runs[-1][-1] if runs else -1
-        if last >= 0 and _alike(lanes[last], lane) and (spread or counts[last] == counts[i]):
+        if last >= 0 and _stackable(lanes[last], lane) and (copied or counts[last] == counts[i]):
             runs[-1].append(i)
         else:
             runs.append([i])
@@ -152,66 +369,42 @@ def _grouped(lanes: Sequence[Lane], counts: Sequence[int], spread: bool) -> tupl
 
 
 def _spread(groups: Sequence[Group], counts: Ids) -> Spread:
-    """The copy in which each lane has as many rows as the largest of its group."""
+    """The copy in which each lane has as many rows as the largest lane of its group.
+
+    Args:
+        groups: ``K`` lanes, ``M`` rows together.
+        counts: ``[K]`` rows of each lane, ``N`` together.
+
+    >>> spread = _spread(_group(lanes, [4, 5], copied=True), np.array([4, 5]))
+    >>> spread.out.tolist()
+    [0, 1, 2, 3, 3, 4, 5, 6, 7, 8]
+    >>> spread.back.tolist(), spread.pads.tolist()
+    ([0, 1, 2, 3, 5, 6, 7, 8, 9], [4])
+    """
+    # Rows that each lane has in the copy, [K].
     room = np.repeat([g.rows // len(g.lanes) for g in groups], [len(g.lanes) for g in groups])
-    start, place = np.cumsum(counts) - counts, np.cumsum(room) - room
-    within = np.arange(room.sum()) - np.repeat(place, room)
-    real = within < np.repeat(counts, room)
-    out = np.repeat(start, room) + np.minimum(within, np.repeat(counts, room) - 1)
-    back = np.flatnonzero(real)
-    return Spread(torch.from_numpy(out), torch.from_numpy(back), indices(np.flatnonzero(~real)))
+
+    # Of every row of the copy, [M]: its place in its lane, how many rows that lane really has.
+    within, real = _within(room), np.repeat(counts, room)
+
+    # It repeats the row at that place, or its lane's last one if the lane has no such row.
+    out = np.repeat(_starts(counts), room) + np.minimum(within, real - 1)  # [M]
+    back, pads = np.flatnonzero(within < real), np.flatnonzero(within >= real)  # [N], [M - N]
+    return Spread(torch.from_numpy(out), torch.from_numpy(back), indices(pads))
 
 
-def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
-    examples = [e for lane in lanes for e in lane.examples]
-    length = np.array([_width(e) for e in examples])
-    sizes = np.array([len(lane.examples) for lane in lanes])
-    owner = np.repeat(np.arange(len(lanes)), sizes)
-    shape = (1, int(length.sum())) if ragged else (len(examples), int(length.max()))
-    starts = np.cumsum(length) - length if ragged else np.arange(len(examples)) * shape[1]
-    rows = shape[0] * shape[1]
-    counts = np.bincount(owner, length).astype(np.int64) if ragged else sizes * shape[1]
-    within = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length)
-    row = np.repeat(starts, length) + within
-    inputs, following, positions = np.full(rows, PAD), np.zeros(rows, int), np.zeros(rows, int)
-    inputs[row] = np.concatenate([e.input_ids[:-1] for e in examples])
-    following[row] = np.concatenate([e.input_ids[1:] for e in examples])
-    positions[row] = within
-    first = [
-        first_target(e, lanes[k].loss) - 1 for e, k in zip(examples, owner.tolist(), strict=True)
-    ]
-    supervised = within >= np.repeat(first, length)
-    chosen, owners = row[supervised], np.repeat(owner, length)[supervised]
-    apart = len(lanes) >= SPREAD_LANES and rows * hidden <= SPREAD_NUMBERS * len(lanes)
-    groups = _grouped(lanes, counts.tolist(), apart)
-    spread = _spread(groups, counts) if apart else None
-    drawn, source = _draws(lanes, length, owner, row, within, rows)
-    if spread is not None and source is not None:
-        source = source[spread.out]
-    elif spread is not None:
-        source = spread.out
-    return FusedBatch(
-        batch=Batch(
-            torch.from_numpy(inputs).view(shape),
-            torch.from_numpy(chosen),
-            torch.from_numpy(following[chosen]),
-            torch.from_numpy(positions).view(shape) if ragged else None,
-        ),
-        owners=torch.from_numpy(owners),
-        weights=torch.from_numpy((1 / np.array([lane.tokens for lane in lanes]))[owners]),
-        groups=groups,
-        lanes=tuple(lanes),
-        geometry=Geometry.of(length.tolist()) if ragged else None,
-        spread=spread,
-        source=source,
-        thresholds=_thresholds(groups),
-        drawn=drawn,
-        tokens=int(length.sum()),
-    )
+# --- dropout -------------------------------------------------------------------------------------
 
 
 def _thresholds(groups: Sequence[Group]) -> Tensor | None:
-    """Of every row. Where everything is dropped the scale is zero (`FusedModel`), not the mask."""
+    """``[M or N, 1]`` int16; None without dropout.
+
+    At a rate of 1 the scale of the product is zero (`FusedModel`), and no mask is needed.
+
+    >>> thresholds = _thresholds(_group(lanes, [4, 5], copied=False))
+    >>> thresholds.shape, thresholds.unique().tolist()  # 2^14 - 2^15
+    (torch.Size([9, 1]), [-16384])
+    """
     dropped = [g.lanes[0].dropped % 2**16 for g in groups]
     if not any(dropped):
         return None
@@ -219,19 +412,59 @@ def _thresholds(groups: Sequence[Group]) -> Tensor | None:
     return torch.from_numpy(np.repeat(each, [g.rows for g in groups])).view(-1, 1)
 
 
-def _draws(
-    lanes: Sequence[Lane], lengths: Ids, owner: Ids, row: Ids, within: Ids, rows: int
-) -> tuple[tuple[int, ...], Tensor | None]:
-    """Rows of every lane's own padded batch, and where each row of this one is among them."""
-    sequences = np.bincount(owner, minlength=len(lanes))
-    widths = np.zeros(len(lanes), np.int64)
-    np.maximum.at(widths, owner, lengths)
-    drawn = sequences * widths
-    if not any(lane.dropped for lane in lanes):
-        return tuple(drawn.tolist()), None
-    nth = np.arange(len(owner)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
-    begin = (np.cumsum(drawn) - drawn)[owner] + nth * widths[owner]
-    source = np.zeros(rows, np.int64)
-    source[row] = np.repeat(begin, lengths) + within
-    in_order = rows == drawn.sum() and bool((source == np.arange(rows)).all())
-    return tuple(drawn.tolist()), None if in_order else torch.from_numpy(source)
+def _own_widths(held: _Sequences) -> Ids:
+    """``[K]``: width of each lane's own padded batch.
+
+    >>> _own_widths(_sequences(lanes)).tolist()
+    [3, 5]
+    """
+    widths = np.zeros(len(held.per_lane), np.int64)
+    np.maximum.at(widths, held.lane, held.length)
+    return widths
+
+
+def _own_rows(held: _Sequences) -> Ids:
+    """``[K]``: rows of each lane's own padded batch.
+
+    >>> _own_rows(_sequences(lanes)).tolist()
+    [6, 5]
+    """
+    rows: Ids = held.per_lane * _own_widths(held)
+    return rows
+
+
+def _source(
+    lanes: Sequence[Lane], held: _Sequences, rows: _Rows, spread: Spread | None
+) -> Tensor | None:
+    """`FusedBatch.source`: through the copy, if there is one, to the lanes' own padded batches.
+
+    >>> held = _sequences(lanes)
+    >>> _source(lanes, held, _ragged_rows(held), None).tolist()
+    [0, 1, 2, 3, 6, 7, 8, 9, 10]
+    """
+    own = _own_places(held, rows) if any(lane.dropped for lane in lanes) else None
+    if spread is None:
+        return own
+    return spread.out if own is None else own[spread.out]
+
+
+def _own_places(held: _Sequences, rows: _Rows) -> Tensor | None:
+    """``[N]``: the place of every row in the lanes' own padded batches, one after another.
+
+    A pad of this batch has no place there; its mask does not matter, so it is given row 0.
+
+    Returns:
+        None if every row is in its place.
+
+    >>> held = _sequences(lanes)
+    >>> _own_places(held, _padded_rows(held)).tolist()
+    [0, 1, 2, 0, 0, 3, 0, 0, 0, 0, 6, 7, 8, 9, 10]
+    """
+    # Row of each sequence's first token, [S]: its lane's batch, then its number in that batch.
+    widths, totals = _own_widths(held)[held.lane], _own_rows(held)
+    first = _starts(totals)[held.lane] + _within(held.per_lane) * widths
+
+    # Row of every token, [T]; then of every row of this batch, [N].
+    places = _filled(rows, np.repeat(first, held.length) + held.within, 0)
+    in_order = rows.total == totals.sum() and bool((places == np.arange(rows.total)).all())
+    return None if in_order else torch.from_numpy(places)

@@ -1,29 +1,29 @@
-"""Whether a model computes the same for sequences laid end to end: tried out, not assumed."""
+"""Tries out whether a model computes the same logits for sequences laid end to end."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
-from fedlora.seeding import torch_generator
 
 LENGTHS = (5, 2, 9, 1)
 WINDOW_TRIED = 512
-"""A sequence longer than the model's attention window is tried if that is not longer than this."""
+"""A sequence longer than the model's attention window is tried if the window is at most this."""
 
 
 def why_not_ragged(model: LanguageModel) -> str:
     """The reason in a few words, or an empty text if ragged sequences give the right logits.
 
     A few random sequences end to end are compared with each of them alone, through the model's own
-    attention; and when every other of them is replaced, the rest must not notice.
+    attention. When every other sequence is replaced, the logits of the rest must not change.
     """
     network = model.network
     name = type(network).__name__
     if not is_exchangeable(network):
-        return f"{name} attends in a way of its own"
+        return f"{name} has built-in attention"
     sequences = _sequences(model)
     try:
         with torch.no_grad():
@@ -34,16 +34,19 @@ def why_not_ragged(model: LanguageModel) -> str:
     except Exception as error:
         return f"{name} does not run ragged ({type(error).__name__}: {error})"
     if not attention.calls:
-        return f"{name} attends in a way of its own"
-    limit = _untold_limit(model, attention.windowed)
+        return f"{name} has built-in attention"
+    limit = _unseen_limit(model, attention.windowed)
     if limit:
-        return f"{name} limits its attention to {limit} tokens by a mask alone"
-    # Half precision rounds differently in another shape, but hardly in the same one.
+        return f"{name} limits its attention to {limit} tokens by a mask only"
+
+    # The right logits? Half precision rounds differently in another shape, hardly in the same one.
     full = network.dtype in (torch.float32, torch.float64)
     most = max(1.0, float(wanted.abs().max()))
     gap = float((found - wanted).abs().max())
     if not gap <= (1e-4 if full else 2**-4) * most:
         return f"{name} gives other logits when ragged (by {gap:.1e})"
+
+    # The same logits beside other sequences?
     kept = torch.cat([torch.full((len(s),), i % 2 == 1) for i, s in enumerate(sequences)])
     seen = float((found - beside_others)[:, kept.to(model.device)].abs().max())
     if not seen <= (1e-4 if full else 2**-8) * most:
@@ -69,9 +72,9 @@ def _sequences(model: LanguageModel) -> list[Tensor]:
     ]
 
 
-def _untold_limit(model: LanguageModel, windowed: bool) -> int:
-    """How far some layers look back where that is less than the context, was not tried, and they
-    do not say it to their attention; 0 without such layers."""
+def _unseen_limit(model: LanguageModel, windowed: bool) -> int:
+    """Tokens that some layers look back, if that is less than the context, was not tried and is not
+    passed to their attention function; 0 without such layers."""
     config, context = model.network.config.get_text_config(), model.info.context
     kinds = getattr(config, "layer_types", None)
     window = 0 if windowed else getattr(config, "sliding_window", None) or 0

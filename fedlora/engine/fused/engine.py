@@ -8,6 +8,18 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.types import (
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    MaskedScale,
+    Payload,
+    SparseDelta,
+    TrainJob,
+    Update,
+    is_low_rank,
+)
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import cost
@@ -20,19 +32,6 @@ from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import (
-    EvaluateJob,
-    Evaluation,
-    Failure,
-    MaskedScale,
-    Payload,
-    SparseDelta,
-    TrainJob,
-    Update,
-    at_least,
-    is_low_rank,
-    one_of,
-)
 
 log = logging.getLogger(__name__)
 

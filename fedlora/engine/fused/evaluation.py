@@ -1,4 +1,4 @@
-"""Evaluation of many clients in common forward passes, whether or not they share an adapter."""
+"""Evaluation of many clients in common forward passes, with the same adapter or different ones."""
 
 import itertools
 import logging
@@ -7,15 +7,21 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fedlora import evaluate
-from fedlora.batches import TokenExample, check_vocabulary
+from fedlora.core.types import (
+    Adapter,
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    Payload,
+)
+from fedlora.data.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
+from fedlora.evaluation import metrics as evaluate
 from fedlora.models.modules import check_adapter
-from fedlora.types import Adapter, EvaluateJob, Evaluation, Failure, Payload
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +33,7 @@ ROWS = 64
 
 @dataclass(eq=False)
 class Task:
-    """One job, and what has been found out for it so far."""
+    """One job and its results so far."""
 
     job: EvaluateJob
     slot: int
@@ -36,16 +42,12 @@ class Task:
     texts: dict[int, str] = field(default_factory=dict)
 
     def result(self, fused: FusedModel) -> Evaluation:
-        """The metrics, once everything is known."""
-        model, plan, examples = fused.model, self.job.plan, self.panel.examples
-        guesses = [self.guesses[i] for i in range(len(examples))]
-        metrics = evaluate.likelihood_metrics(model, examples, guesses, plan)
-        if plan.generate:
-            texts = [self.texts[i] for i in range(len(examples))]
-            metrics |= evaluate.generation_metrics(
-                model, examples, self.panel.references, texts, plan
-            )
-        return Evaluation(self.job.client, metrics)
+        """The metrics, once all results are there."""
+        plan, rows = self.job.plan, range(len(self.panel.examples))
+        guesses = [self.guesses[i] for i in rows]
+        texts = [self.texts[i] for i in rows] if plan.generate else []
+        outputs = evaluate.outputs_of(fused.model, self.panel, guesses, texts, plan)
+        return Evaluation(self.job.client, evaluate.metrics_of(outputs, plan))
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,15 @@ class FusedEvaluator:
 
     Args:
         fused: the model.
-        store: whose examples.
-        tokens: of one forward pass.
+        store: the clients' examples.
+        tokens: most tokens of one forward pass; a longer sequence runs alone.
     """
 
     def __init__(self, fused: FusedModel, store: TokenStore, tokens: int) -> None:
         self._fused, self._store, self._tokens = fused, store, tokens
         self._layouts = Layouts(fused.model.info.modules)
         self.rescue: list[EvaluateJob] = []
-        """Jobs that must be evaluated another way."""
+        """Jobs of forward passes that failed, to be evaluated one by one."""
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         """One result per job, except for those that are left in `rescue`."""
@@ -107,6 +109,7 @@ class FusedEvaluator:
                 yield failure(task.job.client, error)
 
     def _task(self, job: EvaluateJob, slot: int) -> Task:
+        # Refuse whatever would fail in a forward pass that it shares with others.
         plan, who, store = job.plan, job.client.id, self._store
         if job.adapter is not None:
             if not isinstance(job.adapter, Mapping):
@@ -122,6 +125,7 @@ class FusedEvaluator:
         return Task(job, slot, panel)
 
     def _run(self, tasks: Sequence[Task]) -> None:
+        # A bank with one row for every distinct adapter.
         adapters = {t.slot: _factors(t.job.adapter) for t in tasks}
         layouts = {slot: self._layouts(a) for slot, a in adapters.items()}
         model = self._fused.model
@@ -133,7 +137,9 @@ class FusedEvaluator:
             self._fused.compute_dtype(False),
         )
         for slot, adapter in adapters.items():
-            bank.load(slot, layouts[slot].packed(adapter, model.dtype, model.device))
+            bank.load(slot, layouts[slot].pack(adapter, model.dtype, model.device))
+
+        # Likelihoods of all sequences; then generation, by numbers of new tokens.
         with torch.no_grad():
             with self._fused.mounted(bank):
                 self._likelihoods(tasks, layouts)
@@ -143,6 +149,7 @@ class FusedEvaluator:
                     self._generate(some, layouts, longest)
 
     def _likelihoods(self, tasks: Sequence[Task], layouts: dict[int, Layout]) -> None:
+        # A sequence without a target needs no forward pass.
         items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
         for item in items:
             if len(item.example.input_ids) < 2:  # nothing after BOS
@@ -150,9 +157,11 @@ class FusedEvaluator:
                     torch.zeros(0, dtype=torch.float64),
                     torch.zeros(0, dtype=torch.int64),
                 )
+
+        # Sequences of similar length together, up to the limit; within a pass, in order of slots.
         lengths = {id(item): len(item.example.input_ids) - 1 for item in items}
         line = sorted((i for i in items if lengths[id(i)]), key=lambda i: -lengths[id(i)])
-        for packed in _packed(line, [lengths[id(i)] for i in line], self._tokens):
+        for packed in _packs(line, [lengths[id(i)] for i in line], self._tokens):
             packed.sort(key=lambda i: i.task.slot)
             lanes = [
                 Lane(slot, layouts[slot], [i.example for i in of_slot], "full", 1)
@@ -166,6 +175,7 @@ class FusedEvaluator:
     def _generate(
         self, tasks: Sequence[Task], layouts: dict[int, Layout], max_new_tokens: int
     ) -> None:
+        # Prompts of similar length together, ROWS at a time; within a batch, in order of slots.
         model = self._fused.model
         prompts = {
             (id(t), i): ids
@@ -187,7 +197,7 @@ class FusedEvaluator:
 
 
 def _factors(payload: Payload | None) -> Adapter:
-    """The bare base model is an adapter of no module."""
+    """Factors by module; none for the base model without an adapter."""
     if payload is None:
         return {}
     assert isinstance(payload, Mapping)
@@ -195,19 +205,19 @@ def _factors(payload: Payload | None) -> Adapter:
 
 
 def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:
-    """Runs of one slot, of items sorted by slot."""
+    """Items sorted by slot, divided into one list per slot."""
     grouped = itertools.groupby(items, key=lambda i: i.task.slot)
     return [(slot, list(run)) for slot, run in grouped]
 
 
 def _by_plan(tasks: Sequence[Task]) -> list[tuple[int, list[Task]]]:
-    """Tasks that generate equally many tokens."""
+    """Tasks by the number of tokens that they generate."""
     lengths = dict.fromkeys(t.job.plan.max_new_tokens for t in tasks)
     return [(n, [t for t in tasks if t.job.plan.max_new_tokens == n]) for n in lengths]
 
 
-def _packed(items: Sequence[Item], costs: Sequence[int], limit: int) -> Iterator[list[Item]]:
-    """Consecutive items whose costs stay within the limit; one alone may exceed it."""
+def _packs(items: Sequence[Item], costs: Sequence[int], limit: int) -> Iterator[list[Item]]:
+    """Lists of consecutive items whose costs stay within the limit; a single item may exceed it."""
     packed: list[Item] = []
     total = 0
     for item, cost in zip(items, costs, strict=True):

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
-from fedlora.seeding import torch_generator
 
 CHUNK_NUMBERS = 1 << 18
 """Logits at a time: 1 MB in float32, a second-level cache."""

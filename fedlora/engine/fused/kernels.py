@@ -16,6 +16,17 @@ gradient of A at a dropout rate of 0.05.
 
 Layout: with ``B^T [r, d_out]`` and ``h [r, n]`` the small rank is the M side of every product,
 where a CPU's matrix multiplication runs at 44 to 60 GFLOP/s rather than 11 to 14.
+
+The examples in this module are two clients of rank 1 with two rows and one row of a layer
+``d_in = 2``, ``d_out = 3``: a segment for each, since their numbers of rows differ.
+
+>>> def views(a, b):
+...     a, bt = torch.tensor([a]), torch.tensor([b])
+...     return Views(a, bt, torch.zeros_like(a), torch.zeros_like(bt))
+>>> client_0, client_1 = views([1.0, 0.0], [1.0, 2.0, 3.0]), views([1.0, 1.0], [1.0, 0.0, 0.0])
+>>> segments = [Segment(1, client_0, 0.5, True, True), Segment(1, client_1, 1.0, True, True)]
+>>> plan = LayerPlan(sizes=[2, 1], segments=segments)
+>>> x = torch.tensor([[2.0, 1.0], [4.0, 1.0], [1.0, 2.0]])
 """
 
 from collections.abc import Sequence
@@ -28,12 +39,12 @@ from torch import Tensor
 from fedlora.engine.fused.bank import Views
 from fedlora.engine.fused.batch import Spread
 from fedlora.models.layers import survivors
-from fedlora.models.ragged import gathered
+from fedlora.models.ragged import gather_rows
 
 
 class Segment(NamedTuple):
     """Consecutive rows of a layer's input that belong to one client, or to several whose products
-    can be batched: of one layout, in consecutive slots, with equally many rows each."""
+    are computed in one stack: one layout, consecutive slots, equally many rows each."""
 
     clients: int
     views: Views | None
@@ -46,28 +57,31 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerPlan:
-    """What one layer must know of a fused forward; fixed until the backward pass is over, so that
-    a forward that is computed again under gradient checkpointing is the same."""
+    """The segments of one layer in one fused forward pass.
+
+    Fixed until the backward pass is over, so that a forward pass that gradient checkpointing
+    computes again is the same. ``N`` rows go into the layer, ``M`` into the adapters' products.
+    """
 
     sizes: Sequence[int]
     """Rows of each segment, in the copy where there is one (`batch.Spread`)."""
     segments: Sequence[Segment]
     bits: Tensor | None = None
-    """``[M, d_in]`` int16, sixteen random bits per number; None: no dropout."""
+    """``[M, d_in]`` int16, sixteen random bits per scalar; None: no dropout."""
     thresholds: Tensor | None = None
-    """``[M, 1]`` int16: a number is dropped whose bits are smaller."""
+    """``[M, 1]`` int16: a scalar is dropped if its bits are smaller."""
     spread: Spread | None = None
-    """Of ``N`` rows to ``M``; None: segments are the rows themselves, ``M = N``."""
+    """How ``N`` rows are copied to ``M``; None: segments are the rows themselves, ``M = N``."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
-        """``[M, d_in]``: one where a number survives dropout, zero elsewhere."""
+        """``[M, d_in]``: one where a scalar survives dropout, zero elsewhere; None: no dropout."""
         if self.bits is None or self.thresholds is None:
             return None
         return survivors(self.bits, self.thresholds, dtype)
 
     @property
     def trains_a(self) -> bool:
-        """Whether any A is trained, which takes the input."""
+        """Whether any A is trained; its gradient needs the input."""
         return any(s.train_a and s.views is not None for s in self.segments)
 
 
@@ -81,7 +95,14 @@ def up(y: Tensor, x: Tensor, plan: LayerPlan, fresh: bool) -> list[Tensor | None
         fresh: whether ``y`` is uninitialised.
 
     Returns:
-        ``s h = s A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``: what `down` needs.
+        ``s h = s A x^T`` of every segment, ``[r, n]`` or ``[clients, r, n]``, for `down`; None
+        where the segment has no adapter.
+
+    >>> y = torch.zeros(3, 3)
+    >>> [h.tolist() for h in up(y, x, plan, fresh=False)]
+    [[[1.0, 2.0]], [[3.0]]]
+    >>> y.tolist()
+    [[1.0, 2.0, 3.0], [2.0, 4.0, 6.0], [3.0, 0.0, 0.0]]
     """
     hidden: list[Tensor | None] = []
     for s, ys, xs in zip(plan.segments, y.split(plan.sizes), x.split(plan.sizes), strict=True):
@@ -90,6 +111,8 @@ def up(y: Tensor, x: Tensor, plan: LayerPlan, fresh: bool) -> list[Tensor | None
             if fresh:
                 ys.zero_()
             continue
+
+        # One client: [n, d]; a stack: [clients, n, d]. Then h [(clients,) r, n], with the scale.
         ys, xs = (ys, xs) if s.clients == 1 else (_lanes(ys, s), _lanes(xs, s))
         h = torch.matmul(s.views.a, xs.mT).mul_(s.scale)
         if fresh:
@@ -108,7 +131,7 @@ def down(
     plan: LayerPlan,
     fresh: bool,
 ) -> None:
-    """Add every segment's gradients to the bank, and of its input to ``dx``, in place.
+    """Add every segment's gradients to the bank and the gradient of its input to ``dx``, in place.
 
     Args:
         dx: ``[M, d_in]``, or None where the input needs no gradient.
@@ -117,6 +140,14 @@ def down(
         hidden: what `up` returned.
         plan: the segments.
         fresh: whether ``dx`` is uninitialised.
+
+    >>> hidden = up(torch.zeros(3, 3), x, plan, fresh=False)
+    >>> dx, g = torch.zeros(3, 2), torch.ones(3, 3)
+    >>> down(dx, g, x, hidden, plan, fresh=False)
+    >>> client_0.grad_bt.tolist(), client_0.grad_a.tolist()  # s h g; (s B^T g^T) x
+    ([[3.0, 3.0, 3.0]], [[18.0, 6.0]])
+    >>> dx.tolist()
+    [[3.0, 0.0], [3.0, 0.0], [1.0, 1.0]]
     """
     sizes = plan.sizes
     inputs: Sequence[Tensor | None] = [None] * len(sizes) if dx is None else dx.split(sizes)
@@ -127,12 +158,16 @@ def down(
             if fresh and dxs is not None:
                 dxs.zero_()
             continue
-        if s.clients > 1:
+        if s.clients > 1:  # [clients, n, d]
             gs, xs, dxs = _lanes(gs, s), _lanes(xs, s), None if dxs is None else _lanes(dxs, s)
+
+        # dB^T += s h g, [r, n] x [n, d_out].
         if s.train_b:
             _accumulate(s.views.grad_bt, h, gs)
         if not s.train_a and dxs is None:
             continue
+
+        # dh = s B^T g^T, [r, n]; dA += dh x, [r, d_in]; dx += dh^T A, [n, d_in].
         dh = torch.matmul(s.views.bt, gs.mT).mul_(s.scale)
         if s.train_a:
             _accumulate(s.views.grad_a, dh, xs)
@@ -162,8 +197,8 @@ def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None
     """Add the adapters' part of the layer to ``y [N, d_out]``, in place.
 
     Args:
-        y: what the frozen weight gives.
-        rows: the layer's input, copied if rows are spread, ``[M, d_in]``.
+        y: the frozen weight's part.
+        rows: the layer's input, or its copy if rows are spread, ``[M, d_in]``.
         plan: the adapters.
 
     Returns:
@@ -173,6 +208,8 @@ def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None
     inputs = rows if mask is None else rows * mask
     if plan.spread is None:
         return up(y, inputs, plan, fresh=False)
+
+    # The products on the copy, [M, d_out], and back to the rows; pads are left out.
     delta = y.new_empty(rows.shape[0], y.shape[1])
     hidden = up(delta, inputs, plan, fresh=True)
     y.add_(delta.index_select(0, plan.spread.back))
@@ -186,7 +223,7 @@ def add_gradients(
     hidden: Sequence[Tensor | None],
     plan: LayerPlan,
 ) -> None:
-    """The backward pass of `add_adapters`: to the bank, and to ``dx [N, d_in]``, in place.
+    """The backward pass of `add_adapters`: into the bank and ``dx [N, d_in]``, in place.
 
     Args:
         dx: the frozen weight's part; None where the input needs no gradient.
@@ -195,8 +232,10 @@ def add_gradients(
         hidden: what `add_adapters` returned.
         plan: the adapters.
     """
+    # Gradient of the output and input as the products see them, [M, d_out] and [M, d_in]. A pad has
+    # no gradient. If no A is trained the input is not needed, and an empty one stands for it.
     spread, mask = plan.spread, plan.mask(g.dtype)
-    grads = g if spread is None else gathered(g, spread.out, spread.pads)
+    grads = g if spread is None else gather_rows(g, spread.out, spread.pads)
     if rows is None:
         inputs = g.new_empty(grads.shape[0], 0)
     else:
@@ -204,6 +243,8 @@ def add_gradients(
     if spread is None and mask is None:
         down(dx, grads, inputs, hidden, plan, fresh=False)
         return
+
+    # Gradient of the adapters' input, [M, d_in]: through the mask, and back to the rows.
     through = None if dx is None else dx.new_empty(grads.shape[0], dx.shape[1])
     down(through, grads, inputs, hidden, plan, fresh=True)
     if dx is None or through is None:
@@ -216,8 +257,8 @@ def add_gradients(
 class FusedLinear(torch.autograd.Function):
     """The whole layer, where the frozen weight is a plain matrix.
 
-    Gradients of the factors go into the bank's rows, not through autograd; ``anchor``, a scalar
-    that requires a gradient, makes autograd come by even where the input needs none.
+    Gradients of the factors go into the bank's rows, not through autograd. ``anchor``, a scalar
+    that requires a gradient, makes autograd call `backward` even where the input needs none.
     """
 
     @staticmethod
@@ -233,7 +274,7 @@ class FusedLinear(torch.autograd.Function):
         """``x [..., d_in]`` and its copy ``rows [M, d_in]`` if rows are spread, ``weight [d_in,
         d_out]`` -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
-        # Not a view of something else, for some models go on in place.
+        # A tensor of its own, not a view: some models continue in place.
         out = flat.new_empty(*x.shape[:-1], weight.shape[1])
         y = out.view(-1, weight.shape[1])
         if bias is None:
@@ -248,7 +289,7 @@ class FusedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        """Of the input alone."""
+        """Gradient of the input; the factors' gradients go into the bank."""
         rows, weight, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         dx = g @ weight.t() if ctx.needs_input_grad[0] else None
@@ -259,7 +300,7 @@ class FusedLinear(torch.autograd.Function):
 
 
 class FusedDelta(torch.autograd.Function):
-    """The adapters' part alone, beside a layer that keeps its weight to itself (quantised)."""
+    """The adapters' part alone, beside a layer whose weight is not a plain matrix (quantised)."""
 
     @staticmethod
     def forward(
@@ -276,7 +317,7 @@ class FusedDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
-        """Of the input alone."""
+        """Gradient of the input; the factors' gradients go into the bank."""
         rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         wanted = ctx.needs_input_grad[0]

@@ -1,4 +1,4 @@
-"""One frozen network with the adapters of many clients on it at once."""
+"""One frozen network that computes with the adapters of many clients at once."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.engine.forward import supervised_hidden, supervised_logits
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import (
     FusedBatch,
@@ -20,21 +19,23 @@ from fedlora.engine.fused.batch import (
 )
 from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
+from fedlora.models.forward import supervised_hidden, supervised_logits
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dropout_bits, stored_transposed
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import check_recomputable, recomputing
 
 KNOWN = 1024
-"""Runs of slots whose segments are kept, of which a round on s slots needs a few s."""
+"""Groups whose segments are kept in memory; a round on ``s`` slots needs a few ``s`` of them."""
 
 
 class FusedModel:
     """Runs fused batches on a resident `LanguageModel`, which it leaves as it found it.
 
     Args:
-        model: whose adapted layers take the clients' adapters while `mounted`.
-        is_ragged: whether sequences are laid end to end (`check_ragged` says if they can be).
+        model: its adapted layers use the clients' adapters while `mounted`.
+        is_ragged: whether sequences are laid end to end (`check.why_not_ragged` says if they can
+            be).
         checkpoint: recompute each block's activations in the backward pass: less memory, a third
             more time.
 
@@ -65,12 +66,12 @@ class FusedModel:
         self._copied: tuple[Tensor, int, Tensor] | None = None
 
     def compute_dtype(self, autocast: bool) -> torch.dtype:
-        """What the adapted layers compute in: bfloat16 under autocast, else the base's own type."""
+        """The type that adapted layers compute in: bfloat16 under autocast, else the base's."""
         dtype: torch.dtype = torch.bfloat16 if autocast else self.model.network.dtype
         return dtype
 
     def require_free(self) -> None:
-        """Raise a RuntimeError if a bank is mounted: somebody left a stream of results open."""
+        """Raise a RuntimeError if a bank is mounted: another stream of results is still open."""
         if self._bank is not None:
             raise RuntimeError(
                 "another stream of results of this engine is not finished: take all of them, or "
@@ -110,7 +111,7 @@ class FusedModel:
                 self._known, self._segments, self._cast = {}, [], {}
 
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
-        """Lanes, in the order of their slots, as this model takes them."""
+        """Lanes, in the order of their slots, in this model's layout."""
         lay = ragged_batch if self.is_ragged else padded_batch
         return lay(lanes, self._hidden)
 
@@ -150,19 +151,19 @@ class FusedModel:
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocast)
 
     def prepare(self, batch: FusedBatch) -> None:
-        """Tell layers and attention where whose rows are in what comes next."""
+        """Tell layers and attention which rows of the next forward pass belong to which client."""
         self.prepare_rows(batch.groups)
         device = self.model.device
         self._batch = batch
         self._spread = None if batch.spread is None else batch.spread.to(device)
-        self._bits = self._drawn(batch)
+        self._bits = self._draw_bits(batch)
         self._thresholds = None if batch.thresholds is None else batch.thresholds.to(device)
         if batch.geometry is not None:
             self._attention.geometry = batch.geometry.to(device)
 
     def prepare_rows(self, groups: Sequence[Group]) -> None:
-        """The same for inputs ``[rows, width]`` of any width, such as those of generation, where
-        `Group.rows` counts sequences and there is no dropout."""
+        """As `prepare`, for inputs ``[rows, width]`` of any width, as in generation: `Group.rows`
+        counts sequences, and there is no dropout."""
         assert self._bank is not None
         self._bank.refresh()
         self._forget()
@@ -171,18 +172,18 @@ class FusedModel:
         self._segments = [list(of_layer) for of_layer in zip(*by_group, strict=True)]
 
     def _forget(self) -> None:
-        """Drop what belongs to one batch."""
+        """Drop everything that belongs to one batch."""
         self._batch = self._spread = self._thresholds = self._copied = None
         self._bits = []
 
     @staticmethod
     def per_lane(values: Tensor, batch: FusedBatch) -> Tensor:
-        """Sums ``[lanes]`` of what the supervised tokens have, ``[n]``."""
+        """Sums ``[lanes]`` over the supervised tokens' ``values [n]``."""
         sums = values.new_zeros(len(batch.lanes))
         return sums.index_add_(0, batch.owners.to(values.device), values)
 
     def _of_group(self, group: Group) -> list[Segment]:
-        """A group's part in every layer."""
+        """A group's segment of every layer, in module order."""
         assert self._bank is not None
         lane, clients = group.lanes[0], len(group.lanes)
         flags = (lane.train_a, lane.train_b, lane.dropped)
@@ -200,7 +201,9 @@ class FusedModel:
         return self._known[key]
 
     def _plan(self, index: int, x: Tensor) -> LayerPlan:
-        """The part of layer ``index`` in what was prepared."""
+        """The plan of layer ``index`` for its input ``x [..., d_in]``."""
+        # Rows that the layer was given, as a multiple of those prepared: 1 in training, the width
+        # of the input in generation, where a prepared row is a whole sequence.
         d_in, segments = x.shape[-1], self._segments[index]
         rows, spread = x.numel() // d_in, self._spread
         if spread is None:
@@ -209,21 +212,23 @@ class FusedModel:
             stretch, rest = divmod(rows, spread.back.shape[0])
         if rest or stretch == 0 or (stretch > 1 and self._batch is not None):
             raise ValueError(
-                f"layer {index} was given {rows} rows where another number was prepared: the model "
+                f"layer {index} was given {rows} rows, but another number was prepared: the model "
                 "does not pass every token through it once"
             )
         sizes = [n * stretch for n in self._sizes]
         bits = self._bits[index] if self._bits else None
         return LayerPlan(sizes, segments, bits, self._thresholds, spread)
 
-    def _drawn(self, batch: FusedBatch) -> list[Tensor]:
-        """Random bits ``[M, d_in]`` of every layer's dropout; none without dropout.
+    def _draw_bits(self, batch: FusedBatch) -> list[Tensor]:
+        """Random bits ``[M, d_in]`` of every layer's dropout; an empty list without dropout.
 
         Drawn client by client in the shape of the client's own padded batch, so that the masks are
         those of the client trained alone.
         """
         if batch.thresholds is None:
             return []
+        # Per client, a tensor [rows of its own batch, d_in] for every layer. Bits of a client
+        # without dropout need no drawing: its threshold drops nothing.
         device = self.model.device
         widths = [m.d_in for m in self.model.info.modules]
         each = [
@@ -232,6 +237,8 @@ class FusedModel:
             else [torch.empty(rows, width, dtype=torch.int16, device=device) for width in widths]
             for lane, rows in zip(batch.lanes, batch.drawn, strict=True)
         ]
+
+        # Per layer, all clients one after another; then in the order of this batch's rows.
         bits = [torch.cat(of_layer) for of_layer in zip(*each, strict=True)]
         if batch.source is None:
             return bits
@@ -239,7 +246,7 @@ class FusedModel:
         return [b.index_select(0, source) for b in bits]
 
     def layer(self, x: Tensor, base: nn.Module, index: int) -> Tensor:
-        """What the adapted layer ``index`` gives for ``x [..., d_in]``."""
+        """Output ``[..., d_out]`` of the adapted layer ``index`` for ``x [..., d_in]``."""
         plan = self._plan(index, x)
         weight = base.weight
         assert isinstance(weight, Tensor)
@@ -274,7 +281,7 @@ class FusedModel:
 
 
 class _ManyAdapters:
-    """What stands on one adapted layer while a fused model is mounted."""
+    """The update of one adapted layer while a fused model is mounted."""
 
     def __init__(self, fused: FusedModel, index: int) -> None:
         self._fused, self._index = fused, index
@@ -283,9 +290,9 @@ class _ManyAdapters:
         return self._fused.layer(x, base, self._index)
 
     def parameters(self) -> list[nn.Parameter]:
-        """None of autograd's: gradients go to the bank."""
+        """None that autograd knows: gradients go to the bank."""
         return []
 
     def weight(self, base: nn.Module) -> Tensor:
-        """Refused: a layer under many adapters has no one weight."""
-        raise TypeError("many clients' adapters are mounted: there is no one effective weight")
+        """Refused: a layer with many adapters has no single weight."""
+        raise TypeError("many clients' adapters are mounted: there is no single effective weight")

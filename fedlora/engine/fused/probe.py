@@ -10,15 +10,15 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from fedlora.core.seeding import generator
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import Lane
 from fedlora.engine.fused.cost import CostModel, Sample, tuned, tuning_key
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.trainer import Chain
-from fedlora.engine.loop import clip_and_step, optimizer_for
 from fedlora.engine.memory import return_freed_memory
 from fedlora.models.layers import dropped_share
-from fedlora.seeding import generator
+from fedlora.training.loop import clip_and_step, optimizer_for
 
 LENGTH = 128
 """Tokens of a probe's sequences: instructions of a sentence or two."""

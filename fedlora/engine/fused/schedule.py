@@ -3,8 +3,8 @@
 A client is a chain of forward passes that must run in order; a fused step runs at most one of each
 of several clients that sit in the slots of the adapter bank. A schedule is a pure function of the
 work, the policy, the token budget and the number of slots: what a client computes never depends on
-it, only when. The policies are compared in docs/fused.md, which also says how m-LoRA's scheduling
-strategies map to them:
+it, only when. The policies are compared in docs/performance.md, which also says how m-LoRA's
+scheduling strategies map to them:
 
 =========== ====================== ================
 README      code                   here
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from operator import attrgetter
 from types import MappingProxyType
 
-from fedlora.types import at_least
+from fedlora.core.checks import at_least
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Step:
 
 
 def cost(forwards: Collection[Forward], padded: bool) -> int:
-    """Tokens that a step computes: the real ones, or all rows at the largest width if padded."""
+    """Tokens that a step computes: the real ones, or rows times the largest width if padded."""
     if not padded:
         return sum(f.tokens for f in forwards)
     return sum(f.rows for f in forwards) * max((f.width for f in forwards), default=0)
@@ -81,7 +81,7 @@ def check_limits(budget: int, slots: int) -> None:
     at_least("engine.slots", slots, 1)
 
 
-# --- choosing who runs ---------------------------------------------------------------------------
+# --- selecting who runs --------------------------------------------------------------------------
 
 
 @dataclass(slots=True)
@@ -111,12 +111,14 @@ class Room:
     least: int
     """No forward of any client has fewer real tokens: with less room than that, a step is full."""
 
-    def packed(self, line: Sequence[Resident]) -> list[Resident]:
-        """The first in line, and whoever behind it still fits."""
+    def pack(self, line: Sequence[Resident]) -> list[Resident]:
+        """The first in line, and all behind it that still fit."""
+        # Running totals of those chosen: sequences, width of the widest, real tokens.
         chosen = [line[0]]
         first = line[0].forward
         rows, width, tokens = first.rows, first.width, first.tokens
         for resident in line[1:]:
+            # Stop where not even the smallest forward pass would fit; skip what is too large.
             f = resident.forward
             if self.padded:
                 if (rows + 1) * width > self.budget:
@@ -133,22 +135,22 @@ class Room:
 
 
 Choose = Callable[[Sequence[Resident], Room], list[Resident]]
-"""Who of the residents (at least one, in order of admission) runs the next step: at least one."""
+"""Selects, of at least one resident in order of admission, at least one that runs the next step."""
 
 
 def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
-    """First come, first served; whoever does not fit waits, smaller ones may still fit."""
-    return room.packed(residents)
+    """First come, first served; a resident that does not fit waits, smaller ones may still fit."""
+    return room.pack(residents)
 
 
 def longest_remaining(residents: Sequence[Resident], room: Room) -> list[Resident]:
     """The longest remaining chain first: a chain cannot be sped up, so it must not wait.
 
-    Chains are compared by forwards; of equal ones the lower slots go first, so that those who run
-    are neighbours, whose products can be batched (`fedlora.engine.fused.batch`).
+    Chains are compared by forwards; of equal ones the lower slots go first, so that the residents
+    that run are neighbours, whose products can be stacked (`fedlora.engine.fused.batch`).
     """
     line = sorted(residents, key=lambda r: (-r.forwards_left, r.slot))
-    return room.packed(line)
+    return room.pack(line)
 
 
 def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
@@ -157,6 +159,8 @@ def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
     A run is as long as the budget allows. Its score is its real tokens times their share of what
     the padded layout would compute: full steps and little padding.
     """
+    # A window [start, end) over the line: each resident enters at its end, and as many leave at its
+    # start as the budget demands. A window of one may exceed the budget.
     line = sorted(residents, key=attrgetter("forward.width"))
     start, rows, tokens = 0, 0, 0
     best, most = (0, 1), 0.0
@@ -167,7 +171,7 @@ def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
             rows -= line[start].forward.rows
             tokens -= line[start].forward.tokens
             start += 1
-        score = tokens * tokens / (rows * width)
+        score = tokens * tokens / (rows * width)  # the last to enter is the widest
         if score > most:
             best, most = (start, end), score
     return line[slice(*best)]
@@ -189,12 +193,12 @@ def longest_first(works: Sequence[Work]) -> list[int]:
 
 @dataclass(frozen=True)
 class Policy:
-    """How clients come into slots, and who of them runs."""
+    """How clients come into slots, and which of them run."""
 
     order: Callable[[Sequence[Work]], list[int]]
-    """The line in which clients wait for a slot."""
+    """The order in which clients wait for a slot."""
     choose: Choose
-    """Who of the residents runs a step."""
+    """Which residents run a step."""
     wave: bool = False
     """Whether slots are given away only when all are free."""
     lookahead: int = 0
@@ -231,7 +235,7 @@ class Schedule(Iterator[Step]):
 
     Args:
         works: the chains, ``works[k]`` being client k's.
-        policy: who is admitted and who runs.
+        policy: which clients are admitted and which run.
         budget: tokens of a step, counted as `cost` does.
         slots: how many clients may be resident at a time.
         padded: whether a step computes padding, as `cost` counts it.
@@ -281,7 +285,7 @@ class Schedule(Iterator[Step]):
             ValueError: if there is no such client.
         """
         if not 0 <= client < len(self.works):
-            raise ValueError(f"client {client} is none of the {len(self.works)} scheduled ones")
+            raise ValueError(f"client {client} is not one of the {len(self.works)} in the schedule")
         self._waiting.remove(client)
         self._leave({client})
 
@@ -321,11 +325,11 @@ class _Waiting:
         self._gone: set[int] = set()
 
     def remove(self, client: int) -> None:
-        """Whoever was removed is never given a slot."""
+        """Never give this client a slot."""
         self._gone.add(client)
 
     def next(self, residents: Sequence[Resident]) -> int | None:
-        """The client that a free slot is for; None if nobody waits."""
+        """The client that is given a free slot; None if none waits."""
         self._refill()
         if not self._candidates:
             return None
@@ -339,11 +343,14 @@ class _Waiting:
                 bisect.insort(self._candidates, (self._widths[client], client))
 
     def _nearest(self, residents: Sequence[Resident]) -> int:
-        """Which candidate is nearest in width to the residents' mean; without any, the widest."""
+        """Index of the candidate nearest in width to the residents' mean; without residents, of the
+        widest."""
         last = len(self._candidates) - 1
         if last == 0 or not residents:
             return last
         target = sum(self._widths[r.client] for r in residents) / len(residents)
+
+        # Candidates are sorted by width: the first that is not narrower, or the one before it.
         above = bisect.bisect(self._candidates, (target, -1))
         if not 0 < above <= last:
             return min(above, last)

@@ -13,8 +13,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from fedlora import selfprune
-from fedlora.batches import (
+from fedlora.core.seeding import dropout_seeds
+from fedlora.core.types import (
+    Failure,
+    TrainJob,
+    Update,
+)
+from fedlora.data.batches import (
     TokenExample,
     check_vocabulary,
     num_steps,
@@ -22,18 +27,23 @@ from fedlora.batches import (
     step_indices,
     supervised_tokens,
 )
-from fedlora.client import completed, training_examples
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
+from fedlora.engine.client import completed, training_examples
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
-from fedlora.engine.loop import Trace, check_trace, clip_and_step, learning_rates, optimizer_for
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter
-from fedlora.seeding import dropout_seeds
-from fedlora.types import Failure, TrainJob, Update
+from fedlora.training import self_pruning as selfprune
+from fedlora.training.loop import (
+    Trace,
+    check_trace,
+    clip_and_step,
+    learning_rates,
+    optimizer_for,
+)
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +108,7 @@ class Planner:
         )
         if id(job.start) not in starts:
             layout = self._layouts(job.start)
-            packed = layout.packed(job.start, self._dtype, self._device)
+            packed = layout.pack(job.start, self._dtype, self._device)
             starts[id(job.start)] = layout, packed
         return Chain(job, *starts[id(job.start)], steps, Work(forwards))
 

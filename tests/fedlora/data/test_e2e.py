@@ -12,13 +12,19 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.batches import collate
-from fedlora.data import E2E, SPLITS, DataError, TokenStore, prepare
-from fedlora.data.__main__ import main
+from fedlora.core.errors import DataError
+from fedlora.data import (
+    E2E,
+    SPLITS,
+    TokenStore,
+    prepare,
+)
+from fedlora.data.batches import collate
 from fedlora.data.e2e import FILES, attributes, context, sentence
 from fedlora.data.encode import Encoder
 from fedlora.data.records import Record
 from fedlora.data.template import CONTEXT, INSTRUCTION
+from simulations.tools.data import main
 
 from .conftest import CharacterTokenizer, shared_file
 
@@ -444,7 +450,9 @@ def test_templates_have_names_of_their_own():
     assert CONTEXT.version != INSTRUCTION.version
 
 
-def test_statistics_tell_the_lengths_of_each_split(source, tokenizer_folder, tmp_path, capsys):
+def test_statistics_tell_the_lengths_of_each_split(
+    source, tokenizer_folder, tmp_path, capsys, monkeypatch
+):
     tokenizer = CharacterTokenizer()
     s = TokenStore(prepare(source, tokenizer, "t", tmp_path / "cache")).statistics()
     for split in SPLITS:
@@ -454,8 +462,9 @@ def test_statistics_tell_the_lengths_of_each_split(source, tokenizer_folder, tmp
         )
         assert s["tokens_by_split"][split]["max"] == max(sum(n) for n in lengths)
         assert s["response_tokens_by_split"][split]["max"] == max(n for _, n in lengths)
-    common = ["--model", str(tokenizer_folder), "--cache", str(tmp_path / "cache")]
-    assert main(["stats", "data=e2e", f"path={source.path}", "partition=restaurant", *common]) == 0
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    words = [f"data.path={source.path}", "data.partition=restaurant", "model=hf"]
+    assert main(["stats", "data=e2e", *words, f"model.path={tokenizer_folder}"]) == 0
     table = capsys.readouterr().out
     assert re.search(r"^data +e2e, cutoff 512, truncation input$", table, re.MULTILINE)
     assert re.search(r"^ +test tokens +mean \d+\.\d, .* max \d+$", table, re.MULTILINE)
@@ -464,8 +473,8 @@ def test_statistics_tell_the_lengths_of_each_split(source, tokenizer_folder, tmp
 
 def test_the_environment_names_the_file(source, tokenizer_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("FEDLORA_E2E", source.path)
-    common = ["--model", str(tokenizer_folder), "--cache", str(tmp_path / "cache")]
-    assert main(["show", "data=e2e", *common]) == 0
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
+    assert main(["show", "data=e2e", "model=hf", f"model.path={tokenizer_folder}"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^name : train house \d \| price .*<eos>\n--- resp", shown, re.MULTILINE)
     assert re.search(r"^ It 's train .* \.<eos>\n--- reference\nIt 's", shown, re.MULTILINE)

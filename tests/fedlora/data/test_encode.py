@@ -2,7 +2,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import DataError, Record
+from fedlora.core.errors import DataError
+from fedlora.data import Record
 from fedlora.data.encode import Encoder, prompt_room
 from fedlora.data.template import ANSWER, prompt, question
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import DataError, Jsonl
+from fedlora.core.errors import DataError
+from fedlora.data import Jsonl
 
 pytest.importorskip("datasets")
 pytest.importorskip("flwr_datasets")

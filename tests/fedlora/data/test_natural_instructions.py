@@ -8,7 +8,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import conf
-from fedlora.data import DataError, NaturalInstructions, task_group
+from fedlora.core.errors import DataError
+from fedlora.data import NaturalInstructions, task_group
 from fedlora.data.natural_instructions import COLUMNS
 
 pa = pytest.importorskip("pyarrow")

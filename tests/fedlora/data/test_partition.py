@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import DataError
+from fedlora.core.errors import DataError
 from fedlora.data.partition import balanced, dirichlet, iid, natural
 
 LAW = settings(derandomize=True, deadline=None, max_examples=50)

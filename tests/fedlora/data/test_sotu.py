@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data import DataError, Sotu, sotu
+from fedlora.core.errors import DataError
+from fedlora.data import Sotu, sotu
 from fedlora.data.sotu import (
     FIRST_YEAR,
     MIN_PASSAGES,

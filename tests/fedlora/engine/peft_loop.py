@@ -9,9 +9,13 @@ import numpy as np
 import peft
 import torch
 
+from fedlora.core.seeding import dropout_seeds, generator
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    LocalPlan,
+)
 from fedlora.models import layers
-from fedlora.seeding import dropout_seeds, generator
-from fedlora.types import Adapter, Factors, LocalPlan
 from tests.fedlora.engine.world import NETWORKS, SEED, FakeExample
 from tests.fedlora.models.networks import ALPHA
 

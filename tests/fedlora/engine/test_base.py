@@ -9,11 +9,8 @@ import pytest
 import torch
 import yaml
 
-from fedlora.config import build
-from fedlora.engine.base import Engine, EngineSpec
-from fedlora.engine.fused import Auto, Fused
-from fedlora.engine.sequential import Sequential, SequentialEngine
-from fedlora.types import (
+from fedlora.core.config import build
+from fedlora.core.types import (
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
@@ -24,6 +21,9 @@ from fedlora.types import (
     SparseDelta,
     Update,
 )
+from fedlora.engine.base import Engine, EngineSpec
+from fedlora.engine.fused import Auto, Fused
+from fedlora.engine.sequential import Sequential, SequentialEngine
 from tests.fedlora.engine.world import (
     SEED,
     FakeStore,

@@ -7,9 +7,9 @@ import psutil
 import pytest
 import torch
 
+from fedlora.core.types import LocalPlan
 from fedlora.engine.memory import keep_freed_memory, return_freed_memory
 from fedlora.engine.sequential import Sequential
-from fedlora.types import LocalPlan
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start, vector
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from fedlora.config import build
+from fedlora.core.config import build
+from fedlora.core.types import LocalPlan, Update
 from fedlora.engine.sequential import SequentialEngine
-from fedlora.types import LocalPlan, Update
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start, vector
 
 PLAN = LocalPlan(lr=3e-3, batch_size=3, dropout=0.3, epochs=2)

@@ -7,8 +7,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    LocalPlan,
+    Payload,
+    Ranks,
+    TrainJob,
+    payload_tensors,
+)
 from fedlora.models.language_model import LanguageModel
-from fedlora.types import Adapter, Client, LocalPlan, Payload, Ranks, TrainJob, payload_tensors
 from tests.fedlora.models.networks import VOCABULARY, adapter, gpt2, llama, wrap
 
 SEED = 11

@@ -15,10 +15,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from fedlora.core.types import Factors, Module
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.qkv import split_qkv
-from fedlora.types import Factors, Module
 
 ALPHA = 12.0
 VOCABULARY = 40

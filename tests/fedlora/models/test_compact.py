@@ -6,11 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedlora.models.compact import compact, expanded, is_compact
-from fedlora.models.folder import ModelError, fingerprint
-from fedlora.models.pruned import Pruned
+from fedlora.core.errors import ModelError
+from fedlora.models.compact import (
+    compact,
+    expanded,
+    is_compact,
+)
+from fedlora.models.folder import fingerprint
 from fedlora.models.spec import Tiny, TinyGPT2
-from fedlora.prune.stored import inspect
+from fedlora.models.stored import inspect
+from fedlora.prune.spec import Pruned
 
 
 @pytest.fixture(params=[Tiny(), TinyGPT2()], ids=["llama", "gpt2"])

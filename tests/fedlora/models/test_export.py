@@ -11,13 +11,22 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fedlora.core.errors import ModelError
+from fedlora.core.types import Factors, SparseDelta
 from fedlora.models.export import CONFIG, WEIGHTS, load_peft, merge, save_peft
-from fedlora.models.folder import MASKS, ModelError
-from fedlora.models.spp_peft import save_spp
-from fedlora.prune.masks import check_network, load_masks, mask_identity
-from fedlora.types import Factors, SparseDelta
+from fedlora.models.folder import MASKS
+from fedlora.models.masks import (
+    check_network,
+    load_masks,
+    mask_identity,
+)
+from fedlora.techniques.spp.peft import save_spp
 from tests.fedlora.models.networks import ALPHA, NETWORKS, adapter, llama, logits, same, wrap
-from tests.fedlora.models.pruned import pruned, reopened, scale
+from tests.fedlora.prune.models import (
+    pruned,
+    reopened,
+    scale,
+)
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=15)
 RANKS = {"equal": 5, "unequal": lambda i: 1 + i % 7}

@@ -8,9 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.core.seeding import mask_noise
+from fedlora.core.types import (
+    Factors,
+    Rebased,
+    SparseDelta,
+)
 from fedlora.models.language_model import MASKS_KEPT, LanguageModel
-from fedlora.seeding import mask_noise
-from fedlora.types import Factors, Rebased, SparseDelta
 from tests.fedlora.models.networks import (
     ALPHA,
     NETWORKS,

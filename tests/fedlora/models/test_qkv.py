@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.pytorch_utils import Conv1D
 
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.types import Factors, Module
 from fedlora.models.qkv import Split, SplitLinear, join_adapter, split_adapter, split_qkv
-from fedlora.types import Factors, Module
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import ALPHA, adapter, gpt2, logits, same, tokens, wrap
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fedlora.models import ragged as ragged_module
 from fedlora.models.ragged import (
     STACKS,
     Geometry,
@@ -18,6 +19,7 @@ from fedlora.models.ragged import (
     _Unstack,
     ragged,
 )
+from tests import doctests
 from tests.fedlora.models.families import CONTEXT, WINDOW, family
 from tests.fedlora.models.networks import VOCABULARY
 
@@ -307,3 +309,7 @@ def test_two_networks_attend_at_once():
     with ragged(one, mine), ragged(two, other):
         assert one.config._attn_implementation == mine.name
         assert two.config._attn_implementation == other.name
+
+
+def test_the_examples_in_the_module_are_right():
+    assert doctests.run(ragged_module) > 5

@@ -14,12 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import fedlora
-from fedlora.config import ConfigError, build, describe
+from fedlora.core.config import build, describe
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.models import folder as folders
-from fedlora.models.folder import ModelError, find_assets
+from fedlora.models.folder import find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
-from simulations.compose import load
+from fedlora.run import package
+from simulations.app.compose import load
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 
@@ -240,8 +242,9 @@ class TestAssets:
     def bundle(self, monkeypatch, tmp_path) -> Path:
         """A copy of the package without assets, not installed, in a strange directory."""
         monkeypatch.delenv(folders.ASSETS_VARIABLE, raising=False)
-        monkeypatch.setattr(folders, "__file__", str(tmp_path / "bundle" / "folder.py"))
-        monkeypatch.setattr(folders.metadata, "distributions", lambda **_: [])
+        monkeypatch.delenv(package.VARIABLE, raising=False)
+        monkeypatch.setattr(package, "ROOT", tmp_path / "bundle")
+        monkeypatch.setattr(package.metadata, "distributions", lambda **_: [])
         (tmp_path / "elsewhere").mkdir()
         monkeypatch.chdir(tmp_path / "elsewhere")
         return tmp_path
@@ -249,14 +252,21 @@ class TestAssets:
     def test_nowhere_lists_where_it_looked(self, bundle):
         with pytest.raises(ModelError) as caught:
             find_assets("tiny")
-        for place in (bundle / "bundle/assets/tiny", bundle / "elsewhere/fedlora/models/assets"):
-            assert str(place) in str(caught.value)
+        for place in ("bundle", "elsewhere"):
+            assert str(bundle / place / "fedlora/models/assets/tiny") in str(caught.value)
 
     def test_the_variable_wins(self, bundle, monkeypatch):
         monkeypatch.setenv(folders.ASSETS_VARIABLE, str(bundle / "mine"))
         _asset(bundle / "mine" / "tiny")
-        _asset(bundle / "bundle" / "assets" / "tiny")
+        _asset(bundle / "bundle/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "mine" / "tiny"
+
+    def test_the_launchers_word_comes_before_the_bundle(self, bundle, monkeypatch):
+        monkeypatch.setenv(package.VARIABLE, str(bundle / "checkout"))
+        _asset(bundle / "bundle/fedlora/models/assets/tiny")
+        assert find_assets("tiny") == bundle / "bundle/fedlora/models/assets/tiny"
+        _asset(bundle / "checkout/fedlora/models/assets/tiny")
+        assert find_assets("tiny") == bundle / "checkout/fedlora/models/assets/tiny"
 
     def test_an_editable_install_points_to_its_checkout(self, bundle, monkeypatch):
         checkout = bundle / "a checkout"
@@ -269,7 +279,7 @@ class TestAssets:
             def locate_file(self, path):
                 return bundle / "site-packages" / path
 
-        monkeypatch.setattr(folders.metadata, "distributions", lambda **_: [Distribution()])
+        monkeypatch.setattr(package.metadata, "distributions", lambda **_: [Distribution()])
         _asset(bundle / "site-packages/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "site-packages/fedlora/models/assets/tiny"
         _asset(checkout / "fedlora/models/assets/tiny")

@@ -5,13 +5,13 @@ import hashlib
 import pytest
 import torch
 
-from fedlora.batches import Batch
-from fedlora.engine.forward import supervised_logits
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
+from fedlora.core.types import LocalPlan, Module
+from fedlora.data.batches import Batch
+from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stage, Stages, block_of, blocks_of, check_stages
 from fedlora.split.protocol import Cut, Terms
-from fedlora.types import LocalPlan, Module
 from tests.fedlora.engine.world import SEED
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import VOCABULARY, adapter, wrap

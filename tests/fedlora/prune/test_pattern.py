@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
 from fedlora.prune.pattern import Pattern
 
 RATIOS = st.integers(1, 99).map(lambda percent: f"0.{percent:02d}")

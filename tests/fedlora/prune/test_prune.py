@@ -6,12 +6,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedlora.models.folder import ModelError
+from fedlora.core.errors import ModelError
 from fedlora.models.layers import dense_weight
-from fedlora.prune.activations import Activations, linear_layers, measure, windows
+from fedlora.models.modules import linear_layers
 from fedlora.prune.methods import DAMPING, magnitude, sparsegpt, wanda
 from fedlora.prune.pattern import Pattern
 from fedlora.prune.prune import METHODS, Pruning, by_block, prune, prune_by, prune_from, sparsity
+from fedlora.prune.statistics import (
+    Activations,
+    measure,
+    windows,
+)
 from tests.fedlora.models.networks import NETWORKS, wrap
 from tests.fedlora.prune.text import batches
 

@@ -6,11 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.batches import step_indices
+from fedlora.core.seeding import dropout_seeds
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import step_indices
 from fedlora.models.stages import Span, Stages
-from fedlora.seeding import dropout_seeds
+from fedlora.split import batches
 from fedlora.split.batches import ROUND, Labels, Order, Seeds, Shape, pack, pad, step_of
-from fedlora.types import LocalPlan
+from tests import doctests
 from tests.fedlora.engine.world import examples
 from tests.fedlora.split.world import MODELS
 
@@ -97,3 +99,7 @@ def test_padding_changes_nothing_but_rounding(name: str) -> None:
     for packed, logits in found[1:]:
         torch.testing.assert_close(packed, found[0][0], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(logits, found[0][1], rtol=1e-12, atol=1e-12)
+
+
+def test_the_examples_in_the_module_are_right():
+    assert doctests.run(batches) > 5

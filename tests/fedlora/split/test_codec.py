@@ -5,13 +5,18 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, RecordDict
 
+from fedlora.core.types import (
+    Client,
+    Failure,
+    LocalPlan,
+    Ranks,
+)
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
+from fedlora.split.compression import Wire
 from fedlora.split.noise import Noise
-from fedlora.split.protocol import Cut, Down, Opening, Terms, Up
-from fedlora.split.wire import Wire
-from fedlora.types import Client, Failure, LocalPlan, Ranks
-from tests.fedlora.split.world import MODELS, assert_same, assert_same_memory, start
+from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
+from tests.fedlora.split.world import MODELS, assert_same, assert_same_state, start
 
 MODEL = MODELS["llama"](double=False)
 ADAPTER = start(MODEL)
@@ -21,9 +26,9 @@ PARTS = Wire("int8", group=4).encode(torch.randn(5, 8))
 TERMS = Terms(7, Wire("topk", k=3), Wire("bf16"), Noise(1.0, 0.5), 0.1, True)
 
 
-def opening(i: int) -> Opening:
+def init(i: int) -> InitMessage:
     plan = LocalPlan(lr=0.123456789, betas=(0.8, 0.99))
-    return Opening(CLIENTS[i], plan, Cut(1, 2), TERMS, ADAPTER, MEMORY)
+    return InitMessage(CLIENTS[i], plan, Cut(1, 2), TERMS, ADAPTER, MEMORY)
 
 
 def same_parts(a: object, b: object) -> None:
@@ -37,7 +42,7 @@ def test_what_is_sent_down_arrives() -> None:
         4: Down(8, gradient=PARTS, of=7, rate=0.1 / 3, adapter=ADAPTER, forward=True),
         12: Down(0, middle=PARTS, upload=True),
     }
-    content = encode_downs(downs, {12: opening(12)}, worker="w", source="s", wire="float32")
+    content = encode_downs(downs, {12: init(12)}, worker="w", source="s", wire="float32")
     found = decode_downs(content)
     assert (found.worker, found.source, found.wire) == ("w", "s", "float32")
     first, second = found.downs[4], found.downs[12]
@@ -47,16 +52,16 @@ def test_what_is_sent_down_arrives() -> None:
     assert second.upload and second.gradient is None and second.adapter is None
     assert first.adapter is not None
     assert_same(first.adapter, ADAPTER)
-    assert list(found.openings) == [12]
-    begun = found.openings[12]
+    assert list(found.inits) == [12]
+    begun = found.inits[12]
     assert (begun.client, begun.plan, begun.cut, begun.terms) == (
         CLIENTS[12],
-        opening(12).plan,
+        init(12).plan,
         Cut(1, 2),
         TERMS,
     )
     assert_same(begun.adapter, ADAPTER)
-    assert_same_memory(begun.memory, MEMORY)
+    assert_same_state(begun.optimizer_state, MEMORY)
 
 
 def test_what_is_sent_up_arrives() -> None:
@@ -70,11 +75,11 @@ def test_what_is_sent_up_arrives() -> None:
     assert isinstance(up, Up)
     assert (up.step, up.shape, up.loss, up.tokens, up.grad_norm) == (3, Shape((2, 3)), 1.5, 3, 0.25)
     same_parts(up.hidden, PARTS)
-    assert up.labels is not None and up.adapter is not None and up.memory is not None
+    assert up.labels is not None and up.adapter is not None and up.optimizer_state is not None
     assert up.labels.first == labels.first
     assert torch.equal(up.labels.targets, labels.targets)
     assert_same(up.adapter, ADAPTER)
-    assert_same_memory(up.memory, MEMORY)
+    assert_same_state(up.optimizer_state, MEMORY)
     assert found[12] == ups[12]
 
 
@@ -99,7 +104,7 @@ def test_a_part_of_a_reply_that_is_gone_or_broken_is_one_clients_failure() -> No
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 def test_memory_travels_exactly_whatever_the_adapters_wire(wire: str) -> None:
     memory = {"0/exp_avg": torch.randn(9), "0/step": torch.tensor(3.0)}
-    up = Up(0, adapter=ADAPTER, memory=memory)
+    up = Up(0, adapter=ADAPTER, optimizer_state=memory)
     found = decode_ups(encode_ups({4: up}, wire=wire), {4: CLIENTS[4]})[4]
-    assert isinstance(found, Up) and found.memory is not None
-    assert_same_memory(found.memory, memory)
+    assert isinstance(found, Up) and found.optimizer_state is not None
+    assert_same_state(found.optimizer_state, memory)

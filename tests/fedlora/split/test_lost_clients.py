@@ -9,12 +9,17 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
+from fedlora.core.types import (
+    Adapter,
+    Factors,
+    Failure,
+    LocalPlan,
+)
 from fedlora.split.batches import Labels, Shape
+from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut, Down, Terms, Up
-from fedlora.split.rounds import Finished, Link, play
+from fedlora.split.rounds import Finished, Link, run_exchanges
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.types import Adapter, Factors, Failure, LocalPlan
 from tests.fedlora.engine.world import SEED
 from tests.fedlora.split.world import (
     MODELS,
@@ -23,7 +28,7 @@ from tests.fedlora.split.world import (
     assert_equal,
     assert_near,
     assert_same,
-    assert_same_memory,
+    assert_same_state,
     mean_of_factors,
     start,
 )
@@ -77,7 +82,7 @@ def raises(up: Up) -> Failure:
 
 
 def federation_client():  # type: ignore[no-untyped-def]
-    return federation().opening(BAD).client
+    return federation().init(BAD).client
 
 
 def hidden(change: Callable[[np.ndarray], np.ndarray]) -> Fault:
@@ -165,10 +170,10 @@ def test_the_others_go_on_as_if_it_had_never_been_there(update: str, cut: Cut) -
     without = replace(f, clients=(0, 2)).play()
     for i in (0, 2):
         assert_same(outcome.client(i).adapter, without.client(i).adapter)
-        assert_same_memory(outcome.client(i).memory, without.client(i).memory)
+        assert_same_state(outcome.client(i).optimizer_state, without.client(i).optimizer_state)
         assert outcome.client(i).metrics == without.client(i).metrics
-    for key, party in without.server.parties.items():
-        assert_same(outcome.server.parties[key].adapter(), party.adapter())
+    for key, trainable in without.server.trainables.items():
+        assert_same(outcome.server.trainables[key].adapter(), trainable.adapter())
 
 
 TAILS: dict[str, Fault] = {
@@ -194,7 +199,7 @@ def test_a_tail_that_fails_leaves_the_joint_loss_to_the_others(kind: str) -> Non
     without = replace(f, clients=(0, 2)).play()
     for i in (0, 2):
         assert_near(outcome.client(i).adapter, without.client(i).adapter, 1e-9)
-    ends = [o.server.parties[-1].adapter() for o in (outcome, without)]
+    ends = [o.server.trainables[-1].adapter() for o in (outcome, without)]
     assert_near(ends[0], ends[1], 1e-9)
 
 
@@ -246,7 +251,7 @@ def test_adapters_that_cannot_be_averaged_do_not_reach_the_average(kind: str) ->
         return replace(up, adapter=spoil(up.adapter, kind))
 
     link = Faulty(f.local(), fault, lambda _, down: down.upload)
-    found = play(link, f.server(), f.itinerary(), average, f.said.append)
+    found = run_exchanges(link, f.server(), f.round_plan(), average, f.said.append)
     assert asked == [[0, 2]]
     assert isinstance(found[BAD], Failure)
     assert "RejectedUpdate" in f.said[0]
@@ -288,13 +293,13 @@ def test_what_was_not_asked_for_is_not_trained_on() -> None:
     outcome = spoiled(f, fault, lambda n, down: n == 0 or not down.forward)
     assert f.said == []
     want = f.play()
-    assert_same(outcome.server.parties[-1].adapter(), want.server.parties[-1].adapter())
+    assert_same(outcome.server.trainables[-1].adapter(), want.server.trainables[-1].adapter())
 
 
 def test_a_client_with_nothing_to_train_on_is_out_and_named() -> None:
     f = federation(held={0: federation().held[0], BAD: [], 2: federation().held[2]})
-    itinerary = replace(f.itinerary(), steps=dict.fromkeys(f.clients, 4))
-    found = play(f.local(), f.server(), itinerary, mean_of_factors, f.said.append)
+    round_plan = replace(f.round_plan(), steps=dict.fromkeys(f.clients, 4))
+    found = run_exchanges(f.local(), f.server(), round_plan, mean_of_factors, f.said.append)
     failure = found[BAD]
     assert isinstance(failure, Failure)
     assert "client 1 has nothing to train on" in failure.message

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.config import ConfigError, build
-from fedlora.seeding import torch_generator
+from fedlora.core.config import build
+from fedlora.core.errors import ConfigError
+from fedlora.core.seeding import torch_generator
 from fedlora.split import noise
 from fedlora.split.noise import NOT_COVERED, Noise, clip_rows
 from tests.generators import seeds

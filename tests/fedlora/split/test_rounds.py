@@ -6,17 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.engine.loop import optimise
+from fedlora.core.types import Adapter, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.split.batches import ROUND
-from fedlora.split.cost import split_traffic
+from fedlora.split.compression import Wire
+from fedlora.split.cost import client_part
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
-from fedlora.split.rounds import Finished, play
+from fedlora.split.rounds import Finished, run_exchanges
 from fedlora.split.server import Rule
-from fedlora.split.shapes import Split, shapes_of
-from fedlora.split.wire import Wire
-from fedlora.types import Adapter, LocalPlan
+from fedlora.training.loop import optimise
 from tests.fedlora.engine.world import SEED, example, examples
 from tests.fedlora.split.world import (
     BLOCKS,
@@ -112,8 +111,8 @@ def test_the_joint_gradient_is_the_sum_of_the_clients(weights: str, cuts: dict[i
     }
     total = sum(s[weights] for s in size.values())
     share = {i: s[weights] / total for i, s in size.items()}
-    got = gradient(whole, both["joint"].server.parties[-1].adapter())
-    parts = {i: gradient(whole, x.server.parties[-1].adapter()) for i, x in lone.items()}
+    got = gradient(whole, both["joint"].server.trainables[-1].adapter())
+    parts = {i: gradient(whole, x.server.trainables[-1].adapter()) for i, x in lone.items()}
     for name, g in got.items():
         want = sum(share[i] * parts[i][name] for i in f.clients if name in parts[i])
         torch.testing.assert_close(g, want, rtol=1e-10, atol=1e-13)
@@ -134,7 +133,7 @@ def test_cutting_the_joint_batch_changes_rounding_alone(cuts: dict[int, Cut]) ->
         cut = joined(f, Rule(tokens=tokens))
         for i in f.clients:
             assert_near(cut.client(i).adapter, whole.client(i).adapter, 1e-9)
-        near = cut.server.parties[-1].adapter(), whole.server.parties[-1].adapter()
+        near = cut.server.trainables[-1].adapter(), whole.server.trainables[-1].adapter()
         assert_near(*near, 1e-9)
 
 
@@ -154,7 +153,7 @@ def test_clients_gradients_add_up_to_that_of_the_joint_batch() -> None:
     split, central = three()
     want = gradient(central.whole, unsplit(central.model, central.whole, central)[0])
     outcome = split.play()
-    got = gradient(split.whole, outcome.server.parties[-1].adapter())
+    got = gradient(split.whole, outcome.server.trainables[-1].adapter())
     each = [gradient(split.whole, outcome.client(i).adapter) for i in split.clients]
     got |= {name: sum(g[name] for g in each) for name in each[0]}
     assert got.keys() == want.keys()
@@ -165,8 +164,8 @@ def test_clients_gradients_add_up_to_that_of_the_joint_batch() -> None:
 def test_clients_at_n_times_the_rate_average_to_the_central_step() -> None:
     split, central = three()
     want, _ = unsplit(central.model, central.whole, central)
-    itinerary = replace(split.itinerary(), client_rates=[3.0])
-    found = play(split.local(), split.server(), itinerary, mean_of_factors)
+    round_plan = replace(split.round_plan(), client_rates=[3.0])
+    found = run_exchanges(split.local(), split.server(), round_plan, mean_of_factors)
     own = {i: end.adapter for i, end in found.items() if isinstance(end, Finished)}
     mean = mean_of_factors(own)[0]
     assert_near(mean, {p: want[p] for p in mean}, 1e-12)
@@ -183,10 +182,10 @@ def test_sequential_is_one_round_after_another_at_the_server() -> None:
         alone = replace(f, clients=(i,), held={i: f.held[i]})
         alone.adapters = {} if server is None else {-1: server}
         turn = alone.play()
-        server = turn.server.parties[-1].adapter()
+        server = turn.server.trainables[-1].adapter()
         assert_near(outcome.client(i).adapter, turn.client(i).adapter, 1e-12)
     assert server is not None
-    assert_near(outcome.server.parties[-1].adapter(), server, 1e-12)
+    assert_near(outcome.server.trainables[-1].adapter(), server, 1e-12)
 
 
 def test_turns_are_fixed_or_shuffled_by_step() -> None:
@@ -211,22 +210,22 @@ def test_an_average_within_a_round_is_a_round_that_ends_there(update: str, cut: 
     f = Federation(model, plan, start(model), ids, dict.fromkeys(ids, cut), Rule(update))
     first = f.play()
     own = {i: first.client(i).adapter for i in ids}
-    parties = first.server.parties.items()
-    keys = {k: -1 - k if update == "per_client" else -1 for k, _ in parties}
+    trainables = first.server.trainables.items()
+    keys = {k: -1 - k if update == "per_client" else -1 for k, _ in trainables}
     second = replace(
         f,
         done={i: first.client(i).done for i in ids},
-        adapters=mean_of_factors(own) | {keys[k]: p.adapter() for k, p in parties},
-        memories={i: first.client(i).memory for i in ids}
-        | {keys[k]: p.memory() for k, p in parties},
+        adapters=mean_of_factors(own) | {keys[k]: p.adapter() for k, p in trainables},
+        optimizer_states={i: first.client(i).optimizer_state for i in ids}
+        | {keys[k]: p.optimizer_state() for k, p in trainables},
     )
     end = second.play()
     whole = replace(f, plan=replace(plan, steps=4), average_after=frozenset({2})).play()
     for i in ids:
         assert_same(whole.client(i).adapter, end.client(i).adapter)
         assert whole.client(i).done == end.client(i).done == 4
-    for key, party in whole.server.parties.items():
-        assert_same(party.adapter(), end.server.parties[key].adapter())
+    for key, trainable in whole.server.trainables.items():
+        assert_same(trainable.adapter(), end.server.trainables[key].adapter())
 
 
 def test_everybody_holds_the_average_afterwards() -> None:
@@ -243,8 +242,8 @@ def test_everybody_holds_the_average_afterwards() -> None:
 
     f = Federation(model, plan, start(model), (0, 1, 2), terms=DOUBLE, held=held)
     f.average_after = frozenset({2})
-    itinerary = replace(f.itinerary(), client_rates=[0.1, 0.1, 0.0, 0.0])
-    found = play(f.local(), f.server(), itinerary, average)
+    round_plan = replace(f.round_plan(), client_rates=[0.1, 0.1, 0.0, 0.0])
+    found = run_exchanges(f.local(), f.server(), round_plan, average)
     assert asked == [[0, 1, 2]]
     ends = [end.adapter for end in found.values() if isinstance(end, Finished)]
     assert len(ends) == 3
@@ -260,16 +259,17 @@ def test_the_parties_hold_every_adapter_once_and_an_average_leaves_the_server_al
     seen = []
 
     def average(adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
-        assert all(set(a).isdisjoint(server.parties[-1].updates) for a in adapters.values())
+        assert all(set(a).isdisjoint(server.trainables[-1].updates) for a in adapters.values())
         assert all(
-            set(a) | set(server.parties[-1].updates) == set(model.layers) for a in adapters.values()
+            set(a) | set(server.trainables[-1].updates) == set(model.layers)
+            for a in adapters.values()
         )
-        seen.append(server.parties[-1].adapter())
+        seen.append(server.trainables[-1].adapter())
         return mean_of_factors(adapters)
 
-    itinerary = replace(f.itinerary(), server_rates=[0.1] * 3 + [0.0] * 2)
-    play(f.local(), server, replace(itinerary, average_after=frozenset({3})), average)
-    assert_same(seen[0], server.parties[-1].adapter())
+    round_plan = replace(f.round_plan(), server_rates=[0.1] * 3 + [0.0] * 2)
+    run_exchanges(f.local(), server, replace(round_plan, average_after=frozenset({3})), average)
+    assert_same(seen[0], server.trainables[-1].adapter())
 
 
 # --- what is sent ---------------------------------------------------------------------------------
@@ -306,32 +306,20 @@ def test_bytes_are_those_of_the_formula(wire: Wire, cut: Cut) -> None:
     model = MODELS["llama"](double=False)
     terms = Terms(SEED, activations=wire, gradients=wire)
     f = Federation(model, replace(PLAN, steps=2), start(model), (0,), {0: cut}, terms=terms)
-    shapes = shapes_of(model.network, dict.fromkeys(model.layers, 2))
-    split = Split(cut.first, cut.tail if cut.u_shaped else None)
+    part = client_part(model.network, dict.fromkeys(model.layers, 2), cut)
     order = f.local()
     order.exchange({0: Down(step=0, forward=True)})
     steps = [order.clients[0]._step(k) for k in range(2)]
-    due = [
-        split_traffic(
-            shapes,
-            split,
-            steps=1,
-            tokens=s.shape.tokens,
-            activations=wire,
-            gradients=wire,
-            label_bytes=0,
-        )
-        for s in steps
-    ]
-    adapters = sum(b.adapter for b in split.client(shapes)) * 4
+    due = [part.traffic(s.shape.tokens, wire, wire) for s in steps]
+    adapters = part.adapter * 4
     rows, labels = sum(len(s.shape.lengths) for s in steps), sum(s.batch.tokens for s in steps)
     beside = 4 * rows if cut.u_shaped else 8 * rows + 4 * labels
     for averages in (0, 1):
         f.average_after = frozenset({1} if averages else ())
         metrics = f.play().client().metrics
         more = averages * adapters
-        assert metrics["exchanged_up"] == sum(t.up - adapters for t in due) + beside + more
-        assert metrics["exchanged_down"] == sum(t.down - adapters for t in due) + more
+        assert metrics["exchanged_up"] == sum(up for up, _ in due) + beside + more
+        assert metrics["exchanged_down"] == sum(down for _, down in due) + more
 
 
 def test_noise_is_of_the_client_and_the_step_alone() -> None:

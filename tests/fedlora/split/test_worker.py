@@ -6,20 +6,20 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.types import Failure, LocalPlan
 from fedlora.models.stages import Stages
 from fedlora.split.batches import Seeds
 from fedlora.split.client import SplitClient
+from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
-from fedlora.split.rounds import Finished, Link, play
+from fedlora.split.rounds import Finished, Link, run_exchanges
 from fedlora.split.server import Rule
-from fedlora.split.wire import Wire
-from fedlora.types import Failure, LocalPlan
 from tests.fedlora.engine.world import SEED, FakeExample, example, examples
 from tests.fedlora.split.world import (
     MODELS,
-    FakeHall,
+    FakeChannel,
     Federation,
     assert_equal,
     assert_same,
@@ -102,29 +102,29 @@ def test_a_process_does_not_take_a_client_of_an_earlier_round_for_that_of_now() 
     exchanges behind it, and even the same steps, since the first one was lost."""
     f = federation(clients=(0,), terms=Terms(SEED, keep_graphs=True))
     link = f.messages(others(f, 2))
-    hall = link.hall
-    assert isinstance(hall, FakeHall)
-    hall.turn = lambda n: 1 if n == 1 else 0
+    channel = link.channel
+    assert isinstance(channel, FakeChannel)
+    channel.turn = lambda n: 1 if n == 1 else 0
     link.exchange({0: Down(0, forward=True)})
     again = replace(f, whole=start(f.model, seed=5))
-    assert_equal(again.play(MessageLink(hall, again.openings)), again.play())
+    assert_equal(again.play(MessageLink(channel, again.inits)), again.play())
 
 
 def test_a_client_goes_on_elsewhere_bit_by_bit() -> None:
     f = federation(average_after=frozenset())
-    live = SplitClient(f.stages, f.held[0], f.opening(0))
+    live = SplitClient(f.stages, f.held[0], f.init(0))
     up = live.receive(Down(0, forward=True))
     answer = f.server()
     answer.receive(0, up)
     gradient = answer.learn({0: up}, 0.1)[0].gradient
     down = Down(1, gradient=gradient, of=0, rate=0.1, upload=True)
-    other = SplitClient(Stages(others(f, 1)[0]), f.held[0], f.opening(0))
+    other = SplitClient(Stages(others(f, 1)[0]), f.held[0], f.init(0))
     other.resume(0, {}, forward=True)
     want, got = live.receive(down), other.receive(down)
     assert want.adapter is not None and got.adapter is not None
     assert_same(want.adapter, got.adapter)
     assert want.grad_norm == got.grad_norm > 0
-    planted = SplitClient(f.stages, f.held[0], f.opening(0))
+    planted = SplitClient(f.stages, f.held[0], f.init(0))
     planted._seeds = Seeds(seed=SEED + 1, client=0)
     planted.resume(0, {}, forward=True)
     assert planted.receive(down).grad_norm != want.grad_norm, "other masks would not be seen"
@@ -165,9 +165,9 @@ def test_a_client_that_no_node_has_opened_fails_alone() -> None:
 def test_a_node_that_errs_costs_its_clients_that_step() -> None:
     f = federation(average_after=frozenset())
     link = f.messages(nodes=2)
-    hall = link.hall
-    assert isinstance(hall, FakeHall)
-    asked, count = hall.exchange, []
+    channel = link.channel
+    assert isinstance(channel, FakeChannel)
+    asked, count = channel.exchange, []
 
     def flaky(clients, action, content):  # type: ignore[no-untyped-def]
         count.append(1)
@@ -178,7 +178,7 @@ def test_a_node_that_errs_costs_its_clients_that_step() -> None:
             answers = [(who, "MemoryError: no" if x else a) for (who, a), x in found]
         return answers
 
-    hall.exchange = flaky  # type: ignore[method-assign]
+    channel.exchange = flaky  # type: ignore[method-assign]
     outcome = f.play(link)
     assert f.said == ["client 1 loses step 1: WorkerError: MemoryError: no"]
     assert [outcome.client(i).metrics["dropped_steps"] for i in IDS] == [0, 1]
@@ -193,12 +193,12 @@ SECRET = [37, 21, 33, 29, 38]
 
 def searched(link: Link, pattern: list[int]) -> bool:
     """Whether the tokens cross in any integer type, in any record, either way."""
-    assert isinstance(link, MessageLink) and isinstance(link.hall, FakeHall)
+    assert isinstance(link, MessageLink) and isinstance(link.channel, FakeChannel)
     types = (np.int64, np.int32, np.int16, np.int8)
     needles = [np.array(pattern, dtype=t).tobytes() for t in types]
     needles.append(", ".join(map(str, pattern)).encode())
-    assert link.hall.records
-    for record in link.hall.records:
+    assert link.channel.records
+    for record in link.channel.records:
         for array in record.array_records["arrays"].values():
             if any(n in array.data for n in needles):
                 return True
@@ -220,8 +220,8 @@ def test_with_a_u_shape_no_label_leaves_a_client_and_prompts_never_do(cut: Cut, 
     f.play(link)
     assert searched(link, answered) == (not cut.u_shaped)
     assert searched(link, asked[1:]) == (not cut.u_shaped and loss == "full")
-    assert isinstance(link.hall, FakeHall)
-    names = {n for r in link.hall.records for n in r.array_records["arrays"]}
+    assert isinstance(link.channel, FakeChannel)
+    names = {n for r in link.channel.records for n in r.array_records["arrays"]}
     assert any("labels" in n for n in names) == (not cut.u_shaped)
     assert not searched(link, asked)  # the first token is nobody's label
 
@@ -233,12 +233,12 @@ def test_bytes_that_are_counted_are_those_that_cross(cut: Cut) -> None:
     f = federation(cuts=dict.fromkeys(IDS, cut))
     link = f.messages()
     outcome = f.play(link)
-    assert isinstance(link.hall, FakeHall)
+    assert isinstance(link.channel, FakeChannel)
     up, down = 0, 0
-    for n, record in enumerate(link.hall.records):
+    for n, record in enumerate(link.channel.records):
         for name, array in record.array_records["arrays"].items():
             kind = name.split("/")[1]
-            if kind in ("start", "memory"):
+            if kind in ("start", "optimizer"):
                 continue
             if n % 2:
                 up += array.numpy().nbytes
@@ -257,20 +257,22 @@ def test_states_are_complete() -> None:
     f = federation()
     here = f.play()
     link = f.messages()
-    hall = link.hall
-    assert isinstance(hall, FakeHall)
-    fresh = [f.messages().hall.workers[0] for _ in range(16)]  # type: ignore[attr-defined]
-    hall.workers = fresh
+    channel = link.channel
+    assert isinstance(channel, FakeChannel)
+    fresh = [f.messages().channel.workers[0] for _ in range(16)]  # type: ignore[attr-defined]
+    channel.workers = fresh
     assert_equal(f.play(link), here)
 
 
 def test_an_adapters_wire_rounds_alike_on_both_paths() -> None:
     f = federation()
     here, there = f.local(), f.messages(others(f, 2), nodes=2)
-    here = type(here)(f.stages, f.openings, here.examples, "bfloat16")
-    assert isinstance(there.hall, FakeHall)
-    there.hall.wire = "bfloat16"
-    outcomes = [play(x, f.server(), f.itinerary(), mean_of_factors) for x in (here, there)]
+    here = type(here)(f.stages, f.inits, here.examples, "bfloat16")
+    assert isinstance(there.channel, FakeChannel)
+    there.channel.wire = "bfloat16"
+    outcomes = [
+        run_exchanges(x, f.server(), f.round_plan(), mean_of_factors) for x in (here, there)
+    ]
     for i in IDS:
         a, b = outcomes[0][i], outcomes[1][i]
         assert isinstance(a, Finished) and isinstance(b, Finished)

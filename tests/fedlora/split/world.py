@@ -7,20 +7,27 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedlora.batches import num_steps
-from fedlora.engine.loop import learning_rates
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    Failure,
+    LocalPlan,
+)
+from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of
+from fedlora.server.method import ClientChannel
 from fedlora.split.batches import Seeds
 from fedlora.split.codec import decode_downs, encode_ups
+from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
-from fedlora.split.party import Memory, Party
-from fedlora.split.protocol import Cut, Opening, Terms
-from fedlora.split.rounds import Finished, Itinerary, Link, LocalLink, play
-from fedlora.split.server import Guest, Rule, SplitServer
-from fedlora.split.wire import Wire
+from fedlora.split.protocol import Cut, InitMessage, Terms
+from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_exchanges
+from fedlora.split.server import ClientInfo, Rule, SplitServer
+from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.split.worker import SplitWorker
-from fedlora.types import Adapter, Client, Factors, Failure, LocalPlan
+from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
 from tests.fedlora.models.networks import adapter, wrap
@@ -70,10 +77,10 @@ class Federation:
     terms: Terms = field(default_factory=lambda: Terms(SEED))
     held: Mapping[int, list[FakeExample]] = field(default_factory=dict)
     done: Mapping[int, int] = field(default_factory=dict)
-    memories: Mapping[int, Memory] = field(default_factory=dict)
+    optimizer_states: Mapping[int, OptimizerState] = field(default_factory=dict)
     """Of clients; of the server under -1."""
     adapters: Mapping[int, Adapter] = field(default_factory=dict)
-    """Of clients and servers where they differ from `whole`; see `memories`."""
+    """Of clients and servers where they differ from `whole`; see `optimizer_states`."""
     average_after: frozenset[int] = frozenset()
     said: list[str] = field(default_factory=list)
 
@@ -84,11 +91,11 @@ class Federation:
     def cut(self, i: int) -> Cut:
         return self.cuts.get(i, Cut(2))
 
-    def opening(self, i: int) -> Opening:
+    def init(self, i: int) -> InitMessage:
         own = self.adapters.get(i, part(self.whole, self.cut(i), client=True))
         who = replace(client(own, id=i), num_examples=len(self.held[i]))
-        memory = self.memories.get(i, {})
-        return Opening(who, self.plan, self.cut(i), self.terms, own, memory)
+        memory = self.optimizer_states.get(i, {})
+        return InitMessage(who, self.plan, self.cut(i), self.terms, own, memory)
 
     @property
     def wire(self) -> str:
@@ -96,52 +103,54 @@ class Federation:
         return "float64" if self.model.dtype == torch.float64 else "float32"
 
     @property
-    def openings(self) -> dict[int, Opening]:
-        return {i: self.opening(i) for i in self.clients}
+    def inits(self) -> dict[int, InitMessage]:
+        return {i: self.init(i) for i in self.clients}
 
     def local(self) -> LocalLink:
-        return LocalLink(self.stages, self.openings, lambda o: self.held[o.client.id], self.wire)
+        return LocalLink(self.stages, self.inits, lambda o: self.held[o.client.id], self.wire)
 
     def messages(self, models: Sequence[LanguageModel] = (), nodes: int = 1) -> MessageLink:
         """Through Flower records; each model is another process, and they take turns."""
         workers = [
             SplitWorker(Stages(m), lambda o: self.held[o.client.id]) for m in models or [self.model]
         ]
-        return MessageLink(FakeHall(workers, nodes, self.wire), self.openings)
+        return MessageLink(FakeChannel(workers, nodes, self.wire), self.inits)
 
     def server(self) -> SplitServer:
         each = self.rule.update == "per_client"
         keys = list(self.clients) if each else [-1]
         lowest = min((self.cut(i) for i in self.clients), key=lambda c: c.first)
-        parties = {}
+        trainables = {}
         for key in keys:
             cut = self.cut(key) if each else lowest
             own = self.adapters.get(-1 - key if each else -1) or part(self.whole, cut, client=False)
             updates: Any = self.model.updates(own, self.plan.dropout)
-            parties[key] = Party(updates, self.plan, self.memories.get(-1 - key if each else -1))
-        guests = {
-            i: Guest(self.opening(i).client, self.cut(i), Seeds(seed=SEED, client=i))
+            trainables[key] = TrainableStage(
+                updates, self.plan, self.optimizer_states.get(-1 - key if each else -1)
+            )
+        clients = {
+            i: ClientInfo(self.init(i).client, self.cut(i), Seeds(seed=SEED, client=i))
             for i in self.clients
         }
-        return SplitServer(self.stages, parties, guests, self.plan, self.rule, self.terms)
+        return SplitServer(self.stages, trainables, clients, self.plan, self.rule, self.terms)
 
-    def itinerary(self) -> Itinerary:
+    def round_plan(self) -> RoundPlan:
         steps = {i: num_steps(len(self.held[i]), self.plan) for i in self.clients}
         rates = learning_rates(max(steps.values()), self.plan)
         done = {i: self.done.get(i, 0) for i in self.clients}
-        starts = {i: self.opening(i).adapter for i in self.clients}
-        return Itinerary(starts, done, steps, rates, rates, self.average_after)
+        starts = {i: self.init(i).adapter for i in self.clients}
+        return RoundPlan(starts, done, steps, rates, rates, self.average_after)
 
     def play(self, link: Link | None = None) -> "Outcome":
         server = self.server()
-        found = play(
-            link or self.local(), server, self.itinerary(), mean_of_factors, self.said.append
+        found = run_exchanges(
+            link or self.local(), server, self.round_plan(), mean_of_factors, self.said.append
         )
         return Outcome(found, server)
 
 
 @dataclass
-class FakeHall:
+class FakeChannel(ClientChannel):
     """Nodes, and processes that serve their messages in turn; answers come last first."""
 
     workers: Sequence[SplitWorker]
@@ -157,6 +166,12 @@ class FakeHall:
         self.records: list[RecordDict] = []
         """All that was sent, either way."""
         self.served = 0
+
+    def say(self, line: str) -> None:
+        raise NotImplementedError
+
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        raise NotImplementedError
 
     def exchange(
         self,
@@ -195,7 +210,7 @@ class Outcome:
         """A client's adapters and the server's that belong to them, in module order."""
         own = self.client(i).adapter
         key = i if self.server.rule.update == "per_client" else -1
-        server = self.server.parties[key].adapter()
+        server = self.server.trainables[key].adapter()
         return {p: own[p] if p in own else server[p] for p in self.server.model.layers}
 
 
@@ -248,14 +263,14 @@ def assert_equal(a: Outcome, b: Outcome) -> None:
         assert type(x) is type(y), f"client {i}: {x} and {y}"
         if isinstance(x, Finished) and isinstance(y, Finished):
             assert_same(x.adapter, y.adapter)
-            assert_same_memory(x.memory, y.memory)
+            assert_same_state(x.optimizer_state, y.optimizer_state)
             assert x.metrics == y.metrics
             assert x.done == y.done
-    for key, party in a.server.parties.items():
-        assert_same(party.adapter(), b.server.parties[key].adapter())
-        assert_same_memory(party.memory(), b.server.parties[key].memory())
+    for key, trainable in a.server.trainables.items():
+        assert_same(trainable.adapter(), b.server.trainables[key].adapter())
+        assert_same_state(trainable.optimizer_state(), b.server.trainables[key].optimizer_state())
 
 
-def assert_same_memory(a: Memory, b: Memory) -> None:
+def assert_same_state(a: OptimizerState, b: OptimizerState) -> None:
     assert a.keys() == b.keys()
     assert all(torch.equal(t, b[name]) for name, t in a.items())

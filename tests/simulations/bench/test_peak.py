@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedlora.types import LocalPlan
-from simulations.bench.engine_cases import Case, Draw, Fed, World
-from simulations.bench.engine_sides import open_side
+from fedlora.core.types import LocalPlan
+from simulations.bench.engine.cases import (
+    Case,
+    Draw,
+    Fed,
+    World,
+)
+from simulations.bench.engine.sides import open_side
 from simulations.bench.peak import flop, gemm_peak, measure_shape
 
 PLAN = LocalPlan(lr=2e-3, batch_size=2, dropout=0.0)

@@ -7,13 +7,19 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    EvaluateJob,
+    EvaluatePlan,
+    LocalPlan,
+    SparseDelta,
+    Update,
+)
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.fused.check import why_not_ragged
 from fedlora.engine.fused.head import is_plain
 from fedlora.engine.sequential import Sequential
-from fedlora.models.folder import ModelError
 from fedlora.models.modules import find_modules
-from fedlora.types import EvaluateJob, EvaluatePlan, LocalPlan, SparseDelta, Update
 from tests.fedlora.engine.world import FakeStore, client, examples, job
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import adapter, wrap
@@ -22,12 +28,12 @@ PADDED = {
     "gemma2": "Gemma2Attention attends with softcap",
     "gpt_oss": "GptOssAttention attends with s_aux",
     "phimoe": "gives other logits when ragged",  # its window is in its mask alone
-    "llama4_text": "limits its attention to 6 tokens by a mask alone",
-    "gptj": "attends in a way of its own",
-    "gpt_neo": "attends in a way of its own",
-    "bloom": "attends in a way of its own",
-    "falcon": "attends in a way of its own",
-    "mpt": "attends in a way of its own",
+    "llama4_text": "limits its attention to 6 tokens by a mask only",
+    "gptj": "has built-in attention",
+    "gpt_neo": "has built-in attention",
+    "bloom": "has built-in attention",
+    "falcon": "has built-in attention",
+    "mpt": "has built-in attention",
     "qwen3_next": "gives other logits when ragged",  # recurrent
     "lfm2": "gives other logits when ragged",  # convolutional
 }
@@ -68,7 +74,7 @@ def trained(spec, on):
 def measured(spec, on):
     jobs = [EvaluateJob(1, 1, client(a, k), a, MEASURED) for k, a in enumerate(starts(on))]
     found = spec.open(on, store()).evaluate(jobs)
-    return {e.client.id: dict(e.metrics) for e in found}
+    return {e.client.id: e.scalars for e in found}
 
 
 def losses(updates):
@@ -133,7 +139,7 @@ def test_a_window_that_only_the_mask_knows_is_found_where_it_is_too_long_to_try(
     model = wrap(network)
     assert why_not_ragged(model) == "", "no sequence is longer than the context"
     model.info = replace(model.info, context=8000)
-    assert "limits its attention to 4000 tokens by a mask alone" in why_not_ragged(model)
+    assert "limits its attention to 4000 tokens by a mask only" in why_not_ragged(model)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

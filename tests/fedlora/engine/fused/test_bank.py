@@ -5,8 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.types import Factors
+from fedlora.engine.fused import bank as bank_module
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
-from fedlora.types import Factors
+from tests import doctests
 from tests.fedlora.models.networks import same
 from tests.generators import ALPHA, MODULES, factors
 
@@ -32,7 +34,7 @@ def test_an_adapter_comes_back_bit_for_bit(ranks, seed, slot):
     assert layout.size == sum(f.a.numel() + f.b.numel() for f in sent.values())
     assert layout.a_size == sum(f.a.numel() for f in sent.values())
     bank = AdapterBank(3, layout.size + 5, DOUBLE, CPU)
-    row, grad = bank.load(slot, layout.packed(sent, DOUBLE, CPU))
+    row, grad = bank.load(slot, layout.pack(sent, DOUBLE, CPU))
     got = layout.read(row)
     assert same(got, sent) and list(got) == [m.path for m in MODULES if m.path in sent]
     row.zero_()
@@ -56,7 +58,7 @@ def test_views_are_the_factors_of_consecutive_slots(ranks, rows, slot):
     layout = Layout.of(sent[0], MODULES)
     bank = AdapterBank(5, layout.size + 3, DOUBLE, CPU)
     for k, one in enumerate(sent):
-        bank.load(slot + k, layout.packed(one, DOUBLE, CPU))
+        bank.load(slot + k, layout.pack(one, DOUBLE, CPU))
     views = bank.views(slot, rows, layout)
     assert [v is None for v in views] == [r == 0 for r in ranks]
     for module, view in zip(MODULES, views, strict=True):
@@ -78,9 +80,9 @@ def test_loading_clears_what_the_last_client_left():
     layouts = Layouts(MODULES)
     bank = AdapterBank(2, layouts(large).size, DOUBLE, CPU)
     bank.grads.fill_(7.0)
-    _, grad = bank.load(0, layouts(small).packed(small, DOUBLE, CPU))
+    _, grad = bank.load(0, layouts(small).pack(small, DOUBLE, CPU))
     assert not grad.any()
-    _, grad = bank.load(0, layouts(large).packed(large, DOUBLE, CPU))
+    _, grad = bank.load(0, layouts(large).pack(large, DOUBLE, CPU))
     assert not grad.any() and (bank.grads[1] == 7.0).all()
 
 
@@ -89,7 +91,7 @@ def test_what_does_not_fit_is_refused_by_name():
     large = adapter((4, 4, 4))
     bank = AdapterBank(2, layouts(adapter((1, 1, 1))).size, DOUBLE, CPU)
     with pytest.raises(ValueError, match="its ranks are larger than those the bank was made for"):
-        bank.load(0, layouts(large).packed(large, DOUBLE, CPU))
+        bank.load(0, layouts(large).pack(large, DOUBLE, CPU))
     row = torch.zeros(3, dtype=DOUBLE)
     for slot in (-1, 2):
         with pytest.raises(ValueError, match=rf"slot {slot} is not in 0\.\.1"):
@@ -100,7 +102,7 @@ def test_a_forward_in_another_type_sees_the_parameters_of_the_last_refresh():
     sent = adapter((2, 2, 2))
     layout = Layout.of(sent, MODULES)
     bank = AdapterBank(1, layout.size, torch.float32, CPU, torch.bfloat16)
-    row, _ = bank.load(0, layout.packed(sent, torch.float32, CPU))
+    row, _ = bank.load(0, layout.pack(sent, torch.float32, CPU))
     view = bank.views(0, 1, layout)[0]
     assert view.a.dtype == torch.bfloat16 and view.grad_a.dtype == torch.float32
     assert not view.a.any()
@@ -134,3 +136,7 @@ def test_factors_keep_their_own_scale():
     }
     layout = Layout.of(mixed, MODULES)
     assert [p.scale for p in layout.parts] == [f.scale for f in mixed.values()]
+
+
+def test_the_examples_in_the_module_are_right():
+    assert doctests.run(bank_module) > 5

@@ -7,11 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.batches import PAD, collate
+from fedlora.core.types import Factors, Module
+from fedlora.data.batches import PAD, collate
 from fedlora.engine.fused import batch as batches
 from fedlora.engine.fused.bank import Layouts
 from fedlora.engine.fused.batch import Lane, padded_batch, ragged_batch
-from fedlora.types import Factors, Module
+from tests import doctests
 from tests.fedlora.engine.world import example
 
 MODULES = (Module("w", "attention", 5, 6),)
@@ -165,4 +166,8 @@ def test_few_lanes_and_wide_ones_are_not_copied():
     short = [Lane(k, layout(), [example([1, 2, 3])], "full", 2) for k in range(8)]
     assert ragged_batch(short, 6).spread is not None
     assert ragged_batch(short[: batches.SPREAD_LANES - 1], 6).spread is None
-    assert ragged_batch(short, batches.SPREAD_NUMBERS // 2 + 1).spread is None
+    assert ragged_batch(short, batches.SPREAD_SCALARS // 2 + 1).spread is None
+
+
+def test_the_examples_in_the_module_are_right():
+    assert doctests.run(batches) > 5

@@ -8,14 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora import evaluate
+from fedlora.core.types import (
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    SparseDelta,
+)
 from fedlora.engine.fused import Fused, evaluation
 from fedlora.engine.sequential import Sequential
-from fedlora.types import EvaluateJob, EvaluatePlan, Evaluation, SparseDelta
+from fedlora.evaluation import metrics as evaluate
+from fedlora.evaluation.scorers import DEFAULT, TeacherForcedRouge
 from tests.fedlora.engine.world import EOS, NETWORKS, FakeStore, client, example, examples, model
 from tests.fedlora.models.networks import VOCABULARY, adapter
 
 PLAN = EvaluatePlan(max_new_tokens=5, batch_size=3)
+TEACHER_FORCED = (*DEFAULT, TeacherForcedRouge())
 FUSED = Fused(tokens=64)
 CLIENTS = 6
 
@@ -50,7 +57,7 @@ def by_client(results):
     found = {}
     for r in results:
         assert r.client.id not in found, "one result per job"
-        found[r.client.id] = r.metrics if isinstance(r, Evaluation) else (r.kind, r.message)
+        found[r.client.id] = r.scalars if isinstance(r, Evaluation) else (r.kind, r.message)
     return found
 
 
@@ -111,8 +118,8 @@ def test_plans_may_differ_between_clients(resident, store):
         replace(PLAN, max_new_tokens=1),
         replace(PLAN, generate=False),
         replace(PLAN, max_new_tokens=9, max_examples=2),
-        replace(PLAN, teacher_forced_rouge=True),
-        replace(PLAN, teacher_forced_rouge=True, generate=False, batch_size=1),
+        replace(PLAN, metrics=TEACHER_FORCED),
+        replace(PLAN, metrics=TEACHER_FORCED, generate=False, batch_size=1),
     ]
     found, _ = same(resident, store, jobs(adapters(resident), plans))
     assert "rouge_l" not in found[2]

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
+from fedlora.core.types import Factors, Module
 from fedlora.engine.fused import kernels
+from fedlora.engine.fused import kernels as kernels_module
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Lane, Spread, ragged_batch
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.layers import dropped_share, survivors, threshold
-from fedlora.types import Factors, Module
+from tests import doctests
 from tests.fedlora.engine.world import exact, examples, model, start
 from tests.fedlora.models.networks import llama
 
@@ -102,7 +104,7 @@ class Layer:
                 a, bt = next(pairs)
                 layout = self.layout(p.rank)
                 start = {"w": Factors(a.detach(), bt.detach().t(), 1.0)}
-                self.bank.load(slot + k, layout.packed(start, DOUBLE, CPU))
+                self.bank.load(slot + k, layout.pack(start, DOUBLE, CPU))
                 views = self.bank.views(slot, len(p.rows), layout)[0]
             segments.append(Segment(len(p.rows), views, self.scale, p.train_a, p.train_b))
             slot += len(p.rows)
@@ -220,7 +222,7 @@ def test_what_is_nobodys_stays_untouched():
     layer.bank.grads.fill_(7.0)
     start = {"w": Factors(layer.factors[0], layer.factors[1].t(), 1.0)}
     layout = layer.layout(2)
-    layer.bank.load(1, layout.packed(start, DOUBLE, CPU))
+    layer.bank.load(1, layout.pack(start, DOUBLE, CPU))
     views = layer.bank.views(1, 1, layout)[0]
     plan = dataclasses.replace(layer.plan, segments=[Segment(1, views, 1.0, True, True)])
     anchor = torch.zeros((), dtype=DOUBLE, requires_grad=True)
@@ -322,7 +324,7 @@ def test_gradients_of_a_whole_llama_are_those_of_vmap_over_stacked_adapters(loss
     layout = Layout.of(starts[0], resident.info.modules)
     bank = AdapterBank(clients, layout.size, DOUBLE, CPU)
     for k, s in enumerate(starts):
-        bank.load(k, layout.packed(s, DOUBLE, CPU))
+        bank.load(k, layout.pack(s, DOUBLE, CPU))
     lanes = [Lane(k, layout, held[k], loss, int(counted[k].sum())) for k in range(clients)]
     fused = FusedModel(resident, is_ragged=True)
     with fused.mounted(bank):
@@ -333,3 +335,7 @@ def test_gradients_of_a_whole_llama_are_those_of_vmap_over_stacked_adapters(loss
         for p, (da, dbt) in layout.factors(bank.grads[k]).items():
             torch.testing.assert_close(da, wanted[p][0][k], rtol=1e-10, atol=1e-13)
             torch.testing.assert_close(dbt.t(), wanted[p][1][k], rtol=1e-10, atol=1e-13)
+
+
+def test_the_examples_in_the_module_are_right():
+    assert doctests.run(kernels_module) > 5

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedlora.batches import collate
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import collate
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
 from fedlora.models.export import load_peft, save_peft
-from fedlora.types import LocalPlan
 from tests.fedlora.engine.world import NETWORKS, FakeStore, distance, examples, job, model
 from tests.fedlora.models.networks import adapter, logits
 

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedlora.core.types import LocalPlan, TrainJob
 from fedlora.engine.fused import Fused, cost, probe
 from fedlora.engine.fused.cost import slots_for
 from fedlora.engine.fused.engine import FusedEngine
@@ -22,7 +23,6 @@ from fedlora.engine.fused.probe import Prober
 from fedlora.engine.fused.schedule import Schedule, policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
 from fedlora.models.layers import dropped_share
-from fedlora.types import LocalPlan, TrainJob
 from tests.fedlora.engine.world import FakeStore, example, examples, job, model, start
 from tests.fedlora.models.networks import adapter, wrap
 

@@ -7,11 +7,15 @@ import math
 import pytest
 import torch
 
+from fedlora.core.types import (
+    Failure,
+    LocalPlan,
+    Update,
+)
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner, Resident
-from fedlora.types import Failure, LocalPlan, Update
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start
 
 PLAN = LocalPlan(lr=3e-3, steps=5, batch_size=3, dropout=0.0, weight_decay=0.1, clip=0.5)

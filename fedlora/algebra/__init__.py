@@ -1,0 +1,1 @@
+"""The linear algebra of low-rank updates, as pure functions of tensors."""

@@ -1,0 +1,50 @@
+"""The factors every client of every method starts from: one common A per module, and B = 0.
+
+Factor averages mean nothing when clients start from different ``A``; with a common one, methods are
+also comparable seed by seed. The bound depends on the fan-in alone, so a prefix of ``A`` is
+distributed as it should be for any smaller rank.
+"""
+
+import math
+import zlib
+
+import torch
+from torch import Tensor
+
+from fedlora.core.seeding import torch_generator
+from fedlora.core.types import (
+    Factors,
+    Module,
+    Ranks,
+    Setting,
+)
+
+
+def initial_a(seed: int, module: Module, rank: int) -> Tensor:
+    """``[rank, d_in]`` from ``U(-1/sqrt(d_in), 1/sqrt(d_in))``, float32.
+
+    Kaiming-uniform with ``a = sqrt(5)``, as LoRA layers are usually initialised. Rows of a smaller
+    rank are the first rows of a larger one.
+    """
+    if not 1 <= rank <= module.max_rank:
+        raise ValueError(f"rank {rank} of {module.path} is not in 1..{module.max_rank}")
+    return drawn_a(seed, module.path, rank, module.d_in)
+
+
+def drawn_a(seed: int, path: str, rank: int, d_in: int) -> Tensor:
+    """`initial_a` of whoever knows no more of a module than this."""
+    g = torch_generator(seed, "init", zlib.crc32(path.encode()))
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=g)
+
+
+def initial_factors(setting: Setting, ranks: Ranks) -> dict[str, Factors]:
+    """``A`` as `initial_a` draws it and ``B = 0``, for every module, at these ranks."""
+    return {
+        m.path: Factors(
+            a=initial_a(setting.seed, m, ranks[m.path]),
+            b=torch.zeros(m.d_out, ranks[m.path]),
+            alpha=setting.alpha,
+        )
+        for m in setting.modules
+    }

@@ -1,0 +1,1 @@
+"""Values and ground rules that every room stands on."""

@@ -1,0 +1,38 @@
+"""What can go wrong, as exceptions whose messages are one sentence for the person concerned."""
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration: one sentence for the person who typed it."""
+
+
+class DataError(ValueError):
+    """A mistake in the data or its description: one sentence for the person who owns it."""
+
+
+class ModelError(RuntimeError):
+    """A base model that cannot be used, in a sentence for the person who named it."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on; the message says why and what is safe."""
+
+
+class WorkerDied(RunError):
+    """A worker process is gone. The run can go on from its checkpoint in a new pool."""
+
+
+class RunFolderError(RuntimeError):
+    """The run folder belongs to another run that may still be alive."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be read: one sentence that names it and what is wrong."""
+
+
+class RejectedUpdate(ValueError):
+    """An update that must not be averaged, with the client who sent it and the reason."""
+
+    def __init__(self, client: int, reason: str) -> None:
+        super().__init__(f"update of client {client} rejected: {reason}")
+        self.client = client
+        self.reason = reason

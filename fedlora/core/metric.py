@@ -1,0 +1,100 @@
+"""A measured value with its weight, and the open base class of everything that measures.
+
+A `Scorer` turns what a model did on one client's examples (`Outputs`) into metrics by name. The
+metric itself says how clients are combined, so that nobody has to know its name: the summary
+(`fedlora.evaluation.summary`), the wire and the trackers treat all of them alike.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora.core.checks import one_of
+
+MEAN, TOTAL, EXP_MEAN = "mean", "total", "exp_mean"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What was measured on one client, and how clients are combined."""
+
+    value: float
+    weight: float = 1.0
+    """What the value is a mean over: a number of examples or tokens."""
+    over_clients: str = MEAN
+    """``mean`` (plain, and weighted beside it), ``total`` (the sum; for counts), or ``exp_mean``:
+    the value is a logarithm, and the exponential of its mean is reported. One client with a loss of
+    20 would outweigh all others in a mean of perplexities."""
+    interval: bool = False
+    """Whether a summary also bounds the mean by bootstrapping clients."""
+
+    def __post_init__(self) -> None:
+        one_of("over_clients", self.over_clients, (MEAN, TOTAL, EXP_MEAN))
+
+    @property
+    def scalar(self) -> float:
+        """The value as it is reported for this client alone."""
+        return exponential(self.value) if self.over_clients == EXP_MEAN else self.value
+
+
+def count(number: float) -> Metric:
+    """A number of things, which is summed over clients."""
+    return Metric(float(number), over_clients=TOTAL)
+
+
+def exponential(loss: float) -> float:
+    """``exp(loss)``, infinite where a float ends."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model did on one client's evaluated examples. Sequences have an entry per example."""
+
+    tokens: Sequence[NDArray[Any]]
+    """The true tokens after BOS, ``[t - 1]``; responses end with EOS."""
+    response_at: Sequence[int]
+    """Where the response begins in them; their length where truncation left none."""
+    nll: Sequence[Tensor]
+    """Negative log-likelihood of each of these tokens, ``[t - 1]`` float64, on the CPU."""
+    best: Sequence[Tensor]
+    """The most likely token in the place of each, ``[t - 1]``, on the CPU."""
+    decode: Callable[[NDArray[Any]], str]
+    """Token ids as text, without special tokens."""
+    references: Sequence[str] = ()
+    """The response texts, uncut; empty without generation."""
+    generated: Sequence[str] = ()
+    """What the model wrote after each prompt; empty without generation."""
+    truncated: int = 0
+    """Prompts that were cut to leave room in the context."""
+
+    @property
+    def examples(self) -> int:
+        """How many there are: at least one."""
+        return len(self.tokens)
+
+    @property
+    def tokens_full(self) -> int:
+        """All tokens after BOS."""
+        return sum(len(loss) for loss in self.nll)
+
+    @property
+    def tokens_response(self) -> int:
+        """Tokens of responses."""
+        return sum(len(loss) - at for loss, at in zip(self.nll, self.response_at, strict=True))
+
+
+class Scorer(ABC):
+    """One entry of ``evaluate.plan.metrics``: a frozen dataclass, found by its ``_target_``."""
+
+    needs_texts: ClassVar[bool] = False
+    """Whether it reads ``outputs.generated``; such a scorer is left out without generation."""
+
+    @abstractmethod
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        """Metrics by name, of one client. What cannot be measured on it is left out."""

@@ -1,0 +1,490 @@
+"""The nouns of federated LoRA, as values: tensors and numbers that check themselves.
+
+Nothing here computes more than a property, reads a file or knows Flower. Symbols follow the
+papers: a client ``k`` holds factors ``A_k [r, d_in]`` and ``B_k [d_out, r]`` of each adapted
+linear layer and adds ``(alpha / r) B_k A_k`` to its frozen weight ``W [d_out, d_in]``.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias, TypeGuard
+
+from torch import Tensor
+
+from fedlora.core.checks import at_least, one_of, share
+from fedlora.core.metric import Metric, Scorer
+
+CHOICES = ("ring", "random")  # of SwitchLoRA's next vector
+
+
+@dataclass(frozen=True)
+class Module:
+    """One linear layer of the base model that carries an adapter."""
+
+    path: str
+    """As in ``model.named_modules()``, for example ``model.layers.0.self_attn.q_proj``."""
+    kind: Literal["attention", "mlp"]
+    d_out: int
+    d_in: int
+
+    @property
+    def max_rank(self) -> int:
+        """The largest rank that means anything: ``min(d_out, d_in)``."""
+        return min(self.d_out, self.d_in)
+
+
+class Ranks(Mapping[str, int]):
+    """The rank of every adapted module of one client. Immutable, hashable, ordered by module.
+
+    Equal means the same ranks of the same modules in the same order: states and messages store
+    ranks by position. Two clients with equal ``Ranks`` can share one start adapter, which is what
+    messages exploit.
+    """
+
+    __slots__ = ("_by_path", "_hash")
+
+    def __init__(self, ranks: Mapping[str, int]) -> None:
+        for path, r in ranks.items():
+            if r < 1:
+                raise ValueError(f"rank {r} of {path} must be >= 1")
+        self._by_path = dict(ranks)
+        self._hash = hash(tuple(self._by_path.items()))
+
+    def __getitem__(self, path: str) -> int:
+        return self._by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self._by_path)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ranks):
+            return NotImplemented
+        return tuple(self._by_path.items()) == tuple(other._by_path.items())
+
+    def __repr__(self) -> str:
+        return f"Ranks({self.label})"
+
+    @property
+    def label(self) -> str:
+        """Short text for logs and tables: ``8``, or ``30/200`` where modules differ.
+
+        Ranks come in the order of the modules in which they first appear: 30 in attention and 200
+        in the MLP is not 200 in attention and 30 in the MLP.
+        """
+        return "/".join(str(r) for r in dict.fromkeys(self._by_path.values()))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One linear layer's low-rank update ``ΔW = (alpha / r) B A``. The scale travels with it."""
+
+    a: Tensor
+    """``[r, d_in]``"""
+    b: Tensor
+    """``[d_out, r]``"""
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.a.ndim != 2 or self.b.ndim != 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(
+                f"factors A {tuple(self.a.shape)} and B {tuple(self.b.shape)} do not share a rank: "
+                "A must be [r, d_in] and B [d_out, r]"
+            )
+
+    @property
+    def rank(self) -> int:
+        """The shared dimension ``r``."""
+        return int(self.a.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """``alpha / r``."""
+        return self.alpha / self.rank
+
+    def delta(self) -> Tensor:
+        """The dense update ``(alpha / r) B A``, ``[d_out, d_in]``."""
+        return self.scale * (self.b @ self.a)
+
+
+Adapter: TypeAlias = Mapping[str, Factors]
+"""Module path -> factors, in the order of the model's modules."""
+
+
+@dataclass(frozen=True)
+class SparseDelta:
+    """An update of chosen coordinates of the base weights (SLoRA's first stage).
+
+    Coordinate ``(i, j)`` of a module belongs to the mask when ``u[i, j] < density``, where ``u`` is
+    uniform noise that `fedlora.core.seeding.mask_noise` draws from ``(seed, path)``: masks of a
+    smaller density are subsets of masks of a larger one, and only the values have to travel.
+    """
+
+    seed: int
+    density: float
+    values: Mapping[str, Tensor]
+    """Module path -> ``[nnz]``, the update at the mask's coordinates in row-major order."""
+
+    def __post_init__(self) -> None:
+        share("density", self.density)
+
+
+@dataclass(frozen=True)
+class MaskedScale:
+    """A multiplicative update of a pruned base, which keeps every zero (SPP).
+
+    With ``r = blocks[path]``, ``s = lora_alpha / r`` and ``g(i) = floor(i r / d_out)`` a module's
+    weight becomes ``W ∘ (1 + s F)``, ``F[i, j] = beta[i] alpha[g(i), j]``, after the factors of
+    `merges` have been multiplied into ``W``. What a client need not be told, or does not change, is
+    left out of the mappings. Computed with in `fedlora.techniques.spp.scale`.
+    """
+
+    mask: str
+    """Identity of the base's zeros (`fedlora.models.masks`): on others it means nothing."""
+    lora_alpha: float
+    blocks: Mapping[str, int]
+    """Module path -> rank ``r`` of the common factors."""
+    alpha: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[r, d_in]``, or of a smaller rank that divides ``r``."""
+    beta: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[d_out]``."""
+    tied: Mapping[str, int] = field(default_factory=dict)
+    """Modules of which a client trains a change of ``alpha`` of this rank: neighbouring rows of
+    ``alpha`` change alike."""
+    change: Mapping[str, Tensor] = field(default_factory=dict)
+    """Module path -> ``[tied, d_in]``, that change; none yet: zero."""
+    merges: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
+    """In this order ``1 + s Σ_k F_k`` was multiplied into ``W``: module path ->
+    ``alpha [k, r, d_in]`` and ``beta [k, d_out]``."""
+    trains: str = "both"
+    """``alpha``, ``beta`` or ``both``: what a client changes and sends back."""
+    seed: int = -1
+    """Of ``alpha`` where it is drawn (`algebra.init.initial_a`) rather than sent; -1: sent."""
+
+    def __post_init__(self) -> None:
+        one_of("trains", self.trains, ("alpha", "beta", "both"))
+
+
+@dataclass(frozen=True)
+class Rebased:
+    """Factors over a base that has moved: ``W + shift + (alpha / r) B A`` (SwitchLoRA)."""
+
+    shift: Mapping[str, Tensor]
+    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
+    factors: Adapter = field(default_factory=dict)
+    """Of modules that are in ``shift``; none: a dense update and nothing to train."""
+
+    def __post_init__(self) -> None:
+        for path, f in self.factors.items():
+            shape = (f.b.shape[0], f.a.shape[1])
+            if path not in self.shift or tuple(self.shift[path].shape) != shape:
+                found = tuple(self.shift[path].shape) if path in self.shift else "none"
+                raise ValueError(f"{path}: factors of a layer {shape} over the shift {found}")
+
+
+Payload: TypeAlias = Adapter | SparseDelta | MaskedScale | Rebased
+"""What a client receives and returns."""
+
+
+def is_low_rank(payload: Payload) -> TypeGuard[Adapter]:
+    """Whether a payload is factors over the base as it is, and nothing else."""
+    return isinstance(payload, Mapping)
+
+
+def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a payload with a name such as ``model.layers.0.self_attn.q_proj/a``."""
+    if isinstance(payload, SparseDelta):
+        for path, values in payload.values.items():
+            yield f"{path}/values", values
+        return
+    if isinstance(payload, MaskedScale):
+        yield from _scale_tensors(payload)
+        return
+    if isinstance(payload, Rebased):
+        for path, shift in payload.shift.items():
+            yield f"{path}/shift", shift
+        payload = payload.factors
+    for path, f in payload.items():
+        yield f"{path}/a", f.a
+        yield f"{path}/b", f.b
+
+
+def _scale_tensors(payload: MaskedScale) -> Iterator[tuple[str, Tensor]]:
+    for name in ("alpha", "beta", "change"):
+        for path, t in getattr(payload, name).items():
+            yield f"{path}/{name}", t
+    for i, merge in enumerate(payload.merges):
+        for path, (alpha, beta) in merge.items():
+            yield f"{path}/merges/{i}/alpha", alpha
+            yield f"{path}/merges/{i}/beta", beta
+
+
+def payload_floats(payload: Payload) -> int:
+    """How many numbers travel when this payload is sent to or by a real client."""
+    return sum(t.numel() for _, t in payload_tensors(payload))
+
+
+@dataclass(frozen=True)
+class Client:
+    """A virtual client: who it is, what it can hold, how much data it has."""
+
+    id: int
+    ranks: Ranks
+    num_examples: int
+    """Training examples. Zero: it can be evaluated, never trained."""
+    tier: str = ""
+    """Name of its resource tier."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a strategy may know before round 1."""
+
+    modules: tuple[Module, ...]
+    model_parameters: int
+    """Of the base model, for parameter budgets."""
+    alpha: float
+    clients: tuple[Client, ...]
+    """The whole population, ``clients[i].id == i``; ranks are already clamped to the modules."""
+    seed: int
+    mask: str = ""
+    """Identity of a pruned base's zeros (`fedlora.models.masks`); empty: it is dense."""
+    density: float = 1.0
+    """Share of the modules' weights that are not zero."""
+
+    @property
+    def max_ranks(self) -> Ranks:
+        """Per module, the largest rank that any client holds."""
+        return Ranks({m.path: max(r[m.path] for r in self.rank_patterns) for m in self.modules})
+
+    @property
+    def min_ranks(self) -> Ranks:
+        """Per module, the smallest rank that any client holds."""
+        return Ranks({m.path: min(r[m.path] for r in self.rank_patterns) for m in self.modules})
+
+    @cached_property
+    def rank_patterns(self) -> tuple[Ranks, ...]:
+        """The distinct rank patterns of the population, in order of first appearance."""
+        return tuple(dict.fromkeys(c.ranks for c in self.clients))
+
+
+@dataclass(frozen=True)
+class SelfPrune:
+    """HeteroLoRA's local regulariser and rank pruning (Cho et al., section 4).
+
+    The loss gains ``weight * Σ_modules ||B[:, keep:]||_F ||A[keep:, :]||_F`` with
+    ``keep = max(1, min(r - 1, floor(gamma r)))``; if the sum is smaller after training than on
+    arrival, the client's ranks shrink to ``max(min_rank, keep)`` and the tail is not sent.
+    """
+
+    weight: float
+    gamma: float
+    min_rank: int
+
+    def __post_init__(self) -> None:
+        at_least("weight", self.weight, 0)
+        share("gamma", self.gamma)
+        at_least("min_rank", self.min_rank, 1)
+
+
+@dataclass(frozen=True)
+class Switching:
+    """SwitchLoRA's exchange of low-rank vectors during training (`techniques.switchlora`)."""
+
+    interval: float = 40.0
+    """Expected steps between two exchanges in one slot of one factor, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which exchanges are 0.3 as frequent."""
+    freeze: int = 5
+    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
+    void in any case."""
+    choice: str = "ring"
+    """The next vector of the pool: in its order (``ring``), or any that is in no slot
+    (``random``)."""
+    count_frozen: bool = True
+    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
+    are half as large, a warm-up."""
+    total: int = 0
+    """Steps of the whole run; whoever plans the run sets it."""
+    first: int = 0
+    """How many of them are done."""
+
+    def __post_init__(self) -> None:
+        at_least("client.switch.interval", self.interval, 0, strict=True)
+        at_least("client.switch.ratio", self.ratio, 0, strict=True)
+        at_least("client.switch.freeze", self.freeze, 0)
+        one_of("client.switch.choice", self.choice, CHOICES)
+        if self.interval < 2 * self.freeze:
+            raise ValueError(
+                f"client.switch.interval={self.interval:g} is less than twice "
+                f"client.switch.freeze={self.freeze}: vectors would be exchanged while they are "
+                f"frozen; choose interval >= {2 * self.freeze}"
+            )
+
+
+@dataclass(frozen=True)
+class LocalPlan:
+    """What a client does in one round. Methods describe, engines execute."""
+
+    technique: str = "lora"
+    """What a client trains: ``lora``, or ``spp`` on a pruned base (`fedlora.core.techniques`)."""
+    optimizer: str = "adamw"
+    """``adamw`` or ``sgd``; fresh state every round."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    """Of ``sgd`` alone."""
+    weight_decay: float = 0.0
+    """Decoupled for ``adamw``, L2 for ``sgd`` (as in PyTorch)."""
+    schedule: str = "linear"
+    """``linear`` to zero, ``cosine`` to zero or ``constant``, within the round, after warm-up."""
+    warmup: float = 0.0
+    """Share of the round's steps over which the learning rate rises linearly from zero."""
+    epochs: int = 1
+    steps: int = 0
+    """If positive, exactly this many optimizer steps (data cycled or cut); else whole epochs."""
+    batch_size: int = 4
+    """Examples per optimizer step."""
+    micro_batch_size: int = 0
+    """Examples per forward; 0: the whole batch. Gradients accumulate with token weights, so that
+    without dropout the result does not depend on it (up to rounding). With dropout every forward
+    draws masks of its own: another division into forwards is another draw."""
+    max_examples: int = 0
+    """If positive, a client draws at most so many of its training examples each round."""
+    clip: float = 1.0
+    """Global gradient norm bound; 0: no clipping."""
+    dropout: float = 0.05
+    """On the adapter's input."""
+    loss: str = "full"
+    """Tokens with a loss: ``full`` (prompt and response) or ``response``."""
+    autocast: str = "none"
+    """``none`` or ``bf16``."""
+    train_a: bool = True
+    train_b: bool = True
+    self_prune: SelfPrune | None = None
+    switch: Switching | None = None
+    """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""
+
+    def __post_init__(self) -> None:
+        one_of("client.technique", self.technique, ("lora", "spp"))
+        one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
+        one_of("client.schedule", self.schedule, ("linear", "cosine", "constant"))
+        one_of("client.loss", self.loss, ("full", "response"))
+        one_of("client.autocast", self.autocast, ("none", "bf16"))
+        at_least("client.lr", self.lr, 0)
+        at_least("client.epochs", self.epochs, 1)
+        at_least("client.steps", self.steps, 0)
+        at_least("client.batch_size", self.batch_size, 1)
+        at_least("client.micro_batch_size", self.micro_batch_size, 0)
+        at_least("client.max_examples", self.max_examples, 0)
+        at_least("client.clip", self.clip, 0)
+        at_least("client.weight_decay", self.weight_decay, 0)
+        at_least("client.momentum", self.momentum, 0)
+        at_least("client.eps", self.eps, 0, strict=True)
+        share("client.warmup", self.warmup)
+        share("client.dropout", self.dropout)
+        if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"client.betas={list(self.betas)} must be two numbers in [0, 1)")
+        object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """What is measured on a client's held-out examples."""
+
+    split: str = "test"
+    max_examples: int = 0
+    """Per client; 0: all."""
+    batch_size: int = 8
+    generate: bool = True
+    """Greedy generation after the prompt, for the metrics that need texts."""
+    max_new_tokens: int = 32
+    metrics: tuple[Scorer, ...] | None = None
+    """What is measured; None: `fedlora.evaluation.scorers.DEFAULT`."""
+
+    def __post_init__(self) -> None:
+        one_of("evaluate.split", self.split, ("train", "eval", "test"))
+        at_least("evaluate.max_examples", self.max_examples, 0)
+        at_least("evaluate.batch_size", self.batch_size, 1)
+        at_least("evaluate.max_new_tokens", self.max_new_tokens, 1)
+        for metric in self.metrics or ():
+            if not isinstance(metric, Scorer):
+                raise ValueError(
+                    f"evaluate.plan.metrics: {type(metric).__name__} is no metric; it must be a "
+                    "dataclass derived from fedlora.core.metric.Scorer"
+                )
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One client's work in one round."""
+
+    seed: int
+    round: int
+    client: Client
+    start: Payload
+    plan: LocalPlan
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """One client's evaluation of an adapter (``None``: the base model as it is)."""
+
+    seed: int
+    round: int
+    client: Client
+    adapter: Payload | None
+    plan: EvaluatePlan
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back."""
+
+    client: Client
+    """With the ranks that the payload has: smaller than on arrival after self-pruning."""
+    payload: Payload
+    num_examples: int
+    """Its weight in the aggregation: training examples it holds (``n_k``)."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @cached_property
+    def adapter(self) -> Adapter:
+        """The payload, which must be low-rank factors."""
+        if not isinstance(self.payload, Mapping):
+            kind = type(self.payload).__name__
+            raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
+        return self.payload
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured on one client."""
+
+    client: Client
+    metrics: Mapping[str, Metric]
+    """By name: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the plan
+    asked for."""
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics as plain values of this client."""
+        return {name: metric.scalar for name, metric in self.metrics.items()}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client whose work raised. The round goes on without it."""
+
+    client: Client
+    kind: str
+    message: str
+    traceback: str = ""

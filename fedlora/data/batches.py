@@ -1,0 +1,168 @@
+"""Which examples make an optimizer step, and how they become tensors.
+
+Everything here is a function of ``(seed, round, client)`` and the plan, so that every engine sees
+the same examples in the same order. Sequences are padded on the right: a causal model never looks
+at what follows a token, so no attention mask is needed, and padded positions have no loss.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedlora.core.seeding import generator
+from fedlora.core.types import LocalPlan
+
+PAD = 0
+"""What fills a row after its last token. Any valid id would do: nothing attends to it."""
+
+
+class TokenExample(Protocol):
+    """What a tokenised example offers (`fedlora.data.store.Example`)."""
+
+    @property
+    def input_ids(self) -> NDArray[Any]:
+        """``[t]`` token ids with BOS and EOS."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many leading tokens are prompt, BOS included."""
+
+
+E = TypeVar("E", bound=TokenExample)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The examples of one forward pass."""
+
+    inputs: Tensor
+    """``[b, t]`` int64: every token but the last of each example, padded on the right."""
+    positions: Tensor
+    """``[n]`` int64: supervised positions as indices into ``inputs.flatten()``."""
+    targets: Tensor
+    """``[n]`` int64: the token that follows each of these positions."""
+    position_ids: Tensor | None = None
+    """Of every input in its own sequence, shaped like ``inputs``, where rows hold several; None:
+    counted from each row's start."""
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens have a loss."""
+        return self.targets.shape[0]
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        places = None if self.position_ids is None else self.position_ids.to(device)
+        rest = (self.positions.to(device), self.targets.to(device), places)
+        return Batch(self.inputs.to(device), *rest)
+
+
+def first_target(example: TokenExample, loss: str) -> int:
+    """Index of the first token with a loss: after BOS for ``full``, else of the response."""
+    return max(1, example.prompt_tokens) if loss == "response" else 1
+
+
+def supervised_tokens(example: TokenExample, loss: str) -> int:
+    """How many tokens of an example have a loss."""
+    return max(0, len(example.input_ids) - first_target(example, loss))
+
+
+def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
+    """Examples as one batch, as wide as its longest one.
+
+    Args:
+        examples: at least one; each has at least one token.
+        loss: ``full`` or ``response``, as in `LocalPlan.loss`.
+    """
+    width = max(1, max(len(e.input_ids) for e in examples) - 1)
+    inputs = np.full((len(examples), width), PAD, dtype=np.int64)
+    positions, targets = [], []
+    for row, example in enumerate(examples):
+        ids = example.input_ids
+        first, last = first_target(example, loss), len(ids)
+        inputs[row, : last - 1] = ids[:-1]
+        positions.append(np.arange(row * width + first - 1, row * width + last - 1))
+        targets.append(ids[first:])
+    return Batch(
+        torch.from_numpy(inputs),
+        torch.from_numpy(np.concatenate(positions)),
+        torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+    )
+
+
+def subset(n: int, limit: int, seed: int, purpose: str, *keys: int) -> list[int]:
+    """At most ``limit`` of ``n`` indices, drawn without replacement, ascending; 0: all."""
+    if not 0 < limit < n:
+        return list(range(n))
+    return sorted(generator(seed, purpose, *keys).permutation(n)[:limit].tolist())
+
+
+def num_steps(n: int, plan: LocalPlan) -> int:
+    """Optimizer steps of a round over ``n`` examples."""
+    return plan.steps or plan.epochs * math.ceil(n / plan.batch_size)
+
+
+def step_indices(
+    n: int, plan: LocalPlan, *, seed: int, round: int, client: int
+) -> Iterator[NDArray[np.int64]]:
+    """The examples of each optimizer step: a fresh permutation per epoch, cut into batches.
+
+    The last batch of an epoch may be smaller. With ``plan.steps`` epochs follow one another until
+    so many steps are done.
+    """
+    order = generator(seed, "order", round, client)
+    per_epoch = math.ceil(n / plan.batch_size)
+    for step in range(num_steps(n, plan)):
+        at = step % per_epoch
+        if at == 0:
+            permutation = order.permutation(n)
+        yield permutation[at * plan.batch_size : (at + 1) * plan.batch_size]
+
+
+def parts(indices: NDArray[np.int64], plan: LocalPlan) -> list[list[int]]:
+    """The examples of one optimizer step, cut into those of each forward pass."""
+    size, chosen = plan.micro_batch_size or plan.batch_size, indices.tolist()
+    return [chosen[i : i + size] for i in range(0, len(chosen), size)]
+
+
+def micro_batches(
+    examples: Sequence[TokenExample], indices: NDArray[np.int64], plan: LocalPlan
+) -> list[Batch]:
+    """The forward passes of one optimizer step."""
+    return [collate([examples[i] for i in part], plan.loss) for part in parts(indices, plan)]
+
+
+def check_vocabulary(examples: Sequence[TokenExample], vocabulary: int, client: int) -> None:
+    """Raise an IndexError that names the client and its first token that the model lacks.
+
+    One such token would end the forward pass of everybody in it.
+    """
+    for e in examples:
+        least, most = int(e.input_ids.min()), int(e.input_ids.max())
+        if not 0 <= least <= most < vocabulary:
+            raise IndexError(
+                f"client {client} holds token {least if least < 0 else most}, but the model has a "
+                f"vocabulary of {vocabulary:,}"
+            )
+
+
+def trainable(examples: Sequence[E], loss: str) -> list[E]:
+    """The examples that have a token to learn from.
+
+    A response can be missing when the prompt alone fills the context; such an example would add
+    an optimizer step without a gradient.
+    """
+    return [e for e in examples if supervised_tokens(e, loss) > 0]
+
+
+def drawn(examples: Sequence[E], plan: LocalPlan, *, seed: int, round: int, client: int) -> list[E]:
+    """What a client trains on this round: its trainable examples, or a random part of them."""
+    usable = trainable(examples, plan.loss)
+    chosen = subset(len(usable), plan.max_examples, seed, "subset", round, client)
+    return [usable[i] for i in chosen]

@@ -1,0 +1,241 @@
+"""A virtual client: the unit of work of the simulation, and a Flower client on its own.
+
+Engines call it with values (`LoRAClient.train`, `LoRAClient.evaluate_job`); Flower calls it with
+arrays and scalars (`fit`, `evaluate`): ``client.to_client()`` is what a ``client_fn`` returns.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any, TypeAlias, cast
+
+from flwr.client import NumPyClient
+from numpy.typing import NDArray
+
+from fedlora.core.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    LocalPlan,
+    MaskedScale,
+    Payload,
+    Ranks,
+    SelfPrune,
+    TrainJob,
+    Update,
+    is_low_rank,
+)
+from fedlora.data.batches import drawn
+from fedlora.data.store import Example, TokenStore
+from fedlora.evaluation import metrics as evaluate
+from fedlora.models.language_model import LanguageModel
+from fedlora.techniques.spp.scale import sent
+from fedlora.techniques.switchlora.local import train_switching
+from fedlora.training import self_pruning as selfprune
+from fedlora.training.loop import optimise
+from fedlora.wire.codec import (
+    decode_payload,
+    encode_payload,
+    plan_from_json,
+)
+
+Scalars: TypeAlias = dict[str, Any]
+"""Flower's config and metrics: str, int, float, bool or bytes by name."""
+
+
+class LoRAClient(NumPyClient):
+    """One client's data and ranks on a resident model, which it leaves as it found it."""
+
+    def __init__(self, model: LanguageModel, store: TokenStore, client: Client, seed: int) -> None:
+        self.model = model
+        self.store = store
+        self.client = client
+        self.seed = seed
+
+    def train(self, job: TrainJob) -> Update:
+        """Train the job's start payload on this client's examples.
+
+        The result is a function of the job, the model and the data: bitwise the same whatever ran
+        before in this process, and the global generators are left as they were.
+
+        Raises:
+            ValueError: if the client has nothing to train on, or the plan trains nothing.
+            FloatingPointError: if a loss is not finite.
+        """
+        self._check_identity(job.client)
+        wall, cpu = time.perf_counter(), time.process_time()
+        plan, who = job.plan, self.client.id
+        examples = training_examples(self.store, job)
+        payload: Payload
+        try:
+            parameters = self.model.mount(
+                job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
+            )
+            if plan.switch is not None:
+                payload, trace = train_switching(self.model, job, examples)
+            else:
+                trace = optimise(
+                    self.model,
+                    parameters,
+                    examples,
+                    plan,
+                    seed=job.seed,
+                    round=job.round,
+                    client=who,
+                )
+                payload = self.model.payload()
+        finally:
+            self.model.unmount()
+        spent = {
+            "examples": float(len(examples)),
+            "seconds": time.perf_counter() - wall,
+            "cpu_seconds": time.process_time() - cpu,
+        }
+        return completed(job, payload, trace.metrics() | spent, self.store.count(who, "train"))
+
+    def evaluate_job(self, job: EvaluateJob) -> Evaluation:
+        """Measure the job's adapter, or the bare base model, on this client's examples.
+
+        Raises:
+            ValueError: if the client has no examples in the plan's split.
+        """
+        self._check_identity(job.client)
+        plan, who = job.plan, self.client.id
+        if self.store.count(who, plan.split) == 0:
+            raise ValueError(f"client {who} has no examples in split {plan.split!r}")
+        examples = self.store.examples(who, plan.split)
+        references = self.store.references(who, plan.split) if plan.generate else None
+        try:
+            self.model.mount(job.adapter)
+            metrics = evaluate.measure(
+                self.model, examples, references, plan, seed=job.seed, client=who
+            )
+        finally:
+            self.model.unmount()
+        return Evaluation(self.client, metrics)
+
+    def fit(
+        self, parameters: list[NDArray[Any]], config: Scalars
+    ) -> tuple[list[NDArray[Any]], int, Scalars]:
+        """`train` for Flower.
+
+        Args:
+            parameters: one flat array, as `fedlora.wire.codec.encode_payload` makes it.
+            config: ``header`` (its JSON), ``plan`` (a `LocalPlan` by
+                `fedlora.wire.codec.plan_to_json`), ``round``, and optionally ``seed``.
+
+        Returns:
+            The update as one flat array, the number of training examples, and metrics that
+            include the update's own ``header`` (ranks may have shrunk).
+        """
+        header = str(config["header"])
+        update = self.train(
+            TrainJob(
+                seed=int(config.get("seed", self.seed)),
+                round=int(config["round"]),
+                client=self.client,
+                start=decode_payload(parameters[0], header),
+                plan=cast(LocalPlan, _expect(plan_from_json(str(config["plan"])), LocalPlan)),
+            )
+        )
+        flat, own_header = encode_payload(update.payload, json.loads(header)["dtype"])
+        return [flat], update.num_examples, {**update.metrics, "header": own_header}
+
+    def evaluate(
+        self, parameters: list[NDArray[Any]], config: Scalars
+    ) -> tuple[float, int, Scalars]:
+        """`evaluate_job` for Flower.
+
+        Args:
+            parameters: one flat array, or none to evaluate the base model.
+            config: ``header`` unless there are no parameters, ``plan`` (an `EvaluatePlan`),
+                ``round``, and optionally ``seed``.
+
+        Returns:
+            The loss per response token (per token where no response is left; NaN if the plan's
+            metrics have no loss), the number of examples, and all metrics.
+        """
+        adapter = decode_payload(parameters[0], str(config["header"])) if parameters else None
+        plan = cast(EvaluatePlan, _expect(plan_from_json(str(config["plan"])), EvaluatePlan))
+        seed = int(config.get("seed", self.seed))
+        job = EvaluateJob(seed, int(config["round"]), self.client, adapter, plan)
+        scalars = self.evaluate_job(job).scalars
+        loss = scalars.get("loss_response", scalars.get("loss_full", math.nan))
+        return loss, int(scalars["examples"]), {**scalars}
+
+    def _check_identity(self, client: Client) -> None:
+        if client.id != self.client.id:
+            raise ValueError(f"client {self.client.id} was given a job of client {client.id}")
+
+
+def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
+    """What a job's client trains on this round.
+
+    Raises:
+        ValueError: if that is nothing, or the plan trains nothing.
+    """
+    plan, who = job.plan, job.client.id
+    if not (plan.train_a or plan.train_b):
+        raise ValueError("the plan trains nothing: train_a and train_b are both false")
+    if is_low_rank(job.start) and not job.start:
+        raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
+    return examples_for(store, plan, seed=job.seed, round=job.round, client=who)
+
+
+def examples_for(
+    store: TokenStore, plan: LocalPlan, *, seed: int, round: int, client: int
+) -> list[Example]:
+    """What a client draws of its training examples in one round.
+
+    Raises:
+        ValueError: if none of them has a token to learn from.
+    """
+    held = store.examples(client, "train")
+    examples = drawn(held, plan, seed=seed, round=round, client=client)
+    if not examples:
+        raise ValueError(
+            f"client {client} has nothing to train on: {len(held)} training examples, none with a "
+            f"token that has a loss (client.loss={plan.loss})"
+        )
+    return examples
+
+
+def completed(
+    job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
+) -> Update:
+    """A trained payload as the job's update: without what the server knows, pruned if the plan
+    says so."""
+    client = job.client
+    if isinstance(payload, MaskedScale):
+        payload = sent(payload)
+    if job.plan.self_prune is not None:
+        client, payload = self_pruned(client, job.start, payload, job.plan.self_prune)
+    return Update(client, payload, num_examples, metrics)
+
+
+def self_pruned(
+    client: Client, start: Payload, trained: Payload, prune: SelfPrune
+) -> tuple[Client, Payload]:
+    """HeteroLoRA's local decision: the tail goes if training made it smaller.
+
+    Raises:
+        TypeError: for payloads without ranks.
+    """
+    if not isinstance(start, Mapping) or not isinstance(trained, Mapping):
+        kind = type(trained).__name__
+        raise TypeError(f"client.self_prune needs low-rank factors, not a {kind}")
+    before, after = selfprune.score(start, prune), selfprune.score(trained, prune)
+    if not selfprune.should_prune(before, after):
+        return client, trained
+    kept = selfprune.prune_adapter(trained, prune)
+    ranks = Ranks({path: factors.rank for path, factors in kept.items()})
+    return dataclasses.replace(client, ranks=ranks), kept
+
+
+def _expect(plan: object, kind: type) -> object:
+    if not isinstance(plan, kind):
+        raise TypeError(f"config['plan'] is a {type(plan).__name__}, not a {kind.__name__}")
+    return plan

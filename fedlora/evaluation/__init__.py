@@ -1,0 +1,1 @@
+"""What a model does on held-out examples, in numbers."""

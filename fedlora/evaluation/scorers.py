@@ -1,0 +1,110 @@
+"""The scores that an evaluation reports, each a class that a line of YAML names.
+
+    Likelihood          loss_full, loss_response   negative log-likelihood per token: after BOS; of
+                                                   the response
+                        perplexity                 exp(loss_response)
+                        accuracy                   fraction of response tokens that are the most
+                                                   likely one
+    Rouge               rouge_l, rouge_l_unicode   ROUGE-L F1 of greedy generation (`rouge`)
+    ExactMatch          exact_match                fraction of generations that equal the reference
+    TeacherForcedRouge  rouge_l_teacher_forced     ROUGE-L of the argmax of every next token, given
+                                                   the true ones before
+
+The last is what the FlexLoRA code reports. Nine tenths of its tokens are prompt, so it tells how
+predictable the instructions are; it is never called ROUGE-L here.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedlora.core.metric import EXP_MEAN, Metric, Outputs, Scorer
+from fedlora.core.types import EvaluatePlan
+from fedlora.evaluation.rouge import exact_match, rouge_l
+
+
+@dataclass(frozen=True)
+class Likelihood(Scorer):
+    """Losses, perplexity and accuracy from the true tokens. Weighted by the tokens they are over.
+
+    A metric of response tokens is left out where no response is left after truncation.
+    """
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        full = response = 0.0
+        hits = 0
+        rows = zip(outputs.tokens, outputs.response_at, outputs.nll, outputs.best, strict=True)
+        for tokens, at, nll, best in rows:
+            true = torch.from_numpy(tokens.astype("int64"))
+            full += float(nll.sum())
+            response += float(nll[at:].sum())
+            hits += int((best[at:] == true[at:]).sum())
+        metrics: dict[str, Metric] = {}
+        if (n := outputs.tokens_full) > 0:
+            metrics["loss_full"] = Metric(full / n, n)
+        if (n := outputs.tokens_response) > 0:
+            metrics["loss_response"] = Metric(response / n, n)
+            metrics["perplexity"] = Metric(response / n, n, EXP_MEAN)
+            metrics["accuracy"] = Metric(hits / n, n)
+        return metrics
+
+
+@dataclass(frozen=True)
+class Rouge(Scorer):
+    """ROUGE-L F1 of the generated texts, in ``[0, 1]``; its Unicode variant beside it."""
+
+    needs_texts: ClassVar[bool] = True
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        plain = texts_mean(outputs, rouge_l)
+        folded = texts_mean(outputs, lambda r, t: rouge_l(r, t, unicode=True))
+        return {
+            "rouge_l": Metric(plain, outputs.examples, interval=True),
+            "rouge_l_unicode": Metric(folded, outputs.examples),
+        }
+
+
+@dataclass(frozen=True)
+class ExactMatch(Scorer):
+    """Fraction of generated texts that equal the reference but for white space at their ends."""
+
+    needs_texts: ClassVar[bool] = True
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        return {"exact_match": Metric(texts_mean(outputs, exact_match), outputs.examples)}
+
+
+@dataclass(frozen=True)
+class TeacherForcedRouge(Scorer):
+    """ROUGE-L of argmax tokens over prompt and response, as the FlexLoRA code computes it.
+
+    It measures how predictable the prompt is, not generation: see docs/fidelity.md.
+    """
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        decode = outputs.decode
+        scores = [
+            rouge_l(decode(true), decode(best.numpy()))
+            for true, best in zip(outputs.tokens, outputs.best, strict=True)
+        ]
+        mean = math.fsum(scores) / len(scores)
+        return {"rouge_l_teacher_forced": Metric(mean, outputs.examples)}
+
+
+DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch())
+"""As in conf/evaluate/metrics/default.yaml."""
+
+
+def scorers_of(plan: EvaluatePlan) -> list[Scorer]:
+    """What a plan measures, without what it could not: scores of texts need generation."""
+    named = DEFAULT if plan.metrics is None else plan.metrics
+    return [s for s in named if plan.generate or not s.needs_texts]
+
+
+def texts_mean(outputs: Outputs, score: Callable[[str, str], float]) -> float:
+    """The mean over examples of ``score(reference, generated text)``."""
+    pairs = zip(outputs.references, outputs.generated, strict=True)
+    return math.fsum(score(r, t) for r, t in pairs) / outputs.examples

@@ -1,0 +1,1 @@
+"""Who the clients are, what they can hold and who takes part."""

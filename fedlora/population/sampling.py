@@ -1,0 +1,227 @@
+"""Who the clients are and who takes part in a round. Pure: a seed in, clients out."""
+
+import heapq
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from fedlora.core.checks import at_least, share
+from fedlora.core.seeding import generator
+from fedlora.core.types import Client, Module
+from fedlora.population.ranks import (
+    RankDistribution,
+    module_ranks,
+    quotas,
+)
+
+
+class Shard(Protocol):
+    """What the population needs to know of one client's data."""
+
+    @property
+    def id(self) -> int: ...
+    @property
+    def category(self) -> str: ...
+    @property
+    def num_train(self) -> int: ...
+    def holds(self, split: str) -> tuple[int, int]:
+        """How many examples of a split it has, and of how many tokens together."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """Who takes part, and who is held out to measure generalisation."""
+
+    clients: int = 0
+    """How many of the data's clients exist (the first n); 0: all."""
+    fraction: float = 0.05
+    """Share of the population that trains in a round: ``max(1, floor(fraction * N))``. A product
+    such as ``0.29 * 100`` counts as the whole number it means, not as the float just below."""
+    per_round: int = 0
+    """If positive, exactly so many instead."""
+    unseen_share: float = 0.1
+    """Share of the clients that never trains: ``unseen_random``."""
+    unseen_categories: tuple[str, ...] = ()
+    """Categories (such as tasks) whose clients never train: ``unseen_task``."""
+
+    def __post_init__(self) -> None:
+        at_least("population.clients", self.clients, 0)
+        at_least("population.per_round", self.per_round, 0)
+        share("population.unseen_share", self.unseen_share)
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"population.fraction={self.fraction!r} must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The population of one run."""
+
+    clients: tuple[Client, ...]
+    """``clients[i].id == i``."""
+    trainable: tuple[int, ...]
+    """Ids that may be sampled for training."""
+    groups: Mapping[str, tuple[int, ...]]
+    """Evaluation groups: ``seen`` (= trainable), ``unseen_random``, ``unseen_task``."""
+    per_round: int
+    shards: tuple[Shard, ...]
+    """What the clients hold, ``shards[i].id == i``: tells how long they will work."""
+
+    def tier_counts(self) -> dict[str, int]:
+        """Clients per tier, for logs and reports."""
+        return dict(sorted(Counter(c.tier for c in self.clients).items()))
+
+    def rank_counts(self) -> dict[str, int]:
+        """Clients per rank label, for logs and reports."""
+        return dict(Counter(c.ranks.label for c in self.clients).most_common())
+
+
+def enroll(
+    population: Population,
+    ranks: RankDistribution,
+    shards: Sequence[Shard],
+    modules: Sequence[Module],
+    model_parameters: int,
+    seed: int,
+) -> Roster:
+    """Give every client its tier, and set apart those who never train.
+
+    Raises:
+        ValueError: if more clients are asked for than the data has, a category does not exist, or
+            nobody is left to train.
+    """
+    shards = members(population, shards)
+    total = len(shards)
+    tiers = ranks.resolve(modules, model_parameters)
+    patterns = {t.name: module_ranks(t, modules, clamp=ranks.clamp) for t in tiers}
+    names = _assign([t.name for t in tiers], [t.share for t in tiers], total, ranks.quotas, seed)
+    clients = tuple(
+        Client(s.id, patterns[name], s.num_train, name)
+        for s, name in zip(shards, names, strict=True)
+    )
+    task, unseen = held_out(population, shards, seed)
+    trainable = tuple(c.id for c in clients if c.num_examples and c.id not in task | unseen)
+    if not trainable:
+        raise ValueError(
+            f"no client is left to train: of {total}, {len(task)} are held out by category, "
+            f"{len(unseen)} by population.unseen_share={population.unseen_share}"
+        )
+    wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
+    if wanted > len(trainable) and population.per_round:
+        raise ValueError(
+            f"population.per_round={wanted}, but only {len(trainable)} clients can train"
+        )
+    groups = {
+        "seen": trainable,
+        "unseen_random": tuple(sorted(unseen)),
+        "unseen_task": tuple(sorted(task)),
+    }
+    return Roster(clients, trainable, groups, min(wanted, len(trainable)), tuple(shards))
+
+
+def members(population: Population, shards: Sequence[Shard]) -> Sequence[Shard]:
+    """The data's clients that exist for a population.
+
+    Raises:
+        ValueError: if it asks for more than the data has.
+    """
+    total = population.clients or len(shards)
+    if total > len(shards):
+        raise ValueError(f"population.clients={total}, but the data has {len(shards)} clients")
+    return shards[:total]
+
+
+def held_out(
+    population: Population, shards: Sequence[Shard], seed: int
+) -> tuple[set[int], set[int]]:
+    """Ids of those who never train: by category, and drawn at random.
+
+    Args:
+        population: the rules.
+        shards: of its `members`.
+        seed: of the run.
+
+    Raises:
+        ValueError: for a category that does not exist.
+    """
+    task = _in_categories(shards, population.unseen_categories)
+    rest = np.array([s.id for s in shards if s.id not in task], dtype=int)
+    held = round(population.unseen_share * len(shards)) if len(rest) else 0
+    drawn = generator(seed, "unseen").choice(len(rest), min(held, len(rest)), replace=False)
+    return task, {int(rest[i]) for i in drawn}
+
+
+def _assign(
+    names: Sequence[str], shares: Sequence[float], total: int, how: str, seed: int
+) -> list[str]:
+    rng = generator(seed, "tiers")
+    if how == "iid":
+        drawn = rng.choice(len(names), total, p=np.asarray(shares) / sum(shares))
+    else:
+        drawn = rng.permutation(np.repeat(np.arange(len(names)), quotas(shares, total)))
+    return [names[i] for i in drawn]
+
+
+def _in_categories(shards: Sequence[Shard], categories: Sequence[str]) -> set[int]:
+    """Clients whose category is one of these, running numbers such as ``" 12.json"`` ignored."""
+
+    def group(category: str) -> str:
+        head, _, tail = category.rpartition(" ")
+        return head if head and tail.removesuffix(".json").isdigit() else category
+
+    present = {group(s.category) for s in shards}
+    missing = sorted(set(categories) - present)
+    if missing:
+        raise ValueError(
+            f"population.unseen_categories: {missing} are not in the data; "
+            f"it has {sorted(present)[:12]}{' ...' if len(present) > 12 else ''}"
+        )
+    return {s.id for s in shards if group(s.category) in set(categories)}
+
+
+def cohort(roster: Roster, seed: int, round: int) -> list[Client]:
+    """The clients of one round, uniformly without replacement: a function of (seed, round)."""
+    rng = generator(seed, "cohort", round)
+    chosen = rng.choice(len(roster.trainable), roster.per_round, replace=False)
+    return [roster.clients[roster.trainable[i]] for i in sorted(chosen)]
+
+
+def panel(roster: Roster, group: str, size: int, seed: int) -> list[Client]:
+    """A fixed evaluation cohort of one group (all of it if ``size`` is 0), by id.
+
+    Raises:
+        ValueError: for an unknown group.
+    """
+    if group not in roster.groups:
+        raise ValueError(f"evaluation group {group!r} is not one of {sorted(roster.groups)}")
+    ids = roster.groups[group]
+    if 0 < size < len(ids):
+        chosen = generator(seed, "panel", sorted(roster.groups).index(group)).choice(
+            len(ids), size, replace=False
+        )
+        ids = tuple(ids[i] for i in sorted(chosen))
+    return [roster.clients[i] for i in ids]
+
+
+def deal(weights: Sequence[float], hands: int, most: int = 0) -> list[list[int]]:
+    """Deal indices over ``hands`` so that sums are even: longest processing time first.
+
+    Empty hands are dropped; within a hand indices ascend.
+
+    Args:
+        weights: of what is dealt, none negative.
+        hands: at most so many, unless they cannot hold everything.
+        most: how many indices a hand can hold; 0: any number.
+    """
+    hands = max(1, hands, math.ceil(len(weights) / most) if most else 0)
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    open_hands = [(0.0, 0, h) for h in range(hands)]  # load, size, hand: a heap, lightest first
+    for i in sorted(range(len(weights)), key=lambda i: (-weights[i], i)):
+        load, size, h = heapq.heappop(open_hands)
+        dealt[h].append(i)
+        if size + 1 != most:
+            heapq.heappush(open_hands, (load + weights[i], size + 1, h))
+    return [sorted(hand) for hand in dealt if hand]

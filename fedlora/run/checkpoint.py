@@ -1,0 +1,234 @@
+"""Checkpoints of the server's state that a kill at any instant cannot spoil.
+
+``<folder>/round_00012/`` holds ``state.safetensors`` and ``meta.json``. It is written beside its
+final name, flushed to the disk and renamed, so a folder with that name is complete or damaged from
+outside, and the hash in ``meta.json`` tells which. Nothing is pickled.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedlora.core.checks import at_least
+from fedlora.core.errors import CheckpointError
+from fedlora.core.files import remove_drafts, whole_folder
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+STRUCTURE = "structure"
+_NAME = re.compile(r"round_(\d{5,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on after a round."""
+
+    round: int
+    """The last complete round."""
+    state: Mapping[str, Tensor]
+    """Named tensors on the CPU, in the order in which they were saved."""
+    config_hash: str = ""
+    """`config_hash` of the run that wrote it; empty if it named none."""
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names (sorted), dtypes, shapes and bytes; logs show its first 12 digits."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        t = state[name]
+        digest.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        digest.update(_bytes(t))
+    return digest.hexdigest()
+
+
+def pack(value: Any) -> dict[str, Tensor]:
+    """Nested dictionaries and lists of tensors and JSON values as named tensors.
+
+    Tensors are numbered in the order in which they are met; `STRUCTURE` holds the rest as JSON text
+    in bytes. Tuples come back as lists.
+
+    Raises:
+        TypeError: for a value that is neither a tensor nor JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            name = f"{len(tensors):05d}"
+            tensors[name] = x
+            return {"tensor": name}
+        if isinstance(x, Mapping):  # pairs: JSON would turn the numbers of parameters into text
+            return {"pairs": [[plain(k), plain(v)] for k, v in x.items()]}
+        if isinstance(x, list | tuple):
+            return [plain(v) for v in x]
+        return x
+
+    text = json.dumps(plain(value)).encode()
+    return tensors | {STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def unpack(state: Mapping[str, Tensor]) -> Any:
+    """The inverse of `pack`."""
+
+    def nested(x: Any) -> Any:
+        if isinstance(x, dict):
+            if "tensor" in x:
+                return state[x["tensor"]]
+            return {nested(k): nested(v) for k, v in x["pairs"]}
+        return [nested(v) for v in x] if isinstance(x, list) else x
+
+    return nested(json.loads(bytes(state[STRUCTURE].numpy())))
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of a plain configuration, whatever the order of its keys."""
+    text = json.dumps(config, sort_keys=True, default=str, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def save(
+    folder: Path,
+    round: int,
+    state: Mapping[str, Tensor],
+    keep: int,
+    *,
+    config_hash: str = "",
+) -> Path:
+    """Write the state after a round, then remove what is no longer kept.
+
+    Checkpoints of later rounds belong to a future that a resumed run has abandoned and are removed
+    too. Until the new checkpoint is complete, the older ones stay.
+
+    Args:
+        folder: holds the checkpoints of one run; created if missing.
+        round: the last complete round.
+        state: named tensors of any dtype and shape.
+        keep: how many checkpoints to keep; 0: all.
+        config_hash: of the run's configuration, for whoever resumes it.
+
+    Returns:
+        ``<folder>/round_<round>``.
+    """
+    at_least("round", round, 0)
+    at_least("checkpoints.keep", keep, 0)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"round_{round:05d}"
+    blob = safetensors.torch.save({name: _standalone(t) for name, t in state.items()})
+    meta = {
+        "format": FORMAT,
+        "round": round,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "config_hash": config_hash,
+        "names": list(state),
+    }
+    with whole_folder(target) as draft:
+        (draft / "state.safetensors").write_bytes(blob)
+        (draft / "meta.json").write_bytes(json.dumps(meta, indent=1, ensure_ascii=False).encode())
+    _forget(folder, round, keep)
+    return target
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint.
+
+    Raises:
+        CheckpointError: naming the file and what is wrong with it.
+    """
+    meta = _meta(path)
+    file = path / "state.safetensors"
+    try:
+        blob = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    found = hashlib.sha256(blob).hexdigest()
+    if found != meta["sha256"]:
+        raise CheckpointError(
+            f"{file} ({len(blob)} bytes) is damaged: its SHA-256 is {found[:12]}…, "
+            f"meta.json says {meta['sha256'][:12]}…"
+        )
+    try:
+        tensors = safetensors.torch.load(blob)
+        state = {name: tensors[name] for name in meta["names"]}
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(f"{file} does not hold what meta.json lists: {error}") from error
+    return Checkpoint(meta["round"], state, meta["config_hash"])
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read, or None if there never was one.
+
+    Damaged ones are logged and passed over; what a killed run left unfinished is removed.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read: starting over would throw
+            away what a person may still rescue.
+    """
+    remove_drafts(folder)
+    failures = []
+    for _, path in sorted(_saved(folder), reverse=True):
+        try:
+            return load(path)
+        except CheckpointError as error:
+            log.warning("checkpoint passed over: %s", error)
+            failures.append(str(error))
+    if failures:
+        raise CheckpointError(
+            f"none of the {len(failures)} checkpoints in {folder} can be read; the newest: "
+            f"{failures[0]}"
+        )
+    return None
+
+
+def _saved(folder: Path) -> Iterator[tuple[int, Path]]:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match:
+            yield int(match[1]), path
+
+
+def _forget(folder: Path, newest: int, keep: int) -> None:
+    """Remove all but the last ``keep`` checkpoints up to ``newest``, and all later ones."""
+    saved = sorted(_saved(folder))
+    past = [path for number, path in saved if number <= newest]
+    for path in [*(p for n, p in saved if n > newest), *(past[:-keep] if keep else ())]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _meta(path: Path) -> dict[str, Any]:
+    file = path / "meta.json"
+    kinds = {"round": int, "sha256": str, "config_hash": str, "names": list}
+    try:
+        meta = json.loads(file.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from error
+    written = meta.get("format") if isinstance(meta, dict) else None
+    if written != FORMAT:
+        raise CheckpointError(f"{file} has format {written!r}; this version reads {FORMAT}")
+    wrong = [key for key, kind in kinds.items() if not isinstance(meta.get(key), kind)]
+    if wrong:
+        raise CheckpointError(f"{file} lacks {', '.join(wrong)} or has them in another type")
+    return dict(meta)
+
+
+def _standalone(t: Tensor) -> Tensor:
+    """A CPU copy whose storage is its own: safetensors refuses tensors that share memory."""
+    return t.detach().to("cpu", copy=True).contiguous()
+
+
+def _bytes(t: Tensor) -> memoryview:
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

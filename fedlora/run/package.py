@@ -1,0 +1,35 @@
+"""Files of the package that Flower's bundle leaves out: weights, tokenizers, templates.
+
+Flower ships an app as .py, .toml, .md, .yaml and .json files alone. Whoever needs another file
+looks where the package was installed from, or into.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from fedlora.run.source_hash import ROOT
+
+VARIABLE = "FEDLORA_ROOT"
+"""Names the folder that holds the packages with all their files; the launcher sets it for what it
+starts."""
+
+
+def places(inside: str) -> Iterator[Path]:
+    """Where a file or folder of the package may be, the surest place first.
+
+    Args:
+        inside: its path below the folder that holds the packages.
+    """
+    if root := os.environ.get(VARIABLE):
+        yield Path(root).expanduser() / inside
+    yield ROOT / inside
+    for distribution in metadata.distributions(name="fedlora"):
+        origin = distribution.read_text("direct_url.json")
+        if origin and (url := urlparse(json.loads(origin)["url"])).scheme == "file":
+            yield Path(unquote(url.path)) / inside
+        yield Path(str(distribution.locate_file(inside)))
+    yield Path.cwd() / inside

@@ -1,0 +1,334 @@
+"""Where a run's numbers go: always to JSON lines in its folder, and to Weights & Biases if asked.
+
+Weights & Biases is imported here alone and only when a run wants it. Nothing that happens to a
+tracker stops a run.
+"""
+
+import json
+import logging
+import math
+import os
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.files import write_file
+
+log = logging.getLogger(__name__)
+
+Record: TypeAlias = Mapping[str, Any]
+"""Names and scalars of one round (``kind="round"``) or one evaluation (``kind="evaluate"``)."""
+
+
+class Tracker(Protocol):
+    """Receives what a run has to say."""
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """The resolved configuration, once, before the first round."""
+
+    def round(self, record: Record) -> None:
+        """One record of ``metrics.jsonl``: a finished round or an evaluation."""
+
+    def clients(self, rows: Sequence[Record]) -> None:
+        """One row per client of a finished round."""
+
+    def close(self) -> None:
+        """The run is over."""
+
+
+class Tracking(ABC):
+    """A choice of the config group ``tracking/``: what to open beside the JSON lines."""
+
+    @abstractmethod
+    def open(self, folder: Path, name: str) -> Sequence[Tracker]:
+        """Trackers for the run of this name; they may raise, the run goes on without them."""
+
+
+@dataclass(frozen=True)
+class Silent(Tracking):
+    """Nothing beside the JSON lines."""
+
+    def open(self, folder: Path, name: str) -> Sequence[Tracker]:
+        return ()
+
+
+@dataclass(frozen=True)
+class Wandb(Tracking):
+    """Weights & Biases. Offline needs no account; ``wandb sync <dir>`` uploads the run later."""
+
+    mode: str = "offline"
+    """``offline``, ``online`` or ``disabled``. Online without a key or a network is offline."""
+    project: str = "fedlora"
+    entity: str = ""
+    """User or team; empty: the account's default."""
+    group: str = ""
+    """What the runs of one experiment share; empty: none."""
+    tags: tuple[str, ...] = ()
+    notes: str = ""
+    client_table: bool = True
+    """Also one table row per client and round, beside the histograms."""
+    init_timeout_s: float = 60.0
+    """How long a run waits for the service before it goes on offline."""
+
+    def __post_init__(self) -> None:
+        one_of("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        at_least("tracking.init_timeout_s", self.init_timeout_s, 0, strict=True)
+
+    def open(self, folder: Path, name: str) -> Sequence[Tracker]:
+        return () if self.mode == "disabled" else (WandbTracker(self, folder, name),)
+
+
+def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) -> "Trackers":
+    """All trackers of a run behind one. Only the run folder's own records may raise (a full disk).
+
+    Args:
+        tracking: the configured choice.
+        folder: the run folder.
+        name: the run's name.
+        after_round: when resuming, the last complete round; records of later rounds are dropped.
+            -1 for a new run: whatever an earlier run left is dropped.
+    """
+    trackers: list[Tracker] = [JsonlTracker(folder, after_round)]
+    try:
+        trackers.extend(tracking.open(folder, name))
+    except Exception:
+        log.exception("%s could not be opened, the run goes on without it", tracking)
+    return Trackers(trackers)
+
+
+@dataclass
+class Trackers:
+    """Passes everything on. A tracker that raises is logged once and the run goes on; only the run
+    folder's own records must be written."""
+
+    trackers: Sequence[Tracker]
+    _failed: set[int] = field(default_factory=set, init=False)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        self._each("config", values)
+
+    def round(self, record: Record) -> None:
+        self._each("round", record)
+
+    def clients(self, rows: Sequence[Record]) -> None:
+        self._each("clients", rows)
+
+    def close(self) -> None:
+        self._each("close")
+
+    def _each(self, method: str, *values: Any) -> None:
+        for i, tracker in enumerate(self.trackers):
+            try:
+                getattr(tracker, method)(*values)
+            except Exception as error:
+                if isinstance(tracker, JsonlTracker):
+                    raise  # a round without a record would be a round that nobody can cite
+                if i not in self._failed:
+                    log.exception("%s failed, the run goes on", type(tracker).__name__)
+                    self._failed.add(i)
+                else:
+                    log.debug("%s failed again: %s", type(tracker).__name__, error)
+
+
+# --- JSON lines -----------------------------------------------------------------------------------
+
+
+class JsonlTracker:
+    """``metrics.jsonl`` and ``clients.jsonl``, on the disk before the next round begins.
+
+    NaN and infinities are written as null: JSON has no word for them.
+    """
+
+    def __init__(self, folder: Path, after_round: int = -1) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics_file = folder / "metrics.jsonl"
+        self.clients_file = folder / "clients.jsonl"
+        for file in (self.metrics_file, self.clients_file):
+            _forget_after(file, after_round)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        """Nothing: ``config.yaml`` lies beside the records."""
+
+    def round(self, record: Record) -> None:
+        _append(self.metrics_file, [record])
+
+    def clients(self, rows: Sequence[Record]) -> None:
+        _append(self.clients_file, rows)
+
+    def close(self) -> None:
+        """Nothing: every record is already on the disk."""
+
+
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    """The records of a file; a last line torn by a kill is left out, a missing file is empty."""
+    return list(_records(file)) if file.is_file() else []
+
+
+def plain(value: Any) -> Any:
+    """A JSON value: scalars of NumPy and PyTorch become Python's, NaN and infinities None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return plain(value.item()) if hasattr(value, "item") else str(value)
+
+
+def _append(file: Path, records: Sequence[Record]) -> None:
+    with file.open("a", encoding="utf-8") as f:
+        f.write(_lines(records))
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _lines(records: Sequence[Record]) -> str:
+    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in records)
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    with file.open(encoding="utf-8", errors="replace") as f:
+        for number, line in enumerate(f, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                log.warning("%s, line %d is not JSON and left out", file, number)
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _forget_after(file: Path, last: int) -> None:
+    """Drop the records of later rounds, all at once or not at all."""
+    if not file.exists():
+        return
+    kept = [r for r in _records(file) if int(r.get("round", 0)) <= last]
+    write_file(file, _lines(kept))
+
+
+# --- Weights & Biases -----------------------------------------------------------------------------
+
+DATA_DIR = "WANDB_DATA_DIR"
+
+
+class WandbTracker:
+    """One run of Weights & Biases whose files lie in the run folder.
+
+    Its id is kept in ``wandb_run_id``, so that a resumed run continues the same one. Offline, every
+    process writes a folder of its own under ``wandb/`` with that id: ``wandb sync`` in this order,
+    the later ones with ``--append``.
+    """
+
+    def __init__(self, settings: Wandb, folder: Path, name: str) -> None:
+        import wandb  # here, because it takes a second and most runs do without
+
+        (folder / "wandb").mkdir(parents=True, exist_ok=True)
+        # Tables are staged in the home directory unless the environment says otherwise.
+        self._data_dir_before = os.environ.get(DATA_DIR)
+        os.environ[DATA_DIR] = str(folder / "wandb")
+        self._wandb: Any = wandb
+        self._table = settings.client_table
+        self._run = self._init(settings, folder, name)
+
+    def config(self, values: Mapping[str, Any]) -> None:
+        self._run.config.update(plain(values), allow_val_change=True)
+
+    def round(self, record: Record) -> None:
+        self._run.log(flat_metrics(record), step=int(record["round"]))
+
+    def clients(self, rows: Sequence[Record]) -> None:
+        if not rows:
+            return
+        step = int(rows[0]["round"])
+        histograms = {
+            f"clients/{name}": self._wandb.Histogram(values)
+            for name, values in distributions(rows).items()
+        }
+        if self._table:
+            columns = list(dict.fromkeys(key for row in rows for key in row if key != "traceback"))
+            data = [[plain(row.get(key)) for key in columns] for row in rows]
+            histograms["clients/table"] = self._wandb.Table(
+                columns=columns, data=data, allow_mixed_types=True
+            )
+        self._run.log(histograms, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+        if self._data_dir_before is None:
+            os.environ.pop(DATA_DIR, None)
+        else:
+            os.environ[DATA_DIR] = self._data_dir_before
+
+    def _init(self, settings: Wandb, folder: Path, name: str) -> Any:
+        if settings.mode == "online":
+            try:
+                if self._wandb.login(prompt=False):
+                    return self._start(settings, folder, name, "online")
+                log.warning("W&B has no API key: recording offline (wandb login, then wandb sync)")
+            except Exception as error:
+                log.warning("W&B cannot go online, recording offline: %s", error)
+        return self._start(settings, folder, name, "offline")
+
+    def _start(self, settings: Wandb, folder: Path, name: str, mode: str) -> Any:
+        return self._wandb.init(
+            mode=mode,
+            dir=str(folder),
+            id=_run_id(folder),
+            resume="allow",
+            name=name,
+            project=settings.project,
+            entity=settings.entity or None,
+            group=settings.group or None,
+            tags=list(settings.tags) or None,
+            notes=settings.notes or None,
+            job_type="train",
+            settings=self._wandb.Settings(
+                console="off",
+                disable_git=True,
+                save_code=False,
+                silent=True,
+                init_timeout=settings.init_timeout_s,
+            ),
+        )
+
+
+def flat_metrics(record: Record) -> dict[str, Any]:
+    """A record's numbers under names that keep groups apart: ``evaluate/seen/full/rouge_l``."""
+    keys = ("kind", "round", "rounds", "group", "adapter")
+    prefix = ""
+    if record.get("kind") == "evaluate":
+        parts = ["evaluate", record.get("group"), record.get("adapter")]
+        prefix = "".join(f"{part}/" for part in parts if part)
+    return {f"{prefix}{k.removeprefix('evaluate/')}": v for k, v in record.items() if k not in keys}
+
+
+def distributions(rows: Sequence[Record]) -> dict[str, list[float]]:
+    """Every numeric column of a round's clients, finite values only, and ``rank``.
+
+    A client whose modules differ in rank (label ``30/200``) counts with its largest.
+    """
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name == "rank":
+                value = max(int(r) for r in str(value).split("/"))
+            if name in ("round", "client") or isinstance(value, bool | str):
+                continue
+            number = plain(value)
+            if isinstance(number, int | float):
+                found.setdefault(name, []).append(float(number))
+    return found
+
+
+def _run_id(folder: Path) -> str:
+    file = folder / "wandb_run_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(6))
+    return file.read_text().strip()

@@ -1,0 +1,1 @@
+"""The federated run as the server sees it."""

@@ -1,0 +1,282 @@
+"""What a federated method is: pure hooks over an explicit state.
+
+A method never sees Flower, Ray, a path or a clock. `fedlora.server.session.Session` asks its hooks
+what clients start from and what comes of their updates; who carries jobs and results is the
+business of `fedlora.server.flower`. Methods of the project are in ``strategies/``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fedlora.algebra.state import Kept, State
+from fedlora.algebra.summand import Summands
+from fedlora.core.techniques import LORA, TECHNIQUES, require
+from fedlora.core.types import (
+    Client,
+    Failure,
+    LocalPlan,
+    Module,
+    Payload,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
+from fedlora.wire.codec import payload_bytes
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a method is combined with, as far as it may have to refuse it."""
+
+    client: LocalPlan
+    wire: str = "float32"
+    """Number format of payloads on the wire."""
+    quantization: str = "none"
+    """Of the base model."""
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a round of training gave."""
+
+    state: State
+    """Of the server after all messages, before the clients' updates are aggregated into it."""
+    results: Sequence[Update | Failure]
+    """At most one per client."""
+
+
+class ClientChannel(ABC):
+    """How a method that needs several exchanges talks to the clients of a round.
+
+    A client stays on one node for the whole round, so that it finds its state there; a node is
+    never sent a second message before it has answered the first.
+    """
+
+    worker: str
+    """What a worker process has to build, as JSON (`fedlora.engine.worker.WorkerSpec`)."""
+    source: str
+    """Hash of the server's sources."""
+    wire: str
+    """Number format of adapters in messages."""
+
+    @abstractmethod
+    def say(self, line: str) -> None:
+        """Show one line to the person who watches."""
+
+    @abstractmethod
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        """Show how far a round is whose clients take their steps together."""
+
+    @abstractmethod
+    def exchange(
+        self, clients: Sequence[Client], action: str, content: Callable[[Sequence[Client]], Any]
+    ) -> list[tuple[Sequence[Client], Any]]:
+        """Send every node its clients' share, and wait for all answers.
+
+        Args:
+            clients: whom to ask.
+            action: of the client app: a message of type ``train.<action>``.
+            content: what some of these clients are sent, a Flower ``RecordDict``.
+
+        Returns:
+            Some clients and what their node answered, a ``RecordDict``, or a ``str`` that says why
+            there is no answer.
+
+        Raises:
+            WorkerDied: if a worker process is gone, and with it the state of its clients.
+        """
+
+
+class Method(ABC):
+    """The hooks of a federated method over virtual clients of unequal rank.
+
+    Subclasses override the hooks below; each is a pure function. `aggregate` receives updates
+    sorted by client id, already validated, never empty; its result must not depend on their order
+    beyond floating-point rounding, and must not alias or change its inputs.
+
+    ``State`` is what the server remembers between rounds: named tensors, never mutated. A
+    checkpoint holds exactly this, so everything that matters to the next round must be in it.
+    ``Kept`` is what one client remembers between rounds in which it takes part, and nobody else
+    is sent.
+    """
+
+    # --- before round 1 -----------------------------------------------------------------------
+
+    @property
+    def technique(self) -> str:
+        """The kind of local training whose results it averages (`fedlora.core.techniques`)."""
+        return LORA
+
+    def check(self, setup: Setup) -> None:
+        """Refuse a combination before anything is loaded.
+
+        Raises:
+            ValueError: one sentence that says why and what to use instead.
+        """
+        nested = getattr(self, "aggregator", None)
+        if isinstance(nested, Method) and nested.technique != self.technique:
+            raise ValueError(
+                f"strategy.aggregator={type(nested).__name__} averages "
+                f"{TECHNIQUES[nested.technique].averaged}, and {type(self).__name__} gives it "
+                f"{TECHNIQUES[self.technique].averaged}: use "
+                f"{TECHNIQUES[nested.technique].strategy} by itself, or another aggregator"
+            )
+        require(setup.client, self.technique, type(self).__name__)
+
+    def rank_range(self, module: Module) -> tuple[int, int]:
+        """The smallest and the largest rank that a client can train on a module."""
+        return 1, module.max_rank
+
+    @abstractmethod
+    def init_state(self, setting: Setting) -> State:
+        """The state before round 1."""
+
+    # --- a round ------------------------------------------------------------------------------
+
+    def enlist(self, state: State, client: Client) -> Client:
+        """The client as it stands now; methods that change a client's ranks override this."""
+        return client
+
+    def variant(self, state: State, client: Client) -> Hashable:
+        """Which enlisted clients are treated alike: those of equal variants start from the same
+        payload and have the same plan. Its ranks, unless a method says otherwise.
+
+        A method whose clients each start from something of their own returns ``client.id``.
+        """
+        return client.ranks
+
+    @abstractmethod
+    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        """What an enlisted client starts the round from. Equal variants must give equal payloads.
+
+        Args:
+            state: as in every hook.
+            client: enlisted.
+            kept: what `kept` returned when it last took part; ``None``: nothing.
+        """
+
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
+        """What an enlisted client does this round, given the configured plan."""
+        return base
+
+    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+        """Bytes that a real client is sent before it trains, given what it knows already.
+
+        Args:
+            state: as in every hook.
+            client: enlisted.
+            start: its start of the round.
+            wire: number format.
+        """
+        return payload_bytes(start, wire)
+
+    def run_round(
+        self, state: State, jobs: Sequence[TrainJob], channel: ClientChannel
+    ) -> RoundOutcome | None:
+        """Train a round in several exchanges with its clients (SplitLoRA).
+
+        Args:
+            state: as in every hook; not mutated.
+            jobs: of the round's clients, by id.
+            channel: to these clients.
+
+        Returns:
+            What came of it; ``None``: the method has nothing of the kind, and every client is sent
+            its job in one message and trains alone.
+        """
+        return None
+
+    @abstractmethod
+    def aggregate(self, state: State, updates: Sequence[Update]) -> State:
+        """The next state."""
+
+    def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
+        """What one client adds, where `aggregate` needs no more than a weighted sum of that.
+
+        With ``w_k`` from `reference_weights`, ``aggregate(state, updates)`` must be
+        ``absorb(state, Σ_k w_k adds_k, Σ_k w_k)`` up to rounding. A summand is the change of what
+        the client started from: a client that did not move adds exactly zero. Names and shapes
+        depend on the state alone, never on the client's ranks.
+
+        Args:
+            state: as in every hook.
+            start: what the client started the round from, as it received it.
+            update: validated.
+
+        Returns:
+            Tensors or products by name; ``None``: the method needs the updates themselves.
+        """
+        return None
+
+    def absorb(self, state: State, total: Summands, weight: float) -> State:
+        """The state after a sum of what clients add.
+
+        Args:
+            state: as in every hook.
+            total: ``Σ_k w_k adds_k``; of equal names and shapes as one summand.
+            weight: what the sum is divided by: ``Σ_k w_k``, or a number fixed beforehand.
+        """
+        raise TypeError(f"{type(self).__name__} needs its clients' updates, not their sum")
+
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """What a client keeps for itself after a round, once its update is accepted.
+
+        Never sent to anybody else and never counted as traffic. A client that failed or was
+        rejected keeps what it had.
+
+        Args:
+            state: from which the round began.
+            client: enlisted.
+            before: what it kept so far; ``None``: nothing.
+            start: what it started from.
+            update: what it sent.
+
+        Returns:
+            Named tensors, new or unchanged; ``None``: the client keeps nothing.
+        """
+        return None
+
+    # --- the global model ---------------------------------------------------------------------
+
+    @abstractmethod
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
+        """The global model's update at the given ranks; ``None``: as exactly as it is known."""
+
+    def evaluated_ranks(self, state: State, client: Client) -> Ranks:
+        """At which ranks a client uses the global model: those it holds."""
+        return self.enlist(state, client).ranks
+
+    def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        """What one client itself uses, of what it is sent and what it keeps: the global update at
+        its ranks. Clients of equal variants that keep nothing use the same.
+
+        Args:
+            state: as in every hook.
+            client: as it stands in the population.
+            kept: what `kept` returned when it last took part; ``None``: nothing.
+        """
+        return self.global_update(state, self.evaluated_ranks(state, client))
+
+    def reference_weights(self, updates: Sequence[Update]) -> list[float]:
+        """By what the method weights its clients: the average against which the exactness gap is
+        measured. Methods with a choice of weights override this."""
+        return [float(u.num_examples) for u in updates]
+
+    def report(self, state: State) -> Mapping[str, float | int | str]:
+        """What the method has to say of its state after a round, for the round's record."""
+        return {}
+
+    def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
+        """The state whose global update is this dense one, as nearly as the method can hold it.
+
+        For methods that begin elsewhere and go on with another's rule (SLoRA). ``delta`` maps each
+        module path to ``[d_out, d_in]``; whatever a server optimizer remembers starts anew.
+        """
+        raise TypeError(f"{type(self).__name__} cannot continue from an update it did not make")

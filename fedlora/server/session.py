@@ -1,0 +1,272 @@
+"""One federated run as the server sees it, free of Flower: its state, checkpoints and records.
+
+`Session` turns a method's hooks into batches of jobs and turns results into the next state. It is
+driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results over the wire.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedlora.algebra.state import State
+from fedlora.core.errors import RunError
+from fedlora.core.types import (
+    EvaluateJob,
+    Evaluation,
+    Failure,
+    LocalPlan,
+    Payload,
+    Setting,
+    TrainJob,
+    Update,
+)
+from fedlora.population.sampling import Roster, cohort
+from fedlora.population.workload import evaluation_tokens, training_tokens
+from fedlora.run import checkpoint
+from fedlora.run.progress import RoundProgress, round_summary
+from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.server.combine import combine
+from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
+from fedlora.server.method import Method
+from fedlora.server.packing import Packing
+from fedlora.server.round_metrics import diagnosis, engine_record, training_record
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.training_round import (
+    Replies,
+    TrainingRound,
+    begin,
+    client_rows,
+    collect,
+    require_enough,
+    training_jobs,
+    validate,
+)
+from fedlora.wire.codec import Glance
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, float | int | str]
+
+
+@dataclass
+class Session:
+    """The state of a run and everything that happens to it between messages."""
+
+    method: Method
+    setting: Setting
+    roster: Roster
+    plan: LocalPlan
+    schedule: EvaluationSchedule
+    rounds: Rounds
+    workers: int
+    """Processes that train at once, as far as the server knows: how finely cohorts are split."""
+    folder: Path
+    """The run folder; checkpoints go to its ``checkpoints/``."""
+    tracker: Tracker
+    messages_per_worker: int = 4
+    """Into how many messages a worker's part of a round is cut: as the engine likes it."""
+    config_hash: str = ""
+    audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
+    """Looks at the global model after every round, for its record."""
+    emit: Callable[[str], None] = log.info
+    state: State = field(init=False)
+    done: int = field(init=False, default=0)
+    """Rounds complete."""
+
+    def __post_init__(self) -> None:
+        self.state = self.method.init_state(self.setting)
+        self._packing = Packing(
+            self.workers, self.messages_per_worker, self.rounds.clients_per_message
+        )
+        self._current: TrainingRound | None = None
+        self._said: set[str] = set()  # engines' notes that whoever watches has read
+        self._notes: set[str] = set()  # of the phase under way
+
+    # --- resuming -----------------------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Go on after the newest intact checkpoint of the run folder; the number of rounds done.
+
+        Raises:
+            RunError: if that checkpoint was written under another configuration.
+        """
+        found = checkpoint.latest(self.folder / "checkpoints")
+        if found is None:
+            return 0
+        if found.config_hash != self.config_hash:
+            raise RunError(
+                f"{self.folder}: the checkpoint of round {found.round} was written under another "
+                f"configuration ({found.config_hash[:12]}, now {self.config_hash[:12]}); rounds "
+                "and runtime may change, anything else needs a new run folder"
+            )
+        self.state, self.done = found.state, found.round
+        return self.done
+
+    def evaluation_missing(self) -> bool:
+        """Whether the round that the run stands at still wants its evaluation: at the start, or
+        when a run was killed after a checkpoint and before what it had to say about it."""
+        due = self.schedule.due(self.done, self.rounds.rounds)
+        panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
+        return due and bool(panels - self._evaluated(self.done))
+
+    def _evaluated(self, round: int) -> set[tuple[str, str]]:
+        """What metrics.jsonl already says about a round: (group, adapter)."""
+        records = read_jsonl(self.folder / "metrics.jsonl")
+        mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
+        return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+
+    def safe(self) -> str:
+        """What a run that stops here has kept, for messages."""
+        if not self.done:
+            return "No round was complete yet"
+        return f"The first {self.done} rounds are safe in {self.folder}"
+
+    # --- progress -----------------------------------------------------------------------------
+
+    def _begin_phase(self, round: int, phase: str, clients: int) -> None:
+        self._notes = set()
+        label = f"round {round}/{self.rounds.rounds}  {phase}"
+        self._progress = RoundProgress(clients, label, emit=self.emit)
+
+    def on_reply(self, reply: Glance) -> None:
+        """Show progress when a reply arrives, and what an engine says of itself if it is new."""
+        for note in reply.notes:
+            if note not in self._said:
+                self.emit(f"engine: {note}")
+        self._said.update(reply.notes)
+        self._notes.update(reply.notes)
+        self._progress.done(reply.clients, reply.losses, reply.failed)
+
+    def on_step(self, step: int, steps: int, loss: float) -> None:
+        """Show progress in a round whose clients take their steps together."""
+        self._progress.on_step(step, steps, loss)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def train_cohorts(self, round: int) -> list[list[TrainJob]]:
+        """The round's jobs, split over messages by the tokens that each will probably need."""
+        seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
+        clients = cohort(self.roster, seed, round)
+        jobs = training_jobs(self.method, self.state, clients, plan, seed=seed, round=round)
+        self._begin_phase(round, "train", len(jobs))
+        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+        return self._packing.training(jobs, weights)
+
+    def finish_training(self, results: Iterable[Update | Failure], state: State) -> Record:
+        """Validate and aggregate a round's results, write the records and the checkpoint.
+
+        Clients of whom nothing came count as failed.
+
+        Args:
+            results: of the round's clients.
+            state: into which they are aggregated: that of the round's start, or what exchanges
+                have made of it (`fedlora.server.method.RoundOutcome`).
+
+        Raises:
+            RunError: if too few clients succeeded. Completed rounds stay on disk.
+        """
+        current, arrived = self._current, time.monotonic()
+        assert current is not None
+        replies = validate(current, collect(current, results), self.rounds, self.setting)
+        self.tracker.clients(client_rows(current, replies))
+        require_enough(current, replies, self.rounds, self.emit, self.safe())
+        self.state = combine(self.method, state, replies.updates, current.round)
+        record = self._record(current, replies, arrived)
+        self._checkpoint(current, record)
+        return record
+
+    def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
+        """What is to be said of a round whose updates are aggregated.
+
+        Args:
+            current: the round.
+            replies: what came of it.
+            arrived: when, of the monotonic clock.
+        """
+        seconds, updates = time.monotonic() - arrived, replies.updates
+        training = arrived - current.started
+        record = training_record(current.round, updates, replies.failures, training)
+        record |= engine_record(updates, self._notes)
+        record |= current.account.record(replies.by_client)
+        record["round/aggregate_seconds"] = seconds
+        record |= diagnosis(self.method, self.state, self.setting, updates)
+        record |= self.method.report(self.state)
+        if self.audit is not None:
+            record |= self.audit(self.method.global_update(self.state))
+        record["state/hash"] = checkpoint.state_hash(self.state)[:12]
+        record["round/seconds"] = time.monotonic() - current.started
+        return record
+
+    def _checkpoint(self, current: TrainingRound, record: Record) -> None:
+        """Write down that a round is complete.
+
+        The record comes before the checkpoint: if a kill comes between, resuming drops it and
+        repeats the round; the other way round it would be lost.
+        """
+        self.tracker.round(record)
+        checkpoint.save(
+            self.folder / "checkpoints",
+            current.round,
+            self.state,
+            self.rounds.keep,
+            config_hash=self.config_hash,
+        )
+        self.done = current.round
+        self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
+        self._current = None
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
+        """Tagged batches of evaluation jobs after this round; empty where none is due."""
+        if not self.schedule.due(round, self.rounds.rounds):
+            return []
+        batches: list[tuple[str, list[EvaluateJob]]] = []
+        evaluated = self._evaluated(round)
+        for group in self.schedule.groups:
+            for adapter in self.schedule.adapters:
+                if (group, adapter) in evaluated:
+                    continue  # a run that was killed between two panels goes on here
+                jobs = self._evaluation_jobs(round, group, adapter)
+                weights = [evaluation_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+                packed = self._packing.evaluation(jobs, weights)
+                batches += [(f"{group}:{adapter}", message) for message in packed]
+        self._begin_phase(round, "evaluate", sum(len(jobs) for _, jobs in batches))
+        self._evaluation_started = time.monotonic()
+        return batches
+
+    def _evaluation_jobs(self, round: int, group: str, adapter: str) -> list[EvaluateJob]:
+        schedule = self.schedule
+        clients = evaluated_clients(
+            self.roster, group, schedule.clients, seed=self.setting.seed, round=round
+        )
+        return evaluation_jobs(
+            self.method,
+            self.state,
+            clients,
+            adapter,
+            schedule.plan,
+            setting=self.setting,
+            round=round,
+        )
+
+    def finish_evaluation(
+        self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]
+    ) -> None:
+        """Summarise tagged results: one record per tag, ``<group>:<adapter>``."""
+        for tag, found in results.items():
+            failed = [r for r in found if isinstance(r, Failure)]
+            for f in failed[:3]:
+                self.emit(
+                    f"round {round}: evaluating client {f.client.id} failed: {f.kind}: {f.message}"
+                )
+            if len(failed) == len(found):
+                group = tag.partition(":")[0]
+                self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
+            seconds = time.monotonic() - self._evaluation_started
+            record = evaluation_record(tag, found, round=round, seconds=seconds)
+            self.tracker.round(record)
+            self.emit(round_summary(record | {"rounds": self.rounds.rounds}))

@@ -1,0 +1,64 @@
+"""How a round of split training runs, as one value."""
+
+from dataclasses import dataclass, field
+
+from fedlora.core.checks import at_least, one_of
+from fedlora.split.compression import Wire
+from fedlora.split.noise import Noise
+from fedlora.split.server import Rule
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitConfig:
+    """Everything that a round of exchanges needs to know of its method's options.
+
+    The strategy inherits it, so these are keys of its YAML.
+    """
+
+    tail: int = -1
+    """U-shape: clients also hold the last so many blocks, final norm and output embedding, and no
+    label leaves them; -1: no U-shape, labels go to the server."""
+    rule: Rule = field(default_factory=Rule)
+    """How the server learns from several clients."""
+    average_every: int = 0
+    """Steps between averages of clients' adapters; 0: at the end of each round. Divides a round's
+    steps."""
+    transport: str = "local"
+    """``local``: both stages in the server's process; ``messages``: every tensor crosses Flower.
+    Same bits."""
+    keep_graphs: bool = False
+    """With ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
+    activations: Wire = field(default_factory=Wire)
+    """Number format of activations, whichever way they go."""
+    gradients: Wire = field(default_factory=Wire)
+    """Number format of gradients."""
+    noise: Noise = field(default_factory=Noise)
+    """On activations."""
+    label_smoothing: float = 0.0
+    """In the training loss alone."""
+    server_lr: float = 0.0
+    """Peak learning rate of the server; 0: the client's."""
+    client_schedule: str = "same"
+    """``same`` as the server's, or ``constant`` (as in the released code)."""
+    horizon: int = 0
+    """Steps over which ``client.schedule`` runs, from the first of the run; 0: within each round,
+    as with other methods."""
+    memory: str = "keep"
+    """What an optimizer remembers over an average and from round to round: ``keep`` it, as the
+    paper does, or begin each round ``fresh``."""
+
+    def __post_init__(self) -> None:
+        at_least("strategy.tail", self.tail, -1)
+        at_least("strategy.average_every", self.average_every, 0)
+        at_least("strategy.server_lr", self.server_lr, 0)
+        at_least("strategy.horizon", self.horizon, 0)
+        one_of("strategy.transport", self.transport, ("local", "messages"))
+        one_of("strategy.client_schedule", self.client_schedule, ("same", "constant"))
+        one_of("strategy.memory", self.memory, ("keep", "fresh"))
+        if self.rule.gradient == "joint" and self.tail > 0:
+            raise ValueError(
+                f"strategy.rule.gradient='joint' with strategy.tail={self.tail}: a tail learns "
+                "from its client's own mean loss; choose own_mean, or tail <= 0"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"strategy.label_smoothing={self.label_smoothing!r} must be in [0, 1)")

@@ -1,0 +1,243 @@
+"""SPP on one frozen linear layer: the multiplicative counterpart of `layers.LowRank`."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedlora.models.layers import dense_weight, dropped_share, survivors, threshold
+from fedlora.techniques.spp.scale import (
+    blocks,
+    scaled_weight,
+    spread,
+)
+
+
+class BlockScaled:
+    """``y = W x + s (W ∘ F) dropout(x)``, with ``F[i, j] = beta[i] alpha[g(i), j]``.
+
+    Nothing of the size of ``W`` is kept: ``W ∘ (1 + s F)``, or with dropout ``s W ∘ F``, is made
+    and dropped in either pass. Under another number format than that of the factors (a bfloat16
+    base, autocast) the base computes ``W x`` as it is and the branch is added to it, since
+    ``W ∘ (1 + s F)`` rounded to bfloat16 would lose small updates. Where earlier merges act,
+    ``W ∘ gain`` is kept, in the factors' type, and multiplied by in that type for the same reason.
+
+    Args:
+        alpha: ``[r, d_in]``.
+        beta: ``[d_out]``.
+        scale: ``s``.
+        p: dropout rate of the branch's input.
+        base: the layer.
+        tied: rank of the change of alpha that is trained in its place; 0: alpha itself is.
+        change: ``[tied, d_in]``, where that change has begun.
+        gain: ``[d_out, d_in]``, what earlier merges have multiplied ``W`` by.
+        trains: ``alpha``, ``beta`` or ``both``.
+        dtype: of the factors.
+    """
+
+    def __init__(
+        self,
+        alpha: Tensor,
+        beta: Tensor,
+        scale: float,
+        p: float,
+        base: nn.Module,
+        *,
+        dtype: torch.dtype,
+        tied: int = 0,
+        change: Tensor | None = None,
+        gain: Tensor | None = None,
+        trains: str = "both",
+    ) -> None:
+        weight = dense_weight(base)
+
+        def here(t: Tensor) -> Tensor:
+            return t.detach().to(weight.device, dtype, copy=True)
+
+        rows, columns = trains != "beta", trains != "alpha"
+        self.alpha = nn.Parameter(here(alpha), requires_grad=rows and not tied)
+        self.beta = nn.Parameter(here(beta), requires_grad=columns)
+        self.change: nn.Parameter | None = None
+        if tied:
+            start = alpha.new_zeros(tied, alpha.shape[1]) if change is None else change
+            self.change = nn.Parameter(here(start), requires_grad=rows)
+        self.scale, self.p = scale, p
+        self.bits: Tensor | None = None
+        """Of the next forward's mask (`fedlora.models.layers.dropout_bits`)."""
+        self._merged = None if gain is None else weight.to(dtype) * here(gain)
+        self._block = blocks(len(self.beta), len(alpha), weight.device)
+
+    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
+        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
+        weight, alpha, bias = self._weight(base), self.rows(), _bias(base)
+        if self.p > 0 and self.bits is None:
+            raise RuntimeError(
+                f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
+            )
+        kind, given = alpha.dtype, _computed_in(x)
+        whole = self._merged is not None or weight.dtype == kind == given
+        how = _how(self.scale, self.p, whole, kind if whole else _computed_in(x, kind))
+        ours = (self.bits, weight, bias if whole else None, alpha, self.beta, self._block)
+        apply: Any = _Scaled.apply
+        y: Tensor = apply(x, *ours, how)
+        if whole:
+            return y.to(given)
+        plain: Tensor = base(x)
+        return (plain + y).to(plain.dtype)
+
+    def rows(self) -> Tensor:
+        """``alpha`` as it acts, ``[r, d_in]``."""
+        if self.change is None:
+            return self.alpha
+        return self.alpha + spread(self.change, len(self.alpha))
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Alpha, or the change of it, and beta; which of them require gradients is what trains."""
+        return [self.alpha if self.change is None else self.change, self.beta]
+
+    def weight(self, base: nn.Module) -> Tensor:
+        """The effective weight ``W ∘ (1 + s F)``, ``[d_out, d_in]``, in the factors' type."""
+        return scaled_weight(self._weight(base), self.rows(), self.beta, self.scale)
+
+    def _weight(self, base: nn.Module) -> Tensor:
+        return dense_weight(base) if self._merged is None else self._merged
+
+
+def scaled_branch(x: Tensor, weight: Tensor, alpha: Tensor, beta: Tensor, scale: float) -> Tensor:
+    """``s (W ∘ F) x``, ``[..., d_out]`` in the factors' type (or autocast's).
+
+    Args:
+        x: ``[..., d_in]``.
+        weight: ``[d_out, d_in]``, frozen.
+        alpha: ``[r, d_in]``.
+        beta: ``[d_out]``.
+        scale: ``s``.
+    """
+    how = _how(scale, 0.0, False, _computed_in(x, alpha.dtype))
+    apply: Any = _Scaled.apply
+    block = blocks(len(beta), len(alpha), beta.device)
+    y: Tensor = apply(x, None, weight, None, alpha, beta, block, how)
+    return y
+
+
+def _bias(base: nn.Module) -> Tensor | None:
+    bias: Any = base.bias
+    return bias if isinstance(bias, Tensor) else None
+
+
+def _computed_in(x: Tensor, otherwise: torch.dtype | None = None) -> torch.dtype:
+    """Autocast's type while it is on; else ``otherwise``, or that of ``x``."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return otherwise or x.dtype
+
+
+class _How(NamedTuple):
+    """What `_Scaled` computes besides its tensors."""
+
+    scale: float
+    """``s``, times what dropout multiplies survivors by."""
+    dropped: int
+    """Share of the branch's input, in units of 2^-16."""
+    whole: bool
+    """``W`` itself and the bias too, or the branch alone."""
+    kind: torch.dtype
+    """In what type products are taken."""
+
+
+def _how(scale: float, p: float, whole: bool, kind: torch.dtype) -> _How:
+    dropped = dropped_share(p)
+    if dropped == 2**16:  # nothing survives, whatever the mask
+        return _How(0.0, dropped - 1, whole, kind)
+    return _How(scale * 2**16 / (2**16 - dropped), dropped, whole, kind)
+
+
+class _Scaled(torch.autograd.Function):
+    """``x Wᵀ + bias + dropout(x) (s W ∘ F)ᵀ``, or the last alone, with nothing new kept but ``x``.
+
+    With ``G = gyᵀ dropout(x)``, one product for both factors: ``∂beta = s rowsum(G ∘ W ∘ alpha_g)``
+    and ``∂alpha_g`` the sum of the block's rows of ``s beta ∘ G ∘ W``.
+    Without dropout the first terms are one product with ``W ∘ (1 + s F)``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bits: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        alpha: Tensor,
+        beta: Tensor,
+        block: Tensor,
+        how: _How,
+    ) -> Tensor:
+        ctx.save_for_backward(x, bits, weight, alpha, beta, block)
+        ctx.how = how
+        with _as_it_stands(x):
+            x, acts = x.to(how.kind), _acting(weight, _rows(weight, alpha, block), beta, how)
+            bias = None if bias is None else bias.to(how.kind)
+            kept = _survivors(x, bits, how)
+            if kept is None:
+                return functional.linear(x, acts, bias)
+            kept.mul_(x)
+            if not how.whole:
+                return functional.linear(kept, acts)
+            y = functional.linear(x, weight, bias)
+            y.view(-1, y.shape[-1]).addmm_(kept.view(-1, x.shape[-1]), acts.t())
+            return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, bits, weight, alpha, beta, block = ctx.saved_tensors
+        how: _How = ctx.how
+        needs = ctx.needs_input_grad
+        gx = ga = gb = None
+        with _as_it_stands(x):
+            gy = grads[0].reshape(-1, grads[0].shape[-1]).to(how.kind)
+            flat = x.reshape(-1, x.shape[-1]).to(how.kind)
+            kept, rows = _survivors(flat, bits, how), _rows(weight, alpha, block)
+            if needs[0]:
+                gx = gy @ _acting(weight, rows, beta, how)
+                if kept is not None:
+                    gx.mul_(kept)
+                    gx = gx.addmm_(gy, weight) if how.whole else gx
+                gx = gx.view(x.shape).to(x.dtype)
+            if needs[4] or needs[5]:
+                g = (gy.T @ (flat if kept is None else kept.mul_(flat))).to(alpha.dtype)
+                gb = (g * rows).sum(1) * how.scale if needs[5] else None
+                if needs[4]:
+                    g.mul_(weight).mul_((how.scale * beta)[:, None])
+                    ga = torch.zeros_like(alpha).index_add_(0, block, g)
+        return gx, None, None, None, ga, gb, None, None
+
+
+def _as_it_stands(x: Tensor) -> AbstractContextManager[Any]:
+    """Types are chosen here, not by autocast."""
+    device = x.device.type
+    on = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if on else nullcontext()
+
+
+def _rows(weight: Tensor, alpha: Tensor, block: Tensor) -> Tensor:
+    """``W ∘ alpha_g``, ``[d_out, d_in]``."""
+    return alpha.index_select(0, block).mul_(weight)
+
+
+def _acting(weight: Tensor, rows: Tensor, beta: Tensor, how: _How) -> Tensor:
+    """``W ∘ (1 + s F)``: ``W`` itself, bit for bit, where beta is zero. Of a branch, and with
+    dropout, ``s W ∘ F``."""
+    scaled = (how.scale * beta)[:, None]
+    if how.whole and not how.dropped:
+        return torch.addcmul(weight, rows, scaled)
+    return (rows * scaled).to(how.kind)
+
+
+def _survivors(x: Tensor, bits: Tensor | None, how: _How) -> Tensor | None:
+    """One where an input survives, zero elsewhere; None: all do."""
+    if bits is None or not how.dropped:
+        return None
+    return survivors(bits.view(x.shape), threshold(how.dropped), how.kind)

@@ -1,0 +1,213 @@
+"""SPP through PEFT's own extension points, and SPP adapters on disk.
+
+PEFT lets a configuration name its own layer for a kind of module, and a layer its own variant of
+the LoRA computation. `SppLinear` uses both: injection, dropout, scaling, saving, loading and
+merging are PEFT's; ``lora_A.weight [r, d_in]`` is alpha and ``lora_B.weight [d_out, 1]`` is beta.
+Neither point is a stable interface of PEFT, hence the tests that hold it to our own layer.
+
+The mapping of layers is not part of what PEFT saves: whoever loads has to register it again
+(`spp_config`). Without it the shapes do not fit, and PEFT refuses. Nor does PEFT know the base that
+was trained on: ``load_spp(folder).mask`` is the `mask_identity` of its folder.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners import lora
+from peft.tuners.lora.layer import LoraVariant
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.core.errors import ModelError
+from fedlora.core.types import (
+    Factors,
+    MaskedScale,
+    payload_tensors,
+)
+from fedlora.models.export import CONFIG, SPP, WEIGHTS, save_peft
+from fedlora.models.masks import (
+    check_zeros,
+)
+from fedlora.models.modules import ModelInfo, check_scale
+from fedlora.techniques.spp.layer import scaled_branch
+from fedlora.techniques.spp.scale import (
+    alpha_of,
+    factor,
+    scaled_weight,
+    spread,
+)
+
+
+class SppVariant(LoraVariant):
+    """What PEFT's LoRA layer asks of a variant, for ``W ∘ (1 + s F)``."""
+
+    def supports_lora_conversion(self) -> bool:
+        """It is no sum of a weight and a low-rank matrix."""
+        return False
+
+    @staticmethod
+    def init(module: Any, adapter_name: str, **_: Any) -> None:
+        """Alpha as PEFT draws ``lora_A``, beta zero."""
+        a = module.lora_A[adapter_name].weight
+        b = nn.Linear(1, module.out_features, bias=False, device=a.device, dtype=a.dtype)
+        nn.init.zeros_(b.weight)
+        module.lora_B[adapter_name] = b
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """The layer's output with the branch added."""
+        alpha, beta = _factors(module, active_adapter)
+        x = module.lora_dropout[active_adapter](x)
+        scale = float(module.scaling[active_adapter])
+        return result + scaled_branch(x, _dense(module), alpha, beta, scale)
+
+    @staticmethod
+    def merge_safe(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The merged weight; the one before any merge is kept for `unmerge`.
+
+        Raises:
+            ModelError: if a zero would move or a weight would not be finite; nothing has changed.
+        """
+        merged = list(module.merged_adapters)
+        before = module.spp_unmerged if merged else orig_weight.detach().clone()
+        new = _merged(module, before, [*merged, active_adapter])
+        module.spp_unmerged = before
+        return new
+
+    @staticmethod
+    def merge_unsafe(module: Any, active_adapter: str, orig_weight: Tensor) -> None:
+        """The same in place."""
+        new = SppVariant.merge_safe(module, active_adapter, orig_weight.data)
+        orig_weight.data.copy_(new)
+
+    @staticmethod
+    def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """The weight with the adapters that are still merged; with none, that before merging, bit
+        by bit: dividing would not give it back."""
+        before: Tensor = module.spp_unmerged
+        if module.merged_adapters:
+            return _merged(module, before, module.merged_adapters)
+        module.spp_unmerged = None
+        return before
+
+
+class SppLinear(lora.Linear):
+    """PEFT's LoRA layer over ``nn.Linear`` or ``Conv1D``, computing SPP."""
+
+    def resolve_lora_variant(self, **_: Any) -> SppVariant:
+        """Always SPP."""
+        return SppVariant()
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """``s W ∘ F``, as the layer stores its weight."""
+        f = _dense(self) * factor(*_factors(self, adapter)) * float(self.scaling[adapter])
+        return f.T if self.fan_in_fan_out else f
+
+
+def spp_config(config: LoraConfig) -> LoraConfig:
+    """The configuration with SPP's layers registered, for ``get_peft_model`` or, loaded from a
+    folder, for ``PeftModel.from_pretrained(base, folder, config=...)`` on the pruned base that it
+    was trained on. A loaded one of GPT-2 also needs ``fan_in_fan_out = True``."""
+    config._register_custom_module({nn.Linear: SppLinear, Conv1D: SppLinear})
+    return config
+
+
+def save_spp(
+    payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
+) -> None:
+    """Write an SPP adapter: ``spp.safetensors`` with all of it, and PEFT's files where they can
+    hold it and cannot be taken for LoRA: nothing was merged into the base on the way, and no
+    module has rank 1, where the shapes of alpha and beta are those of A and B.
+
+    Args:
+        payload: of the modules it scales, at least one.
+        info: of the pruned base; what does not fit it is refused.
+        folder: made if it does not exist; an adapter that is there is replaced.
+        base_name: folder or hub id of the pruned base.
+        dropout: what further training with PEFT would use.
+
+    Raises:
+        ValueError: as `fedlora.models.modules.check_scale`.
+    """
+    check_scale(payload, info)
+    alpha = {p: alpha_of(payload, p) for p in payload.beta}
+    whole = replace(payload, alpha=alpha, tied={}, change={}, trains="both", seed=-1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        (folder / name).unlink(missing_ok=True)
+    if not whole.merges and min(payload.blocks[p] for p in alpha) > 1:
+        rows = {p: spread(a, payload.blocks[p]) for p, a in alpha.items()}
+        factors = {
+            p: Factors(rows[p], beta[:, None].expand(-1, len(rows[p])), payload.lora_alpha)
+            for p, beta in payload.beta.items()
+        }
+        save_peft(factors, info, folder, base_name, dropout)
+        _write_peft(replace(whole, alpha=rows), folder)
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in payload_tensors(whole)}
+    about = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
+    about |= {"order": list(whole.beta), "merges": len(whole.merges)}
+    save_file(tensors, folder / SPP, metadata={"spp": json.dumps(about)})
+
+
+def load_spp(folder: Path) -> MaskedScale:
+    """The inverse of `save_spp`.
+
+    Raises:
+        ModelError: if the folder holds no SPP adapter.
+    """
+    if not (folder / SPP).is_file():
+        raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
+    with safe_open(folder / SPP, framework="pt") as file:
+        about = json.loads((file.metadata() or {})["spp"])
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    order = about["order"]
+    return MaskedScale(
+        mask=about["mask"],
+        lora_alpha=about["lora_alpha"],
+        blocks=about["blocks"],
+        alpha={p: found[f"{p}/alpha"] for p in order},
+        beta={p: found[f"{p}/beta"] for p in order},
+        merges=tuple(
+            {p: (found[f"{p}/merges/{i}/alpha"], found[f"{p}/merges/{i}/beta"]) for p in order}
+            for i in range(about["merges"])
+        ),
+    )
+
+
+def _write_peft(payload: MaskedScale, folder: Path) -> None:
+    """Alpha and beta under PEFT's names."""
+    tensors = {}
+    for path, beta in payload.beta.items():
+        name = f"base_model.model.{path}"
+        tensors[f"{name}.lora_A.weight"] = payload.alpha[path].detach().cpu().contiguous()
+        tensors[f"{name}.lora_B.weight"] = beta.detach().cpu()[:, None].contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def _factors(module: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """Alpha ``[r, d_in]`` and beta ``[d_out]``."""
+    return module.lora_A[adapter].weight, module.lora_B[adapter].weight[:, 0]
+
+
+def _dense(module: Any) -> Tensor:
+    weight: Tensor = module.get_base_layer().weight
+    return weight.T if module.fan_in_fan_out else weight
+
+
+def _merged(module: Any, weight: Tensor, adapters: Sequence[str]) -> Tensor:
+    """``W ∘ (1 + Σ s F)`` as the layer stores it, rounded once, its zeros where they were."""
+    dense = weight.T if module.fan_in_fan_out else weight
+    first, *others = (
+        scaled_weight(dense, *_factors(module, name), float(module.scaling[name]))
+        for name in adapters
+    )
+    merged = sum((other - dense for other in others), first).to(weight.dtype)
+    name = " and ".join(adapters)
+    check_zeros({name: (dense != 0).cpu()}, lambda _: merged, "merging by PEFT")
+    return (merged.T if module.fan_in_fan_out else merged).contiguous()

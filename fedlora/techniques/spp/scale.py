@@ -1,0 +1,140 @@
+r"""The arithmetic of SPP: factors that scale the weights of a pruned layer and keep its zeros.
+
+    F[i, j] = beta[i] alpha[g(i), j]      g(i) = floor(i r / d_out): r blocks of neighbouring rows
+    W' = W ∘ (1 + s F)                    s = lora_alpha / r
+
+Lu et al., "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large Language Models",
+arXiv:2405.16057. ``F = B alpha`` where ``B [d_out, r]`` holds ``beta[i]`` in column ``g(i)`` of row
+``i`` and zeros elsewhere, so whatever is linear in LoRA's factors is linear in these. ``F`` of rank
+``r`` is an ``F`` of any multiple of ``r``, with rows of ``alpha`` repeated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedlora.core.types import MaskedScale
+
+
+def blocks(d_out: int, r: int, device: torch.device | None = None) -> Tensor:
+    """``[d_out]`` int64: the row of alpha that scales each output; any ``r <= d_out``."""
+    return torch.arange(d_out, device=device) * r // d_out
+
+
+def placed(beta: Tensor, r: int) -> Tensor:
+    """``B [..., d_out, r]``: ``beta [..., d_out]`` with every number in the column of its block."""
+    column = blocks(beta.shape[-1], r, beta.device)
+    one = torch.nn.functional.one_hot(column, r).to(beta.dtype)
+    return beta.unsqueeze(-1) * one
+
+
+def factor(alpha: Tensor, beta: Tensor) -> Tensor:
+    """``F [d_out, d_in]``, of rank at most ``r``.
+
+    Args:
+        alpha: ``[r, d_in]``.
+        beta: ``[d_out]``.
+    """
+    return beta[:, None] * alpha[blocks(len(beta), len(alpha), beta.device)]
+
+
+def spread(alpha: Tensor, r: int) -> Tensor:
+    """The rows of a smaller rank repeated to ``r``: ``factor`` gives the same.
+
+    Args:
+        alpha: ``[k, d_in]``.
+        r: a multiple of ``k``.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if r % len(alpha):
+        raise ValueError(
+            f"rank {len(alpha)} does not divide {r}: its blocks are not nested in theirs"
+        )
+    return alpha.repeat_interleave(r // len(alpha), dim=0)
+
+
+def mean_factor(alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]) -> Tensor:
+    """``Σ_k p_k F_k``, ``[d_out, d_in]``: ranks may differ if each divides the largest.
+
+    Args:
+        alphas: ``[r_k, d_in]`` each.
+        betas: ``[d_out]`` each.
+        p: weights.
+    """
+    top = max(len(a) for a in alphas)
+    weighted = torch.stack([w * b for w, b in zip(p, betas, strict=True)])
+    return _stacked(torch.stack([spread(a, top) for a in alphas]), weighted)
+
+
+def _stacked(alpha: Tensor, beta: Tensor) -> Tensor:
+    """``Σ_k F_k`` as one product: alpha ``[k, r, d_in]``, beta ``[k, d_out]``."""
+    b = placed(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
+    wide = torch.promote_types(b.dtype, alpha.dtype)
+    return b.to(wide) @ alpha.flatten(0, 1).to(wide)
+
+
+def alpha_of(payload: MaskedScale, path: str) -> Tensor:
+    """A module's ``alpha [r, d_in]`` with its tied change, if any, applied."""
+    alpha = payload.alpha[path]
+    change = payload.change.get(path)
+    return alpha if change is None else alpha + spread(change, len(alpha))
+
+
+def scale(payload: MaskedScale, path: str) -> float:
+    """``s = lora_alpha / r`` of a module."""
+    return payload.lora_alpha / payload.blocks[path]
+
+
+def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
+    """``[d_out, d_in]``: what `merges` have multiplied a module's weight by; None: nothing."""
+    gain: Tensor | None = None
+    for merge in payload.merges:
+        step = 1 + scale(payload, path) * _stacked(*merge[path])
+        gain = step if gain is None else gain * step
+    return gain
+
+
+def scaled_weight(
+    weight: Tensor, alpha: Tensor, beta: Tensor, s: float, before: Tensor | None = None
+) -> Tensor:
+    """``W ∘ before ∘ (1 + s F)``, ``[d_out, d_in]``, in float32, or the type of ``W`` if that is
+    wider: whoever stores it rounds once.
+
+    Args:
+        weight: ``[d_out, d_in]``.
+        alpha: ``[r, d_in]``.
+        beta: ``[d_out]``.
+        s: the scale.
+        before: ``[d_out, d_in]``, what earlier merges have multiplied ``W`` by; None: nothing.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight = weight.to(wide) if before is None else weight.to(wide) * before.to(wide)
+    return weight * (1 + s * factor(alpha.to(wide), beta.to(wide)))
+
+
+def merged_weight(weight: Tensor, payload: MaskedScale, path: str) -> Tensor:
+    """A module's ``W`` with all that a payload multiplies it by, rounded once to the type of ``W``:
+    what is mounted and written, bit by bit."""
+    alpha, before = alpha_of(payload, path), merged_gain(payload, path)
+    wide = scaled_weight(weight, alpha, payload.beta[path], scale(payload, path), before)
+    return wide.to(weight.dtype)
+
+
+def sent(payload: MaskedScale) -> MaskedScale:
+    """What of a trained payload a client sends back: what it has trained, not what it was told."""
+    alpha = payload.alpha if payload.trains != "beta" else {}
+    return replace(
+        payload,
+        alpha={p: t for p, t in alpha.items() if p not in payload.tied},
+        beta=payload.beta if payload.trains != "alpha" else {},
+        merges=(),
+    )
+
+
+def nested_rank(rank: int, top: int) -> int:
+    """The largest rank up to ``rank`` that divides ``top``."""
+    return max(r for r in range(1, min(rank, top) + 1) if top % r == 0)

@@ -1,0 +1,91 @@
+"""All layers of a model through one training run: who is exchanged when, what is frozen, what is
+forgotten. A step is
+
+    loss.backward()          of all micro-batches
+    controller.before_step   exchange, reset the partners' optimizer state, clear frozen gradients
+    clip, optimizer.step     the norm that is clipped is of what moves
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.core.types import Switching
+from fedlora.techniques.switchlora.init import SIDES, Side
+from fedlora.techniques.switchlora.layer import SwitchLayer, other
+from fedlora.techniques.switchlora.optimizer import RowAdamW
+from fedlora.techniques.switchlora.schedule import draw, expected
+
+
+@dataclass
+class SwitchController:
+    """Exchanges vectors of a model's layers. Everything it draws is a function of the seed."""
+
+    layers: Mapping[str, SwitchLayer]
+    parameters: Mapping[str, Mapping[Side, nn.Parameter]]
+    """By layer and factor: where gradients are."""
+    switching: Switching
+    total: int
+    """Steps of the whole run, for the schedule."""
+    seed: int
+    exchanged: int = 0
+    """Vectors so far, of both factors."""
+
+    def groups(self) -> list[dict[str, Any]]:
+        """What `RowAdamW` trains of the adapted layers."""
+        return [
+            {"params": [p[side] for p in self.parameters.values()], "side": side} for side in SIDES
+        ]
+
+    def before_step(self, step: int, optimizer: RowAdamW) -> None:
+        """Exchange vectors after the backward pass of a step, counted from 0."""
+        for path, layer in self.layers.items():
+            self._exchange(step, layer, self.parameters[path], optimizer)
+            for side in SIDES:
+                p, held = self.parameters[path][side], layer.held(side)
+                if held and p.grad is not None:
+                    rows = p.grad if side == "a" else p.grad.t()
+                    rows[held] = 0.0
+                    if not self.switching.count_frozen:
+                        optimizer.hold(p, side, held)
+            layer.thaw()
+
+    def _exchange(
+        self,
+        step: int,
+        layer: SwitchLayer,
+        parameters: Mapping[Side, nn.Parameter],
+        optimizer: RowAdamW,
+    ) -> None:
+        mean = expected(self.switching, layer.rank, step, self.total)
+        count = min(draw(self.seed, layer.path, step, mean), layer.room())
+        if not count:
+            return
+        for side in SIDES:
+            incoming = layer.incoming(side, count, self.switching.choice, self.seed, step)
+            slots = layer.exchange(side, incoming, self.switching.freeze)
+            optimizer.reset(parameters[other(side)], other(side), slots)
+        self.exchanged += 2 * count
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights, factors, pools, who is where and who is frozen; draws need no state."""
+        whole = {"exchanged": torch.tensor(self.exchanged)}
+        for path, layer in self.layers.items():
+            whole |= {f"{path}/{name}": t for name, t in layer.state().items()}
+        return whole
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state_dict`, for a controller of the same layers.
+
+        Raises:
+            ValueError: naming the first layer that is not in it, or has another shape there.
+        """
+        for path, layer in self.layers.items():
+            mine = {k[len(path) + 1 :]: t for k, t in state.items() if k.startswith(f"{path}/")}
+            if not mine:
+                raise ValueError(f"{path} is not in the state")
+            layer.load(mine)
+        self.exchanged = int(state["exchanged"])

@@ -1,0 +1,138 @@
+"""A client that exchanges vectors by itself while it trains, and sends what became of its weights.
+
+Its pools are a function of the seed and the round, so nothing of them travels; what they learnt
+ends with the round.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fedlora.core.seeding import dropout_seeds
+from fedlora.core.types import Rebased, TrainJob
+from fedlora.data.batches import (
+    TokenExample,
+    micro_batches,
+    num_steps,
+    step_indices,
+)
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import Rebuilt
+from fedlora.techniques.switchlora.controller import SwitchController
+from fedlora.techniques.switchlora.init import Side, draw_start
+from fedlora.techniques.switchlora.layer import SwitchLayer
+from fedlora.techniques.switchlora.optimizer import RowAdamW
+from fedlora.training.loop import (
+    Trace,
+    backward,
+    check_trace,
+    clip_and_step,
+    learning_rates,
+)
+
+
+def train_switching(
+    model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
+) -> tuple[Rebased, Trace]:
+    """Train what is mounted of a job's start as its plan says.
+
+    Returns:
+        The difference of the effective weights from the base's, and what happened.
+
+    Raises:
+        TypeError: if no factors over a moved base are mounted.
+        FloatingPointError: naming step and loss, if a loss or the result is not finite.
+    """
+    plan = job.plan
+    assert plan.switch is not None
+    layers = {path: _layer(path, layer.update, job) for path, layer in model.layers.items()}
+    parameters: dict[str, dict[Side, nn.Parameter]] = {
+        path: {"a": a, "b": b} for path, (a, b) in zip(layers, model.factors(), strict=True)
+    }
+    controller = SwitchController(layers, parameters, plan.switch, plan.switch.total, job.seed)
+    optimizer = RowAdamW(
+        controller.groups(), plan.lr, plan.betas, plan.eps, weight_decay=plan.weight_decay
+    )
+    before = {path: layer.effective() for path, layer in layers.items()}
+    trace = _steps(model, controller, optimizer, examples, job)
+    shift = {
+        path: layer.update.change(layer.base)
+        for path, layer in model.layers.items()
+        if isinstance(layer.update, Rebuilt)
+    }
+    moved = sum(float((x.effective() - before[p]).square().sum()) for p, x in layers.items())
+    trace = Trace(trace.losses, trace.tokens, trace.grad_norms, moved**0.5)
+    check_trace(trace, plan)
+    return Rebased(shift), trace
+
+
+def _steps(
+    model: LanguageModel,
+    controller: SwitchController,
+    optimizer: RowAdamW,
+    examples: Sequence[TokenExample],
+    job: TrainJob,
+) -> Trace:
+    plan, switching = job.plan, controller.switching
+    where = {"seed": job.seed, "round": job.round, "client": job.client.id}
+    rates = learning_rates(num_steps(len(examples), plan), plan)
+    order = step_indices(len(examples), plan, **where)
+    seeds = dropout_seeds(job.seed, job.round, job.client.id)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    losses, norms, tokens = [], [], []
+    for step, (rate, indices) in enumerate(zip(rates, order, strict=True)):
+        batches = micro_batches(examples, indices, plan)
+        tokens.append(sum(b.tokens for b in batches))
+        optimizer.zero_grad()
+        losses.append(backward(model, batches, seeds, tokens[-1], plan))
+        controller.before_step(switching.first + step, optimizer)
+        norms.append(clip_and_step(optimizer, trained, rate, plan.clip))
+    return Trace.of(losses, tokens, norms, torch.zeros_like(losses[0]))
+
+
+def start_layer(
+    path: str, shape: tuple[int, int], rank: int, alpha: float, seed: int, turn: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``A [r, d_in]`` and ``B [d_out, r]`` that a client begins a round with, from its pools.
+
+    Raises:
+        ValueError: for a rank that cannot switch.
+    """
+    start = draw_start(seed, path, *shape, rank, alpha=alpha, turn=turn)
+    return start.a, start.b
+
+
+def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
+    if not isinstance(update, Rebuilt):
+        raise TypeError(
+            f"{path}: client.switch exchanges vectors of factors over a base that may move, and "
+            f"{type(job.start).__name__} is none; use strategy=switchlora"
+        )
+    d_out, d_in = update.moved.shape
+    rank = int(update.a.shape[0])
+    start = draw_start(
+        job.seed,
+        path,
+        d_out,
+        d_in,
+        rank,
+        alpha=update.alpha,
+        turn=turn_of(job.round),
+        dtype=update.moved.dtype,
+    )
+    return SwitchLayer(
+        path=path,
+        weight=update.moved,
+        a=update.a,
+        b=update.b,
+        scale=update.scale,
+        pools=start.pools,
+        ids=start.ids,
+        pointers=start.pointers,
+    )
+
+
+def turn_of(round: int) -> int:
+    """Which pools a round has: rounds of a run count from 1."""
+    return round - 1

@@ -1,0 +1,1 @@
+"""One client's optimisation, in plain PyTorch."""

@@ -1,0 +1,241 @@
+"""One client's optimisation, in plain PyTorch.
+
+A step minimises the mean cross-entropy over the supervised tokens of its whole batch, however the
+batch is cut into forward passes, plus the plan's penalty. All trainable tensors live in one flat
+buffer, so that clearing, measuring, clipping and stepping are one operation each rather than one
+per tensor (a LoRA client has hundreds of small ones).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from fedlora.core.seeding import dropout_seeds
+from fedlora.core.types import LocalPlan
+from fedlora.data.batches import (
+    Batch,
+    TokenExample,
+    micro_batches,
+    num_steps,
+    step_indices,
+)
+from fedlora.models.forward import supervised_logits
+from fedlora.models.language_model import LanguageModel
+from fedlora.training import self_pruning as selfprune
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What happened, optimizer step by optimizer step."""
+
+    losses: tuple[float, ...]
+    """Mean cross-entropy of the step's supervised tokens, without any penalty."""
+    tokens: tuple[int, ...]
+    """Supervised tokens of the step."""
+    grad_norms: tuple[float, ...]
+    """Global gradient norm before clipping."""
+    delta_norm: float
+    """Euclidean norm of the change of all trained numbers."""
+
+    @staticmethod
+    def of(
+        losses: Sequence[Tensor], tokens: Sequence[int], norms: Sequence[Tensor], change: Tensor
+    ) -> "Trace":
+        """From scalars on a device, in one transfer: it would have to wait for each."""
+        numbers = torch.stack([*losses, *norms, change]).tolist()
+        steps = len(losses)
+        return Trace(tuple(numbers[:steps]), tuple(tokens), tuple(numbers[steps:-1]), numbers[-1])
+
+    def metrics(self) -> dict[str, float]:
+        """The round in a few numbers; ``loss`` is the mean over tokens."""
+        tokens = sum(self.tokens)
+        total = math.fsum(x * n for x, n in zip(self.losses, self.tokens, strict=True))
+        return {
+            "loss": total / tokens,
+            "loss_first": self.losses[0],
+            "loss_last": self.losses[-1],
+            "steps": float(len(self.losses)),
+            "tokens": float(tokens),
+            "grad_norm": math.fsum(self.grad_norms) / len(self.grad_norms),
+            "delta_norm": self.delta_norm,
+        }
+
+
+class FlatParameters:
+    """Parameters moved into one buffer per dtype and device, with gradients laid out alike.
+
+    Each parameter's storage becomes a view of the buffer and its gradient a view of the buffer's
+    gradient: autograd accumulates in place, the optimizer sees one tensor. An elementwise optimizer
+    gives the same numbers either way.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in self.parameters:
+            groups.setdefault((p.dtype, p.device), []).append(p)
+        self.buffers = [self._join(group) for group in groups.values()]
+        self._start = [b.detach().clone() for b in self.buffers]
+
+    @staticmethod
+    def _join(group: list[nn.Parameter]) -> nn.Parameter:
+        data = torch.cat([p.detach().reshape(-1) for p in group])
+        grad = torch.zeros_like(data)
+        sizes = [p.numel() for p in group]
+        for p, values, slot in zip(group, data.split(sizes), grad.split(sizes), strict=True):
+            p.data = values.view(p.shape)
+            p.grad = slot.view(p.shape)
+        buffer = nn.Parameter(data)
+        buffer.grad = grad
+        return buffer
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradient of each buffer."""
+        return [b.grad for b in self.buffers if b.grad is not None]
+
+    def zero_grad(self) -> None:
+        """Clear gradients in place: the views must survive."""
+        for grad in self.grads:
+            grad.zero_()
+
+    def change(self) -> Tensor:
+        """Euclidean norm of the difference from the start, a scalar."""
+        return get_total_norm(
+            [b.detach() - s for b, s in zip(self.buffers, self._start, strict=True)]
+        )
+
+    def release(self) -> None:
+        """Forget the gradients; the parameters keep their values."""
+        for p in self.parameters:
+            p.grad = None
+
+
+def learning_rates(steps: int, plan: LocalPlan) -> list[float]:
+    """The learning rate of each optimizer step.
+
+    With ``w = round(warmup * steps)``: ``(i + 1) / (w + 1)`` of the peak for step ``i < w``, then
+    ``1 - p`` (linear), ``(1 + cos(pi p)) / 2`` (cosine) or 1, where ``p = (i - w) / (steps - w)``.
+    No step has rate zero. Without warm-up these are the schedules of ``transformers``.
+    """
+    warm = round(plan.warmup * steps)
+    return [plan.lr * _factor(i, warm, steps, plan.schedule) for i in range(steps)]
+
+
+def _factor(step: int, warm: int, steps: int, schedule: str) -> float:
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    progress = (step - warm) / (steps - warm)
+    if schedule == "linear":
+        return 1 - progress
+    return (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1.0
+
+
+def optimizer_for(plan: LocalPlan, buffers: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """A fresh optimizer. Fused AdamW is one kernel per buffer, on CPU as on GPU."""
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(
+            buffers,
+            lr=plan.lr,
+            betas=plan.betas,
+            eps=plan.eps,
+            weight_decay=plan.weight_decay,
+            fused=True,
+        )
+    return torch.optim.SGD(
+        buffers, lr=plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay
+    )
+
+
+def optimise(
+    model: LanguageModel,
+    parameters: Sequence[nn.Parameter],
+    examples: Sequence[TokenExample],
+    plan: LocalPlan,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+) -> Trace:
+    """Train the mounted parameters in place as the plan says.
+
+    Raises:
+        FloatingPointError: naming step and loss, if a loss or the result is not finite.
+    """
+    flat = FlatParameters(parameters)
+    optimizer = optimizer_for(plan, flat.buffers)
+    rates = learning_rates(num_steps(len(examples), plan), plan)
+    order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
+    losses, norms, tokens = [], [], []
+    seeds = dropout_seeds(seed, round, client)
+    try:
+        for rate, indices in zip(rates, order, strict=True):
+            batches = micro_batches(examples, indices, plan)
+            tokens.append(sum(b.tokens for b in batches))
+            flat.zero_grad()
+            losses.append(backward(model, batches, seeds, tokens[-1], plan))
+            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
+        change = flat.change()
+    finally:
+        flat.release()
+    trace = Trace.of(losses, tokens, norms, change)
+    check_trace(trace, plan)
+    return trace
+
+
+def backward(
+    model: LanguageModel,
+    batches: Sequence[Batch],
+    seeds: Iterator[int],
+    tokens: int,
+    plan: LocalPlan,
+) -> Tensor:
+    """Add the gradient of one step's loss; the mean cross-entropy, a detached scalar."""
+    total: Tensor | None = None
+    for batch in batches:
+        batch = batch.to(model.device)
+        model.seed_dropout(next(seeds), batch.inputs.numel())
+        with torch.autocast(
+            model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
+        ):
+            logits = supervised_logits(model.network, batch)
+        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        loss.backward()
+        total = loss.detach() if total is None else total + loss.detach()
+    if plan.self_prune is not None and plan.self_prune.weight > 0:
+        term = plan.self_prune.weight * selfprune.penalty(model.factors(), plan.self_prune)
+        term.backward()
+    assert total is not None
+    return total
+
+
+def clip_and_step(
+    optimizer: torch.optim.Optimizer, buffers: Sequence[nn.Parameter], rate: float, clip: float
+) -> Tensor:
+    """One optimizer step at a learning rate, after clipping; the gradient norm before that."""
+    norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
+    if clip > 0:
+        clip_grads_with_norm_(buffers, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return norm
+
+
+def check_trace(trace: Trace, plan: LocalPlan) -> None:
+    """Raise a FloatingPointError that names the first step whose loss is not finite."""
+    steps = len(trace.losses)
+    setting = f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, client.clip={plan.clip}"
+    for step, loss in enumerate(trace.losses, 1):
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"loss is {loss} at step {step} of {steps} ({setting})")
+    if not math.isfinite(trace.delta_norm):
+        raise FloatingPointError(
+            f"the update is not finite after step {steps}, whose loss was {trace.losses[-1]} "
+            f"({setting})"
+        )

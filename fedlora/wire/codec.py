@@ -1,0 +1,361 @@
+"""The only place where values change representation for the wire.
+
+A payload (factors, a sparse delta, or factors over a moved base) is one flat array and a JSON
+header, because 192 small arrays cost twenty times more to pack than one of the same size. NumPy has
+no bfloat16, so bfloat16 travels as the bit pattern in uint16 and comes back as float32.
+
+A Flower message carries a cohort: the distinct start payloads once, however many clients share
+them, and one row per job. Layout of a request (`RecordDict`):
+
+    starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
+    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), wire
+
+and of a reply:
+
+    payloads ArrayRecord  the flat array of each update, by client id
+    results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
+                          the engine
+"""
+
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedlora.core.config import build, describe
+from fedlora.core.metric import Metric
+from fedlora.core.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    Factors,
+    Failure,
+    LocalPlan,
+    MaskedScale,
+    Payload,
+    Ranks,
+    Rebased,
+    SparseDelta,
+    TrainJob,
+    Update,
+    is_low_rank,
+    payload_floats,
+    payload_tensors,
+)
+
+log = logging.getLogger(__name__)
+
+WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+"""Bytes per number on the wire, by wire dtype."""
+
+_SCALE_PARTS = ("alpha", "beta", "change")
+
+Flat: TypeAlias = NDArray[Any]
+Job: TypeAlias = TrainJob | EvaluateJob
+Result: TypeAlias = Update | Evaluation | Failure
+
+
+def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]:
+    """A payload as one flat array and the JSON header that `decode_payload` needs.
+
+    Raises:
+        ValueError: for a wire dtype other than float32, bfloat16 or float64.
+    """
+    if dtype not in WIRE_BYTES:
+        raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
+    target = getattr(torch, dtype)
+    parts = [t.detach().to("cpu", target).reshape(-1) for _, t in payload_tensors(payload)]
+    flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
+    array = flat.view(torch.uint16).numpy() if dtype == "bfloat16" else flat.numpy()
+    header: dict[str, Any] = {"dtype": dtype}
+    if isinstance(payload, SparseDelta):
+        header["sparse"] = [payload.seed, payload.density]
+        header["values"] = [[path, v.numel()] for path, v in payload.values.items()]
+        return array, json.dumps(header)
+    if isinstance(payload, MaskedScale):
+        header["scale"] = _scale_header(payload)
+        return array, json.dumps(header)
+    if isinstance(payload, Rebased):
+        header["shift"] = [[path, *t.shape] for path, t in payload.shift.items()]
+        payload = payload.factors
+    header["factors"] = [
+        [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
+    ]
+    return array, json.dumps(header)
+
+
+def decode_payload(array: Flat, header: str) -> Payload:
+    """The inverse of `encode_payload`. Tensors are fresh (float32, or float64 if sent so).
+
+    Raises:
+        ValueError: if the array's length is not what the header promises.
+    """
+    h = json.loads(header)
+    dtype = torch.float64 if h["dtype"] == "float64" else torch.float32
+    flat = torch.from_numpy(np.array(array))  # a writable copy: messages own their memory
+    flat = (flat.view(torch.bfloat16) if h["dtype"] == "bfloat16" else flat).to(dtype)
+    if "sparse" in h:
+        sizes = [n for _, n in h["values"]]
+        _check_length(flat, sum(sizes))
+        seed, density = h["sparse"]
+        values = zip((path for path, _ in h["values"]), flat.split(sizes), strict=True)
+        return SparseDelta(int(seed), float(density), {p: v.clone() for p, v in values})
+    if "scale" in h:
+        return _scale_payload(flat, h["scale"])
+    moved = h.get("shift", [])
+    sizes = [m * d for _, m, d in moved]
+    sizes += [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
+    _check_length(flat, sum(sizes))
+    parts = iter(flat.split(sizes))
+    shift = {path: next(parts).view(m, d).clone() for path, m, d in moved}
+    factors = {
+        path: Factors(next(parts).view(r, d).clone(), next(parts).view(m, r).clone(), alpha)
+        for path, r, m, d, alpha in h["factors"]
+    }
+    return Rebased(shift, factors) if "shift" in h else factors
+
+
+def _scale_header(payload: MaskedScale) -> dict[str, Any]:
+    """All of a `MaskedScale` but its numbers, which follow in the order of `payload_tensors`."""
+    plain = ("mask", "lora_alpha", "trains", "seed")
+    header: dict[str, Any] = {name: getattr(payload, name) for name in plain}
+    for name in ("blocks", "tied"):
+        header[name] = dict(getattr(payload, name))
+    for name in _SCALE_PARTS:
+        header[f"{name}s"] = [[p, *t.shape] for p, t in getattr(payload, name).items()]
+    header["merges"] = [
+        [[p, *a.shape, *b.shape] for p, (a, b) in m.items()] for m in payload.merges
+    ]
+    return header
+
+
+def _scale_payload(flat: torch.Tensor, h: dict[str, Any]) -> MaskedScale:
+    """The inverse of `_scale_header`."""
+    shapes = [tuple(s) for name in _SCALE_PARTS for _, *s in h[f"{name}s"]]
+    for merge in h["merges"]:
+        shapes += [s for _, k, r, d, j, m in merge for s in ((k, r, d), (j, m))]
+    sizes = [math.prod(s) for s in shapes]
+    _check_length(flat, sum(sizes))
+    numbers = zip(flat.split(sizes), shapes, strict=True)
+    parts = iter([t.view(s).clone() for t, s in numbers])
+    found: dict[str, Any] = {
+        name: {p: next(parts) for p, *_ in h[f"{name}s"]} for name in _SCALE_PARTS
+    }
+    merges = tuple({p: (next(parts), next(parts)) for p, *_ in merge} for merge in h["merges"])
+    plain = {name: h[name] for name in ("mask", "lora_alpha", "blocks", "tied", "trains", "seed")}
+    return MaskedScale(**plain, **found, merges=merges)
+
+
+def _check_length(flat: torch.Tensor, expected: int) -> None:
+    if flat.numel() != expected:
+        raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {expected}")
+
+
+def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
+    """Bytes that a real client would receive for this payload."""
+    return payload_floats(payload) * WIRE_BYTES[dtype]
+
+
+def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
+    """Bytes that a real client would send: a factor that the plan froze stays where it is."""
+    if not is_low_rank(payload):  # holds nothing but what is sent
+        return payload_bytes(payload, dtype)
+    sent = {"a": plan.train_a, "b": plan.train_b}
+    floats = sum(t.numel() for name, t in payload_tensors(payload) if sent[name[-1]])
+    return floats * WIRE_BYTES[dtype]
+
+
+def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
+    """A plan as JSON with the class in ``_target_``."""
+    return json.dumps(describe(plan))
+
+
+def plan_from_json(text: str) -> LocalPlan | EvaluatePlan:
+    """The inverse of `plan_to_json`."""
+    plan = build(json.loads(text), object, "plan")
+    return cast(LocalPlan | EvaluatePlan, plan)
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """What a worker finds in a request."""
+
+    worker: str
+    """JSON description of the worker: model, data, engine, device."""
+    source: str
+    """Hash of the server's sources; a worker with other sources refuses."""
+    wire: str
+    jobs: list[Job]
+
+
+class _Distinct:
+    """Numbers values by first appearance, so that each is sent once."""
+
+    def __init__(self) -> None:
+        self.index: dict[Any, int] = {}
+        self.values: list[Any] = []
+
+    def add(self, key: Any, value: Any) -> int:
+        if key not in self.index:
+            self.index[key] = len(self.values)
+            self.values.append(value)
+        return self.index[key]
+
+
+def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> RecordDict:
+    """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
+    payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
+    rows = []
+    for job in jobs:
+        payload = job.start if isinstance(job, TrainJob) else job.adapter
+        start = -1 if payload is None else payloads.add(id(payload), payload)
+        plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
+        client = [job.client.id, job.client.num_examples, job.client.tier]
+        rows.append([job.seed, job.round, *client, pattern, start, plan])
+    encoded = [encode_payload(p, wire) for p in payloads.values]
+    header = {
+        "rows": rows,
+        "payloads": [h for _, h in encoded],
+        "plans": [plan_to_json(p) for p in plans.values],
+        "ranks": [dict(r) for r in ranks.values],
+    }
+    config = ConfigRecord(
+        {
+            "header": json.dumps(header),
+            "worker": worker,
+            "source": source,
+            "wire": wire,
+        }
+    )
+    starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
+    return RecordDict({"starts": starts, "cohort": config})
+
+
+def decode_jobs(content: RecordDict) -> Envelope:
+    """The inverse of `encode_jobs`."""
+    config = content.config_records["cohort"]
+    header = json.loads(str(config["header"]))
+    arrays = content.array_records["starts"]
+    payloads = [decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])]
+    plans = [plan_from_json(p) for p in header["plans"]]
+    ranks = [Ranks(r) for r in header["ranks"]]
+    jobs: list[Job] = []
+    for seed, round_, cid, n, tier, pattern, start, plan in header["rows"]:
+        client = Client(cid, ranks[pattern], n, tier)
+        payload = None if start < 0 else payloads[start]
+        local = plans[plan]
+        if isinstance(local, LocalPlan):
+            jobs.append(TrainJob(seed, round_, client, cast(Payload, payload), local))
+        else:
+            jobs.append(EvaluateJob(seed, round_, client, payload, local))
+    return Envelope(
+        worker=str(config["worker"]),
+        source=str(config["source"]),
+        wire=str(config["wire"]),
+        jobs=jobs,
+    )
+
+
+def encode_results(
+    results: Sequence[Result], *, wire: str, notes: Sequence[str] = ()
+) -> RecordDict:
+    """Results of a cohort, and what its engine says of itself, as the content of one reply."""
+    arrays: dict[str, Array] = {}
+    rows = []
+    for result in results:
+        row: dict[str, Any] = {"client": result.client.id}
+        if isinstance(result, Update):
+            array, header = encode_payload(result.payload, wire)
+            arrays[str(result.client.id)] = Array(array)
+            row |= {
+                "payload": header,
+                "ranks": dict(result.client.ranks),
+                "num_examples": result.num_examples,
+                "metrics": dict(result.metrics),
+            }
+        elif isinstance(result, Evaluation):
+            row["evaluation"] = {n: dataclasses.astuple(m) for n, m in result.metrics.items()}
+        else:
+            row["failure"] = [result.kind, result.message, result.traceback]
+        rows.append(row)
+    config = ConfigRecord({"rows": json.dumps(rows), "notes": json.dumps(list(notes))})
+    return RecordDict({"payloads": ArrayRecord(arrays), "results": config})
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a reply says without decoding its payloads."""
+
+    clients: int
+    failed: int
+    losses: list[float]
+    """Training losses of the updates in it."""
+    notes: tuple[str, ...] = ()
+    """What the engine says of itself."""
+
+
+def glance(content: RecordDict) -> Glance:
+    """Look at a reply for progress alone: costs nothing that grows with the adapters."""
+    results = content.config_records["results"]
+    rows = json.loads(str(results["rows"]))
+    notes = tuple(str(note) for note in json.loads(str(results.get("notes", "[]"))))
+    found = (row.get("metrics", {}).get("loss") for row in rows)
+    losses = [float(x) for x in found if isinstance(x, int | float)]
+    failed = sum("failure" in row for row in rows)
+    return Glance(len(rows), failed, losses, notes)
+
+
+def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:
+    """The inverse of `encode_results`.
+
+    A row that cannot be read becomes a `Failure` of kind ``RejectedUpdate`` of its client, so that
+    one bad client costs its own work alone. Clients that were asked and not answered for are
+    failures too; rows of clients that were not asked are left out.
+
+    Args:
+        content: of a reply.
+        clients: those that were asked, by id.
+    """
+    arrays = content.array_records["payloads"]
+    results: dict[int, Result] = {}
+    for row in json.loads(str(content.config_records["results"]["rows"])):
+        client = clients.get(row.get("client"))
+        if client is None:
+            log.warning("reply of client %r, which was not asked", row.get("client"))
+            continue
+        try:
+            results[client.id] = _decode_row(row, client, arrays)
+        except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
+            why = f"its reply cannot be read: {type(error).__name__}: {error}"
+            results[client.id] = Failure(client, "RejectedUpdate", why)
+    for cid in clients.keys() - results.keys():
+        results[cid] = Failure(clients[cid], "NoReply", "the reply says nothing of it")
+    return [results[cid] for cid in sorted(results)]
+
+
+def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord) -> Result:
+    if "failure" in row:
+        return Failure(client, *(str(text) for text in row["failure"]))
+    if "evaluation" in row:
+        measured = row["evaluation"].items()
+        return Evaluation(client, {str(name): _decode_metric(m) for name, m in measured})
+    metrics = {str(k): float(v) for k, v in row["metrics"].items()}
+    payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"])
+    sender = client
+    if dict(client.ranks) != row["ranks"]:
+        sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
+    return Update(sender, payload, row["num_examples"], metrics)
+
+
+def _decode_metric(fields: Sequence[Any]) -> Metric:
+    value, weight, over_clients, interval = fields
+    return Metric(float(value), float(weight), str(over_clients), bool(interval))

@@ -1,0 +1,1 @@
+"""The Flower app: from a configuration to a finished run."""

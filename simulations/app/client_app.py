@@ -1,0 +1,71 @@
+"""The Flower ClientApp: a slot that runs whatever virtual clients a message names."""
+
+import sys
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedlora.core.types import EvaluateJob, TrainJob
+from fedlora.engine.worker import worker
+from fedlora.run.source_hash import ROOT, source_hash
+from fedlora.split.codec import decode_downs, encode_ups
+from fedlora.split.context import split_worker
+from fedlora.wire.codec import (
+    Result,
+    decode_jobs,
+    encode_results,
+)
+
+app = ClientApp()
+
+
+def answer(message: Message) -> Message:
+    """Run the jobs of one message on this process's engine; failures are results too.
+
+    Raises:
+        RuntimeError: if this process imported other sources than the server's.
+    """
+    envelope = decode_jobs(message.content)
+    check_source(envelope.source)
+    engine = worker(envelope.worker)
+    results: list[Result] = []
+    results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
+    results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
+    sys.stdout.flush()
+    content = encode_results(results, wire=envelope.wire, notes=engine.notes())
+    return Message(content, reply_to=message)
+
+
+def check_source(source: str) -> None:
+    """Raise a RuntimeError unless this process imported the server's sources."""
+    if source != source_hash():
+        raise RuntimeError(
+            f"worker sources {source_hash()} in {ROOT} differ from the server's {source}: the "
+            "SuperLink was started from another checkout. Stop it, or use "
+            "`python -m simulations.run`, which keeps its own"
+        )
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the virtual clients that the message names."""
+    return answer(message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the virtual clients that the message names."""
+    return answer(message)
+
+
+@app.train("split")
+def split(message: Message, context: Context) -> Message:
+    """One exchange of a split round with the virtual clients of this node.
+
+    Raises:
+        RuntimeError: if this process imported other sources than the server's.
+    """
+    request = decode_downs(message.content)
+    check_source(request.source)
+    answers = split_worker(request.worker).answer(request, context.state)
+    return Message(encode_ups(answers, wire=request.wire), reply_to=message)

@@ -1,0 +1,104 @@
+"""Hydra's side of the door: two strings become the resolved configuration of one run.
+
+Flower's run config holds scalars only, so it holds ``experiment`` (a file of conf/experiment) and
+``overrides`` (Hydra's grammar in one string). `simulations.run` composes the same way.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from fedlora.core.errors import ConfigError
+from fedlora.run.source_hash import ROOT
+
+CONF = ROOT / "conf"
+DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
+
+
+def split_overrides(experiment: str, overrides: str) -> list[str]:
+    """The two strings of Flower's run config as Hydra overrides.
+
+    ``overrides`` is split into words as a shell would: a quote that Hydra is to see needs another
+    kind of quote around its word.
+
+    Raises:
+        ConfigError: for an unbalanced quote.
+    """
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides!r}: {error}") from error
+    return [f"experiment={experiment}", *words] if experiment else words
+
+
+def load(overrides: Sequence[str]) -> DictConfig:
+    """The whole configuration with every interpolation still in place.
+
+    ``name`` is set to ``<strategy>-<ranks>-<data>-<model>-s<seed>`` where it is empty.
+
+    Raises:
+        ConfigError: one sentence for a misspelt group, option, key or value.
+    """
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
+        choices = cfg.hydra.runtime.choices
+        with open_dict(cfg):
+            cfg.pop("hydra")
+            if not cfg.name:
+                parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
+                cfg.name = "-".join([*parts, f"s{cfg.seed}"])
+            _anchor(cfg)
+        OmegaConf.to_container(cfg, resolve=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(_sentence(error, overrides)) from error
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
+def _sentence(error: Exception, overrides: Sequence[str]) -> str:
+    """What Hydra says, on one line, with what was typed and what could have been."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
+    text = " ".join(lines).partition(" Config search path:")[0].partition(" To append to your")[0]
+    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir() and p.name != "hydra")
+    allowed = f"groups: {', '.join(groups)}"
+    if unknown := re.search(r"Could not override '(?:([\w.]+)\.)?\w+'", text):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            node = OmegaConf.select(compose("config"), unknown[1]) if unknown[1] else None
+        if isinstance(node, DictConfig):
+            allowed = f"{unknown[1]} has: {', '.join(sorted(str(k) for k in node))}"
+    return f"{text} (overrides: {' '.join(overrides) or 'none'}; {allowed})"
+
+
+def _anchor(cfg: DictConfig) -> None:
+    """Make paths of files absolute: the server and its workers run in other directories.
+
+    What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
+    """
+    for group in ("data", "model", "model.base"):
+        node = OmegaConf.select(cfg, group)
+        path = node.get("path") if isinstance(node, DictConfig) else None
+        if not isinstance(path, str) or not path:
+            continue
+        file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
+        if absolute(path).exists() or (group == "data" and file_like):
+            node.path = str(absolute(path))
+
+
+def absolute(path: str) -> Path:
+    """A user's path, ``~`` expanded, made absolute against the directory the user works in.
+
+    The launcher runs Flower in a neutral directory and names the user's in ``FEDLORA_CWD``.
+    """
+    base = Path(os.environ.get("FEDLORA_CWD") or Path.cwd())
+    return Path(os.path.abspath(base / Path(path).expanduser()))

@@ -1,0 +1,145 @@
+"""From a composed configuration to a finished run: the same for Flower's ServerApp, the launcher's
+in-process runs, tests and notebooks.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+from omegaconf import DictConfig
+
+from fedlora.core.errors import ConfigError, RunError
+from fedlora.core.files import claim
+from fedlora.core.types import Setting
+from fedlora.models.stored import PrunedBase
+from fedlora.prune.spec import calibration_traffic
+from fedlora.run.environment import environment
+from fedlora.run.source_hash import source_hash
+from fedlora.run.tracking import Trackers, track
+from fedlora.server.flower import FederatedRun
+from fedlora.server.session import Session
+from fedlora.techniques.spp.audit import ZeroAudit
+from simulations.app.export import export
+from simulations.app.identity import changed
+from simulations.app.inputs import RunInputs, prepare_inputs
+from simulations.app.parts import Parts, build_parts
+from simulations.app.run_folder import run_folder, status_file, write_start
+
+
+def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
+    """Do the whole run, and leave a run folder.
+
+    Args:
+        cfg: a composed configuration.
+        grid_of: gives the Flower grid once the parts are known.
+        emit: shows one line to whoever watches.
+
+    Returns:
+        The absolute run folder.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunError: one sentence each; whatever rounds were
+            complete are on disk.
+    """
+    parts = build_parts(cfg)
+    # The server's linear algebra: its last bits must not depend on how many cores a machine has.
+    torch.set_num_threads(parts.federation.threads)
+    inputs = prepare_inputs(parts, emit)
+    folder = run_folder(parts)
+    session = new_session(parts, inputs, folder, emit)
+    with claim(folder):
+        emit(f"run folder: {folder}")
+        open_session(session, parts, inputs)
+        try:
+            with status_file(folder, session):
+                federated = FederatedRun(
+                    session, worker=inputs.worker.to_json(), source=source_hash()
+                )
+                if session.done < session.rounds.rounds or session.evaluation_missing():
+                    federated.start(grid_of(parts))
+                export(session, parts, inputs.info, inputs.worker.model)
+        finally:
+            session.tracker.close()
+    if parts.report:
+        _report(folder, emit)
+    emit(f"run folder: {folder}")
+    return folder
+
+
+def new_session(
+    parts: Parts, inputs: RunInputs, folder: Path, emit: Callable[[str], None]
+) -> Session:
+    """The run before its first round. Writes nothing yet.
+
+    Raises:
+        ConfigError: for ranks, cuts or a model that the method cannot do with.
+    """
+    info, roster = inputs.info, inputs.roster
+    setting = Setting(
+        info.modules,
+        info.parameters,
+        parts.ranks.alpha,
+        roster.clients,
+        parts.seed,
+        mask=info.mask,
+        density=inputs.pruned.density if inputs.pruned else 1.0,
+    )
+    model = inputs.worker.model
+    audit = ZeroAudit(model.folder(), getattr(torch, model.dtype)) if info.mask else None
+    try:
+        return Session(
+            method=parts.strategy,
+            setting=setting,
+            roster=roster,
+            plan=parts.client,
+            schedule=parts.evaluate,
+            rounds=parts.federation,
+            workers=parts.runtime.expected_workers,
+            messages_per_worker=parts.engine.messages_per_worker,
+            folder=folder,
+            tracker=Trackers(()),
+            config_hash=parts.hash(inputs.store.name, info.fingerprint),
+            audit=audit,
+            emit=emit,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
+    """Go on from the run's checkpoint if there is one; then the run's first files.
+
+    Raises:
+        RunError: if the checkpoint was written under another configuration, naming what differs.
+    """
+    folder, roster = session.folder, session.roster
+    try:
+        if parts.resume != "never" and session.resume():
+            session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
+    except RunError as error:
+        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
+    write_start(parts, inputs, folder)
+    session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
+    about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
+    session.tracker.config(parts.resolved | about)
+    if inputs.pruned is not None and not session.done:
+        session.tracker.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+
+
+def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:
+    """The record of what came before round 1: how clients came to a pruned model."""
+    record: dict[str, float | int | str] = {"kind": "model", "round": 0}
+    record |= {"model/density": pruned.density, "model/down_bytes": pruned.bytes}
+    return record | calibration_traffic(folder)
+
+
+def _report(folder: Path, emit: Callable[[str], None]) -> None:
+    """A finished run stays finished whatever happens to its pictures."""
+    # matplotlib takes seconds that a start need not wait for
+    from simulations.reporting.report import write_report
+
+    try:
+        emit(f"report: {write_report(folder)}")
+    except Exception as error:
+        emit(f"report.html was not written: {type(error).__name__}: {error}")

@@ -1,0 +1,83 @@
+"""Runs a command and everything it starts, and ends all of it when its owner goes away.
+
+    python -m simulations.app.guard MARK SCRATCH COMMAND...
+
+The owner holds the other end of this process's standard input. When that closes, because the owner
+is done, was interrupted or was killed, every process that inherited the environment variable
+``FEDLORA_RUN=MARK`` is terminated: Flower and Ray start theirs in sessions of their own, so neither
+process groups nor parent links would find them all. The folder SCRATCH goes with its owner.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+
+import psutil
+
+VARIABLE = "FEDLORA_RUN"
+GRACE_S = 5.0
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Every other process of this machine that carries the mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(VARIABLE) == mark:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue  # gone, or somebody else's
+    return found
+
+
+def end(mark: str) -> None:
+    """Terminate, wait, kill; twice, for those that were being started meanwhile."""
+    for _ in range(2):
+        processes = marked(mark)
+        for p in processes:
+            _send(p, signal.SIGTERM)
+        _, alive = psutil.wait_procs(processes, timeout=GRACE_S)
+        for p in alive:
+            _send(p, signal.SIGKILL)
+        psutil.wait_procs(alive, timeout=GRACE_S)
+
+
+def _send(process: psutil.Process, what: signal.Signals) -> None:
+    with suppress(psutil.Error):
+        process.send_signal(what)
+
+
+def main() -> None:
+    """Start the command, wait for the owner or the command to end, then leave nothing running."""
+    for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(s, signal.SIG_IGN)  # the owner decides; it closes our input
+    mark, scratch, command = sys.argv[1], sys.argv[2], sys.argv[3:]
+    os.environ[VARIABLE] = mark
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    os.environ.pop(VARIABLE)
+    over, alone = threading.Event(), threading.Event()
+
+    def watch_owner() -> None:
+        while os.read(0, 1024):  # sys.stdin would still hold its lock when this process ends
+            pass
+        alone.set()
+        over.set()
+
+    def watch_child() -> None:
+        child.wait()
+        over.set()
+
+    for watch in (watch_owner, watch_child):
+        threading.Thread(target=watch, daemon=True).start()
+    over.wait()
+    end(mark)
+    if alone.is_set():  # else the owner may want to read what went wrong
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

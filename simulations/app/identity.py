@@ -1,0 +1,57 @@
+"""What identifies a run: the keys of its configuration that results depend on."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from fedlora.run import checkpoint
+
+VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
+"""Keys that may change between a run and its continuation: results do not depend on them."""
+ELSEWHERE = {
+    "federation": ("rounds", "timeout_s", "keep", "clients_per_message"),
+    "data": ("path",),
+    "model": ("path",),
+}
+"""The same, within groups; data and model are identified by what they contain."""
+
+
+def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
+    """Identity of everything that results depend on.
+
+    Args:
+        resolved: the whole configuration as plain values.
+        data: key of the token store: the content of the data, wherever it lies.
+        model: fingerprint of the base model, wherever it lies.
+    """
+    stable = {k: v for k, v in resolved.items() if k not in VOLATILE}
+    for group, keys in ELSEWHERE.items():
+        stable[group] = {k: v for k, v in resolved[group].items() if k not in keys}
+    return checkpoint.config_hash(stable | {"_data": data, "_model": model})
+
+
+def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
+    """What results depend on and is not as in a run folder's config.yaml, in words."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return ""
+    before = OmegaConf.to_container(OmegaConf.load(file))
+    assert isinstance(before, dict)
+    old, new = (dict(_flat(values)) for values in (before, resolved))
+    free = {*VOLATILE, *(f"{group}.{key}" for group, keys in ELSEWHERE.items() for key in keys)}
+    found = [
+        f"{key}={new.get(key)!r}, was {old.get(key)!r}"
+        for key in dict.fromkeys([*old, *new])
+        if key.split(".")[0] not in free and key not in free and old.get(key) != new.get(key)
+    ]
+    return f". What differs: {'; '.join(found)}" if found else ""
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

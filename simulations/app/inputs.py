@@ -1,0 +1,105 @@
+"""What a run works with: model, tokens, clients and workers, described or prepared before the run
+has a folder, so that a mistake leaves nothing behind.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.core.cache import cache_root
+from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.techniques import TECHNIQUES, technique
+from fedlora.core.types import LocalPlan
+from fedlora.data.store import TokenStore, prepare
+from fedlora.engine.worker import WorkerSpec
+from fedlora.models.masks import load_masks
+from fedlora.models.modules import ModelInfo
+from fedlora.models.stored import PrunedBase, inspect, require_masked
+from fedlora.population.sampling import Roster, enroll, panel
+from fedlora.server.schedule import EvaluationSchedule
+from simulations.app.parts import Parts
+
+
+@dataclasses.dataclass(frozen=True)
+class RunInputs:
+    """The model, the data, the clients and what a worker needs, before round 1."""
+
+    info: ModelInfo
+    store: Path
+    roster: Roster
+    worker: WorkerSpec
+    pruned: PrunedBase | None = None
+    """Of a pruned model."""
+
+
+def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
+    """Describe the model, prepare the data and enrol the clients."""
+    model = parts.model.resolved()
+    info = model.describe()
+    check_zeros_kept(parts.client, info, emit)
+    pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
+    folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
+    clients = TokenStore(folder).clients
+    roster = enroll(
+        parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
+    )
+    check_groups(parts.evaluate, roster)
+    emit(
+        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
+        f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
+        f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
+    )
+    worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
+    return RunInputs(info, folder, roster, worker, pruned)
+
+
+def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
+    """Refuse to evaluate a group that has no clients.
+
+    Raises:
+        ConfigError: naming the group and how to fill it.
+    """
+    for group in schedule.groups:
+        if schedule.every and group != "participants" and not panel(roster, group, 1, 0):
+            raise ConfigError(
+                f"evaluate.groups: {group} has no clients; set population.unseen_share or "
+                "population.unseen_categories, or leave the group out"
+            )
+
+
+def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], None]) -> None:
+    """Refuse what needs a pruned model on a dense one, and say what the others do to its zeros.
+
+    Raises:
+        ConfigError: naming the model and what to use.
+    """
+    kind = TECHNIQUES[technique(plan)]
+    if kind.keeps_zeros and not info.mask:
+        raise ConfigError(
+            f"{kind.key} {kind.does}, and {info.name} is dense: use "
+            "model=pruned (model@model.base=... is what it prunes), or model=hf with the folder of "
+            "a pruned model"
+        )
+    if info.mask and not kind.keeps_zeros:
+        keep = " or ".join(t.strategy for t in TECHNIQUES.values() if t.keeps_zeros)
+        emit(
+            f"{info.name} is pruned, and what {kind.client} trains fills its zeros when it is "
+            f"merged: {keep} keeps them"
+        )
+
+
+def _inspected(plan: LocalPlan, info: ModelInfo, folder: Path) -> PrunedBase:
+    """A pruned model that holds what its masks say and, where zeros are kept, masks of what is
+    adapted.
+
+    Raises:
+        ModelError: naming a layer.
+    """
+    if TECHNIQUES[technique(plan)].keeps_zeros:
+        if info.splits:
+            raise ModelError(
+                f"{info.name} was pruned with {info.splits[0].path} whole, and its mask is of the "
+                "whole layer: use model.split_qkv=false"
+            )
+        require_masked((m.path for m in info.modules), load_masks(folder), info.name)
+    return inspect(folder)

@@ -1,0 +1,112 @@
+"""From a composed configuration to checked values: one of each group, nothing loaded yet."""
+
+import dataclasses
+import re
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from fedlora.core.config import build
+from fedlora.core.errors import ConfigError
+from fedlora.core.types import LocalPlan
+from fedlora.data.source import Source
+from fedlora.engine.base import EngineSpec
+from fedlora.models.spec import ModelSpec
+from fedlora.population.ranks import RankDistribution
+from fedlora.population.sampling import Population
+from fedlora.run.tracking import Tracking
+from fedlora.server.method import Setup
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from simulations.app.identity import run_hash
+from simulations.app.runtime import Runtime
+from strategies.base import LoRAStrategy
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """A configuration as values: every group built and checked, nothing loaded yet."""
+
+    name: str
+    seed: int
+    output_dir: str
+    resume: str
+    report: bool
+    strategy: LoRAStrategy
+    client: LocalPlan
+    ranks: RankDistribution
+    population: Population
+    model: ModelSpec
+    data: Source
+    engine: EngineSpec
+    evaluate: EvaluationSchedule
+    runtime: Runtime
+    tracking: Tracking
+    federation: Rounds
+    resolved: dict[str, Any]
+    """The whole configuration as plain values, for the run folder."""
+
+    def hash(self, data: str, model: str) -> str:
+        """Identity of everything that results depend on (`simulations.app.identity.run_hash`)."""
+        return run_hash(self.resolved, data, model)
+
+
+def build_parts(cfg: DictConfig) -> Parts:
+    """Every group of a composed configuration as a checked value.
+
+    Raises:
+        ConfigError: naming group, key, value and what is allowed.
+    """
+
+    def part(group: str, base: type[T]) -> T:
+        return build(cfg[group], base, group)
+
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(resolved, dict)
+    known = {f.name for f in dataclasses.fields(Parts)} - {"resolved"} | {"rounds", "experiment"}
+    for key, value in resolved.items():
+        if key not in known:
+            raise ConfigError(f"unknown key {key!s}={value!r}; known: {sorted(known)}")
+    for key, kind in (
+        ("seed", int),
+        ("rounds", int),
+        ("report", bool),
+        ("name", str),
+        ("output_dir", str),
+        ("resume", str),
+    ):
+        if type(cfg[key]) is not kind:
+            raise ConfigError(f"{key}={cfg[key]!r} must be of type {kind.__name__}")
+    if cfg.seed < 0:
+        raise ConfigError(f"seed={cfg.seed} must be >= 0")
+    if not re.fullmatch(r"[\w,=+-][\w.,=+ -]*", cfg.name):
+        raise ConfigError(
+            f"name={cfg.name!r} must be letters, digits and any of '_.,=+- ', not starting with a "
+            "dot: it becomes a folder of output_dir"
+        )
+    parts = Parts(
+        name=str(cfg.name),
+        seed=cfg.seed,
+        output_dir=str(cfg.output_dir),
+        resume=str(cfg.resume),
+        report=cfg.report,
+        strategy=part("strategy", LoRAStrategy),  # type: ignore[type-abstract]
+        client=part("client", LocalPlan),
+        ranks=part("ranks", RankDistribution),
+        population=part("population", Population),
+        model=part("model", ModelSpec),  # type: ignore[type-abstract]
+        data=part("data", Source),  # type: ignore[type-abstract]
+        engine=part("engine", EngineSpec),  # type: ignore[type-abstract]
+        evaluate=part("evaluate", EvaluationSchedule),
+        runtime=part("runtime", Runtime),
+        tracking=part("tracking", Tracking),  # type: ignore[type-abstract]
+        federation=part("federation", Rounds),
+        resolved={str(k): v for k, v in resolved.items()},
+    )
+    quantization = str(getattr(parts.model, "quantization", "none"))
+    try:
+        parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return parts

@@ -1,0 +1,95 @@
+"""Where a run writes, and the files that say what it is and how it ended."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.files import write_file
+from fedlora.run.environment import environment
+from fedlora.server.session import Session
+from simulations.app.compose import absolute
+from simulations.app.inputs import RunInputs
+from simulations.app.parts import Parts
+from simulations.tools.base_model import FILE as MODEL
+
+
+def run_folder(parts: Parts) -> Path:
+    """Where this run writes, absolute. A new run never writes into an old run's folder.
+
+    Raises:
+        ConfigError: if ``resume`` names a folder that no run has left.
+    """
+    if parts.resume not in ("never", "auto"):
+        folder = absolute(parts.resume)
+        if not (folder / "status.json").is_file():
+            raise ConfigError(
+                f"resume={parts.resume!r} is neither never, auto nor a run folder: there is no "
+                f"{folder / 'status.json'}"
+            )
+        return folder
+    base = absolute(parts.output_dir) / parts.name
+    taken = [p for p in _numbered(base) if p.exists()]
+    if parts.resume == "never":
+        return next(p for p in _numbered(base, endless=True) if not p.exists())
+    begun = [p for p in taken if any((p / "checkpoints").glob("round_*"))]
+    return (begun or taken or [base])[-1]
+
+
+def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
+    """``name``, ``name-2``, ``name-3``, ...: all in use, or without end."""
+    i = 1
+    while True:
+        path = base if i == 1 else base.with_name(f"{base.name}-{i}")
+        if not endless and not path.exists():
+            return
+        yield path
+        i += 1
+
+
+def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
+    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    info, roster = inputs.info, inputs.roster
+    write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
+    _write_json(folder / "environment.json", environment())
+    model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
+    _write_json(folder / MODEL, model | {"folder": str(inputs.worker.model.folder())})
+    population = {
+        "clients": len(roster.clients),
+        "per_round": roster.per_round,
+        "tiers": roster.tier_counts(),
+        "ranks": roster.rank_counts(),
+        "groups": {name: len(ids) for name, ids in roster.groups.items()},
+    }
+    _write_json(folder / "population.json", population)
+
+
+@contextmanager
+def status_file(folder: Path, session: Session) -> Iterator[None]:
+    """status.json says how the run ended, also if it is killed (then it still says running)."""
+
+    def write(status: str, error: BaseException | None = None) -> None:
+        _write_json(
+            folder / "status.json",
+            {
+                "status": status,
+                "rounds_done": session.done,
+                "kind": type(error).__name__ if error else "",
+                "message": str(error) if error else "",
+            },
+        )
+
+    write("running")
+    try:
+        yield
+    except BaseException as error:
+        write("failed", error)
+        raise
+    write("completed")
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_file(path, json.dumps(value, indent=1, default=str) + "\n")

@@ -1,0 +1,78 @@
+"""How a run meets the machine: Flower nodes, Ray workers, CPUs and GPUs."""
+
+import os
+import re
+from dataclasses import dataclass
+
+from fedlora.core.checks import at_least
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Resources of one run. Results do not depend on any of these numbers."""
+
+    nodes: int = 64
+    """Flower SuperNodes: slots for messages, not clients."""
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0
+    """A share such as 0.5 puts two workers on one GPU. Use 0.5, 0.25 or 0.125: Flower stores it in
+    32 bits, and Ray loses a worker to the rounding of 0.1."""
+    num_cpus: int = 0
+    """CPUs that Ray may use; 0: all of this machine, or what the cluster has."""
+    num_gpus: int = 0
+    """GPUs that Ray may use; 0: those it finds."""
+    workers: int = 0
+    """Worker processes to expect when work is split into messages; 0: from the numbers above."""
+    ray_address: str = ""
+    """Address of a running Ray cluster, ``host:port``; empty: Ray is started for the run."""
+    device: str = "auto"
+    in_process: bool = False
+    """Run everything in one process, without Ray and Flower's SuperLink (for debugging)."""
+    restarts: int = 1
+    """How often the launcher starts again from the last checkpoint after a worker died."""
+
+    def __post_init__(self) -> None:
+        at_least("runtime.nodes", self.nodes, 1)
+        at_least("runtime.cpus_per_worker", self.cpus_per_worker, 1)
+        at_least("runtime.gpus_per_worker", self.gpus_per_worker, 0)
+        at_least("runtime.num_cpus", self.num_cpus, 0)
+        at_least("runtime.num_gpus", self.num_gpus, 0)
+        at_least("runtime.workers", self.workers, 0)
+        at_least("runtime.restarts", self.restarts, 0)
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"runtime.device={self.device!r} is not auto, cpu, cuda or cuda:N")
+        if self.ray_address and (self.num_cpus or self.num_gpus):
+            raise ValueError(
+                f"runtime.ray_address={self.ray_address!r}: the cluster's resources are its own; "
+                "leave runtime.num_cpus and runtime.num_gpus at 0"
+            )
+
+    @property
+    def expected_workers(self) -> int:
+        """Worker processes that Flower will start, as far as can be said without asking Ray."""
+        if self.workers or self.in_process:
+            return self.workers or 1
+        by_cpu = (self.num_cpus or len(os.sched_getaffinity(0))) // self.cpus_per_worker
+        by_gpu = self.num_gpus / self.gpus_per_worker if self.gpus_per_worker else by_cpu
+        return max(1, int(min(by_cpu, by_gpu or by_cpu)))
+
+    @property
+    def worker_device(self) -> str:
+        """The device that workers are told: ``auto`` means a GPU only where workers were given one,
+        else every CPU worker would sit on the same card."""
+        if self.device == "auto" and not self.gpus_per_worker and not self.in_process:
+            return "cpu"
+        return self.device
+
+    def federation_config(self) -> str:
+        """The ``--federation-config`` of ``flwr run``."""
+        words = {
+            "num-supernodes": self.nodes,
+            "client-resources-num-cpus": self.cpus_per_worker,
+            "client-resources-num-gpus": float(self.gpus_per_worker),
+        }
+        if self.num_cpus:
+            words["init-args-num-cpus"] = self.num_cpus
+        if self.num_gpus:
+            words["init-args-num-gpus"] = self.num_gpus
+        return " ".join(f"{k}={v}" for k, v in words.items())

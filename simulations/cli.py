@@ -1,0 +1,141 @@
+"""The ``fedlora`` command: one name for everything that can be done from a shell.
+
+Each command is a module with ``main(words) -> exit code``; it is imported when it is asked for, so
+that ``fedlora --help`` and shell completion answer at once.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from textwrap import fill
+
+from fedlora.run.source_hash import ROOT
+
+CONF = ROOT / "conf"
+
+COMMANDS = {
+    "run": ("simulations.run", "one run: federated fine-tuning with any method"),
+    "study": ("simulations.run", "every combination of values that commas separate"),
+    "report": ("simulations.reporting.report", "a run, or several side by side, as one HTML page"),
+    "merge": ("simulations.tools.merge", "the base model with a run's update added"),
+    "generate": ("simulations.tools.generate", "texts of a run's model, and their scores"),
+    "data": ("simulations.tools.data", "statistics and examples of a data set"),
+    "pretrain": ("simulations.pretraining.pretrain", "a small base model from nothing"),
+    "finetune": (
+        "simulations.centralized.finetune",
+        "the same data on one machine, for comparison",
+    ),
+}
+"""Module and purpose of each command."""
+
+USAGE = """\
+usage: fedlora COMMAND [words ...]
+       fedlora COMMAND --help
+
+commands
+{commands}
+
+groups of `fedlora run` and their choices (group=choice)
+{groups}
+
+examples
+  fedlora run                                          the default experiment
+  fedlora run experiment=smoke                         a recorded experiment
+  fedlora run strategy=fedit rounds=20 client.lr=1e-4  another method, longer
+  fedlora study strategy=fedit,flexlora seed=0,1,2     six runs, one after another
+  fedlora report outputs/A outputs/B                   a page for each, and one that compares them
+  fedlora merge outputs/A merged                       a model folder for transformers
+  fedlora data stats data=sotu                         what the clients hold
+  eval "$(fedlora -sc install=bash)"                   completion of commands, groups and choices
+
+Runs write into outputs/ of the current folder. Configuration: {conf}
+"""
+
+STUDY = """\
+usage: fedlora study [group=choice,choice ...] [key=value,value ...]
+
+Runs every combination of the values that commas separate, one run after another: a sweep, the same
+as `fedlora run --multirun`. A failed run does not keep the others from being done; the exit code is
+then not 0. Words, groups and choices: fedlora run --help.
+
+  fedlora study strategy=fedit,flexlora seed=0,1,2
+  fedlora study experiment=smoke client.lr=1e-4,1e-3
+  fedlora report outputs/*                             the runs side by side
+"""
+
+SWEEP = ("-m", "--multirun")
+COMPLETION = ("-sc", "--shell-completion")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do one command; its exit code. 2 for a command that does not exist."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command, rest = (words[0], words[1:]) if words else ("", [])
+    if command in ("-h", "--help", "help", ""):
+        print(usage(), end="")
+        return 0 if command else 2
+    if command == "--version":
+        print(f"fedlora {metadata.version('fedlora')}")
+        return 0
+    if command in COMPLETION:
+        return complete(words)
+    if command not in COMMANDS:
+        allowed = ", ".join(COMMANDS)
+        print(f"fedlora: there is no command {command!r}; there is {allowed}", file=sys.stderr)
+        return 2
+    if command == "study":
+        if {"-h", "--help"} & set(rest):
+            print(STUDY, end="")
+            return 0
+        rest = rest if set(SWEEP) & set(rest) else [SWEEP[0], *rest]
+    return call(command, rest)
+
+
+def call(command: str, words: Sequence[str]) -> int:
+    """Import the module of a command and run its ``main``."""
+    module = importlib.import_module(COMMANDS[command][0])
+    return int(module.main(words))
+
+
+def usage() -> str:
+    """The help of ``fedlora``, with the groups that conf/ has now."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in COMMANDS.items())
+    groups = "\n".join(
+        fill(f"{name}: {', '.join(choices)}", 98, initial_indent="  ", subsequent_indent="      ")
+        for name, choices in group_choices()
+    )
+    return USAGE.format(commands=commands, groups=groups, conf=CONF)
+
+
+def group_choices() -> Iterator[tuple[str, list[str]]]:
+    """The groups of conf/ with their choices, groups within groups after the one they are in."""
+    for folder in sorted(p for p in CONF.rglob("*") if p.is_dir()):
+        name = folder.relative_to(CONF).as_posix()
+        choices = sorted(p.stem for p in folder.glob("*.yaml"))
+        if choices and not name.startswith("hydra"):
+            yield name, choices
+
+
+def complete(words: Sequence[str]) -> int:
+    """Shell completion: of the command's name here, of what follows ``run`` and ``study`` by Hydra.
+
+    Hydra's script for a shell calls ``fedlora -sc query=<shell>`` with the line in ``COMP_LINE``.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()
+    if words[-1].startswith("query="):
+        if len(typed) < 2 or (len(typed) == 2 and not line.endswith(" ")):
+            print("\n".join(COMMANDS) if words[-1] == "query=fish" else " ".join(COMMANDS))
+            return 0
+        if typed[1] not in ("run", "study"):
+            return 0  # the shell completes files
+        _, _, after = line.partition(f" {typed[1]}")
+        os.environ["COMP_LINE"] = f"fedlora{after}"
+    return call("run", words)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pre-training of the models that ship with fedlora."""

@@ -1,0 +1,178 @@
+"""Tables of recorded results: every cell is computed from a JSON file, none is typed.
+
+Runs are in docs/results/, benchmarks in simulations/bench/results/. A table is a function of the
+`Records` that returns Markdown; `TABLES` names them for the markers in documents.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.run.progress import clock
+
+FOLDERS = ("docs/results", "simulations/bench/results")
+GIB = 1024
+
+
+@dataclass(frozen=True)
+class Records:
+    """The recorded JSON files of a checkout, by the beginning of their names."""
+
+    root: Path
+
+    def __getitem__(self, name: str) -> Any:
+        """The record whose file name is ``<name>.json`` or ``<name>-<machine>.json``.
+
+        Raises:
+            FileNotFoundError: if there is not exactly one; the message names the folders.
+        """
+        files = [
+            f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))
+        ]
+        exact = [f for f in files if f.stem == name] or files
+        if len(exact) != 1:
+            found = ", ".join(f.name for f in exact) or "none"
+            raise FileNotFoundError(f"{name}: one JSON file is wanted in {FOLDERS}, found {found}")
+        return json.loads(exact[0].read_text(encoding="utf-8"))
+
+    def text(self, name: str) -> str:
+        """A recorded text of docs/results/, such as what a run printed."""
+        return (self.root / FOLDERS[0] / name).read_text(encoding="utf-8")
+
+
+Table = Callable[[Records], str]
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def code(command: str) -> str:
+    """A command as the documents show it."""
+    return f"`{command}`"
+
+
+def change(first: float | None, last: float, digits: int = 3) -> str:
+    """``before → after``."""
+    before = "" if first is None else f"{first:.{digits}f} → "
+    return f"{before}{last:.{digits}f}"
+
+
+def traffic(mib: float | None) -> str:
+    """Mebibytes, or gibibytes where those are more readable."""
+    if mib is None:
+        return "–"
+    if mib >= GIB:
+        return f"{mib / GIB:.1f} GiB"
+    return f"{mib:.0f} MiB" if mib >= 100 or mib == round(mib) else f"{mib:.1f} MiB"
+
+
+def deviation(values: Sequence[float], digits: int = 1) -> str:
+    """``mean ± standard deviation`` of several seeds."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def times(x: float) -> str:
+    """A ratio."""
+    return f"{x:.2f}x" if x < 3 else f"{x:.1f}x" if x < 10 else f"{x:.0f}x"
+
+
+def printed(records: Records) -> str:
+    """What the default run prints, without the lines in between."""
+    return f"```\n{records.text('default.log')}```"
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def learning(records: Records) -> str:
+    """Runs: loss and ROUGE-L of clients that never train, before and after."""
+    rows = []
+    for r in records["runs"]["rows"]:
+        note = f", {r['note']}" if r.get("note") else ""
+        loss = change(r["first"]["loss_response"], r["last"]["loss_response"])
+        cost = (traffic(r["up_mib"]), clock(r["seconds"]))
+        rows.append([f"{r['run']}{note}", code(r["command"]), loss, rouge(r), *cost])
+    return markdown(["run", "command", "loss", "ROUGE-L", "sent up", "time"], rows)
+
+
+def rouge(row: Mapping[str, Any]) -> str:
+    """ROUGE-L with its interval where there is one, else before and after."""
+    last = row["last"]
+    if "rouge_l_low" in last:
+        return f"{last['rouge_l']:.3f} [{last['rouge_l_low']:.3f}, {last['rouge_l_high']:.3f}]"
+    return change(row["first"].get("rouge_l"), last["rouge_l"])
+
+
+def e2e(records: Records) -> str:
+    """Split-federated runs on E2E."""
+    rows = []
+    for r in records["e2e"]["rows"]:
+        run = f"{code(r['experiment'])}: {r['what']}"
+        scores = (r["bleu"], r["nist"], 100 * r["rouge_l_e2e"], r["cider"])
+        texts = (f"{x:.{digits}f}" for x, digits in zip(scores, (2, 2, 1, 3), strict=True))
+        rows.append([run, f"{r['perplexity']:.3f}", traffic(r["up_mib_per_round"]), *texts])
+    names = ["experiment", "perplexity", "sent up in a round", "BLEU", "NIST", "ROUGE-L (E2E)"]
+    return markdown([*names, "CIDEr"], rows)
+
+
+# --- pre-training and pruning ---------------------------------------------------------------------
+
+
+def switchlora(records: Records) -> str:
+    """Pre-training a small Llama by four methods, several seeds."""
+    found = records["switchlora-d"]
+    rows = []
+    for side, seeds in found["runs"].items():
+        runs = list(seeds.values())
+        ranks = statistics.mean(r["update_rank"]["mean"] for r in runs)
+        possible = runs[0]["update_rank"]["possible"]
+        perplexity = deviation([r["perplexity"] for r in runs])
+        parameters = f"{runs[0]['trained_parameters']:,}"
+        rows.append([side, f"{runs[0]['lr']:g}", perplexity, parameters])
+        rows[-1].append(f"{ranks:.1f} of {possible:.0f}")
+    names = ["method", "learning rate", "held-out perplexity", "trained parameters"]
+    return markdown([*names, "rank of the update"], rows)
+
+
+def switchlora_rounds(records: Records) -> str:
+    """The same idea under federation: loss of clients that never train, and traffic."""
+    rows = []
+    for side, seeds in records["switchlora-rounds"]["runs"].items():
+        runs = list(seeds.values())
+        up, down = (
+            statistics.mean(sum(r[way]) for r in runs) / 2**20 for way in ("up_bytes", "down_bytes")
+        )
+        last = deviation([r["loss"][-1] for r in runs], 3)
+        rows.append([side, f"{runs[0]['lr']:g}", last, traffic(up), traffic(down)])
+    return markdown(["side", "learning rate", "loss", "sent up", "sent down"], rows)
+
+
+def sparse(records: Records) -> str:
+    """Fine-tuning pruned models: perplexity by method and pattern."""
+    found = {name: records[f"sparse-{name}"]["patterns"] for name in ("tiny", "smollm2")}
+    columns = [(name, pattern) for name in found for pattern in ("0.5", "2:4")]
+    tables = [{r["name"]: r for r in found[name][pattern]} for name, pattern in columns]
+    titles = {"tiny": "tiny", "smollm2": "SmolLM2-135M"}
+    heads = [f"{titles[n]}, {'50 %' if p == '0.5' else p}" for n, p in columns]
+    rows = [
+        [name, *(f"{t[name]['perplexity']:.1f}" if name in t else "–" for t in tables)]
+        for name in dict.fromkeys(name for t in tables for name in t)
+    ]
+    return markdown(["method", *heads], rows)
+
+
+TABLES: dict[str, Table] = {
+    "printed": printed,
+    "learning": learning,
+    "e2e": e2e,
+    "switchlora": switchlora,
+    "switchlora-rounds": switchlora_rounds,
+    "sparse": sparse,
+}

@@ -1,0 +1,52 @@
+"""The base model of a finished run, found again: what was trained means nothing on another."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from fedlora.core.config import build
+from fedlora.core.errors import ConfigError
+from fedlora.models.spec import ModelSpec
+from fedlora.prune.spec import ABOUT, Pruned
+
+FILE = "model.json"
+"""Of a run folder: the base model as it was, and where it lay."""
+
+
+def base_of(
+    run: Path, model: DictConfig | Mapping[str, Any], emit: Callable[[str], object]
+) -> ModelSpec:
+    """The base model of a run.
+
+    Args:
+        run: the run folder.
+        model: the group ``model`` of its configuration.
+        emit: is told where a pruned base has to be made again.
+
+    Raises:
+        ConfigError: if it is pruned elsewhere than it was then.
+        ModelError, DataError: if it is gone and cannot be made again.
+    """
+    spec = build(model, ModelSpec, "model")  # type: ignore[type-abstract]
+    file = run / FILE
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    mask = about.get("mask", "")
+    if mask and isinstance(spec, Pruned) and not spec.path:
+        there = Path(about["folder"])
+        if (there / ABOUT).is_file():
+            spec = dataclasses.replace(spec, path=str(there))
+        else:
+            emit(f"{there}, the run's pruned base, is gone: it is looked for, or made, again")
+    info = spec.describe()
+    if about and info.mask != mask:
+        found = f"the mask {info.mask}" if info.mask else "no mask: it is dense"
+        raise ConfigError(
+            f"{run} was trained on a base pruned with the mask {mask or '(none: dense)'}, and "
+            f"{spec.folder()} has {found}: bring back the folder of then ({about['folder']}), or "
+            f"set model.path in {run / 'config.yaml'}"
+        )
+    return spec

@@ -1,0 +1,138 @@
+"""Look at a data set, named in the words of a run.
+
+fedlora data stats data=jsonl data.path=records.jsonl
+fedlora data show data=sotu --client 700
+fedlora data stats data=e2e model=gpt2                 with another model's tokens
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.cache import cache_root
+from fedlora.core.config import build
+from fedlora.core.errors import ModelError
+from fedlora.data import (
+    SPLITS,
+    Source,
+    TokenStore,
+    prepare,
+)
+from fedlora.data.tokenizer import FolderTokenizer
+from fedlora.models.folder import tokenizer_id
+from fedlora.models.spec import ModelSpec
+from fedlora.prune.spec import Pruned
+from simulations.app.compose import load
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; a mistake in the data or the options is one line and exit code 2."""
+    options = _parser().parse_intermixed_args(arguments)
+    try:
+        source, folder = sources(options.words)
+        tokenizer = FolderTokenizer(folder)
+        store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache_root()))
+        if options.command == "stats":
+            lines = statistics_lines(store.statistics())
+        else:
+            lines = example_lines(store, tokenizer, options.client, options.split, options.index)
+        for line in lines:
+            sys.stdout.write(line + "\n")
+    except (ValueError, IndexError, ModelError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedlora data", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "command", choices=("stats", "show"), help="count and measure, or one example"
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="key=value",
+        help="as of fedlora run: data=..., data.key=..., model=...",
+    )
+    parser.add_argument("--client", type=int, default=0, help="show: whose")
+    parser.add_argument("--split", choices=SPLITS, default="train", help="show: of which split")
+    parser.add_argument("--index", type=int, default=0, help="show: position in the split")
+    return parser
+
+
+def sources(words: Sequence[str]) -> tuple[Source, Path]:
+    """The data of a run with these words, and the folder that holds its tokenizer.
+
+    Raises:
+        ConfigError: for a word that a run would refuse too.
+        ModelError: if the model has no folder here.
+    """
+    cfg = load(words)
+    source = build(cfg.data, Source, "data")  # type: ignore[type-abstract]
+    model = build(cfg.model, ModelSpec, "model")  # type: ignore[type-abstract]
+    base = model.base if isinstance(model, Pruned) else model  # pruning leaves the tokenizer alone
+    return source, base.folder()
+
+
+def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
+    """The statistics as a table for a person."""
+    total = sum(s["examples"].values())
+    per_client, tokens = s["train_examples_per_client"], s["tokens_per_example"]
+    yield f"data               {s['source']}, cutoff {s['cutoff']}, truncation {s['truncation']}"
+    yield f"clients            {s['clients']:,}"
+    splits = ", ".join(f"{split} {n:,}" for split, n in s["examples"].items())
+    yield f"examples           {total:,} ({splits})"
+    yield f"train per client   {_spread_text(per_client)}"
+    yield f"tokens             {s['tokens']:,}"
+    yield f"tokens per example {_spread_text(tokens)}"
+    for split, spread in s["tokens_by_split"].items():
+        yield f"{split:>8} tokens    {_spread_text(spread)}"
+        yield f"{split:>8} response  {_spread_text(s['response_tokens_by_split'][split])}"
+    yield f"response tokens    {s['response_token_share']:.1%} of all"
+    yield f"truncated          {s['truncated_share']:.1%} of the examples"
+    yield f"without response   {s['without_response']:,} (no response token survives)"
+    yield f"empty outputs      {s['empty_outputs']:,}"
+    yield f"only empty outputs {_ids_text(s['clients_with_only_empty_outputs'])}"
+    yield f"never trained      {_ids_text(s['clients_without_training_examples'])}"
+    yield f"categories         {s['categories']}"
+    for category, n in s["largest_categories"].items():
+        yield f"{n:>8} clients   {category or '(none)'}"
+
+
+def _spread_text(v: dict[str, float]) -> str:
+    return (
+        f"mean {v['mean']:.1f}, median {v['median']:g}, p95 {v['p95']:g}, "
+        f"min {v['min']}, max {v['max']}"
+    )
+
+
+def _ids_text(ids: Sequence[int]) -> str:
+    shown = ", ".join(str(i) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
+    return f"{len(ids)} clients" + (f" ({shown})" if ids else "")
+
+
+def example_lines(
+    store: TokenStore, tokenizer: FolderTokenizer, client: int, split: str, index: int
+) -> Iterator[str]:
+    """One example as the model sees it."""
+    example = store.example(client, split, index)
+    info = store.clients[client]
+    ids, border = example.input_ids.tolist(), example.prompt_tokens
+    yield (
+        f"client {client} ({info.name}, {info.category}): train {info.num_train}, "
+        f"eval {info.num_eval}, test {info.num_test}"
+    )
+    yield f"--- prompt, {border} tokens"
+    yield tokenizer.decode(ids[:border])
+    yield f"--- response, {len(ids) - border} tokens"
+    yield tokenizer.decode(ids[border:])
+    yield "--- reference"
+    yield store.references(client, split)[index]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

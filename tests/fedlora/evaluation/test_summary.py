@@ -1,0 +1,130 @@
+"""Invariants of summaries: the order of clients is nothing, each metric brings its own weight."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedlora.core.metric import EXP_MEAN, Metric, count
+from fedlora.core.types import Client, Evaluation, Ranks
+from fedlora.evaluation.summary import bootstrap, summarise
+
+LAWS = settings(derandomize=True, deadline=None, max_examples=40)
+
+RANKS = Ranks({"q": 4})
+
+
+def evaluation(client: int, **metrics: Metric) -> Evaluation:
+    return Evaluation(Client(client, RANKS, 5), metrics)
+
+
+def measured(client: int, examples: int, tokens: int, loss: float, rouge: float) -> Evaluation:
+    return evaluation(
+        client,
+        examples=count(examples),
+        tokens_full=count(3 * tokens),
+        tokens_response=count(tokens),
+        loss_full=Metric(loss / 2, 3 * tokens),
+        loss_response=Metric(loss, tokens),
+        perplexity=Metric(loss, tokens, EXP_MEAN),
+        rouge_l=Metric(rouge, examples, interval=True),
+    )
+
+
+evaluations = st.lists(
+    st.tuples(st.integers(1, 9), st.integers(1, 50), st.floats(0, 9), st.floats(0, 1)),
+    min_size=1,
+    max_size=9,
+).map(lambda rows: [measured(i, *row) for i, row in enumerate(rows)])
+
+
+@LAWS
+@given(found=evaluations, shuffle=st.randoms(use_true_random=False))
+def test_order_does_not_matter_and_bounds_enclose(found, shuffle):
+    summary = summarise(found)
+    shuffled = list(found)
+    shuffle.shuffle(shuffled)
+    assert summarise(shuffled) == summary
+    assert all(math.isfinite(v) for v in summary.values())
+    for name in ("loss_full", "loss_response", "rouge_l"):
+        values = [e.metrics[name].value for e in found]
+        for mean in (summary[name], summary[f"{name}_weighted"]):
+            assert min(values) - 1e-9 <= mean <= max(values) + 1e-9
+    assert summary["rouge_l_low"] <= summary["rouge_l"] + 1e-12
+    assert summary["rouge_l_high"] >= summary["rouge_l"] - 1e-12
+    assert summary["clients"] == len(found)
+    assert summary["tokens_full"] == 3 * summary["tokens_response"]
+
+
+def test_each_metric_is_weighted_by_what_it_is_a_mean_of():
+    found = [measured(0, 1, 90, 1.0, 0.0), measured(1, 9, 10, 2.0, 1.0)]
+    summary = summarise(found)
+    assert summary["loss_response"] == 1.5
+    assert summary["loss_response_weighted"] == pytest.approx(1.1)
+    assert summary["loss_full_weighted"] == pytest.approx(0.55)
+    assert summary["rouge_l"] == 0.5
+    assert summary["rouge_l_weighted"] == pytest.approx(0.9)
+    assert summary["perplexity"] == pytest.approx(math.exp(1.5))
+    assert summary["perplexity_weighted"] == pytest.approx(math.exp(1.1))
+
+
+def test_splitting_a_client_in_two_leaves_weighted_means_alone():
+    whole = [measured(0, 4, 40, 1.25, 0.5), measured(1, 6, 10, 3.0, 0.75)]
+    split = [measured(0, 4, 40, 1.25, 0.5), *(measured(i, 3, 5, 3.0, 0.75) for i in (1, 2))]
+    a, b = summarise(whole), summarise(split)
+    for name in a:
+        if name.endswith("_weighted"):
+            assert a[name] == pytest.approx(b[name], rel=1e-12)
+
+
+def test_what_was_not_measured_on_a_client_is_not_counted_as_zero():
+    bare = evaluation(1, examples=count(5), loss_full=Metric(4.0, 9))
+    broken = evaluation(2, examples=count(5), loss_response=Metric(math.nan, 3))
+    summary = summarise([measured(0, 5, 10, 2.0, 0.5), bare, broken])
+    assert summary["loss_response"] == summary["loss_response_weighted"] == 2.0
+    assert summary["loss_full"] == pytest.approx(2.5)
+    assert summary["rouge_l"] == 0.5
+    assert summary["clients"] == 3
+
+
+def test_nothing_measured_has_no_means():
+    assert summarise([]) == {"clients": 0}
+    assert "perplexity" not in summarise([evaluation(0, examples=count(2))])
+
+
+def test_the_bootstrap_is_deterministic_and_as_wide_as_theory_says():
+    values = np.random.default_rng(5).normal(0.4, 0.1, 400).tolist()
+    low, high = bootstrap(values, seed=7, resamples=4000)
+    assert (low, high) == bootstrap(values, seed=7, resamples=4000)
+    assert (low, high) != bootstrap(values, seed=8, resamples=4000)
+    assert high - low == pytest.approx(2 * 1.96 * np.std(values) / 20, rel=0.05)
+    assert bootstrap([0.3], seed=1) == (0.3, 0.3)
+
+
+def test_a_name_tells_nothing():
+    """Renamed metrics have the same summary under the other names."""
+    found = [measured(k, k + 1, 10 * k + 5, 1.0 + k, k / 4) for k in range(4)]
+    names = {name: f"x{i}" for i, name in enumerate(found[0].metrics)}
+    renamed = [
+        dataclasses.replace(e, metrics={names[n]: m for n, m in e.metrics.items()}) for e in found
+    ]
+    wanted = {}
+    for key, value in summarise(found).items():
+        name = max((n for n in names if key.startswith(n)), key=len, default="")
+        wanted[names.get(name, "") + key.removeprefix(name)] = value
+    assert summarise(renamed) == wanted
+
+
+def test_without_weight_there_is_no_weighted_mean():
+    summary = summarise([evaluation(0, x=Metric(2.0, 0)), evaluation(1, x=Metric(4.0, 0))])
+    assert summary == {"clients": 2, "x": 3.0}
+
+
+def test_clients_are_combined_in_known_ways_only():
+    with pytest.raises(ValueError, match=r"over_clients='median' is not one of"):
+        Metric(1.0, over_clients="median")
+    assert Metric(0.5, over_clients=EXP_MEAN).scalar == math.exp(0.5)
+    assert Metric(1e4, over_clients=EXP_MEAN).scalar == math.inf

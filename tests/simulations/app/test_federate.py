@@ -1,0 +1,324 @@
+"""Whole runs: what a run leaves behind, resuming, failures, and mistakes of the user."""
+
+import json
+
+import pytest
+import torch
+
+from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
+from fedlora.core.files import claim
+from fedlora.models.export import load_peft
+from fedlora.run import checkpoint
+
+FIVE = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
+
+
+@pytest.mark.parametrize("strategy", FIVE)
+def test_every_strategy_runs_and_leaves_a_complete_folder(federate, strategy):
+    stages = ["strategy.stage1_rounds=1"] if strategy == "slora" else []
+    done = federate(f"strategy={strategy}", *stages)
+    assert done.status["status"] == "completed"
+    assert [r["round"] for r in done.rounds] == [1, 2]
+    assert all(r["clients"] == 6 for r in done.rounds)
+    for name in ("config.yaml", "environment.json", "population.json", "adapter"):
+        assert (done.folder / name).exists(), name
+    adapter = load_peft(done.folder / "adapter")
+    assert any(f.delta().abs().sum() > 0 for f in adapter.values())
+    assert len(done.clients) == 12
+    assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in done.clients)
+
+
+def test_heterogeneity_is_real_on_the_wire(federate):
+    sizes = {row["rank"]: row["bytes_down"] for row in federate().clients}
+    assert len(sizes) >= 3
+    assert len(set(sizes.values())) == len(sizes)
+
+
+@pytest.mark.slow
+def test_aggregated_weights_are_loaded(federate):
+    """Guards against the fault that every round restarts from the initial adapter."""
+    again = federate("client.lr=1e-2", "client.dropout=0", "rounds=4", "population.per_round=20")
+    first = [r["train/loss_first"] for r in again.rounds]
+    assert first[-1] < first[0] - 0.02
+
+
+def test_resumed_equals_uninterrupted(federate):
+    whole = federate("rounds=3", "strategy=heterolora")
+    federate(
+        "rounds=1",
+        "strategy=heterolora",
+        output="cut",
+    )
+    resumed = federate("rounds=3", "strategy=heterolora", "resume=auto", output="cut")
+    assert resumed.hash == whole.hash
+    assert [r["round"] for r in resumed.rounds] == [1, 2, 3]
+    assert "resuming after round 1 of 3" in resumed.said
+
+
+def test_messages_and_nodes_do_not_change_the_result(federate):
+    one = federate("engine=sequential", "federation.clients_per_message=1", "runtime.nodes=7")
+    many = federate("engine=sequential", "federation.clients_per_message=6", "runtime.nodes=2")
+    assert one.hash == many.hash
+
+
+@pytest.mark.slow
+def test_another_seed_is_another_run(federate):
+    assert federate("seed=1").hash != federate("seed=2").hash
+
+
+def test_a_finished_run_is_left_as_it_is(federate):
+    first = federate()
+    again = federate("resume=auto")
+    assert again.folder == first.folder
+    assert again.hash == first.hash
+    assert len(again.rounds) == 2
+
+
+def test_a_new_run_never_writes_into_an_old_folder(federate):
+    first, second = federate(), federate()
+    assert second.folder != first.folder
+    assert second.folder.name == f"{first.folder.name}-2"
+
+
+def test_some_clients_raise_and_the_round_goes_on(federate):
+    done = federate("engine=faulty", "engine.raise_share=0.3", "population.per_round=12")
+    failed = [row for row in done.clients if row.get("failure")]
+    assert failed
+    assert sum(r["failed"] for r in done.rounds) == len(failed)
+    assert f"client {failed[0]['client']} " in done.said
+    assert "PlantedFault" in done.said
+
+
+@pytest.mark.parametrize("fault", ["nan", "shape"])
+def test_a_bad_update_is_rejected_and_named(federate, fault):
+    done = federate("engine=faulty", f"engine.{fault}_share=0.3", "population.per_round=12")
+    rejected = [row for row in done.clients if row.get("failure") == "RejectedUpdate"]
+    assert rejected
+    assert sum(r["rejected"] for r in done.rounds) == len(rejected)
+    state = checkpoint.latest(done.folder / "checkpoints").state
+    assert all(torch.isfinite(t).all() for t in state.values() if t.is_floating_point())
+
+
+def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_path):
+    with pytest.raises(RunError, match=r"only 0 of 6 clients succeeded.*No round was complete yet"):
+        federate("engine=faulty", "engine.raise_share=1.0")
+    (folder,) = (tmp_path / "out").iterdir()
+    status = json.loads((folder / "status.json").read_text())
+    assert status["status"] == "failed"
+    assert status["kind"] == "RunError"
+
+
+def test_evaluation_is_written_and_summarised(federate):
+    done = federate(
+        "evaluate=fast",
+        "evaluate.clients=2",
+        "evaluate.groups=[seen,unseen_random,participants]",
+        "evaluate.adapters=[full,own]",
+        "evaluate.plan.max_new_tokens=4",
+    )
+    found = [r for r in done.records if r["kind"] == "evaluate"]
+    assert {(r["round"], r["group"], r["adapter"]) for r in found} == {
+        (t, g, a)
+        for t in (0, 1, 2)
+        for g in ("seen", "unseen_random", "participants")
+        for a in ("full", "own")
+    }
+    assert all(r["loss_response"] > 0 for r in found)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "fused"])
+def test_a_metric_is_one_file_and_one_line(federate, engine):
+    """A metric that nothing else knows of: in the records, each client with the metric's weight."""
+    done = federate(
+        "+evaluate.plan.metrics.length._target_=tests.fedlora.evaluation.toy_metric.ResponseLength",
+        "evaluate=fast", "evaluate.clients=3", "evaluate.plan.max_new_tokens=2", "rounds=1",
+        f"engine={engine}",
+    )  # fmt: skip
+    first, last = (r for r in done.records if r["kind"] == "evaluate")
+    names = ("", "_weighted", "_low", "_high")
+    lengths = [first[f"response_length{name}"] for name in names]
+    assert lengths == [last[f"response_length{name}"] for name in names]
+    mean, weighted, low, high = lengths
+    assert low <= mean <= high
+    # Three clients of two examples: weights are proportional to the values themselves.
+    assert mean == pytest.approx(first["tokens_response"] / first["examples"], rel=1e-12)
+    assert weighted >= mean
+
+
+def test_the_base_is_what_round_zero_measures(federate):
+    """B = 0 before the first round: every rank and strategy measures the same base model."""
+    words = ("evaluate=loss", "evaluate.clients=2", "rounds=1", "evaluate.adapters=[full,own]")
+    losses = {
+        r["loss_response"]
+        for s in ("fedit", "flexlora", "heterolora")
+        for r in federate(f"strategy={s}", *words).records
+        if r["kind"] == "evaluate" and r["round"] == 0
+    }
+    assert len(losses) == 1
+
+
+def test_two_runs_in_one_folder(federate, tmp_path):
+    done = federate()
+    with claim(done.folder), pytest.raises(RunFolderError, match="belongs to the run of process"):
+        federate("resume=auto", "rounds=3")
+    assert [r["round"] for r in done.rounds] == [1, 2]
+
+
+def test_another_configuration_may_not_resume(federate):
+    federate()
+    with pytest.raises(
+        RunError, match=r"another configuration.*differs: client\.lr=0\.5, was 0\.[0-9]+$"
+    ):
+        federate("resume=auto", "client.lr=0.5", "name=flexlora-uniform-sotu-tiny-s0")
+
+
+def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate):
+    done = federate("rounds=3")
+    newest = done.folder / "checkpoints" / "round_00003" / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-40])
+    again = federate("rounds=3", "resume=auto")
+    assert again.hash == done.hash
+    assert "resuming after round 2 of 3" in again.said
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("resume=/no/such/folder",), "neither never, auto nor a run folder"),
+        (("data=natural_instructions", "data.path=/no/file.parquet"), "/no/file.parquet"),
+        (("population.clients=999999",), "the data has 400 clients"),
+        (("evaluate=fast", "evaluate.groups=[unseen_task]"), "unseen_task has no clients"),
+        (("ranks=homogeneous", "ranks.rank=9999", "ranks.clamp=false"), "rank 9999 is above"),
+        (("model=hf", "model.path=/no/model"), "/no/model"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(federate, overrides, message):
+    with pytest.raises((ConfigError, ValueError, RuntimeError)) as caught:
+        federate(*overrides)
+    assert message in str(caught.value)
+
+
+def test_a_client_without_examples_is_never_sampled(federate, tmp_path):
+    """And a source that names such a client still works."""
+    rows = [
+        {"who": who, "instruction": f"Say {i}", "output": f"word {i}", "part": part}
+        for who in ("ann", "bob", "eve")
+        for i, part in enumerate(["train", "train", "train", "test"])
+        if not (who == "eve" and part == "train")
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(json.dumps(r) for r in rows))
+    done = federate(
+        "data=jsonl",
+        f"data.path={path}",
+        "data.key=who",
+        "data.split_field=part",
+        "population.clients=0",
+        "population.per_round=2",
+        "population.unseen_share=0",
+    )
+    names = {row["client"] for row in done.clients}
+    assert len(names) == 2
+
+
+@pytest.mark.slow
+def test_the_number_of_server_threads_does_not_follow_the_machine(federate):
+    """Enough clients for QR and SVD to be cut into threads where there are any."""
+    words = ("rounds=1", "population.per_round=12", "ranks=heavy_tail_strong")
+    torch.set_num_threads(2)
+    try:
+        two = federate(*words)
+    finally:
+        torch.set_num_threads(1)
+    assert federate(*words).hash == two.hash
+
+
+def test_a_mistake_leaves_no_folder_behind(federate, tmp_path):
+    done = federate("rounds=1")
+    with pytest.raises(ValueError, match="the data has"):
+        federate("rounds=1", "population.clients=9999")
+    assert list((tmp_path / "out").iterdir()) == [done.folder]
+
+
+def test_only_a_run_folder_can_be_resumed(federate, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.yaml").write_text("precious: 1\n")
+    with pytest.raises(ConfigError, match=r"there is no .*status\.json"):
+        federate(f"resume={tmp_path / 'mine'}")
+    assert (tmp_path / "mine" / "config.yaml").read_text() == "precious: 1\n"
+
+
+def test_a_refused_resume_changes_nothing(federate):
+    done = federate()
+    before = {p: p.read_bytes() for p in done.folder.glob("*.*") if p.name != "status.json"}
+    with pytest.raises(RunError, match="another configuration"):
+        federate("resume=auto", "client.lr=0.5", "rounds=3")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_without_a_readable_checkpoint_nothing_is_thrown_away(federate):
+    done = federate()
+    for meta in (done.folder / "checkpoints").glob("*/meta.json"):
+        meta.write_text("{}")
+    with pytest.raises(CheckpointError, match="none of the 2 checkpoints"):
+        federate("resume=auto", "rounds=3")
+    assert len(done.rounds) == 2
+
+
+def test_changed_data_may_not_be_resumed(federate, tmp_path):
+    path = tmp_path / "mine.jsonl"
+
+    def write(word: str) -> None:
+        rows = (
+            {"client": f"c{i % 3}", "instruction": f"Say {i}", "output": f"{word} {i}"}
+            for i in range(30)
+        )
+        path.write_text("\n".join(json.dumps(r) for r in rows))
+
+    words = ("data=jsonl", f"data.path={path}", "population.clients=0", "population.per_round=2",
+             "population.unseen_share=0")  # fmt: skip
+    write("word")
+    federate(*words, "rounds=1")
+    write("other")
+    with pytest.raises(RunError, match="another configuration"):
+        federate(*words, "rounds=2", "resume=auto")
+
+
+def test_an_evaluation_that_was_cut_short_is_completed(federate):
+    words = ("evaluate=loss", "evaluate.clients=2", "evaluate.groups=[seen,unseen_random]")
+    done = federate(*words, "rounds=1")
+    file = done.folder / "metrics.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:-1]))  # killed between two groups
+    federate(*words, "rounds=1", "resume=auto")
+    found = [(r["round"], r["group"]) for r in done.records if r["kind"] == "evaluate"]
+    assert found == [(t, g) for t in (0, 1) for g in ("seen", "unseen_random")]
+
+
+def test_the_engine_says_what_it_is_and_gets_the_messages_it_likes(federate):
+    """Once per run, in every round's record, and in a resumed run as well."""
+    talkative = "engine._target_=tests.simulations.app.talkative.Talkative"
+    words = ("engine=sequential", talkative, "evaluate=loss",
+             "evaluate.clients=2")  # fmt: skip
+    whole = federate(*words, "rounds=2")
+    assert whole.said.count("engine: talkative") == whole.said.count("engine: 6 at once") == 1
+    assert whole.said.count("engine: ") == 2
+    federate(*words, "rounds=1", output="cut")
+    resumed = federate(*words, "rounds=2", "resume=auto", output="cut")
+    for run in (whole, resumed):
+        assert [r["engine"] for r in run.rounds] == ["6 at once; talkative"] * 2
+        assert [r["engine/fused_share"] for r in run.rounds] == [0.5] * 2
+    assert {r["fused"] for r in whole.clients} == {0.0, 1.0}
+
+
+def test_the_sequential_engine_needs_one_word(federate):
+    done = federate("engine=faulty")
+    assert [x for x in done.said.splitlines() if x.startswith("engine")] == ["engine: sequential"]
+    assert [r["engine"] for r in done.rounds] == ["sequential"] * 2
+    assert not any("engine/fused_share" in r for r in done.rounds)
+
+
+def test_frozen_factors_are_not_sent(federate):
+    whole, half = federate("rounds=1"), federate("rounds=1", "client.train_a=false")
+    assert half.rounds[0]["wire/down_bytes"] == whole.rounds[0]["wire/down_bytes"]
+    assert half.rounds[0]["wire/up_bytes"] < 0.7 * whole.rounds[0]["wire/up_bytes"]

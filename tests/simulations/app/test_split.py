@@ -1,0 +1,64 @@
+"""Whole runs of SplitLoRA on the embedded model: both transports, resuming, what is left behind."""
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedlora.models.export import load_peft
+from fedlora.models.spec import Tiny
+from fedlora.run import checkpoint
+
+SPLIT = ["strategy=splitlora", "ranks=homogeneous", "client.dropout=0.1", "population.per_round=3"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["strategy.average_every=1"],
+        pytest.param(["strategy.tail=2"], marks=pytest.mark.slow),
+        pytest.param(["strategy.rule.update=per_client"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_both_transports_and_a_resumed_run_leave_the_same_state(federate, words):
+    here = federate(*SPLIT, *words)
+    there = [*SPLIT, *words, "strategy.transport=messages", "strategy.keep_graphs=true"]
+    federate(*there, "rounds=1", output="cut")
+    told = federate(*there, "resume=auto", output="cut")
+    assert told.status["status"] == here.status["status"] == "completed"
+    assert told.hash == here.hash
+    for ours, theirs in zip(here.rounds, told.rounds, strict=True):
+        assert ours["train/loss"] == theirs["train/loss"]
+        assert ours["wire/up_bytes"] == theirs["wire/up_bytes"] > 0
+        assert ours["wire/down_bytes"] == theirs["wire/down_bytes"] > 0
+
+
+def test_unequal_cuts_and_ranks_end_in_one_adapter_that_peft_loads(federate):
+    """What it computes in PEFT is what the run's own model computes."""
+    done = federate(
+        *SPLIT,
+        "ranks=uniform",
+        "strategy@strategy.aggregator=flexlora",
+        "+strategy.tier_cuts={T1: 2, T4: 4}",
+        "evaluate=loss",
+        "evaluate.clients=1",
+        "evaluate.groups=[participants]",
+        "evaluate.adapters=[own,full]",
+    )
+    assert done.status["status"] == "completed"
+    adapter = load_peft(done.folder / "adapter")
+    tiny = Tiny().resolved()
+    model = tiny.load(torch.device("cpu"))
+    assert adapter.keys() == model.layers.keys()
+    ids = torch.arange(10, 40)[None]
+    model.mount(adapter)
+    with torch.no_grad():
+        ours = model.network(input_ids=ids).logits
+    model.unmount()
+    plain = AutoModelForCausalLM.from_pretrained(tiny.folder())
+    theirs = peft.PeftModel.from_pretrained(plain, done.folder / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
+    state = checkpoint.latest(done.folder / "checkpoints").state
+    assert state["cuts"].tolist() == [1, 2, 4]
