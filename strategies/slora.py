@@ -42,6 +42,7 @@ from fedlora.core.types import (
     SparseDelta,
     Update,
 )
+from fedlora.server.method import Setup
 from strategies.base import LoRAStrategy
 
 SPARSE, NESTED = "sparse/", "aggregator/"
@@ -113,6 +114,16 @@ class SLoRA(LoRAStrategy):
         if self.density not in ("budget", "code"):
             self._constant_density()
 
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
+        term = setup.client.term
+        if self.stage1_rounds and term is not None and term.needs_factors:
+            raise ValueError(
+                f"client.term.metric=product with strategy.stage1_rounds={self.stage1_rounds}: "
+                "stage 1 trains coordinates of the weights, not factors; use "
+                "client.term.metric=factor, or strategy.stage1_rounds=0"
+            )
+
     def init_state(self, setting: Setting) -> State:
         nested = self.aggregator.init_state(setting)
         state = {"rounds": integers(0)} | prefixed(nested, NESTED)
@@ -154,6 +165,15 @@ class SLoRA(LoRAStrategy):
         if not self._sparse(state):
             return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
         return self._after_sparse(state, self._sparse_round(state, updates))
+
+    @property
+    def needs_updates(self) -> str:
+        if self.stage1_rounds and self.sparse_average == "coverage":
+            return (
+                "strategy.sparse_average=coverage divides each coordinate by the weight of those "
+                "who trained it; choose strategy.sparse_average=plain"
+            )
+        return self.aggregator.needs_updates
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """Stage 1: the change of the values, at the coordinates of the largest mask, in row-major

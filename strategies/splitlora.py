@@ -120,6 +120,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 f"client.micro_batch_size={plan.micro_batch_size}: a step of a split client is one "
                 f"forward; choose client.batch_size <= {plan.micro_batch_size}, or 0"
             )
+        if plan.term is not None:
+            raise ValueError(
+                "client.term with strategy=splitlora: a local objective has no term of its own "
+                "where the server computes the loss; use client/term=none"
+            )
 
     # --- what the server knows ------------------------------------------------------------------
 
@@ -210,6 +215,16 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             if part.shared:
                 server |= self._start(new, part, self._host(new, part))
         return new | server_state(server)
+
+    @property
+    def needs_updates(self) -> str:
+        if self.rule.update == "per_client" or self.tier_cuts:
+            return (
+                "the server votes in a split with strategy.rule.update=per_client or unequal cuts "
+                "(strategy.tier_cuts), by the examples of those it serves; choose "
+                "strategy.rule.update=concat and one strategy.cut"
+            )
+        return self.aggregator.needs_updates
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """As ``aggregator``, part by part, unless the server votes in a part for those it serves:

@@ -126,6 +126,11 @@ class SPP(LoRAStrategy):
                 "other rows with each rank: use client.self_prune=null, or strategy=heterolora "
                 "with client=adamw"
             )
+        if plan.term is not None and plan.term.needs_factors:
+            raise ValueError(
+                "client.term.metric=product compares products B A, and strategy=spp trains alpha "
+                "and beta: use client.term.metric=factor"
+            )
         if setup.quantization != "none":
             raise ValueError(
                 f"model.quantization={setup.quantization} with strategy=spp: quantised weights "
@@ -201,6 +206,15 @@ class SPP(LoRAStrategy):
                 moved += float((mean - factor(alpha, beta)).square().sum())
         new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
         return self._next(state, new)
+
+    @property
+    def needs_updates(self) -> str:
+        if self.mode in ("stack", "separate"):
+            return (
+                f"strategy.mode={self.mode} trains alpha and beta at once, and no sum says what "
+                "their product became; choose strategy.mode=alternate or beta_only"
+            )
+        return ""
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The change of alpha or beta, whichever is trained, at the common rank; with both trained

@@ -29,7 +29,9 @@ DOTTED = re.compile(rf"(?<![\w/.])(?:{PACKAGES})(?:\.\w+)+(?![\w/])")
 MODULE = re.compile(rf"python -m ((?:{PACKAGES})[\w.]*)")
 PATH = re.compile(rf"`((?:{PACKAGES}|conf|docs)/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-RUN = re.compile(r"(?:fedlora run|fedlora study|python -m simulations\.run)((?: [^\n`#&|]*)?)")
+RUN = re.compile(
+    r"(?:fedlora run|fedlora study|fedlora data \w+|python -m simulations\.run)((?: [^\n`#&|]*)?)"
+)
 FLOWER = re.compile(r"--run-config \"(experiment|overrides)='([^']*)'\"")
 KEY = re.compile(rf"`((?:{GROUPS})\.(?!json)[a-z_0-9.]+)")
 SIZE = 5 * 1024
@@ -117,11 +119,12 @@ def test_tables_are_those_of_the_recorded_results():
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A checkout with one recorded run and one table."""
     runs = {"rows": [row("a", 2.0), row("b", 3.0)]}
     (tmp_path / "docs/results").mkdir(parents=True)
     (tmp_path / "docs/results/runs.json").write_text(json.dumps(runs))
+    monkeypatch.setattr(results, "DOCUMENTS", ("README.md", "docs/results.md"))
     for name in results.DOCUMENTS:
         (tmp_path / name).write_text("x\n<!-- table: learning -->\nold\n<!-- /table -->\ny\n")
     return tmp_path

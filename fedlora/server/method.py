@@ -195,6 +195,12 @@ class Method(ABC):
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
 
+    @property
+    def needs_updates(self) -> str:
+        """Why `aggregate` needs more than a sum of what clients add, and what to choose instead;
+        empty: a sum is enough, and `adds` is never ``None``."""
+        return f"strategy {type(self).__name__} averages whole updates, not a sum of their changes"
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """What one client adds, where `aggregate` needs no more than a weighted sum of that.
 
@@ -209,7 +215,7 @@ class Method(ABC):
             update: validated.
 
         Returns:
-            Tensors or products by name; ``None``: the method needs the updates themselves.
+            Tensors or products by name; ``None``: as `needs_updates` says.
         """
         return None
 

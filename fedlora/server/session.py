@@ -31,6 +31,7 @@ from fedlora.server.combine import combine
 from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
+from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.training_round import (
@@ -70,6 +71,8 @@ class Session:
     config_hash: str = ""
     audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
     """Looks at the global model after every round, for its record."""
+    postprocess: Sequence[Postprocessor] = ()
+    """What happens to clients' changes between accepted and averaged; none: nothing does."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     done: int = field(init=False, default=0)
@@ -173,7 +176,14 @@ class Session:
         replies = validate(current, collect(current, results), self.rounds, self.setting)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        self.state = combine(self.method, state, replies.updates, current.round)
+        self.state = combine(
+            self.method,
+            state,
+            replies.updates,
+            Moment(self.setting.seed, current.round),
+            starts={i: job.start for i, job in current.jobs.items()},
+            postprocessors=self.postprocess,
+        )
         record = self._record(current, replies, arrived)
         self._checkpoint(current, record)
         return record

@@ -560,6 +560,19 @@ def _summing(
                 yield f"{name}, round {t}", population, state, updates
 
 
+def says_whether_sums_are_enough(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """What needs no updates always says what clients add; what does names a way out."""
+    population = population_for(strategy)
+    if strategy.needs_updates:
+        assert "choose" in strategy.needs_updates
+        return
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        assert added(strategy, state, updates), f"round {rounds}: it does not say what clients add"
+
+
 def absorbing_the_sum_is_aggregating(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
@@ -692,6 +705,7 @@ LAWS: Sequence[Law] = (
     everybody_has_one_mask,
     a_pruned_base_keeps_its_zeros,
     is_frozen_and_names_its_source,
+    says_whether_sums_are_enough,
     absorbing_the_sum_is_aggregating,
     who_did_not_move_adds_nothing,
     absorbing_nothing_changes_nothing,

@@ -1,0 +1,43 @@
+"""Names of version 0.1 and what they are called now: for messages, not for use.
+
+Nothing here is an alias. Whoever uses an old key or class is told the new one; CHANGELOG.md has the
+same table.
+"""
+
+from collections.abc import Iterable
+
+KEYS: dict[str, str] = {
+    "evaluate.plan.teacher_forced_rouge": "evaluate.plan.metrics.teacher_forced",
+}
+"""Old key -> new key of the configuration."""
+
+CLASSES: dict[str, str] = {
+    "fedlora.models.pruned.Pruned": "fedlora.prune.spec.Pruned",
+    "fedlora.population.Population": "fedlora.population.sampling.Population",
+    "fedlora.ranks.RankDistribution": "fedlora.population.ranks.RankDistribution",
+    "fedlora.server_optimizer.FedAdam": "fedlora.algebra.server_optimizer.FedAdam",
+    "fedlora.server_optimizer.FedAvgM": "fedlora.algebra.server_optimizer.FedAvgM",
+    "fedlora.server_optimizer.NoServerOptimizer": (
+        "fedlora.algebra.server_optimizer.NoServerOptimizer"
+    ),
+    "fedlora.session.EvaluationSchedule": "fedlora.server.schedule.EvaluationSchedule",
+    "fedlora.session.Rounds": "fedlora.server.schedule.Rounds",
+    "fedlora.split.wire.Wire": "fedlora.split.compression.Wire",
+    "fedlora.tracking.Silent": "fedlora.run.tracking.Silent",
+    "fedlora.tracking.Wandb": "fedlora.run.tracking.Wandb",
+    "fedlora.types.EvaluatePlan": "fedlora.core.types.EvaluatePlan",
+    "fedlora.types.LocalPlan": "fedlora.core.types.LocalPlan",
+    "fedlora.types.Switching": "fedlora.core.types.Switching",
+    "simulations.runtime.Runtime": "simulations.app.runtime.Runtime",
+}
+"""Old path -> new path of every class that a ``_target_`` of version 0.1 names."""
+
+
+def answer(names: Iterable[str]) -> str:
+    """For the end of a message: what the old ones among some keys or classes are called now.
+
+    Empty where there is none.
+    """
+    known = KEYS | CLASSES
+    found = [f"{name} is {known[name]} since version 0.2" for name in names if name in known]
+    return f" ({'; '.join(found)})" if found else ""
