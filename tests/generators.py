@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.algebra.init import initial_a
+from fedlora.algebra.linalg import stack
 from fedlora.core.seeding import mask_noise, torch_generator
 from fedlora.core.types import (
     Client,
@@ -219,3 +220,9 @@ def gain(payload: MaskedScale, path: str) -> Tensor:
     last = 1 + scale(payload, path) * factor(alpha_of(payload, path), payload.beta[path])
     before = merged_gain(payload, path)
     return last if before is None else before * last
+
+
+def weighted_delta(factors: Sequence[Factors], p: Sequence[float]) -> Tensor:
+    """``Σ_k p_k s_k B_k A_k [d_out, d_in]`` as a dense matrix."""
+    b, a = stack(factors, p)
+    return b @ a

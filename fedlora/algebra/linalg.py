@@ -106,12 +106,6 @@ def stack(
     return torch.cat(b, dim=1), torch.cat(a)
 
 
-def weighted_delta(factors: Sequence[Factors], p: Sequence[float]) -> Tensor:
-    """``Σ_k p_k s_k B_k A_k`` as a dense matrix, in one product over the stacked ranks."""
-    b, a = stack(factors, p)
-    return b @ a
-
-
 def product_norm(b: Tensor, a: Tensor) -> float:
     """``||B A||_F``.
 

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import logging
-import shutil
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.cache import locked
 from fedlora.core.errors import DataError
+from fedlora.core.files import made_once
 from fedlora.data.build import (
     ARRAYS,
     CHECKED,
@@ -101,26 +99,13 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
     """
     key = store_key(source, tokenizer, tokenizer_id)
     folder = cache / f"{source.name}-{key[:16]}"
-    if folder.exists() and not damage(folder):
-        return folder
-    cache.mkdir(parents=True, exist_ok=True)
-    with locked(cache / f"{folder.name}.lock"):
+
+    def build(draft: Path) -> None:
         if folder.exists():
-            reason = damage(folder)
-            if not reason:
-                return folder
-            log.warning("%s is damaged (%s) and is built anew", folder, reason)
-            shutil.rmtree(folder)
-        for left in cache.glob(f".{folder.name}.*"):  # by a process that died while building
-            shutil.rmtree(left, ignore_errors=True)
-        building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=cache))
-        try:
-            write_store(source, tokenizer, tokenizer_id, building, key)
-            building.chmod(0o755)
-            building.rename(folder)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
-    return folder
+            log.warning("%s is damaged (%s) and is built anew", folder, damage(folder))
+        write_store(source, tokenizer, tokenizer_id, draft, key)
+
+    return made_once(folder, build, lambda made: made.exists() and not damage(made))
 
 
 def damage(folder: Path) -> str:

@@ -1,21 +1,16 @@
 """A virtual client: the unit of work of the simulation, and a Flower client on its own.
 
 Engines call it with values (`LoRAClient.train`, `LoRAClient.evaluate_job`); Flower calls it with
-arrays and scalars (`fit`, `evaluate`). Beside the library's own apps, which send many jobs per
-message, it runs in any Flower app:
-
-    app = ClientApp(client_fn=client_fn_for(model, store, clients, seed=0))
+arrays and scalars (`fit`, `evaluate`): ``client.to_client()`` is what a ``client_fn`` returns.
 """
 
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
-from flwr.app import Context
-from flwr.client import Client as FlowerClient
 from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
@@ -238,18 +233,6 @@ def self_pruned(
     kept = selfprune.prune_adapter(trained, prune)
     ranks = Ranks({path: factors.rank for path, factors in kept.items()})
     return dataclasses.replace(client, ranks=ranks), kept
-
-
-def client_fn_for(
-    model: LanguageModel, store: TokenStore, clients: Sequence[Client], seed: int
-) -> Callable[[Context], FlowerClient]:
-    """A ``client_fn`` for Flower's ``ClientApp``: node ``partition-id`` is that client."""
-
-    def client_fn(context: Context) -> FlowerClient:
-        partition = int(cast(int, context.node_config["partition-id"]))
-        return LoRAClient(model, store, clients[partition], seed).to_client()
-
-    return client_fn
 
 
 def _expect(plan: object, kind: type) -> object:

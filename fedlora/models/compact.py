@@ -5,13 +5,13 @@ that are not zero and a bit per position. Whoever loads one gets the whole model
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 
 from safetensors.torch import save_file
 
-from fedlora.core.cache import cache_root, locked
+from fedlora.core.cache import cache_root
 from fedlora.core.errors import ModelError
+from fedlora.core.files import made_once
 from fedlora.models import masks
 from fedlora.models.folder import fingerprint, weight_files
 from fedlora.models.stored import inspect, tensors
@@ -52,33 +52,15 @@ def expanded(folder: Path) -> Path:
     if not is_compact(folder):
         return folder
     target = cache_root() / "models" / f"{folder.name}-{fingerprint(folder)[:12]}"
-    if target.is_dir():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f"{target.name}.lock")):
-        if not target.is_dir():
-            _expand(folder, target)
-    return target
+    return made_once(target, lambda draft: _expand(folder, draft))
 
 
-def _expand(folder: Path, target: Path) -> None:
-    building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+def _expand(folder: Path, draft: Path) -> None:
+    shutil.copytree(folder, draft, ignore=shutil.ignore_patterns(FILE), dirs_exist_ok=True)
+    state = masks.load_sparse(folder / FILE)
+    save_file(state, draft / "model.safetensors", metadata={"format": "pt"})
     try:
-        ignore = shutil.ignore_patterns(FILE)
-        shutil.copytree(folder, building, ignore=ignore, dirs_exist_ok=True)
-        state = masks.load_sparse(folder / FILE)
-        save_file(state, building / "model.safetensors", metadata={"format": "pt"})
-        _check(building, folder)
-        building.chmod(0o755)
-        building.rename(target)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def _check(building: Path, folder: Path) -> None:
-    """Whether what came out of a compact folder is what its masks say."""
-    try:
-        inspect(building)
+        inspect(draft)
     except ModelError as error:
-        said = str(error).removeprefix(f"{building}: ")
+        said = str(error).removeprefix(f"{draft}: ")
         raise ModelError(f"{folder / FILE}, expanded: {said}") from error

@@ -5,9 +5,6 @@ Hugging Face's layout, which every worker then maps into memory.
 """
 
 import hashlib
-import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import ModelError
+from fedlora.core.files import made_once
 
 VERSION = 1  # of the conversion: part of the cache's key
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -57,23 +55,9 @@ def converted() -> Path:
         head = file.read(1 << 20)
     key = hashlib.sha256(head + f"{source.stat().st_size} {VERSION}".encode()).hexdigest()[:12]
     target = cache_root() / "models" / f"smollm2-{key}"
-    if not (target / "config.json").is_file():
-        _publish(source, target)
-    return target
-
-
-def _publish(source: Path, target: Path) -> None:
-    """Convert into a folder beside the target and rename it: a reader never sees half a model."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        convert(source, draft)
-        os.rename(draft, target)
-    except OSError:
-        if not (target / "config.json").is_file():  # else another process was first: same content
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    return made_once(
+        target, lambda draft: convert(source, draft), lambda made: (made / "config.json").is_file()
+    )
 
 
 def convert(source: Path, target: Path) -> None:

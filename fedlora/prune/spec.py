@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +12,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fedlora.core.cache import cache_root, locked
+from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least
 from fedlora.core.errors import ModelError
+from fedlora.core.files import made_once, write_file
 from fedlora.core.seeding import generator
 from fedlora.data.source import Source
 from fedlora.data.store import ClientInfo, TokenStore, prepare
@@ -120,13 +119,9 @@ class Pruned(ModelSpec):
             return expanded(Path(self.path).expanduser().absolute())
         base = dataclasses.replace(self.base, targets=self.targets, dtype=self.dtype)
         target = cache_root() / "models" / f"{self.name}-{self._key(base)}"
-        if (target / ABOUT).is_file():
-            return target
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with locked(target.with_name(f"{target.name}.lock")):
-            if not (target / ABOUT).is_file():
-                self._make(base, target)
-        return target
+        return made_once(
+            target, lambda draft: self._make(base, draft), lambda made: (made / ABOUT).is_file()
+        )
 
     def resolved(self) -> Self:
         return dataclasses.replace(self, path=str(self.folder()), calibration=None, population=None)
@@ -154,8 +149,8 @@ class Pruned(ModelSpec):
             infos = [c for c in infos[: len(shards)] if c.id not in apart]
         return calibrators(infos, self.clients, self.samples, self.length, self.seed)
 
-    def _make(self, base: ModelSpec, target: Path) -> None:
-        """Prune and write, then give the folder its name in one step."""
+    def _make(self, base: ModelSpec, draft: Path) -> None:
+        """Prune, and write the model into a folder."""
         from fedlora.models.export import merge  # PEFT: seconds that a description need not wait
 
         model = base.load(torch.device("cpu"))
@@ -179,18 +174,11 @@ class Pruned(ModelSpec):
                 f"model.pattern={self.pattern} leaves {whole[0]} without a zero ({len(whole)} of "
                 f"{len(masks)} layers): choose a larger share"
             )
-        building = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        try:
-            merge(model, {}, building)
-            about |= {"mask": save_masks(masks, building), "density": density(masks)}
-            about |= {"base": self.base.name, "method": self.method, "pattern": self.pattern}
-            about |= {"sequential": self.sequential, "calibration_clients": list(texts)}
-            (building / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-            building.chmod(0o755)
-            shutil.rmtree(target, ignore_errors=True)
-            building.rename(target)
-        finally:
-            shutil.rmtree(building, ignore_errors=True)
+        merge(model, {}, draft)
+        about |= {"mask": save_masks(masks, draft), "density": density(masks)}
+        about |= {"base": self.base.name, "method": self.method, "pattern": self.pattern}
+        about |= {"sequential": self.sequential, "calibration_clients": list(texts)}
+        write_file(draft / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 def read_about(folder: Path) -> dict[str, Any]:

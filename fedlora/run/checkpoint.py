@@ -8,10 +8,8 @@ outside, and the hash in ``meta.json`` tells which. Nothing is pickled.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,13 @@ from torch import Tensor
 
 from fedlora.core.checks import at_least
 from fedlora.core.errors import CheckpointError
+from fedlora.core.files import remove_drafts, whole_folder
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+STRUCTURE = "structure"
 _NAME = re.compile(r"round_(\d{5,})")
-_UNFINISHED = ".unfinished_"
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,45 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
         digest.update(_bytes(t))
     return digest.hexdigest()
+
+
+def pack(value: Any) -> dict[str, Tensor]:
+    """Nested dictionaries and lists of tensors and JSON values as named tensors.
+
+    Tensors are numbered in the order in which they are met; `STRUCTURE` holds the rest as JSON text
+    in bytes. Tuples come back as lists.
+
+    Raises:
+        TypeError: for a value that is neither a tensor nor JSON.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def plain(x: Any) -> Any:
+        if isinstance(x, Tensor):
+            name = f"{len(tensors):05d}"
+            tensors[name] = x
+            return {"tensor": name}
+        if isinstance(x, Mapping):  # pairs: JSON would turn the numbers of parameters into text
+            return {"pairs": [[plain(k), plain(v)] for k, v in x.items()]}
+        if isinstance(x, list | tuple):
+            return [plain(v) for v in x]
+        return x
+
+    text = json.dumps(plain(value)).encode()
+    return tensors | {STRUCTURE: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+
+
+def unpack(state: Mapping[str, Tensor]) -> Any:
+    """The inverse of `pack`."""
+
+    def nested(x: Any) -> Any:
+        if isinstance(x, dict):
+            if "tensor" in x:
+                return state[x["tensor"]]
+            return {nested(k): nested(v) for k, v in x["pairs"]}
+        return [nested(v) for v in x] if isinstance(x, list) else x
+
+    return nested(json.loads(bytes(state[STRUCTURE].numpy())))
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -87,24 +125,17 @@ def save(
     at_least("checkpoints.keep", keep, 0)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round_{round:05d}"
-    unfinished = Path(tempfile.mkdtemp(prefix=f"{_UNFINISHED}{target.name}_", dir=folder))
-    try:
-        blob = safetensors.torch.save({name: _standalone(t) for name, t in state.items()})
-        meta = {
-            "format": FORMAT,
-            "round": round,
-            "sha256": hashlib.sha256(blob).hexdigest(),
-            "config_hash": config_hash,
-            "names": list(state),
-        }
-        _write(unfinished / "state.safetensors", blob)
-        _write(unfinished / "meta.json", json.dumps(meta, indent=1, ensure_ascii=False).encode())
-        _flush_folder(unfinished)
-        _swap(unfinished, target)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    _flush_folder(folder)
+    blob = safetensors.torch.save({name: _standalone(t) for name, t in state.items()})
+    meta = {
+        "format": FORMAT,
+        "round": round,
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "config_hash": config_hash,
+        "names": list(state),
+    }
+    with whole_folder(target) as draft:
+        (draft / "state.safetensors").write_bytes(blob)
+        (draft / "meta.json").write_bytes(json.dumps(meta, indent=1, ensure_ascii=False).encode())
     _forget(folder, round, keep)
     return target
 
@@ -144,8 +175,7 @@ def latest(folder: Path) -> Checkpoint | None:
         CheckpointError: if there are checkpoints and none can be read: starting over would throw
             away what a person may still rescue.
     """
-    for unfinished in folder.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_drafts(folder)
     failures = []
     for _, path in sorted(_saved(folder), reverse=True):
         try:
@@ -194,17 +224,6 @@ def _meta(path: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _swap(unfinished: Path, target: Path) -> None:
-    """Give the finished folder its name, in place of an older folder if there is one."""
-    if target.exists():
-        replaced = target.with_name(f"{_UNFINISHED}{target.name}_replaced_{os.getpid()}")
-        target.rename(replaced)
-        unfinished.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        unfinished.rename(target)
-
-
 def _standalone(t: Tensor) -> Tensor:
     """A CPU copy whose storage is its own: safetensors refuses tensors that share memory."""
     return t.detach().to("cpu", copy=True).contiguous()
@@ -213,19 +232,3 @@ def _standalone(t: Tensor) -> Tensor:
 def _bytes(t: Tensor) -> memoryview:
     flat = t.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data
-
-
-def _write(file: Path, content: bytes) -> None:
-    with file.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries: a rename is durable only once its parent is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

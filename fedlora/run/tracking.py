@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedlora.core.checks import at_least, one_of
+from fedlora.core.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +182,15 @@ def plain(value: Any) -> Any:
 
 
 def _append(file: Path, records: Sequence[Record]) -> None:
-    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in records)
-    text = "".join(f"{line}\n" for line in lines)
     with file.open("a", encoding="utf-8") as f:
-        f.write(text)
+        f.write(_lines(records))
         f.flush()
         os.fsync(f.fileno())
+
+
+def _lines(records: Sequence[Record]) -> str:
+    lines = (json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in records)
+    return "".join(f"{line}\n" for line in lines)
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
@@ -206,10 +210,7 @@ def _forget_after(file: Path, last: int) -> None:
     if not file.exists():
         return
     kept = [r for r in _records(file) if int(r.get("round", 0)) <= last]
-    rest = file.with_name(f"{file.name}.kept")
-    rest.unlink(missing_ok=True)
-    _append(rest, kept)
-    rest.replace(file)
+    write_file(file, _lines(kept))
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------

@@ -107,13 +107,6 @@ class Wire:
         """What `encode` makes of ``tokens`` rows of ``d`` numbers: the arrays, without headers."""
         return self._format.bytes(tokens, d)
 
-    def error(self, x: Tensor, generator: torch.Generator | None = None) -> dict[str, float]:
-        """What the way costs: ``relative`` Frobenius error and ``max`` absolute error."""
-        sent, got = x.detach().cpu().double(), self.decode(self.encode(x, generator)).double()
-        difference, size = got - sent, float(torch.linalg.vector_norm(sent))
-        relative = float(torch.linalg.vector_norm(difference)) / size if size else 0.0
-        return {"relative": relative, "max": float(difference.abs().max()) if len(sent) else 0.0}
-
     @property
     def _format(self) -> "_Format":
         if self.kind == "int8":

@@ -34,12 +34,11 @@ from fedlora.server.method import ClientChannel, Method, RoundOutcome
 from fedlora.split.batches import Seeds
 from fedlora.split.config import SplitConfig
 from fedlora.split.context import RunContext, run_context
-from fedlora.split.cost import client_memory, client_work
+from fedlora.split.cost import client_part
 from fedlora.split.link import MessageLink
 from fedlora.split.protocol import Cut, InitMessage, Terms
 from fedlora.split.rounds import Finished, LocalLink, RoundPlan, run_exchanges
 from fedlora.split.server import ClientInfo, SplitServer
-from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.training.loop import learning_rates
 
@@ -145,21 +144,20 @@ class SplitRound:
         """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
         bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
         cut, rows = self.cuts[i], metrics["exchanged_tokens"]
-        split = Split(cut.first, cut.tail if cut.u_shaped else None)
         ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
         try:
-            shapes = shapes_of(self.context.model.network, ranks)
+            part = client_part(self.context.model.network, ranks, cut)
             length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
-            work = client_work(shapes, split, max(1, length))
+            work = part.flops(max(1, length))
             widest = int(metrics["step_tokens"])
             supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
-            held = client_memory(shapes, split, widest, dropout=dropout, supervised=supervised)
+            held = part.memory(widest, dropout=dropout, supervised=supervised)
         except ValueError:
             return {}
         return {
             "client_flops": rows * (work.forward + work.backward),
-            "client_memory": float(held.total),
+            "client_memory": float(sum(held)),
         }
 
     def _announce(self) -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 from fedlora.core.types import (
     Adapter,
     Factors,
-    Ranks,
     SelfPrune,
 )
 
@@ -35,11 +34,6 @@ def keep(rank: int, gamma: float) -> int:
 def shrunk(rank: int, prune: SelfPrune) -> int:
     """The rank after pruning: ``max(min_rank, keep(rank))``, never more than ``rank``."""
     return min(rank, max(prune.min_rank, keep(rank, prune.gamma)))
-
-
-def shrunk_ranks(ranks: Ranks, prune: SelfPrune) -> Ranks:
-    """Every module's rank after pruning."""
-    return Ranks({path: shrunk(r, prune) for path, r in ranks.items()})
 
 
 def tail_product(a: Tensor, b: Tensor, keep: int) -> Tensor:

@@ -10,7 +10,7 @@ from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic

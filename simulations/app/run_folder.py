@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.files import write_file
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
 from simulations.app.compose import absolute
@@ -52,7 +53,7 @@ def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
 def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     """config.yaml, environment.json, model.json and population.json of the run folder."""
     info, roster = inputs.info, inputs.roster
-    _write(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
+    write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
     _write_json(folder / MODEL, model | {"folder": str(inputs.worker.model.folder())})
@@ -91,11 +92,4 @@ def status_file(folder: Path, session: Session) -> Iterator[None]:
 
 
 def _write_json(path: Path, value: object) -> None:
-    _write(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """All of a file or none of it, whenever the process ends."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_file(path, json.dumps(value, indent=1, default=str) + "\n")

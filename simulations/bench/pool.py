@@ -67,7 +67,7 @@ def say(line: str) -> None:
 def main(overrides: list[str]) -> None:
     """The rounds of `simulations.run` with the same overrides."""
     # Here, for every process of the pool imports this module.
-    from fedlora.core.lock import claim
+    from fedlora.core.files import claim
     from simulations.app.compose import load
     from simulations.app.federate import new_session, open_session
     from simulations.app.inputs import prepare_inputs

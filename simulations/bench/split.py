@@ -41,12 +41,10 @@ from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
 from fedlora.split.compression import Wire
-from fedlora.split.cost import client_memory, split_traffic
-from fedlora.split.measure import saved_bytes
+from fedlora.split.cost import client_part
 from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
 from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_exchanges
 from fedlora.split.server import ClientInfo, Rule, SplitServer
-from fedlora.split.shapes import Split, shapes_of
 from fedlora.split.trainable import TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.training.loop import learning_rates, optimise
@@ -57,6 +55,7 @@ from simulations.bench.engine.cases import (
     World,
 )
 from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.bench.saved_bytes import saved_bytes
 
 CLIENTS = 3
 STEPS = 4
@@ -217,16 +216,13 @@ class Bench:
 
     def formula(self, variant: Variant) -> dict[str, float]:
         """What `fedlora.split.cost` says of the first client: memory, and bytes of the round."""
-        shapes = shapes_of(self.network, {p: f.rank for p, f in self.whole.items()})
-        split = Split(self.cut, None if variant.tail < 0 else variant.tail)
+        ranks = {p: f.rank for p, f in self.whole.items()}
+        part = client_part(self.network, ranks, Cut(self.cut, variant.tail))
         tokens = self._tokens(0)
-        traffic = split_traffic(
-            shapes, split, steps=1, tokens=tokens, activations=variant.wire,
-            gradients=variant.wire, weight_bytes=0, label_bytes=4,
-        )  # fmt: skip
+        up, down = part.traffic(tokens, variant.wire, variant.wire, labels=tokens)
         padded = PLAN.batch_size * max(len(e.input_ids) - 1 for e in self.held[0])
-        saved = client_memory(shapes, split, padded, dropout=PLAN.dropout > 0).saved
-        return {"up": traffic.up, "down": traffic.down, "client": saved}
+        saved = part.memory(padded, dropout=PLAN.dropout > 0).saved
+        return {"up": up, "down": down, "client": saved}
 
     def _tokens(self, client: int) -> int:
         """Of a mean step."""

@@ -19,13 +19,11 @@ import argparse
 import hashlib
 import json
 import math
-import os
 import platform
 import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,10 +40,12 @@ import transformers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from fedlora.core.errors import RunFolderError
-from fedlora.core.lock import claim
+from fedlora.core.cache import cache_root
+from fedlora.core.errors import CheckpointError, RunFolderError
+from fedlora.core.files import claim, draft_folder, write_file
 from fedlora.core.types import CHOICES
 from fedlora.data.template import prompt
+from fedlora.run import checkpoint
 from simulations.pretraining.corpus import (
     SOURCES,
     Document,
@@ -182,11 +182,10 @@ def announce(progress: Progress, recipe: Recipe, speed: float) -> None:
 
 
 def publish(source: Path, output: Path) -> None:
-    """Move every file of `source` over those of `output`, each atomically."""
+    """Put every file of `source` in place of those of `output`, each atomically."""
     output.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):
-        path.chmod(0o644)
-        path.replace(output / path.name)
+        write_file(output / path.name, path.read_bytes())
 
 
 def save(
@@ -196,38 +195,39 @@ def save(
     output: Path,
 ) -> None:
     """Write model, tokenizer and training.json, never leaving half a file."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".pretrain-") as name:
-        model.save_pretrained(name)
-        tokenizer.save_pretrained(name)
+    with draft_folder(output) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
         special = {"pad_token": SPECIALS[PAD], "bos_token": SPECIALS[BOS]}
         special["eos_token"] = SPECIALS[EOS]
         for file, content in (("special_tokens_map", special), ("training", report)):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-            Path(name, f"{file}.json").write_text(text, encoding="utf-8")
-        publish(Path(name), output)
+            (draft / f"{file}.json").write_text(text, encoding="utf-8")
+        publish(draft, output)
 
 
-def state_path(recipe: Recipe, method: Method) -> Path:
-    """Where an interrupted run of exactly this recipe and method is kept, outside the output."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fedlora"
+def state_folder(recipe: Recipe, method: Method) -> Path:
+    """Where checkpoints of exactly this recipe and method are kept, outside the output."""
     what = json.dumps([asdict(recipe), asdict(method)])
-    return cache / f"pretrain-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
+    return cache_root() / "pretrain" / hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
-def save_state(path: Path, trained: Learner, progress: Progress) -> None:
-    """Write weights, optimiser and progress, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}")
-    torch.save({**trained.state(), "step": progress.step, "progress": asdict(progress)}, partial)
-    partial.replace(path)
+def save_state(folder: Path, trained: Learner, progress: Progress) -> None:
+    """Write weights, optimizer state and progress as the checkpoint of a step."""
+    state = trained.state() | {"step": progress.step, "progress": asdict(progress)}
+    checkpoint.save(folder, progress.step, checkpoint.pack(state), keep=1)
 
 
-def load_state(path: Path, trained: Learner) -> Progress:
-    """Take up an interrupted run, or begin a new one where there is none."""
-    if not path.is_file():
+def load_state(folder: Path, trained: Learner) -> Progress:
+    """Take up an interrupted run, or begin a new one where there is none.
+
+    Raises:
+        CheckpointError: if there are checkpoints and none can be read.
+    """
+    found = checkpoint.latest(folder)
+    if found is None:
         return Progress()
-    state = torch.load(path, weights_only=True)
+    state = checkpoint.unpack(found.state)
     trained.load(state)
     return Progress(**state["progress"])
 
@@ -319,7 +319,7 @@ class Run:
                     announce(progress, recipe, (progress.step - first) * recipe.block / elapsed)
                 due = progress.step % self.save_every == 0 and progress.step < recipe.steps
                 if stop.asked or due:
-                    save_state(state_path(recipe, self.method), trained, progress)
+                    save_state(state_folder(recipe, self.method), trained, progress)
                     self.checkpoint(trained, progress)
                 if stop.asked:
                     raise SystemExit("stopped; the same command goes on from here")
@@ -357,7 +357,7 @@ def own_pools(recipe: Recipe, method: Method) -> Iterator[Method]:
     if not method.pools:
         yield method
         return
-    folder = Path(method.pools) / state_path(recipe, method).stem
+    folder = Path(method.pools) / state_folder(recipe, method).name
     try:
         with claim(folder):
             yield replace(method, pools=str(folder))
@@ -385,11 +385,11 @@ def pretrain(
     print(json.dumps(run.text.counts), flush=True)
     with own_pools(recipe, method) as mine:
         trained = learner(build_model(recipe), recipe, mine)
-        kept = state_path(recipe, method)
+        kept = state_folder(recipe, method)
         progress = load_state(kept, trained)
         run.train(trained, progress)
         report = run.checkpoint(trained, progress, last=True)
-    kept.unlink(missing_ok=True)
+    shutil.rmtree(kept, ignore_errors=True)
     return report
 
 
@@ -485,7 +485,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = shlex.join(["python", "-m", "simulations.pretraining.pretrain", *given])
     try:
         pretrain(recipe, output, command, save_every, method)
-    except (MissingSource, ValueError, FloatingPointError, OSError, RunFolderError) as error:
+    except (
+        MissingSource, ValueError, FloatingPointError, OSError, RunFolderError, CheckpointError
+    ) as error:  # fmt: skip
         raise SystemExit(f"pretrain: {error}") from error
     return 0
 

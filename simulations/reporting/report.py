@@ -3,8 +3,8 @@
 fedlora report outputs/RUN             # writes outputs/RUN/report.html
 fedlora report outputs/A outputs/B     # and outputs/comparison.html
 
-The pages are the templates beside this module, filled with the values of `tables` and the figures
-of `figures`.
+The pages are the templates beside this module, filled with the values of `run_tables` and the
+figures of `figures`.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from fedlora.run.package import places
-from simulations.reporting import figures, tables
+from simulations.reporting import figures, run_tables
 from simulations.reporting.run_folder import RecordError, Run, read_run
 
 TEMPLATES = "simulations/reporting/templates"
@@ -75,9 +75,9 @@ def run_page(run: Run) -> dict[str, Any]:
     return {
         "title": run.name,
         "name": run.name,
-        "facts": tables.facts(run),
+        "facts": run_tables.facts(run),
         "message": str(run.status.get("message", "")),
-        "tiles": tables.tiles(run),
+        "tiles": run_tables.tiles(run),
         "learning": _section(
             "Learning",
             (figures.loss(only), "Training loss is measured while the clients train."),
@@ -85,7 +85,7 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.accuracy(only), ""),
             (figures.quality_per_byte(only), "What the communication bought."),
         ),
-        "evaluation": tables.evaluation_table(run),
+        "evaluation": run_tables.evaluation_table(run),
         "cost": _section(
             "Cost",
             (figures.traffic(only), "As a deployment would send it: each client its own adapter."),
@@ -99,8 +99,8 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.exactness(only), "Averaging factors is not averaging their products."),
             (figures.update_norm(only), ""),
         ),
-        "failures": tables.failure_table(run),
-        "configuration": tables.config_table(run),
+        "failures": run_tables.failure_table(run),
+        "configuration": run_tables.config_table(run),
         "yaml": OmegaConf.to_yaml(OmegaConf.create(dict(run.config))) if run.config else "",
     }
 
@@ -121,8 +121,8 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
     """What ``comparison.html`` shows."""
     return {
         "title": f"{len(runs)} runs",
-        "runs": [{"name": run.name, "colour": tables.colour(i)} for i, run in enumerate(runs)],
-        "final": tables.comparison_table(runs),
+        "runs": [{"name": run.name, "colour": run_tables.colour(i)} for i, run in enumerate(runs)],
+        "final": run_tables.comparison_table(runs),
         "learning": _section(
             "Learning",
             (figures.loss(runs), ""),
@@ -136,7 +136,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
             (figures.exactness(runs), ""),
             (figures.update_norm(runs), ""),
         ),
-        "differences": tables.difference_table(runs),
+        "differences": run_tables.difference_table(runs),
     }
 
 

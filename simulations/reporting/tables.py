@@ -1,289 +1,178 @@
-"""The numbers and tables of a report, as values; the templates make them HTML."""
+"""Tables of recorded results: every cell is computed from a JSON file, none is typed.
 
-from collections.abc import Iterator, Mapping, Sequence
+Runs are in docs/results/, benchmarks in simulations/bench/results/. A table is a function of the
+`Records` that returns Markdown; `TABLES` names them for the markers in documents.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from fedlora.run.progress import clock, size
-from simulations.reporting import figures
-from simulations.reporting.run_folder import Record, Run, leaves, number, rank_order
+from fedlora.run.progress import clock
+
+FOLDERS = ("docs/results", "simulations/bench/results")
+GIB = 1024
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a table."""
+class Records:
+    """The recorded JSON files of a checkout, by the beginning of their names."""
 
-    text: str = ""
-    css: str = ""
-    """``n``: a number; ``key``: what the row is about."""
-    note: str = ""
-    """Small, behind the text."""
-    below: str = ""
-    """Small, on a line of its own."""
-    colour: str = ""
-    """Of a dot before the text."""
+    root: Path
 
+    def __getitem__(self, name: str) -> Any:
+        """The record whose file name is ``<name>.json`` or ``<name>-<machine>.json``.
 
-@dataclass(frozen=True)
-class Table:
-    """A table under a heading."""
-
-    title: str
-    rows: Sequence[Sequence[Cell]]
-    names: Sequence[Cell] = ()
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One of the large numbers at the top."""
-
-    name: str
-    value: str
-    note: str
-
-
-@dataclass(frozen=True)
-class Fact:
-    """One piece of the line below a run's name."""
-
-    text: str
-    code: str = ""
-    after: str = ""
-    bad: bool = False
-
-
-def colour(i: int) -> str:
-    """Of the i-th run."""
-    return figures.COLOURS[i % len(figures.COLOURS)]
-
-
-# --- numbers --------------------------------------------------------------------------------------
-
-
-def totals(run: Run) -> dict[str, Any]:
-    """A run in a few numbers; what was not recorded is missing."""
-    found: dict[str, Any] = {"rounds": len(run.rounds)}
-    if not run.rounds and not run.evaluations:
-        return found
-    _, losses = run.series("train/loss")
-    if losses:
-        found |= {"loss": losses[-1], "first_loss": losses[0]}
-    for way in ("up", "down"):
-        _, sent = run.series(f"wire/{way}_bytes")
-        if sent:
-            found[way] = sum(sent)
-    _, spent = run.series("round/seconds")
-    evaluating = sum(number(r.get("round/evaluate_seconds")) or 0.0 for r in run.evaluations)
-    if spent:
-        found["seconds"] = sum(spent) + evaluating
-    for key in ("clients", "failed", "rejected"):
-        found[key] = int(sum(run.series(key)[1]))
-    for label, rows in run.groups().items():
-        found.setdefault("evaluated", (label, rows[0], rows[-1]))
-    if run.rounds:
-        found["hash"] = str(run.rounds[-1].get("state/hash", ""))[:12]
-    return found
-
-
-def tiles(run: Run) -> list[Tile]:
-    """A run in a few large numbers."""
-    t = totals(run)
-    planned = run.config.get("rounds")
-    shown = [("rounds", f"{t['rounds']}" + (f" of {planned}" if planned else ""), "")]
-    if "loss" in t:
-        shown.append(("training loss", f"{t['loss']:.3f}", f"{t['first_loss']:.3f} in round 1"))
-    if "evaluated" in t:
-        label, first, last = t["evaluated"]
-        for key, name in (
-            ("loss_response", "loss"),
-            ("rouge_l", "ROUGE-L"),
-            ("accuracy", "accuracy"),
-        ):
-            now, then = number(last.get(key)), number(first.get(key))
-            if now is not None:
-                before = f"{then:.3f} in round {first['round']}" if then is not None else ""
-                shown.append((f"{name}, {label}", f"{now:.3f}", before))
-    if "up" in t:
-        shown.append(("sent up", size(t["up"]), f"{size(t.get('down', 0))} down"))
-    if "clients" in t:
-        bad = t["failed"] + t["rejected"]
-        share = f"{t['failed']} failed, {t['rejected']} rejected" if bad else "none failed"
-        shown.append(("local trainings", f"{t['clients']:,}", share))
-    if "seconds" in t:
-        rate = t["clients"] / t["seconds"] if t["seconds"] else 0.0
-        shown.append(("time", clock(t["seconds"]), f"{rate:.1f} clients/s, all included"))
-    return [Tile(*tile) for tile in shown]
-
-
-def facts(run: Run) -> Iterator[Fact]:
-    """How the run ended, and on what it ran."""
-    env = run.environment
-    if status := str(run.status.get("status", "")):
-        shown = {"running": "running, or killed"}.get(status, status)
-        yield Fact(shown, bad=status == "failed")
-    if commit := env.get("sources", {}).get("commit", ""):
-        changed = ", changed since" if env["sources"].get("dirty") else ""
-        yield Fact("commit", code=commit[:12], after=changed)
-    packages = env.get("packages", {})
-    for name in ("fedlora", "torch", "flwr"):
-        if name in packages:
-            yield Fact(f"{name} {packages[name]}")
-    devices = [str(d.get("name", "")) for d in env.get("devices", [])]
-    if env:
-        yield Fact(", ".join(devices) or f"{env.get('cpus_usable', '?')} CPU cores")
-    if recorded := env.get("recorded"):
-        yield Fact(str(recorded).replace("T", " ").replace("+00:00", " UTC"))
-    last = run.rounds[-1] if run.rounds else {}
-    if engine := last.get("engine"):
-        yield Fact(f"engine: {engine}")
-    if state := last.get("state/hash"):
-        yield Fact("state", code=str(state)[:12])
-
-
-# --- tables ---------------------------------------------------------------------------------------
-
-_MEASURES = {
-    "loss_response": "loss",
-    "loss_full": "loss, prompt too",
-    "perplexity": "perplexity",
-    "accuracy": "accuracy",
-    "rouge_l": "ROUGE-L",
-    "rouge_l_unicode": "ROUGE-L, Unicode",
-    "exact_match": "exact match",
-}
-
-
-def evaluation_table(run: Run) -> Table | None:
-    """The last evaluation of every group: mean over clients, and the weighted mean below it."""
-    last = {label: rows[-1] for label, rows in run.groups().items()}
-    shown = _shown_metrics(list(last.values()))
-    if not shown:
-        return None
-    rows = []
-    for label, r in last.items():
-        cells = [
-            Cell(label, "key"),
-            Cell(str(r["round"]), "n"),
-            Cell(str(r.get("clients", "")), "n"),
+        Raises:
+            FileNotFoundError: if there is not exactly one; the message names the folders.
+        """
+        files = [
+            f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))
         ]
-        for key in shown:
-            interval = ""
-            if number(r.get(f"{key}_low")) is not None:
-                interval = f"[{_show(r[f'{key}_low'])}, {_show(r[f'{key}_high'])}]"
-            weighted = _show(r.get(f"{key}_weighted"))
-            cells.append(Cell(_show(r.get(key)), "n", note=interval, below=weighted))
-        rows.append(cells)
-    names = [Cell("group"), *(Cell(n, "n") for n in ("round", "clients", *shown.values()))]
-    note = "Mean over clients; below it, weighted by examples or tokens."
-    return Table("Last evaluation", rows, names, note)
+        exact = [f for f in files if f.stem == name] or files
+        if len(exact) != 1:
+            found = ", ".join(f.name for f in exact) or "none"
+            raise FileNotFoundError(f"{name}: one JSON file is wanted in {FOLDERS}, found {found}")
+        return json.loads(exact[0].read_text(encoding="utf-8"))
+
+    def text(self, name: str) -> str:
+        """A recorded text of docs/results/, such as what a run printed."""
+        return (self.root / FOLDERS[0] / name).read_text(encoding="utf-8")
 
 
-def _shown_metrics(records: Sequence[Record]) -> dict[str, str]:
-    """Metrics that have a mean in some record, with their titles: known ones first."""
-    means = [k.removesuffix("_weighted") for r in records for k in r if k.endswith("_weighted")]
-    titles = _MEASURES | {k: k.replace("_", " ") for k in means if k not in _MEASURES}
-    return {k: v for k, v in titles.items() if any(number(r.get(k)) is not None for r in records)}
+Table = Callable[[Records], str]
 
 
-def failure_table(run: Run) -> Table | None:
-    """What went wrong with clients, the most frequent first."""
-    groups: dict[tuple[str, str], list[Record]] = {}
-    for row in run.clients:
-        if row.get("failure"):
-            same = (str(row["failure"]), _first_line(row.get("message")))
-            groups.setdefault(same, []).append(row)
-    if not groups:
-        return None
-    rows = []
-    for (kind, message), found in sorted(groups.items(), key=lambda item: -len(item[1])):
-        ranks = sorted({str(r.get("rank", "")) for r in found}, key=rank_order)
-        rows.append(
-            [
-                Cell(kind, "key"),
-                Cell(message),
-                Cell(str(len(found)), "n"),
-                Cell(_some(sorted({r["round"] for r in found}))),
-                Cell(_some(sorted({r["client"] for r in found}))),
-                Cell(_some(ranks)),
-            ]
-        )
-    names = [Cell("kind"), Cell("message of the first"), Cell("times", "n"), Cell("rounds")]
-    return Table("Failures", rows, [*names, Cell("clients"), Cell("ranks")])
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def config_table(run: Run) -> Table | None:
-    """The configuration, a row per group."""
-    if not run.config:
-        return None
-    rows, scalars = [], []
-    for key, value in run.config.items():
-        if isinstance(value, Mapping):
-            name = str(value.get("_target_", "")).rpartition(".")[2]
-            inner = [
-                f"{k}={v}" for k, v in leaves(value) if not k.endswith("_target_") and _says(v)
-            ]
-            rows.append([Cell(key, "key"), Cell(name, note="  ".join(inner))])
-        elif _says(value):
-            scalars.append(f"{key}={value}")
-    rows.insert(0, [Cell("run", "key"), Cell(note="  ".join(scalars))])
-    return Table("Configuration", rows)
+def code(command: str) -> str:
+    """A command as the documents show it."""
+    return f"`{command}`"
 
 
-def comparison_table(runs: Sequence[Run]) -> Table:
-    """The final numbers of several runs."""
-    numbers = ("rounds", "training loss", "evaluation loss", "ROUGE-L", "accuracy", "up", "down")
-    names = [Cell("run"), *(Cell(n, "n") for n in (*numbers, "time", "failed"))]
-    rows = []
-    groups: dict[str, None] = {}
-    for i, run in enumerate(runs):
-        t = totals(run)
-        last: Record = t["evaluated"][2] if "evaluated" in t else {}
-        if "evaluated" in t:
-            groups[t["evaluated"][0]] = None
-        shown = [str(t["rounds"]), _show(t.get("loss"))]
-        shown += [_show(last.get(key)) for key in ("loss_response", "rouge_l", "accuracy")]
-        shown += [size(t[k]) if k in t else "–" for k in ("up", "down")]
-        shown.append(clock(t["seconds"]) if "seconds" in t else "–")
-        shown.append(str(t.get("failed", 0) + t.get("rejected", 0)))
-        name = Cell(run.name, "key", colour=colour(i))
-        rows.append([name, *(Cell(text, "n") for text in shown)])
-    note = f"Evaluation: last record of {', '.join(groups)}." if groups else ""
-    return Table("Final numbers", rows, names, note)
+def change(first: float | None, last: float, digits: int = 3) -> str:
+    """``before → after``."""
+    before = "" if first is None else f"{first:.{digits}f} → "
+    return f"{before}{last:.{digits}f}"
 
 
-def difference_table(runs: Sequence[Run]) -> Table | None:
-    """The configuration keys in which the runs differ."""
-    flat = [dict(leaves(run.config)) for run in runs]
-    keys = [k for k in dict.fromkeys(k for f in flat for k in f) if k not in ("name", "output_dir")]
-    different = [k for k in keys if len({str(f.get(k, "–")) for f in flat}) > 1]
-    if not different:
-        return None
-    rows = [[Cell(k, "key"), *(Cell(str(f.get(k, "–"))) for f in flat)] for k in different]
-    names = [Cell(), *(Cell(run.name) for run in runs)]
-    return Table("What differs in the configuration", rows, names)
-
-
-# --- words ----------------------------------------------------------------------------------------
-
-
-def _show(value: object) -> str:
-    found = number(value)
-    if found is None:
+def traffic(mib: float | None) -> str:
+    """Mebibytes, or gibibytes where those are more readable."""
+    if mib is None:
         return "–"
-    return f"{found:,.1f}" if abs(found) >= 100 else f"{found:.3f}"
+    if mib >= GIB:
+        return f"{mib / GIB:.1f} GiB"
+    return f"{mib:.0f} MiB" if mib >= 100 or mib == round(mib) else f"{mib:.1f} MiB"
 
 
-def _says(value: object) -> bool:
-    """Whether a configuration value says something: not empty, not absent."""
-    return value not in (None, "", [], {})
+def deviation(values: Sequence[float], digits: int = 1) -> str:
+    """``mean ± standard deviation`` of several seeds."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def _some(values: Sequence[object], limit: int = 8) -> str:
-    more = f", … ({len(values)})" if len(values) > limit else ""
-    return ", ".join(str(v) for v in values[:limit]) + more
+def times(x: float) -> str:
+    """A ratio."""
+    return f"{x:.2f}x" if x < 3 else f"{x:.1f}x" if x < 10 else f"{x:.0f}x"
 
 
-def _first_line(message: object) -> str:
-    lines = str(message or "").strip().splitlines()
-    return lines[0][:300] if lines else ""
+def printed(records: Records) -> str:
+    """What the default run prints, without the lines in between."""
+    return f"```\n{records.text('default.log')}```"
+
+
+# --- runs -----------------------------------------------------------------------------------------
+
+
+def learning(records: Records) -> str:
+    """Runs: loss and ROUGE-L of clients that never train, before and after."""
+    rows = []
+    for r in records["runs"]["rows"]:
+        note = f", {r['note']}" if r.get("note") else ""
+        loss = change(r["first"]["loss_response"], r["last"]["loss_response"])
+        cost = (traffic(r["up_mib"]), clock(r["seconds"]))
+        rows.append([f"{r['run']}{note}", code(r["command"]), loss, rouge(r), *cost])
+    return markdown(["run", "command", "loss", "ROUGE-L", "sent up", "time"], rows)
+
+
+def rouge(row: Mapping[str, Any]) -> str:
+    """ROUGE-L with its interval where there is one, else before and after."""
+    last = row["last"]
+    if "rouge_l_low" in last:
+        return f"{last['rouge_l']:.3f} [{last['rouge_l_low']:.3f}, {last['rouge_l_high']:.3f}]"
+    return change(row["first"].get("rouge_l"), last["rouge_l"])
+
+
+def e2e(records: Records) -> str:
+    """Split-federated runs on E2E."""
+    rows = []
+    for r in records["e2e"]["rows"]:
+        run = f"{code(r['experiment'])}: {r['what']}"
+        scores = (r["bleu"], r["nist"], 100 * r["rouge_l_e2e"], r["cider"])
+        texts = (f"{x:.{digits}f}" for x, digits in zip(scores, (2, 2, 1, 3), strict=True))
+        rows.append([run, f"{r['perplexity']:.3f}", traffic(r["up_mib_per_round"]), *texts])
+    names = ["experiment", "perplexity", "sent up in a round", "BLEU", "NIST", "ROUGE-L (E2E)"]
+    return markdown([*names, "CIDEr"], rows)
+
+
+# --- pre-training and pruning ---------------------------------------------------------------------
+
+
+def switchlora(records: Records) -> str:
+    """Pre-training a small Llama by four methods, several seeds."""
+    found = records["switchlora-d"]
+    rows = []
+    for side, seeds in found["runs"].items():
+        runs = list(seeds.values())
+        ranks = statistics.mean(r["update_rank"]["mean"] for r in runs)
+        possible = runs[0]["update_rank"]["possible"]
+        perplexity = deviation([r["perplexity"] for r in runs])
+        parameters = f"{runs[0]['trained_parameters']:,}"
+        rows.append([side, f"{runs[0]['lr']:g}", perplexity, parameters])
+        rows[-1].append(f"{ranks:.1f} of {possible:.0f}")
+    names = ["method", "learning rate", "held-out perplexity", "trained parameters"]
+    return markdown([*names, "rank of the update"], rows)
+
+
+def switchlora_rounds(records: Records) -> str:
+    """The same idea under federation: loss of clients that never train, and traffic."""
+    rows = []
+    for side, seeds in records["switchlora-rounds"]["runs"].items():
+        runs = list(seeds.values())
+        up, down = (
+            statistics.mean(sum(r[way]) for r in runs) / 2**20 for way in ("up_bytes", "down_bytes")
+        )
+        last = deviation([r["loss"][-1] for r in runs], 3)
+        rows.append([side, f"{runs[0]['lr']:g}", last, traffic(up), traffic(down)])
+    return markdown(["side", "learning rate", "loss", "sent up", "sent down"], rows)
+
+
+def sparse(records: Records) -> str:
+    """Fine-tuning pruned models: perplexity by method and pattern."""
+    found = {name: records[f"sparse-{name}"]["patterns"] for name in ("tiny", "smollm2")}
+    columns = [(name, pattern) for name in found for pattern in ("0.5", "2:4")]
+    tables = [{r["name"]: r for r in found[name][pattern]} for name, pattern in columns]
+    titles = {"tiny": "tiny", "smollm2": "SmolLM2-135M"}
+    heads = [f"{titles[n]}, {'50 %' if p == '0.5' else p}" for n, p in columns]
+    rows = [
+        [name, *(f"{t[name]['perplexity']:.1f}" if name in t else "–" for t in tables)]
+        for name in dict.fromkeys(name for t in tables for name in t)
+    ]
+    return markdown(["method", *heads], rows)
+
+
+TABLES: dict[str, Table] = {
+    "printed": printed,
+    "learning": learning,
+    "e2e": e2e,
+    "switchlora": switchlora,
+    "switchlora-rounds": switchlora_rounds,
+    "sparse": sparse,
+}

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.config import build
 from fedlora.core.errors import CheckpointError, ConfigError, ModelError
+from fedlora.core.files import write_file
 from fedlora.core.types import Payload, Setting
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
@@ -132,8 +133,9 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
         "adapter": request.adapter,
         "decoding": dataclasses.asdict(request.decoding),
     }
-    _write(run / f"{request.stem}.jsonl", (json.dumps(r, ensure_ascii=False) for r in rows))
-    _write(run / f"{request.stem}.json", [json.dumps(record, indent=1)])
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]
+    write_file(run / f"{request.stem}.jsonl", "".join(lines))
+    write_file(run / f"{request.stem}.json", json.dumps(record, indent=1) + "\n")
     return record
 
 
@@ -189,13 +191,6 @@ class Lines:
             self._last = now
             left = (now - self._began) * (of - done) / done
             self._emit(f"  {done}/{of} contexts  ETA {clock(left)}")
-
-
-def _write(file: Path, lines: Iterable[str]) -> None:
-    """All of a file or none of it."""
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    unfinished.replace(file)
 
 
 def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,6 @@ from fedlora.algebra.linalg import (
     average,
     exactness_gap,
     shares,
-    weighted_delta,
 )
 from fedlora.algebra.server_optimizer import FedAdam, FedAvgM
 from fedlora.core.types import Ranks
@@ -22,6 +21,7 @@ from tests.generators import (
     setting,
     single_module_setting,
     vector_updates,
+    weighted_delta,
 )
 from tests.strategies.laws import after_rounds, close, cohort
 

@@ -16,7 +16,6 @@ from fedlora.algebra.linalg import (
     shares,
     stack,
     svd,
-    weighted_delta,
 )
 from fedlora.algebra.server_optimizer import FedAvgM
 from fedlora.algebra.state import State
@@ -26,7 +25,14 @@ from fedlora.core.types import (
     Update,
 )
 from strategies.flexlora import FlexLoRA
-from tests.generators import dense, seeds, setting, single_module_setting, vector_updates
+from tests.generators import (
+    dense,
+    seeds,
+    setting,
+    single_module_setting,
+    vector_updates,
+    weighted_delta,
+)
 from tests.strategies.laws import after_rounds, close, cohort
 
 

@@ -13,7 +13,7 @@ from fedlora.core.types import (
     Ranks,
     SelfPrune,
 )
-from fedlora.training.self_pruning import prune_adapter, shrunk_ranks
+from fedlora.training.self_pruning import prune_adapter, shrunk
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
     dense,
@@ -164,7 +164,7 @@ def test_pruned_clients_stay_pruned(seed: int) -> None:
         start = rule.client_start(state, e)
         assert Ranks({p: f.rank for p, f in start.items()}) == want
         payload = prune_adapter(trained(start, seed + t), prune)
-        want = shrunk_ranks(want, prune)
+        want = Ranks({path: shrunk(r, prune) for path, r in want.items()})
         update = dataclasses.replace(
             cohort(rule, state, population, seed)[3],
             client=dataclasses.replace(e, ranks=want),

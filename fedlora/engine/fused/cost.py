@@ -12,10 +12,8 @@ import itertools
 import json
 import logging
 import math
-import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,8 +23,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fedlora.core.cache import cache_root, locked
+from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least
+from fedlora.core.files import locked, write_file
 from fedlora.engine.fused.schedule import Schedule, Work, cost
 
 log = logging.getLogger(__name__)
@@ -102,12 +101,6 @@ class CostModel:
             forwards = [works[client].forwards[index] for client, _, index in step.active]
             total += self.seconds(cost(forwards, schedule.padded), len(forwards))
         return total
-
-    def share(self, work: Work, budget: int) -> float:
-        """Seconds that a client adds to a round of full ragged steps: for dealing out clients."""
-        tokens = sum(f.tokens for f in work.forwards)
-        per_token = self.token_seconds + self.step_seconds / budget
-        return per_token * tokens + self.client_seconds * len(work.forwards)
 
     def dump(self) -> str:
         """As JSON, readable by `load` and by people."""
@@ -306,7 +299,7 @@ def tuned(
             found = _read(path)  # by whoever had the lock before
             if found is None:
                 found = fit(measure(probe, candidates, limit_s), row_bytes)
-                _write(path, found.dump())
+                write_file(path, found.dump())
     return replace(found, row_bytes=row_bytes)
 
 
@@ -318,18 +311,6 @@ def _read(path: Path) -> CostModel | None:
     except (OSError, ValueError) as error:
         log.warning("%s is of no use (%s): measuring again", path, error)
         return None
-
-
-def _write(path: Path, text: str) -> None:
-    """Under its name by one rename: a reader never sees half a file."""
-    handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(draft, path)
-    except BaseException:
-        os.unlink(draft)
-        raise
 
 
 def tuning_key(

@@ -3,8 +3,8 @@
 A client is a chain of forward passes that must run in order; a fused step runs at most one of each
 of several clients that sit in the slots of the adapter bank. A schedule is a pure function of the
 work, the policy, the token budget and the number of slots: what a client computes never depends on
-it, only when. The policies are compared in docs/fused.md, which also says how m-LoRA's scheduling
-strategies map to them:
+it, only when. The policies are compared in docs/performance.md, which also says how m-LoRA's
+scheduling strategies map to them:
 
 =========== ====================== ================
 README      code                   here

@@ -6,8 +6,8 @@ merging are PEFT's; ``lora_A.weight [r, d_in]`` is alpha and ``lora_B.weight [d_
 Neither point is a stable interface of PEFT, hence the tests that hold it to our own layer.
 
 The mapping of layers is not part of what PEFT saves: whoever loads has to register it again
-(`spp_config`). Without it the shapes do not fit, and PEFT refuses. `peft_model` does so, and checks
-that the base is the one that was trained on, of which PEFT knows nothing.
+(`spp_config`). Without it the shapes do not fit, and PEFT refuses. Nor does PEFT know the base that
+was trained on: ``load_spp(folder).mask`` is the `mask_identity` of its folder.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
 from safetensors import safe_open
@@ -32,12 +32,9 @@ from fedlora.core.types import (
 )
 from fedlora.models.export import CONFIG, SPP, WEIGHTS, save_peft
 from fedlora.models.masks import (
-    check_network,
     check_zeros,
-    load_masks,
-    mask_identity,
 )
-from fedlora.models.modules import ModelInfo, check_scale, linear_layers
+from fedlora.models.modules import ModelInfo, check_scale
 from fedlora.techniques.spp.layer import scaled_branch
 from fedlora.techniques.spp.scale import (
     alpha_of,
@@ -116,39 +113,9 @@ class SppLinear(lora.Linear):
 def spp_config(config: LoraConfig) -> LoraConfig:
     """The configuration with SPP's layers registered, for ``get_peft_model`` or, loaded from a
     folder, for ``PeftModel.from_pretrained(base, folder, config=...)`` on the pruned base that it
-    was trained on (`peft_model`)."""
+    was trained on. A loaded one of GPT-2 also needs ``fan_in_fan_out = True``."""
     config._register_custom_module({nn.Linear: SppLinear, Conv1D: SppLinear})
     return config
-
-
-def peft_model(network: Any, adapter: Path, base: Path) -> PeftModel:
-    """An SPP adapter in PEFT's hands, on the pruned model that it was trained on.
-
-    Args:
-        network: a ``PreTrainedModel``, changed in place.
-        adapter: folder that `save_spp` has written.
-        base: folder of that pruned model, for its masks.
-
-    Raises:
-        ModelError: if the adapter was trained on other masks, the network's zeros are not where
-            they say, or the folder has nothing that PEFT could read.
-    """
-    masks, mask = load_masks(base), load_spp(adapter).mask
-    if mask != mask_identity(base):
-        raise ModelError(
-            f"{adapter} was trained on a base with the mask {mask}, and {base} has the mask "
-            f"{mask_identity(base)}: alpha and beta mean nothing there"
-        )
-    check_network(masks, network, "the network")
-    if not (adapter / CONFIG).is_file():
-        raise ModelError(
-            f"{adapter} has no {CONFIG}: PEFT cannot hold what was merged on the way, or rank 1; "
-            "write the merged model with simulations.tools.merge"
-        )
-    config = spp_config(LoraConfig.from_pretrained(str(adapter)))
-    layers = linear_layers(network, config.target_modules or ())
-    config.fan_in_fan_out = any(isinstance(x, Conv1D) for x in layers.values())
-    return PeftModel.from_pretrained(network, str(adapter), config=config)
 
 
 def save_spp(

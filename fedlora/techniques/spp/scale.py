@@ -23,11 +23,6 @@ def blocks(d_out: int, r: int, device: torch.device | None = None) -> Tensor:
     return torch.arange(d_out, device=device) * r // d_out
 
 
-def borders(d_out: int, r: int) -> list[int]:
-    """Where blocks begin, and ``d_out``: block ``g`` is ``borders[g]:borders[g + 1]``."""
-    return [-(-g * d_out // r) for g in range(r + 1)]
-
-
 def placed(beta: Tensor, r: int) -> Tensor:
     """``B [..., d_out, r]``: ``beta [..., d_out]`` with every number in the column of its block."""
     column = blocks(beta.shape[-1], r, beta.device)

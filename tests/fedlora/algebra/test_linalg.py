@@ -32,7 +32,6 @@ from fedlora.algebra.linalg import (
     svd,
     svd_of_product,
     truncation_error,
-    weighted_delta,
     weighted_sum,
 )
 from fedlora.core.types import Factors, Ranks
@@ -47,6 +46,7 @@ from tests.generators import (
     stacks,
     vector_factors,
     vector_updates,
+    weighted_delta,
 )
 
 EXACT = ("auto", "dense", "core")

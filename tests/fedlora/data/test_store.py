@@ -191,7 +191,7 @@ def test_a_build_that_fails_leaves_nothing(tokenizer, tmp_path):
 def test_what_a_killed_build_left_is_cleared(tokenizer, tmp_path):
     folder = prepare(Listed(rows=THREE), tokenizer, "t", tmp_path)
     shutil.rmtree(folder)
-    (tmp_path / f".{folder.name}.killed").mkdir()
+    (tmp_path / f".unfinished_{folder.name}_killed").mkdir()
     prepare(Listed(rows=THREE), tokenizer, "t", tmp_path)
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == [folder]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.client import ClientApp, NumPyClient
+from flwr.client import Client, ClientApp, NumPyClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedlora.core.types import (
@@ -16,7 +16,7 @@ from fedlora.core.types import (
     LocalPlan,
     SelfPrune,
 )
-from fedlora.engine.client import LoRAClient, client_fn_for
+from fedlora.engine.client import LoRAClient
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
@@ -104,7 +104,12 @@ def test_it_runs_in_a_plain_flower_client_app(monkeypatch):
     resident = model()
     factors = start(resident)
     members = [client(factors, 0), client(factors, 1)]
-    app = ClientApp(client_fn=client_fn_for(resident, STORE, members, SEED))
+
+    def client_fn(context: Context) -> Client:
+        member = members[int(context.node_config["partition-id"])]
+        return LoRAClient(resident, STORE, member, SEED).to_client()
+
+    app = ClientApp(client_fn=client_fn)
     parameters, scalars = config(factors, PLAN)
     arrays = ArrayRecord({"0": Array(parameters[0])})
     message = Message(

@@ -1,6 +1,7 @@
 """Laws of checkpoints: what was saved comes back bit for bit; a kill costs one at most."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.core.errors import CheckpointError
-from fedlora.run import checkpoint
 from fedlora.run.checkpoint import (
     config_hash,
     latest,
     load,
+    pack,
     save,
     state_hash,
+    unpack,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.bool)
@@ -174,9 +176,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
 
 def test_an_exception_while_writing_leaves_the_previous_one_and_no_litter(tmp_path, monkeypatch):
     save(tmp_path, 1, some_state(1), keep=1)
-    monkeypatch.setattr(
-        checkpoint, "_write", lambda file, content: (_ for _ in ()).throw(OSError())
-    )
+    monkeypatch.setattr(Path, "write_bytes", lambda *_: (_ for _ in ()).throw(OSError()))
     with pytest.raises(OSError):  # noqa: PT011 - whatever the disk says
         save(tmp_path, 2, some_state(2), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["round_00001"]
@@ -197,7 +197,8 @@ def killed_at(n: int, folder: Path, round: int) -> bool:
 
             return step
 
-        for owner, name in ((os, "fsync"), (Path, "rename"), (shutil, "rmtree"), (Path, "open")):
+        steps_of = ("rename", "mkdir", "open")
+        for owner, name in ((os, "fsync"), (shutil, "rmtree"), *((Path, s) for s in steps_of)):
             setattr(owner, name, deadly(getattr(owner, name)))
         save(folder, round, some_state(20), keep=1)
         os._exit(0)
@@ -221,6 +222,19 @@ def test_a_kill_at_any_step_leaves_a_complete_checkpoint(tmp_path, again):
             assert n > 5
             return
     pytest.fail("the child was never left alone")
+
+
+def test_a_nested_state_comes_back_as_it_was(tmp_path):
+    nested = {
+        "model": {"w": torch.arange(3.0), "b": torch.tensor(2)},
+        "optimizer": {"state": {0: {"step": torch.tensor(7.0)}}, "lr": 0.1, "betas": [0.9, 0.95]},
+        "more": [None, True, 3, "tensor", {"tensor": 1, "pairs": []}, math.nan, 1e-45],
+    }
+    again = unpack(load(save(tmp_path, 1, pack(nested), keep=1)).state)
+    assert str(again) == str(nested)
+    assert all(torch.equal(again["model"][k], nested["model"][k]) for k in ("w", "b"))
+    with pytest.raises(TypeError):
+        pack({"a": object()})
 
 
 def test_config_hash_ignores_the_order_of_keys():

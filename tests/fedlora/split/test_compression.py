@@ -49,6 +49,11 @@ def there(wire: Wire, x: torch.Tensor, seed: int = 0) -> torch.Tensor:
     return wire.decode(wire.encode(x, generator(seed)))
 
 
+def relative(wire: Wire, x: torch.Tensor) -> float:
+    """Frobenius error of the way."""
+    return float((there(wire, x).double() - x.double()).norm() / x.double().norm())
+
+
 @given(rows())
 def test_fp32_and_fp64_keep_every_bit(x: torch.Tensor):
     assert torch.equal(there(Wire("fp32"), x), x)
@@ -140,7 +145,7 @@ def test_small_gradients_survive_fp16():
     """float16 itself knows nothing below 6e-8: the exponent of a row must."""
     x = 1e-9 * torch.randn(4, 32, generator=generator())
     assert (x.half() == 0).all()
-    assert Wire("fp16").error(x)["relative"] < 2**-11
+    assert relative(Wire("fp16"), x) < 2**-11
 
 
 def test_stochastic_rounding_has_no_bias_and_is_a_function_of_its_generator():
@@ -153,13 +158,9 @@ def test_stochastic_rounding_has_no_bias_and_is_a_function_of_its_generator():
     assert torch.equal(draws[3], there(wire, x, 3)) and not torch.equal(draws[3], draws[4])
 
 
-def test_errors_are_those_of_the_difference():
-    x = torch.tensor([[3.0, 4.0, 0.1]])
-    assert Wire("topk", k=2).error(x) == pytest.approx(
-        {"relative": 0.1 / x.norm().item(), "max": 0.1}
-    )
-    assert Wire("int8").error(torch.zeros(2, 3)) == {"relative": 0.0, "max": 0.0}
-    assert Wire("int8").error(torch.zeros(0, 3)) == {"relative": 0.0, "max": 0.0}
+def test_zeros_and_nothing_travel_as_they_are():
+    for tokens in (2, 0):
+        assert torch.equal(there(Wire("int8"), torch.zeros(tokens, 3)), torch.zeros(tokens, 3))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "fp64", "fp16", "bf16", "int8", "topk"])
@@ -177,7 +178,7 @@ def test_what_is_out_of_range_is_refused(kind: str):
         Wire(kind).encode(torch.full((1, 1), 1e300, dtype=torch.float64))
     largest = torch.full((1, 1), torch.finfo(torch.float32).max)
     if kind in ("fp32", "int8"):
-        assert Wire(kind).error(largest)["relative"] < 1e-4
+        assert relative(Wire(kind), largest) < 1e-4
     else:
         with pytest.raises(ValueError, match="finite numbers of its range"):
             Wire(kind).encode(largest)

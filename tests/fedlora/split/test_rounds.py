@@ -10,12 +10,11 @@ from fedlora.core.types import Adapter, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.split.batches import ROUND
 from fedlora.split.compression import Wire
-from fedlora.split.cost import split_traffic
+from fedlora.split.cost import client_part
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, run_exchanges
 from fedlora.split.server import Rule
-from fedlora.split.shapes import Split, shapes_of
 from fedlora.training.loop import optimise
 from tests.fedlora.engine.world import SEED, example, examples
 from tests.fedlora.split.world import (
@@ -307,32 +306,20 @@ def test_bytes_are_those_of_the_formula(wire: Wire, cut: Cut) -> None:
     model = MODELS["llama"](double=False)
     terms = Terms(SEED, activations=wire, gradients=wire)
     f = Federation(model, replace(PLAN, steps=2), start(model), (0,), {0: cut}, terms=terms)
-    shapes = shapes_of(model.network, dict.fromkeys(model.layers, 2))
-    split = Split(cut.first, cut.tail if cut.u_shaped else None)
+    part = client_part(model.network, dict.fromkeys(model.layers, 2), cut)
     order = f.local()
     order.exchange({0: Down(step=0, forward=True)})
     steps = [order.clients[0]._step(k) for k in range(2)]
-    due = [
-        split_traffic(
-            shapes,
-            split,
-            steps=1,
-            tokens=s.shape.tokens,
-            activations=wire,
-            gradients=wire,
-            label_bytes=0,
-        )
-        for s in steps
-    ]
-    adapters = sum(b.adapter for b in split.client(shapes)) * 4
+    due = [part.traffic(s.shape.tokens, wire, wire) for s in steps]
+    adapters = part.adapter * 4
     rows, labels = sum(len(s.shape.lengths) for s in steps), sum(s.batch.tokens for s in steps)
     beside = 4 * rows if cut.u_shaped else 8 * rows + 4 * labels
     for averages in (0, 1):
         f.average_after = frozenset({1} if averages else ())
         metrics = f.play().client().metrics
         more = averages * adapters
-        assert metrics["exchanged_up"] == sum(t.up - adapters for t in due) + beside + more
-        assert metrics["exchanged_down"] == sum(t.down - adapters for t in due) + more
+        assert metrics["exchanged_up"] == sum(up for up, _ in due) + beside + more
+        assert metrics["exchanged_down"] == sum(down for _, down in due) + more
 
 
 def test_noise_is_of_the_client_and_the_step_alone() -> None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.types import Ranks, SelfPrune
+from fedlora.core.types import SelfPrune
 from fedlora.training.self_pruning import (
     keep,
     penalty,
@@ -13,7 +13,6 @@ from fedlora.training.self_pruning import (
     score,
     should_prune,
     shrunk,
-    shrunk_ranks,
     tail_product,
 )
 from tests.generators import factors, vector_factors
@@ -47,9 +46,6 @@ def test_ranks_never_grow_and_stop_at_the_minimum(rank: int, gamma: float, low: 
         smaller = shrunk(r, prune)
         assert min(low, rank) <= smaller <= r
         r = smaller
-    assert shrunk_ranks(Ranks({"x": rank, "y": 1}), prune) == Ranks(
-        {"x": shrunk(rank, prune), "y": 1}
-    )
 
 
 def test_the_gradient_is_on_the_tail_alone() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
-from fedlora.core.lock import claim
+from fedlora.core.files import claim
 from fedlora.models.export import load_peft
 from fedlora.run import checkpoint
 

@@ -75,7 +75,7 @@ def documents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return [Document(corpus.SOURCES[i % 3], f"{i // 3}", t) for i, t in enumerate(text)]
 
     monkeypatch.setattr(tokens, "corpus", few)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(pretrain, "SAMPLES", ("the senate",))
 
 
@@ -208,6 +208,8 @@ def test_an_interrupted_run_ends_like_a_whole_one(
     monkeypatch.setattr(pretrain, "train_step", interrupted)
     with pytest.raises(SystemExit, match="stopped"):
         pretrain.pretrain(SMALL, tmp_path / "parts", "parts")
+    kept = list((tmp_path / "cache").rglob("round_*/*"))
+    assert sorted(path.name for path in kept) == ["meta.json", "state.safetensors"]
     half = json.loads((tmp_path / "parts" / "training.json").read_text(encoding="utf-8"))
     assert (half["complete"], half["steps"]) == (False, 3)
     parts = pretrain.pretrain(SMALL, tmp_path / "parts", "parts")
@@ -216,7 +218,7 @@ def test_an_interrupted_run_ends_like_a_whole_one(
     assert parts["curve"] == whole["curve"]
     files = [tmp_path / name / "model.safetensors" for name in ("whole", "parts")]
     assert files[0].read_bytes() == files[1].read_bytes()
-    assert not list((tmp_path / "cache").rglob("*.pt"))
+    assert not list((tmp_path / "cache" / "pretrain").iterdir())
 
 
 @pytest.mark.parametrize("arch", recipe.ARCHITECTURES)

@@ -26,7 +26,7 @@ from simulations.reporting.report import (
     write_report,
 )
 from simulations.reporting.run_folder import RecordError, read_run
-from simulations.reporting.tables import totals
+from simulations.reporting.run_tables import totals
 
 TIERS = {"phone": 4, "tablet": 8, "laptop": 30, "server": 200}
 

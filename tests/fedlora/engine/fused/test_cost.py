@@ -141,12 +141,6 @@ def test_a_round_costs_the_sum_of_its_steps(name, padded):
     assert MODEL.predict(schedule()) == pytest.approx(expected)
 
 
-def test_shares_add_up_to_a_round_of_full_steps():
-    works = [Work((Forward(1, 64, 64),) * 8)] * 16
-    round = Schedule(works, POLICIES["refill"], 512, 8)
-    assert sum(MODEL.share(w, 512) for w in works) == pytest.approx(MODEL.predict(round))
-
-
 # --- choosing ------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from fedlora.core.errors import ModelError
 from fedlora.core.seeding import torch_generator
 from fedlora.core.types import Switching
+from fedlora.run import checkpoint
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import (
@@ -178,11 +179,9 @@ def test_saved_and_loaded_it_goes_on_bit_by_bit(tmp_path):
     whole, half, rest = (Training(dtype=torch.float32) for _ in range(3))
     whole.run(0, 12)
     half.run(0, 6)
-    torch.save(
-        [half.controller.state_dict(), half.peft.state_dict(), half.optimizer.state_dict()],
-        tmp_path / "state.pt",
-    )
-    controller, peft, optimizer = torch.load(tmp_path / "state.pt", weights_only=True)
+    parts = [half.controller.state_dict(), half.peft.state_dict(), half.optimizer.state_dict()]
+    saved = checkpoint.save(tmp_path, 6, checkpoint.pack(parts), keep=1)
+    controller, peft, optimizer = checkpoint.unpack(checkpoint.load(saved).state)
     rest.run(20, 23)  # whatever it was before
     rest.peft.load_state_dict(peft)
     rest.controller.load_state_dict(controller)

@@ -1,4 +1,4 @@
-"""What split learning really costs: bytes that autograd saves and operations, measured."""
+"""What a forward pass saves for its backward pass, measured."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 
 @dataclass
@@ -42,14 +41,3 @@ def saved_bytes(own: Iterable[Tensor] = ()) -> Iterator[Saved]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield saved
-
-
-@contextmanager
-def counted_flops() -> Iterator[FlopCounterMode]:
-    """Count the operations of what runs inside: ``get_total_flops()`` of what it yields.
-
-    Slow, so for one step. PyTorch counts matrix products; a fused attention kernel on a CPU counts
-    as nothing.
-    """
-    with FlopCounterMode(display=False) as counter:
-        yield counter

@@ -1,0 +1,201 @@
+"""Files and folders that appear whole or not at all, and locks that a dead process releases.
+
+A draft is written beside its target under a name that begins with ``.unfinished_``, flushed to the
+disk and renamed. A process that is killed leaves the old file or the new one, never a half; a draft
+that it leaves behind is removed by whoever makes the same folder next or claims the folder it lies
+in.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from fedlora.core.errors import RunFolderError
+
+log = logging.getLogger(__name__)
+
+RUN_LOCK = "run.lock"
+RUN_OWNER = "run.owner.json"
+_DRAFT = ".unfinished_"
+
+
+# --- files and folders ----------------------------------------------------------------------------
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write a file, text as UTF-8, that other processes see whole: the old content or the new.
+
+    Raises:
+        OSError: from the file system; the old file is then as it was.
+    """
+    draft = _draft(path)
+    try:
+        with draft.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    _flush(path.parent)
+
+
+@contextmanager
+def draft_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside a target, removed at the end with whatever is still in it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = _draft(target)
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the target's name at the end of the block.
+
+    A folder that already has the name is replaced. A kill between the two renames of a replacement
+    leaves no folder of that name: keep another one (`fedlora.run.checkpoint` keeps earlier rounds)
+    or make it again (`made_once`).
+
+    Yields:
+        The draft; if the block raises, it is removed and the target stays as it was.
+    """
+    with draft_folder(target) as draft:
+        yield draft
+        for path in draft.rglob("*"):
+            if not path.is_symlink():
+                _flush(path)
+        _flush(draft)
+        if target.exists():
+            with draft_folder(target) as replaced:
+                target.rename(replaced / target.name)
+                draft.rename(target)
+        else:
+            draft.rename(target)
+    _flush(target.parent)
+
+
+def made_once(
+    target: Path, make: Callable[[Path], object], whole: Callable[[Path], bool] = Path.is_dir
+) -> Path:
+    """A folder of a cache: the first process that asks makes it, others wait and find it.
+
+    Args:
+        target: the folder.
+        make: writes its content into an empty folder, which is then renamed.
+        whole: whether the target is there and complete; if not, it is made anew.
+
+    Returns:
+        ``target``.
+    """
+    if whole(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f"{target.name}.lock")):
+        if not whole(target):
+            remove_drafts(target.parent, target.name)
+            with whole_folder(target) as draft:
+                make(draft)
+    return target
+
+
+def remove_drafts(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left unfinished in a folder, of one target or of all.
+
+    Only for a process that knows that no other writes there.
+    """
+    for path in folder.glob(f"{_DRAFT}{name}{'_' if name else ''}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _draft(target: Path) -> Path:
+    return target.with_name(f"{_DRAFT}{target.name}_{secrets.token_hex(4)}")
+
+
+def _flush(path: Path) -> None:
+    """Flush a file, or a folder's entries: a rename is durable only once its parent is."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- locks ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait for a lock file and hold it; where the file system has no locks, go on without.
+
+    Without a lock two processes may make the same thing; whoever uses this must survive that, or
+    fail loudly.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        log.warning("no lock on %s (%s): start one process first", path, error)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a run folder, created if missing, for the block: no second run may write there.
+
+    The operating system releases the claim of a process that dies. Its drafts are removed by the
+    next run that claims the folder.
+
+    Raises:
+        RunFolderError: if another run holds the folder; the message says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, owner = folder / RUN_LOCK, folder / RUN_OWNER
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunFolderError(
+            f"{folder} belongs to the run of {_owner(owner) or 'another process'}. Give this run "
+            "another name or wait until that one is over"
+        ) from None
+    try:
+        if owner.exists():
+            log.info("taking %s over from %s, which is gone", folder, _owner(owner) or "a process")
+        remove_drafts(folder)
+        me = {"pid": os.getpid(), "host": socket.gethostname()}
+        write_file(owner, json.dumps(me | {"started": datetime.now(UTC).isoformat(" ", "seconds")}))
+        yield
+    finally:
+        # While the lock is held: a process that waits on a removed file notices and opens another.
+        owner.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(file: Path) -> str:
+    """Who claimed a folder, in words; empty if the file does not say."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return f"process {said['pid']} on {said['host']}, started {said['started']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
