@@ -136,13 +136,23 @@ class FlexLoRA(LoRAStrategy):
         }
         return self._next(state, averages)
 
+    @property
+    def needs_updates(self) -> str:
+        if self.residual == "drop" or self.weighting == "covered":
+            return (
+                f"strategy.residual={self.residual}, strategy.weighting={self.weighting}: the new "
+                "W depends on the ranks that were drawn, not on a sum of changes alone; choose "
+                "strategy.residual=carry and strategy.weighting=all"
+            )
+        return ""
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The changes of ``s B A``, as products, if ``residual=carry``.
 
         Otherwise the new ``W`` holds the average of the starts ``T_{r_k}(W)``, which depends on the
         ranks that were drawn; so it does with the weights of ``weighting=covered``.
         """
-        if self.residual == "drop" or self.weighting == "covered":
+        if self.needs_updates:
             return None
         assert is_low_rank(start)
         return {p: product_change(p, start[p], f) for p, f in update.adapter.items()}

@@ -195,6 +195,16 @@ class HeteroLoRA(LoRAStrategy):
             new["ranks"] = ranks
         return new
 
+    @property
+    def needs_updates(self) -> str:
+        if self.average == "value":
+            return (
+                "strategy.average=value: clients' factors are averaged, not their changes; choose "
+                "strategy.average=change with strategy.prune=false and "
+                "strategy.weights=examples or uniform"
+            )
+        return ""
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The changes of ``√s A`` and ``√s B``, padded to the largest rank, if
         ``average=change``."""

@@ -155,6 +155,15 @@ class SLoRA(LoRAStrategy):
             return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
         return self._after_sparse(state, self._sparse_round(state, updates))
 
+    @property
+    def needs_updates(self) -> str:
+        if self.stage1_rounds and self.sparse_average == "coverage":
+            return (
+                "strategy.sparse_average=coverage divides each coordinate by the weight of those "
+                "who trained it; choose strategy.sparse_average=plain"
+            )
+        return self.aggregator.needs_updates
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """Stage 1: the change of the values, at the coordinates of the largest mask, in row-major
         order; not by ``coverage``, whose denominator depends on who came. Stage 2: as

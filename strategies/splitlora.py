@@ -211,6 +211,16 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 server |= self._start(new, part, self._host(new, part))
         return new | server_state(server)
 
+    @property
+    def needs_updates(self) -> str:
+        if self.rule.update == "per_client" or self.tier_cuts:
+            return (
+                "the server votes in a split with strategy.rule.update=per_client or unequal cuts "
+                "(strategy.tier_cuts), by the examples of those it serves; choose "
+                "strategy.rule.update=concat and one strategy.cut"
+            )
+        return self.aggregator.needs_updates
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """As ``aggregator``, part by part, unless the server votes in a part for those it serves:
         with unequal cuts, or copies of its own adapters."""

@@ -202,6 +202,15 @@ class SPP(LoRAStrategy):
         new["residual"] = scalar((lost / moved) ** 0.5 if moved else 0.0)
         return self._next(state, new)
 
+    @property
+    def needs_updates(self) -> str:
+        if self.mode in ("stack", "separate"):
+            return (
+                f"strategy.mode={self.mode} trains alpha and beta at once, and no sum says what "
+                "their product became; choose strategy.mode=alternate or beta_only"
+            )
+        return ""
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The change of alpha or beta, whichever is trained, at the common rank; with both trained
         there is no sum that says what clients learnt."""

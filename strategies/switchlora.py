@@ -248,6 +248,15 @@ class SwitchLoRA(LoRAStrategy):
         seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
         return _installed(state, shared, self._result(shared, updates, p), seen)
 
+    @property
+    def needs_updates(self) -> str:
+        if self.mode == PRODUCT:
+            return (
+                "strategy.mode=sync_product needs the covariance of both factors; choose "
+                "strategy.mode=sync_alternate"
+            )
+        return ""
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The change of the factor whose turn it is, padded to all slots; of ``dense`` the change
         of the weights. ``sync_product`` needs the covariance of both factors: nothing."""

@@ -23,6 +23,7 @@ NEEDED = {
     "client=spp": ["strategy=spp"],
     "engine=faulty": ["engine.raise_share=0.2"],
     "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
+    "postprocess=bound": ["strategy=fedit"],
 }
 
 

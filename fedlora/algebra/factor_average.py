@@ -75,6 +75,10 @@ class FactorAverage:
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         return next_state(state, updates, self.weights, self.server_optimizer)
 
+    @property
+    def needs_updates(self) -> str:
+        return ""
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The changes of ``A`` and ``B`` at the common rank."""
         assert is_low_rank(start)

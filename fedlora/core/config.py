@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlora.core import renamed
 from fedlora.core.errors import ConfigError
 
 T = TypeVar("T")
@@ -28,7 +29,8 @@ def locate(target: str) -> type:
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"_target_={target!r} names no class: {error}") from error
+        now = renamed.answer([target])
+        raise ConfigError(f"_target_={target!r} names no class: {error}{now}") from error
     if not isinstance(found, type) or not dataclasses.is_dataclass(found):
         raise ConfigError(f"_target_={target!r} is not a dataclass")
     return found
@@ -62,7 +64,7 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
         if key not in known:
             raise ConfigError(
                 f"{where or cls.__name__}: unknown key {key!r}={fields[key]!r}; "
-                f"{cls.__name__} has {sorted(known)}"
+                f"{cls.__name__} has {sorted(known)}{renamed.answer([f'{where}.{key}'])}"
             )
     hints = get_type_hints(cls)
     nested: dict[str, Any] = {

@@ -1,19 +1,61 @@
-"""From a round's accepted updates to the next state: the place between accepted and averaged."""
+"""From a round's accepted updates to the next state: the place between accepted and averaged.
 
-from collections.abc import Sequence
+no postprocessors    state ← aggregate(state, updates)
+postprocessors       x_k ← each(adds(state, start_k, update_k))
+                     state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 
 from fedlora.algebra.state import State
-from fedlora.core.types import Update
+from fedlora.algebra.summand import Summands, total
+from fedlora.core.errors import RunError
+from fedlora.core.types import Payload, Update
 from fedlora.server.method import Method
+from fedlora.server.postprocess import Moment, Postprocessor
 
 
-def combine(method: Method, state: State, updates: Sequence[Update], round: int) -> State:
-    """The next state, as the method makes it of the updates themselves.
+def combine(
+    method: Method,
+    state: State,
+    updates: Sequence[Update],
+    now: Moment,
+    *,
+    starts: Mapping[int, Payload],
+    postprocessors: Sequence[Postprocessor] = (),
+) -> State:
+    """The next state.
 
     Args:
-        method: whose `aggregate` it is.
+        method: whose `aggregate` it is, or whose `adds` and `absorb`.
         state: after the round's messages.
         updates: accepted, sorted by client id, at least one.
-        round: counted from 1.
+        now: seed and round.
+        starts: client id -> what it started the round from.
+        postprocessors: none: the method aggregates the updates themselves.
+
+    Raises:
+        RunError: if there are postprocessors and the method needs the updates themselves.
     """
-    return method.aggregate(state, updates)
+    if not postprocessors:
+        return method.aggregate(state, updates)
+    weights = method.reference_weights(updates)
+    terms = []
+    for update in updates:
+        x = _added(method, state, starts[update.client.id], update)
+        for p in postprocessors:
+            x = p.each(x, update.client, now)
+        terms.append(x)
+    weight = math.fsum(weights)
+    summed: Summands = total(terms, weights)
+    for p in postprocessors:
+        summed = p.whole(summed, weight, now)
+    return method.absorb(state, summed, weight)
+
+
+def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
+    found = method.adds(state, start, update)
+    if found is None:
+        raise RunError(f"postprocess: {method.needs_updates}")
+    return found

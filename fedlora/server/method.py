@@ -195,6 +195,12 @@ class Method(ABC):
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
 
+    @property
+    def needs_updates(self) -> str:
+        """Why `aggregate` needs more than a sum of what clients add, and what to choose instead;
+        empty: a sum is enough, and `adds` is never ``None``."""
+        return f"strategy {type(self).__name__} averages whole updates, not a sum of their changes"
+
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """What one client adds, where `aggregate` needs no more than a weighted sum of that.
 
@@ -209,7 +215,7 @@ class Method(ABC):
             update: validated.
 
         Returns:
-            Tensors or products by name; ``None``: the method needs the updates themselves.
+            Tensors or products by name; ``None``: as `needs_updates` says.
         """
         return None
 
@@ -252,6 +258,17 @@ class Method(ABC):
     def evaluated_ranks(self, state: State, client: Client) -> Ranks:
         """At which ranks a client uses the global model: those it holds."""
         return self.enlist(state, client).ranks
+
+    def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+        """What one client itself uses, of what it is sent and what it keeps: the global update at
+        its ranks. Clients of equal variants that keep nothing use the same.
+
+        Args:
+            state: as in every hook.
+            client: as it stands in the population.
+            kept: what `kept` returned when it last took part; ``None``: nothing.
+        """
+        return self.global_update(state, self.evaluated_ranks(state, client))
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         """By what the method weights its clients: the average against which the exactness gap is

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from fedlora.core import renamed
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 
@@ -77,7 +78,8 @@ def _sentence(error: Exception, overrides: Sequence[str]) -> str:
             node = OmegaConf.select(compose("config"), unknown[1]) if unknown[1] else None
         if isinstance(node, DictConfig):
             allowed = f"{unknown[1]} has: {', '.join(sorted(str(k) for k in node))}"
-    return f"{text} (overrides: {' '.join(overrides) or 'none'}; {allowed})"
+    now = renamed.answer(word.lstrip("+~").partition("=")[0] for word in overrides)
+    return f"{text} (overrides: {' '.join(overrides) or 'none'}; {allowed}){now}"
 
 
 def _anchor(cfg: DictConfig) -> None:

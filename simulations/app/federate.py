@@ -101,6 +101,7 @@ def new_session(
             tracker=Trackers(()),
             config_hash=parts.hash(inputs.store.name, info.fingerprint),
             audit=audit,
+            postprocess=parts.postprocess,
             emit=emit,
         )
     except ValueError as error:

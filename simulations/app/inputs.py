@@ -16,7 +16,7 @@ from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
 from fedlora.population.sampling import Roster, enroll, panel
-from fedlora.server.session import EvaluationSchedule
+from fedlora.server.schedule import EvaluationSchedule
 from simulations.app.parts import Parts
 
 

@@ -16,7 +16,8 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
 from fedlora.server.method import Setup
-from fedlora.server.session import EvaluationSchedule, Rounds
+from fedlora.server.postprocess import Postprocessor
+from fedlora.server.schedule import EvaluationSchedule, Rounds
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
 from strategies.base import LoRAStrategy
@@ -44,6 +45,7 @@ class Parts:
     runtime: Runtime
     tracking: Tracking
     federation: Rounds
+    postprocess: tuple[Postprocessor, ...]
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -102,6 +104,10 @@ def build_parts(cfg: DictConfig) -> Parts:
         runtime=part("runtime", Runtime),
         tracking=part("tracking", Tracking),  # type: ignore[type-abstract]
         federation=part("federation", Rounds),
+        postprocess=tuple(
+            build(node, Postprocessor, f"postprocess.{name}")
+            for name, node in cfg.postprocess.items()
+        ),
         resolved={str(k): v for k, v in resolved.items()},
     )
     quantization = str(getattr(parts.model, "quantization", "none"))
@@ -109,4 +115,6 @@ def build_parts(cfg: DictConfig) -> Parts:
         parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if parts.postprocess and parts.strategy.needs_updates:
+        raise ConfigError(f"postprocess={[*cfg.postprocess]}: {parts.strategy.needs_updates}")
     return parts

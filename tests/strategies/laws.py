@@ -430,16 +430,25 @@ def unequal_ranks_are_applied(
         assert sizes["T1"] < sizes["T2"] < sizes["T3"] < sizes["T4"], f"payload sizes {sizes}"
 
 
-def equal_ranks_start_alike(
+def equal_variants_start_alike(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
+    """A start and a plan depend on a client by its variant alone: others may share them."""
     population = population_for(strategy)
     state, _ = after_rounds(strategy, population, seed, precision=precision)
     for c in population.clients:
         e = strategy.enlist(state, c)
-        twin = Client(id=99, ranks=e.ranks, num_examples=1)
-        assert_same(strategy.client_start(state, e), strategy.client_start(state, twin), "a twin")
-        assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
+        others = [
+            Client(id=99, ranks=e.ranks, num_examples=1),
+            Client(id=e.id, ranks=e.ranks, num_examples=e.num_examples + 1),
+        ]
+        variant = strategy.variant(state, e)
+        twins = [o for o in others if strategy.variant(state, o) == variant]
+        assert twins, f"a variant of {variant} depends on what a client holds, not on who it is"
+        for twin in twins:
+            one, two = strategy.client_start(state, e), strategy.client_start(state, twin)
+            assert_same(one, two, "a twin")
+            assert strategy.plan(state, e, PLAN) == strategy.plan(state, twin, PLAN)
 
 
 def training_is_not_forgotten(
@@ -549,6 +558,19 @@ def _summing(
             state, updates = after_rounds(strategy, population, seed, t, precision)
             if added(strategy, state, updates):
                 yield f"{name}, round {t}", population, state, updates
+
+
+def says_whether_sums_are_enough(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """What needs no updates always says what clients add; what does names a way out."""
+    population = population_for(strategy)
+    if strategy.needs_updates:
+        assert "choose" in strategy.needs_updates
+        return
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        assert added(strategy, state, updates), f"round {rounds}: it does not say what clients add"
 
 
 def absorbing_the_sum_is_aggregating(
@@ -677,12 +699,13 @@ LAWS: Sequence[Law] = (
     no_direction_is_dead,
     starts_have_the_ranks_of_their_clients,
     unequal_ranks_are_applied,
-    equal_ranks_start_alike,
+    equal_variants_start_alike,
     training_is_not_forgotten,
     everything_is_finite_when_nobody_trains,
     everybody_has_one_mask,
     a_pruned_base_keeps_its_zeros,
     is_frozen_and_names_its_source,
+    says_whether_sums_are_enough,
     absorbing_the_sum_is_aggregating,
     who_did_not_move_adds_nothing,
     absorbing_nothing_changes_nothing,

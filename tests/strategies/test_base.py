@@ -21,11 +21,8 @@ from fedlora.core.types import (
 from fedlora.population.sampling import Roster
 from fedlora.run.tracking import Trackers
 from fedlora.server.flower import FederatedRun
-from fedlora.server.session import (
-    EvaluationSchedule,
-    Rounds,
-    Session,
-)
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
 from fedlora.wire.codec import decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean

@@ -107,6 +107,13 @@ def start_ignores_ranks(self: LoRAStrategy, right: Hook, state: State, client: C
     return right(state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))))
 
 
+def start_depends_on_the_client(
+    self: LoRAStrategy, right: Hook, state: State, client: Client
+) -> Payload:
+    """Clients of equal variants share one start: another client's would be theirs."""
+    return _rescaled(right(state, client), lambda f: f.alpha * (1 + client.id % 2))
+
+
 def base_not_moved(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
     start = right(state, client)
     shift = {p: torch.zeros_like(t) for p, t in start.shift.items()}
@@ -275,6 +282,7 @@ FAULTS = [
     *[(s, "client_start", alpha_is_always_16) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "enlist", ranks_not_applied) for s in (FLEX, HETERO, SPARSE, SECOND)],
     *[(s, "client_start", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
+    *[(s, "client_start", start_depends_on_the_client) for s in (AVERAGE, FLEX, HETERO)],
     *[(s, "client_start", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
     *[(s, "aggregate", first_counted_twice) for s in SWITCH],
     *[(s, "aggregate", unweighted_mean) for s in SWITCH],

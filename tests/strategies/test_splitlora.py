@@ -28,11 +28,8 @@ from fedlora.run.checkpoint import state_hash
 from fedlora.run.tracking import Trackers
 from fedlora.server.flower import FederatedRun
 from fedlora.server.method import Setup
-from fedlora.server.session import (
-    EvaluationSchedule,
-    Rounds,
-    Session,
-)
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.compression import Wire
 from fedlora.split.context import RunContext

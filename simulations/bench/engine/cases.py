@@ -40,6 +40,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.spec import SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
+from fedlora.server.training_round import training_jobs
 from simulations.app.compose import load
 from simulations.app.parts import build_parts
 
@@ -217,13 +218,8 @@ def _experiment(world: World) -> tuple[Store, list[TrainJob]]:
     )
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
     state = method.init_state(setting)
-    starts: dict[Ranks, Any] = {}
-    jobs = []
-    for client in cohort(roster, parts.seed, 1):
-        if client.ranks not in starts:
-            starts[client.ranks] = method.client_start(state, client)
-        plan = replace(method.plan(state, client, parts.client), dropout=case.plan.dropout)
-        jobs.append(TrainJob(parts.seed, 1, client, starts[client.ranks], plan))
+    clients, plan = cohort(roster, parts.seed, 1), replace(parts.client, dropout=case.plan.dropout)
+    jobs = training_jobs(method, state, clients, plan, seed=parts.seed, round=1)
     return store, jobs[: case.clients] if case.clients else jobs
 
 

@@ -16,7 +16,7 @@ from fedlora.evaluation.metrics import Panel, generate, trimmed
 from fedlora.evaluation.rouge import rouge_l
 from fedlora.evaluation.scorers import DEFAULT, ExactMatch, Likelihood, TeacherForcedRouge
 from fedlora.models.spec import HuggingFace
-from fedlora.server.session import EvaluationSchedule
+from fedlora.server.schedule import EvaluationSchedule
 from simulations.app.compose import load
 from tests.fedlora.engine.world import EOS, NETWORKS, example, examples, model, start
 from tests.fedlora.evaluation.toy_metric import ResponseLength

@@ -19,12 +19,9 @@ from fedlora.engine.sequential import Sequential
 from fedlora.population.sampling import Roster
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run.tracking import Trackers
-from fedlora.server.session import (
-    MOST_PER_MESSAGE,
-    EvaluationSchedule,
-    Rounds,
-    Session,
-)
+from fedlora.server.packing import MOST_PER_MESSAGE
+from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.session import Session
 from fedlora.wire.codec import Glance
 from tests.fakes import Mean
 from tests.fedlora.population.test_workload import Held

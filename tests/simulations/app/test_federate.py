@@ -61,6 +61,22 @@ def test_messages_and_nodes_do_not_change_the_result(federate):
     assert one.hash == many.hash
 
 
+def test_postprocessors_act_between_accepted_and_averaged(federate):
+    words = ("strategy=fedit", "engine=sequential")
+    plain, wide, narrow = (
+        federate(*words, *more)
+        for more in (
+            [],
+            ["postprocess=bound", "postprocess.bound.norm=1e6"],
+            ["postprocess=bound", "postprocess.bound.norm=1e-3"],
+        )
+    )
+    losses = [[r["train/loss"] for r in done.rounds] for done in (plain, wide, narrow)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2][0] == losses[0][0]
+    assert narrow.hash not in (plain.hash, wide.hash)
+
+
 @pytest.mark.slow
 def test_another_seed_is_another_run(federate):
     assert federate("seed=1").hash != federate("seed=2").hash

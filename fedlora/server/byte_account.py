@@ -1,0 +1,54 @@
+"""What a round would cost real clients in traffic, whatever the simulation moves around."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fedlora.algebra.state import State
+from fedlora.core.types import Failure, TrainJob, Update
+from fedlora.server.method import Method
+from fedlora.wire.codec import update_bytes
+
+
+@dataclass(frozen=True)
+class ByteAccount:
+    """Bytes of one round, by client."""
+
+    jobs: Mapping[int, TrainJob]
+    starts: Mapping[int, int]
+    """Client id -> bytes that it is sent before it trains."""
+    wire: str
+    """Number format of payloads."""
+
+    @classmethod
+    def open(
+        cls, method: Method, state: State, jobs: Sequence[TrainJob], wire: str
+    ) -> "ByteAccount":
+        """The account of a round that begins from a state."""
+        down = {j.client.id: method.bytes_down(state, j.client, j.start, wire) for j in jobs}
+        return cls({j.client.id: j for j in jobs}, down, wire)
+
+    def up(self, result: Update | Failure) -> int:
+        """What a client sent, accepted or not; who failed sent nothing."""
+        if not isinstance(result, Update):
+            return 0
+        plan = self.jobs[result.client.id].plan
+        exchanged = int(result.metrics.get("exchanged_up", 0))
+        return update_bytes(result.payload, plan, self.wire) + exchanged
+
+    def down(self, result: Update | Failure) -> int:
+        """What a client was sent: its start and, in a round of several exchanges, the rest."""
+        start = self.starts[result.client.id]
+        if not isinstance(result, Update):
+            return start
+        return start + int(result.metrics.get("exchanged_down", 0))
+
+    def record(self, replies: Mapping[int, Update | Failure]) -> dict[str, int]:
+        """The round's sums.
+
+        Args:
+            replies: by client id, one for each job.
+        """
+        return {
+            "wire/up_bytes": sum(self.up(r) for r in replies.values()),
+            "wire/down_bytes": sum(self.down(r) for r in replies.values()),
+        }

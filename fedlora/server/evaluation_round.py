@@ -1,0 +1,91 @@
+"""One evaluation of the global model: who is asked, with which adapter, and what it amounts to."""
+
+from collections.abc import Hashable, Sequence
+
+from fedlora.algebra.state import State
+from fedlora.core.types import (
+    Client,
+    EvaluateJob,
+    EvaluatePlan,
+    Evaluation,
+    Failure,
+    Payload,
+    Setting,
+)
+from fedlora.evaluation.summary import summarise
+from fedlora.population.sampling import Roster, cohort, panel
+from fedlora.server.method import Method
+
+
+def evaluated_clients(
+    roster: Roster, group: str, size: int, *, seed: int, round: int
+) -> list[Client]:
+    """The clients of a group: a fixed panel, or those who will train next."""
+    if group == "participants":
+        return cohort(roster, seed, round + 1)
+    return panel(roster, group, size, seed)
+
+
+def evaluation_jobs(
+    method: Method,
+    state: State,
+    clients: Sequence[Client],
+    adapter: str,
+    plan: EvaluatePlan,
+    *,
+    setting: Setting,
+    round: int,
+) -> list[EvaluateJob]:
+    """One job per client.
+
+    Args:
+        method: whose global model it is.
+        state: after the round.
+        clients: as they stand in the population.
+        adapter: ``full``, ``largest`` or ``own`` (`fedlora.server.schedule.EvaluationSchedule`);
+            clients of one variant share their ``own``.
+        plan: what is measured.
+        setting: for the population's largest ranks, and the seed.
+        round: after which it is.
+    """
+    shared = dict[Hashable, Payload]()
+    jobs = []
+    for client in clients:
+        enlisted = method.enlist(state, client)
+        key = method.variant(state, enlisted) if adapter == "own" else None
+        if key not in shared:
+            shared[key] = _payload(method, state, client, adapter, setting)
+        jobs.append(EvaluateJob(setting.seed, round, enlisted, shared[key], plan))
+    return jobs
+
+
+def _payload(
+    method: Method, state: State, client: Client, adapter: str, setting: Setting
+) -> Payload:
+    if adapter == "own":
+        return method.personal_update(state, client)
+    return method.global_update(state, setting.max_ranks if adapter == "largest" else None)
+
+
+def evaluation_record(
+    tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
+) -> dict[str, float | int | str]:
+    """The record of one group and adapter; of failed clients only their number.
+
+    Args:
+        tag: ``<group>:<adapter>``.
+        found: one result per client, in any order.
+        round: after which it is.
+        seconds: since the evaluation began.
+    """
+    group, _, adapter = tag.partition(":")
+    good = sorted((r for r in found if isinstance(r, Evaluation)), key=lambda r: r.client.id)
+    return {
+        "kind": "evaluate",
+        "round": round,
+        "group": group,
+        "adapter": adapter,
+        "failed": len(found) - len(good),
+        "round/evaluate_seconds": seconds,
+        **(summarise(good) if good else {"clients": 0.0}),
+    }

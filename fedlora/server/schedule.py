@@ -1,0 +1,94 @@
+"""Configuration of a run's length, of its rounds, and of when it is evaluated."""
+
+from dataclasses import dataclass, field, replace
+
+from fedlora.core.checks import at_least, one_of, share
+from fedlora.core.types import EvaluatePlan, LocalPlan
+from fedlora.wire.codec import WIRE_BYTES
+
+
+@dataclass(frozen=True)
+class EvaluationSchedule:
+    """Which clients are evaluated, when, and with which adapter."""
+
+    every: int = 1
+    """Rounds between evaluations; the last round is always evaluated; 0: never."""
+    first: bool = True
+    """Also before round 1."""
+    groups: tuple[str, ...] = ("unseen_random",)
+    """Of ``seen``, ``unseen_random``, ``unseen_task`` (fixed panels) and ``participants`` (those
+    who will train next, as the FlexLoRA code evaluates)."""
+    clients: int = 20
+    """Panel size per group; 0: everybody."""
+    adapters: tuple[str, ...] = ("full",)
+    """``full``: the global update as exactly as it is known (for FlexLoRA the whole W: large for
+    large models); ``largest``: at the population's largest ranks; ``own``: at the client's."""
+    plan: EvaluatePlan = field(default_factory=EvaluatePlan)
+
+    def __post_init__(self) -> None:
+        at_least("evaluate.every", self.every, 0)
+        at_least("evaluate.clients", self.clients, 0)
+        if self.every and not (self.groups and self.adapters):
+            raise ValueError(
+                f"evaluate.groups={list(self.groups)} and evaluate.adapters={list(self.adapters)} "
+                "must not be empty; evaluate.every=0 turns evaluation off"
+            )
+        for group in self.groups:
+            one_of(
+                "evaluate.groups", group, ("seen", "unseen_random", "unseen_task", "participants")
+            )
+        for adapter in self.adapters:
+            one_of("evaluate.adapters", adapter, ("full", "largest", "own"))
+
+    def due(self, round: int, last: int) -> bool:
+        """Whether this round is followed by an evaluation."""
+        if not self.every:
+            return False
+        return self.first if round == 0 else round % self.every == 0 or round == last
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How long a run lasts, and when it must stop instead."""
+
+    rounds: int = 3
+    lr_decay: float = 1.0
+    """The local learning rate is multiplied by this once ``lr_decay_round`` is complete."""
+    lr_decay_round: int = 0
+    """0: never. The FlexLoRA code halves it after round 15."""
+    min_success: float = 0.5
+    """Share of a round's clients that must succeed, or the run stops."""
+    min_clients: int = 1
+    max_update_norm: float = 0.0
+    """Updates that move further than this (Frobenius) are rejected; 0: no bound."""
+    clients_per_message: int = 0
+    """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
+    a worker's share of the round), and no more than `fedlora.server.packing.MOST_PER_MESSAGE`."""
+    wire: str = "float32"
+    """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``."""
+    timeout_s: float = 3600.0
+    """Seconds that a round waits for its slowest client."""
+    keep: int = 3
+    """Checkpoints kept."""
+    threads: int = 1
+    """Intra-op threads of the server's linear algebra. More are faster on large layers; another
+    number gives other last bits, which is why it does not follow the machine."""
+
+    def __post_init__(self) -> None:
+        at_least("rounds", self.rounds, 1)
+        at_least("lr_decay", self.lr_decay, 0, strict=True)
+        at_least("lr_decay_round", self.lr_decay_round, 0)
+        share("min_success", self.min_success)
+        at_least("min_clients", self.min_clients, 1)
+        at_least("max_update_norm", self.max_update_norm, 0)
+        at_least("clients_per_message", self.clients_per_message, 0)
+        at_least("timeout_s", self.timeout_s, 0, strict=True)
+        at_least("keep", self.keep, 1)
+        at_least("threads", self.threads, 1)
+        one_of("wire", self.wire, WIRE_BYTES)
+
+    def plan(self, base: LocalPlan, round: int) -> LocalPlan:
+        """The configured plan with the learning rate of this round."""
+        if self.lr_decay_round and round > self.lr_decay_round:
+            return replace(base, lr=base.lr * self.lr_decay)
+        return base

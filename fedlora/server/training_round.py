@@ -1,0 +1,181 @@
+"""One round of training: who does what from what, which replies are accepted, what is recorded."""
+
+import logging
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fedlora.algebra.state import State
+from fedlora.core.errors import RejectedUpdate, RunError
+from fedlora.core.types import (
+    Client,
+    Failure,
+    LocalPlan,
+    Payload,
+    Setting,
+    TrainJob,
+    Update,
+)
+from fedlora.server.byte_account import ByteAccount
+from fedlora.server.method import Method
+from fedlora.server.schedule import Rounds
+from fedlora.server.validation import check_update
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingRound:
+    """A round under way."""
+
+    round: int
+    jobs: Mapping[int, TrainJob]
+    """By client id."""
+    account: ByteAccount
+    started: float
+    """Of the monotonic clock, seconds."""
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What came of a round, sorted by client id."""
+
+    by_client: Mapping[int, Update | Failure]
+    """One per job, as it arrived."""
+    updates: Sequence[Update]
+    """Accepted."""
+    failures: Sequence[Failure]
+    """All other clients."""
+
+
+def training_jobs(
+    method: Method,
+    state: State,
+    clients: Sequence[Client],
+    plan: LocalPlan,
+    *,
+    seed: int,
+    round: int,
+) -> list[TrainJob]:
+    """What each client of a round is given: clients of one variant share start and plan.
+
+    Args:
+        method: whose hooks are asked.
+        state: at the start of the round.
+        clients: as they stand in the population; they are enlisted here.
+        plan: of the configuration, for this round.
+        seed: of the run.
+        round: counted from 1.
+    """
+    jobs, shared = [], dict[Hashable, tuple[Payload, LocalPlan]]()
+    for client in [method.enlist(state, c) for c in clients]:
+        key = method.variant(state, client)
+        if key not in shared:
+            shared[key] = method.client_start(state, client), method.plan(state, client, plan)
+        jobs.append(TrainJob(seed, round, client, *shared[key]))
+    return jobs
+
+
+def begin(
+    method: Method, state: State, jobs: Sequence[TrainJob], round: int, wire: str
+) -> TrainingRound:
+    """The round of these jobs, whose clock starts now."""
+    account = ByteAccount.open(method, state, jobs, wire)
+    return TrainingRound(round, {j.client.id: j for j in jobs}, account, time.monotonic())
+
+
+def collect(
+    current: TrainingRound, results: Iterable[Update | Failure]
+) -> dict[int, Update | Failure]:
+    """One result for each job, by client id; clients of whom nothing came have failed."""
+    found = {r.client.id: r for r in results}
+    return {
+        i: found[i] if i in found else Failure(job.client, "NoReply", "no reply came")
+        for i, job in sorted(current.jobs.items())
+    }
+
+
+def validate(
+    current: TrainingRound,
+    by_client: Mapping[int, Update | Failure],
+    rounds: Rounds,
+    setting: Setting,
+) -> Replies:
+    """Which updates are accepted; a rejected one is a failure."""
+    updates, failures = [], []
+    for i, result in by_client.items():
+        job = current.jobs[i]
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        try:
+            check_update(
+                result,
+                job.client,
+                job.start,
+                max_norm=rounds.max_update_norm,
+                allow_shrink=job.plan.self_prune is not None,
+                dense=job.plan.switch is not None,
+                density=setting.density,
+            )
+            updates.append(result)
+        except RejectedUpdate as error:
+            failures.append(Failure(job.client, "RejectedUpdate", error.reason))
+    return Replies(by_client, updates, failures)
+
+
+def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, object]]:
+    """One row per client for clients.jsonl, accepted clients first."""
+
+    def row(client: Client) -> dict[str, object]:
+        reply = replies.by_client[client.id]
+        return {
+            "round": current.round,
+            "client": client.id,
+            "tier": client.tier,
+            "rank": client.ranks.label,
+            "examples": client.num_examples,
+            "bytes_down": current.account.down(reply),
+            "bytes_up": current.account.up(reply),
+        }
+
+    rows = [row(u.client) | dict(u.metrics) for u in replies.updates]
+    return rows + [
+        row(f.client) | {"failure": f.kind, "message": f.message} for f in replies.failures
+    ]
+
+
+def require_enough(
+    current: TrainingRound, replies: Replies, rounds: Rounds, emit: Callable[[str], None], safe: str
+) -> None:
+    """Show the first failures, and stop a run that has too many.
+
+    Args:
+        current: the round.
+        replies: what came of it.
+        rounds: says how many must succeed.
+        emit: shows one line.
+        safe: what a run that stops here has kept, for the message.
+
+    Raises:
+        RunError: if too few clients succeeded.
+    """
+    updates, failures = replies.updates, replies.failures
+    for f in failures[:5]:
+        tier = f"{f.client.tier}, " if f.client.tier else ""
+        emit(
+            f"round {current.round}: client {f.client.id} ({tier}rank {f.client.ranks.label}) "
+            f"failed: {f.kind}: {f.message}"
+        )
+        if f.traceback:
+            log.debug("client %d: %s", f.client.id, f.traceback)
+    if len(failures) > 5:
+        emit(f"round {current.round}: and {len(failures) - 5} more, see clients.jsonl")
+    needed = max(rounds.min_clients, rounds.min_success * len(current.jobs))
+    if len(updates) < needed or not updates:
+        first = f"; first failure: {failures[0].kind}: {failures[0].message}" if failures else ""
+        raise RunError(
+            f"round {current.round}: only {len(updates)} of {len(current.jobs)} clients succeeded "
+            f"(min_success={rounds.min_success}, min_clients={rounds.min_clients})"
+            f"{first}. {safe}"
+        )

@@ -1,0 +1,48 @@
+"""Whoever uses a name of an earlier version is told the new one; nothing has two names."""
+
+import importlib
+import importlib.util
+import re
+
+import pytest
+
+from fedlora.core import renamed
+from fedlora.core.config import build, locate
+from fedlora.core.errors import ConfigError
+from fedlora.run.source_hash import ROOT
+from simulations.app.compose import load
+
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("old", renamed.KEYS)
+def test_an_old_key_is_refused_with_the_new_one(old):
+    message = re.escape(f"{old} is {renamed.KEYS[old]} since version 0.2")
+    with pytest.raises(ConfigError, match=message):
+        load([f"{old}=1"])
+    assert f"`{old}" in CHANGELOG
+    group, _, key = renamed.KEYS[old].partition(".")
+    files = [*(ROOT / "conf" / group).rglob("*.yaml"), ROOT / "conf/config.yaml"]
+    texts = [file.read_text(encoding="utf-8") for file in files]
+    assert any(re.search(rf"\b{key.split('.')[-1]}:", text) for text in texts)
+
+
+@pytest.mark.parametrize("old", renamed.MODULES)
+def test_an_old_class_is_refused_with_the_new_one(old):
+    new = renamed.MODULES[old]
+    importlib.import_module(new)
+    with pytest.raises(ConfigError, match=re.escape(f"{old}.X is {new}.X since version 0.2")):
+        locate(f"{old}.X")
+    assert f"`{old}`" in CHANGELOG
+    found = importlib.util.find_spec(old)
+    assert found is None or found.submodule_search_locations, "an alias"
+
+
+def test_an_old_key_in_a_file_is_refused_with_the_new_one():
+    raw = {"_target_": "fedlora.core.types.EvaluatePlan", "teacher_forced_rouge": True}
+    with pytest.raises(ConfigError, match=r"is evaluate\.plan\.metrics\.teacher_forced since"):
+        build(raw, object, "evaluate.plan")
+
+
+def test_other_names_have_no_answer():
+    assert renamed.answer(["client.lr", "fedlora.core.types.LocalPlan"]) == ""
