@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jinja2 import TemplateNotFound
 
+from fedlora.core import variables
 from fedlora.core.metric import Metric, count
 from fedlora.core.types import (
     Client,
@@ -200,12 +201,12 @@ def test_templates_are_found_where_flowers_bundle_lacks_them(
     monkeypatch.setattr(package, "ROOT", tmp_path / "bundle")
     monkeypatch.setattr(package.metadata, "distributions", lambda **_: [])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv(package.VARIABLE, raising=False)
+    monkeypatch.delenv(variables.ROOT, raising=False)
     with pytest.raises(
         TemplateNotFound, match=r"run\.html.*bundle/simulations/reporting/templates"
     ):
         write_report(folder)
-    monkeypatch.setenv(package.VARIABLE, str(here))
+    monkeypatch.setenv(variables.ROOT, str(here))
     assert write_report(folder).is_file()
 
 
