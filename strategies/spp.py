@@ -126,6 +126,11 @@ class SPP(LoRAStrategy):
                 "other rows with each rank: use client.self_prune=null, or strategy=heterolora "
                 "with client=adamw"
             )
+        if plan.term is not None and plan.term.needs_factors:
+            raise ValueError(
+                "client.term.metric=product compares products B A, and strategy=spp trains alpha "
+                "and beta: use client.term.metric=factor"
+            )
         if setup.quantization != "none":
             raise ValueError(
                 f"model.quantization={setup.quantization} with strategy=spp: quantised weights "

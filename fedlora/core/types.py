@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.core.checks import at_least, one_of, share
 from fedlora.core.metric import Metric, Scorer
+from fedlora.core.terms import LocalTerm
 
 CHOICES = ("ring", "random")  # of SwitchLoRA's next vector
 
@@ -369,6 +370,8 @@ class LocalPlan:
     """``none`` or ``bf16``."""
     train_a: bool = True
     train_b: bool = True
+    term: LocalTerm | None = None
+    """One term of the local objective that refers to the start of the round."""
     self_prune: SelfPrune | None = None
     switch: Switching | None = None
     """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""

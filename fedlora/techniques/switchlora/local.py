@@ -31,6 +31,11 @@ from fedlora.training.loop import (
     learning_rates,
 )
 
+NO_START = (
+    "client.term refers to the factors that a client starts from, and a client that switches "
+    "vectors replaces them during the round: use client/term=none"
+)
+
 
 def train_switching(
     model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
@@ -42,10 +47,13 @@ def train_switching(
 
     Raises:
         TypeError: if no factors over a moved base are mounted.
+        ValueError: if the plan has a local term.
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
     plan = job.plan
     assert plan.switch is not None
+    if plan.term is not None:
+        raise ValueError(NO_START)
     layers = {path: _layer(path, layer.update, job) for path, layer in model.layers.items()}
     parameters: dict[str, dict[Side, nn.Parameter]] = {
         path: {"a": a, "b": b} for path, (a, b) in zip(layers, model.factors(), strict=True)

@@ -20,7 +20,8 @@ from fedlora.engine.client import LoRAClient
 from fedlora.models.forward import supervised_logits
 from fedlora.training import loop
 from fedlora.training import self_pruning as selfprune
-from fedlora.training.loop import FlatParameters, learning_rates
+from fedlora.training.flat import FlatParameters
+from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.peft_loop import padded, reference
 from tests.fedlora.engine.world import (
     NETWORKS,
