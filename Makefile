@@ -9,7 +9,8 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint types smoke notebooks smollm2 results bench lines lock clean
+.PHONY: help setup run test regression check lint types smoke notebooks smollm2 results bench lines \
+        lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ run: setup  ## the default experiment; `make run ARGS="strategy=flexlora rounds=
 
 test: setup  ## the default tests; `make test ARGS="-m slow"` runs the long ones
 	$(PY) -m pytest $(ARGS)
+
+regression: setup  ## fifteen small runs, their states bit by bit as recorded
+	$(PY) -m tests.regression compare --quick
 
 check:  ## exactly what CI runs
 	.ci/run
