@@ -111,6 +111,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 f"client.micro_batch_size={plan.micro_batch_size}: a step of a split client is one "
                 f"forward; choose client.batch_size <= {plan.micro_batch_size}, or 0"
             )
+        if plan.term is not None:
+            raise ValueError(
+                "client.term with strategy=splitlora: a local objective has no term of its own "
+                "where the server computes the loss; use client/term=none"
+            )
 
     # --- what the server knows ------------------------------------------------------------------
 

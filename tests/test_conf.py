@@ -157,6 +157,28 @@ def test_the_hash_ignores_what_cannot_matter():
             "client.technique='spp' is no group of settings: use client/technique=",
         ),
         ("client/technique=dora", "Available options in 'client/technique': lora spp switchlora"),
+        ("client/term=fedprox client.term.mu=-1", "client.term.mu=-1.0 must be >= 0"),
+        ("client/term=fedprox client.term.metric=weight", "'weight' is not one of"),
+        (
+            "client/term=fedprox "
+            "client.term._target_=fedlora.techniques.lora.self_pruning.SelfPrune "
+            "~client.term.mu ~client.term.metric +client.term.weight=1 +client.term.gamma=0.5 "
+            "+client.term.min_rank=1",
+            "client.term: SelfPrune is not a LocalTerm",
+        ),
+        ("strategy=splitlora client/term=fedprox", "client.term with strategy=splitlora"),
+        (
+            "strategy=switchlora strategy.mode=dense client/term=fedprox",
+            "a client that switches vectors replaces them during the round",
+        ),
+        (
+            "strategy=spp client/term=fedprox client.term.metric=product",
+            "strategy=spp trains alpha and beta: use client.term.metric=factor",
+        ),
+        (
+            "strategy=slora client/term=fedprox client.term.metric=product",
+            "client.term.metric=product with strategy.stage1_rounds=5",
+        ),
         ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
         ("strategy=spp model.calibration=null", "model.method=wanda needs text"),
