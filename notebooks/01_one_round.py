@@ -157,7 +157,10 @@ print(
 print(tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True))
 
 # %%
-jobs = [TrainJob(SEED, 1, c, strategy.client_start(state, c), plan) for c in cohort]
+jobs = [
+    TrainJob(SEED, 1, c, strategy.technique.payload(strategy.client_start(state, c)), plan)
+    for c in cohort
+]
 update = next(iter(engine.train([j for j in jobs if j.client == client])))
 {name: round(value, 3) for name, value in update.metrics.items()}
 

@@ -7,13 +7,15 @@ of its YAML; its hooks are pure functions of an explicit state and never see Flo
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from flwr.app import ArrayRecord, Message, MetricRecord
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.core.errors import RunError
+from fedlora.core.technique import Technique
 from fedlora.server.method import Method
+from fedlora.techniques.lora.technique import LoRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +27,8 @@ class LoRAStrategy(Method, Strategy):
     (`fedlora.server.flower`) drives the hooks of `Method` instead. The methods below are Flower's
     and refuse to go on without one.
     """
+
+    technique: ClassVar[type[Technique]] = LoRA
 
     def start(self, *args: Any, **kwargs: Any) -> Result:
         """Flower's loop over nodes that are clients.

@@ -42,16 +42,8 @@ from fedlora.algebra.state import (
 )
 from fedlora.algebra.summand import Product, Summands, product_change
 from fedlora.core.checks import one_of
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Payload,
-    Ranks,
-    Setting,
-    Update,
-    is_low_rank,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Adapter, Client, Factors, Ranks, Setting, Update
 from strategies.base import LoRAStrategy
 
 GLOBAL, SERVER = "global/", "server/"
@@ -154,7 +146,7 @@ class FlexLoRA(LoRAStrategy):
         """
         if self.needs_updates:
             return None
-        assert is_low_rank(start)
+        assert isinstance(start, Mapping)
         return {p: product_change(p, start[p], f) for p, f in update.adapter.items()}
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:

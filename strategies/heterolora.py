@@ -37,18 +37,10 @@ from fedlora.algebra.state import (
 )
 from fedlora.algebra.summand import Summands, dense, factor_changes, total
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    LocalPlan,
-    Payload,
-    Ranks,
-    SelfPrune,
-    Setting,
-    Update,
-    is_low_rank,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import with_pruning
 from strategies.base import LoRAStrategy
 
 GLOBAL = "global/"
@@ -167,7 +159,7 @@ class HeteroLoRA(LoRAStrategy):
         if not self.prune:
             return base
         prune = SelfPrune(weight=self.penalty_weight, gamma=self.gamma, min_rank=self.min_rank)
-        return replace(base, self_prune=prune)
+        return with_pruning(base, prune)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         if self.average == "change":
@@ -210,7 +202,7 @@ class HeteroLoRA(LoRAStrategy):
         ``average=change``."""
         if self.average == "value":
             return None
-        assert is_low_rank(start)
+        assert isinstance(start, Mapping)
         return self._changes(state, start, update)
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:

@@ -32,16 +32,18 @@ from fedlora.core.checks import (
     one_of,
     share,
 )
+from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise
 from fedlora.core.types import (
+    Adapter,
     Client,
     LocalPlan,
-    Payload,
     Ranks,
     Setting,
-    SparseDelta,
     Update,
 )
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.sparse.technique import Sparse
 from strategies.base import LoRAStrategy
 
 SPARSE, NESTED = "sparse/", "aggregator/"
@@ -137,7 +139,9 @@ class SLoRA(LoRAStrategy):
             return client
         return self.aggregator.enlist(under(state, NESTED), client)
 
-    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+    def client_start(
+        self, state: State, client: Client, kept: Kept | None = None
+    ) -> Payload | Adapter:
         if self._sparse(state):
             return _masked(state, self._density(state, client.ranks))
         return self.aggregator.client_start(under(state, NESTED), client, kept)
@@ -146,7 +150,8 @@ class SLoRA(LoRAStrategy):
         """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
         if not self._sparse(state):
             return self.aggregator.plan(under(state, NESTED), client, base)
-        return replace(base, weight_decay=0.0, lr=self.stage1_lr_scale * base.lr)
+        lr = self.stage1_lr_scale * base.lr
+        return replace(base, technique=Sparse(), weight_decay=0.0, lr=lr)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         done = {"rounds": state["rounds"] + 1}
@@ -199,7 +204,7 @@ class SLoRA(LoRAStrategy):
             return client_weights(updates, self.weights)
         return self.aggregator.reference_weights(updates)
 
-    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload | Adapter:
         if not self._sparse(state):
             return self.aggregator.global_update(under(state, NESTED), ranks)
         if ranks is None:

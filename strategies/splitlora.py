@@ -15,8 +15,8 @@ differ, see docs/fidelity.md.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 
 from torch import Tensor
@@ -36,18 +36,8 @@ from fedlora.algebra.state import (
 )
 from fedlora.algebra.summand import Summand, Summands
 from fedlora.core.checks import at_least
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    LocalPlan,
-    Payload,
-    Ranks,
-    Setting,
-    TrainJob,
-    Update,
-    is_low_rank,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
 from fedlora.models.stages import block_of, blocks_of
 from fedlora.server.method import ClientChannel, RoundOutcome, Setup
 from fedlora.split.config import SplitConfig
@@ -59,6 +49,7 @@ from fedlora.split.run_round import (
     SplitRound,
     server_state,
 )
+from fedlora.techniques.lora.payload import LowRankPayload
 from strategies.base import LoRAStrategy
 
 MODULES = "modules/"
@@ -146,7 +137,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             mine = _within(setting, part)
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
-            if not is_low_rank(self.aggregator.client_start(nested, first)):
+            if not isinstance(self.aggregator.client_start(nested, first), Mapping):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
                     "updates or moves the base; the stages of a split train low-rank factors over "
@@ -187,11 +178,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             if mine:
                 nested = under(state, part.prefix)
                 planned = self.aggregator.plan(nested, replace(client, ranks=mine), base)
-            changed = [f.name for f in fields(base) if _differ(planned, base, f.name)]
+            changed = list(_changed(planned, base, "client"))
             if changed:
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} changes what a client "
-                    f"does (client.{', client.'.join(changed)}), which a split client cannot do; "
+                    f"does ({', '.join(changed)}), which a split client cannot do; "
                     "with heterolora, set strategy.aggregator.prune=false"
                 )
         return base
@@ -227,13 +218,13 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         parts = self._parts(state)
         if self.rule.update == "per_client" or any(part.shared for part in parts):
             return None
-        assert is_low_rank(start)
+        assert isinstance(start, Mapping)
         found: dict[str, Summand] = {}
         for part in parts:
             who = replace(update.client, ranks=part.ranks(update.client.ranks))
-            mine = replace(update, client=who, payload=part.of(update.adapter))
+            mine = replace(update, client=who, payload=LowRankPayload(part.of(update.adapter)))
             nested = under(state, part.prefix)
-            added = self.aggregator.adds(nested, part.of(start), mine)
+            added = self.aggregator.adds(nested, LowRankPayload(part.of(start)), mine)
             if added is None:
                 return None
             found |= {f"{part.prefix}{name}": x for name, x in added.items()}
@@ -331,12 +322,13 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             ranks = part.ranks(u.client.ranks)
             if ranks:
                 who = replace(u.client, ranks=ranks)
-                mine.append(replace(u, client=who, payload=part.of(u.adapter)))
+                mine.append(replace(u, client=who, payload=LowRankPayload(part.of(u.adapter))))
             else:
                 served += u.num_examples
         if part.shared and served:
             host = self._host(state, part, served)
-            mine.insert(0, Update(host, {p: server[p] for p in host.ranks}, served))
+            own = LowRankPayload({p: server[p] for p in host.ranks})
+            mine.insert(0, Update(host, own, served))
         return mine
 
     def _completed(self, state: State, update: Update) -> Update:
@@ -346,7 +338,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         own = dict(update.adapter) | copy
         order_ = [p for p in paths(state, "r", MODULES) if p in own]
         who = replace(update.client, ranks=Ranks({p: ranks[p] for p in order_}))
-        return replace(update, client=who, payload={p: own[p] for p in order_})
+        return replace(update, client=who, payload=LowRankPayload({p: own[p] for p in order_}))
 
     def _copy_of(self, state: State, client: Client) -> dict[str, Factors]:
         """The server's adapters of one client under ``per_client``: as trained, or the average."""
@@ -391,5 +383,11 @@ def _within(setting: Setting, part: Part) -> Setting:
     )
 
 
-def _differ(a: LocalPlan, b: LocalPlan, name: str) -> bool:
-    return bool(getattr(a, name) != getattr(b, name))
+def _changed(a: object, b: object, name: str) -> Iterator[str]:
+    """The fields in which two values of one dataclass differ, those of its parts too."""
+    if not is_dataclass(a) or type(a) is not type(b):
+        if a != b:
+            yield name
+        return
+    for f in fields(a):
+        yield from _changed(getattr(a, f.name), getattr(b, f.name), f"{name}.{f.name}")

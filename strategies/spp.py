@@ -36,24 +36,19 @@ from fedlora.algebra.state import (
     scalar,
 )
 from fedlora.algebra.summand import Summands, dense
-from fedlora.core import techniques
 from fedlora.core.checks import at_least, one_of
+from fedlora.core.payload import Payload
 from fedlora.core.seeding import torch_seed
-from fedlora.core.types import (
-    Client,
-    MaskedScale,
-    Payload,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, Ranks, Setting, Update
 from fedlora.server.method import Setup
+from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.scale import (
     factor,
     mean_factor,
     nested_rank,
     spread,
 )
+from fedlora.techniques.spp.technique import Scaling
 from strategies.base import LoRAStrategy
 
 log = logging.getLogger(__name__)
@@ -64,6 +59,8 @@ MODES = ("alternate", "beta_only", "stack", "separate")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SPP(LoRAStrategy):
+    technique = Scaling
+
     mode: str = "alternate"
     """``alternate``, ``beta_only``, ``stack`` or ``separate`` (not exact)."""
     schedule: tuple[str, ...] = ("beta", "alpha")
@@ -108,10 +105,6 @@ class SPP(LoRAStrategy):
                 "mode=alternate loses nothing"
             )
 
-    @property
-    def technique(self) -> str:
-        return techniques.SPP
-
     def check(self, setup: Setup) -> None:
         super().check(setup)
         plan = setup.client
@@ -119,12 +112,6 @@ class SPP(LoRAStrategy):
             raise ValueError(
                 "strategy=spp decides itself what a round trains: leave client.train_a and "
                 "client.train_b true, and set strategy.mode or strategy.schedule"
-            )
-        if plan.self_prune is not None:
-            raise ValueError(
-                "client.self_prune drops the last ranks of LoRA's A and B, and SPP's alpha scales "
-                "other rows with each rank: use client.self_prune=null, or strategy=heterolora "
-                "with client=adamw"
             )
         if setup.quantization != "none":
             raise ValueError(

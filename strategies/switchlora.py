@@ -35,21 +35,13 @@ from fedlora.algebra.state import (
     under,
 )
 from fedlora.algebra.summand import Summands, dense
-from fedlora.core import techniques
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    Module,
-    Payload,
-    Ranks,
-    Rebased,
-    Setting,
-    Switching,
-    Update,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.technique import Technique
+from fedlora.core.types import Client, Factors, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.server.method import Setup
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.switchlora.init import (
     SIDES,
     Side,
@@ -67,6 +59,7 @@ from fedlora.techniques.switchlora.replica import (
     news,
     remembered,
 )
+from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import WIRE_BYTES
 from strategies.base import LoRAStrategy
 
@@ -132,8 +125,10 @@ def weighted_mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SwitchLoRA(LoRAStrategy):
-    switching: Switching | None
-    """``client.switch``."""
+    technique = SwitchTraining
+
+    switching: Technique
+    """``client.technique``."""
     steps: int
     """``client.steps``: of a client in a round."""
     horizon: int
@@ -156,19 +151,15 @@ class SwitchLoRA(LoRAStrategy):
         at_least("strategy.horizon", self.horizon, 1)
         at_least("strategy.hash_every", self.hash_every, 0)
 
-    @property
-    def technique(self) -> str:
-        return techniques.SWITCHLORA
-
     def check(self, setup: Setup) -> None:
         super().check(setup)
         plan = setup.client
-        if plan.switch != self.switching or plan.steps != self.steps:
+        if plan.technique != self.switching or plan.steps != self.steps:
             raise ValueError(
                 f"strategy.steps={self.steps}, strategy.switching={self.switching} are not the "
-                f"clients' (client.steps={plan.steps}, client.switch={plan.switch}), whose steps "
-                "the schedule of exchanges counts; set client.steps and client.switch, which the "
-                "strategy follows"
+                f"clients' (client.steps={plan.steps}, client.technique={plan.technique}), whose "
+                "steps the schedule of exchanges counts; set client.steps and client.technique, "
+                "which the strategy follows"
             )
         if not plan.steps:
             raise ValueError(
@@ -179,11 +170,6 @@ class SwitchLoRA(LoRAStrategy):
             raise ValueError(
                 f"client.train_a={plan.train_a}, train_b={plan.train_b} with strategy=switchlora: "
                 "it says itself which factor is trained when; leave both true"
-            )
-        if plan.self_prune is not None:
-            raise ValueError(
-                "client.self_prune with strategy=switchlora: slots of a pruned rank would be lost "
-                "to everybody; use strategy=heterolora for pruning"
             )
         if self.mode == DENSE and plan.optimizer != "adamw":
             raise ValueError(
@@ -230,9 +216,10 @@ class SwitchLoRA(LoRAStrategy):
         done = int(state["round"])
         if self.mode == DENSE:
             first, total = done * self.steps, self.horizon * self.steps
-            return replace(base, switch=replace(self._switching, first=first, total=total))
+            return replace(base, technique=replace(self._switching, first=first, total=total))
+        # Vectors are exchanged between rounds; in a round clients train plain factors.
         trained = self._timetable(0).sides(done)
-        return replace(base, switch=None, train_a="a" in trained, train_b="b" in trained)
+        return replace(base, technique=LoRA(), train_a="a" in trained, train_b="b" in trained)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         p = client_shares(updates, self.weights)
@@ -339,9 +326,12 @@ class SwitchLoRA(LoRAStrategy):
     # --- pieces ---------------------------------------------------------------------------------
 
     @property
-    def _switching(self) -> Switching:
-        if self.switching is None:
-            raise ValueError("strategy=switchlora needs client.switch; use client=switchlora")
+    def _switching(self) -> SwitchTraining:
+        if not isinstance(self.switching, SwitchTraining):
+            raise ValueError(
+                f"strategy=switchlora needs client/technique=switchlora, not {self.switching.key}; "
+                "use client=switchlora"
+            )
         return self.switching
 
     def _timetable(self, seed: int) -> Timetable:

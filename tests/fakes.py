@@ -6,14 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.algebra.state import Kept, State
-from fedlora.core.types import (
-    Client,
-    Factors,
-    Payload,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, Factors, Ranks, Setting, Update
 from strategies.base import LoRAStrategy
 
 

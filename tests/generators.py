@@ -14,25 +14,14 @@ from torch import Tensor
 
 from fedlora.algebra.init import initial_a
 from fedlora.algebra.linalg import stack
+from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise, torch_generator
-from fedlora.core.types import (
-    Client,
-    Factors,
-    MaskedScale,
-    Module,
-    Payload,
-    Ranks,
-    Rebased,
-    Setting,
-    SparseDelta,
-    Update,
-)
-from fedlora.techniques.spp.scale import (
-    alpha_of,
-    factor,
-    merged_gain,
-    scale,
-)
+from fedlora.core.types import Adapter, Client, Factors, Module, Ranks, Setting, Update
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.spp.payload import MaskedScale, alpha_of, merged_gain, scale
+from fedlora.techniques.spp.scale import factor
 
 ALPHA = 12.0
 MASK = "0123456789abcdef"
@@ -88,7 +77,12 @@ def setting(
     )
 
 
-def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
+def as_payload(value: Payload | Adapter) -> Payload:
+    """What a strategy's hook gives as what travels."""
+    return value if isinstance(value, Payload) else LowRankPayload(value)
+
+
+def trained(payload: Payload | Adapter, seed: int, size: float = 1.0) -> Payload:
     """A start payload after some training: every number moved, float64; the same form, but of
     factors over a moved base only the factors."""
     g = torch_generator(seed, "test-training")
@@ -102,7 +96,7 @@ def trained(payload: Payload, seed: int, size: float = 1.0) -> Payload:
         return _trained_scale(payload, moved)
     if isinstance(payload, Rebased):
         payload = payload.factors
-    return {p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()}
+    return LowRankPayload({p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()})
 
 
 def _trained_scale(payload: MaskedScale, moved: Callable[[Tensor], Tensor]) -> MaskedScale:
@@ -128,7 +122,7 @@ def factors(m: int, n: int, r: int, seed: int, alpha: float = ALPHA) -> Factors:
     return Factors(a, b, alpha)
 
 
-def dense(payload: Payload, modules: Sequence[Module] = MODULES) -> dict[str, Tensor]:
+def dense(payload: Payload | Adapter, modules: Sequence[Module] = MODULES) -> dict[str, Tensor]:
     """What a payload adds to the base weights; of a scale, to what they are multiplied by."""
     if isinstance(payload, MaskedScale):
         drawn = {
@@ -159,7 +153,7 @@ def dense(payload: Payload, modules: Sequence[Module] = MODULES) -> dict[str, Te
 def lone(path: str, f: Factors, id: int = 0, examples: int = 1) -> Update:
     """An update of one module."""
     client = Client(id=id, ranks=Ranks({path: f.rank}), num_examples=examples)
-    return Update(client=client, payload={path: f}, num_examples=examples)
+    return Update(client=client, payload=LowRankPayload({path: f}), num_examples=examples)
 
 
 def single_module_setting(

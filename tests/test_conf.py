@@ -6,6 +6,7 @@ import pytest
 
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
+from fedlora.techniques.spp.technique import Scaling
 from simulations.app.compose import load, split_overrides
 from simulations.app.parts import build_parts
 
@@ -24,6 +25,8 @@ NEEDED = {
     "engine=faulty": ["engine.raise_share=0.2"],
     "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
     "postprocess=bound": ["strategy=fedit"],
+    "client/technique=spp": ["strategy=spp"],
+    "client/technique=switchlora": ["strategy=switchlora"],
 }
 
 
@@ -54,7 +57,7 @@ def test_fedavg_brings_its_own_optimizer_and_the_command_line_wins():
 
 def test_spp_brings_a_pruned_model_and_its_own_plan():
     parts = build_parts(load(["strategy=spp"]))
-    assert parts.client.technique == "spp"
+    assert isinstance(parts.client.technique, Scaling)
     assert (parts.model.name, parts.model.calibration) == ("tiny-wanda-0.5", parts.data)
     other = build_parts(load(["strategy=spp", "model@model.base=smollm2", "model.pattern=2:4"]))
     assert other.model.name == "smollm2-wanda-2of4"
@@ -124,9 +127,12 @@ def test_the_hash_ignores_what_cannot_matter():
         ),
         ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
         (
-            "strategy=spp client.self_prune={_target_:fedlora.core.types.SelfPrune,weight:0.1,"
-            "gamma:0.9,min_rank:1}",
-            "client.self_prune drops the last ranks of LoRA's A and B",
+            "strategy=heterolora client.self_prune={_target_:fedlora.core.types.SelfPrune}",
+            "client.self_prune has another name now: use client.technique.self_prune",
+        ),
+        (
+            "strategy=switchlora client.switch.interval=20",
+            "client.switch.interval has another name now: use client.technique",
         ),
         (
             "strategy=spp model=hf model.path=x model.quantization=int8",
@@ -146,7 +152,8 @@ def test_the_hash_ignores_what_cannot_matter():
         ),
         ("strategy=spp model.pattern=0", "pattern='0' must be the share of weights"),
         ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
-        ("client.technique=dora", "client.technique='dora' is not one of"),
+        ("client.technique=spp", "a group of settings now: use client/technique=spp"),
+        ("client/technique=dora", "Available options in 'client/technique': lora spp switchlora"),
         ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
         ("strategy=spp model.calibration=null", "model.method=wanda needs text"),

@@ -25,3 +25,17 @@ def share(name: str, value: float) -> None:
     """Raise a ValueError unless ``0 <= value <= 1``."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+
+
+def wrong_names(found: Iterable[str], due: Iterable[str]) -> str:
+    """What is wrong with the modules that something names; empty if they are those that are due."""
+    names, wanted = set(found), set(due)
+    if names == wanted:
+        return ""
+    missing, extra = sorted(wanted - names), sorted(names - wanted)
+    parts = [f"lacks {missing[0]}"] if missing else []
+    parts += [f"has the unknown {extra[0]}"] if extra else []
+    return (
+        f"it {' and '.join(parts)} ({len(names)} modules, {len(missing)} missing, "
+        f"{len(extra)} unknown)"
+    )

@@ -8,14 +8,14 @@ linear layer and adds ``(alpha / r) B_k A_k`` to its frozen weight ``W [d_out, d
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal, TypeAlias, TypeGuard
+from typing import Literal, TypeAlias
 
 from torch import Tensor
 
 from fedlora.core.checks import at_least, one_of, share
 from fedlora.core.metric import Metric, Scorer
-
-CHOICES = ("ring", "random")  # of SwitchLoRA's next vector
+from fedlora.core.payload import Payload
+from fedlora.core.technique import Technique, default_technique
 
 
 @dataclass(frozen=True)
@@ -118,119 +118,6 @@ Adapter: TypeAlias = Mapping[str, Factors]
 
 
 @dataclass(frozen=True)
-class SparseDelta:
-    """An update of chosen coordinates of the base weights (SLoRA's first stage).
-
-    Coordinate ``(i, j)`` of a module belongs to the mask when ``u[i, j] < density``, where ``u`` is
-    uniform noise that `fedlora.core.seeding.mask_noise` draws from ``(seed, path)``: masks of a
-    smaller density are subsets of masks of a larger one, and only the values have to travel.
-    """
-
-    seed: int
-    density: float
-    values: Mapping[str, Tensor]
-    """Module path -> ``[nnz]``, the update at the mask's coordinates in row-major order."""
-
-    def __post_init__(self) -> None:
-        share("density", self.density)
-
-
-@dataclass(frozen=True)
-class MaskedScale:
-    """A multiplicative update of a pruned base, which keeps every zero (SPP).
-
-    With ``r = blocks[path]``, ``s = lora_alpha / r`` and ``g(i) = floor(i r / d_out)`` a module's
-    weight becomes ``W ∘ (1 + s F)``, ``F[i, j] = beta[i] alpha[g(i), j]``, after the factors of
-    `merges` have been multiplied into ``W``. What a client need not be told, or does not change, is
-    left out of the mappings. Computed with in `fedlora.techniques.spp.scale`.
-    """
-
-    mask: str
-    """Identity of the base's zeros (`fedlora.models.masks`): on others it means nothing."""
-    lora_alpha: float
-    blocks: Mapping[str, int]
-    """Module path -> rank ``r`` of the common factors."""
-    alpha: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module path -> ``[r, d_in]``, or of a smaller rank that divides ``r``."""
-    beta: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module path -> ``[d_out]``."""
-    tied: Mapping[str, int] = field(default_factory=dict)
-    """Modules of which a client trains a change of ``alpha`` of this rank: neighbouring rows of
-    ``alpha`` change alike."""
-    change: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module path -> ``[tied, d_in]``, that change; none yet: zero."""
-    merges: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
-    """In this order ``1 + s Σ_k F_k`` was multiplied into ``W``: module path ->
-    ``alpha [k, r, d_in]`` and ``beta [k, d_out]``."""
-    trains: str = "both"
-    """``alpha``, ``beta`` or ``both``: what a client changes and sends back."""
-    seed: int = -1
-    """Of ``alpha`` where it is drawn (`algebra.init.initial_a`) rather than sent; -1: sent."""
-
-    def __post_init__(self) -> None:
-        one_of("trains", self.trains, ("alpha", "beta", "both"))
-
-
-@dataclass(frozen=True)
-class Rebased:
-    """Factors over a base that has moved: ``W + shift + (alpha / r) B A`` (SwitchLoRA)."""
-
-    shift: Mapping[str, Tensor]
-    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
-    factors: Adapter = field(default_factory=dict)
-    """Of modules that are in ``shift``; none: a dense update and nothing to train."""
-
-    def __post_init__(self) -> None:
-        for path, f in self.factors.items():
-            shape = (f.b.shape[0], f.a.shape[1])
-            if path not in self.shift or tuple(self.shift[path].shape) != shape:
-                found = tuple(self.shift[path].shape) if path in self.shift else "none"
-                raise ValueError(f"{path}: factors of a layer {shape} over the shift {found}")
-
-
-Payload: TypeAlias = Adapter | SparseDelta | MaskedScale | Rebased
-"""What a client receives and returns."""
-
-
-def is_low_rank(payload: Payload) -> TypeGuard[Adapter]:
-    """Whether a payload is factors over the base as it is, and nothing else."""
-    return isinstance(payload, Mapping)
-
-
-def payload_tensors(payload: Payload) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a payload with a name such as ``model.layers.0.self_attn.q_proj/a``."""
-    if isinstance(payload, SparseDelta):
-        for path, values in payload.values.items():
-            yield f"{path}/values", values
-        return
-    if isinstance(payload, MaskedScale):
-        yield from _scale_tensors(payload)
-        return
-    if isinstance(payload, Rebased):
-        for path, shift in payload.shift.items():
-            yield f"{path}/shift", shift
-        payload = payload.factors
-    for path, f in payload.items():
-        yield f"{path}/a", f.a
-        yield f"{path}/b", f.b
-
-
-def _scale_tensors(payload: MaskedScale) -> Iterator[tuple[str, Tensor]]:
-    for name in ("alpha", "beta", "change"):
-        for path, t in getattr(payload, name).items():
-            yield f"{path}/{name}", t
-    for i, merge in enumerate(payload.merges):
-        for path, (alpha, beta) in merge.items():
-            yield f"{path}/merges/{i}/alpha", alpha
-            yield f"{path}/merges/{i}/beta", beta
-
-
-def payload_floats(payload: Payload) -> int:
-    """How many numbers travel when this payload is sent to or by a real client."""
-    return sum(t.numel() for _, t in payload_tensors(payload))
-
-
-@dataclass(frozen=True)
 class Client:
     """A virtual client: who it is, what it can hold, how much data it has."""
 
@@ -275,65 +162,11 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class SelfPrune:
-    """HeteroLoRA's local regulariser and rank pruning (Cho et al., section 4).
-
-    The loss gains ``weight * Σ_modules ||B[:, keep:]||_F ||A[keep:, :]||_F`` with
-    ``keep = max(1, min(r - 1, floor(gamma r)))``; if the sum is smaller after training than on
-    arrival, the client's ranks shrink to ``max(min_rank, keep)`` and the tail is not sent.
-    """
-
-    weight: float
-    gamma: float
-    min_rank: int
-
-    def __post_init__(self) -> None:
-        at_least("weight", self.weight, 0)
-        share("gamma", self.gamma)
-        at_least("min_rank", self.min_rank, 1)
-
-
-@dataclass(frozen=True)
-class Switching:
-    """SwitchLoRA's exchange of low-rank vectors during training (`techniques.switchlora`)."""
-
-    interval: float = 40.0
-    """Expected steps between two exchanges in one slot of one factor, at the start."""
-    ratio: float = 0.1
-    """Share of the run after which exchanges are 0.3 as frequent."""
-    freeze: int = 5
-    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
-    void in any case."""
-    choice: str = "ring"
-    """The next vector of the pool: in its order (``ring``), or any that is in no slot
-    (``random``)."""
-    count_frozen: bool = True
-    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
-    are half as large, a warm-up."""
-    total: int = 0
-    """Steps of the whole run; whoever plans the run sets it."""
-    first: int = 0
-    """How many of them are done."""
-
-    def __post_init__(self) -> None:
-        at_least("client.switch.interval", self.interval, 0, strict=True)
-        at_least("client.switch.ratio", self.ratio, 0, strict=True)
-        at_least("client.switch.freeze", self.freeze, 0)
-        one_of("client.switch.choice", self.choice, CHOICES)
-        if self.interval < 2 * self.freeze:
-            raise ValueError(
-                f"client.switch.interval={self.interval:g} is less than twice "
-                f"client.switch.freeze={self.freeze}: vectors would be exchanged while they are "
-                f"frozen; choose interval >= {2 * self.freeze}"
-            )
-
-
-@dataclass(frozen=True)
 class LocalPlan:
     """What a client does in one round. Methods describe, engines execute."""
 
-    technique: str = "lora"
-    """What a client trains: ``lora``, or ``spp`` on a pruned base (`fedlora.core.techniques`)."""
+    technique: Technique = field(default_factory=default_technique)
+    """What a client trains (`fedlora.techniques`)."""
     optimizer: str = "adamw"
     """``adamw`` or ``sgd``; fresh state every round."""
     lr: float = 1e-3
@@ -369,12 +202,8 @@ class LocalPlan:
     """``none`` or ``bf16``."""
     train_a: bool = True
     train_b: bool = True
-    self_prune: SelfPrune | None = None
-    switch: Switching | None = None
-    """Exchange vectors during local training; only ``strategy=switchlora`` knows what it means."""
 
     def __post_init__(self) -> None:
-        one_of("client.technique", self.technique, ("lora", "spp"))
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("client.schedule", self.schedule, ("linear", "cosine", "constant"))
         one_of("client.loss", self.loss, ("full", "response"))
@@ -463,6 +292,19 @@ class Update:
             kind = type(self.payload).__name__
             raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
         return self.payload
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What an update is held against (`Payload.check`)."""
+
+    client: Client
+    """As it was enlisted for the round."""
+    start: Payload
+    """What it started the round from; the shapes come from here."""
+    plan: LocalPlan
+    density: float = 1.0
+    """Of the server's pruned base, for the message to a client that has another."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Engines call it with values (`LoRAClient.train`, `LoRAClient.evaluate_job`); Flo
 arrays and scalars (`fit`, `evaluate`): ``client.to_client()`` is what a ``client_fn`` returns.
 """
 
-import dataclasses
 import json
 import math
 import time
@@ -14,28 +13,20 @@ from typing import Any, TypeAlias, cast
 from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     Client,
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
     LocalPlan,
-    MaskedScale,
-    Payload,
-    Ranks,
-    SelfPrune,
     TrainJob,
     Update,
-    is_low_rank,
 )
 from fedlora.data.batches import drawn
 from fedlora.data.store import Example, TokenStore
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.language_model import LanguageModel
-from fedlora.techniques.spp.scale import sent
-from fedlora.techniques.switchlora.local import train_switching
-from fedlora.training import self_pruning as selfprune
-from fedlora.training.loop import optimise
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
@@ -67,26 +58,9 @@ class LoRAClient(NumPyClient):
         """
         self._check_identity(job.client)
         wall, cpu = time.perf_counter(), time.process_time()
-        plan, who = job.plan, self.client.id
         examples = training_examples(self.store, job)
-        payload: Payload
         try:
-            parameters = self.model.mount(
-                job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
-            )
-            if plan.switch is not None:
-                payload, trace = train_switching(self.model, job, examples)
-            else:
-                trace = optimise(
-                    self.model,
-                    parameters,
-                    examples,
-                    plan,
-                    seed=job.seed,
-                    round=job.round,
-                    client=who,
-                )
-                payload = self.model.payload()
+            payload, trace = job.plan.technique.train(self.model, job, examples)
         finally:
             self.model.unmount()
         spent = {
@@ -94,7 +68,9 @@ class LoRAClient(NumPyClient):
             "seconds": time.perf_counter() - wall,
             "cpu_seconds": time.process_time() - cpu,
         }
-        return completed(job, payload, trace.metrics() | spent, self.store.count(who, "train"))
+        return completed(
+            job, payload, trace.metrics() | spent, self.store.count(job.client.id, "train")
+        )
 
     def evaluate_job(self, job: EvaluateJob) -> Evaluation:
         """Measure the job's adapter, or the bare base model, on this client's examples.
@@ -180,7 +156,7 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
     plan, who = job.plan, job.client.id
     if not (plan.train_a or plan.train_b):
         raise ValueError("the plan trains nothing: train_a and train_b are both false")
-    if is_low_rank(job.start) and not job.start:
+    if next(job.start.tensors(), None) is None:
         raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
     return examples_for(store, plan, seed=job.seed, round=job.round, client=who)
 
@@ -206,33 +182,9 @@ def examples_for(
 def completed(
     job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
 ) -> Update:
-    """A trained payload as the job's update: without what the server knows, pruned if the plan
-    says so."""
-    client = job.client
-    if isinstance(payload, MaskedScale):
-        payload = sent(payload)
-    if job.plan.self_prune is not None:
-        client, payload = self_pruned(client, job.start, payload, job.plan.self_prune)
+    """A trained payload as the job's update: what of it the technique sends."""
+    client, payload = job.plan.technique.completed(job, payload)
     return Update(client, payload, num_examples, metrics)
-
-
-def self_pruned(
-    client: Client, start: Payload, trained: Payload, prune: SelfPrune
-) -> tuple[Client, Payload]:
-    """HeteroLoRA's local decision: the tail goes if training made it smaller.
-
-    Raises:
-        TypeError: for payloads without ranks.
-    """
-    if not isinstance(start, Mapping) or not isinstance(trained, Mapping):
-        kind = type(trained).__name__
-        raise TypeError(f"client.self_prune needs low-rank factors, not a {kind}")
-    before, after = selfprune.score(start, prune), selfprune.score(trained, prune)
-    if not selfprune.should_prune(before, after):
-        return client, trained
-    kept = selfprune.prune_adapter(trained, prune)
-    ranks = Ranks({path: factors.rank for path, factors in kept.items()})
-    return dataclasses.replace(client, ranks=ranks), kept
 
 
 def _expect(plan: object, kind: type) -> object:

@@ -6,21 +6,16 @@ Which clients fail depends on the job's seed, round and client alone: a rehearsa
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 
 from fedlora.core.checks import at_least, share
+from fedlora.core.payload import Payload
 from fedlora.core.seeding import generator
 from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
-    Factors,
     Failure,
-    MaskedScale,
-    Payload,
-    Rebased,
-    SparseDelta,
     TrainJob,
     Update,
 )
@@ -109,32 +104,8 @@ def _spoil(update: Update, fault: str) -> Update:
 
 
 def _spoiled(payload: Payload, fault: str) -> Payload:
-    if isinstance(payload, SparseDelta):
-        path, values = next(iter(payload.values.items()))
-        bad = (
-            values[:-1] if fault == "shape" else values.index_fill(0, torch.tensor([0]), torch.nan)
-        )
-        return replace(payload, values={**payload.values, path: bad})
-    if isinstance(payload, MaskedScale):
-        return _spoiled_scale(payload, fault)
-    if isinstance(payload, Rebased):
-        path, shift = next(iter(payload.shift.items()))
-        bad = shift[:-1] if fault == "shape" else torch.full_like(shift, torch.nan)
-        return replace(payload, shift={**payload.shift, path: bad}, factors={})
-    path, f = next(iter(payload.items()))
-    if fault == "shape":
-        spoiled = Factors(f.a[:, :-1], f.b, f.alpha)
-    else:
-        b = f.b.clone()
-        b[0, 0] = torch.nan
-        spoiled = Factors(f.a, b, f.alpha)
-    return {**payload, path: spoiled}
-
-
-def _spoiled_scale(payload: MaskedScale, fault: str) -> MaskedScale:
-    name = next(n for n in ("alpha", "beta", "change") if getattr(payload, n))
-    tensors = getattr(payload, name)
-    path, t = next(iter(tensors.items()))
-    bad = t[..., :-1] if fault == "shape" else torch.full_like(t, torch.nan)
-    changed: dict[str, Any] = {name: {**tensors, path: bad}}
-    return replace(payload, **changed)
+    """The first tensor spoiled: not a number, or of another shape."""
+    tensors = dict(payload.tensors())
+    name, t = next(iter(tensors.items()))
+    tensors[name] = t[..., :-1] if fault == "shape" else torch.full_like(t, torch.nan)
+    return payload.from_header(payload.header(), tensors)

@@ -1,39 +1,24 @@
 """The resident base model of one worker: adapters come and go, the base never changes a bit."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from fedlora.algebra.init import initial_a
-from fedlora.core.seeding import mask_noise
-from fedlora.core.types import (
-    Adapter,
-    MaskedScale,
-    Payload,
-    Rebased,
-    SparseDelta,
-)
+from fedlora.core.payload import MovedBase, Payload
 from fedlora.models.layers import (
     AdaptedLinear,
     LinearUpdate,
-    LowRank,
-    Rebuilt,
-    SparseValues,
+    dense_weight,
     dropout_bits,
-    mask_index,
 )
-from fedlora.models.masks import check_zeros
-from fedlora.models.modules import ModelInfo, check_adapter, check_paths, check_scale
+from fedlora.models.modules import ModelInfo
 from fedlora.models.qkv import join_state
-from fedlora.techniques.spp.layer import BlockScaled
-from fedlora.techniques.spp.scale import merged_gain, scale
 
-MASKS_KEPT = 4  # distinct (seed, density) pairs whose coordinates stay in memory
+T = TypeVar("T")
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and whoever only configures needs none
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,8 +57,8 @@ class LanguageModel:
             m.path: _wrap(network, m.path) for m in info.modules
         }
         """Module path -> wrapped layer, in module order."""
-        self._mounted: Payload = {}
-        self._masks: OrderedDict[tuple[int, float], dict[str, Tensor]] = OrderedDict()
+        self._payload: Payload | None = None
+        self._kept: dict[str, OrderedDict[Any, Any]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -103,19 +88,24 @@ class LanguageModel:
         Ranks may differ between modules; a module that the payload does not name stays as it is in
         the base. The payload is copied, never aliased, and nothing is changed if it is refused.
 
+        Args:
+            payload: of any technique.
+            dropout: rate of whatever branch its layers have.
+            train_a: whether the first of two factors trains.
+            train_b: whether the second does.
+
         Returns:
-            The trainable parameters (A, B of each module, or its values), in module order.
+            The trainable parameters, in module order (LoRA: A, B of each module).
 
         Raises:
             ValueError: if a module is unknown or a shape or rank is impossible, naming the module.
         """
-        updates = {} if payload is None else self.updates(payload, dropout)
-        self._mounted = {} if payload is None else payload
+        updates = {} if payload is None else payload.updates(self, dropout)
+        self._payload = payload
         for path, layer in self.layers.items():
             layer.update = updates.get(path)
-        for a, b in self.factors():
-            a.requires_grad_(train_a and a.requires_grad)
-            b.requires_grad_(train_b and b.requires_grad)
+        for update in updates.values():
+            update.restrict(train_a, train_b)
         return [p for u in updates.values() for p in u.parameters() if p.requires_grad]
 
     def unmount(self) -> None:
@@ -132,7 +122,7 @@ class LanguageModel:
         dropping = [
             (path, layer.update)
             for path, layer in self.layers.items()
-            if isinstance(layer.update, LowRank | BlockScaled) and layer.update.p > 0
+            if layer.update is not None and layer.update.p > 0
         ]
         if not dropping:
             return
@@ -149,46 +139,57 @@ class LanguageModel:
         drawn = dropout_bits(rows, widths, seed, self.device)
         return dict(zip(self.layers, drawn, strict=True))
 
-    def factors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """The live ``(A, B)`` of the mounted adapter, in module order; empty without one. Of SPP:
-        alpha, or the change of it, and beta."""
-        mounted = (layer.update for layer in self.layers.values())
-        both = [u.parameters() for u in mounted if isinstance(u, LowRank | BlockScaled)]
-        return [(pair[0], pair[1]) for pair in both if pair]
+    def payload(self) -> Payload | None:
+        """A detached copy of what is mounted, as it has been trained (`Payload.read`)."""
+        return None if self._payload is None else self._payload.read(self.mounted())
 
-    def payload(self) -> Payload:
-        """A detached copy of what is mounted, of the type that was mounted (base alone: ``{}``).
+    def mounted(self) -> dict[str, LinearUpdate]:
+        """Module path -> what is mounted there, in module order."""
+        return {p: x.update for p, x in self.layers.items() if x.update is not None}
 
-        Of factors over a moved base it is the factors: the base has not moved since.
+    def parameters(self) -> list[list[nn.Parameter]]:
+        """The live parameters of every mounted module, in module order; of LoRA: A, B."""
+        both = [update.parameters() for update in self.mounted().values()]
+        return [own for own in both if own]
+
+    def moved(self, base: MovedBase) -> dict[str, Tensor]:
+        """The weights of a base that has moved, ``W + shift``, in the type of mounted parameters.
+
+        They stand beside the model's own, which stay as they are; those of the last version are
+        kept, for all who stand on it.
+
+        Returns:
+            Module path -> ``[d_out, d_in]``, not to be changed, in module order.
         """
-        mounted = self._mounted
-        if isinstance(mounted, MaskedScale):
-            return self._scale_payload(mounted)
-        if isinstance(mounted, SparseDelta):
-            values = {
-                path: layer.update.values.detach().clone()
-                for path, layer in self.layers.items()
-                if isinstance(layer.update, SparseValues)
-            }
-            return replace(mounted, values=values)
-        return {
-            path: layer.update.factors()
-            for path, layer in self.layers.items()
-            if isinstance(layer.update, LowRank) and layer.update.parameters()
-        }
 
-    def _scale_payload(self, mounted: MaskedScale) -> MaskedScale:
-        live = {
-            path: layer.update
-            for path, layer in self.layers.items()
-            if isinstance(layer.update, BlockScaled)
-        }
-        return replace(
-            mounted,
-            alpha={p: u.alpha.detach().clone() for p, u in live.items() if p in mounted.alpha},
-            beta={p: u.beta.detach().clone() for p, u in live.items()},
-            change={p: u.change.detach().clone() for p, u in live.items() if u.change is not None},
-        )
+        def added() -> dict[str, Tensor]:
+            found = {}
+            for path, layer in self.layers.items():
+                if path in base.shift:
+                    weight = dense_weight(layer.base).detach()
+                    shift = base.shift[path].detach().to(weight.device, self.dtype)
+                    found[path] = weight.to(self.dtype) + shift
+            return found
+
+        return self.kept("moved", base.version, added, 1)
+
+    def kept(self, kind: str, key: object, make: Callable[[], T], most: int) -> T:
+        """What a payload needs again whenever it is mounted here, made once.
+
+        Args:
+            kind: of thing; what is kept of one kind does not displace another.
+            key: identity among its kind.
+            make: how to make it.
+            most: things of this kind that are kept.
+        """
+        found = self._kept.setdefault(kind, OrderedDict())
+        if key not in found:
+            while len(found) >= most:  # first: two of the largest need not fit
+                found.popitem(last=False)
+            found[key] = make()
+        found.move_to_end(key)
+        value: T = found[key]
+        return value
 
     def effective_weight(self, path: str) -> Tensor:
         """The weight ``[d_out, d_in]`` that a module multiplies by as mounted, without dropout."""
@@ -203,8 +204,7 @@ class LanguageModel:
 
         Raises:
             TypeError: if there is a payload and the base is quantised.
-            ModelError: if a scaled weight loses a zero or gains one, or is not finite (by overflow
-                or underflow).
+            ModelError: if a weight loses what its payload must keep (`LinearUpdate.check_stored`).
         """
         state = {
             name: tensor
@@ -213,108 +213,12 @@ class LanguageModel:
         }
         for path, layer in self.layers.items():
             state |= {f"{path}.{name}": t for name, t in layer.base.state_dict().items()}
-        for path, update in self.updates(payload or {}).items():
-            state[f"{path}.weight"] = stored = self.layers[path].stored_weight(update)
-            if isinstance(update, BlockScaled):
-                kept = {path: (self.layers[path].weight != 0).cpu()}
-                check_zeros(kept, lambda _, w=stored: w, "merging")  # type: ignore[misc]
+        updates = {} if payload is None else payload.updates(self)
+        for path, update in updates.items():
+            layer = self.layers[path]
+            state[f"{path}.weight"] = stored = layer.stored_weight(update)
+            update.check_stored(path, layer.base, stored)
         return join_state(state, self.info.splits)
-
-    def updates(self, payload: Payload, dropout: float = 0.0) -> dict[str, LinearUpdate]:
-        """What a payload would put on each module it names, in module order.
-
-        Raises:
-            ValueError: if a module is unknown or a shape or rank is impossible, naming the module,
-                or the payload is of another pruned base.
-        """
-        if isinstance(payload, MaskedScale):
-            check_scale(payload, self.info)
-            return dict(self._scaled_updates(payload, dropout))
-        if isinstance(payload, SparseDelta):
-            check_paths(payload.values, self.info)
-            return dict(self._sparse_updates(payload))
-        if isinstance(payload, Rebased):
-            return dict(self._rebuilt(payload, dropout))
-        check_adapter(payload, self.info)
-        return dict(self._low_rank_updates(payload, dropout))
-
-    def _rebuilt(self, payload: Rebased, dropout: float) -> dict[str, Rebuilt]:
-        check_paths(payload.shift, self.info)
-        check_adapter(payload.factors, self.info)
-        for m in self.info.modules:
-            shift = payload.shift.get(m.path)
-            if shift is not None and tuple(shift.shape) != (m.d_out, m.d_in):
-                raise ValueError(
-                    f"{m.path}: a shift {tuple(shift.shape)} does not fit a layer with "
-                    f"d_out={m.d_out}, d_in={m.d_in}"
-                )
-        found, dtype = payload.factors, self.dtype
-        return {
-            path: Rebuilt(payload.shift[path], found.get(path), dropout, layer.base, dtype)
-            for path, layer in self.layers.items()
-            if path in payload.shift
-        }
-
-    def _low_rank_updates(self, adapter: Adapter, dropout: float) -> dict[str, LowRank]:
-        device, dtype = self.device, self.dtype
-        return {
-            path: LowRank(adapter[path], dropout, device, dtype)
-            for path in self.layers
-            if path in adapter
-        }
-
-    def _scaled_updates(self, payload: MaskedScale, dropout: float) -> dict[str, BlockScaled]:
-        drawn = {
-            m.path: initial_a(payload.seed, m, payload.blocks[m.path])
-            for m in self.info.modules
-            if payload.seed >= 0 and m.path in payload.beta
-        }
-        alpha = {**drawn, **payload.alpha}
-        return {
-            path: BlockScaled(
-                alpha[path],
-                payload.beta[path],
-                scale(payload, path),
-                dropout,
-                self.layers[path].base,
-                dtype=self.dtype,
-                tied=payload.tied.get(path, 0),
-                change=payload.change.get(path),
-                gain=merged_gain(payload, path),
-                trains=payload.trains,
-            )
-            for path in self.layers
-            if path in payload.beta
-        }
-
-    def _sparse_updates(self, delta: SparseDelta) -> dict[str, SparseValues]:
-        masks, dtype = self._mask(delta.seed, delta.density), self.dtype
-        updates = {}
-        for path, index in masks.items():
-            if path in delta.values:
-                values = delta.values[path]
-                if values.shape != index.shape:
-                    raise ValueError(
-                        f"{path}: {tuple(values.shape)} values, but the mask of seed {delta.seed} "
-                        f"and density {delta.density} has {tuple(index.shape)} coordinates"
-                    )
-                updates[path] = SparseValues(values, index, dtype)
-        return updates
-
-    def _mask(self, seed: int, density: float) -> dict[str, Tensor]:
-        """Where each module stores the coordinates of a mask; drawn once per (seed, density)."""
-        key = (seed, density)
-        if key not in self._masks:
-            self._masks[key] = {
-                m.path: mask_index(
-                    mask_noise(seed, m.path, m.d_out, m.d_in) < density, self.layers[m.path].base
-                ).to(self.device)
-                for m in self.info.modules
-            }
-            if len(self._masks) > MASKS_KEPT:
-                self._masks.popitem(last=False)
-        self._masks.move_to_end(key)
-        return self._masks[key]
 
 
 def _ancestors(name: str) -> set[str]:

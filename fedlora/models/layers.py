@@ -1,22 +1,16 @@
-"""A frozen linear layer with room for one update, and the updates that fit there.
+"""A frozen linear layer with room for one update, and what such an update is.
 
 A base model is wrapped once; mounting another client's update is an assignment. Updates are plain
 objects (`LinearUpdate`), because registering an ``nn.Module`` per layer and client doubles the cost
-of mounting; the engine of another method may put its own there.
-
-PEFT's LoRA layers compute the same values and gradients, and test_language_model.py holds ours to
-them. They are not used here because re-mounting them writes into their private dictionaries, and
-because nothing but low-rank factors fits into them.
+of mounting. Every technique has its own (`fedlora.techniques`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-
-from fedlora.core.types import Factors
 
 
 def stored_transposed(base: nn.Module) -> bool:
@@ -37,17 +31,40 @@ def dense_weight(base: nn.Module) -> Tensor:
     return weight.t() if stored_transposed(base) else weight
 
 
-class LinearUpdate(Protocol):
+class LinearUpdate(ABC):
     """What stands between a frozen linear layer and its output."""
 
+    p: float = 0.0
+    """Dropout rate of the input of a branch beside the layer."""
+    bits: Tensor | None = None
+    """Of the next forward's mask (`dropout_bits`); whoever trains with dropout sets it."""
+
+    @abstractmethod
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
 
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """Whatever could be trained."""
 
+    @abstractmethod
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight ``[d_out, d_in]``, without dropout."""
+
+    def restrict(self, train_a: bool, train_b: bool) -> None:  # noqa: B027
+        """Freeze one of two factors, where there are two."""
+
+    def check_stored(self, path: str, base: nn.Module, stored: Tensor) -> None:  # noqa: B027
+        """Look at a merged weight before it is written.
+
+        Args:
+            path: of the module, for messages.
+            base: the layer.
+            stored: the effective weight, rounded and as the layer stores it.
+
+        Raises:
+            ModelError: if it has lost what it must keep.
+        """
 
 
 def dropped_share(p: float) -> int:
@@ -115,126 +132,6 @@ def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
         return torch.zeros_like(x)
     kept = survivors(bits.view(x.shape), threshold(dropped), x.dtype)
     return x * kept.mul_(2**16 / (2**16 - dropped))
-
-
-class LowRank:
-    """``y = W x + (alpha / r) B (A dropout(x))``.
-
-    Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
-    evaluation mode); its mask is a function of ``bits``.
-    """
-
-    def __init__(
-        self, factors: Factors, p: float, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.a = nn.Parameter(factors.a.detach().to(device, dtype, copy=True))
-        self.b = nn.Parameter(factors.b.detach().to(device, dtype, copy=True))
-        self.alpha = factors.alpha
-        self.scale = factors.scale
-        self.p = p
-        """Dropout rate."""
-        self.bits: Tensor | None = None
-        """Of the next forward's mask (`dropout_bits`)."""
-
-    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
-        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
-        y: Tensor = base(x)
-        return self.added(y, x).to(y.dtype)
-
-    def added(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + (alpha / r) B (A dropout(x))``, ``[..., d_out]``."""
-        x = x.to(self.a.dtype)
-        if self.p > 0:
-            if self.bits is None:
-                raise RuntimeError(
-                    f"dropout={self.p} without a seed: LanguageModel.seed_dropout before a forward"
-                )
-            x = dropout(x, self.p, self.bits)
-        low = functional.linear(functional.linear(x, self.a), self.b)
-        return torch.add(y, low, alpha=self.scale)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A and B."""
-        return [self.a, self.b]
-
-    def weight(self, base: nn.Module) -> Tensor:
-        """The effective weight ``W + (alpha / r) B A``, ``[d_out, d_in]``, in the factors' type."""
-        return dense_weight(base).to(self.a.dtype) + self.scale * (self.b @ self.a)
-
-    def factors(self) -> Factors:
-        """A detached copy of what is trained."""
-        return Factors(self.a.detach().clone(), self.b.detach().clone(), self.alpha)
-
-
-class Rebuilt(LowRank):
-    """`LowRank` over ``W' = W + shift`` in the factors' type; the base itself is left alone."""
-
-    def __init__(
-        self, shift: Tensor, factors: Factors | None, p: float, base: nn.Module, dtype: torch.dtype
-    ) -> None:
-        weight = dense_weight(base).detach()
-        self.moved = weight.to(dtype) + shift.detach().to(weight.device, dtype)
-        """``W'``, ``[d_out, d_in]``."""
-        self.trains = factors is not None
-        """Whether there are factors at all."""
-        d_out, d_in = shift.shape
-        nothing = Factors(torch.zeros(1, d_in), torch.zeros(d_out, 1), 1.0)
-        super().__init__(factors or nothing, p, weight.device, dtype)
-
-    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
-        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
-        bias: Any = base.bias
-        moved = functional.linear(
-            x.to(self.moved.dtype), self.moved, None if bias is None else bias.to(self.moved.dtype)
-        )
-        y = self.added(moved, x) if self.trains else moved
-        return y.to(x.dtype)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A and B, if there are any."""
-        return super().parameters() if self.trains else []
-
-    def weight(self, base: nn.Module) -> Tensor:
-        """The effective weight ``W' + (alpha / r) B A``, ``[d_out, d_in]``."""
-        return self.moved + self.scale * (self.b @ self.a)
-
-    def change(self, base: nn.Module) -> Tensor:
-        """What the effective weight differs from the base's, detached."""
-        with torch.no_grad():
-            return self.weight(base) - dense_weight(base).to(self.moved.dtype)
-
-
-class SparseValues:
-    """``y = W' x`` with ``W' = W + values`` at the mask and ``W' = W``, bit for bit, elsewhere."""
-
-    def __init__(self, values: Tensor, index: Tensor, dtype: torch.dtype) -> None:
-        self.values = nn.Parameter(values.detach().to(index.device, dtype, copy=True))
-        self.index = index
-        """Of the mask's coordinates (row-major over ``[d_out, d_in]``) in the stored weight."""
-
-    def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
-        """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
-        bias: Any = base.bias
-        return functional.linear(x, self.weight(base), bias)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """The values."""
-        return [self.values]
-
-    def weight(self, base: nn.Module) -> Tensor:
-        """The effective weight, ``[d_out, d_in]``, in the base's type."""
-        stored = dense_weight(base).t() if stored_transposed(base) else dense_weight(base)
-        flat = stored.reshape(-1)
-        moved = (flat[self.index].to(self.values.dtype) + self.values).to(flat.dtype)
-        weight = flat.index_put((self.index,), moved).view(stored.shape)
-        return weight.t() if stored_transposed(base) else weight
-
-
-def mask_index(mask: Tensor, base: nn.Module) -> Tensor:
-    """Where the true coordinates of ``mask [d_out, d_in]``, in row-major order, are stored."""
-    rows, columns = mask.nonzero(as_tuple=True)
-    d_out, d_in = mask.shape
-    return columns * d_out + rows if stored_transposed(base) else rows * d_in + columns
 
 
 class AdaptedLinear(nn.Module):

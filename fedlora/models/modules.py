@@ -7,11 +7,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Adapter,
-    MaskedScale,
-    Module,
-)
+from fedlora.core.types import Adapter, Module
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
 
@@ -125,42 +121,6 @@ def check_adapter(adapter: Adapter, info: ModelInfo) -> None:
                 f"{module.path}: rank {factors.rank} is not in 1..{module.max_rank} = "
                 f"min(d_out={module.d_out}, d_in={module.d_in})"
             )
-
-
-def check_scale(payload: MaskedScale, info: ModelInfo) -> None:
-    """Raise a ValueError that says why a scale cannot act on this model: its zeros, a module."""
-    if payload.mask != info.mask:
-        base = f"{info.name} has the mask {info.mask}" if info.mask else f"{info.name} is dense"
-        raise ValueError(
-            f"the payload scales a base pruned with the mask {payload.mask}, and {base}: alpha and "
-            "beta mean nothing there (model=pruned, one mask for all)"
-        )
-    check_paths(payload.beta, info)
-    for module in info.modules:
-        path = module.path
-        if path in payload.beta:
-            r = payload.blocks[path]
-            _check_shape(f"{path}: beta", payload.beta[path], (module.d_out,))
-            if not 1 <= r <= module.d_out:
-                raise ValueError(f"{path}: rank {r} is not in 1..{module.d_out} = d_out")
-            if payload.seed < 0 or path in payload.alpha:
-                _check_rows(f"{path}: alpha", payload.alpha.get(path), r, module.d_in)
-            if path in payload.change:
-                tied = payload.tied.get(path, 0)
-                _check_shape(f"{path}: change", payload.change[path], (tied, module.d_in))
-
-
-def _check_shape(what: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{what} {tuple(tensor.shape)} does not fit: expected {shape}")
-
-
-def _check_rows(what: str, alpha: Tensor | None, r: int, d_in: int) -> None:
-    if alpha is None or alpha.ndim != 2 or alpha.shape[1] != d_in or not len(alpha):
-        shape = None if alpha is None else tuple(alpha.shape)
-        raise ValueError(f"{what} {shape} does not fit: expected ({r}, {d_in})")
-    if r % len(alpha):
-        raise ValueError(f"{what} has rank {len(alpha)}, which does not divide {r}")
 
 
 def linear_layers(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

@@ -174,7 +174,7 @@ class Pruned(ModelSpec):
                 f"model.pattern={self.pattern} leaves {whole[0]} without a zero ({len(whole)} of "
                 f"{len(masks)} layers): choose a larger share"
             )
-        merge(model, {}, draft)
+        merge(model, None, draft)
         about |= {"mask": save_masks(masks, draft), "density": density(masks)}
         about |= {"base": self.base.name, "method": self.method, "pattern": self.pattern}
         about |= {"sequential": self.sequential, "calibration_clients": list(texts)}

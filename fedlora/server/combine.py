@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
-from fedlora.core.types import Payload, Update
+from fedlora.core.payload import Payload
+from fedlora.core.types import Update
 from fedlora.server.method import Method
 from fedlora.server.postprocess import Moment, Postprocessor
 

@@ -3,15 +3,8 @@
 from collections.abc import Hashable, Sequence
 
 from fedlora.algebra.state import State
-from fedlora.core.types import (
-    Client,
-    EvaluateJob,
-    EvaluatePlan,
-    Evaluation,
-    Failure,
-    Payload,
-    Setting,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Setting
 from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.server.method import Method
@@ -63,8 +56,9 @@ def _payload(
     method: Method, state: State, client: Client, adapter: str, setting: Setting
 ) -> Payload:
     if adapter == "own":
-        return method.personal_update(state, client)
-    return method.global_update(state, setting.max_ranks if adapter == "largest" else None)
+        return method.technique.payload(method.personal_update(state, client))
+    ranks = setting.max_ranks if adapter == "largest" else None
+    return method.technique.payload(method.global_update(state, ranks))
 
 
 def evaluation_record(

@@ -8,19 +8,20 @@ business of `fedlora.server.flower`. Methods of the project are in ``strategies/
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from fedlora.algebra.state import Kept, State
 from fedlora.algebra.summand import Summands
-from fedlora.core.techniques import LORA, TECHNIQUES, require
+from fedlora.core.payload import Payload
+from fedlora.core.technique import Technique, require
 from fedlora.core.types import (
+    Adapter,
     Client,
     Failure,
     LocalPlan,
     Module,
-    Payload,
     Ranks,
     Setting,
     TrainJob,
@@ -107,10 +108,8 @@ class Method(ABC):
 
     # --- before round 1 -----------------------------------------------------------------------
 
-    @property
-    def technique(self) -> str:
-        """The kind of local training whose results it averages (`fedlora.core.techniques`)."""
-        return LORA
+    technique: ClassVar[type[Technique]]
+    """What its clients train: the technique whose results it averages."""
 
     def check(self, setup: Setup) -> None:
         """Refuse a combination before anything is loaded.
@@ -119,12 +118,12 @@ class Method(ABC):
             ValueError: one sentence that says why and what to use instead.
         """
         nested = getattr(self, "aggregator", None)
-        if isinstance(nested, Method) and nested.technique != self.technique:
+        if isinstance(nested, Method) and nested.technique is not self.technique:
             raise ValueError(
                 f"strategy.aggregator={type(nested).__name__} averages "
-                f"{TECHNIQUES[nested.technique].averaged}, and {type(self).__name__} gives it "
-                f"{TECHNIQUES[self.technique].averaged}: use "
-                f"{TECHNIQUES[nested.technique].strategy} by itself, or another aggregator"
+                f"{nested.technique.averaged}, and {type(self).__name__} gives it "
+                f"{self.technique.averaged}: use {nested.technique.strategy} by itself, or another "
+                "aggregator"
             )
         require(setup.client, self.technique, type(self).__name__)
 
@@ -151,8 +150,11 @@ class Method(ABC):
         return client.ranks
 
     @abstractmethod
-    def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
-        """What an enlisted client starts the round from. Equal variants must give equal payloads.
+    def client_start(
+        self, state: State, client: Client, kept: Kept | None = None
+    ) -> Payload | Adapter:
+        """What an enlisted client starts the round from: a payload, or factors in a plain mapping.
+        Equal variants must give equal ones.
 
         Args:
             state: as in every hook.
@@ -252,14 +254,16 @@ class Method(ABC):
     # --- the global model ---------------------------------------------------------------------
 
     @abstractmethod
-    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
+    def global_update(self, state: State, ranks: Ranks | None = None) -> Payload | Adapter:
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
 
     def evaluated_ranks(self, state: State, client: Client) -> Ranks:
         """At which ranks a client uses the global model: those it holds."""
         return self.enlist(state, client).ranks
 
-    def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Payload:
+    def personal_update(
+        self, state: State, client: Client, kept: Kept | None = None
+    ) -> Payload | Adapter:
         """What one client itself uses, of what it is sent and what it keeps: the global update at
         its ranks. Clients of equal variants that keep nothing use the same.
 

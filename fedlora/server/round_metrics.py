@@ -9,11 +9,11 @@ from fedlora.algebra.linalg import (
     truncation_error,
 )
 from fedlora.algebra.state import State
+from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     Failure,
     Setting,
     Update,
-    is_low_rank,
 )
 from fedlora.server.method import Method
 
@@ -74,8 +74,8 @@ def diagnosis(
         setting: for the population's rank patterns.
         updates: that were aggregated; at least one.
     """
-    adapter = method.global_update(state)
-    if not (is_low_rank(adapter) and is_low_rank(updates[0].payload)):
+    adapter = plain_factors(method.technique.payload(method.global_update(state)))
+    if adapter is None or plain_factors(updates[0].payload) is None:
         return {}
     # A split client sends what it holds of the model; what all have sent can be compared.
     sent = [p for p in adapter if all(p in u.adapter for u in updates)]

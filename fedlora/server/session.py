@@ -12,12 +12,13 @@ from pathlib import Path
 
 from fedlora.algebra.state import State
 from fedlora.core.errors import RunError
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
     Failure,
     LocalPlan,
-    Payload,
+    Ranks,
     Setting,
     TrainJob,
     Update,
@@ -205,7 +206,7 @@ class Session:
         record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
         if self.audit is not None:
-            record |= self.audit(self.method.global_update(self.state))
+            record |= self.audit(self.global_payload())
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
         record["round/seconds"] = time.monotonic() - current.started
         return record
@@ -229,6 +230,10 @@ class Session:
         self._current = None
 
     # --- evaluation ---------------------------------------------------------------------------
+
+    def global_payload(self, ranks: Ranks | None = None) -> Payload:
+        """The global model's update (`Method.global_update`) as what travels."""
+        return self.method.technique.payload(self.method.global_update(self.state, ranks))
 
     def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
         """Tagged batches of evaluation jobs after this round; empty where none is due."""

@@ -7,15 +7,8 @@ from dataclasses import dataclass
 
 from fedlora.algebra.state import State
 from fedlora.core.errors import RejectedUpdate, RunError
-from fedlora.core.types import (
-    Client,
-    Failure,
-    LocalPlan,
-    Payload,
-    Setting,
-    TrainJob,
-    Update,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
 from fedlora.server.method import Method
 from fedlora.server.schedule import Rounds
@@ -71,7 +64,8 @@ def training_jobs(
     for client in [method.enlist(state, c) for c in clients]:
         key = method.variant(state, client)
         if key not in shared:
-            shared[key] = method.client_start(state, client), method.plan(state, client, plan)
+            start = method.technique.payload(method.client_start(state, client))
+            shared[key] = start, method.plan(state, client, plan)
         jobs.append(TrainJob(seed, round, client, *shared[key]))
     return jobs
 
@@ -109,15 +103,8 @@ def validate(
             failures.append(result)
             continue
         try:
-            check_update(
-                result,
-                job.client,
-                job.start,
-                max_norm=rounds.max_update_norm,
-                allow_shrink=job.plan.self_prune is not None,
-                dense=job.plan.switch is not None,
-                density=setting.density,
-            )
+            expected = Expected(job.client, job.start, job.plan, setting.density)
+            check_update(result, expected, rounds.max_update_norm)
             updates.append(result)
         except RejectedUpdate as error:
             failures.append(Failure(job.client, "RejectedUpdate", error.reason))

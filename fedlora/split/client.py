@@ -12,13 +12,14 @@ from fedlora.core.seeding import torch_seed
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import LowRank
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
 from fedlora.split.loss import summed_loss
 from fedlora.split.protocol import Cut, Down, InitMessage, Up
 from fedlora.split.trainable import TrainableStage
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def trainable_of(stages: Stages, init: InitMessage) -> TrainableStage:
             f"client {init.client.id} was sent adapters of {len(init.adapter)} modules, its "
             f"blocks have {len(own)}: {list(init.adapter)[:2]} and {own[:2]}"
         )
-    updates = stages.model.updates(init.adapter, init.plan.dropout)
+    updates = LowRankPayload(init.adapter).updates(stages.model, init.plan.dropout)
     factors = {path: u for path, u in updates.items() if isinstance(u, LowRank)}
     return TrainableStage(factors, init.plan, init.optimizer_state)
 

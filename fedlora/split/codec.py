@@ -34,6 +34,7 @@ from fedlora.core.types import (
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
 from fedlora.split.trainable import OptimizerState
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
@@ -267,14 +268,14 @@ def _get(found: Arrays, prefix: str) -> Arrays:
 
 
 def _put_adapter(arrays: Arrays, name: str, adapter: Adapter, wire: str) -> str:
-    arrays[name], header = encode_payload(adapter, wire)
+    arrays[name], header = encode_payload(LowRankPayload(adapter), wire)
     return header
 
 
 def _adapter(found: Arrays, name: str, header: str) -> Adapter:
-    payload = decode_payload(found[name], header)
-    assert isinstance(payload, Mapping)
-    return payload
+    factors = decode_payload(found[name], header, trusted=False).low_rank()
+    assert factors is not None
+    return factors
 
 
 def _put_state(arrays: Arrays, i: int, optimizer_state: OptimizerState) -> None:

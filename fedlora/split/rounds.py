@@ -18,9 +18,9 @@ from typing import Protocol
 from fedlora.core.types import (
     Adapter,
     Client,
+    Expected,
     Failure,
     Update,
-    payload_tensors,
 )
 from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
@@ -30,6 +30,7 @@ from fedlora.split.progress import ClientProgress, Gradient, Phase
 from fedlora.split.protocol import Down, InitMessage, Up, parts_bytes
 from fedlora.split.server import Answer, SplitServer
 from fedlora.split.trainable import OptimizerState
+from fedlora.techniques.lora.payload import LowRankPayload, factor_tensors
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
@@ -94,9 +95,9 @@ class LocalLink:
 
 def through_wire(adapter: Adapter, wire: str) -> Adapter:
     """An adapter as it comes out of a message."""
-    payload = decode_payload(*encode_payload(adapter, wire))
-    assert isinstance(payload, Mapping)
-    return payload
+    found = decode_payload(*encode_payload(LowRankPayload(adapter), wire)).low_rank()
+    assert found is not None
+    return found
 
 
 def failure_of(client: Client, error: Exception) -> Failure:
@@ -232,7 +233,7 @@ class _Round:
     def _down_bytes(self, down: Down) -> int:
         sent = parts_bytes(down.gradient) + parts_bytes(down.middle)
         if down.adapter is not None:
-            sent += payload_bytes(down.adapter, self.link.wire)
+            sent += payload_bytes(LowRankPayload(down.adapter), self.link.wire)
         return sent
 
     def _checked(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
@@ -262,8 +263,9 @@ class _Round:
         if up.adapter is None:
             raise ValueError(f"client {i} was asked for its adapters and sent none")
         client = self.clients[i].client
-        update = Update(client, up.adapter, client.num_examples)
-        check_update(update, client, self.plan.starts[i], max_norm=0)
+        update = Update(client, LowRankPayload(up.adapter), client.num_examples)
+        start = LowRankPayload(self.plan.starts[i])
+        check_update(update, Expected(client, start, self.server.plan), max_norm=0)
 
     # --- a step of the server -------------------------------------------------------------------
 
@@ -319,7 +321,7 @@ class _Round:
 
     def _returned_bytes(self, client: ClientProgress) -> int:
         """Bytes of adapters sent within the round; those of its end are counted as its update."""
-        return update_bytes(client.adapter, self.server.plan, self.link.wire)
+        return update_bytes(LowRankPayload(client.adapter), self.server.plan, self.link.wire)
 
     def _result(self, i: int) -> Finished | Failure:
         client = self.clients[i]
@@ -341,6 +343,6 @@ def _distance(start: Adapter, end: Adapter) -> float:
     """Euclidean norm of the change of all factors."""
     squares = [
         float((e - s).double().square().sum())
-        for (_, s), (_, e) in zip(payload_tensors(start), payload_tensors(end), strict=True)
+        for (_, s), (_, e) in zip(factor_tensors(start), factor_tensors(end), strict=True)
     ]
     return math.sqrt(math.fsum(squares))

@@ -18,18 +18,8 @@ from fedlora.algebra.state import (
     unpack,
 )
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-    TrainJob,
-    Update,
-    is_low_rank,
-)
+from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan, TrainJob, Update
 from fedlora.data.batches import num_steps
-from fedlora.models.layers import LowRank
 from fedlora.server.method import ClientChannel, Method, RoundOutcome
 from fedlora.split.batches import Seeds
 from fedlora.split.config import SplitConfig
@@ -40,6 +30,8 @@ from fedlora.split.protocol import Cut, InitMessage, Terms
 from fedlora.split.rounds import Finished, LocalLink, RoundPlan, run_exchanges
 from fedlora.split.server import ClientInfo, SplitServer
 from fedlora.split.trainable import OptimizerState, TrainableStage
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
@@ -134,7 +126,7 @@ class SplitRound:
                 continue
             n = self.context.store.count(i, "train")
             metrics = dict(end.metrics) | self._costs(i, end.metrics)
-            results.append(Update(self.jobs[i].client, end.adapter, n, metrics))
+            results.append(Update(self.jobs[i].client, LowRankPayload(end.adapter), n, metrics))
         good = {i: end for i, end in found.items() if isinstance(end, Finished)}
         if self.terms.noise.sigma:
             self._account(good)
@@ -188,9 +180,10 @@ class SplitRound:
 
     def _init(self, i: int) -> InitMessage:
         job = self.jobs[i]
-        assert isinstance(job.start, Mapping)
+        start = job.start.low_rank()
+        assert start is not None
         memory = self._memory(f"{i}/")
-        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, job.start, memory)
+        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, start, memory)
 
     def _memory(self, whose: str) -> OptimizerState:
         return under(self.state, f"{MEMORY}{whose}") if self.config.memory == "keep" else {}
@@ -211,7 +204,7 @@ class SplitRound:
         return SplitServer(stages, trainables, clients, self.plan, self.config.rule, self.terms)
 
     def _trainable(self, adapter: Adapter, whose: str) -> TrainableStage:
-        updates = self.context.model.updates(adapter, self.plan.dropout)
+        updates = LowRankPayload(adapter).updates(self.context.model, self.plan.dropout)
         factors = {p: u for p, u in updates.items() if isinstance(u, LowRank)}
         return TrainableStage(factors, self.plan, self._memory(whose))
 
@@ -256,7 +249,11 @@ class SplitRound:
     def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
         """In the middle of a round, by the same rule as at its end."""
         updates = [
-            Update(self.jobs[i].client, adapters[i], self.jobs[i].client.num_examples)
+            Update(
+                self.jobs[i].client,
+                LowRankPayload(adapters[i]),
+                self.jobs[i].client.num_examples,
+            )
             for i in sorted(adapters)
         ]
         now = self._with_server(dict(self.state))
@@ -270,7 +267,7 @@ class SplitRound:
         starts: dict[int, Adapter] = {}
         for i in adapters:
             start = self.method.client_start(after, self.jobs[i].client)
-            assert is_low_rank(start)
+            assert isinstance(start, Mapping)
             starts[i] = start
         return starts
 

@@ -15,7 +15,7 @@ from fedlora.core.types import (
     Factors,
     LocalPlan,
 )
-from fedlora.models.layers import LowRank
+from fedlora.techniques.lora.layer import LowRank
 from fedlora.training.loop import (
     FlatParameters,
     clip_and_step,

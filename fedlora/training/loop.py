@@ -26,7 +26,6 @@ from fedlora.data.batches import (
 )
 from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.training import self_pruning as selfprune
 
 
 @dataclass(frozen=True)
@@ -207,9 +206,8 @@ def backward(
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()
-    if plan.self_prune is not None and plan.self_prune.weight > 0:
-        term = plan.self_prune.weight * selfprune.penalty(model.factors(), plan.self_prune)
-        term.backward()
+    if plan.technique.penalises:
+        plan.technique.penalty(model.parameters()).backward()
     assert total is not None
     return total
 

@@ -1,8 +1,9 @@
 """The only place where values change representation for the wire.
 
-A payload (factors, a sparse delta, or factors over a moved base) is one flat array and a JSON
-header, because 192 small arrays cost twenty times more to pack than one of the same size. NumPy has
-no bfloat16, so bfloat16 travels as the bit pattern in uint16 and comes back as float32.
+A payload of any class is one flat array and a JSON header, because 192 small arrays cost twenty
+times more to pack than one of the same size. The header holds the dotted path of the class in
+``_target_``, names and shapes of its tensors, and its own header. NumPy has no bfloat16, so it
+travels as the bit pattern in uint16 and comes back as float32.
 
 A Flower message carries a cohort: the distinct start payloads once, however many clients share
 them, and one row per job. Layout of a request (`RecordDict`):
@@ -32,32 +33,23 @@ from numpy.typing import NDArray
 
 from fedlora.core.config import build, describe
 from fedlora.core.metric import Metric
+from fedlora.core.payload import Payload, payload_class, target_of
 from fedlora.core.types import (
     Client,
     EvaluateJob,
     EvaluatePlan,
     Evaluation,
-    Factors,
     Failure,
     LocalPlan,
-    MaskedScale,
-    Payload,
     Ranks,
-    Rebased,
-    SparseDelta,
     TrainJob,
     Update,
-    is_low_rank,
-    payload_floats,
-    payload_tensors,
 )
 
 log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
-
-_SCALE_PARTS = ("alpha", "beta", "change")
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob
@@ -73,105 +65,52 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     if dtype not in WIRE_BYTES:
         raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
     target = getattr(torch, dtype)
-    parts = [t.detach().to("cpu", target).reshape(-1) for _, t in payload_tensors(payload)]
+    tensors = dict(payload.tensors())
+    parts = [t.detach().to("cpu", target).reshape(-1) for t in tensors.values()]
     flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
     array = flat.view(torch.uint16).numpy() if dtype == "bfloat16" else flat.numpy()
-    header: dict[str, Any] = {"dtype": dtype}
-    if isinstance(payload, SparseDelta):
-        header["sparse"] = [payload.seed, payload.density]
-        header["values"] = [[path, v.numel()] for path, v in payload.values.items()]
-        return array, json.dumps(header)
-    if isinstance(payload, MaskedScale):
-        header["scale"] = _scale_header(payload)
-        return array, json.dumps(header)
-    if isinstance(payload, Rebased):
-        header["shift"] = [[path, *t.shape] for path, t in payload.shift.items()]
-        payload = payload.factors
-    header["factors"] = [
-        [path, f.rank, f.b.shape[0], f.a.shape[1], f.alpha] for path, f in payload.items()
-    ]
+    header = {
+        "_target_": target_of(type(payload)),
+        "dtype": dtype,
+        "tensors": [[name, *t.shape] for name, t in tensors.items()],
+        "header": payload.header(),
+    }
     return array, json.dumps(header)
 
 
-def decode_payload(array: Flat, header: str) -> Payload:
+def decode_payload(array: Flat, header: str, *, trusted: bool = True) -> Payload:
     """The inverse of `encode_payload`. Tensors are fresh (float32, or float64 if sent so).
 
+    Args:
+        array: flat.
+        header: JSON.
+        trusted: whether the header may have modules imported for it; what clients send may not.
+
     Raises:
-        ValueError: if the array's length is not what the header promises.
+        ValueError: if the array's length is not what the header promises, or its class is none that
+            may travel.
     """
     h = json.loads(header)
+    kind = payload_class(h["_target_"], load=trusted)
     dtype = torch.float64 if h["dtype"] == "float64" else torch.float32
     flat = torch.from_numpy(np.array(array))  # a writable copy: messages own their memory
     flat = (flat.view(torch.bfloat16) if h["dtype"] == "bfloat16" else flat).to(dtype)
-    if "sparse" in h:
-        sizes = [n for _, n in h["values"]]
-        _check_length(flat, sum(sizes))
-        seed, density = h["sparse"]
-        values = zip((path for path, _ in h["values"]), flat.split(sizes), strict=True)
-        return SparseDelta(int(seed), float(density), {p: v.clone() for p, v in values})
-    if "scale" in h:
-        return _scale_payload(flat, h["scale"])
-    moved = h.get("shift", [])
-    sizes = [m * d for _, m, d in moved]
-    sizes += [n for _, r, m, d, _ in h["factors"] for n in (r * d, m * r)]
-    _check_length(flat, sum(sizes))
-    parts = iter(flat.split(sizes))
-    shift = {path: next(parts).view(m, d).clone() for path, m, d in moved}
-    factors = {
-        path: Factors(next(parts).view(r, d).clone(), next(parts).view(m, r).clone(), alpha)
-        for path, r, m, d, alpha in h["factors"]
-    }
-    return Rebased(shift, factors) if "shift" in h else factors
-
-
-def _scale_header(payload: MaskedScale) -> dict[str, Any]:
-    """All of a `MaskedScale` but its numbers, which follow in the order of `payload_tensors`."""
-    plain = ("mask", "lora_alpha", "trains", "seed")
-    header: dict[str, Any] = {name: getattr(payload, name) for name in plain}
-    for name in ("blocks", "tied"):
-        header[name] = dict(getattr(payload, name))
-    for name in _SCALE_PARTS:
-        header[f"{name}s"] = [[p, *t.shape] for p, t in getattr(payload, name).items()]
-    header["merges"] = [
-        [[p, *a.shape, *b.shape] for p, (a, b) in m.items()] for m in payload.merges
-    ]
-    return header
-
-
-def _scale_payload(flat: torch.Tensor, h: dict[str, Any]) -> MaskedScale:
-    """The inverse of `_scale_header`."""
-    shapes = [tuple(s) for name in _SCALE_PARTS for _, *s in h[f"{name}s"]]
-    for merge in h["merges"]:
-        shapes += [s for _, k, r, d, j, m in merge for s in ((k, r, d), (j, m))]
-    sizes = [math.prod(s) for s in shapes]
-    _check_length(flat, sum(sizes))
-    numbers = zip(flat.split(sizes), shapes, strict=True)
-    parts = iter([t.view(s).clone() for t, s in numbers])
-    found: dict[str, Any] = {
-        name: {p: next(parts) for p, *_ in h[f"{name}s"]} for name in _SCALE_PARTS
-    }
-    merges = tuple({p: (next(parts), next(parts)) for p, *_ in merge} for merge in h["merges"])
-    plain = {name: h[name] for name in ("mask", "lora_alpha", "blocks", "tied", "trains", "seed")}
-    return MaskedScale(**plain, **found, merges=merges)
-
-
-def _check_length(flat: torch.Tensor, expected: int) -> None:
-    if flat.numel() != expected:
-        raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {expected}")
+    shapes = {name: tuple(shape) for name, *shape in h["tensors"]}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    if flat.numel() != sum(sizes):
+        raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {sum(sizes)}")
+    named = zip(shapes.items(), flat.split(sizes), strict=True)
+    return kind.from_header(h["header"], {n: part.view(s).clone() for (n, s), part in named})
 
 
 def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
     """Bytes that a real client would receive for this payload."""
-    return payload_floats(payload) * WIRE_BYTES[dtype]
+    return payload.floats() * WIRE_BYTES[dtype]
 
 
 def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
     """Bytes that a real client would send: a factor that the plan froze stays where it is."""
-    if not is_low_rank(payload):  # holds nothing but what is sent
-        return payload_bytes(payload, dtype)
-    sent = {"a": plan.train_a, "b": plan.train_b}
-    floats = sum(t.numel() for name, t in payload_tensors(payload) if sent[name[-1]])
-    return floats * WIRE_BYTES[dtype]
+    return payload.sent_floats(plan) * WIRE_BYTES[dtype]
 
 
 def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
@@ -349,7 +288,7 @@ def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord) -> 
         measured = row["evaluation"].items()
         return Evaluation(client, {str(name): _decode_metric(m) for name, m in measured})
     metrics = {str(k): float(v) for k, v in row["metrics"].items()}
-    payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"])
+    payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"], trusted=False)
     sender = client
     if dict(client.ranks) != row["ranks"]:
         sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)

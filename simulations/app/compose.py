@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlora.core import renamed
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
+from simulations.app.renamed import refuse_renamed
 
 CONF = ROOT / "conf"
 DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
@@ -46,8 +47,9 @@ def load(overrides: Sequence[str]) -> DictConfig:
     ``name`` is set to ``<strategy>-<ranks>-<data>-<model>-s<seed>`` where it is empty.
 
     Raises:
-        ConfigError: one sentence for a misspelt group, option, key or value.
+        ConfigError: one sentence for a misspelt or renamed group, option, key or value.
     """
+    refuse_renamed(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

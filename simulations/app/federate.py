@@ -19,7 +19,6 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
-from fedlora.techniques.spp.audit import ZeroAudit
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, prepare_inputs
@@ -86,7 +85,7 @@ def new_session(
         density=inputs.pruned.density if inputs.pruned else 1.0,
     )
     model = inputs.worker.model
-    audit = ZeroAudit(model.folder(), getattr(torch, model.dtype)) if info.mask else None
+    audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         return Session(
             method=parts.strategy,

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.core.techniques import TECHNIQUES, technique
 from fedlora.core.types import LocalPlan
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.worker import WorkerSpec
@@ -73,7 +72,7 @@ def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], Non
     Raises:
         ConfigError: naming the model and what to use.
     """
-    kind = TECHNIQUES[technique(plan)]
+    kind = plan.technique
     if kind.keeps_zeros and not info.mask:
         raise ConfigError(
             f"{kind.key} {kind.does}, and {info.name} is dense: use "
@@ -81,10 +80,9 @@ def check_zeros_kept(plan: LocalPlan, info: ModelInfo, emit: Callable[[str], Non
             "a pruned model"
         )
     if info.mask and not kind.keeps_zeros:
-        keep = " or ".join(t.strategy for t in TECHNIQUES.values() if t.keeps_zeros)
         emit(
             f"{info.name} is pruned, and what {kind.client} trains fills its zeros when it is "
-            f"merged: {keep} keeps them"
+            "merged: strategy=spp keeps them"
         )
 
 
@@ -95,7 +93,7 @@ def _inspected(plan: LocalPlan, info: ModelInfo, folder: Path) -> PrunedBase:
     Raises:
         ModelError: naming a layer.
     """
-    if TECHNIQUES[technique(plan)].keeps_zeros:
+    if plan.technique.keeps_zeros:
         if info.splits:
             raise ModelError(
                 f"{info.name} was pruned with {info.splits[0].path} whole, and its mask is of the "

@@ -22,6 +22,7 @@ from fedlora.core.types import Factors, TrainJob
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.modules import is_linear, shape
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.bench.engine.cases import Fed, fed
 
 SIZES = (1024, 2048)
@@ -92,7 +93,7 @@ def measure_shape(model: LanguageModel) -> Shape:
         for m in model.info.modules
     }
     try:
-        model.mount(ones)
+        model.mount(LowRankPayload(ones))
         model.network(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     finally:
         model.unmount()

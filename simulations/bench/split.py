@@ -36,7 +36,6 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import Example
 from fedlora.engine.memory import keep_freed_memory
-from fedlora.models.layers import LowRank
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
@@ -47,6 +46,8 @@ from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_excha
 from fedlora.split.server import ClientInfo, Rule, SplitServer
 from fedlora.split.trainable import TrainableStage
 from fedlora.split.worker import SplitWorker
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates, optimise
 from simulations.bench.engine.cases import (
     SEED,
@@ -230,7 +231,7 @@ class Bench:
         return round(PLAN.batch_size * sum(rows) / len(rows))
 
     def _train(self, rows: Sequence[Example], plan: LocalPlan, client: int) -> None:
-        parameters = self.model.mount(self.whole, dropout=plan.dropout)
+        parameters = self.model.mount(LowRankPayload(self.whole), dropout=plan.dropout)
         optimise(self.model, parameters, rows, plan, seed=SEED, round=ROUND, client=client)
         self.model.unmount()
 
@@ -239,7 +240,7 @@ class Bench:
         return {p: f for p, f in self.whole.items() if cut.owns(block_of(p) or 0, blocks) == client}
 
     def _trainable(self, own: Adapter, plan: LocalPlan) -> TrainableStage:
-        updates = self.model.updates(own, plan.dropout)
+        updates = LowRankPayload(own).updates(self.model, plan.dropout)
         return TrainableStage({p: u for p, u in updates.items() if isinstance(u, LowRank)}, plan)
 
 

@@ -46,7 +46,7 @@ class Side:
 SWITCH_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SIDES: Mapping[str, Side] = {
     FIRST: Side(rates=SWITCH_RATES),
-    "alternating, no exchanges": Side(("client.switch.interval=1e12",), like=FIRST),
+    "alternating, no exchanges": Side(("client.technique.interval=1e12",), like=FIRST),
     "both factors and residual": Side(("strategy.mode=sync_product",), SWITCH_RATES),
     "dense, clients exchange": Side(("strategy.mode=dense",), SWITCH_RATES),
     "dense FedAvg": Side(

@@ -9,11 +9,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.algebra.init import initial_a
-from fedlora.core.types import Factors, MaskedScale
+from fedlora.core.types import Factors
 from fedlora.data.batches import TokenExample, collate
 from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import LowRank, SparseValues, dense_weight
+from fedlora.models.layers import dense_weight
+from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.sparse.layer import SparseValues
+from fedlora.techniques.spp.payload import MaskedScale
 
 BATCH = 4
 
@@ -92,13 +96,14 @@ METHODS: Mapping[str, Mount | None] = {
 }
 
 
-def _factors(model: LanguageModel, start: Start) -> dict[str, Factors]:
-    return {
+def _factors(model: LanguageModel, start: Start) -> LowRankPayload:
+    factors = {
         m.path: Factors(
             initial_a(start.seed, m, start.rank), torch.zeros(m.d_out, start.rank), start.alpha
         )
         for m in model.info.modules
     }
+    return LowRankPayload(factors)
 
 
 def _parameters(model: LanguageModel) -> list[nn.Parameter]:

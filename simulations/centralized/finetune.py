@@ -148,7 +148,7 @@ def write(model: LanguageModel, masks: Masks, target: Path) -> str:
         ModelError: if a zero has moved; nothing is written then.
     """
     check_network(masks, model.network, "after training")
-    merge(model, {}, target)
+    merge(model, None, target)
     return mask_identity(target)
 
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.seeding import torch_generator
-from fedlora.core.types import Switching
 from fedlora.models.modules import find_modules
 from fedlora.techniques.switchlora.controller import SwitchController
 from fedlora.techniques.switchlora.init import check_rank
@@ -33,6 +32,7 @@ from fedlora.techniques.switchlora.peft import (
     pretraining,
     switched,
 )
+from fedlora.techniques.switchlora.schedule import Switching
 from simulations.pretraining.recipe import (
     Network,
     Recipe,
@@ -77,7 +77,7 @@ class Method:
             try:
                 Switching(self.interval, self.ratio, self.freeze, self.choice)
             except ValueError as error:  # which speaks of a federation's keys
-                raise ValueError(str(error).replace("client.switch.", "")) from error
+                raise ValueError(str(error).replace("client.technique.", "")) from error
 
     @property
     def switching(self) -> Switching:

@@ -43,9 +43,9 @@ from transformers import PreTrainedTokenizerFast
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import CheckpointError, RunFolderError
 from fedlora.core.files import claim, draft_folder, write_file
-from fedlora.core.types import CHOICES
 from fedlora.data.template import prompt
 from fedlora.run import checkpoint
+from fedlora.techniques.switchlora.schedule import CHOICES
 from simulations.pretraining.corpus import (
     SOURCES,
     Document,

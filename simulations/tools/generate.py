@@ -26,17 +26,19 @@ from fedlora.core.checks import at_least, one_of
 from fedlora.core.config import build
 from fedlora.core.errors import CheckpointError, ConfigError, ModelError
 from fedlora.core.files import write_file
-from fedlora.core.types import Payload, Setting
+from fedlora.core.payload import Payload
+from fedlora.core.types import Setting
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.worker import resolve_device
 from fedlora.evaluation.beam_search import Decoding, search
 from fedlora.evaluation.corpus_metrics import evaluate
 from fedlora.evaluation.metrics import Ids
-from fedlora.models.export import CONFIG, SPP, load_peft
+from fedlora.models.export import exported
+from fedlora.models.modules import ModelInfo
 from fedlora.run import checkpoint
 from fedlora.run.progress import clock
-from fedlora.techniques.spp.peft import load_spp
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.inputs import prepare_inputs
 from simulations.app.parts import build_parts
 from simulations.tools.base_model import base_of
@@ -104,8 +106,9 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
     asked = every[: request.limit or None]
     if not asked:
         raise ConfigError(f"{run}: no client has an example in its {request.split} split")
-    adapter = final_adapter(run, config, emit) if request.adapter == "final" else None
     model = spec.load(resolve_device(request.device))
+    final = request.adapter == "final"
+    adapter = final_adapter(run, config, model.info, emit) if final else None
     model.mount(adapter)
     emit(f"{run.name}: {len(asked)} of {len(every)} contexts of the {request.split} split")
     began = time.monotonic()
@@ -154,26 +157,28 @@ def run_config(run: Path) -> DictConfig:
     return config
 
 
-def final_adapter(run: Path, config: DictConfig, emit: Callable[[str], object]) -> Payload:
+def final_adapter(
+    run: Path, config: DictConfig, info: ModelInfo, emit: Callable[[str], object]
+) -> Payload:
     """What a run ended with: ``adapter/``, or else the update of its last checkpoint at the
     population's largest ranks (a run that was interrupted, or ended in a sparse stage).
 
     Raises:
         ConfigError: if the run left neither.
     """
-    if (run / "adapter" / SPP).is_file():
-        return load_spp(run / "adapter")
-    if (run / "adapter" / CONFIG).is_file():
-        return load_peft(run / "adapter")
+    adapter = run / "adapter"
+    if adapter.is_dir():
+        return (exported(adapter) or LowRankPayload).load(adapter, info)
     saved = checkpoint.latest(run / "checkpoints")
     if saved is None:
         raise ConfigError(f"{run} has no adapter/ and no checkpoint: its first round was not done")
     emit(f"{run.name}: no adapter/; the checkpoint after round {saved.round} is taken")
     parts = build_parts(config)
     inputs = prepare_inputs(parts, lambda line: None)
-    info, clients = inputs.info, inputs.roster.clients
-    setting = Setting(info.modules, info.parameters, parts.ranks.alpha, clients, parts.seed)
-    return parts.strategy.global_update(dict(saved.state), setting.max_ranks)
+    found, clients = inputs.info, inputs.roster.clients
+    setting = Setting(found.modules, found.parameters, parts.ranks.alpha, clients, parts.seed)
+    last = parts.strategy.global_update(dict(saved.state), setting.max_ranks)
+    return parts.client.technique.payload(last)
 
 
 class Lines:

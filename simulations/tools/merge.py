@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 
 from fedlora.core.errors import ConfigError, DataError, ModelError
 from fedlora.models.compact import compact
-from fedlora.models.export import SPP, load_peft, load_update, merge
-from fedlora.techniques.spp.peft import load_spp
+from fedlora.models.export import exported, load, merge
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.tools.base_model import base_of
 
 
@@ -44,21 +44,15 @@ def merge_run(run: Path, target: Path, *, sparse: bool = False) -> int:
         raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
     config = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
     assert isinstance(config, dict)
-    adapter = run / "adapter"
-    if sparse and not (adapter / SPP).is_file():
+    kind = exported(run / "adapter")
+    if sparse and not (kind is not None and kind.keeps_zeros):
         raise ConfigError(
-            f"--sparse leaves zeros out, and {run} has no SPP adapter: only strategy=spp keeps a "
-            "pruned model's zeros; merge without --sparse"
+            f"--sparse leaves zeros out, and {run} has no adapter that keeps a pruned model's "
+            "zeros, as those of strategy=spp do; merge without --sparse"
         )
     spec = base_of(run, config["model"], lambda line: print(line, file=sys.stderr))
     model = spec.load(torch.device("cpu"))
-    info = model.info
-    if (adapter / SPP).is_file():
-        merge(model, load_spp(adapter), target)
-    elif (run / "update").is_dir():
-        merge(model, load_update(run / "update", info), target)
-    else:
-        merge(model, load_peft(adapter, info), target)
+    merge(model, load(run, model.info, LowRankPayload), target)
     model.tokenizer.save_pretrained(target)
     return compact(target) if sparse else 0
 

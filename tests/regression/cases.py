@@ -48,7 +48,7 @@ OUTPUT = "output_dir"
 FUSED = ("engine=fused", "engine.tokens=512", "engine.slots=4")
 ROUNDS, RESUME = "rounds", "resume=auto"
 PRUNED = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
-SWITCH = ("strategy=switchlora", "client.switch.interval=10", "strategy.horizon=3")
+SWITCH = ("strategy=switchlora", "client.technique.interval=10", "strategy.horizon=3")
 STRATEGIES: dict[str, tuple[str, ...]] = {
     "fedavg": ("strategy=fedavg",),
     "fedit": ("strategy=fedit",),

@@ -24,22 +24,16 @@ from fedlora.algebra import summand
 from fedlora.algebra.server_optimizer import NoServerOptimizer
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Product, Summands
-from fedlora.core.techniques import SPP
-from fedlora.core.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    MaskedScale,
-    Payload,
-    Ranks,
-    Rebased,
-    Setting,
-    SparseDelta,
-    Update,
-    payload_tensors,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.spp.payload import MaskedScale
+from fedlora.techniques.spp.technique import Scaling
+from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
-from tests.generators import dense, roomy_setting, setting, trained
+from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
 
@@ -82,13 +76,14 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
     if not isinstance(start, Rebased):
         return trained
     assert not isinstance(trained, SparseDelta | Rebased)
-    if plan.switch is not None:
+    if isinstance(plan.technique, SwitchTraining):
         return Rebased(dense(Rebased(start.shift, trained)))
     kept = start.factors
-    return {
+    found = {
         p: Factors(f.a if plan.train_a else kept[p].a, f.b if plan.train_b else kept[p].b, f.alpha)
         for p, f in trained.items()
     }
+    return LowRankPayload(found)
 
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
@@ -121,7 +116,8 @@ def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
         names = ("alpha", "beta", "change")
         cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
         return dataclasses.replace(payload, **cast)
-    return {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
+    found = {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
+    return LowRankPayload(found)
 
 
 def _in(precision: Precision, state: State) -> State:
@@ -171,7 +167,7 @@ def assert_close(
 
 def assert_same(a: Payload, b: Payload, what: str) -> None:
     """Bit by bit."""
-    left, right = dict(payload_tensors(a)), dict(payload_tensors(b))
+    left, right = dict(as_payload(a).tensors()), dict(as_payload(b).tensors())
     assert list(left) == list(right), f"{what}: {list(left)} and {list(right)}"
     for name, t in left.items():
         assert torch.equal(t, right[name]), f"{what}: {name}"
@@ -307,7 +303,7 @@ def inputs_are_not_touched(
     population = population_for(strategy)
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     copies = {k: t.clone() for k, t in state.items()}
-    sent = [{n: t.clone() for n, t in payload_tensors(u.payload)} for u in updates]
+    sent = [{n: t.clone() for n, t in as_payload(u.payload).tensors()} for u in updates]
     after = strategy.aggregate(state, updates)
     everything(strategy, after, population)
     everything(strategy, state, population)
@@ -316,7 +312,7 @@ def inputs_are_not_touched(
         assert torch.equal(copies[key], t), f"{key} of the state changed"
     storage = {t.untyped_storage().data_ptr() for t in after.values() if t.numel()}
     for update, before in zip(updates, sent, strict=True):
-        for name, t in payload_tensors(update.payload):
+        for name, t in as_payload(update.payload).tensors():
             assert torch.equal(before[name], t), f"{name} of an update changed"
             aliased = t.numel() and t.untyped_storage().data_ptr() in storage
             assert not aliased, f"the state aliases {name} of client {update.client.id}"
@@ -423,7 +419,9 @@ def unequal_ranks_are_applied(
         sizes = {
             c.tier: sum(
                 t.numel()
-                for _, t in payload_tensors(strategy.client_start(state, strategy.enlist(state, c)))
+                for _, t in as_payload(
+                    strategy.client_start(state, strategy.enlist(state, c))
+                ).tensors()
             )
             for c in population.clients
         }
@@ -479,7 +477,7 @@ def everything_is_finite_when_nobody_trains(
             updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
-            for key, t in payload_tensors(payload):
+            for key, t in as_payload(payload).tensors():
                 assert bool(torch.isfinite(t).all()), f"{name}: {key}"
 
 
@@ -662,7 +660,7 @@ def adding_and_absorbing_are_pure(
 ) -> None:
     """Nothing is changed, nothing of the sum is in the state, and the same comes twice."""
     for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
-        given = [state, *(dict(payload_tensors(u.payload)) for u in updates)]
+        given = [state, *(dict(u.payload.tensors()) for u in updates)]
         copies = [{k: t.clone() for k, t in tensors.items()} for tensors in given]
         w = strategy.reference_weights(updates)
         total = summand.total(added(strategy, state, updates), w)
@@ -731,7 +729,7 @@ def _examples(strategy: LoRAStrategy) -> str:
 
 
 def _unequal(strategy: LoRAStrategy) -> str:
-    if strategy.technique == SPP:
+    if strategy.technique is Scaling:
         return "its clients are all sent the common factors; ranks say what they train of them"
     rule = getattr(strategy, "aggregator", strategy)
     if getattr(rule, "heterogeneous", "") == "smallest":
@@ -740,7 +738,7 @@ def _unequal(strategy: LoRAStrategy) -> str:
 
 
 def _pruned(strategy: LoRAStrategy) -> str:
-    return "" if strategy.technique == SPP else "its base need not be pruned"
+    return "" if strategy.technique is Scaling else "its base need not be pruned"
 
 
 @cache

@@ -8,21 +8,15 @@ from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.core.errors import RunError, WorkerDied
-from fedlora.core.types import (
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-    Module,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.population.sampling import Roster
 from fedlora.run.tracking import Trackers
 from fedlora.server.flower import FederatedRun
 from fedlora.server.schedule import EvaluationSchedule, Rounds
-from fedlora.server.session import Session
+from fedlora.server.session import (
+    Session,
+)
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.codec import decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean
@@ -50,7 +44,7 @@ def add_one(message: Message) -> Message:
     updates = [
         Update(
             j.client,
-            {p: Factors(f.a + 1, f.b + 1, f.alpha) for p, f in j.start.items()},
+            LowRankPayload({p: Factors(f.a + 1, f.b + 1, f.alpha) for p, f in j.start.items()}),
             j.client.num_examples,
             {"loss": 1.0, "tokens": 4.0},
         )

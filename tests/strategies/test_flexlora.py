@@ -19,11 +19,7 @@ from fedlora.algebra.linalg import (
 )
 from fedlora.algebra.server_optimizer import FedAvgM
 from fedlora.algebra.state import State
-from fedlora.core.types import (
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Ranks, Setting, Update
 from strategies.flexlora import FlexLoRA
 from tests.generators import (
     dense,

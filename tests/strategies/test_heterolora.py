@@ -7,13 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.types import (
-    Factors,
-    LocalPlan,
-    Ranks,
-    SelfPrune,
-)
-from fedlora.training.self_pruning import prune_adapter, shrunk
+from fedlora.core.types import Factors, LocalPlan, Ranks
+from fedlora.techniques.lora.self_pruning import SelfPrune, prune_adapter, shrunk
+from fedlora.techniques.lora.technique import LoRA
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
     dense,
@@ -146,7 +142,7 @@ def test_the_plan_asks_for_pruning() -> None:
     rule = HeteroLoRA(gamma=0.7, penalty_weight=0.25, min_rank=2)
     state = rule.init_state(population)
     plan = rule.plan(state, population.clients[0], base)
-    assert plan == dataclasses.replace(base, self_prune=SelfPrune(0.25, 0.7, 2))
+    assert plan == dataclasses.replace(base, technique=LoRA(SelfPrune(0.25, 0.7, 2)))
     assert HeteroLoRA(prune=False).plan(state, population.clients[0], base) == base
 
 

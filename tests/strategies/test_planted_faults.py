@@ -14,18 +14,12 @@ import torch
 
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Payload,
-    Ranks,
-    Rebased,
-    SparseDelta,
-    Switching,
-    Update,
-)
+from fedlora.core.payload import Payload
+from fedlora.core.types import Adapter, Client, Factors, Ranks, Update
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.techniques.spp.scale import placed
+from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT

@@ -10,12 +10,10 @@ from hypothesis import strategies as st
 
 from fedlora.algebra.linalg import factors_of_rank, svd
 from fedlora.core.seeding import mask_noise
-from fedlora.core.types import (
-    LocalPlan,
-    Ranks,
-    SparseDelta,
-    Update,
-)
+from fedlora.core.types import LocalPlan, Ranks, Update
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.sparse.technique import Sparse
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
@@ -121,11 +119,11 @@ def test_stage_one_neither_decays_nor_prunes() -> None:
     base = LocalPlan(lr=0.02, weight_decay=0.1)
     state, updates = after_rounds(rule, population, seed=1, rounds=0)
     plan = rule.plan(state, population.clients[0], base)
-    assert plan == dataclasses.replace(base, weight_decay=0.0)
+    assert plan == dataclasses.replace(base, technique=Sparse(), weight_decay=0.0)
     after = rule.aggregate(state, updates)
     second = rule.plan(after, population.clients[0], base)
-    assert second.self_prune is not None
-    assert dataclasses.replace(second, self_prune=None) == base
+    assert isinstance(second.technique, LoRA) and second.technique.self_prune is not None
+    assert dataclasses.replace(second, technique=LoRA()) == base
 
 
 @given(st.floats(1e-3, 1e3), st.floats(1e-6, 1.0))

@@ -12,14 +12,7 @@ from flwr.app import Message
 import fedlora.split.run_round
 from fedlora.algebra.state import State, unpack
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Client,
-    Factors,
-    LocalPlan,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
 from fedlora.data.batches import collate, step_indices
 from fedlora.models.forward import supervised_logits
 from fedlora.models.stages import Span, block_of
@@ -36,6 +29,7 @@ from fedlora.split.context import RunContext
 from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
 from fedlora.split.worker import SplitWorker
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
@@ -44,6 +38,7 @@ from strategies.slora import SLoRA
 from strategies.splitlora import SplitLoRA
 from tests.fedlora.engine.world import FakeStore, example, examples
 from tests.fedlora.split.world import BLOCKS, MODELS
+from tests.generators import as_payload
 from tests.strategies.test_base import Shard
 
 SEED = 3
@@ -196,7 +191,7 @@ def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     m = method()
     setting = w.setting
     state = m.init_state(setting)
-    start = m.global_update(state)
+    start = as_payload(m.global_update(state))
     w.store.held = {0: w.store.held[0], 1: [], 2: []}
     session = w.run(m, 1)
     parameters = w.model.mount(start, dropout=w.plan.dropout)
@@ -204,7 +199,7 @@ def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     want = w.model.payload()
     w.model.unmount()
     got = m.global_update(session.state)
-    assert isinstance(want, dict)
+    assert isinstance(want, LowRankPayload)
     for path, f in want.items():
         assert torch.equal(got[path].a, f.a), path
         assert torch.equal(got[path].b, f.b), path
@@ -294,13 +289,13 @@ def test_the_global_update_unsplit_computes_what_the_stages_compute(
     batch = collate(w.store.held[0], "full")
     stages, blocks = w.context.stages, BLOCKS
     with torch.no_grad():
-        w.model.mount(m.global_update(state))
+        w.model.mount(as_payload(m.global_update(state)))
         want = supervised_logits(w.model.network, batch)
         w.model.unmount()
         for c in w.setting.clients:
             cut = m.cut_of(state, c)
-            own = w.model.updates(m.client_start(state, m.enlist(state, c)))
-            server = w.model.updates(unpack(state, 12.0, SERVER))
+            own = as_payload(m.client_start(state, m.enlist(state, c))).updates(w.model)
+            server = as_payload(unpack(state, 12.0, SERVER)).updates(w.model)
             last = blocks - max(cut.tail, 0)
             parts = [(Span(0, cut.first, embeds=True), own)]
             parts.append((Span(cut.first, last, heads=not cut.u_shaped), server))
@@ -384,7 +379,9 @@ def test_an_aggregator_that_trains_otherwise_is_refused(world: Any) -> None:
     pruning = method(aggregator=HeteroLoRA())
     state = pruning.init_state(setting)
     client = pruning.enlist(state, setting.clients[0])
-    with pytest.raises(ValueError, match=r"HeteroLoRA changes .*client\.self_prune.*prune=false"):
+    with pytest.raises(
+        ValueError, match=r"HeteroLoRA changes .*client\.technique\.self_prune.*prune=false"
+    ):
         pruning.plan(state, client, PLAN)
     with pytest.raises(ValueError, match=r"client\.micro_batch_size=1: a step of a split client"):
         method().check(Setup(replace(PLAN, micro_batch_size=1)))

@@ -11,26 +11,16 @@ from torch import Tensor
 from fedlora.algebra.init import initial_a
 from fedlora.core.errors import RejectedUpdate
 from fedlora.core.seeding import torch_seed
-from fedlora.core.types import (
-    Client,
-    LocalPlan,
-    MaskedScale,
-    Module,
-    Ranks,
-    SelfPrune,
-    Setting,
-    Update,
-    payload_floats,
-    payload_tensors,
-)
+from fedlora.core.types import Client, Expected, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.models.masks import identity
 from fedlora.server.method import Setup
-from fedlora.server.validation import change_norm, check_update
-from fedlora.techniques.spp.scale import (
-    factor,
-    mean_factor,
-    sent,
-)
+from fedlora.server.validation import check_update
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.spp.payload import MaskedScale, sent
+from fedlora.techniques.spp.scale import factor, mean_factor
+from fedlora.techniques.spp.technique import Scaling
 from fedlora.training.loop import optimise
 from fedlora.wire.codec import (
     decode_payload,
@@ -144,7 +134,7 @@ def test_averaging_alpha_and_beta_apart_loses_the_covariance(caplog):
 
 
 def _alpha(payload: MaskedScale) -> Tensor:
-    from fedlora.techniques.spp.scale import alpha_of
+    from fedlora.techniques.spp.payload import alpha_of
 
     return alpha_of(payload, "w").double()
 
@@ -193,16 +183,14 @@ def test_bytes_are_those_of_what_is_sent(method, wire):
             assert update_bytes(up, LocalPlan(), wire) == encode_payload(up, wire)[0].nbytes
             r = u.client.ranks["w"]
             floats = {"beta": M, "alpha": r * N, "both": r * N + M}[start.trains]
-            assert payload_floats(up) == floats
+            assert up.floats() == floats
             for payload in (start, up):
                 back = decode_payload(*encode_payload(payload, "float64"))
                 assert isinstance(back, MaskedScale)
                 assert replace(back, alpha={}, beta={}, change={}, merges=()) == replace(
                     payload, alpha={}, beta={}, change={}, merges=()
                 )
-                for (a, x), (b, y) in zip(
-                    payload_tensors(payload), payload_tensors(back), strict=True
-                ):
+                for (a, x), (b, y) in zip(payload.tensors(), back.tensors(), strict=True):
                     assert a == b
                     assert torch.equal(x.double(), y)
         state = method.aggregate(state, round_of(method, state, t))
@@ -219,11 +207,12 @@ def test_what_is_not_what_was_asked_for_is_refused():
         c = method.enlist(state, client)
         start = method.client_start(state, c)
         good = sent(trained(start, 1))
-        check_update(Update(c, good, 5), c, start, max_norm=0.0)
-        norm = change_norm(start, good)
+        expected = Expected(c, start, LocalPlan(Scaling()), density=0.3)
+        check_update(Update(c, good, 5), expected, max_norm=0.0)
+        norm = good.change_norm(start)
         assert norm > 0
         with pytest.raises(RejectedUpdate, match="has norm"):
-            check_update(Update(c, good, 5), c, start, max_norm=norm / 2)
+            check_update(Update(c, good, 5), expected, max_norm=norm / 2)
         name = "change" if c.ranks["w"] < 8 else "alpha"
         rows = getattr(good, name)["w"]
         nan = torch.full_like(rows, torch.nan)
@@ -236,10 +225,13 @@ def test_what_is_not_what_was_asked_for_is_refused():
             (replace(good, **{name: {}}), f"{name}: it lacks w"),
             (replace(good, beta=start.beta), "beta: it has the unknown w"),
             (replace(good, **{name: {"w": nan}}), "NaN or infinite"),
-            ({"w": factors(M, N, 2, 1)}, "it holds factors where a MaskedScale was due"),
+            (
+                LowRankPayload({"w": factors(M, N, 2, 1)}),
+                "it holds factors where a MaskedScale was due",
+            ),
         ):
             with pytest.raises(RejectedUpdate, match=said):
-                check_update(Update(c, bad, 5), c, start, max_norm=0.0, density=0.3)
+                check_update(Update(c, bad, 5), expected, max_norm=0.0)
 
 
 def test_a_lone_client_is_stand_alone_training_bit_by_bit():
@@ -251,7 +243,7 @@ def test_a_lone_client_is_stand_alone_training_bit_by_bit():
     ranks = Ranks({m.path: 4 for m in model.info.modules})
     client = Client(0, ranks, len(examples))
     whole = Setting(model.info.modules, 100, 8.0, (client,), 5, mask=model.info.mask)
-    plan = LocalPlan("spp", lr=0.05, batch_size=2, dropout=0.1)
+    plan = LocalPlan(Scaling(), lr=0.05, batch_size=2, dropout=0.1)
     method = SPP()
     state = method.init_state(whole)
 
@@ -313,21 +305,19 @@ def test_a_dense_base_is_refused():
 @pytest.mark.parametrize(
     ("options", "setup", "said"),
     [
-        ({}, {"plan": {"self_prune": SelfPrune(0.1, 0.9, 1)}}, "use client.self_prune=null"),
+        ({}, {"client": LocalPlan(technique=LoRA(SelfPrune(0.1, 0.9, 1)))}, "or client=spp"),
         ({}, {"quantization": "int8"}, "model.quantization=int8 with strategy=spp"),
         ({"mode": "stack"}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.mode=stack"),
         ({"merge_every": 2}, {"wire": "bfloat16"}, "wire=bfloat16 with strategy.merge_every"),
     ],
 )
 def test_what_would_not_be_exact_or_would_mean_nothing_is_refused(options, setup, said):
-    setup = dict(setup)
-    setup["client"] = LocalPlan("spp", **setup.pop("plan", {}))
     with pytest.raises(ValueError, match=said):
-        SPP(**options).check(Setup(**setup))
+        SPP(**options).check(Setup(**{"client": LocalPlan(Scaling()), **setup}))
 
 
 def test_what_is_exact_is_not_refused():
-    plan = LocalPlan("spp")
+    plan = LocalPlan(Scaling())
     SPP().check(Setup(plan, wire="bfloat16"))
     for wire in ("float32", "float64"):
         SPP(mode="stack").check(Setup(plan, wire=wire))

@@ -6,14 +6,9 @@ import pytest
 import torch
 
 from fedlora.core.seeding import torch_generator
-from fedlora.core.types import (
-    Factors,
-    LocalPlan,
-    Rebased,
-    Switching,
-    Update,
-)
+from fedlora.core.types import Factors, LocalPlan, Update
 from fedlora.server.method import Setup
+from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.switchlora.replica import (
     ALTERNATE,
     DIGEST_BYTES,
@@ -23,6 +18,7 @@ from fedlora.techniques.switchlora.replica import (
     residual,
     shared,
 )
+from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import encode_payload, update_bytes
 from strategies.flexlora import FlexLoRA
 from strategies.slora import SLoRA
@@ -30,11 +26,11 @@ from strategies.switchlora import DENSE, SwitchLoRA, covariance
 from tests.generators import dense, roomy_setting
 from tests.strategies.laws import PLAN, SINGLE, after_rounds, close, cohort, reached
 
-OFTEN = Switching(interval=10.0, ratio=10.0)
+OFTEN = SwitchTraining(interval=10.0, ratio=10.0)
 MODES = [ALTERNATE, PRODUCT, DENSE]
 
 
-def rule(mode: str = ALTERNATE, switching: Switching = OFTEN, **options) -> SwitchLoRA:
+def rule(mode: str = ALTERNATE, switching: SwitchTraining = OFTEN, **options) -> SwitchLoRA:
     return SwitchLoRA(mode=mode, switching=switching, steps=3, horizon=40, **options)
 
 
@@ -135,8 +131,8 @@ def test_of_dense_the_mean_update_is_sent_and_counted():
     assert update_bytes(updates[0].payload, plan) == 4 * size
     array, _ = encode_payload(updates[0].payload)
     assert array.nbytes == 4 * size
-    assert plan.switch is not None
-    assert (plan.switch.first, plan.switch.total) == (3, 120)
+    assert isinstance(plan.technique, SwitchTraining)
+    assert (plan.technique.first, plan.technique.total) == (3, 120)
 
 
 def test_without_replicas_everything_is_sent_every_time():
@@ -150,7 +146,7 @@ def test_without_replicas_everything_is_sent_every_time():
 def test_alone_and_without_exchanges_it_is_alternating_lora():
     """F4: K = 1; A in even rounds, B in odd ones, each as the client left it."""
     population = roomy_setting(("T4",))
-    method = rule(switching=Switching(interval=1e12))
+    method = rule(switching=SwitchTraining(interval=1e12))
     state = method.init_state(population)
     client = population.clients[0]
     first = method.client_start(state, client)
@@ -223,7 +219,7 @@ def test_exchanges_happen_between_rounds():
     assert all(not torch.equal(t, state[k]) for k, t in ids.items())
 
 
-SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
+SWITCH = LocalPlan(steps=3, dropout=0.0, technique=OFTEN)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +228,7 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
         (
             FlexLoRA(),
             Setup(SWITCH),
-            "client.switch lets .* FlexLoRA averages .* alike: use strategy=switchlora",
+            "technique=switchlora lets .* FlexLoRA averages .* alike: use strategy=switchlora",
         ),
         (
             SLoRA(aggregator=rule()),
@@ -242,7 +238,7 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
         (
             rule(),
             Setup(LocalPlan(steps=5)),
-            "without exchanges .client.switch.*or client=switchlora",
+            "without exchanges.*or client=switchlora",
         ),
         (
             SwitchLoRA(switching=OFTEN, steps=0, horizon=4),
@@ -250,7 +246,11 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, switch=OFTEN)
             "client.steps=0.*client.steps=20",
         ),
         (rule(), Setup(dataclasses.replace(SWITCH, steps=4)), "strategy.steps=3.*client.steps=4"),
-        (rule(), Setup(dataclasses.replace(SWITCH, switch=Switching())), "strategy.switching="),
+        (
+            rule(),
+            Setup(dataclasses.replace(SWITCH, technique=SwitchTraining())),
+            "strategy.switching=",
+        ),
         (rule(), Setup(dataclasses.replace(SWITCH, train_a=False)), "train_a=False.*leave both"),
         (rule(), Setup(SWITCH, wire="bfloat16"), "federation.wire=bfloat16.*float32"),
         (rule(), Setup(SWITCH, quantization="int8"), "model.quantization=int8.*=none"),

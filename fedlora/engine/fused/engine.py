@@ -2,23 +2,20 @@
 
 import logging
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
 
 from fedlora.core.checks import at_least, one_of
+from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
     Failure,
-    MaskedScale,
-    Payload,
-    SparseDelta,
     TrainJob,
     Update,
-    is_low_rank,
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import EngineSpec
@@ -115,20 +112,31 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
-        alone = [j for j in jobs if not _fusable(j)]
-        for reason in dict.fromkeys(_why_alone(j.start) for j in alone):
+        reasons = [self._why_alone(j) for j in jobs]
+        alone = [j for j, why in zip(jobs, reasons, strict=True) if why]
+        for reason in dict.fromkeys(filter(None, reasons)):
             self._note(reason)
-        chains: list[Chain] = []
-        for planned in self._planner.chains([j for j in jobs if _fusable(j)]):
+        chains: dict[str, list[Chain]] = {}  # by the base that clients stand on
+        for planned in self._planner.chains([j for j in jobs if not self._why_alone(j)]):
             if isinstance(planned, Chain):
-                chains.append(planned)
+                chains.setdefault(planned.version, []).append(planned)
             else:
                 yield planned
-        if chains:
-            yield from self._train(chains)
+        for alike in chains.values():
+            yield from self._train(alike)
         yield from self._alone.train(alone)
 
+    def _why_alone(self, job: TrainJob) -> str:
+        """Why a job cannot train in common forward passes; empty: it can."""
+        technique, start, model = job.plan.technique, job.start, self.model
+        if not technique.fuses:
+            return technique.alone or start.alone
+        if start.low_rank() is None or (start.base() and model.network.dtype != model.dtype):
+            return start.alone
+        return ""
+
     def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:
+        """Chains of one base."""
         limits = self._choice(chains)
         if limits is None:
             yield from self._alone.train([c.job for c in chains])
@@ -146,9 +154,9 @@ class FusedEngine:
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         self.fused.require_free()
-        alone = [j for j in jobs if not isinstance(j.adapter, Mapping | None)]
+        alone = [j for j in jobs if not _plain(j)]
         evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or USUAL_TOKENS)
-        yield from evaluator.evaluate([j for j in jobs if isinstance(j.adapter, Mapping | None)])
+        yield from evaluator.evaluate([j for j in jobs if _plain(j)])
         if evaluator.rescue:
             self._note("clients of fused evaluations that failed one by one")
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
@@ -222,18 +230,9 @@ class AutoEngine(FusedEngine):
         return model.predict(schedule) < alone
 
 
-def _fusable(job: TrainJob) -> bool:
-    """Whether a job is factors over the common base, and stays so."""
-    return is_low_rank(job.start) and job.plan.switch is None
-
-
-def _why_alone(start: Payload) -> str:
-    """Why a job that starts from this cannot run in one forward with others."""
-    if isinstance(start, SparseDelta):
-        return "sparse updates one by one"
-    if isinstance(start, MaskedScale):
-        return "SPP one by one"
-    return "moved bases one by one: a fused step has one frozen base for all clients"
+def _plain(job: EvaluateJob) -> bool:
+    """Whether a job is factors over the model's own base, or that base."""
+    return job.adapter is None or plain_factors(job.adapter) is not None
 
 
 def _free_memory(device: torch.device) -> float:

@@ -2,17 +2,17 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
     Adapter,
     EvaluateJob,
     Evaluation,
     Failure,
-    Payload,
 )
 from fedlora.data.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
@@ -112,10 +112,7 @@ class FusedEvaluator:
         # Refuse whatever would fail in a forward pass that it shares with others.
         plan, who, store = job.plan, job.client.id, self._store
         if job.adapter is not None:
-            if not isinstance(job.adapter, Mapping):
-                kind = type(job.adapter).__name__
-                raise TypeError(f"the fused engine evaluates low-rank factors, not a {kind}")
-            check_adapter(job.adapter, self._fused.model.info)
+            check_adapter(_factors(job.adapter), self._fused.model.info)
         if store.count(who, plan.split) == 0:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
         references = store.references(who, plan.split) if plan.generate else None
@@ -200,8 +197,10 @@ def _factors(payload: Payload | None) -> Adapter:
     """Factors by module; none for the base model without an adapter."""
     if payload is None:
         return {}
-    assert isinstance(payload, Mapping)
-    return payload
+    factors = plain_factors(payload)
+    if factors is None:
+        raise TypeError(f"the fused engine evaluates low-rank factors, not {payload.noun}")
+    return factors
 
 
 def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedlora.core.payload import MovedBase
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import (
     FusedBatch,
@@ -21,7 +22,7 @@ from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
 from fedlora.models.forward import supervised_hidden, supervised_logits
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import dropout_bits, stored_transposed
+from fedlora.models.layers import LinearUpdate, dense_weight, dropout_bits
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import check_recomputable, recomputing
 
@@ -55,6 +56,7 @@ class FusedModel:
         self._plain_head = is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
+        self._moved: dict[int, Tensor] = {}
         self._bank: AdapterBank | None = None
         self._known: dict[tuple[object, ...], list[Segment]] = {}
         self._segments: list[list[Segment]] = []
@@ -80,7 +82,11 @@ class FusedModel:
 
     @contextmanager
     def mounted(
-        self, bank: AdapterBank, autocast: bool = False, generate: bool = False
+        self,
+        bank: AdapterBank,
+        autocast: bool = False,
+        generate: bool = False,
+        base: MovedBase | None = None,
     ) -> Iterator[None]:
         """Let the network compute with a bank's adapters; nothing of it stays afterwards.
 
@@ -88,6 +94,7 @@ class FusedModel:
             bank: where the adapters are.
             autocast: compute in bfloat16 where torch's autocast does.
             generate: leave attention to the network, for `prepare_rows`.
+            base: that all adapters are over; None: the model's own.
 
         Raises:
             RuntimeError: if a bank is mounted already.
@@ -100,6 +107,8 @@ class FusedModel:
             if self.checkpoint and torch.is_grad_enabled():
                 stack.enter_context(recomputing(self.model.network))
             self._bank, self._autocast = bank, autocast
+            moved = {} if base is None else self.model.moved(base)
+            self._moved = {i: moved[p] for i, p in enumerate(self.model.layers) if p in moved}
             for index, layer in enumerate(layers):
                 layer.update = _ManyAdapters(self, index)
             try:
@@ -108,7 +117,7 @@ class FusedModel:
                 self.model.unmount()
                 self._forget()
                 self._bank = None
-                self._known, self._segments, self._cast = {}, [], {}
+                self._known, self._segments, self._cast, self._moved = {}, [], {}, {}
 
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, in this model's layout."""
@@ -256,9 +265,10 @@ class FusedModel:
             delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], rows, plan)  # type: ignore[no-untyped-call]
             return y + delta
         bias: Any = base.bias
+        weight = self._moved.get(index, dense_weight(base))
         if self._autocast:
             weight, bias = self._lowered(weight), None if bias is None else self._lowered(bias)
-        across = weight if stored_transposed(base) else weight.t()
+        across = weight.t()
         rows = self._copy(x, weight.dtype)
         out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
         return out
@@ -280,7 +290,7 @@ class FusedModel:
         return self._cast[key]
 
 
-class _ManyAdapters:
+class _ManyAdapters(LinearUpdate):
     """The update of one adapted layer while a fused model is mounted."""
 
     def __init__(self, fused: FusedModel, index: int) -> None:

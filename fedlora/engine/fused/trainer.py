@@ -7,7 +7,7 @@ that has finished leaves the batch: it is never multiplied by zero.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -36,7 +36,6 @@ from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter
-from fedlora.training import self_pruning as selfprune
 from fedlora.training.loop import (
     Trace,
     check_trace,
@@ -59,6 +58,8 @@ class Chain:
     steps: tuple[tuple[tuple[int, ...], ...], ...]
     """Optimizer steps of forward passes of example indices."""
     work: Work
+    version: str = ""
+    """Of the moved base that it stands on; empty: the model's own."""
 
     @property
     def forwards(self) -> list[tuple[int, int]]:
@@ -91,8 +92,9 @@ class Planner:
             ValueError: if the job cannot be trained, naming client and reason.
             IndexError: if an example holds a token that the model does not have.
         """
-        assert isinstance(job.start, Mapping)
-        check_adapter(job.start, self._info)
+        adapter, base = job.start.low_rank(), job.start.base()
+        assert adapter is not None
+        check_adapter(adapter, self._info)
         examples = training_examples(self._store, job)
         check_vocabulary(examples, self._vocabulary, job.client.id)
         who = {"seed": job.seed, "round": job.round, "client": job.client.id}
@@ -107,10 +109,11 @@ class Planner:
             for part in step
         )
         if id(job.start) not in starts:
-            layout = self._layouts(job.start)
-            packed = layout.pack(job.start, self._dtype, self._device)
+            layout = self._layouts(adapter)
+            packed = layout.pack(adapter, self._dtype, self._device)
             starts[id(job.start)] = layout, packed
-        return Chain(job, *starts[id(job.start)], steps, Work(forwards))
+        version = "" if base is None else base.version
+        return Chain(job, *starts[id(job.start)], steps, Work(forwards), version)
 
 
 @dataclass(eq=False)
@@ -180,15 +183,15 @@ class Resident:
         self.grad.zero_()
 
     def _regularise(self) -> None:
-        """Add the gradient of the plan's penalty."""
-        prune, layout, plan = self.chain.job.plan.self_prune, self.chain.layout, self.chain.job.plan
-        if prune is None or prune.weight == 0:
+        """Add the gradient of the technique's penalty, if it has one."""
+        layout, plan = self.chain.layout, self.chain.job.plan
+        if not plan.technique.penalises:
             return
         pairs = [
             (a.detach().requires_grad_(), bt.t().detach().requires_grad_())
             for a, bt in layout.factors(self.row).values()
         ]
-        (prune.weight * selfprune.penalty(pairs, prune)).backward()
+        plan.technique.penalty(pairs).backward()
         for (a, b), (grad_a, grad_bt) in zip(
             pairs, layout.factors(self.grad).values(), strict=True
         ):
@@ -213,7 +216,8 @@ class Resident:
             "cpu_seconds": self.cpu_seconds,
             "fused": 1.0,
         }
-        return completed(job, layout.read(self.row), trace.metrics() | spent, num_examples)
+        payload = job.start.trained(layout.read(self.row))
+        return completed(job, payload, trace.metrics() | spent, num_examples)
 
 
 @dataclass(frozen=True)
@@ -227,7 +231,7 @@ class Limits:
 
 
 class FusedTrainer:
-    """Runs planned chains; whoever is in a fused step that raises is handed to ``rescue``."""
+    """Runs planned chains of one base; clients of a fused step that raises are left in `rescue`."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
         self._fused, self._store = fused, store
@@ -260,7 +264,7 @@ class FusedTrainer:
             fused.compute_dtype(autocast),
         )
         residents: dict[int, Resident] = {}
-        with fused.mounted(bank, autocast):
+        with fused.mounted(bank, autocast, base=chains[0].job.start.base()):
             for step in schedule:
                 for who, slot in step.admitted:
                     try:

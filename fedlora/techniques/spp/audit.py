@@ -8,7 +8,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from fedlora.core.errors import ModelError, RunError
-from fedlora.core.types import MaskedScale, Payload
+from fedlora.core.payload import Payload
 from fedlora.models.folder import weight_files
 from fedlora.models.masks import (
     Masks,
@@ -17,7 +17,7 @@ from fedlora.models.masks import (
     identity,
     load_masks,
 )
-from fedlora.techniques.spp.scale import merged_weight
+from fedlora.techniques.spp.payload import MaskedScale, merged_weight
 
 
 class ZeroAudit:

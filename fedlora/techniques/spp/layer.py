@@ -7,7 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.models.layers import dense_weight, dropped_share, survivors, threshold
+from fedlora.models.layers import (
+    LinearUpdate,
+    dense_weight,
+    dropped_share,
+    survivors,
+    threshold,
+)
+from fedlora.models.masks import check_zeros
 from fedlora.techniques.spp.scale import (
     blocks,
     scaled_weight,
@@ -15,7 +22,7 @@ from fedlora.techniques.spp.scale import (
 )
 
 
-class BlockScaled:
+class BlockScaled(LinearUpdate):
     """``y = W x + s (W ∘ F) dropout(x)``, with ``F[i, j] = beta[i] alpha[g(i), j]``.
 
     Nothing of the size of ``W`` is kept: ``W ∘ (1 + s F)``, or with dropout ``s W ∘ F``, is made
@@ -64,8 +71,6 @@ class BlockScaled:
             start = alpha.new_zeros(tied, alpha.shape[1]) if change is None else change
             self.change = nn.Parameter(here(start), requires_grad=rows)
         self.scale, self.p = scale, p
-        self.bits: Tensor | None = None
-        """Of the next forward's mask (`fedlora.models.layers.dropout_bits`)."""
         self._merged = None if gain is None else weight.to(dtype) * here(gain)
         self._block = blocks(len(self.beta), len(alpha), weight.device)
 
@@ -96,6 +101,17 @@ class BlockScaled:
     def parameters(self) -> list[nn.Parameter]:
         """Alpha, or the change of it, and beta; which of them require gradients is what trains."""
         return [self.alpha if self.change is None else self.change, self.beta]
+
+    def restrict(self, train_a: bool, train_b: bool) -> None:
+        """Freeze alpha or beta beside what `trains` has frozen."""
+        alpha, beta = self.parameters()
+        alpha.requires_grad_(train_a and alpha.requires_grad)
+        beta.requires_grad_(train_b and beta.requires_grad)
+
+    def check_stored(self, path: str, base: nn.Module, stored: Tensor) -> None:
+        """No zero has moved, and every weight is finite."""
+        weight: Any = base.weight
+        check_zeros({path: (weight != 0).cpu()}, lambda _: stored, "merging")
 
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight ``W ∘ (1 + s F)``, ``[d_out, d_in]``, in the factors' type."""

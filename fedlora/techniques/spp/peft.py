@@ -25,23 +25,19 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    Factors,
-    MaskedScale,
-    payload_tensors,
-)
-from fedlora.models.export import CONFIG, SPP, WEIGHTS, save_peft
+from fedlora.core.types import Factors
+from fedlora.models.export import remember
 from fedlora.models.masks import (
     check_zeros,
 )
-from fedlora.models.modules import ModelInfo, check_scale
+from fedlora.models.modules import ModelInfo
+from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, save_peft
 from fedlora.techniques.spp.layer import scaled_branch
-from fedlora.techniques.spp.scale import (
-    alpha_of,
-    factor,
-    scaled_weight,
-    spread,
-)
+from fedlora.techniques.spp.payload import MaskedScale, alpha_of, check_scale
+from fedlora.techniques.spp.scale import factor, scaled_weight, spread
+
+SPP = "spp.safetensors"
+"""Beside PEFT's files, or in their place."""
 
 
 class SppVariant(LoraVariant):
@@ -133,7 +129,7 @@ def save_spp(
         dropout: what further training with PEFT would use.
 
     Raises:
-        ValueError: as `fedlora.models.modules.check_scale`.
+        ValueError: as `fedlora.techniques.spp.payload.check_scale`.
     """
     check_scale(payload, info)
     alpha = {p: alpha_of(payload, p) for p in payload.beta}
@@ -149,10 +145,11 @@ def save_spp(
         }
         save_peft(factors, info, folder, base_name, dropout)
         _write_peft(replace(whole, alpha=rows), folder)
-    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in payload_tensors(whole)}
+    tensors = {name: t.detach().cpu().clone().contiguous() for name, t in whole.tensors()}
     about = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
     about |= {"order": list(whole.beta), "merges": len(whole.merges)}
     save_file(tensors, folder / SPP, metadata={"spp": json.dumps(about)})
+    remember(folder, MaskedScale)
 
 
 def load_spp(folder: Path) -> MaskedScale:

@@ -10,12 +10,9 @@ arXiv:2405.16057. ``F = B alpha`` where ``B [d_out, r]`` holds ``beta[i]`` in co
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
-
-from fedlora.core.types import MaskedScale
 
 
 def blocks(d_out: int, r: int, device: torch.device | None = None) -> Tensor:
@@ -67,35 +64,14 @@ def mean_factor(alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[f
     """
     top = max(len(a) for a in alphas)
     weighted = torch.stack([w * b for w, b in zip(p, betas, strict=True)])
-    return _stacked(torch.stack([spread(a, top) for a in alphas]), weighted)
+    return stacked(torch.stack([spread(a, top) for a in alphas]), weighted)
 
 
-def _stacked(alpha: Tensor, beta: Tensor) -> Tensor:
+def stacked(alpha: Tensor, beta: Tensor) -> Tensor:
     """``Σ_k F_k`` as one product: alpha ``[k, r, d_in]``, beta ``[k, d_out]``."""
     b = placed(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
     wide = torch.promote_types(b.dtype, alpha.dtype)
     return b.to(wide) @ alpha.flatten(0, 1).to(wide)
-
-
-def alpha_of(payload: MaskedScale, path: str) -> Tensor:
-    """A module's ``alpha [r, d_in]`` with its tied change, if any, applied."""
-    alpha = payload.alpha[path]
-    change = payload.change.get(path)
-    return alpha if change is None else alpha + spread(change, len(alpha))
-
-
-def scale(payload: MaskedScale, path: str) -> float:
-    """``s = lora_alpha / r`` of a module."""
-    return payload.lora_alpha / payload.blocks[path]
-
-
-def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
-    """``[d_out, d_in]``: what `merges` have multiplied a module's weight by; None: nothing."""
-    gain: Tensor | None = None
-    for merge in payload.merges:
-        step = 1 + scale(payload, path) * _stacked(*merge[path])
-        gain = step if gain is None else gain * step
-    return gain
 
 
 def scaled_weight(
@@ -114,25 +90,6 @@ def scaled_weight(
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight = weight.to(wide) if before is None else weight.to(wide) * before.to(wide)
     return weight * (1 + s * factor(alpha.to(wide), beta.to(wide)))
-
-
-def merged_weight(weight: Tensor, payload: MaskedScale, path: str) -> Tensor:
-    """A module's ``W`` with all that a payload multiplies it by, rounded once to the type of ``W``:
-    what is mounted and written, bit by bit."""
-    alpha, before = alpha_of(payload, path), merged_gain(payload, path)
-    wide = scaled_weight(weight, alpha, payload.beta[path], scale(payload, path), before)
-    return wide.to(weight.dtype)
-
-
-def sent(payload: MaskedScale) -> MaskedScale:
-    """What of a trained payload a client sends back: what it has trained, not what it was told."""
-    alpha = payload.alpha if payload.trains != "beta" else {}
-    return replace(
-        payload,
-        alpha={p: t for p, t in alpha.items() if p not in payload.tied},
-        beta=payload.beta if payload.trains != "alpha" else {},
-        merges=(),
-    )
 
 
 def nested_rank(rank: int, top: int) -> int:

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.types import Switching
 from fedlora.techniques.switchlora.init import SIDES, Side
 from fedlora.techniques.switchlora.layer import SwitchLayer, other
 from fedlora.techniques.switchlora.optimizer import RowAdamW
-from fedlora.techniques.switchlora.schedule import draw, expected
+from fedlora.techniques.switchlora.schedule import Switching, draw, expected
 
 
 @dataclass

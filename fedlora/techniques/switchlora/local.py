@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fedlora.core.seeding import dropout_seeds
-from fedlora.core.types import Rebased, TrainJob
+from fedlora.core.types import TrainJob
 from fedlora.data.batches import (
     TokenExample,
     micro_batches,
@@ -18,11 +18,13 @@ from fedlora.data.batches import (
     step_indices,
 )
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.layers import Rebuilt
+from fedlora.techniques.rebased.layer import Rebuilt
+from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.switchlora.controller import SwitchController
 from fedlora.techniques.switchlora.init import Side, draw_start
 from fedlora.techniques.switchlora.layer import SwitchLayer
 from fedlora.techniques.switchlora.optimizer import RowAdamW
+from fedlora.techniques.switchlora.schedule import Switching
 from fedlora.training.loop import (
     Trace,
     backward,
@@ -33,24 +35,33 @@ from fedlora.training.loop import (
 
 
 def train_switching(
-    model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
+    model: LanguageModel,
+    job: TrainJob,
+    examples: Sequence[TokenExample],
+    switching: Switching,
 ) -> tuple[Rebased, Trace]:
-    """Train what is mounted of a job's start as its plan says.
+    """Train a job's start as its plan says, with exchanges.
+
+    Args:
+        model: resident; the start stays mounted on it.
+        job: to be done.
+        examples: of its client.
+        switching: how vectors are exchanged.
 
     Returns:
         The difference of the effective weights from the base's, and what happened.
 
     Raises:
-        TypeError: if no factors over a moved base are mounted.
+        TypeError: if it does not start from factors over a moved base.
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
     plan = job.plan
-    assert plan.switch is not None
+    model.mount(job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b)
     layers = {path: _layer(path, layer.update, job) for path, layer in model.layers.items()}
     parameters: dict[str, dict[Side, nn.Parameter]] = {
-        path: {"a": a, "b": b} for path, (a, b) in zip(layers, model.factors(), strict=True)
+        path: {"a": a, "b": b} for path, (a, b) in zip(layers, model.parameters(), strict=True)
     }
-    controller = SwitchController(layers, parameters, plan.switch, plan.switch.total, job.seed)
+    controller = SwitchController(layers, parameters, switching, switching.total, job.seed)
     optimizer = RowAdamW(
         controller.groups(), plan.lr, plan.betas, plan.eps, weight_decay=plan.weight_decay
     )
@@ -106,9 +117,10 @@ def start_layer(
 def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
     if not isinstance(update, Rebuilt):
         raise TypeError(
-            f"{path}: client.switch exchanges vectors of factors over a base that may move, and "
-            f"{type(job.start).__name__} is none; use strategy=switchlora"
+            f"{path}: client/technique=switchlora exchanges vectors of factors over a base that "
+            f"may move, and {type(job.start).__name__} is none; use strategy=switchlora"
         )
+    update.moved = update.moved.clone()  # exchanges change it, and others stand on it
     d_out, d_in = update.moved.shape
     rank = int(update.a.shape[0])
     start = draw_start(

@@ -12,7 +12,6 @@ from typing import Any
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from fedlora.core.types import Switching
 from fedlora.models.layers import dense_weight, stored_transposed
 from fedlora.models.modules import find_modules
 from fedlora.techniques.switchlora.controller import SwitchController
@@ -22,6 +21,7 @@ from fedlora.techniques.switchlora.layer import (
     begin,
     check_type,
 )
+from fedlora.techniques.switchlora.schedule import Switching
 
 NAME = "default"
 

@@ -28,7 +28,6 @@ from fedlora.algebra.state import (
     under,
 )
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.types import Switching
 from fedlora.run.checkpoint import state_hash
 from fedlora.techniques.switchlora.init import SIDES, Side
 from fedlora.techniques.switchlora.layer import (
@@ -36,7 +35,7 @@ from fedlora.techniques.switchlora.layer import (
     begin,
     outer_sum,
 )
-from fedlora.techniques.switchlora.schedule import draw, expected
+from fedlora.techniques.switchlora.schedule import Switching, draw, expected
 
 LAYER, HISTORY = "layer/", "history/"
 ALTERNATE, PRODUCT = "sync_alternate", "sync_product"

@@ -9,9 +9,48 @@ start, ``ratio T`` the step at which that has become 0.3 of it.
 
 import math
 import zlib
+from dataclasses import dataclass
 
+from fedlora.core.checks import at_least, one_of
 from fedlora.core.seeding import generator
-from fedlora.core.types import Switching
+
+CHOICES = ("ring", "random")
+"""Of the next vector."""
+
+
+@dataclass(frozen=True)
+class Switching:
+    """How vectors are exchanged."""
+
+    interval: float = 40.0
+    """Expected steps between two exchanges in one slot of one factor, at the start."""
+    ratio: float = 0.1
+    """Share of the run after which exchanges are 0.3 as frequent."""
+    freeze: int = 5
+    """Steps for which the partner of an exchanged vector does not move; its optimizer state is
+    void in any case."""
+    choice: str = "ring"
+    """The next vector of the pool: in its order (``ring``), or any that is in no slot
+    (``random``)."""
+    count_frozen: bool = True
+    """Whether a frozen vector's steps count in Adam's bias correction. If so its first real steps
+    are half as large, a warm-up."""
+    total: int = 0
+    """Steps of the whole run; whoever plans the run sets it."""
+    first: int = 0
+    """How many of them are done."""
+
+    def __post_init__(self) -> None:
+        at_least("client.technique.interval", self.interval, 0, strict=True)
+        at_least("client.technique.ratio", self.ratio, 0, strict=True)
+        at_least("client.technique.freeze", self.freeze, 0)
+        one_of("client.technique.choice", self.choice, CHOICES)
+        if self.interval < 2 * self.freeze:
+            raise ValueError(
+                f"client.technique.interval={self.interval:g} is less than twice "
+                f"client.technique.freeze={self.freeze}: vectors would be exchanged while they are "
+                f"frozen; choose interval >= {2 * self.freeze}"
+            )
 
 
 def decay(step: int, total: float, ratio: float) -> float:

@@ -21,7 +21,6 @@ from fedlora.algebra.init import initial_a
 from fedlora.core.cache import cache_root
 from fedlora.core.seeding import generator, torch_generator
 from fedlora.core.types import (
-    Adapter,
     Client,
     Factors,
     LocalPlan,
@@ -41,6 +40,7 @@ from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.spec import SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
 from fedlora.server.training_round import training_jobs
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.compose import load
 from simulations.app.parts import build_parts
 
@@ -187,10 +187,10 @@ class World:
 def _random(world: World) -> tuple[Store, list[TrainJob]]:
     case = world.case
     store = Memory(case, world.network.config.vocab_size)
-    starts: dict[int, tuple[Ranks, Adapter]] = {}
+    starts: dict[int, tuple[Ranks, LowRankPayload]] = {}
     for rank in set(case.ranks):
         factors = {m.path: _factors(m, min(rank, m.max_rank)) for m in world.modules}
-        starts[rank] = Ranks({p: f.rank for p, f in factors.items()}), factors
+        starts[rank] = Ranks({p: f.rank for p, f in factors.items()}), LowRankPayload(factors)
     jobs = []
     for k in range(case.clients):
         ranks, start = starts[case.ranks[k % len(case.ranks)]]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fedlora.core.config import describe
-from fedlora.core.types import TrainJob, payload_floats
+from fedlora.core.types import TrainJob
 from fedlora.engine.base import EngineSpec
 from fedlora.wire.codec import encode_payload
 from simulations.bench.engine.cases import (
@@ -158,7 +158,7 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
 
 def tune(case: Case, cohort: Cohort, sides: Mapping[str, EngineSpec]) -> None:
     """Let engines measure this machine once, in processes that end: nothing of it is counted."""
-    largest = max(range(len(cohort.jobs)), key=lambda i: payload_floats(cohort.jobs[i].start))
+    largest = max(range(len(cohort.jobs)), key=lambda i: cohort.jobs[i].start.floats())
     with hosts(case, dict.fromkeys(sides, 1), sides) as opened:
         for group in opened.values():
             Group(group).train([cohort.jobs[largest]], [cohort.weights[largest]])

@@ -9,11 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.core.checks import at_least
-from fedlora.core.types import (
-    LocalPlan,
-    Ranks,
-    SelfPrune,
-)
+from fedlora.core.types import LocalPlan, Ranks
+from fedlora.techniques.lora.self_pruning import SelfPrune
 
 PATHS = ("l.0.q_proj", "l.0.up_proj", "l.1.q_proj")
 

@@ -10,12 +10,9 @@ import peft
 import torch
 
 from fedlora.core.seeding import dropout_seeds, generator
-from fedlora.core.types import (
-    Adapter,
-    Factors,
-    LocalPlan,
-)
+from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.models import layers
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.engine.world import NETWORKS, SEED, FakeExample
 from tests.fedlora.models.networks import ALPHA
 
@@ -132,12 +129,16 @@ def reference(
             torch.nn.utils.clip_grad_norm_(trained, plan.clip)
         optimizer.step()
         schedule.step()
-    result = {
-        p: Factors(
-            layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach(), ALPHA
-        )
-        for p, layer in adapted.items()
-    }
+    result = LowRankPayload(
+        {
+            p: Factors(
+                layer.lora_A["default"].weight.detach(),
+                layer.lora_B["default"].weight.detach(),
+                ALPHA,
+            )
+            for p, layer in adapted.items()
+        }
+    )
     return result, losses
 
 

@@ -17,13 +17,15 @@ from fedlora.core.types import (
     Factors,
     Failure,
     LocalPlan,
-    SelfPrune,
-    SparseDelta,
     Update,
 )
 from fedlora.engine.base import Engine, EngineSpec
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.sequential import Sequential, SequentialEngine
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.sparse.payload import SparseDelta
 from tests.fedlora.engine.world import (
     SEED,
     FakeStore,
@@ -89,15 +91,15 @@ def spoiled(fault: str, engine: Engine, factors):
     elif fault == "negative token":
         store.held[1] = [*store.held[1], example([1, -3, 0])]
     elif fault == "unknown module":
-        factors = {**factors, "nowhere": f}
+        factors = LowRankPayload({**factors, "nowhere": f})
     elif fault == "wrong shape":
-        factors = {**factors, path: Factors(f.a[:, 1:], f.b, f.alpha)}
+        factors = LowRankPayload({**factors, path: Factors(f.a[:, 1:], f.b, f.alpha)})
     elif fault == "rank beyond the layer":
         a, b = torch.ones(17, f.a.shape[1]), torch.ones(f.b.shape[0], 17)
-        factors = {**factors, path: Factors(a.double(), b.double(), f.alpha)}
+        factors = LowRankPayload({**factors, path: Factors(a.double(), b.double(), f.alpha)})
     else:
-        factors = {}
-    return dataclasses.replace(job(factors or {path: f}, plan, 1), start=factors)
+        factors = LowRankPayload({})
+    return dataclasses.replace(job(factors or LowRankPayload({path: f}), plan, 1), start=factors)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -117,14 +119,14 @@ def test_a_failing_client_harms_nobody_and_says_why(engine, fault, caplog):
         close = 1e-12 * update.metrics["delta_norm"]
         assert distance(update.adapter, wanted[k].adapter) <= close
     assert not caplog.records  # no fused step had to fail first
-    assert not engine.model.factors()
+    assert not engine.model.parameters()
     assert all(p.grad is None for p in engine.model.network.parameters())
 
 
 def test_pruning_a_sparse_update_is_refused(engine):
     path = engine.model.info.modules[0].path
     delta = SparseDelta(0, 0.0, {path: torch.zeros(0, dtype=torch.float64)})
-    plan = dataclasses.replace(PLAN, self_prune=SelfPrune(0.0, 0.5, 1))
+    plan = dataclasses.replace(PLAN, technique=LoRA(SelfPrune(0.0, 0.5, 1)))
     (result,) = engine.train([job(delta, plan)])
     assert isinstance(result, Failure) and "SparseDelta" in result.message
 
@@ -138,7 +140,7 @@ def test_evaluation_gives_one_result_per_job_and_leaves_nothing_mounted(engine):
         None,
         factors,
         factors,
-        {**factors, "nowhere": next(iter(factors.values()))},
+        LowRankPayload({**factors, "nowhere": next(iter(factors.values()))}),
         factors,
         factors,
     ]
@@ -149,7 +151,7 @@ def test_evaluation_gives_one_result_per_job_and_leaves_nothing_mounted(engine):
     assert all(isinstance(found[k], Failure) for k in (2, 3, 4))
     assert "no examples in split 'test'" in found[2].message
     assert "'nowhere'" in found[3].message
-    assert not engine.model.factors()
+    assert not engine.model.parameters()
 
 
 def test_nothing_to_do_is_done(engine):

@@ -10,13 +10,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.client import Client, ClientApp, NumPyClient
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.core.types import (
-    EvaluateJob,
-    EvaluatePlan,
-    LocalPlan,
-    SelfPrune,
-)
+from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
 from fedlora.engine.client import LoRAClient
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
@@ -62,7 +59,7 @@ def test_the_seed_of_the_config_wins():
 def test_a_pruned_update_carries_its_ranks():
     resident = model()
     factors = start(resident, 4)
-    plan = dataclasses.replace(PLAN, lr=0.05, self_prune=SelfPrune(5.0, 0.5, 1))
+    plan = dataclasses.replace(PLAN, lr=0.05, technique=LoRA(SelfPrune(5.0, 0.5, 1)))
     parameters, _, metrics = LoRAClient(resident, STORE, client(factors), SEED).fit(
         *config(factors, plan)
     )

@@ -7,16 +7,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    LocalPlan,
-    Payload,
-    Ranks,
-    TrainJob,
-    payload_tensors,
-)
+from fedlora.core.payload import Payload, plain_factors
+from fedlora.core.types import Client, LocalPlan, Ranks, TrainJob
 from fedlora.models.language_model import LanguageModel
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.models.networks import VOCABULARY, adapter, gpt2, llama, wrap
 
 SEED = 11
@@ -79,12 +73,13 @@ def model(name: str = "gpt2") -> LanguageModel:
     return wrap(NETWORKS[name]())
 
 
-def start(on: LanguageModel, rank: Any = 2, seed: int = 1) -> Adapter:
+def start(on: LanguageModel, rank: Any = 2, seed: int = 1) -> LowRankPayload:
     return adapter(on.info.modules, rank, seed)
 
 
 def client(factors: Payload | None, id: int = 0, n: int = 7) -> Client:
-    ranks = {p: f.rank for p, f in factors.items()} if isinstance(factors, dict) else {"none": 1}
+    low_rank = None if factors is None else plain_factors(factors)
+    ranks = {"none": 1} if low_rank is None else {p: f.rank for p, f in low_rank.items()}
     return Client(id, Ranks(ranks), n)
 
 
@@ -94,7 +89,7 @@ def job(factors: Payload, plan: LocalPlan, id: int = 0, round: int = 3) -> Train
 
 def vector(payload: Payload) -> torch.Tensor:
     """All numbers of a payload in one row."""
-    return torch.cat([t.reshape(-1) for _, t in payload_tensors(payload)])
+    return torch.cat([t.reshape(-1) for _, t in payload.tensors()])
 
 
 def distance(a: Payload, b: Payload) -> float:

@@ -18,6 +18,7 @@ from fedlora.evaluation.beam_search import (
 )
 from fedlora.evaluation.metrics import generate
 from fedlora.models.language_model import LanguageModel
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.engine.world import EOS, NETWORKS, exact, examples, model, start
 from tests.fedlora.models.networks import VOCABULARY, wrap
 
@@ -30,7 +31,8 @@ def lively(name: str = "gpt2") -> LanguageModel:
     """An adapted random model whose favourite word depends on what came before."""
     resident = model(name)
     factors = start(resident, 3)
-    resident.mount({p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in factors.items()})
+    larger = LowRankPayload({p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in factors.items()})
+    resident.mount(LowRankPayload(larger))
     for path, p in resident.network.named_parameters():
         if path.endswith("bias"):
             p.data.zero_()

@@ -17,6 +17,7 @@ from fedlora.evaluation.rouge import rouge_l
 from fedlora.evaluation.scorers import DEFAULT, ExactMatch, Likelihood, TeacherForcedRouge
 from fedlora.models.spec import HuggingFace
 from fedlora.server.schedule import EvaluationSchedule
+from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.compose import load
 from tests.fedlora.engine.world import EOS, NETWORKS, example, examples, model, start
 from tests.fedlora.evaluation.toy_metric import ResponseLength
@@ -30,7 +31,10 @@ HELD = examples(8, seed=4)
 def ready(name="gpt2", rank=3, size=1.0):
     resident = model(name)
     factors = start(resident, rank)
-    resident.mount({p: Factors(size * f.a, size * f.b, f.alpha) for p, f in factors.items()})
+    larger = LowRankPayload(
+        {p: Factors(size * f.a, size * f.b, f.alpha) for p, f in factors.items()}
+    )
+    resident.mount(LowRankPayload(larger))
     return resident
 
 

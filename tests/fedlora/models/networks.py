@@ -19,6 +19,7 @@ from fedlora.core.types import Factors, Module
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.qkv import split_qkv
+from fedlora.techniques.lora.payload import LowRankPayload
 
 ALPHA = 12.0
 VOCABULARY = 40
@@ -97,7 +98,7 @@ def adapter(
     seed: int = 1,
     alpha: float = ALPHA,
     dtype: torch.dtype = torch.float64,
-) -> dict[str, Factors]:
+) -> LowRankPayload:
     """Both factors random; ``rank`` may be a function of the module's position."""
     g = torch.Generator().manual_seed(seed)
     factors = {}
@@ -106,7 +107,7 @@ def adapter(
         a = torch.randn(r, m.d_in, generator=g, dtype=torch.float64)
         b = torch.randn(m.d_out, r, generator=g, dtype=torch.float64)
         factors[m.path] = Factors((0.2 * a).to(dtype), (0.2 * b).to(dtype), alpha)
-    return factors
+    return LowRankPayload(factors)
 
 
 def tokens(seed: int = 2) -> torch.Tensor:

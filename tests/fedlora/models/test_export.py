@@ -12,14 +12,17 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import Factors, SparseDelta
-from fedlora.models.export import CONFIG, WEIGHTS, load_peft, merge, save_peft
+from fedlora.core.types import Factors
+from fedlora.models.export import merge
 from fedlora.models.folder import MASKS
 from fedlora.models.masks import (
     check_network,
     load_masks,
     mask_identity,
 )
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, load_peft, save_peft
+from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.techniques.spp.peft import save_spp
 from tests.fedlora.models.networks import ALPHA, NETWORKS, adapter, llama, logits, same, wrap
 from tests.fedlora.prune.models import (
@@ -39,9 +42,9 @@ def test_peft_computes_what_we_mounted(name, rank, alphas, tmp_path):
     model = wrap(NETWORKS[name]().double())
     factors = adapter(model.info.modules, rank)
     if alphas == "many":
-        factors = {
-            p: Factors(f.a, f.b, ALPHA + i % 3 / 2) for i, (p, f) in enumerate(factors.items())
-        }
+        factors = LowRankPayload(
+            {p: Factors(f.a, f.b, ALPHA + i % 3 / 2) for i, (p, f) in enumerate(factors.items())}
+        )
     model.mount(factors)
     save_peft(factors, model.info, tmp_path, base_name="base", dropout=0.1)
     theirs = peft.PeftModel.from_pretrained(NETWORKS[name]().double(), tmp_path).double().eval()
@@ -162,7 +165,7 @@ def test_the_merged_model_computes_the_same(name, split, kind, tmp_path):
         "sparse": SparseDelta(
             3, 1.0, {m.path: torch.full((m.d_out * m.d_in,), 0.01) for m in model.info.modules}
         ),
-        "nothing": {},
+        "nothing": LowRankPayload({}),
     }[kind]
     mounted = adapter(model.info.modules, 2, seed=9)
     model.mount(mounted)
@@ -181,7 +184,7 @@ def test_the_merged_model_computes_the_same(name, split, kind, tmp_path):
 def test_a_merged_pruned_model_has_the_masks_of_its_base(name, split, tmp_path):
     """All of them, whatever carried the update, in the layers that the files have."""
     base, folder = tmp_path / "base", tmp_path / "merged"
-    merge(pruned(name, dtype=torch.float32), {}, base)
+    merge(pruned(name, dtype=torch.float32), None, base)
     targets = {"llama": ("q_proj",), "gpt2": ("q_attn",) if split else ("c_proj",)}[name]
     model = reopened(base, name, targets, split)
     assert len(model.layers) < len(load_masks(base))
@@ -198,15 +201,15 @@ def test_masks_go_with_the_zeros_that_they_describe(tmp_path):
     """LoRA fills zeros: no mask is left, of an earlier merge into the folder neither. A base
     pruned further since has masks of its own, which nobody has written yet."""
     base, folder = tmp_path / "base", tmp_path / "merged"
-    merge(pruned(dtype=torch.float32), {}, base)
+    merge(pruned(dtype=torch.float32), None, base)
     model = reopened(base)
     merge(model, scale(model), folder)
     merge(model, adapter(model.info.modules, 2), folder)
     assert not (folder / MASKS).exists()
-    merge(model, {}, folder)
+    merge(model, None, folder)
     assert mask_identity(folder) == model.info.mask
     next(iter(model.layers.values())).base.weight[0] = 0
-    merge(model, {}, folder)
+    merge(model, None, folder)
     assert not (folder / MASKS).exists()
     with pytest.raises(ModelError, match=r"the zeros of .* are not where its mask says"):
         merge(model, scale(model), folder)

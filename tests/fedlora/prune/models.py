@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from fedlora.algebra.init import initial_a
-from fedlora.core.types import MaskedScale
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
 from fedlora.models.masks import identity, mask_identity
 from fedlora.prune.prune import Pruning, prune
+from fedlora.techniques.spp.payload import MaskedScale
 from tests.fedlora.models.networks import NETWORKS, wrap
 from tests.fedlora.prune.text import batches
 

@@ -10,7 +10,8 @@ from fedlora.algebra import summand
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
-from fedlora.core.types import Client, Payload, Update
+from fedlora.core.payload import Payload
+from fedlora.core.types import Client, Update
 from fedlora.server.combine import combine
 from fedlora.server.postprocess import Bound, Moment, Postprocessor
 from strategies.base import LoRAStrategy

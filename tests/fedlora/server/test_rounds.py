@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.algebra.state import Kept, State
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     Client,
     EvaluatePlan,
@@ -13,7 +14,6 @@ from fedlora.core.types import (
     Failure,
     LocalPlan,
     Module,
-    Payload,
     Ranks,
     Setting,
     Update,

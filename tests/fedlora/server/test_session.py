@@ -5,15 +5,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.types import (
-    Client,
-    EvaluatePlan,
-    LocalPlan,
-    Module,
-    Ranks,
-    Setting,
-    Update,
-)
+from fedlora.core.types import Client, EvaluatePlan, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.engine.faulty import Faulty
 from fedlora.engine.sequential import Sequential
 from fedlora.population.sampling import Roster

@@ -10,20 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.errors import RejectedUpdate
-from fedlora.core.types import (
-    Client,
-    Factors,
-    Ranks,
-    Rebased,
-    SparseDelta,
-    Update,
-    payload_tensors,
-)
-from fedlora.server.validation import (
-    change_norm,
-    check_update,
-    not_finite,
-)
+from fedlora.core.types import Client, Expected, Factors, LocalPlan, Ranks, Update
+from fedlora.server.validation import check_update, not_finite
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.switchlora.technique import SwitchTraining
 
 ALPHA = 12.0
 PATHS = ("layers.0.q", "layers.0.k", "layers.1.up")
@@ -32,7 +26,7 @@ LAWS = settings(derandomize=True, deadline=None, max_examples=50)
 
 def adapter(ranks, seed=0, d_in=7, d_out=5, alpha=ALPHA, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
-    return {
+    factors = {
         path: Factors(
             torch.randn(r, d_in, generator=g, dtype=torch.float64).to(dtype),
             torch.randn(d_out, r, generator=g, dtype=torch.float64).to(dtype),
@@ -40,6 +34,7 @@ def adapter(ranks, seed=0, d_in=7, d_out=5, alpha=ALPHA, dtype=torch.float64):
         )
         for path, r in ranks.items()
     }
+    return LowRankPayload(factors)
 
 
 RANKS = Ranks(dict(zip(PATHS, (2, 4, 3), strict=True)))
@@ -57,9 +52,18 @@ def sparse(seed=5, density=0.1, lengths=(4, 6), value=0.5):
     return SparseDelta(seed, density, values)
 
 
-def reason(u, start=START, client=CLIENT, max_norm=0.0, **kwargs):
+PLAIN = LocalPlan()
+PRUNES = LocalPlan(technique=LoRA(SelfPrune(0.1, 0.5, 1)))
+SWITCHES = LocalPlan(technique=SwitchTraining())
+
+
+def check(u, client, start, max_norm, plan=PLAIN):
+    check_update(u, Expected(client, start, plan), max_norm)
+
+
+def reason(u, start=START, client=CLIENT, max_norm=0.0, plan=PLAIN):
     with pytest.raises(RejectedUpdate) as error:
-        check_update(u, client, start, max_norm, **kwargs)
+        check(u, client, start, max_norm, plan)
     assert error.value.client == client.id
     assert str(client.id) in str(error.value)
     assert error.value.reason in str(error.value)
@@ -69,9 +73,9 @@ def reason(u, start=START, client=CLIENT, max_norm=0.0, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_an_honest_update_passes(dtype):
     start, end = adapter(RANKS, 1, dtype=dtype), adapter(RANKS, 2, dtype=dtype)
-    check_update(update(end), CLIENT, start, max_norm=0.0)
-    check_update(update(end), CLIENT, start, max_norm=1e6)
-    check_update(update(sparse()), CLIENT, sparse(value=0.0), max_norm=1e6)
+    check(update(end), CLIENT, start, max_norm=0.0)
+    check(update(end), CLIENT, start, max_norm=1e6)
+    check(update(sparse()), CLIENT, sparse(value=0.0), max_norm=1e6)
 
 
 @LAWS
@@ -80,7 +84,7 @@ def test_an_honest_update_passes(dtype):
 )
 def test_bad_entries_are_found_wherever_they_are_planted(data, bad, count):
     end = adapter(RANKS, seed=2)
-    name, tensor = data.draw(st.sampled_from(list(payload_tensors(end))))
+    name, tensor = data.draw(st.sampled_from(list(end.tensors())))
     spots = data.draw(st.sets(st.integers(0, tensor.numel() - 1), min_size=count, max_size=count))
     for i in spots:
         tensor.view(-1)[i] = bad
@@ -92,7 +96,7 @@ def test_bad_entries_are_found_wherever_they_are_planted(data, bad, count):
 def test_large_but_finite_entries_are_no_fault():
     """Their sum overflows, which is not what was asked."""
     end = adapter(RANKS, seed=2, dtype=torch.float16)
-    for _, t in payload_tensors(end):
+    for _, t in end.tensors():
         t.fill_(6e4)
     assert not_finite(end) == ""
 
@@ -141,12 +145,12 @@ def test_a_sparse_update_must_follow_the_mask(delta, words):
 def test_ranks_may_shrink_only_where_that_was_planned(ranks):
     smaller = Ranks(dict(zip(PATHS, ranks, strict=True)))
     u = update(adapter(smaller), client=replace(CLIENT, ranks=smaller))
-    check_update(u, CLIENT, START, 0.0, allow_shrink=True)
+    check(u, CLIENT, START, 0.0, plan=PRUNES)
     if smaller != RANKS:
         assert "rank" in reason(u)
     grown = Ranks({**smaller, PATHS[0]: RANKS[PATHS[0]] + 1})
     u = update(adapter(grown), client=replace(CLIENT, ranks=grown))
-    assert "at most 2" in reason(u, allow_shrink=True)
+    assert "at most 2" in reason(u, plan=PRUNES)
 
 
 @LAWS
@@ -154,22 +158,23 @@ def test_ranks_may_shrink_only_where_that_was_planned(ranks):
 def test_the_norm_is_that_of_the_dense_change(seed, ranks):
     end = adapter(Ranks(dict(zip(PATHS, ranks, strict=True))), seed)
     dense = math.sqrt(sum(float((end[p].delta() - START[p].delta()).square().sum()) for p in PATHS))
-    assert change_norm(START, end) == pytest.approx(dense, rel=1e-10)
+    assert end.change_norm(START) == pytest.approx(dense, rel=1e-10)
     u = update(end, client=replace(CLIENT, ranks=Ranks({p: f.rank for p, f in end.items()})))
     expected = replace(CLIENT, ranks=u.client.ranks)
-    check_update(u, expected, START, max_norm=dense * 1.001)
+    check(u, expected, START, max_norm=dense * 1.001)
     assert "norm" in reason(u, client=expected, max_norm=dense * 0.999)
 
 
 def test_no_change_has_no_norm_and_gauge_does_not_count():
     """A client may rescale its factors: what is bounded is what they do to the weights."""
-    turned = {p: Factors(f.a * 1000, f.b / 1000, f.alpha) for p, f in START.items()}
-    assert change_norm(START, START) == pytest.approx(0, abs=1e-6)
-    check_update(update(turned), CLIENT, START, max_norm=1e-4)
+    factors = {p: Factors(f.a * 1000, f.b / 1000, f.alpha) for p, f in START.items()}
+    turned = LowRankPayload(factors)
+    assert START.change_norm(START) == pytest.approx(0, abs=1e-6)
+    check(update(turned), CLIENT, START, max_norm=1e-4)
 
 
 def test_the_norm_of_a_sparse_change():
-    assert change_norm(sparse(value=0.0), sparse(value=0.5)) == pytest.approx(0.5 * math.sqrt(10))
+    assert sparse(value=0.5).change_norm(sparse(value=0.0)) == pytest.approx(0.5 * math.sqrt(10))
 
 
 def test_a_cohort_is_checked_in_a_fraction_of_a_second():
@@ -180,7 +185,7 @@ def test_a_cohort_is_checked_in_a_fraction_of_a_second():
     )
     began = time.process_time()
     for _ in range(80):
-        check_update(end, end.client, start, max_norm=0.0)
+        check(end, end.client, start, max_norm=0.0)
     assert time.process_time() - began < 0.5
 
 
@@ -192,25 +197,25 @@ MOVED = Rebased(shifts(), START)
 
 
 def test_from_a_moved_base_factors_come_back_or_what_became_of_it():
-    check_update(update(), CLIENT, MOVED, max_norm=0.0)
-    check_update(update(Rebased(shifts())), CLIENT, MOVED, max_norm=0.0, dense=True)
+    check(update(), CLIENT, MOVED, max_norm=0.0)
+    check(update(Rebased(shifts())), CLIENT, MOVED, max_norm=0.0, plan=SWITCHES)
 
 
 @pytest.mark.parametrize(
-    ("payload", "dense", "why"),
+    ("payload", "plan", "why"),
     [
-        (Rebased(shifts()), False, "a dense update where factors or a SparseDelta were due"),
-        (None, True, "holds factors where a dense update was due"),
-        (MOVED, True, "holds factors where a dense update was due"),
-        (Rebased(shifts(paths=PATHS[:2])), True, "lacks layers.1.up"),
-        (Rebased(shifts(d_out=4)), True, "an update (4, 7), the layer is (5, 7)"),
-        (Rebased(shifts(float("nan"))), True, "entries that are NaN"),
-        (sparse(), False, "a SparseDelta where factors were due"),
-        (adapter({**RANKS, PATHS[0]: 1}), False, "rank 1, expected 2"),
+        (Rebased(shifts()), PLAIN, "a dense update where factors were due"),
+        (None, SWITCHES, "holds factors where a dense update was due"),
+        (MOVED, SWITCHES, "holds factors where a dense update was due"),
+        (Rebased(shifts(paths=PATHS[:2])), SWITCHES, "lacks layers.1.up"),
+        (Rebased(shifts(d_out=4)), SWITCHES, "an update (4, 7), the layer is (5, 7)"),
+        (Rebased(shifts(float("nan"))), SWITCHES, "entries that are NaN"),
+        (sparse(), PLAIN, "a SparseDelta where factors were due"),
+        (adapter({**RANKS, PATHS[0]: 1}), PLAIN, "rank 1, expected 2"),
     ],
 )
-def test_what_was_not_due_from_a_moved_base_is_refused(payload, dense, why):
-    assert why in reason(update(payload), MOVED, dense=dense)
+def test_what_was_not_due_from_a_moved_base_is_refused(payload, plan, why):
+    assert why in reason(update(payload), MOVED, plan=plan)
 
 
 def test_the_change_from_a_moved_base_is_that_of_the_weights():
@@ -218,8 +223,8 @@ def test_the_change_from_a_moved_base_is_that_of_the_weights():
     both = [Rebased(shifts(), f) for f in (START, end)]
     weights = [{p: x.shift[p] + x.factors[p].delta() for p in PATHS} for x in both]
     wanted = math.sqrt(sum(float((weights[1][p] - weights[0][p]).square().sum()) for p in PATHS))
-    assert change_norm(MOVED, end) == pytest.approx(wanted)
-    assert change_norm(MOVED, Rebased(weights[1])) == pytest.approx(wanted)
-    assert "above 1" in reason(update(Rebased(weights[1])), MOVED, max_norm=1.0, dense=True)
+    assert end.change_norm(MOVED) == pytest.approx(wanted)
+    assert Rebased(weights[1]).change_norm(MOVED) == pytest.approx(wanted)
+    assert "above 1" in reason(update(Rebased(weights[1])), MOVED, max_norm=1.0, plan=SWITCHES)
     with pytest.raises(TypeError, match="no common change"):
-        change_norm(START, Rebased(shifts()))
+        Rebased(shifts()).change_norm(START)

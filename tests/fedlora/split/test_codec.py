@@ -5,12 +5,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, RecordDict
 
-from fedlora.core.types import (
-    Client,
-    Failure,
-    LocalPlan,
-    Ranks,
-)
+from fedlora.core.types import Client, Failure, LocalPlan, Ranks
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
 from fedlora.split.compression import Wire

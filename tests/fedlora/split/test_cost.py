@@ -190,7 +190,7 @@ def forward(model: LanguageModel) -> torch.Tensor:
 
 def held(model: LanguageModel) -> list[torch.Tensor]:
     """What a client holds whether or not it trains."""
-    factors = [x for pair in model.factors() for x in pair]
+    factors = [x for pair in model.parameters() for x in pair]
     return [*model.network.parameters(), *model.network.buffers(), *factors]
 
 

@@ -9,12 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 
-from fedlora.core.types import (
-    Adapter,
-    Factors,
-    Failure,
-    LocalPlan,
-)
+from fedlora.core.types import Adapter, Factors, Failure, LocalPlan
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut, Down, Terms, Up

@@ -12,6 +12,7 @@ from fedlora.core.types import (
     LocalPlan,
 )
 from fedlora.split.trainable import OptimizerState, TrainableStage
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.split.world import MODELS, assert_same, start
 
 PLANS = {
@@ -24,7 +25,7 @@ PLANS = {
 def trainable(
     adapter: Adapter, plan: LocalPlan, state: OptimizerState | None = None
 ) -> TrainableStage:
-    updates: Any = MODELS["llama"](double=False).updates(adapter)
+    updates: Any = LowRankPayload(adapter).updates(MODELS["llama"](double=False))
     return TrainableStage(updates, plan, state)
 
 

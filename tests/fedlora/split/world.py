@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
-from fedlora.core.types import (
-    Adapter,
-    Client,
-    Factors,
-    Failure,
-    LocalPlan,
-)
+from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan
 from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Stages, block_of
@@ -27,6 +21,7 @@ from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_excha
 from fedlora.split.server import ClientInfo, Rule, SplitServer
 from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.split.worker import SplitWorker
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
@@ -93,7 +88,7 @@ class Federation:
 
     def init(self, i: int) -> InitMessage:
         own = self.adapters.get(i, part(self.whole, self.cut(i), client=True))
-        who = replace(client(own, id=i), num_examples=len(self.held[i]))
+        who = replace(client(LowRankPayload(own), id=i), num_examples=len(self.held[i]))
         memory = self.optimizer_states.get(i, {})
         return InitMessage(who, self.plan, self.cut(i), self.terms, own, memory)
 
@@ -124,7 +119,7 @@ class Federation:
         for key in keys:
             cut = self.cut(key) if each else lowest
             own = self.adapters.get(-1 - key if each else -1) or part(self.whole, cut, client=False)
-            updates: Any = self.model.updates(own, self.plan.dropout)
+            updates: Any = LowRankPayload(own).updates(self.model, self.plan.dropout)
             trainables[key] = TrainableStage(
                 updates, self.plan, self.optimizer_states.get(-1 - key if each else -1)
             )

@@ -9,17 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.types import (
-    Factors,
-    LocalPlan,
-    SelfPrune,
-    SparseDelta,
-    Update,
-)
+from fedlora.core.types import Factors, LocalPlan, Update
 from fedlora.engine.client import LoRAClient
 from fedlora.models.forward import supervised_logits
+from fedlora.techniques.lora import self_pruning as selfprune
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.training import loop
-from fedlora.training import self_pruning as selfprune
 from fedlora.training.loop import FlatParameters, learning_rates
 from tests.fedlora.engine.peft_loop import padded, reference
 from tests.fedlora.engine.world import (
@@ -194,9 +192,9 @@ def test_dropout_and_order_have_their_own_stream(what):
 def test_one_sgd_step_from_b_zero_moves_b_alone_and_by_the_gradient_of_the_delta():
     """dA = 0; dB = -lr s G (A x)^T = -lr s (dL/dW) A^T, G being the gradient of the output."""
     resident = model("llama")
-    factors = {
-        p: Factors(f.a, torch.zeros_like(f.b), f.alpha) for p, f in start(resident, 3).items()
-    }
+    factors = LowRankPayload(
+        {p: Factors(f.a, torch.zeros_like(f.b), f.alpha) for p, f in start(resident, 3).items()}
+    )
     lr = 0.7
     plan = LocalPlan(optimizer="sgd", lr=lr, steps=1, batch_size=7, clip=0, dropout=0.0)
     work = job(factors, plan)
@@ -257,7 +255,7 @@ def test_the_update_differs_from_its_start_which_is_left_alone():
     moved = distance(update.payload, factors)
     assert moved > 1e-3
     assert update.metrics["delta_norm"] == pytest.approx(moved, rel=1e-12)
-    assert not resident.factors()
+    assert not resident.parameters()
 
 
 # --- self-pruning --------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ def test_the_penalty_pulls_on_the_tail_alone():
     factors = start(model(), 4)
     plain = train(plan, rank=4)
     resident = model()
-    work = job(factors, dataclasses.replace(plan, self_prune=prune))
+    work = job(factors, dataclasses.replace(plan, technique=LoRA(prune)))
     parameters = resident.mount(factors)
     loop.optimise(resident, parameters, HELD, work.plan, seed=SEED, round=3, client=0)
     pulled = resident.payload()
@@ -293,7 +291,7 @@ def test_the_penalty_counts_once_per_step_however_the_batch_is_cut(micro):
         lr=0.1,
         batch_size=7,
         dropout=0.0,
-        self_prune=SelfPrune(weight=0.3, gamma=0.5, min_rank=4),
+        technique=LoRA(SelfPrune(weight=0.3, gamma=0.5, min_rank=4)),
     )
     whole = train(plan, rank=4)
     cut = train(dataclasses.replace(plan, micro_batch_size=micro), rank=4)
@@ -301,7 +299,7 @@ def test_the_penalty_counts_once_per_step_however_the_batch_is_cut(micro):
 
 
 def test_a_client_whose_tail_shrank_sends_less_and_says_so():
-    strong = LocalPlan(lr=0.02, epochs=4, self_prune=SelfPrune(5.0, 0.5, 1))
+    strong = LocalPlan(lr=0.02, epochs=4, technique=LoRA(SelfPrune(5.0, 0.5, 1)))
     update = train(strong, rank=4)
     assert set(update.client.ranks.values()) == {2}
     assert {f.rank for f in update.adapter.values()} == {2}
@@ -310,10 +308,10 @@ def test_a_client_whose_tail_shrank_sends_less_and_says_so():
 
 def test_a_tail_that_grew_stays_and_b_zero_never_prunes():
     resident = model()
-    factors = {
-        p: Factors(f.a, torch.zeros_like(f.b), f.alpha) for p, f in start(resident, 4).items()
-    }
-    work = job(factors, LocalPlan(self_prune=SelfPrune(0.01, 0.5, 1)))
+    factors = LowRankPayload(
+        {p: Factors(f.a, torch.zeros_like(f.b), f.alpha) for p, f in start(resident, 4).items()}
+    )
+    work = job(factors, LocalPlan(technique=LoRA(SelfPrune(0.01, 0.5, 1))))
     update = LoRAClient(resident, FakeStore({0: HELD}), work.client, SEED).train(work)
     assert update.client == work.client
     assert torch.isfinite(vector(update.payload)).all()

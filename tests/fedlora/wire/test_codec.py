@@ -17,13 +17,14 @@ from fedlora.core.types import (
     Failure,
     LocalPlan,
     Ranks,
-    Rebased,
-    SelfPrune,
-    SparseDelta,
-    Switching,
     TrainJob,
     Update,
 )
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
+from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.wire.codec import (
     decode_jobs,
     decode_payload,
@@ -39,12 +40,13 @@ from fedlora.wire.codec import (
 
 def adapter(seed: int, ranks: dict[str, int], dtype=torch.float32):
     g = torch.Generator().manual_seed(seed)
-    return {
+    factors = {
         p: Factors(
             torch.randn(r, 5, generator=g).to(dtype), torch.randn(7, r, generator=g).to(dtype), 12.0
         )
         for p, r in ranks.items()
     }
+    return LowRankPayload(factors)
 
 
 def same(x, y):
@@ -101,7 +103,7 @@ def test_a_cut_payload_is_refused():
 def test_jobs_round_trip_and_send_shared_starts_once():
     small, large = Ranks({"q": 1}), Ranks({"q": 3})
     start = {small: adapter(0, dict(small)), large: adapter(1, dict(large))}
-    plan = LocalPlan(lr=0.5, self_prune=SelfPrune(0.1, 0.9, 2), switch=Switching(first=3))
+    plan = LocalPlan(lr=0.5, technique=LoRA(SelfPrune(0.1, 0.9, 2)))
     clients = [Client(i, small if i % 3 else large, 10 + i, f"t{i % 3}") for i in range(6)]
     jobs = [TrainJob(7, 2, c, start[c.ranks], plan) for c in clients]
     jobs.append(EvaluateJob(7, 2, clients[0], None, EvaluatePlan(split="eval")))
@@ -171,7 +173,7 @@ def replied(change):
         lambda row: row["metrics"].update(loss=None),
         lambda row: row["metrics"].update(loss="low"),
         lambda row: row.update(payload="{}"),
-        lambda row: row.update(payload=row["payload"].replace('"q", 3', '"q", 4')),
+        lambda row: row.update(payload=row["payload"].replace('"q/a", 3', '"q/a", 4')),
         lambda row: row.update(failure=[]),
         lambda row: row.update(client=99),
     ],

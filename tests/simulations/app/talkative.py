@@ -3,13 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from fedlora.core.types import (
-    EvaluateJob,
-    Evaluation,
-    Failure,
-    TrainJob,
-    Update,
-)
+from fedlora.core.types import EvaluateJob, Evaluation, Failure, TrainJob, Update
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine
 from fedlora.engine.sequential import Sequential

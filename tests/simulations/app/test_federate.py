@@ -7,8 +7,8 @@ import torch
 
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
 from fedlora.core.files import claim
-from fedlora.models.export import load_peft
 from fedlora.run import checkpoint
+from fedlora.techniques.lora.peft import load_peft
 
 FIVE = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
 

@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedlora.models.export import load_peft
 from fedlora.models.spec import Tiny
 from fedlora.run import checkpoint
+from fedlora.techniques.lora.peft import load_peft
 
 SPLIT = ["strategy=splitlora", "ranks=homogeneous", "client.dropout=0.1", "population.per_round=3"]
 

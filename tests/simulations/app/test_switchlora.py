@@ -14,7 +14,7 @@ WORDS = [
     "ranks=homogeneous",
     "ranks.rank=8",
     "ranks.alpha=1",
-    "client.switch.interval=10",
+    "client.technique.interval=10",
     "client.steps=2",
 ]
 FACTOR = 4 * 8 * (4 * 4 * 128 + 4 * (2 * 128 + 352))
@@ -89,16 +89,16 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
     [
         (
             ["strategy=fedavg", "client=switchlora"],
-            "client.switch lets .* FedAvg averages",
+            "client/technique=switchlora lets .* FedAvg averages",
         ),
         (["strategy=flexlora", "client=switchlora"], "hold alike: use strategy=switchlora"),
         (
             ["strategy=heterolora", "client=switchlora"],
-            "client.switch lets .* HeteroLoRA averages",
+            "client/technique=switchlora lets .* HeteroLoRA averages",
         ),
         (
             ["strategy=splitlora", "client=switchlora"],
-            "client.switch lets .* SplitLoRA averages",
+            "client/technique=switchlora lets .* SplitLoRA averages",
         ),
         (
             ["strategy=slora", "strategy@strategy.aggregator=switchlora"],
@@ -109,12 +109,12 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
             "strategy.aggregator=SwitchLoRA .*base that moves",
         ),
         (
-            [w for w in WORDS if "switch.interval" not in w] + ["client=adamw"],
-            "without exchanges .client.switch.*or client=switchlora",
+            [w for w in WORDS if "technique.interval" not in w] + ["client=adamw"],
+            "without exchanges.*or client=switchlora",
         ),
         ([*WORDS, "client.steps=0"], "client.steps=0 with strategy=switchlora"),
         ([*WORDS, "federation.wire=bfloat16"], "federation.wire=bfloat16"),
-        ([*WORDS, "client.switch.interval=8"], "interval=8 is less than twice"),
+        ([*WORDS, "client.technique.interval=8"], "interval=8 is less than twice"),
         (
             [*WORDS, "model=hf", "model.path=x", "model.quantization=int8"],
             "model.quantization=int8 with strategy=switchlora",

@@ -6,13 +6,7 @@ from dataclasses import dataclass, replace
 
 import ray
 
-from fedlora.core.types import (
-    EvaluateJob,
-    Evaluation,
-    Failure,
-    TrainJob,
-    Update,
-)
+from fedlora.core.types import EvaluateJob, Evaluation, Failure, TrainJob, Update
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine
 from fedlora.engine.sequential import Sequential

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedlora.models.export import load_peft
 from fedlora.models.spec import Tiny, TinyGPT2
+from fedlora.techniques.lora.peft import load_peft
 from simulations.tools.merge import main
 
 SPLIT = ("model=tiny_gpt2", "model.split_qkv=true", "model.targets=[q_attn,v_attn]")

@@ -8,18 +8,13 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import (
-    EvaluateJob,
-    EvaluatePlan,
-    LocalPlan,
-    SparseDelta,
-    Update,
-)
+from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan, Update
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.fused.check import why_not_ragged
 from fedlora.engine.fused.head import is_plain
 from fedlora.engine.sequential import Sequential
 from fedlora.models.modules import find_modules
+from fedlora.techniques.sparse.payload import SparseDelta
 from tests.fedlora.engine.world import FakeStore, client, examples, job
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import adapter, wrap

@@ -11,12 +11,13 @@ from fedlora.core.types import (
     EvaluatePlan,
     Evaluation,
     Factors,
-    SparseDelta,
 )
 from fedlora.engine.fused import Auto, Fused, cost
 from fedlora.engine.fused.cost import CostModel, Sample
 from fedlora.engine.fused.engine import AutoEngine
 from fedlora.evaluation import metrics as evaluate
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.sparse.payload import SparseDelta
 from tests.fedlora.engine.fused.harness import (
     PLAN,
     alone,
@@ -53,7 +54,9 @@ def test_texts_do_not_depend_on_how_activations_are_kept(on, monkeypatch):
         elif "wte" in name or "wpe" in name:
             p.data.mul_(25)
     store = FakeStore({0: examples(6, 3, 20)}, {0: ["w1 w2 w3"] * 6})
-    factors = {p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in start(mine, 2, 9).items()}
+    factors = LowRankPayload(
+        {p: Factors(3 * f.a, 3 * f.b, f.alpha) for p, f in start(mine, 2, 9).items()}
+    )
     plan = EvaluatePlan(max_new_tokens=6)
     jobs = [EvaluateJob(SEED, 1, client(factors), factors, plan)]
     for checkpoint in (False, True):

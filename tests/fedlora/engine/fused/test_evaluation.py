@@ -8,16 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.core.types import (
-    EvaluateJob,
-    EvaluatePlan,
-    Evaluation,
-    SparseDelta,
-)
+from fedlora.core.types import EvaluateJob, EvaluatePlan, Evaluation
 from fedlora.engine.fused import Fused, evaluation
 from fedlora.engine.sequential import Sequential
 from fedlora.evaluation import metrics as evaluate
 from fedlora.evaluation.scorers import DEFAULT, TeacherForcedRouge
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.techniques.sparse.payload import SparseDelta
 from tests.fedlora.engine.world import EOS, NETWORKS, FakeStore, client, example, examples, model
 from tests.fedlora.models.networks import VOCABULARY, adapter
 
@@ -267,7 +264,7 @@ def test_no_jobs_no_results(resident, store):
 def test_not_a_number_is_one_clients_own(resident, store):
     payloads = adapters(resident)
     path, factors = next(iter(payloads[2].items()))
-    payloads[2] = {**payloads[2], path: replace(factors, b=factors.b * torch.nan)}
+    payloads[2] = LowRankPayload({**payloads[2], path: replace(factors, b=factors.b * torch.nan)})
     plan = replace(PLAN, generate=False)
     wanted = by_client(Sequential().open(resident, store).evaluate(jobs(payloads, plan)))
     found = by_client(FUSED.open(resident, store).evaluate(jobs(payloads, plan)))

@@ -81,7 +81,7 @@ def test_the_model_is_left_as_it_was(on, layout, checkpoint):
         assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
         assert after[1:4] == before[1:4] and after[4] == before[4]
         assert not any(after[5])
-        assert not mine.factors() and all(layer.update is None for layer in mine.layers.values())
+        assert not mine.parameters() and all(layer.update is None for layer in mine.layers.values())
         assert all(p.grad is None and not p.requires_grad for p in mine.network.parameters())
 
 

@@ -7,14 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.types import (
-    Factors,
-    LocalPlan,
-    SelfPrune,
-)
+from fedlora.core.types import Factors, LocalPlan
 from fedlora.engine.fused import Fused
 from fedlora.engine.fused.schedule import POLICIES
 from fedlora.engine.sequential import SequentialEngine
+from fedlora.techniques.lora.self_pruning import SelfPrune
+from fedlora.techniques.lora.technique import LoRA
 from tests.fedlora.engine.fused.harness import (
     ADAMW,
     EXACT,
@@ -56,7 +54,7 @@ PLANS = st.builds(
     dropout=st.sampled_from([0.0, 0.25, 1.0]),
     loss=st.sampled_from(["full", "response"]),
     train_a=st.booleans(),
-    self_prune=st.sampled_from([None, None, SelfPrune(0.3, 0.5, 1)]),
+    technique=st.sampled_from([LoRA(), LoRA(), LoRA(SelfPrune(0.3, 0.5, 1))]),
 )
 
 
@@ -137,9 +135,11 @@ def test_a_cohort_that_freezes_one_factor_is_fused(frozen, dropout, products):
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
 def test_self_pruning_shrinks_the_same_clients(on, layout):
     prune = SelfPrune(5.0, 0.5, 1)
-    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, clip=0.0, self_prune=prune)
+    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, clip=0.0, technique=LoRA(prune))
     plans = [plain_] * 4
-    plans[1] = dataclasses.replace(plans[1], self_prune=SelfPrune(0.0, 0.5, 1), weight_decay=0.0)
+    plans[1] = dataclasses.replace(
+        plans[1], technique=LoRA(SelfPrune(0.0, 0.5, 1)), weight_decay=0.0
+    )
     plans[2] = dataclasses.replace(plans[2], train_a=False, micro_batch_size=1)
     store = FakeStore({k: examples(6, k) for k in range(4)})
     jobs = [job(start(resident(on), 4, seed=k), plan, k) for k, plan in enumerate(plans)]

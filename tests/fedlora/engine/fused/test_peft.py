@@ -9,7 +9,7 @@ from fedlora.core.types import LocalPlan
 from fedlora.data.batches import collate
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
-from fedlora.models.export import load_peft, save_peft
+from fedlora.techniques.lora.peft import load_peft, save_peft
 from tests.fedlora.engine.world import NETWORKS, FakeStore, distance, examples, job, model
 from tests.fedlora.models.networks import adapter, logits
 

@@ -7,11 +7,7 @@ import math
 import pytest
 import torch
 
-from fedlora.core.types import (
-    Failure,
-    LocalPlan,
-    Update,
-)
+from fedlora.core.types import Failure, LocalPlan, Update
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import policy

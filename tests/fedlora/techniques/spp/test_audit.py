@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.core.errors import ModelError, RunError
-from fedlora.core.types import MaskedScale
 from fedlora.models.export import merge
 from fedlora.models.folder import weight_files
 from fedlora.models.masks import load_masks
 from fedlora.techniques.spp.audit import ZeroAudit
+from fedlora.techniques.spp.payload import MaskedScale
 from tests.fedlora.models.networks import NETWORKS, adapter
 from tests.fedlora.prune.models import pruned, scale
 
@@ -20,7 +20,7 @@ from tests.fedlora.prune.models import pruned, scale
 def saved(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32):
     """A pruned model, in a folder too."""
     model = pruned(name, dtype=dtype)
-    merge(model, {}, folder)
+    merge(model, None, folder)
     return model
 
 

@@ -13,16 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Factors
 from fedlora.models.export import merge
-from fedlora.models.layers import LowRank, dense_weight, dropout, dropout_bits
+from fedlora.models.layers import dense_weight, dropout, dropout_bits
 from fedlora.models.masks import check_zeros
+from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.spp.layer import BlockScaled, scaled_branch
-from fedlora.techniques.spp.scale import (
-    factor,
-    merged_gain,
-    merged_weight,
-    placed,
-    spread,
-)
+from fedlora.techniques.spp.payload import merged_gain, merged_weight
+from fedlora.techniques.spp.scale import factor, placed, spread
 from tests.fedlora.models.networks import NETWORKS, adapter, logits, step, tokens
 from tests.fedlora.prune.models import (
     LORA_ALPHA,
@@ -257,7 +253,7 @@ def test_nothing_changes_at_the_start_and_only_beta_learns_first(name):
     trained = {id(p) for p in parameters}
     for p in model.network.parameters():
         assert id(p) in trained or p.grad is None
-    for alpha, beta in model.factors():
+    for alpha, beta in model.parameters():
         assert not alpha.grad.any()
         assert beta.grad.any()
 

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fedlora.core.errors import ModelError
-from fedlora.core.types import payload_tensors
-from fedlora.models.export import CONFIG, SPP, load_peft, merge
+from fedlora.models.export import KIND, merge
+from fedlora.techniques.lora.peft import CONFIG, load_peft
 from fedlora.techniques.spp.peft import (
+    SPP,
     load_spp,
     save_spp,
     spp_config,
@@ -40,7 +41,7 @@ def test_peft_computes_what_we_mounted(name, tmp_path):
     back = load_spp(tmp_path)
     assert dict(back.blocks) == dict(payload.blocks)
     assert (back.mask, back.lora_alpha) == (payload.mask, LORA_ALPHA)
-    for (one, x), (other, y) in zip(payload_tensors(payload), payload_tensors(back), strict=True):
+    for (one, x), (other, y) in zip(payload.tensors(), back.tensors(), strict=True):
         assert one == other
         assert torch.equal(x, y)
     wrapped = theirs(model, name, tmp_path)
@@ -80,7 +81,7 @@ def test_gradients_are_ours():
     wrapped(input_ids=tokens(), labels=tokens()).loss.backward()
     model.mount(payload)
     model.network(input_ids=tokens(), labels=tokens()).loss.backward()
-    for (_, m), (alpha, beta) in zip(_layers(wrapped), model.factors(), strict=True):
+    for (_, m), (alpha, beta) in zip(_layers(wrapped), model.parameters(), strict=True):
         torch.testing.assert_close(m.lora_A["default"].weight.grad, alpha.grad)
         torch.testing.assert_close(m.lora_B["default"].weight.grad[:, 0], beta.grad)
 
@@ -98,7 +99,7 @@ def test_rank_one_is_never_taken_for_lora(tmp_path):
     save_spp(scale(model, rank=1), model.info, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     assert set(load_spp(tmp_path).blocks.values()) == {1}
-    with pytest.raises(ModelError, match="holds an SPP adapter, which scales"):
+    with pytest.raises(ModelError, match="holds a MaskedScale, which is more than LoRA"):
         load_peft(tmp_path)
 
 
@@ -125,7 +126,7 @@ def test_what_an_earlier_save_left_is_no_part_of_the_adapter(tmp_path):
     assert (tmp_path / CONFIG).exists()
     past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
     save_spp(replace(payload, merges=(past,)), model.info, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {SPP}
+    assert {p.name for p in tmp_path.iterdir()} == {SPP, KIND}
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -196,7 +197,7 @@ def test_a_merge_by_peft_that_would_break_the_model_is_refused():
 def test_peft_reads_what_was_saved(name, tmp_path):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     model = pruned(name, dtype=torch.float32)
-    merge(model, {}, base)
+    merge(model, None, base)
     payload = scale(model)
     save_spp(payload, model.info, adapter)
     model.mount(payload)

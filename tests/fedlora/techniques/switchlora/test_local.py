@@ -7,14 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedlora.core.types import (
-    Client,
-    LocalPlan,
-    Ranks,
-    Setting,
-    Switching,
-    TrainJob,
-)
+from fedlora.core.types import Client, LocalPlan, Ranks, Setting, TrainJob
 from fedlora.data.batches import (
     micro_batches,
     num_steps,
@@ -22,10 +15,12 @@ from fedlora.data.batches import (
 )
 from fedlora.engine.client import LoRAClient
 from fedlora.models.forward import supervised_logits
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.switchlora.controller import SwitchController
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import adapt, switched
+from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from fedlora.training.loop import clip_and_step, learning_rates
 from strategies.switchlora import DENSE, SwitchLoRA
 from tests.fedlora.engine.world import NETWORKS, SEED, FakeStore, examples
@@ -34,7 +29,9 @@ from tests.generators import dense
 
 OFTEN = Switching(interval=4.0, ratio=10.0, freeze=2)
 STEPS = 12
-PLAN = LocalPlan(lr=5e-3, steps=STEPS, batch_size=3, dropout=0.0, switch=OFTEN, schedule="cosine")
+PLAN = LocalPlan(
+    lr=5e-3, steps=STEPS, batch_size=3, dropout=0.0, technique=OFTEN, schedule="cosine"
+)
 
 
 def population(modules) -> Setting:
@@ -96,7 +93,7 @@ def test_alternating_rounds_without_exchanges_are_alternating_lora():
     """F4: one client, one step a round, against PEFT's layers and PyTorch's AdamW."""
     model, network = wrap(NETWORKS["llama"]()), NETWORKS["llama"]()
     never = replace(OFTEN, interval=1e12)
-    plan = replace(PLAN, steps=1, switch=never, schedule="constant")
+    plan = replace(PLAN, steps=1, technique=never, schedule="constant")
     method = SwitchLoRA(switching=never, steps=1, horizon=6)
     setting = population(model.info.modules)
     state = method.init_state(setting)
@@ -159,7 +156,7 @@ def test_the_schedule_of_exchanges_goes_on_and_nothing_is_left_mounted():
     two, _ = rounds(model, method, 2)
     for name, t in one.items():
         assert torch.equal(t, two[name]), name
-    assert model.factors() == []
+    assert model.parameters() == []
     for name, t in model.network.state_dict().items():
         assert torch.equal(t, base[name]), name
 
@@ -181,7 +178,7 @@ def test_local_exchanges_need_a_base_that_may_move():
     setting = population(model.info.modules)
     start = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=2, horizon=1)
     factors = start.client_start(start.init_state(setting), setting.clients[0]).factors
-    job = TrainJob(SEED, 1, setting.clients[0], factors, PLAN)
+    job = TrainJob(SEED, 1, setting.clients[0], LowRankPayload(factors), PLAN)
     client = LoRAClient(model, FakeStore({0: examples(7)}), setting.clients[0], SEED)
-    with pytest.raises(TypeError, match="dict is none; use strategy=switchlora"):
+    with pytest.raises(TypeError, match="LowRankPayload is none; use strategy=switchlora"):
         client.train(job)

@@ -10,7 +10,6 @@ from torch import nn
 
 from fedlora.core.errors import ModelError
 from fedlora.core.seeding import torch_generator
-from fedlora.core.types import Switching
 from fedlora.run import checkpoint
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.optimizer import RowAdamW
@@ -19,6 +18,7 @@ from fedlora.techniques.switchlora.peft import (
     pretraining,
     switched,
 )
+from fedlora.techniques.switchlora.schedule import Switching
 from tests.fedlora.engine.world import exact
 from tests.fedlora.models.networks import VOCABULARY, gpt2, llama
 

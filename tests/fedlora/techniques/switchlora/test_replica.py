@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedlora.core.seeding import torch_generator
-from fedlora.core.types import Ranks, Switching
+from fedlora.core.types import Ranks
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.replica import (
     ALTERNATE,
@@ -22,6 +22,7 @@ from fedlora.techniques.switchlora.replica import (
     remembered,
     residual,
 )
+from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from tests.generators import ROOMY
 
 SHAPES = {m.path: (m.d_out, m.d_in) for m in ROOMY}

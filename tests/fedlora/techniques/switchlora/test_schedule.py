@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.types import Switching
 from fedlora.techniques.switchlora.schedule import (
     decay,
     draw,
     expected,
 )
+from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 
 SWITCHING = Switching()
 
@@ -49,10 +49,10 @@ def test_layers_draw_apart():
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
-        ({"interval": 9.0}, "less than twice client.switch.freeze=5.*interval >= 10"),
-        ({"freeze": -1}, "client.switch.freeze=-1"),
-        ({"ratio": 0.0}, "client.switch.ratio"),
-        ({"choice": "best"}, "client.switch.choice='best' is not one of"),
+        ({"interval": 9.0}, "less than twice client.technique.freeze=5.*interval >= 10"),
+        ({"freeze": -1}, "client.technique.freeze=-1"),
+        ({"ratio": 0.0}, "client.technique.ratio"),
+        ({"choice": "best"}, "client.technique.choice='best' is not one of"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, why):

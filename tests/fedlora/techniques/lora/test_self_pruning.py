@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.types import SelfPrune
-from fedlora.training.self_pruning import (
+from fedlora.techniques.lora.self_pruning import (
+    SelfPrune,
     keep,
     penalty,
     prune_adapter,

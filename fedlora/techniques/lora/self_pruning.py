@@ -10,16 +10,38 @@ arXiv:2401.06432, section 4; what the paper leaves open is settled in docs/fidel
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fedlora.core.checks import at_least, share
 from fedlora.core.types import (
     Adapter,
+    Client,
     Factors,
-    SelfPrune,
+    Ranks,
 )
+
+
+@dataclass(frozen=True)
+class SelfPrune:
+    """HeteroLoRA's local regulariser and rank pruning (Cho et al., section 4).
+
+    The loss gains ``weight * Σ_modules ||B[:, keep:]||_F ||A[keep:, :]||_F`` with
+    ``keep = max(1, min(r - 1, floor(gamma r)))``; if the sum is smaller after training than on
+    arrival, the client's ranks shrink to ``max(min_rank, keep)`` and the tail is not sent.
+    """
+
+    weight: float
+    gamma: float
+    min_rank: int
+
+    def __post_init__(self) -> None:
+        at_least("weight", self.weight, 0)
+        share("gamma", self.gamma)
+        at_least("min_rank", self.min_rank, 1)
 
 
 def keep(rank: int, gamma: float) -> int:
@@ -46,7 +68,7 @@ def tail_product(a: Tensor, b: Tensor, keep: int) -> Tensor:
     return product
 
 
-def penalty(pairs: Iterable[tuple[Tensor, Tensor]], prune: SelfPrune) -> Tensor:
+def penalty(pairs: Iterable[Sequence[Tensor]], prune: SelfPrune) -> Tensor:
     """The score, summed over the ``(A [r, d_in], B [d_out, r])`` of a client's modules.
 
     Without the factor ``prune.weight``: the training loss is ``loss + prune.weight * penalty``.
@@ -78,3 +100,13 @@ def prune_adapter(adapter: Adapter, prune: SelfPrune) -> Adapter:
 def _head(f: Factors, rank: int) -> Factors:
     c = math.sqrt(rank / f.rank)
     return Factors(a=c * f.a[:rank], b=c * f.b[:, :rank], alpha=f.alpha)
+
+
+def pruned(
+    client: Client, start: Adapter, trained: Adapter, prune: SelfPrune
+) -> tuple[Client, Adapter]:
+    """A client's own decision: the tail goes if training made it smaller."""
+    if not should_prune(score(start, prune), score(trained, prune)):
+        return client, trained
+    kept = prune_adapter(trained, prune)
+    return replace(client, ranks=Ranks({path: f.rank for path, f in kept.items()})), kept

@@ -1,0 +1,203 @@
+"""What travels between a server and its clients: an open base class, one subclass per kind.
+
+A payload is named tensors and a header of JSON values. On the wire and on disk it is found again by
+the dotted path of its class, as configuration is, so that a new kind of update is a new folder of
+`fedlora.techniques` and no edit here or anywhere else.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor
+
+if TYPE_CHECKING:  # `types` holds payloads in its jobs
+    from fedlora.core.types import Adapter, Client, Expected, LocalPlan
+
+_CLASSES: dict[str, type["Payload"]] = {}
+
+
+@dataclass(frozen=True)
+class MovedBase:
+    """A base model whose adapted weights have moved: ``W + shift``."""
+
+    version: str
+    """Identity of the shift: equal versions hold equal tensors."""
+    shift: Mapping[str, Tensor]
+    """Module path -> ``[d_out, d_in]``."""
+
+
+class Payload(ABC):
+    """What a client receives and returns. Never changed once made."""
+
+    noun: ClassVar[str]
+    """In messages: ``factors``, ``a SparseDelta``."""
+    keeps_zeros: ClassVar[bool] = False
+    """Whether it leaves the zeros of a pruned base where they are."""
+    folder: ClassVar[str] = "adapter"
+    """Of a run folder, where the final one is exported to."""
+    alone: ClassVar[str]
+    """Why a client that starts from it cannot run in one forward pass with others, where it has no
+    `low_rank`: for the engine's notes."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _CLASSES[target_of(cls)] = cls
+
+    # --- framing ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor, with a name such as ``model.layers.0.self_attn.q_proj/a``."""
+
+    @abstractmethod
+    def header(self) -> dict[str, Any]:
+        """What `from_header` needs beside the tensors, as JSON values."""
+
+    @classmethod
+    @abstractmethod
+    def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of `header` and `tensors`: these tensors, by name, in their order.
+
+        Raises:
+            KeyError, ValueError: if a tensor is missing, or tensors contradict each other.
+        """
+
+    def floats(self) -> int:
+        """How many numbers travel when it is sent to or by a real client."""
+        return sum(t.numel() for _, t in self.tensors())
+
+    def sent_floats(self, plan: "LocalPlan") -> int:
+        """How many numbers a client sends of it that trained as planned; all, unless some of them
+        are the server's own."""
+        return self.floats()
+
+    # --- validation ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self, sender: "Client", expected: "Expected") -> str:
+        """Why it must not be averaged, in a few words; empty: it may.
+
+        `fedlora.server.validation` looks at its type, its sender's name and its numbers. What is
+        left are its form, its shapes and what it was trained on.
+
+        Args:
+            sender: the client as it says it is.
+            expected: what was asked for.
+        """
+
+    @abstractmethod
+    def change_norm(self, start: "Payload") -> float:
+        """``||W_self - W_start||_F`` of the effective weights, over all modules together.
+
+        Raises:
+            TypeError: if the two have no common change.
+        """
+
+    def answer(self) -> type["Payload"]:
+        """What a client sends back that starts from it and trains without more ado."""
+        return type(self)
+
+    # --- on a model ---------------------------------------------------------------------------
+
+    @abstractmethod
+    def updates(self, model: Any, dropout: float = 0.0) -> Mapping[str, Any]:
+        """What it puts on each module that it names, in module order; copies, never aliases.
+
+        Merged weights are those of the updates (`LinearUpdate.weight`).
+
+        Args:
+            model: a `fedlora.models.language_model.LanguageModel`.
+            dropout: rate, where it has a branch with an input of its own.
+
+        Returns:
+            Module path -> `fedlora.models.layers.LinearUpdate`.
+
+        Raises:
+            ValueError: if a module is unknown or a shape is impossible, naming the module.
+        """
+
+    @abstractmethod
+    def read(self, updates: Mapping[str, Any]) -> "Payload":
+        """What these updates, made by `updates`, have been trained to: a detached copy."""
+
+    def low_rank(self) -> "Adapter | None":
+        """The low-rank factors that are all it has, over `base`; None: it is something else.
+
+        Engines may train and evaluate payloads with factors together.
+        """
+        return None
+
+    def base(self) -> MovedBase | None:
+        """Over which base: None, the model's own."""
+        return None
+
+    def trained(self, factors: "Adapter") -> "Payload":
+        """What a client sends whose `low_rank` factors an engine has trained to these."""
+        raise TypeError(f"{self.noun} has no factors to be trained")
+
+    # --- on disk ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def export(self, folder: Path, info: Any, base_name: str = "", dropout: float = 0.0) -> str:
+        """Write it for others, in a standard format where there is one.
+
+        Args:
+            folder: made if it does not exist; what is there is replaced.
+            info: `fedlora.models.modules.ModelInfo` of the base.
+            base_name: folder or hub id of the base.
+            dropout: what further training would use.
+
+        Returns:
+            What a user should know of it, if anything. Nothing is written where nothing can be.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, info: Any) -> "Payload":
+        """The inverse of `export`.
+
+        Raises:
+            ModelError: if the folder does not hold one, or it is of another base.
+        """
+
+
+def plain_factors(payload: Payload) -> "Adapter | None":
+    """The low-rank factors over the model's own base that are all a payload has; None: it is
+    something else."""
+    return payload.low_rank() if payload.base() is None else None
+
+
+def mismatch(found: type[Payload], due: type[Payload]) -> str:
+    """That one kind came where another was due."""
+    return f"it holds {found.noun} where {due.noun} {'was' if due.noun[:2] == 'a ' else 'were'} due"
+
+
+def target_of(cls: type) -> str:
+    """The dotted path of a class: ``_target_``."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def payload_class(target: object, *, load: bool) -> type[Payload]:
+    """The payload class of a dotted path.
+
+    Args:
+        target: ``_target_`` of a header.
+        load: import its module if this process has not done so. Never for what a client sent: it
+            would choose what the server imports.
+
+    Raises:
+        ValueError: if that is no payload class.
+    """
+    name = str(target)
+    if name not in _CLASSES and load:
+        try:
+            importlib.import_module(name.rpartition(".")[0])
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"_target_={name!r} names no payload class: {error}") from error
+    if name not in _CLASSES:
+        raise ValueError(f"_target_={name!r} names no payload class that is known here")
+    return _CLASSES[name]

@@ -1,0 +1,169 @@
+"""The low-rank factors of a client, as they travel: a mapping like any other, and a payload."""
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fedlora.core.checks import wrong_names
+from fedlora.core.payload import Payload, mismatch
+from fedlora.core.types import Adapter, Client, Expected, Factors, LocalPlan
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import LinearUpdate
+from fedlora.models.modules import ModelInfo, check_adapter
+from fedlora.techniques.lora.layer import LowRank
+
+
+class LowRankPayload(Payload, Mapping[str, Factors]):
+    """Module path -> factors, in the order of the model's modules.
+
+    Args:
+        factors: of every module that is updated.
+    """
+
+    noun = "factors"
+
+    def __init__(self, factors: Adapter) -> None:
+        self._factors = dict(factors)
+
+    def __getitem__(self, path: str) -> Factors:
+        return self._factors[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._factors)
+
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def __repr__(self) -> str:
+        return f"LowRankPayload({self._factors!r})"
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``<path>/a`` and ``<path>/b`` of every module."""
+        return factor_tensors(self._factors)
+
+    def header(self) -> dict[str, Any]:
+        """The scales."""
+        return {"alpha": {path: f.alpha for path, f in self.items()}}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """The inverse of both."""
+        return cls(factors_from(header["alpha"], tensors))
+
+    def sent_floats(self, plan: LocalPlan) -> int:
+        """A factor that the plan froze stays where it is."""
+        sent = {"a": plan.train_a, "b": plan.train_b}
+        return sum(t.numel() for name, t in self.tensors() if sent[name[-1]])
+
+    def check(self, sender: Client, expected: Expected) -> str:
+        """Modules, shapes, scales and ranks are those of the start, unless ranks may shrink; the
+        sender states the ranks that it sends."""
+        start, client = expected.start.low_rank(), expected.client
+        if start is None:
+            return mismatch(type(self), type(expected.start))
+        wrong = wrong_names(self.keys(), start.keys())
+        if wrong:
+            return wrong
+        shrinks = expected.plan.technique.shrinks
+        for path, f in self.items():
+            wrong = _wrong_factors(f, start[path], client.ranks[path], shrinks)
+            if wrong:
+                return f"{path}: {wrong}"
+        for path, f in self.items():
+            stated = sender.ranks.get(path)
+            if stated != f.rank:
+                return f"{path}: it states rank {stated} and sends rank {f.rank}"
+        return ""
+
+    def change_norm(self, start: Payload) -> float:
+        """Without building a dense ``ΔW``, over the same base.
+
+        With ``B = [s_1 B_1, -s_0 B_0]`` and ``A = [A_1; A_0]`` the squared norm of ``B A`` is the
+        sum of ``(BᵀB) * (A Aᵀ)``: Gram matrices of the size of the ranks, in float64 as they
+        cancel.
+        """
+        before = start.low_rank()
+        if before is None:
+            raise TypeError(f"factors and {start.noun} have no common change")
+        return math.sqrt(math.fsum(_squared_change(before[p], f) for p, f in self.items()))
+
+    def updates(self, model: LanguageModel, dropout: float = 0.0) -> dict[str, LinearUpdate]:
+        """A `LowRank` on every module."""
+        check_adapter(self, model.info)
+        device, dtype = model.device, model.dtype
+        return {
+            path: LowRank(self[path], dropout, device, dtype)
+            for path in model.layers
+            if path in self
+        }
+
+    def read(self, updates: Mapping[str, LinearUpdate]) -> "LowRankPayload":
+        """The factors as they are now."""
+        return live_factors(updates)
+
+    def low_rank(self) -> Adapter:
+        """Itself."""
+        return self
+
+    def trained(self, factors: Adapter) -> "LowRankPayload":
+        """These factors."""
+        return LowRankPayload(factors)
+
+    def export(
+        self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
+    ) -> str:
+        """PEFT's files."""
+        from fedlora.techniques.lora.peft import save_peft  # PEFT: seconds nobody need wait
+
+        save_peft(self, info, folder, base_name, dropout)
+        return ""
+
+    @classmethod
+    def load(cls, folder: Path, info: ModelInfo) -> "LowRankPayload":
+        """PEFT's files, ours or another's."""
+        from fedlora.techniques.lora.peft import load_peft
+
+        return load_peft(folder, info)
+
+
+def factor_tensors(factors: Adapter) -> Iterator[tuple[str, Tensor]]:
+    """``<path>/a [r, d_in]`` and ``<path>/b [d_out, r]`` of every module."""
+    for path, f in factors.items():
+        yield f"{path}/a", f.a
+        yield f"{path}/b", f.b
+
+
+def factors_from(alphas: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
+    """The inverse of `factor_tensors`, with every module's ``alpha``."""
+    return {p: Factors(tensors[f"{p}/a"], tensors[f"{p}/b"], float(x)) for p, x in alphas.items()}
+
+
+def live_factors(updates: Mapping[str, LinearUpdate]) -> LowRankPayload:
+    """Copies of the factors that train in these updates."""
+    return LowRankPayload(
+        {p: u.factors() for p, u in updates.items() if isinstance(u, LowRank) and u.parameters()}
+    )
+
+
+def _wrong_factors(f: Factors, start: Factors, rank: int, shrink: bool) -> str:
+    d_in, d_out = start.a.shape[1], start.b.shape[0]
+    if f.a.shape[1] != d_in or f.b.shape[0] != d_out:
+        return (
+            f"A {tuple(f.a.shape)} and B {tuple(f.b.shape)} do not fit a layer "
+            f"of {d_in} inputs and {d_out} outputs"
+        )
+    if f.rank != rank and not (shrink and 1 <= f.rank < rank):
+        return f"rank {f.rank}, expected {'at most ' if shrink else ''}{rank}"
+    if not math.isclose(f.alpha, start.alpha, rel_tol=1e-6):
+        return f"alpha {f.alpha:g}, expected {start.alpha:g}"
+    return ""
+
+
+def _squared_change(start: Factors, end: Factors) -> float:
+    b = torch.cat([end.b.double() * end.scale, start.b.double() * -start.scale], dim=1)
+    a = torch.cat([end.a.double(), start.a.double()])
+    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))

@@ -1,0 +1,1 @@
+"""Updates of chosen coordinates of the base weights (the first stage of SLoRA)."""

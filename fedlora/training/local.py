@@ -1,0 +1,27 @@
+"""What most techniques do with a job: mount its start, take gradient steps, read the result."""
+
+from collections.abc import Sequence
+
+from fedlora.core.payload import Payload
+from fedlora.core.types import TrainJob
+from fedlora.data.batches import TokenExample
+from fedlora.models.language_model import LanguageModel
+from fedlora.training.loop import Trace, optimise
+
+
+def train_mounted(
+    model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
+) -> tuple[Payload, Trace]:
+    """Train everything of a job's start that its plan does not freeze. It stays mounted.
+
+    Raises:
+        FloatingPointError: naming step and loss, if a loss or the result is not finite.
+    """
+    plan, where = job.plan, {"seed": job.seed, "round": job.round, "client": job.client.id}
+    parameters = model.mount(
+        job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
+    )
+    trace = optimise(model, parameters, examples, plan, **where)
+    trained = model.payload()
+    assert trained is not None
+    return trained, trace
