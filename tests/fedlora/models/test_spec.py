@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
@@ -207,10 +206,10 @@ def test_impossible_values_are_refused_by_name(wrong, message):
 def test_gpt2_comes_from_the_folder_that_the_environment_names(monkeypatch):
     for variable, stem in (("FEDLORA_GPT2", "gpt2"), ("FEDLORA_GPT2_MEDIUM", "gpt2_medium")):
         monkeypatch.delenv(variable, raising=False)
-        hub = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        hub = build(load([f"model={stem}"]).model, ModelSpec, "model")
         assert hub.path == f"openai-community/{stem.replace('_', '-')}"
         monkeypatch.setenv(variable, "/models/mine")
-        mine = build(OmegaConf.load(CONF / f"{stem}.yaml"), ModelSpec, "model")
+        mine = build(load([f"model={stem}"]).model, ModelSpec, "model")
         assert mine == dataclasses.replace(hub, path="/models/mine")
 
 
