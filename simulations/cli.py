@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from pathlib import Path
 from textwrap import fill
 
 from fedlora.run.source_hash import ROOT
@@ -110,10 +111,10 @@ def usage() -> str:
     return USAGE.format(commands=commands, groups=groups, conf=CONF)
 
 
-def group_choices() -> Iterator[tuple[str, list[str]]]:
+def group_choices(conf: Path = CONF) -> Iterator[tuple[str, list[str]]]:
     """The groups of conf/ with their choices, groups within groups after the one they are in."""
-    for folder in sorted(p for p in CONF.rglob("*") if p.is_dir()):
-        name = folder.relative_to(CONF).as_posix()
+    for folder in sorted(p for p in conf.rglob("*") if p.is_dir()):
+        name = folder.relative_to(conf).as_posix()
         choices = sorted(p.stem for p in folder.glob("*.yaml"))
         if choices and not name.startswith("hydra"):
             yield name, choices

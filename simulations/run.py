@@ -24,6 +24,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from fedlora.core import variables
 from fedlora.core.errors import ConfigError
 from simulations.app.compose import CONF, load
 from simulations.app.launch import LaunchError, launch
@@ -56,7 +57,7 @@ def one_run(overrides: list[str]) -> int:
         return INTERRUPTED
     except Exception as error:
         say(f"RUN FAILED: {type(error).__name__}: {error}")
-        if os.environ.get("FEDLORA_TRACEBACK"):
+        if os.environ.get(variables.TRACEBACK):
             raise
         return 1
 
@@ -67,7 +68,7 @@ def _in_process(cfg: DictConfig) -> None:
     from simulations.app.federate import run
     from simulations.app.grid import InProcessGrid
 
-    if not os.environ.get("FEDLORA_VERBOSE"):
+    if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.WARNING)
     run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
     say("RUN COMPLETED")

@@ -117,11 +117,12 @@ def test_tables_are_those_of_the_recorded_results():
 
 
 @pytest.fixture
-def checkout(tmp_path):
+def checkout(tmp_path, monkeypatch):
     """A checkout with one recorded run and one table."""
     runs = {"rows": [row("a", 2.0), row("b", 3.0)]}
     (tmp_path / "docs/results").mkdir(parents=True)
     (tmp_path / "docs/results/runs.json").write_text(json.dumps(runs))
+    monkeypatch.setattr(results, "DOCUMENTS", ("README.md", "docs/results.md"))
     for name in results.DOCUMENTS:
         (tmp_path / name).write_text("x\n<!-- table: learning -->\nold\n<!-- /table -->\ny\n")
     return tmp_path

@@ -3,10 +3,10 @@
 import os
 from pathlib import Path
 
-VARIABLE = "FEDLORA_CACHE"
+from fedlora.core import variables
 
 
 def cache_root() -> Path:
     """``$FEDLORA_CACHE``, else ``~/.cache/fedlora``: token stores, models, tuning."""
-    root = os.environ.get(VARIABLE)
+    root = os.environ.get(variables.CACHE)
     return Path(root).expanduser().absolute() if root else Path.home() / ".cache" / "fedlora"

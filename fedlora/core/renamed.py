@@ -11,30 +11,33 @@ KEYS: dict[str, str] = {
 }
 """Old key -> new key of the configuration."""
 
-MODULES: dict[str, str] = {
-    "fedlora.models.pruned": "fedlora.prune.spec",
-    "fedlora.population": "fedlora.population.sampling",
-    "fedlora.ranks": "fedlora.population.ranks",
-    "fedlora.server_optimizer": "fedlora.algebra.server_optimizer",
-    "fedlora.session": "fedlora.server.session",
-    "fedlora.split.wire": "fedlora.split.compression",
-    "fedlora.tracking": "fedlora.run.tracking",
-    "fedlora.types": "fedlora.core.types",
-    "simulations.runtime": "simulations.app.runtime",
+CLASSES: dict[str, str] = {
+    "fedlora.models.pruned.Pruned": "fedlora.prune.spec.Pruned",
+    "fedlora.population.Population": "fedlora.population.sampling.Population",
+    "fedlora.ranks.RankDistribution": "fedlora.population.ranks.RankDistribution",
+    "fedlora.server_optimizer.FedAdam": "fedlora.algebra.server_optimizer.FedAdam",
+    "fedlora.server_optimizer.FedAvgM": "fedlora.algebra.server_optimizer.FedAvgM",
+    "fedlora.server_optimizer.NoServerOptimizer": (
+        "fedlora.algebra.server_optimizer.NoServerOptimizer"
+    ),
+    "fedlora.session.EvaluationSchedule": "fedlora.server.schedule.EvaluationSchedule",
+    "fedlora.session.Rounds": "fedlora.server.schedule.Rounds",
+    "fedlora.split.wire.Wire": "fedlora.split.compression.Wire",
+    "fedlora.tracking.Silent": "fedlora.run.tracking.Silent",
+    "fedlora.tracking.Wandb": "fedlora.run.tracking.Wandb",
+    "fedlora.types.EvaluatePlan": "fedlora.core.types.EvaluatePlan",
+    "fedlora.types.LocalPlan": "fedlora.core.types.LocalPlan",
+    "fedlora.types.Switching": "fedlora.core.types.Switching",
+    "simulations.runtime.Runtime": "simulations.app.runtime.Runtime",
 }
-"""Old module -> new module of classes that a ``_target_`` names."""
+"""Old path -> new path of every class that a ``_target_`` of version 0.1 names."""
 
 
 def answer(names: Iterable[str]) -> str:
     """For the end of a message: what the old ones among some keys or classes are called now.
 
-    Empty where there is none. ``fedlora.types.LocalPlan`` is looked up by its module.
+    Empty where there is none.
     """
-    found = []
-    for name in names:
-        module, _, cls = name.rpartition(".")
-        if name in KEYS:
-            found.append(f"{name} is {KEYS[name]} since version 0.2")
-        elif module in MODULES:
-            found.append(f"{name} is {MODULES[module]}.{cls} since version 0.2")
+    known = KEYS | CLASSES
+    found = [f"{name} is {known[name]} since version 0.2" for name in names if name in known]
     return f" ({'; '.join(found)})" if found else ""

@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedlora.core import variables
 from fedlora.core.errors import ModelError
 from fedlora.run.package import places
-
-ASSETS_VARIABLE = "FEDLORA_ASSETS"
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 MASKS = "masks.safetensors"
@@ -27,7 +26,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two train
 
 def _asset_folders() -> Iterator[Path]:
     """Where assets may be: Flower ships an app without them."""
-    if root := os.environ.get(ASSETS_VARIABLE):
+    if root := os.environ.get(variables.ASSETS):
         yield Path(root).expanduser()
     yield from places("fedlora/models/assets")
 
@@ -44,7 +43,7 @@ def find_assets(name: str) -> Path:
             return folder
     raise ModelError(
         f"the model {name!r} that ships with fedlora is in none of {[str(t) for t in tried]}; "
-        f"install fedlora from a checkout (pip install -e .) or set {ASSETS_VARIABLE} to its "
+        f"install fedlora from a checkout (pip install -e .) or set {variables.ASSETS} to its "
         "fedlora/models/assets"
     )
 

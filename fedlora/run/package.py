@@ -11,11 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
-
-VARIABLE = "FEDLORA_ROOT"
-"""Names the folder that holds the packages with all their files; the launcher sets it for what it
-starts."""
 
 
 def places(inside: str) -> Iterator[Path]:
@@ -24,7 +21,7 @@ def places(inside: str) -> Iterator[Path]:
     Args:
         inside: its path below the folder that holds the packages.
     """
-    if root := os.environ.get(VARIABLE):
+    if root := os.environ.get(variables.ROOT):
         yield Path(root).expanduser() / inside
     yield ROOT / inside
     for distribution in metadata.distributions(name="fedlora"):

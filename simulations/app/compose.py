@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from fedlora.core import renamed
+from fedlora.core import renamed, variables
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 from simulations.app.renamed import refuse_renamed
@@ -104,5 +104,5 @@ def absolute(path: str) -> Path:
 
     The launcher runs Flower in a neutral directory and names the user's in ``FEDLORA_CWD``.
     """
-    base = Path(os.environ.get("FEDLORA_CWD") or Path.cwd())
+    base = Path(os.environ.get(variables.CWD) or Path.cwd())
     return Path(os.path.abspath(base / Path(path).expanduser()))

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 import psutil
 
-VARIABLE = "FEDLORA_RUN"
+VARIABLE = "FEDLORA_RUN"  # `fedlora.core.variables.RUN`; this file runs by itself
 GRACE_S = 5.0
 
 

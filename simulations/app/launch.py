@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fedlora.run.package import VARIABLE as PACKAGE
+from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
 from simulations.app.bundle import app_folder
-from simulations.app.guard import VARIABLE, end
+from simulations.app.guard import end
 from simulations.app.runtime import Runtime
 
 QUIET = {
@@ -89,7 +89,7 @@ class _Flower:
         self.home, self.port = home, port
         self.environment = environment | {"FLWR_HOME": str(home)}
         # `flwr` itself needs no mark: it ends by itself, and is ours to end.
-        self.environment.pop(VARIABLE, None)
+        self.environment.pop(variables.RUN, None)
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "flwr.cli.app", *words]
@@ -119,9 +119,9 @@ def _superlink(runtime: Runtime) -> Iterator[_Flower]:
     """A SuperLink that lives as long as the block, with all it started, whatever happens."""
     home = Path(tempfile.mkdtemp(prefix="fedlora-flower-"))
     mark, port = uuid.uuid4().hex, _free_port()
-    environment = os.environ | QUIET | {"FLWR_HOME": str(home), "FEDLORA_CWD": os.getcwd()}
+    environment = os.environ | QUIET | {"FLWR_HOME": str(home), variables.CWD: os.getcwd()}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment.setdefault(PACKAGE, str(ROOT))  # Flower's copy of the app lacks some files
+    environment.setdefault(variables.ROOT, str(ROOT))  # Flower's copy of the app lacks some files
     # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.
     environment["RAY_ADDRESS"] = runtime.ray_address or "local"
     (home / "config.toml").write_text(
@@ -219,7 +219,7 @@ def told(lines: Iterable[str]) -> Iterator[str]:
     Flower's routine lines are left out, and so is the stack trace after a failure that explains
     itself. ``FEDLORA_VERBOSE=1`` shows everything.
     """
-    everything, explained = bool(os.environ.get("FEDLORA_VERBOSE")), False
+    everything, explained = bool(os.environ.get(variables.VERBOSE)), False
     for line in lines:
         text = line.rstrip()
         explained = explained or bool(EXPLAINED.match(text))

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig
 
+from fedlora.core import variables
 from fedlora.core.config import build
 from simulations.app.compose import load, split_overrides
 from simulations.app.federate import run
@@ -39,7 +40,7 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
-        if not os.environ.get("FEDLORA_CWD"):  # not started by the launcher
+        if not os.environ.get(variables.CWD):  # not started by the launcher
             say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
         run(cfg, lambda _: grid, say)
     except BaseException as error:

@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from fedlora.core import variables
 from fedlora.core.cache import cache_root
 from fedlora.data.store import TokenStore, prepare
 from fedlora.run.tracking import read_jsonl
@@ -38,7 +39,6 @@ from simulations.app.compose import load as compose
 from simulations.app.parts import build_parts
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
-MARK = "FEDLORA_BENCH"
 TINY = ("population.clients=200", "population.per_round=8", "client.steps=1", "client.batch_size=1")
 
 # --------------------------------------------------------------------------------------- watching
@@ -75,7 +75,7 @@ def watch(side: str, overrides: list[str]) -> Watched:
         with log.open("w") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, *words],
-                env=os.environ | {MARK: mark},
+                env=os.environ | {variables.BENCH: mark},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
@@ -125,7 +125,7 @@ def tree(mark: str) -> tuple[float, float]:
     cpu = pss = 0.0
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark:
+            if process.environ().get(variables.BENCH) == mark:
                 times = process.cpu_times()
                 cpu += times.user + times.system
                 cpu += times.children_user + times.children_system  # those that have ended

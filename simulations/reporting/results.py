@@ -22,7 +22,7 @@ from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
 from simulations.reporting.tables import TABLES, Records
 
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/configuration.md")
 ALL = TABLES | {"speed": speed, "overview": overview}
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 

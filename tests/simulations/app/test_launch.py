@@ -11,6 +11,7 @@ from flwr.common.config import parse_config_args
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from fedlora.core import variables
 from simulations.app import launch as launcher
 from simulations.app.compose import split_overrides
 from simulations.app.guard import marked
@@ -179,7 +180,7 @@ def test_the_guard_ends_all_that_was_started_when_its_owner_is_gone(family, tmp_
 def test_the_guard_touches_nobody_else(family, tmp_path):
     other = subprocess.Popen(
         [sys.executable, "-S", "-c", "import time; time.sleep(600)"],
-        env=family.environment | {"FEDLORA_RUN": "another"},
+        env=family.environment | {variables.RUN: "another"},
     )
     guard = subprocess.Popen(
         [sys.executable, str(GUARD), "mine", str(tmp_path), sys.executable, "-S", "-c", "pass"],
