@@ -157,10 +157,8 @@ print(
 print(tokenizer.decode(example.input_ids[example.prompt_tokens :], skip_special_tokens=True))
 
 # %%
-jobs = [
-    TrainJob(SEED, 1, c, strategy.technique.payload(strategy.client_start(state, c)), plan)
-    for c in cohort
-]
+payload = strategy.technique.payload  # factors by module, as they travel
+jobs = [TrainJob(SEED, 1, c, payload(strategy.client_start(state, c)), plan) for c in cohort]
 update = next(iter(engine.train([j for j in jobs if j.client == client])))
 {name: round(value, 3) for name, value in update.metrics.items()}
 
@@ -211,7 +209,7 @@ for u in updates:
 
 # %%
 state = strategy.aggregate(state, updates)
-whole = strategy.global_update(state)
+whole = payload(strategy.global_update(state))
 s = spectra(whole)
 
 fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.4), sharey=True, layout="constrained")
@@ -244,7 +242,8 @@ plt.show()
 
 # %%
 starts = {
-    tier: strategy.client_start(state, replace(client, ranks=pattern[tier])) for tier in COLOURS
+    tier: payload(strategy.client_start(state, replace(client, ranks=pattern[tier])))
+    for tier in COLOURS
 }
 largest = starts["T4"][path]
 for tier, adapter in starts.items():
@@ -339,7 +338,7 @@ of_t4 = [u for u in updates if u.client.tier == "T4"]
 p_t4 = shares([u.num_examples for u in of_t4])
 mean_t4 = {p: average([u.adapter[p] for u in of_t4], p_t4) for p in of_t4[0].adapter}
 padding = HeteroLoRA(weights="examples", prune=False)
-padded = padding.global_update(padding.aggregate(padding.init_state(setting), updates))
+padded = payload(padding.global_update(padding.aggregate(padding.init_state(setting), updates)))
 gaps = {
     "FlexLoRA:\naverage of products": exactness_gap(updates, weights, whole)["relative"],
     "average of factors,\nthe four clients of T4": exactness_gap(

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from fedlora.core.payload import Payload, plain_factors
-from fedlora.core.types import Client, LocalPlan, Ranks, TrainJob
+from fedlora.core.types import Adapter, Client, LocalPlan, Ranks, TrainJob
 from fedlora.models.language_model import LanguageModel
 from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.models.networks import VOCABULARY, adapter, gpt2, llama, wrap
+from tests.generators import as_payload
 
 SEED = 11
 EOS = 0
@@ -83,14 +84,15 @@ def client(factors: Payload | None, id: int = 0, n: int = 7) -> Client:
     return Client(id, Ranks(ranks), n)
 
 
-def job(factors: Payload, plan: LocalPlan, id: int = 0, round: int = 3) -> TrainJob:
+def job(factors: Payload | Adapter, plan: LocalPlan, id: int = 0, round: int = 3) -> TrainJob:
+    factors = as_payload(factors)
     return TrainJob(SEED, round, client(factors, id), factors, plan)
 
 
-def vector(payload: Payload) -> torch.Tensor:
+def vector(payload: Payload | Adapter) -> torch.Tensor:
     """All numbers of a payload in one row."""
-    return torch.cat([t.reshape(-1) for _, t in payload.tensors()])
+    return torch.cat([t.reshape(-1) for _, t in as_payload(payload).tensors()])
 
 
-def distance(a: Payload, b: Payload) -> float:
+def distance(a: Payload | Adapter, b: Payload | Adapter) -> float:
     return float((vector(a) - vector(b)).norm())

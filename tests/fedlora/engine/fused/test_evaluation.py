@@ -95,7 +95,9 @@ def test_the_bare_base_beside_adapters(resident, store):
 
 
 def test_an_adapter_of_some_modules(resident, store):
-    some = [dict(list(a.items())[k : k + 3]) for k, a in enumerate(adapters(resident))]
+    some = [
+        LowRankPayload(dict(list(a.items())[k : k + 3])) for k, a in enumerate(adapters(resident))
+    ]
     same(resident, store, jobs(some))
 
 
@@ -199,8 +201,8 @@ def test_a_client_without_examples_fails_alone(resident, store):
 def test_adapters_that_do_not_fit_fail_alone(resident, store):
     payloads = adapters(resident)
     path, factors = next(iter(payloads[3].items()))
-    payloads[3] = {"nowhere": factors}
-    payloads[5] = {path: replace(factors, a=factors.a[:, :-1])}
+    payloads[3] = LowRankPayload({"nowhere": factors})
+    payloads[5] = LowRankPayload({path: replace(factors, a=factors.a[:, :-1])})
     found, _ = same(resident, store, jobs(payloads))
     assert "nowhere" in found[3][1]
     assert path in found[5][1]

@@ -11,6 +11,7 @@ from fedlora.core.types import Factors, LocalPlan
 from fedlora.engine.fused import Fused
 from fedlora.engine.fused.schedule import POLICIES
 from fedlora.engine.sequential import SequentialEngine
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from tests.fedlora.engine.fused.harness import (
@@ -72,8 +73,8 @@ def populations(draw):
         if draw(st.booleans()):
             held[k].append(example([1, draw(st.integers(0, VOCABULARY - 1))]))
         begin = start(resident(on), draw(st.sampled_from([1, 3, mixed])), seed=k)
-        begin = {p: f for i, (p, f) in enumerate(begin.items()) if draw(st.booleans()) or i == k}
-        jobs.append(job(begin, draw(st.sampled_from(few)), k))
+        some = {p: f for i, (p, f) in enumerate(begin.items()) if draw(st.booleans()) or i == k}
+        jobs.append(job(LowRankPayload(some), draw(st.sampled_from(few)), k))
     return on, FakeStore(held), jobs
 
 
