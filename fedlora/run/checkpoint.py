@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from fedlora.core.files import remove_drafts, whole_folder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 STRUCTURE = "structure"
 _NAME = re.compile(r"round_(\d{5,})")
 
@@ -41,6 +41,8 @@ class Checkpoint:
     """Named tensors on the CPU, in the order in which they were saved."""
     config_hash: str = ""
     """`config_hash` of the run that wrote it; empty if it named none."""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values that belong to the state, such as the index of what clients keep."""
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -105,6 +107,7 @@ def save(
     keep: int,
     *,
     config_hash: str = "",
+    extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write the state after a round, then remove what is no longer kept.
 
@@ -117,6 +120,7 @@ def save(
         state: named tensors of any dtype and shape.
         keep: how many checkpoints to keep; 0: all.
         config_hash: of the run's configuration, for whoever resumes it.
+        extra: plain values for JSON that belong to the state.
 
     Returns:
         ``<folder>/round_<round>``.
@@ -132,6 +136,7 @@ def save(
         "sha256": hashlib.sha256(blob).hexdigest(),
         "config_hash": config_hash,
         "names": list(state),
+        "extra": dict(extra or {}),
     }
     with whole_folder(target) as draft:
         (draft / "state.safetensors").write_bytes(blob)
@@ -163,7 +168,7 @@ def load(path: Path) -> Checkpoint:
         state = {name: tensors[name] for name in meta["names"]}
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{file} does not hold what meta.json lists: {error}") from error
-    return Checkpoint(meta["round"], state, meta["config_hash"])
+    return Checkpoint(meta["round"], state, meta["config_hash"], meta["extra"])
 
 
 def latest(folder: Path) -> Checkpoint | None:
@@ -191,6 +196,11 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def saved_rounds(folder: Path) -> list[int]:
+    """Rounds of which there is a checkpoint, ascending; whether it can be read is not looked at."""
+    return sorted(number for number, _ in _saved(folder))
+
+
 def _saved(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.iterdir() if folder.is_dir() else ():
         match = _NAME.fullmatch(path.name)
@@ -208,7 +218,7 @@ def _forget(folder: Path, newest: int, keep: int) -> None:
 
 def _meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
-    kinds = {"round": int, "sha256": str, "config_hash": str, "names": list}
+    kinds = {"round": int, "sha256": str, "config_hash": str, "names": list, "extra": dict}
     try:
         meta = json.loads(file.read_bytes())
     except OSError as error:

@@ -1,13 +1,14 @@
 """One evaluation of the global model: who is asked, with which adapter, and what it amounts to."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
-from fedlora.algebra.state import State
+from fedlora.algebra.state import Kept, State
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Setting
 from fedlora.evaluation.summary import summarise
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.server.method import Method
+from fedlora.server.training_round import variant_key
 
 
 def evaluated_clients(
@@ -28,6 +29,7 @@ def evaluation_jobs(
     *,
     setting: Setting,
     round: int,
+    kept: Callable[[int], Kept | None] = lambda _: None,
 ) -> list[EvaluateJob]:
     """One job per client.
 
@@ -36,29 +38,28 @@ def evaluation_jobs(
         state: after the round.
         clients: as they stand in the population.
         adapter: ``full``, ``largest`` or ``own`` (`fedlora.server.schedule.EvaluationSchedule`);
-            clients of one variant share their ``own``.
+            clients of one variant that keep nothing share their ``own``.
         plan: what is measured.
         setting: for the population's largest ranks, and the seed.
         round: after which it is.
+        kept: what a client of this id keeps.
     """
+    whole = {"full": None, "largest": setting.max_ranks}
     shared = dict[Hashable, Payload]()
     jobs = []
     for client in clients:
         enlisted = method.enlist(state, client)
-        key = method.variant(state, enlisted) if adapter == "own" else None
+        mine = kept(client.id) if adapter == "own" else None
+        key = variant_key(method, state, enlisted, mine) if adapter == "own" else None
         if key not in shared:
-            shared[key] = _payload(method, state, client, adapter, setting)
+            update = (
+                method.personal_update(state, client, mine)
+                if adapter == "own"
+                else method.global_update(state, whole[adapter])
+            )
+            shared[key] = method.technique.payload(update)
         jobs.append(EvaluateJob(setting.seed, round, enlisted, shared[key], plan))
     return jobs
-
-
-def _payload(
-    method: Method, state: State, client: Client, adapter: str, setting: Setting
-) -> Payload:
-    if adapter == "own":
-        return method.technique.payload(method.personal_update(state, client))
-    ranks = setting.max_ranks if adapter == "largest" else None
-    return method.technique.payload(method.global_update(state, ranks))
 
 
 def evaluation_record(

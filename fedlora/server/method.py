@@ -238,8 +238,9 @@ class Method(ABC):
     ) -> Kept | None:
         """What a client keeps for itself after a round, once its update is accepted.
 
-        Never sent to anybody else and never counted as traffic. A client that failed or was
-        rejected keeps what it had.
+        It is stored (`fedlora.server.client_state`), never sent to another client and no traffic:
+        a method whose `client_start` makes use of it leaves it out of `bytes_down`. A client that
+        failed or was rejected keeps what it had.
 
         Args:
             state: from which the round began.
@@ -249,7 +250,8 @@ class Method(ABC):
             update: what it sent.
 
         Returns:
-            Named tensors, new or unchanged; ``None``: the client keeps nothing.
+            Named tensors in place of what it had; ``None``: nothing new, as for a method whose
+            clients keep nothing.
         """
         return None
 

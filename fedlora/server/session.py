@@ -28,6 +28,7 @@ from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import combine
 from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
 from fedlora.server.method import Method
@@ -42,6 +43,7 @@ from fedlora.server.training_round import (
     client_rows,
     collect,
     require_enough,
+    stage_kept,
     training_jobs,
     validate,
 )
@@ -49,6 +51,8 @@ from fedlora.wire.codec import Glance
 
 log = logging.getLogger(__name__)
 
+CLIENT_STATE = "client_state"
+"""Where a checkpoint lists what clients keep, and the folder that holds it."""
 Record = dict[str, float | int | str]
 
 
@@ -76,11 +80,14 @@ class Session:
     """What happens to clients' changes between accepted and averaged; none: nothing does."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
+    client_store: ClientStore = field(init=False)
+    """What clients keep, in the run folder's ``client_state/``."""
     done: int = field(init=False, default=0)
     """Rounds complete."""
 
     def __post_init__(self) -> None:
         self.state = self.method.init_state(self.setting)
+        self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
             self.workers, self.messages_per_worker, self.rounds.clients_per_message
         )
@@ -98,6 +105,7 @@ class Session:
         """
         found = checkpoint.latest(self.folder / "checkpoints")
         if found is None:
+            self.client_store.restore(0, {})
             return 0
         if found.config_hash != self.config_hash:
             raise RunError(
@@ -106,6 +114,8 @@ class Session:
                 "and runtime may change, anything else needs a new run folder"
             )
         self.state, self.done = found.state, found.round
+        self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
+        self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
     def evaluation_missing(self) -> bool:
@@ -153,7 +163,10 @@ class Session:
         """The round's jobs, split over messages by the tokens that each will probably need."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
         clients = cohort(self.roster, seed, round)
-        jobs = training_jobs(self.method, self.state, clients, plan, seed=seed, round=round)
+        kept = self.client_store.get
+        jobs = training_jobs(
+            self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
+        )
         self._begin_phase(round, "train", len(jobs))
         self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
@@ -177,6 +190,7 @@ class Session:
         replies = validate(current, collect(current, results), self.rounds, self.setting)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
+        before = self.state
         self.state = combine(
             self.method,
             state,
@@ -185,6 +199,8 @@ class Session:
             starts={i: job.start for i, job in current.jobs.items()},
             postprocessors=self.postprocess,
         )
+        stage_kept(self.method, before, current, replies, self.client_store)
+        self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
         self._checkpoint(current, record)
         return record
@@ -202,6 +218,7 @@ class Session:
         record = training_record(current.round, updates, replies.failures, training)
         record |= engine_record(updates, self._notes)
         record |= current.account.record(replies.by_client)
+        record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
         record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
@@ -218,13 +235,16 @@ class Session:
         repeats the round; the other way round it would be lost.
         """
         self.tracker.round(record)
+        folder, index = self.folder / "checkpoints", self.client_store.index()
         checkpoint.save(
-            self.folder / "checkpoints",
+            folder,
             current.round,
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
+            extra={CLIENT_STATE: index} if index else {},
         )
+        self.client_store.prune(checkpoint.saved_rounds(folder)[0])
         self.done = current.round
         self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
         self._current = None
@@ -266,6 +286,7 @@ class Session:
             schedule.plan,
             setting=self.setting,
             round=round,
+            kept=self.client_store.get,
         )
 
     def finish_evaluation(

@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from fedlora.algebra.state import State
+from fedlora.algebra.state import Kept, State
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
+from fedlora.server.client_state import ClientStore
 from fedlora.server.method import Method
 from fedlora.server.schedule import Rounds
 from fedlora.server.validation import check_update
@@ -49,8 +50,11 @@ def training_jobs(
     *,
     seed: int,
     round: int,
+    kept: Callable[[int], Kept | None] = lambda _: None,
 ) -> list[TrainJob]:
-    """What each client of a round is given: clients of one variant share start and plan.
+    """What each client of a round is given.
+
+    Clients of one variant that keep nothing share start and plan.
 
     Args:
         method: whose hooks are asked.
@@ -59,15 +63,24 @@ def training_jobs(
         plan: of the configuration, for this round.
         seed: of the run.
         round: counted from 1.
+        kept: what a client of this id keeps.
     """
     jobs, shared = [], dict[Hashable, tuple[Payload, LocalPlan]]()
     for client in [method.enlist(state, c) for c in clients]:
-        key = method.variant(state, client)
+        mine = kept(client.id)
+        key = variant_key(method, state, client, mine)
         if key not in shared:
-            start = method.technique.payload(method.client_start(state, client))
+            start = method.technique.payload(method.client_start(state, client, mine))
             shared[key] = start, method.plan(state, client, plan)
         jobs.append(TrainJob(seed, round, client, *shared[key]))
     return jobs
+
+
+def variant_key(method: Method, state: State, client: Client, kept: Kept | None) -> Hashable:
+    """What enlisted clients have in common that share a payload: their variant, unless a client
+    keeps something of its own."""
+    variant = method.variant(state, client)
+    return (variant, None if kept is None else client.id)
 
 
 def begin(
@@ -166,3 +179,23 @@ def require_enough(
             f"(min_success={rounds.min_success}, min_clients={rounds.min_clients})"
             f"{first}. {safe}"
         )
+
+
+def stage_kept(
+    method: Method, state: State, current: TrainingRound, replies: Replies, store: ClientStore
+) -> None:
+    """Hand over what accepted clients keep; all others keep what they had.
+
+    Args:
+        method: whose `kept` is asked.
+        state: from which the round began.
+        current: the round.
+        replies: what came of it.
+        store: takes it, to be written at the end of the round.
+    """
+    for update in replies.updates:
+        job = current.jobs[update.client.id]
+        before = store.get(job.client.id)
+        kept = method.kept(state, job.client, before, job.start, update)
+        if kept is not None and kept is not before:
+            store.stage(job.client.id, kept)

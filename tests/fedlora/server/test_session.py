@@ -1,6 +1,7 @@
 """What a session deals out: messages of even work, none too large, whoever is asked."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ MODULES = (Module("q_proj", "attention", 6, 5),)
 laws = settings(derandomize=True, deadline=None, max_examples=25)
 
 
-def session(held, workers=2, folder=None, clients_per_message=0, **given) -> Session:
+def session(held, workers=2, folder=Path("unused"), clients_per_message=0, **given) -> Session:
     """Of as many clients as there are shards."""
     n = len(held)
     clients = tuple(Client(i, Ranks({"q_proj": 2}), s.num_train) for i, s in enumerate(held))
