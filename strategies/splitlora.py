@@ -116,6 +116,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 "federation.error_feedback=true with strategy=splitlora: clients of a split send "
                 "their adapters whole; use federation.error_feedback=false"
             )
+        if plan.term is not None:
+            raise ValueError(
+                "client.term with strategy=splitlora: a local objective has no term of its own "
+                "where the server computes the loss; use client/term=none"
+            )
 
     # --- what the server knows ------------------------------------------------------------------
 

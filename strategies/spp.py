@@ -113,6 +113,11 @@ class SPP(LoRAStrategy):
                 "strategy=spp decides itself what a round trains: leave client.train_a and "
                 "client.train_b true, and set strategy.mode or strategy.schedule"
             )
+        if plan.term is not None and plan.term.needs_factors:
+            raise ValueError(
+                "client.term.metric=product compares products B A, and strategy=spp trains alpha "
+                "and beta: use client.term.metric=factor"
+            )
         if setup.quantization != "none":
             raise ValueError(
                 f"model.quantization={setup.quantization} with strategy=spp: quantised weights "

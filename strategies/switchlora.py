@@ -48,7 +48,7 @@ from fedlora.techniques.switchlora.init import (
     check_rank,
 )
 from fedlora.techniques.switchlora.layer import SwitchLayer
-from fedlora.techniques.switchlora.local import start_layer
+from fedlora.techniques.switchlora.local import NO_START, start_layer
 from fedlora.techniques.switchlora.replica import (
     ALTERNATE,
     DIGEST_BYTES,
@@ -176,6 +176,8 @@ class SwitchLoRA(LoRAStrategy):
                 f"client.optimizer={plan.optimizer!r} with strategy.mode=dense: only AdamW is "
                 "reset vector by vector; use client.optimizer=adamw or strategy.mode=sync_alternate"
             )
+        if self.mode == DENSE and plan.term is not None:
+            raise ValueError(NO_START)
         if setup.wire == "bfloat16" and self.mode != DENSE:
             raise ValueError(
                 "federation.wire=bfloat16 with strategy=switchlora rounds a base that all must "

@@ -24,9 +24,9 @@ NEEDED = {
     "client=spp": ["strategy=spp"],
     "engine=faulty": ["engine.raise_share=0.2"],
     "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
-    "postprocess=bound": ["strategy=fedit"],
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
+    "postprocess=bound": ["strategy=fedit"],
 }
 
 
@@ -128,11 +128,11 @@ def test_the_hash_ignores_what_cannot_matter():
         ("strategy=spp client.train_a=false", "set strategy.mode or strategy.schedule"),
         (
             "strategy=heterolora client.self_prune={_target_:fedlora.core.types.SelfPrune}",
-            "client.self_prune has another name now: use client.technique.self_prune",
+            "client.self_prune is client.technique.self_prune since version 0.2",
         ),
         (
             "strategy=switchlora client.switch.interval=20",
-            "client.switch.interval has another name now: use client.technique",
+            "client.switch.interval is client.technique.interval since version 0.2",
         ),
         (
             "strategy=spp model=hf model.path=x model.quantization=int8",
@@ -152,8 +152,33 @@ def test_the_hash_ignores_what_cannot_matter():
         ),
         ("strategy=spp model.pattern=0", "pattern='0' must be the share of weights"),
         ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
-        ("client.technique=spp", "a group of settings now: use client/technique=spp"),
+        (
+            "client.technique=spp",
+            "client.technique='spp' is no group of settings: use client/technique=",
+        ),
         ("client/technique=dora", "Available options in 'client/technique': lora spp switchlora"),
+        ("client/term=fedprox client.term.mu=-1", "client.term.mu=-1.0 must be >= 0"),
+        ("client/term=fedprox client.term.metric=weight", "'weight' is not one of"),
+        (
+            "client/term=fedprox "
+            "client.term._target_=fedlora.techniques.lora.self_pruning.SelfPrune "
+            "~client.term.mu ~client.term.metric +client.term.weight=1 +client.term.gamma=0.5 "
+            "+client.term.min_rank=1",
+            "client.term: SelfPrune is not a LocalTerm",
+        ),
+        ("strategy=splitlora client/term=fedprox", "client.term with strategy=splitlora"),
+        (
+            "strategy=switchlora strategy.mode=dense client/term=fedprox",
+            "a client that switches vectors replaces them during the round",
+        ),
+        (
+            "strategy=spp client/term=fedprox client.term.metric=product",
+            "strategy=spp trains alpha and beta: use client.term.metric=factor",
+        ),
+        (
+            "strategy=slora client/term=fedprox client.term.metric=product",
+            "client.term.metric=product with strategy.stage1_rounds=5",
+        ),
         ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
         ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
         ("strategy=spp model.calibration=null", "model.method=wanda needs text"),

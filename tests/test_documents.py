@@ -29,7 +29,9 @@ DOTTED = re.compile(rf"(?<![\w/.])(?:{PACKAGES})(?:\.\w+)+(?![\w/])")
 MODULE = re.compile(rf"python -m ((?:{PACKAGES})[\w.]*)")
 PATH = re.compile(rf"`((?:{PACKAGES}|conf|docs)/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
-RUN = re.compile(r"(?:fedlora run|fedlora study|python -m simulations\.run)((?: [^\n`#&|]*)?)")
+RUN = re.compile(
+    r"(?:fedlora run|fedlora study|fedlora data \w+|python -m simulations\.run)((?: [^\n`#&|]*)?)"
+)
 FLOWER = re.compile(r"--run-config \"(experiment|overrides)='([^']*)'\"")
 KEY = re.compile(rf"`((?:{GROUPS})\.(?!json)[a-z_0-9.]+)")
 SIZE = 5 * 1024

@@ -26,7 +26,8 @@ from simulations.app import bundle as bundle_of
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ASSETS = "fedlora/models/assets"
+ASSETS = ("fedlora/models/assets", "simulations/reporting/templates")
+"""What is neither code nor configuration: not in the bundle, and in everything else."""
 
 # What Flower's SuperLink does in an installed bundle before every run.
 INSTALL = """
@@ -156,7 +157,7 @@ def test_the_wheel_has_code_configuration_and_assets(checkout, wheel):
     expected = (
         files_below(checkout, *CODE, suffix=".py")
         | files_below(checkout, "conf", suffix=".yaml")
-        | files_below(checkout, ASSETS)
+        | files_below(checkout, *ASSETS)
     )
     with zipfile.ZipFile(wheel) as z:
         names = set(z.namelist())
@@ -170,7 +171,7 @@ def test_the_source_distribution_can_build_itself(checkout, tmp_path):
         names = {n.partition("/")[2] for n in tar.getnames()}
     needed = {"pyproject.toml", "requirements.in", "constraints.txt", "uv.toml", "LICENSE"}
     assert needed | files_below(checkout, "conf", suffix=".yaml") <= names
-    assert files_below(checkout, ASSETS) | {"tests/test_packaging.py"} <= names
+    assert files_below(checkout, *ASSETS) | {"tests/test_packaging.py"} <= names
 
 
 def test_the_lock_pins_everything_that_is_declared_and_obeys_its_bounds():

@@ -68,10 +68,13 @@ def build(node: DictConfig | Mapping[str, Any], base: type[T], where: str = "") 
             )
     hints = get_type_hints(cls)
     nested: dict[str, Any] = {
-        k: build(v, hints[k] if isinstance(hints[k], type) else object, f"{where}.{k}")
-        for k, v in fields.items()
-        if _is_target(v)
+        k: build(v, _base_of(hints[k]), f"{where}.{k}") for k, v in fields.items() if _is_target(v)
     }
+    for key, v in fields.items():
+        if isinstance(v, str) and dataclasses.is_dataclass(hints[key]):
+            name = f"{where}.{key}"
+            group = name.replace(".", "/")
+            raise ConfigError(f"{name}={v!r} is no group of settings: use {group}=...")
     nested |= {k: _several(v, f"{where}.{k}") for k, v in fields.items() if _are_targets(v)}
     rest = {k: v for k, v in fields.items() if k not in nested}
     try:
@@ -101,6 +104,12 @@ def _several(value: Mapping[str, Any] | Sequence[Any], where: str) -> tuple[obje
     """The objects of a list or a group of targets, in its order."""
     named = value.items() if isinstance(value, Mapping) else enumerate(value)
     return tuple(build(v, object, f"{where}.{k}") for k, v in named if v is not None)
+
+
+def _base_of(hint: Any) -> type:
+    """The class that a nested value must be an instance of: that of ``X`` or ``X | None``."""
+    classes = [x for x in (hint, *get_args(hint)) if isinstance(x, type) and x is not type(None)]
+    return classes[0] if len(classes) == 1 else object
 
 
 def _convert(cls: type, fields: dict[str, Any], where: str) -> dict[str, Any]:

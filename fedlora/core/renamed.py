@@ -7,6 +7,13 @@ same table.
 from collections.abc import Iterable
 
 KEYS: dict[str, str] = {
+    "client.self_prune": "client.technique.self_prune",
+    "client.switch": "client.technique",
+    "client.switch.choice": "client.technique.choice",
+    "client.switch.count_frozen": "client.technique.count_frozen",
+    "client.switch.freeze": "client.technique.freeze",
+    "client.switch.interval": "client.technique.interval",
+    "client.switch.ratio": "client.technique.ratio",
     "evaluate.plan.teacher_forced_rouge": "evaluate.plan.metrics.teacher_forced",
 }
 """Old key -> new key of the configuration."""
@@ -27,7 +34,8 @@ CLASSES: dict[str, str] = {
     "fedlora.tracking.Wandb": "fedlora.run.tracking.Wandb",
     "fedlora.types.EvaluatePlan": "fedlora.core.types.EvaluatePlan",
     "fedlora.types.LocalPlan": "fedlora.core.types.LocalPlan",
-    "fedlora.types.Switching": "fedlora.core.types.Switching",
+    "fedlora.types.SelfPrune": "fedlora.techniques.lora.self_pruning.SelfPrune",
+    "fedlora.types.Switching": "fedlora.techniques.switchlora.technique.SwitchTraining",
     "simulations.runtime.Runtime": "simulations.app.runtime.Runtime",
 }
 """Old path -> new path of every class that a ``_target_`` of version 0.1 names."""

@@ -16,6 +16,7 @@ from fedlora.core.checks import at_least, one_of, share
 from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique, default_technique
+from fedlora.core.terms import LocalTerm
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,8 @@ class LocalPlan:
     """``none`` or ``bf16``."""
     train_a: bool = True
     train_b: bool = True
+    term: LocalTerm | None = None
+    """One term of the local objective that refers to the start of the round."""
 
     def __post_init__(self) -> None:
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))

@@ -52,12 +52,11 @@ def evaluation_jobs(
         mine = kept(client.id) if adapter == "own" else None
         key = variant_key(method, state, enlisted, mine) if adapter == "own" else None
         if key not in shared:
-            update = (
+            shared[key] = method.technique.payload(
                 method.personal_update(state, client, mine)
                 if adapter == "own"
                 else method.global_update(state, whole[adapter])
             )
-            shared[key] = method.technique.payload(update)
         jobs.append(EvaluateJob(setting.seed, round, enlisted, shared[key], plan))
     return jobs
 

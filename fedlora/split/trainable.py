@@ -16,11 +16,8 @@ from fedlora.core.types import (
     LocalPlan,
 )
 from fedlora.techniques.lora.layer import LowRank
-from fedlora.training.loop import (
-    FlatParameters,
-    clip_and_step,
-    optimizer_for,
-)
+from fedlora.training.flat import FlatParameters
+from fedlora.training.loop import clip_and_step, optimizer_for
 
 OptimizerState = Mapping[str, Tensor]
 """Tensors of an optimizer by name: ``exp_avg``, ``exp_avg_sq``, ``step`` or the like."""

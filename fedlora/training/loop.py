@@ -1,9 +1,8 @@
 """One client's optimisation, in plain PyTorch.
 
 A step minimises the mean cross-entropy over the supervised tokens of its whole batch, however the
-batch is cut into forward passes, plus the plan's penalty. All trainable tensors live in one flat
-buffer, so that clearing, measuring, clipping and stepping are one operation each rather than one
-per tensor (a LoRA client has hundreds of small ones).
+batch is cut into forward passes, plus the plan's penalty and local term. All trainable tensors live
+in one flat buffer (`fedlora.training.flat`).
 """
 
 import math
@@ -26,6 +25,7 @@ from fedlora.data.batches import (
 )
 from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
+from fedlora.training.flat import FlatParameters, trained_state
 
 
 @dataclass(frozen=True)
@@ -63,56 +63,6 @@ class Trace:
             "grad_norm": math.fsum(self.grad_norms) / len(self.grad_norms),
             "delta_norm": self.delta_norm,
         }
-
-
-class FlatParameters:
-    """Parameters moved into one buffer per dtype and device, with gradients laid out alike.
-
-    Each parameter's storage becomes a view of the buffer and its gradient a view of the buffer's
-    gradient: autograd accumulates in place, the optimizer sees one tensor. An elementwise optimizer
-    gives the same numbers either way.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
-        for p in self.parameters:
-            groups.setdefault((p.dtype, p.device), []).append(p)
-        self.buffers = [self._join(group) for group in groups.values()]
-        self._start = [b.detach().clone() for b in self.buffers]
-
-    @staticmethod
-    def _join(group: list[nn.Parameter]) -> nn.Parameter:
-        data = torch.cat([p.detach().reshape(-1) for p in group])
-        grad = torch.zeros_like(data)
-        sizes = [p.numel() for p in group]
-        for p, values, slot in zip(group, data.split(sizes), grad.split(sizes), strict=True):
-            p.data = values.view(p.shape)
-            p.grad = slot.view(p.shape)
-        buffer = nn.Parameter(data)
-        buffer.grad = grad
-        return buffer
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """The gradient of each buffer."""
-        return [b.grad for b in self.buffers if b.grad is not None]
-
-    def zero_grad(self) -> None:
-        """Clear gradients in place: the views must survive."""
-        for grad in self.grads:
-            grad.zero_()
-
-    def change(self) -> Tensor:
-        """Euclidean norm of the difference from the start, a scalar."""
-        return get_total_norm(
-            [b.detach() - s for b, s in zip(self.buffers, self._start, strict=True)]
-        )
-
-    def release(self) -> None:
-        """Forget the gradients; the parameters keep their values."""
-        for p in self.parameters:
-            p.grad = None
 
 
 def learning_rates(steps: int, plan: LocalPlan) -> list[float]:
@@ -172,12 +122,16 @@ def optimise(
     order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
     losses, norms, tokens = [], [], []
     seeds = dropout_seeds(seed, round, client)
+    state = None if plan.term is None else trained_state(model, flat)
     try:
         for rate, indices in zip(rates, order, strict=True):
             batches = micro_batches(examples, indices, plan)
             tokens.append(sum(b.tokens for b in batches))
             flat.zero_grad()
             losses.append(backward(model, batches, seeds, tokens[-1], plan))
+            if plan.term is not None and state is not None:
+                with torch.no_grad():
+                    plan.term.add_gradient(state)
             norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
         change = flat.change()
     finally:

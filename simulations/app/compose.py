@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlora.core import renamed, variables
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
-from simulations.app.renamed import refuse_renamed
 
 CONF = ROOT / "conf"
 DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
@@ -49,7 +48,6 @@ def load(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: one sentence for a misspelt or renamed group, option, key or value.
     """
-    refuse_renamed(overrides)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from tests.regression.cases import RENAMED, STATE_RENAMED
+from tests.regression.cases import ADDED, RENAMED, STATE_RENAMED
 
 Outcome = dict[str, Any]
 """``states``, ``records``, ``clients`` and ``exports`` are hashes, to be equal; ``metrics`` are
@@ -26,8 +26,13 @@ about 1e-6."""
 def kept(record: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a record or a client's row that a run repeats, by the names of the reference."""
     names = {new: old for old, new in RENAMED.items()}
-    found = {names.get(name, name): value for name, value in record.items()}
-    return {name: found[name] for name in sorted(found) if _compared(name, found[name])}
+    found = {names.get(n, n): value for n, value in record.items() if n not in ADDED}
+    return {n: _number(found[n]) for n in sorted(found) if _compared(n, found[n])}
+
+
+def _number(value: Any) -> Any:
+    """A count is the same number whether it is held as an integer or not."""
+    return float(value) if isinstance(value, int) else value
 
 
 def _compared(name: str, value: Any) -> bool:
@@ -37,7 +42,7 @@ def _compared(name: str, value: Any) -> bool:
 
 
 def columns(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[Any]]]:
-    """Numbers by what they are of (``round``, ``evaluate seen own``) and name, by round."""
+    """Numbers by what they are of (``evaluate seen own``) and name, round after round."""
     found: dict[str, dict[str, list[Any]]] = {}
     for record in map(kept, records):
         of = " ".join(str(record[k]) for k in ("kind", "group", "adapter") if k in record)
@@ -49,7 +54,9 @@ def columns(records: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, list[An
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    if not isinstance(value, float):
+        return value
+    return int(value) if value.is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def digest(value: Any) -> str:
@@ -85,7 +92,7 @@ def differences(reference: Outcome, found: Outcome) -> list[str]:
             break
     if len(reference["states"]) != len(found["states"]):
         said.append(f"{len(reference['states'])} -> {len(found['states'])} rounds")
-    for part in ("records", "clients"):
+    for part in ("records", "clients", "population"):
         if reference.get(part) != found.get(part):
             said.append(part)
     files = sorted(reference["exports"].keys() | found["exports"].keys())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.seeding import dropout_seeds
+from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
 from fedlora.core.types import (
     Failure,
     TrainJob,
@@ -144,6 +145,27 @@ class Resident:
         job = self.chain.job
         self._seeds = dropout_seeds(job.seed, job.round, job.client.id)
         self._dropped = dropped_share(plan.dropout)
+        self._state = None if plan.term is None else self._trained_state(trained)
+
+    def _trained_state(self, trained: slice) -> TrainedState:
+        """What the client trains, as views of its rows of the bank and of the common start."""
+        plan, layout, start = self.chain.job.plan, self.chain.layout, self.chain.start
+        buffer = TrainedBuffer(self.row[trained], start[trained], self.grad[trained])
+        now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
+        layers = [
+            TrainedLayer(
+                a=now[path][0],
+                b=now[path][1].t(),
+                start_a=begin[path][0],
+                start_b=begin[path][1].t(),
+                grad_a=grads[path][0] if plan.train_a else None,
+                grad_b=grads[path][1].t() if plan.train_b else None,
+                scale=part.scale,
+            )
+            for path, part in zip(layout.paths, layout.parts, strict=True)
+            if part is not None
+        ]
+        return TrainedState([buffer], layers)
 
     def lane(self, index: int) -> Lane:
         """Its part of a batch that runs its forward ``index``."""
@@ -177,6 +199,9 @@ class Resident:
         if part + 1 < len(self.chain.steps[step]):
             return
         self._regularise()
+        if plan.term is not None and self._state is not None:
+            with torch.no_grad():
+                plan.term.add_gradient(self._state)
         self.norms.append(
             clip_and_step(self._optimizer, self.buffers, self._rates[step], plan.clip)
         )

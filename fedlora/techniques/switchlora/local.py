@@ -33,6 +33,11 @@ from fedlora.training.loop import (
     learning_rates,
 )
 
+NO_START = (
+    "client.term refers to the factors that a client starts from, and a client that switches "
+    "vectors replaces them during the round: use client/term=none"
+)
+
 
 def train_switching(
     model: LanguageModel,
@@ -53,9 +58,12 @@ def train_switching(
 
     Raises:
         TypeError: if it does not start from factors over a moved base.
+        ValueError: if the plan has a local term.
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
     plan = job.plan
+    if plan.term is not None:
+        raise ValueError(NO_START)
     model.mount(job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b)
     layers = {path: _layer(path, layer.update, job) for path, layer in model.layers.items()}
     parameters: dict[str, dict[Side, nn.Parameter]] = {

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.errors import CheckpointError
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     Client,
     EvaluatePlan,
@@ -21,7 +22,6 @@ from fedlora.core.types import (
     Failure,
     LocalPlan,
     Module,
-    Payload,
     Ranks,
     Setting,
     Update,

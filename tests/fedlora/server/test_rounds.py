@@ -21,6 +21,7 @@ from fedlora.core.types import (
 from fedlora.server.evaluation_round import evaluation_jobs
 from fedlora.server.schedule import Rounds
 from fedlora.server.training_round import begin, client_rows, collect, training_jobs, validate
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fakes import Mean
 
 MODULES = (Module("q_proj", "attention", 6, 5),)
@@ -86,7 +87,7 @@ def test_each_client_is_accounted_for_once():
     spoilt = {p: Factors(f.a * torch.nan, f.b, f.alpha) for p, f in jobs[1].start.items()}
     results = [
         Failure(jobs[2].client, "ValueError", "no"),
-        Update(jobs[1].client, spoilt, 10, {"loss": 1.0}),
+        Update(jobs[1].client, LowRankPayload(spoilt), 10, {"loss": 1.0}),
         good,
     ]
     replies = validate(current, collect(current, results), Rounds(), SETTING)

@@ -18,7 +18,8 @@ from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.training import loop
-from fedlora.training.loop import FlatParameters, learning_rates
+from fedlora.training.flat import FlatParameters
+from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.peft_loop import padded, reference
 from tests.fedlora.engine.world import (
     NETWORKS,

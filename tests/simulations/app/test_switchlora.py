@@ -1,12 +1,12 @@
-"""Whole runs of SwitchLoRA: modes, resuming, traffic, the engine it falls back to, refusals."""
+"""Whole runs of SwitchLoRA: modes, resuming, traffic, engines, refusals."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from fedlora.core.errors import ConfigError
-from fedlora.models.export import load_update
 from fedlora.models.spec import Tiny
+from fedlora.techniques.rebased.payload import Rebased
 from simulations.tools.merge import main
 
 WORDS = [
@@ -23,19 +23,20 @@ DENSE = 4 * 4 * (4 * 128 * 128 + 3 * 128 * 352)
 
 
 def test_alternating_rounds_send_one_factor_and_resume(federate, tmp_path):
-    """And the fused engine, which falls back and says why, gives the sequential one's bits."""
-    whole = federate(*WORDS, "strategy.horizon=3", "engine=fused")
-    note = "moved bases one by one: a fused step has one frozen base for all clients"
-    assert whole.said.count(f"engine: {note}") == 1
-    assert all(note in r["engine"] for r in whole.rounds)
-    assert whole.status["status"] == "completed"
+    """The fused engine trains the clients together, and the same up to rounding."""
+    words = [*WORDS, "strategy.horizon=3", "engine=sequential"]
+    whole = federate(*words)
+    fused = federate(*WORDS, "strategy.horizon=3", "engine=fused", output="fused")
+    assert all(r["engine/fused_share"] == 1.0 for r in fused.rounds)
+    for mine, theirs in zip(fused.rounds, whole.rounds, strict=True):
+        assert mine["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-4)
+    assert whole.status["status"] == fused.status["status"] == "completed"
     first, second = ([c for c in whole.clients if c["round"] == t] for t in (1, 2))
     assert {c["bytes_up"] for c in first} == {FACTOR}
     assert {c["bytes_down"] for c in first} == {0}
     assert {c["bytes_down"] for c in second} == {FACTOR}
     of_b = 4 * 8 * (4 * 4 * 128 + 4 * (2 * 352 + 128))
     assert {c["bytes_up"] for c in second} == {of_b}
-    words = [*WORDS, "strategy.horizon=3", "engine=sequential"]
     federate(*words, "rounds=1", output="cut")
     resumed = federate(*words, "resume=auto", output="cut")
     assert resumed.hash == whole.hash
@@ -46,7 +47,7 @@ def test_alternating_rounds_send_one_factor_and_resume(federate, tmp_path):
     ids = torch.tensor([[1, 300, 400, 500, 600]])
     with torch.no_grad():
         base = model.network(ids).logits
-        model.mount(load_update(whole.folder / "update", model.info))
+        model.mount(Rebased.load(whole.folder / "update", model.info))
         mounted = model.network(ids).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(ids).logits
     assert (mounted - base).abs().max() > 1e-3

@@ -8,7 +8,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from jinja2 import TemplateNotFound
 
+from fedlora.core import variables
 from fedlora.core.metric import Metric, count
 from fedlora.core.types import (
     Client,
@@ -16,15 +18,16 @@ from fedlora.core.types import (
     Ranks,
 )
 from fedlora.evaluation.summary import summarise
+from fedlora.run import package
 from fedlora.run.tracking import JsonlTracker
 from simulations.reporting import figures
 from simulations.reporting.report import (
     main,
-    totals,
     write_comparison,
     write_report,
 )
 from simulations.reporting.run_folder import RecordError, read_run
+from simulations.reporting.run_tables import totals
 
 TIERS = {"phone": 4, "tablet": 8, "laptop": 30, "server": 200}
 
@@ -189,6 +192,22 @@ def test_the_report_reads_the_folder_and_nothing_else(folder, tmp_path, undrawn)
                  "environment.json", "status.json"):  # fmt: skip
         (copy / name).write_bytes((folder / name).read_bytes())
     assert write_report(copy).read_bytes() == write_report(folder).read_bytes()
+
+
+def test_templates_are_found_where_flowers_bundle_lacks_them(
+    folder, tmp_path, monkeypatch, undrawn
+):
+    here = package.ROOT
+    monkeypatch.setattr(package, "ROOT", tmp_path / "bundle")
+    monkeypatch.setattr(package.metadata, "distributions", lambda **_: [])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(variables.ROOT, raising=False)
+    with pytest.raises(
+        TemplateNotFound, match=r"run\.html.*bundle/simulations/reporting/templates"
+    ):
+        write_report(folder)
+    monkeypatch.setenv(variables.ROOT, str(here))
+    assert write_report(folder).is_file()
 
 
 def test_totals_are_sums_of_the_records(folder):

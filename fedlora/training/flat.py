@@ -1,0 +1,111 @@
+"""What a client trains, in one flat buffer.
+
+Clearing, measuring, clipping and stepping are one operation each rather than one per tensor: a LoRA
+client has hundreds of small ones.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
+from fedlora.models.language_model import LanguageModel
+
+
+class FlatParameters:
+    """Parameters moved into one buffer per dtype and device, with gradients laid out alike.
+
+    Each parameter's storage becomes a view of the buffer and its gradient a view of the buffer's
+    gradient: autograd accumulates in place, the optimizer sees one tensor. An elementwise optimizer
+    gives the same numbers either way.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        groups: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = {}
+        for p in self.parameters:
+            groups.setdefault((p.dtype, p.device), []).append(p)
+        self._groups = list(groups.values())
+        self.buffers = [self._join(group) for group in self._groups]
+        self.starts = [b.detach().clone() for b in self.buffers]
+        """The values of each buffer before its first step."""
+
+    @staticmethod
+    def _join(group: list[nn.Parameter]) -> nn.Parameter:
+        data = torch.cat([p.detach().reshape(-1) for p in group])
+        grad = torch.zeros_like(data)
+        sizes = [p.numel() for p in group]
+        for p, values, slot in zip(group, data.split(sizes), grad.split(sizes), strict=True):
+            p.data = values.view(p.shape)
+            p.grad = slot.view(p.shape)
+        buffer = nn.Parameter(data)
+        buffer.grad = grad
+        return buffer
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradient of each buffer."""
+        return [b.grad for b in self.buffers if b.grad is not None]
+
+    def zero_grad(self) -> None:
+        """Clear gradients in place: the views must survive."""
+        for grad in self.grads:
+            grad.zero_()
+
+    def change(self) -> Tensor:
+        """Euclidean norm of the difference from the start, a scalar."""
+        return get_total_norm(
+            [b.detach() - s for b, s in zip(self.buffers, self.starts, strict=True)]
+        )
+
+    def start_of(self) -> dict[int, Tensor]:
+        """Views of `starts` in the shape of each parameter, by the parameter's ``id``."""
+        return {
+            id(p): values.view(p.shape)
+            for start, group in zip(self.starts, self._groups, strict=True)
+            for p, values in zip(group, start.split([p.numel() for p in group]), strict=True)
+        }
+
+    def release(self) -> None:
+        """Forget the gradients; the parameters keep their values."""
+        for p in self.parameters:
+            p.grad = None
+
+
+@runtime_checkable
+class LowRankLayer(Protocol):
+    """A mounted update that is a pair of factors, whatever its class."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+def trained_state(model: LanguageModel, flat: FlatParameters) -> TrainedState:
+    """What is mounted on a model and trained in flat buffers, before its first step."""
+    buffers = [
+        TrainedBuffer(b.detach(), start, grad)
+        for b, start, grad in zip(flat.buffers, flat.starts, flat.grads, strict=True)
+    ]
+    starts, layers = flat.start_of(), []
+    for layer in model.layers.values():
+        update: object = layer.update
+        if isinstance(update, LowRankLayer) and {id(update.a), id(update.b)} & starts.keys():
+            layers.append(_layer(update, starts))
+    return TrainedState(buffers, layers)
+
+
+def _layer(update: LowRankLayer, starts: Mapping[int, Tensor]) -> TrainedLayer:
+    """A factor that is not trained keeps its value: it is its own start."""
+    return TrainedLayer(
+        a=update.a.detach(),
+        b=update.b.detach(),
+        start_a=starts.get(id(update.a), update.a.detach()),
+        start_b=starts.get(id(update.b), update.b.detach()),
+        grad_a=update.a.grad if id(update.a) in starts else None,
+        grad_b=update.b.grad if id(update.b) in starts else None,
+        scale=update.scale,
+    )

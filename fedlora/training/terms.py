@@ -1,0 +1,74 @@
+"""Terms of the local objective: the proximal term of FedProx.
+
+Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127.
+"""
+
+from dataclasses import dataclass
+
+from fedlora.core.checks import at_least, one_of
+from fedlora.core.terms import LocalTerm, TrainedLayer, TrainedState
+
+METRICS = ("factor", "product")
+
+
+@dataclass(frozen=True)
+class FedProx(LocalTerm):
+    """``mu / 2`` times the squared distance from the start of the round.
+
+    ``factor``: ``mu/2 ‖θ - θ_0‖²`` over all trained scalars, as in the paper. It is no function of
+    the update ``ΔW``: factors ``A c, B / c`` are the same update at another distance, so the best
+    ``mu`` depends on alpha and on how the server splits its factors.
+
+    ``product``: ``mu/2 Σ_layers ‖s B A - s B_0 A_0‖_F²``, which is a function of the update. With
+    ``B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0)`` its gradient takes four products ``r x r`` and
+    no matrix ``d_out x d_in``:
+
+        dA = mu s² ((Bᵀ (B - B_0)) A + (Bᵀ B_0) (A - A_0))
+        dB = mu s² ((B - B_0) (A Aᵀ) + B_0 ((A - A_0) Aᵀ))
+
+    The first step of a round is that of the plain loss under either metric.
+    """
+
+    mu: float = 0.01
+    """Weight; 0: no term."""
+    metric: str = "factor"
+    """``factor`` or ``product``."""
+
+    def __post_init__(self) -> None:
+        at_least("client.term.mu", self.mu, 0)
+        one_of("client.term.metric", self.metric, METRICS)
+
+    @property
+    def needs_factors(self) -> bool:
+        """The product metric does."""
+        return self.metric == "product"
+
+    def add_gradient(self, state: TrainedState) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: for ``product`` where what is trained is not low-rank factors.
+        """
+        if self.mu == 0:
+            return
+        if self.metric == "factor":
+            for buffer in state.buffers:
+                buffer.grad.add_(buffer.now - buffer.start, alpha=self.mu)
+            return
+        if not state.layers:
+            raise ValueError(
+                "client.term.metric=product compares products B A, and this client trains no "
+                "low-rank factors: use client.term.metric=factor"
+            )
+        for layer in state.layers:
+            self._pull(layer)
+
+    def _pull(self, layer: TrainedLayer) -> None:
+        a, b, weight = layer.a, layer.b, self.mu * layer.scale**2
+        moved_a, moved_b = a - layer.start_a, b - layer.start_b
+        if layer.grad_a is not None:
+            grad = (b.t() @ moved_b) @ a + (b.t() @ layer.start_b) @ moved_a  # [r, d_in]
+            layer.grad_a.add_(grad, alpha=weight)
+        if layer.grad_b is not None:
+            grad = moved_b @ (a @ a.t()) + layer.start_b @ (moved_a @ a.t())  # [d_out, r]
+            layer.grad_b.add_(grad, alpha=weight)
