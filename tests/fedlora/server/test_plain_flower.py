@@ -189,7 +189,12 @@ def test_a_bad_answer_is_named_and_left_out(change, message, caplog):
         (FlexLoRA(), adapter(2, 0), None, "lora_alpha"),
         (FlexLoRA(), ArrayRecord({}), CONFIG, "initial_arrays"),
         (FlexLoRA(), ArrayRecord({"w": Array(np.ones(2))}), CONFIG, "is no LoRA factor"),
-        (SLoRA(stage1_rounds=1, aggregator=FlexLoRA()), adapter(2, 0, b=False), CONFIG, "no PEFT adapter can hold"),
+        (
+            SLoRA(stage1_rounds=1, aggregator=FlexLoRA()),
+            adapter(2, 0, b=False),
+            CONFIG,
+            "no PEFT adapter can hold",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_in_a_sentence(strategy, arrays, config, message):
