@@ -74,8 +74,8 @@ OF_STRATEGIES: Mapping[str, Table] = {
         "tokens": "strategy.rule.weights=tokens strategy.rule.tokens=200",
         "average-each-step": "strategy.average_every=1",
         "int8": "strategy.activations.kind=int8 strategy.gradients.kind=int8",
-        "int8-stochastic": "strategy.activations.kind=int8 +strategy.activations.stochastic=true "
-        "+strategy.activations.keep=2 strategy.gradients.kind=fp16",
+        "int8-stochastic": "strategy.activations.kind=int8 strategy.activations.stochastic=true "
+        "strategy.activations.keep=2 strategy.gradients.kind=fp16",
         "topk": "strategy.activations.kind=bf16 strategy.gradients.kind=topk",
         "noise": "strategy.noise.clip=1.0 strategy.noise.sigma=0.05 strategy.activations.kind=int8",
         "smoothing": "strategy.label_smoothing=0.1 strategy.server_lr=0.001 "

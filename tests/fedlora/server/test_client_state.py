@@ -32,6 +32,7 @@ from fedlora.run.tracking import Trackers
 from fedlora.server.client_state import ClientStore
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fakes import Mean
 from tests.fedlora.population.test_workload import Held
 
@@ -88,7 +89,7 @@ def trained(run: Session, round: int) -> dict[str, object]:
     for j in jobs:
         by = torch.nan if j.client.id == BAD and round > 1 else 0.1 * (j.client.id + 1) / round
         moved = {p: Factors(f.a + by, f.b * 0.9 + by, f.alpha) for p, f in j.start.items()}
-        results.append(Update(j.client, moved, 10, {"loss": 1.0, "tokens": 1.0}))
+        results.append(Update(j.client, LowRankPayload(moved), 10, {"loss": 1.0, "tokens": 1.0}))
     return run.finish_training(results, run.state)
 
 

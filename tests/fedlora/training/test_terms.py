@@ -10,6 +10,7 @@ from fedlora.core.seeding import mask_noise
 from fedlora.core.terms import LocalTerm, TrainedLayer, TrainedState
 from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.models.language_model import LanguageModel
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.training.flat import FlatParameters, trained_state
 from fedlora.training.loop import Trace, optimise
@@ -130,7 +131,7 @@ def test_a_large_weight_holds_the_client_at_its_start(metric: str, mu: float, pa
     moved = []
     for term in (None, FedProx(mu, metric)):
         found, _ = train(replace(plan, term=term), factors)
-        assert isinstance(found, dict)
+        assert isinstance(found, LowRankPayload)
         gap = products(found) - products(factors)
         moved.append(distance(found, factors) if metric == "factor" else float(gap.norm()))
     assert moved[1] < part * moved[0]
