@@ -50,8 +50,10 @@ def test_results_come_as_they_finish(engine):
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_configured_plan_names_every_field(name):
     raw = yaml.safe_load(Path(f"conf/client/{name}.yaml").read_text())
-    technique = raw.pop("defaults")[0]["technique"]
-    raw["technique"] = yaml.safe_load(Path(f"conf/client/technique/{technique}.yaml").read_text())
+    groups = [group for group in raw.pop("defaults") if group != "_self_"]
+    for group in groups:
+        ((key, option),) = group.items()
+        raw[key] = yaml.safe_load(Path(f"conf/client/{key}/{option}.yaml").read_text())
     plan = build(raw, LocalPlan, "client")
     assert plan.optimizer == name
     assert set(raw) - {"_target_"} == {f.name for f in dataclasses.fields(LocalPlan)}
