@@ -111,6 +111,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 f"client.micro_batch_size={plan.micro_batch_size}: a step of a split client is one "
                 f"forward; choose client.batch_size <= {plan.micro_batch_size}, or 0"
             )
+        if setup.error_feedback:
+            raise ValueError(
+                "federation.error_feedback=true with strategy=splitlora: clients of a split send "
+                "their adapters whole; use federation.error_feedback=false"
+            )
         if plan.term is not None:
             raise ValueError(
                 "client.term with strategy=splitlora: a local objective has no term of its own "

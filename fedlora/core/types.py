@@ -264,6 +264,9 @@ class TrainJob:
     client: Client
     start: Payload
     plan: LocalPlan
+    residual: Mapping[str, Tensor] | None = None
+    """What rounding on the wire has withheld of the client's changes so far; ``None``: no account
+    is kept (`fedlora.wire.change`)."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +290,8 @@ class Update:
     num_examples: int
     """Its weight in the aggregation: training examples it holds (``n_k``)."""
     metrics: Mapping[str, float] = field(default_factory=dict)
+    residual: Mapping[str, Tensor] | None = None
+    """What rounding on the wire withholds from now on; ``None``: no account is kept."""
 
     @cached_property
     def adapter(self) -> Adapter:

@@ -26,6 +26,8 @@ from fedlora.core.files import remove_drafts, write_file
 
 METHOD = "method"
 """Namespace of what a method's `kept` returns."""
+WIRE = "wire"
+"""Namespace of what rounding has withheld of a client's replies (`fedlora.wire.change`)."""
 CACHED_BYTES = 256 * 2**20
 """Of tensors that stay in memory; the least recently used are read again when they are needed."""
 

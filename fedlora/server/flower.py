@@ -109,7 +109,7 @@ class FederatedRun:
             for i, jobs in enumerate(batches)
         ]
         return [
-            _read(reply, {j.client.id: j.client for j in jobs})
+            _read(reply, jobs)
             for jobs, reply in zip(batches, self.deliver(messages, grid), strict=True)
         ]
 
@@ -200,17 +200,17 @@ def _answer(reply: Message | None) -> RecordDict | str:
     return reply.content
 
 
-def _read(
-    reply: Message | None, clients: dict[int, Client]
-) -> Sequence[Update | Evaluation | Failure]:
-    """The results of one reply, whatever it holds."""
+def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evaluation | Failure]:
+    """The results of one reply to these jobs, whatever it holds."""
+    clients = {j.client.id: j.client for j in jobs}
     if reply is None:
         return [Failure(c, "NoReply", "timeout") for c in clients.values()]
     if reply.has_error():
         reason = reply.error.reason or f"error code {reply.error.code}"
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
-        return decode_results(reply.content, clients)
+        starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
+        return decode_results(reply.content, clients, starts)
     except Exception as error:  # a reply is foreign input: it must not end the run
         why = f"its reply cannot be read: {type(error).__name__}: {error}"
         return [Failure(c, "WorkerError", why) for c in clients.values()]

@@ -39,6 +39,8 @@ class Setup:
     """Number format of payloads on the wire."""
     quantization: str = "none"
     """Of the base model."""
+    error_feedback: bool = False
+    """Whether clients keep what the wire rounds off."""
 
 
 @dataclass(frozen=True)

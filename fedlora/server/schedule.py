@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from fedlora.core.checks import at_least, one_of, share
 from fedlora.core.types import EvaluatePlan, LocalPlan
-from fedlora.wire.codec import WIRE_BYTES
+from fedlora.wire.codec import ROUNDING, WIRE_BYTES
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,10 @@ class Rounds:
     """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
     a worker's share of the round), and no more than `fedlora.server.packing.MOST_PER_MESSAGE`."""
     wire: str = "float32"
-    """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``."""
+    """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``. Clients'
+    replies in bfloat16 are changes of what they started from (`fedlora.wire.change`)."""
+    error_feedback: bool = False
+    """What bfloat16 rounds off a client's reply is kept for it and added to its next one."""
     timeout_s: float = 3600.0
     """Seconds that a round waits for its slowest client."""
     keep: int = 3
@@ -86,6 +89,11 @@ class Rounds:
         at_least("keep", self.keep, 1)
         at_least("threads", self.threads, 1)
         one_of("wire", self.wire, WIRE_BYTES)
+        if self.error_feedback and self.wire not in ROUNDING:
+            raise ValueError(
+                f"error_feedback=true with wire={self.wire}: nothing is rounded off that could be "
+                "kept; use wire=bfloat16, or error_feedback=false"
+            )
 
     def plan(self, base: LocalPlan, round: int) -> LocalPlan:
         """The configured plan with the learning rate of this round."""

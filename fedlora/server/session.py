@@ -46,6 +46,7 @@ from fedlora.server.training_round import (
     stage_kept,
     training_jobs,
     validate,
+    with_residuals,
 )
 from fedlora.wire.codec import Glance
 
@@ -167,6 +168,8 @@ class Session:
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
+        if self.rounds.error_feedback:
+            jobs = with_residuals(jobs, self.client_store)
         self._begin_phase(round, "train", len(jobs))
         self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]

@@ -3,14 +3,14 @@
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
-from fedlora.server.client_state import ClientStore
+from fedlora.server.client_state import WIRE, ClientStore
 from fedlora.server.method import Method
 from fedlora.server.schedule import Rounds
 from fedlora.server.validation import check_update
@@ -81,6 +81,11 @@ def variant_key(method: Method, state: State, client: Client, kept: Kept | None)
     keeps something of its own."""
     variant = method.variant(state, client)
     return (variant, None if kept is None else client.id)
+
+
+def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJob]:
+    """The jobs with what the wire has withheld of their clients' replies, for error feedback."""
+    return [replace(job, residual=store.get(job.client.id, WIRE) or {}) for job in jobs]
 
 
 def begin(
@@ -184,7 +189,8 @@ def require_enough(
 def stage_kept(
     method: Method, state: State, current: TrainingRound, replies: Replies, store: ClientStore
 ) -> None:
-    """Hand over what accepted clients keep; all others keep what they had.
+    """Hand over what accepted clients keep, for the method and of what the wire rounded off; all
+    others keep what they had.
 
     Args:
         method: whose `kept` is asked.
@@ -199,3 +205,5 @@ def stage_kept(
         kept = method.kept(state, job.client, before, job.start, update)
         if kept is not None and kept is not before:
             store.stage(job.client.id, kept)
+        if update.residual is not None:
+            store.stage(job.client.id, update.residual, WIRE)

@@ -3,17 +3,20 @@
 A payload of any class is one flat array and a JSON header, because 192 small arrays cost twenty
 times more to pack than one of the same size. The header holds the dotted path of the class in
 ``_target_``, names and shapes of its tensors, and its own header. NumPy has no bfloat16, so it
-travels as the bit pattern in uint16 and comes back as float32.
+travels as the bit pattern in uint16 and comes back as float32. A format that rounds is given the
+change from the client's start rather than the reply itself (`fedlora.wire.change`).
 
 A Flower message carries a cohort: the distinct start payloads once, however many clients share
 them, and one row per job. Layout of a request (`RecordDict`):
 
     starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
+    residuals ArrayRecord by client id, float32: what rounding has withheld of its replies so far
     cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), wire
 
 and of a reply:
 
     payloads ArrayRecord  the flat array of each update, by client id
+    residuals ArrayRecord by client id: what rounding has withheld after this reply
     results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
                           the engine
 """
@@ -24,12 +27,14 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedlora.core.config import build, describe
 from fedlora.core.metric import Metric
@@ -45,11 +50,17 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.wire import change
+from fedlora.wire.change import Named
 
 log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
+ROUNDING = ("bfloat16",)
+"""Wire dtypes that lose digits of what clients compute in."""
+VALUE, CHANGE = "value", "change"
+"""What the numbers of a payload on the wire are."""
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob
@@ -62,45 +73,105 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     Raises:
         ValueError: for a wire dtype other than float32, bfloat16 or float64.
     """
-    if dtype not in WIRE_BYTES:
-        raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
-    target = getattr(torch, dtype)
-    tensors = dict(payload.tensors())
-    parts = [t.detach().to("cpu", target).reshape(-1) for t in tensors.values()]
-    flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
-    array = flat.view(torch.uint16).numpy() if dtype == "bfloat16" else flat.numpy()
-    header = {
-        "_target_": target_of(type(payload)),
-        "dtype": dtype,
-        "tensors": [[name, *t.shape] for name, t in tensors.items()],
-        "header": payload.header(),
-    }
-    return array, json.dumps(header)
+    return _encoded(payload, dict(payload.tensors()), dtype, VALUE)
 
 
-def decode_payload(array: Flat, header: str, *, trusted: bool = True) -> Payload:
-    """The inverse of `encode_payload`. Tensors are fresh (float32, or float64 if sent so).
+def encode_reply(
+    payload: Payload, dtype: str, start: Payload, residual: Named | None = None
+) -> tuple[Flat, str, Named | None]:
+    """A client's payload: as `encode_payload`, or its change from the start if ``dtype`` rounds.
+
+    Args:
+        payload: what it has trained.
+        dtype: wire format.
+        start: what it started from, as it received it.
+        residual: what earlier replies have withheld; ``None``: no account is kept.
+
+    Returns:
+        Array, header, and what is withheld now (``None``: no account is kept).
+    """
+    if dtype not in ROUNDING:
+        return *encode_payload(payload, dtype), residual
+    moved = change.change(_on_cpu(payload), _on_cpu(start))
+    if residual is None:
+        return *_encoded(payload, moved, dtype, CHANGE), None
+    array, header = _encoded(payload, change.corrected(moved, residual), dtype, CHANGE)
+    read = _named(array, json.loads(header))
+    return array, header, change.residual(residual, moved, read)
+
+
+def decode_payload(
+    array: Flat, header: str, *, trusted: bool = True, start: Payload | None = None
+) -> Payload:
+    """The inverse of `encode_payload` and `encode_reply`. Tensors are fresh (float32, or float64 if
+    sent so).
 
     Args:
         array: flat.
         header: JSON.
         trusted: whether the header may have modules imported for it; what clients send may not.
+        start: what a change is added to, as this end holds it.
 
     Raises:
-        ValueError: if the array's length is not what the header promises, or its class is none that
-            may travel.
+        ValueError: if the array's length is not what the header promises, its class is none that
+            may travel, or it is a change and there is no start.
     """
     h = json.loads(header)
     kind = payload_class(h["_target_"], load=trusted)
-    dtype = torch.float64 if h["dtype"] == "float64" else torch.float32
+    named = _named(array, h)
+    if h["of"] == CHANGE:
+        if start is None:
+            raise ValueError("it is a change from a start that is not known here")
+        named = change.restored(named, _on_cpu(start))
+    return kind.from_header(h["header"], named)
+
+
+def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Flat, str]:
+    """Tensors in the place of a payload's own: the value of each, or its change."""
+    if dtype not in WIRE_BYTES:
+        raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
+    header = {
+        "_target_": target_of(type(payload)),
+        "dtype": dtype,
+        "of": of,
+        "tensors": _shapes(tensors),
+        "header": payload.header(),
+    }
+    return _flat(tensors, dtype), json.dumps(header)
+
+
+def _shapes(tensors: Named) -> list[list[Any]]:
+    return [[name, *t.shape] for name, t in tensors.items()]
+
+
+def _flat(tensors: Named, dtype: str) -> Flat:
+    """All numbers one after the other; bfloat16 as bit patterns."""
+    target = getattr(torch, dtype)
+    parts = [t.detach().to("cpu", target).reshape(-1) for t in tensors.values()]
+    flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
+    array: Flat = flat.view(torch.uint16).numpy() if dtype == "bfloat16" else flat.numpy()
+    return array
+
+
+def _named(array: Flat, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `_flat`: fresh tensors of the header's ``dtype``, names and shapes.
+
+    Raises:
+        ValueError: if the array's length is not what the header promises.
+    """
+    dtype = torch.float64 if header["dtype"] == "float64" else torch.float32
     flat = torch.from_numpy(np.array(array))  # a writable copy: messages own their memory
-    flat = (flat.view(torch.bfloat16) if h["dtype"] == "bfloat16" else flat).to(dtype)
-    shapes = {name: tuple(shape) for name, *shape in h["tensors"]}
+    flat = (flat.view(torch.bfloat16) if header["dtype"] == "bfloat16" else flat).to(dtype)
+    shapes = {name: tuple(shape) for name, *shape in header["tensors"]}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if flat.numel() != sum(sizes):
         raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {sum(sizes)}")
     named = zip(shapes.items(), flat.split(sizes), strict=True)
-    return kind.from_header(h["header"], {n: part.view(s).clone() for (n, s), part in named})
+    return {n: part.view(shape).clone() for (n, shape), part in named}
+
+
+def _on_cpu(payload: Payload) -> dict[str, Tensor]:
+    return {name: t.detach().cpu() for name, t in payload.tensors()}
 
 
 def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
@@ -160,12 +231,18 @@ def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> 
         plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
         client = [job.client.id, job.client.num_examples, job.client.tier]
         rows.append([job.seed, job.round, *client, pattern, start, plan])
+    residuals = {
+        str(j.client.id): j.residual
+        for j in jobs
+        if isinstance(j, TrainJob) and j.residual is not None
+    }
     encoded = [encode_payload(p, wire) for p in payloads.values]
     header = {
         "rows": rows,
         "payloads": [h for _, h in encoded],
         "plans": [plan_to_json(p) for p in plans.values],
         "ranks": [dict(r) for r in ranks.values],
+        "residuals": {cid: _shapes(t) for cid, t in residuals.items()},
     }
     config = ConfigRecord(
         {
@@ -176,7 +253,7 @@ def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> 
         }
     )
     starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
-    return RecordDict({"starts": starts, "cohort": config})
+    return RecordDict({"starts": starts, "residuals": _put_residuals(residuals), "cohort": config})
 
 
 def decode_jobs(content: RecordDict) -> Envelope:
@@ -187,13 +264,15 @@ def decode_jobs(content: RecordDict) -> Envelope:
     payloads = [decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])]
     plans = [plan_from_json(p) for p in header["plans"]]
     ranks = [Ranks(r) for r in header["ranks"]]
+    residuals = _take_residuals(content, header["residuals"])
     jobs: list[Job] = []
     for seed, round_, cid, n, tier, pattern, start, plan in header["rows"]:
         client = Client(cid, ranks[pattern], n, tier)
         payload = None if start < 0 else payloads[start]
         local = plans[plan]
         if isinstance(local, LocalPlan):
-            jobs.append(TrainJob(seed, round_, client, cast(Payload, payload), local))
+            begun = cast(Payload, payload)
+            jobs.append(TrainJob(seed, round_, client, begun, local, residuals.get(cid)))
         else:
             jobs.append(EvaluateJob(seed, round_, client, payload, local))
     return Envelope(
@@ -204,17 +283,47 @@ def decode_jobs(content: RecordDict) -> Envelope:
     )
 
 
+def _put_residuals(residuals: Mapping[str, Named]) -> ArrayRecord:
+    return ArrayRecord({cid: Array(_flat(t, "float32")) for cid, t in residuals.items()})
+
+
+def _take_residuals(content: RecordDict, shapes: Mapping[str, Any]) -> dict[int, Named]:
+    """What `_put_residuals` put there, by client id."""
+    arrays = content.array_records["residuals"]
+    return {
+        int(cid): _named(arrays[cid].numpy(), {"dtype": "float32", "tensors": s})
+        for cid, s in shapes.items()
+    }
+
+
 def encode_results(
-    results: Sequence[Result], *, wire: str, notes: Sequence[str] = ()
+    results: Sequence[Result], *, wire: str, notes: Sequence[str] = (), jobs: Sequence[Job] = ()
 ) -> RecordDict:
-    """Results of a cohort, and what its engine says of itself, as the content of one reply."""
+    """Results of a cohort, and what its engine says of itself, as the content of one reply.
+
+    Args:
+        results: one per job.
+        wire: number format of updates.
+        notes: of the engine.
+        jobs: as they were received; updates of a format that rounds are changes from their starts.
+    """
+    trained = {j.client.id: j for j in jobs if isinstance(j, TrainJob)}
     arrays: dict[str, Array] = {}
+    residuals: dict[str, Named] = {}
     rows = []
     for result in results:
         row: dict[str, Any] = {"client": result.client.id}
         if isinstance(result, Update):
-            array, header = encode_payload(result.payload, wire)
-            arrays[str(result.client.id)] = Array(array)
+            job, key = trained.get(result.client.id), str(result.client.id)
+            if job is None:
+                array, header = encode_payload(result.payload, wire)
+                left = None
+            else:
+                array, header, left = encode_reply(result.payload, wire, job.start, job.residual)
+            arrays[key] = Array(array)
+            if left is not None:
+                residuals[key] = left
+                row["residual"] = _shapes(left)
             row |= {
                 "payload": header,
                 "ranks": dict(result.client.ranks),
@@ -227,7 +336,13 @@ def encode_results(
             row["failure"] = [result.kind, result.message, result.traceback]
         rows.append(row)
     config = ConfigRecord({"rows": json.dumps(rows), "notes": json.dumps(list(notes))})
-    return RecordDict({"payloads": ArrayRecord(arrays), "results": config})
+    return RecordDict(
+        {
+            "payloads": ArrayRecord(arrays),
+            "residuals": _put_residuals(residuals),
+            "results": config,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -253,7 +368,11 @@ def glance(content: RecordDict) -> Glance:
     return Glance(len(rows), failed, losses, notes)
 
 
-def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[Result]:
+def decode_results(
+    content: RecordDict,
+    clients: Mapping[int, Client],
+    starts: Mapping[int, Payload] = MappingProxyType({}),
+) -> list[Result]:
     """The inverse of `encode_results`.
 
     A row that cannot be read becomes a `Failure` of kind ``RejectedUpdate`` of its client, so that
@@ -263,8 +382,8 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
     Args:
         content: of a reply.
         clients: those that were asked, by id.
+        starts: what they were to train from, by client id, as it is here: changes are added to it.
     """
-    arrays = content.array_records["payloads"]
     results: dict[int, Result] = {}
     for row in json.loads(str(content.config_records["results"]["rows"])):
         client = clients.get(row.get("client"))
@@ -272,7 +391,7 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
             log.warning("reply of client %r, which was not asked", row.get("client"))
             continue
         try:
-            results[client.id] = _decode_row(row, client, arrays)
+            results[client.id] = _decode_row(row, client, content, starts.get(client.id))
         except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
             why = f"its reply cannot be read: {type(error).__name__}: {error}"
             results[client.id] = Failure(client, "RejectedUpdate", why)
@@ -281,18 +400,24 @@ def decode_results(content: RecordDict, clients: Mapping[int, Client]) -> list[R
     return [results[cid] for cid in sorted(results)]
 
 
-def _decode_row(row: Mapping[str, Any], client: Client, arrays: ArrayRecord) -> Result:
+def _decode_row(
+    row: Mapping[str, Any], client: Client, content: RecordDict, start: Payload | None
+) -> Result:
     if "failure" in row:
         return Failure(client, *(str(text) for text in row["failure"]))
     if "evaluation" in row:
         measured = row["evaluation"].items()
         return Evaluation(client, {str(name): _decode_metric(m) for name, m in measured})
     metrics = {str(k): float(v) for k, v in row["metrics"].items()}
-    payload = decode_payload(arrays[str(client.id)].numpy(), row["payload"], trusted=False)
+    array = content.array_records["payloads"][str(client.id)].numpy()
+    payload = decode_payload(array, row["payload"], trusted=False, start=start)
+    residual = None
+    if "residual" in row:
+        residual = _take_residuals(content, {str(client.id): row["residual"]})[client.id]
     sender = client
     if dict(client.ranks) != row["ranks"]:
         sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
-    return Update(sender, payload, row["num_examples"], metrics)
+    return Update(sender, payload, row["num_examples"], metrics, residual)
 
 
 def _decode_metric(fields: Sequence[Any]) -> Metric:

@@ -112,7 +112,8 @@ def build_parts(cfg: DictConfig) -> Parts:
     )
     quantization = str(getattr(parts.model, "quantization", "none"))
     try:
-        parts.strategy.check(Setup(parts.client, parts.federation.wire, quantization))
+        wire, feedback = parts.federation.wire, parts.federation.error_feedback
+        parts.strategy.check(Setup(parts.client, wire, quantization, feedback))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if parts.postprocess and parts.strategy.needs_updates:

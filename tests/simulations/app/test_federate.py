@@ -77,6 +77,30 @@ def test_postprocessors_act_between_accepted_and_averaged(federate):
     assert narrow.hash not in (plain.hash, wide.hash)
 
 
+BF16 = ("strategy=fedit", "engine=sequential", "federation.wire=bfloat16")
+
+
+def test_a_rounding_wire_halves_the_bytes_and_keeps_the_account(federate):
+    plain = federate(*BF16[:2])
+    half = federate(*BF16)
+    fed = federate(*BF16, "federation.error_feedback=true")
+    assert len({plain.hash, half.hash, fed.hash}) == 3
+    for done in (half, fed):
+        assert [2 * r["wire/up_bytes"] for r in done.rounds] == [
+            r["wire/up_bytes"] for r in plain.rounds
+        ], "what a client keeps is no traffic"
+    assert all(r["client_state/bytes"] > 0 for r in fed.rounds)
+    assert not any("client_state/bytes" in r for r in half.rounds)
+
+
+def test_error_feedback_resumes_bit_by_bit(federate):
+    words = (*BF16, "federation.error_feedback=true", "population.per_round=20")
+    whole = federate(*words, "rounds=3")
+    federate(*words, "rounds=2", output="cut")
+    resumed = federate(*words, "rounds=3", "resume=auto", output="cut")
+    assert resumed.hash == whole.hash
+
+
 @pytest.mark.slow
 def test_another_seed_is_another_run(federate):
     assert federate("seed=1").hash != federate("seed=2").hash
@@ -200,6 +224,14 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (
+            ["federation.error_feedback=true"],
+            "error_feedback=true with wire=float32: nothing is rounded off",
+        ),
+        (
+            ["strategy=splitlora", *BF16[2:], "federation.error_feedback=true"],
+            "error_feedback=true with strategy=splitlora",
+        ),
         (("resume=/no/such/folder",), "neither never, auto nor a run folder"),
         (("data=natural_instructions", "data.path=/no/file.parquet"), "/no/file.parquet"),
         (("population.clients=999999",), "the data has 400 clients"),
