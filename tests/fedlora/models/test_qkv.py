@@ -107,7 +107,7 @@ def test_trains_like_the_joint_adapter_whose_other_entries_of_b_are_held_at_zero
     factors = adapter(apart.info.modules, rank)
     whole = wrap(gpt2().double(), ("c_attn",))
     joint = join_adapter(factors, apart.info.splits)
-    apart.mount(LowRankPayload(factors))
+    apart.mount(factors)
     whole.mount(LowRankPayload(joint))
     torch.testing.assert_close(logits(apart.network), logits(whole.network), rtol=0, atol=1e-12)
     for model in (apart, whole):

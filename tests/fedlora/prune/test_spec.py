@@ -23,7 +23,6 @@ from fedlora.prune.spec import (
     calibration_traffic,
     prune_federated,
 )
-from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.models.networks import NETWORKS, wrap
 from tests.fedlora.prune.text import batches
 
@@ -92,7 +91,7 @@ def test_a_kept_weight_is_the_bases_own(spec):
 
 def test_zeros_that_moved_are_refused(spec, tmp_path):
     folder = tmp_path / "model"
-    merge(spec.load(CPU), LowRankPayload({}), folder)
+    merge(spec.load(CPU), None, folder)
     (folder / "masks.safetensors").write_bytes((spec.folder() / "masks.safetensors").read_bytes())
     HuggingFace(path=str(folder)).load(CPU)
     state = load_file(folder / "model.safetensors")
