@@ -41,7 +41,7 @@ from matplotlib.ticker import PercentFormatter
 from fedlora.algebra.linalg import (
     average,
     exactness_gap,
-    shares,
+    normalize,
     spectra,
     truncation_error,
 )
@@ -335,7 +335,7 @@ plt.show()
 # %%
 weights = [u.num_examples for u in updates]
 of_t4 = [u for u in updates if u.client.tier == "T4"]
-p_t4 = shares([u.num_examples for u in of_t4])
+p_t4 = normalize([u.num_examples for u in of_t4])
 mean_t4 = {p: average([u.adapter[p] for u in of_t4], p_t4) for p in of_t4[0].adapter}
 padding = HeteroLoRA(weights="examples", prune=False)
 padded = payload(padding.global_update(padding.aggregate(padding.init_state(setting), updates)))

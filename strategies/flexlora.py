@@ -20,12 +20,12 @@ from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
     SVD,
-    client_shares,
     client_weights,
     complete,
     coverage,
-    covered_shares,
+    covered_weights,
     factors_of_rank,
+    normalized_weights,
     stack,
     svd,
     svd_of_product,
@@ -54,7 +54,7 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """``(Bs, As)`` with ``Bs As = W``, every rank index weighted as ``weighting`` says."""
     if weighting == "covered":
-        return stack(factors, covered_shares(p, [f.rank for f in factors]))
+        return stack(factors, covered_weights(p, [f.rank for f in factors]))
     return stack(factors, p)
 
 
@@ -121,7 +121,7 @@ class FlexLoRA(LoRAStrategy):
         return self._at(state, client.ranks)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = client_shares(updates, self.weights)
+        p = normalized_weights(updates, self.weights)
         averages = {
             path: self._average(_svd(state, path), [u.adapter[path] for u in updates], p)
             for path in paths(state, "s", GLOBAL)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedlora.algebra.init import drawn_a
-from fedlora.algebra.linalg import client_shares, client_weights, stack
+from fedlora.algebra.init import sample_a
+from fedlora.algebra.linalg import client_weights, normalized_weights, stack
 from fedlora.algebra.state import Kept, State, integers, order, paths, scalar
 from fedlora.algebra.summand import Product, Summands, dense
 from fedlora.core.checks import one_of
@@ -54,12 +54,12 @@ class FLoRA(LoRAStrategy):
             d_out, d_in = g.shape
             rank = client.ranks[path]
             factors[path] = Factors(
-                drawn_a(seed, path, rank, d_in), torch.zeros(d_out, rank), alpha
+                sample_a(seed, path, rank, d_in), torch.zeros(d_out, rank), alpha
             )
         return Rebased(shift, factors)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = client_shares(updates, self.weights)
+        p = normalized_weights(updates, self.weights)
         new = dict(state) | {"round": state["round"] + 1}
         for path, g in _shift(state).items():
             b, a = stack([u.adapter[path] for u in updates], p)

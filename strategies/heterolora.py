@@ -24,8 +24,8 @@ from fedlora.algebra.linalg import (
     client_weights,
     coverage,
     factors_of_rank,
+    normalize,
     product_norm,
-    shares,
     svd,
 )
 from fedlora.algebra.state import (
@@ -58,7 +58,7 @@ def sparsity_shares(norms: Sequence[float], examples: Sequence[int], weights: st
         "examples": [float(n) for n in examples],
         "examples_sparsity": [n * x for n, x in zip(examples, norms, strict=True)],
     }[weights]
-    return shares(raw if any(raw) else [1.0] * len(raw))
+    return normalize(raw if any(raw) else [1.0] * len(raw))
 
 
 def padded_average(

@@ -21,10 +21,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.algebra.init import drawn_a, initial_a
+from fedlora.algebra.init import initial_a, sample_a
 from fedlora.algebra.linalg import (
-    client_shares,
     client_weights,
+    normalized_weights,
     weighted_sum,
 )
 from fedlora.algebra.state import (
@@ -170,7 +170,7 @@ class SPP(LoRAStrategy):
         return replace(whole, tied={} if trains == "beta" else smaller, trains=trains)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = client_shares(updates, self.weights)
+        p = normalized_weights(updates, self.weights)
         sent = [_scale_of(u) for u in updates]
         new = dict(state) | {"round": state["round"] + 1}
         lost, moved, merge = 0.0, 0.0, _next_merge(state)
@@ -276,7 +276,7 @@ class SPP(LoRAStrategy):
         seed = _drawn_from(new)
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
-            new[f"{GLOBAL}{path}/alpha"] = drawn_a(seed, path, r, alpha.shape[1])
+            new[f"{GLOBAL}{path}/alpha"] = sample_a(seed, path, r, alpha.shape[1])
             new[f"{GLOBAL}{path}/beta"] = torch.zeros_like(beta)
         return new
 

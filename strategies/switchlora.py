@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.algebra.linalg import client_shares, client_weights
+from fedlora.algebra.linalg import client_weights, normalized_weights
 from fedlora.algebra.state import (
     Kept,
     State,
@@ -224,7 +224,7 @@ class SwitchLoRA(LoRAStrategy):
         return replace(base, technique=LoRA(), train_a="a" in trained, train_b="b" in trained)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = client_shares(updates, self.weights)
+        p = normalized_weights(updates, self.weights)
         done = int(state["round"])
         if self.mode == DENSE:
             mean = {

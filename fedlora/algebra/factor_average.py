@@ -16,9 +16,9 @@ from fedlora.algebra.init import initial_factors
 from fedlora.algebra.linalg import (
     at_rank,
     average,
-    client_shares,
     client_weights,
     factors_of_rank,
+    normalized_weights,
     svd,
 )
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
@@ -122,7 +122,7 @@ def factors(state: State) -> dict[str, Factors]:
 
 
 def at_common_rank(state: State, client: Client) -> Client:
-    """The client with the rank that everybody trains."""
+    """The client at the rank that all clients train."""
     ranks = Ranks({path: state[f"{GLOBAL}{path}/a"].shape[0] for path in client.ranks})
     return client if ranks == client.ranks else replace(client, ranks=ranks)
 
@@ -131,7 +131,7 @@ def next_state(
     state: State, updates: Sequence[Update], weights: str, optimizer: ServerOptimizer
 ) -> State:
     """The weighted average of the updates' factors, passed through the server optimizer."""
-    p = client_shares(updates, weights)
+    p = normalized_weights(updates, weights)
     old = factors(state)
     mean = {path: average([u.adapter[path] for u in updates], p) for path in old}
     for path, f in mean.items():

@@ -28,11 +28,11 @@ def initial_a(seed: int, module: Module, rank: int) -> Tensor:
     """
     if not 1 <= rank <= module.max_rank:
         raise ValueError(f"rank {rank} of {module.path} is not in 1..{module.max_rank}")
-    return drawn_a(seed, module.path, rank, module.d_in)
+    return sample_a(seed, module.path, rank, module.d_in)
 
 
-def drawn_a(seed: int, path: str, rank: int, d_in: int) -> Tensor:
-    """`initial_a` of whoever knows no more of a module than this."""
+def sample_a(seed: int, path: str, rank: int, d_in: int) -> Tensor:
+    """`initial_a` for callers that know only a module's path and ``d_in``; ``[rank, d_in]``."""
     g = torch_generator(seed, "init", zlib.crc32(path.encode()))
     bound = 1 / math.sqrt(d_in)
     return torch.empty(rank, d_in).uniform_(-bound, bound, generator=g)

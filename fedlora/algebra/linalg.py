@@ -26,7 +26,7 @@ from fedlora.core.types import (
 # ------------------------------------------------------------------------------------- weights
 
 
-def shares(weights: Sequence[float]) -> list[float]:
+def normalize(weights: Sequence[float]) -> list[float]:
     """``p_k = w_k / Σ_j w_j``.
 
     Raises:
@@ -44,13 +44,13 @@ def client_weights(updates: Sequence[Update], weights: str) -> list[float]:
     return [1.0 if weights == "uniform" else float(u.num_examples) for u in updates]
 
 
-def client_shares(updates: Sequence[Update], weights: str) -> list[float]:
+def normalized_weights(updates: Sequence[Update], weights: str) -> list[float]:
     """`client_weights`, made to sum to 1."""
-    return shares(client_weights(updates, weights))
+    return normalize(client_weights(updates, weights))
 
 
-def covered_shares(p: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:
-    """``[r_k]`` for each client: its share among the clients that have rank index ``i`` at all.
+def covered_weights(p: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:
+    """``[r_k]`` for each client: its fraction among the clients that have rank index ``i`` at all.
 
     The rank-partitioned weights of raFLoRA, arXiv:2602.13486: index ``i`` of client ``k`` weighs
     ``p_k / Σ_{j: r_j > i} p_j``, so that directions which few clients can hold do not fade.
@@ -60,7 +60,7 @@ def covered_shares(p: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:
 
 
 def coverage(p: Sequence[float], ranks: Sequence[int]) -> Tensor:
-    """``[max rank]`` float64: the total share of the clients whose rank exceeds ``i``."""
+    """``[max rank]`` float64: the total weight of the clients whose rank exceeds ``i``."""
     out = torch.zeros(max(ranks), dtype=torch.float64)
     for w, r in zip(p, ranks, strict=True):
         out[:r] += w
@@ -196,7 +196,7 @@ def svd_of_product(b: Tensor, a: Tensor, backend: str = "auto", rank: int = 0) -
 
 
 def svd_flops(m: int, n: int) -> float:
-    """Of a thin SVD, by the better of the two classical algorithms (Golub and Van Loan, 8.6)."""
+    """A thin SVD, by the better of the two classical algorithms (Golub and Van Loan, 8.6)."""
     p, q = max(m, n), min(m, n)
     return min(14.0 * p * q**2 + 8.0 * q**3, 6.0 * p * q**2 + 20.0 * q**3)
 
@@ -381,7 +381,7 @@ def exactness_gap(
     ``gap = ||s B A - Σ_k p_k s_k B_k A_k||_F`` over all modules together, ``norm`` that of the
     average, and ``relative`` their ratio (0 where both are zero).
     """
-    p = shares(weights)
+    p = normalize(weights)
     gap = norm = 0.0
     for path, g in global_update.items():
         b, a = stack([u.adapter[path] for u in updates], p)
@@ -398,7 +398,7 @@ def spectra(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """Of ``B A``; without a decomposition where both factors are orthogonal, as after an SVD."""
+    """The singular values of ``B A``; without a decomposition where both factors are orthogonal, as after an SVD."""
     lengths = []
     for gram in (b.T @ b, a @ a.T):
         length = gram.diagonal().clamp_min(0).sqrt()
@@ -411,7 +411,7 @@ def _singular_values(b: Tensor, a: Tensor) -> Tensor:
 
 
 def singular_value_energy(spectra: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[int, float]:
-    """For each rank, the share of ``Σ_modules ||W||_F²`` in the leading so many directions."""
+    """Rank ``r`` -> the fraction of ``Σ_modules ||W||_F²`` in the leading ``r`` directions."""
     squares = [s.double().square() for s in spectra.values()]
     total = sum(float(x.sum()) for x in squares)
     return {
@@ -420,7 +420,7 @@ def singular_value_energy(spectra: Mapping[str, Tensor], ranks: Sequence[int]) -
 
 
 def truncation_error(spectra: Mapping[str, Tensor], patterns: Sequence[Ranks]) -> dict[str, float]:
-    """For each rank pattern, ``||W - T_r(W)||_F / ||W||_F`` over all modules together, by label."""
+    """Label of each rank pattern -> ``||W - T_r(W)||_F / ||W||_F`` over all modules together."""
     squares = {path: s.double().square() for path, s in spectra.items()}
     total = sum(float(x.sum()) for x in squares.values())
     out: dict[str, float] = {}

@@ -61,7 +61,7 @@ def dense(x: Summand) -> Tensor:
 
 
 def norm(summands: Summands) -> float:
-    """The Euclidean norm of all numbers of all names together, computed in float64."""
+    """The Euclidean norm of all elements under all names together, computed in float64."""
     return math.hypot(*(_norm(x) for x in summands.values()))
 
 

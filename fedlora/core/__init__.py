@@ -1,1 +1,1 @@
-"""Values and ground rules that every room stands on."""
+"""Values, configuration and files: the room that all others import."""

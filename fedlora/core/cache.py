@@ -1,4 +1,4 @@
-"""Where things that can be made again are kept between runs."""
+"""The folder of files that can be made again, kept between runs."""
 
 import os
 from pathlib import Path

@@ -18,7 +18,7 @@ class RunError(RuntimeError):
 
 
 class WorkerDied(RunError):
-    """A worker process is gone. The run can go on from its checkpoint in a new pool."""
+    """A worker process is gone. The run can go on from its checkpoint with new workers."""
 
 
 class RunFolderError(RuntimeError):

@@ -2,7 +2,7 @@
 
 A draft is written beside its target under a name that begins with ``.unfinished_``, flushed to the
 disk and renamed. A process that is killed leaves the old file or the new one, never a half; a draft
-that it leaves behind is removed by whoever makes the same folder next or claims the folder it lies
+that it leaves behind is removed by the process that next makes the same folder or claims the folder it lies
 in.
 """
 
@@ -144,7 +144,7 @@ def _flush(path: Path) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Wait for a lock file and hold it; where the file system has no locks, go on without.
 
-    Without a lock two processes may make the same thing; whoever uses this must survive that, or
+    Without a lock two processes may make the same thing; callers must tolerate that, or
     fail loudly.
     """
     lock = FileLock(path)

@@ -1,7 +1,7 @@
 """A measured value with its weight, and the open base class of everything that measures.
 
 A `Scorer` turns what a model did on one client's examples (`Outputs`) into metrics by name. The
-metric itself says how clients are combined, so that nobody has to know its name: the summary
+metric itself says how clients are combined, so that no caller has to know its name: the summary
 (`fedlora.evaluation.summary`), the wire and the trackers treat all of them alike.
 """
 
@@ -59,7 +59,7 @@ class Outputs:
     tokens: Sequence[NDArray[Any]]
     """The true tokens after BOS, ``[t - 1]``; responses end with EOS."""
     response_at: Sequence[int]
-    """Where the response begins in them; their length where truncation left none."""
+    """Index of the first response token in each; the length where truncation left no response."""
     nll: Sequence[Tensor]
     """Negative log-likelihood of each of these tokens, ``[t - 1]`` float64, on the CPU."""
     best: Sequence[Tensor]

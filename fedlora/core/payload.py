@@ -34,13 +34,13 @@ class Payload(ABC):
     """What a client receives and returns. Never changed once made."""
 
     noun: ClassVar[str]
-    """In messages: ``factors``, ``a SparseDelta``."""
+    """The kind as error messages call it: ``factors``, ``a SparseDelta``."""
     keeps_zeros: ClassVar[bool] = False
-    """Whether it leaves the zeros of a pruned base where they are."""
+    """Whether the zeros of a pruned base stay zero under it."""
     folder: ClassVar[str] = "adapter"
-    """Of a run folder, where the final one is exported to."""
+    """Subfolder of a run folder to which the final payload is exported."""
     alone: ClassVar[str]
-    """Why a client that starts from it cannot run in one forward pass with others, where it has no
+    """Why a client that starts from it cannot share a forward pass with other clients, if it has no
     `low_rank`: for the engine's notes."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -67,12 +67,12 @@ class Payload(ABC):
         """
 
     def floats(self) -> int:
-        """How many numbers travel when it is sent to or by a real client."""
+        """Scalars that are sent to or by a real client."""
         return sum(t.numel() for _, t in self.tensors())
 
     def sent_floats(self, plan: "LocalPlan") -> int:
-        """How many numbers a client sends of it that trained as planned; all, unless some of them
-        are the server's own."""
+        """Scalars that a client sends after training as planned: all, except those that the server
+        already has."""
         return self.floats()
 
     # --- validation ---------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class Payload(ABC):
     def check(self, sender: "Client", expected: "Expected") -> str:
         """Why it must not be averaged, in a few words; empty: it may.
 
-        `fedlora.server.validation` looks at its type, its sender's name and its numbers. What is
+        `fedlora.server.validation` looks at its type, its sender's name and its values. What is
         left are its form, its shapes and what it was trained on.
 
         Args:
@@ -132,7 +132,7 @@ class Payload(ABC):
         return None
 
     def base(self) -> MovedBase | None:
-        """Over which base: None, the model's own."""
+        """The moved base that it refers to; None: the model's own."""
         return None
 
     def trained(self, factors: "Adapter") -> "Payload":

@@ -1,7 +1,7 @@
 """Names of version 0.1 and what they are called now: for messages, not for use.
 
-Nothing here is an alias. Whoever uses an old key or class is told the new one; CHANGELOG.md has the
-same table.
+Nothing here is an alias. A user of an old key or class gets the new name in the error message;
+CHANGELOG.md has the same table.
 """
 
 from collections.abc import Iterable
@@ -51,9 +51,9 @@ CLASSES: dict[str, str] = {
 
 
 def answer(names: Iterable[str]) -> str:
-    """For the end of a message: what the old ones among some keys or classes are called now.
+    """The end of an error message: the new name of each old key or class among these.
 
-    Empty where there is none.
+    Empty if there is none.
     """
     known = KEYS | CLASSES
     found = [f"{name} is {known[name]} since version 0.2" for name in names if name in known]

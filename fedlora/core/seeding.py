@@ -1,7 +1,7 @@
 """Every random stream is a function of (seed, purpose, keys): resuming or reordering changes none.
 
 No global generator is ever seeded. A purpose is a word ("cohort", "order", "dropout", ...); its
-CRC keeps streams of different purposes apart even when all other numbers agree.
+CRC keeps streams of different purposes apart even when all other arguments agree.
 """
 
 import zlib

@@ -54,7 +54,7 @@ class Technique(ABC):
         """Mount the job's start on the model and train it.
 
         Args:
-            model: a resident `fedlora.models.language_model.LanguageModel`; whoever calls unmounts.
+            model: a resident `fedlora.models.language_model.LanguageModel`; the caller unmounts.
             job: what to do.
             examples: that the client trains on.
 

@@ -1,4 +1,4 @@
-"""The nouns of federated LoRA, as values: tensors and numbers that check themselves.
+"""The values of federated LoRA: immutable dataclasses that validate their fields.
 
 Nothing here computes more than a property, reads a file or knows Flower. Symbols follow the
 papers: a client ``k`` holds factors ``A_k [r, d_in]`` and ``B_k [d_out, r]`` of each adapted
@@ -24,7 +24,7 @@ class Module:
     """One linear layer of the base model that carries an adapter."""
 
     path: str
-    """As in ``model.named_modules()``, for example ``model.layers.0.self_attn.q_proj``."""
+    """The name in ``model.named_modules()``, for example ``model.layers.0.self_attn.q_proj``."""
     kind: Literal["attention", "mlp"]
     d_out: int
     d_in: int
@@ -136,7 +136,7 @@ class Setting:
 
     modules: tuple[Module, ...]
     model_parameters: int
-    """Of the base model, for parameter budgets."""
+    """Parameters of the base model, for budgets relative to them."""
     alpha: float
     clients: tuple[Client, ...]
     """The whole population, ``clients[i].id == i``; ranks are already clamped to the modules."""
@@ -144,16 +144,16 @@ class Setting:
     mask: str = ""
     """Identity of a pruned base's zeros (`fedlora.models.masks`); empty: it is dense."""
     density: float = 1.0
-    """Share of the modules' weights that are not zero."""
+    """Fraction of the modules' weights that are not zero."""
 
     @property
     def max_ranks(self) -> Ranks:
-        """Per module, the largest rank that any client holds."""
+        """The largest rank of any client, per module."""
         return Ranks({m.path: max(r[m.path] for r in self.rank_patterns) for m in self.modules})
 
     @property
     def min_ranks(self) -> Ranks:
-        """Per module, the smallest rank that any client holds."""
+        """The smallest rank of any client, per module."""
         return Ranks({m.path: min(r[m.path] for r in self.rank_patterns) for m in self.modules})
 
     @cached_property
@@ -175,13 +175,13 @@ class LocalPlan:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     momentum: float = 0.0
-    """Of ``sgd`` alone."""
+    """SGD only."""
     weight_decay: float = 0.0
     """Decoupled for ``adamw``, L2 for ``sgd`` (as in PyTorch)."""
     schedule: str = "linear"
     """``linear`` to zero, ``cosine`` to zero or ``constant``, within the round, after warm-up."""
     warmup: float = 0.0
-    """Share of the round's steps over which the learning rate rises linearly from zero."""
+    """Fraction of the round's steps over which the learning rate rises linearly from zero."""
     epochs: int = 1
     steps: int = 0
     """If positive, exactly this many optimizer steps (data cycled or cut); else whole epochs."""
@@ -196,7 +196,7 @@ class LocalPlan:
     max_grad_norm: float = 1.0
     """Global gradient norm bound; 0: no clipping."""
     dropout: float = 0.05
-    """On the adapter's input."""
+    """Dropout probability of the adapter's input."""
     loss: str = "full"
     """Tokens with a loss: ``full`` (prompt and response) or ``response``."""
     autocast: str = "none"
@@ -234,7 +234,7 @@ class EvaluatePlan:
 
     split: str = "test"
     max_examples: int = 0
-    """Per client; 0: all."""
+    """Examples per client; 0: all."""
     batch_size: int = 8
     generate: bool = True
     """Greedy generation after the prompt, for the metrics that need texts."""
@@ -265,8 +265,8 @@ class TrainJob:
     start: Payload
     plan: LocalPlan
     residual: Mapping[str, Tensor] | None = None
-    """What rounding on the wire has withheld of the client's changes so far; ``None``: no account
-    is kept (`fedlora.wire.change`)."""
+    """The rounding error of the client's changes on the wire, summed so far; ``None``: not
+    tracked (`fedlora.wire.change`)."""
 
 
 @dataclass(frozen=True)
@@ -285,34 +285,34 @@ class Update:
     """What a client sends back."""
 
     client: Client
-    """With the ranks that the payload has: smaller than on arrival after self-pruning."""
+    """The client with the ranks of its payload: smaller than at the start after self-pruning."""
     payload: Payload
     num_examples: int
     """Its weight in the aggregation: training examples it holds (``n_k``)."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     residual: Mapping[str, Tensor] | None = None
-    """What rounding on the wire withholds from now on; ``None``: no account is kept."""
+    """The new rounding error on the wire; ``None``: not tracked."""
 
     @cached_property
     def adapter(self) -> Adapter:
         """The payload, which must be low-rank factors."""
         if not isinstance(self.payload, Mapping):
             kind = type(self.payload).__name__
-            raise TypeError(f"client {self.client.id} sent a {kind} where factors were due")
+            raise TypeError(f"client {self.client.id} sent a {kind} where factors are required")
         return self.payload
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an update is held against (`Payload.check`)."""
+    """What an update is checked against (`Payload.check`)."""
 
     client: Client
-    """As it was enlisted for the round."""
+    """The client as enlisted for the round."""
     start: Payload
     """What it started the round from; the shapes come from here."""
     plan: LocalPlan
     density: float = 1.0
-    """Of the server's pruned base, for the message to a client that has another."""
+    """Density of the server's pruned base, for the message to a client that has another."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class Evaluation:
 
     client: Client
     metrics: Mapping[str, Metric]
-    """By name: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the plan
+    """Name -> metric: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the plan
     asked for."""
 
     @property

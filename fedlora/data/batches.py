@@ -48,7 +48,7 @@ class Batch:
     targets: Tensor
     """``[n]`` int64: the token that follows each of these positions."""
     position_ids: Tensor | None = None
-    """Of every input in its own sequence, shaped like ``inputs``, where rows hold several; None:
+    """Position of every input in its own sequence, shaped like ``inputs``, where rows hold several; None:
     counted from each row's start."""
 
     @property
@@ -97,7 +97,7 @@ def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
 
 
 def subset(n: int, limit: int, seed: int, purpose: str, *keys: int) -> list[int]:
-    """At most ``limit`` of ``n`` indices, drawn without replacement, ascending; 0: all."""
+    """Draw at most ``limit`` of ``n`` indices without replacement, ascending; 0: all."""
     if not 0 < limit < n:
         return list(range(n))
     return sorted(generator(seed, purpose, *keys).permutation(n)[:limit].tolist())
@@ -141,7 +141,7 @@ def micro_batches(
 def check_vocabulary(examples: Sequence[TokenExample], vocabulary: int, client: int) -> None:
     """Raise an IndexError that names the client and its first token that the model lacks.
 
-    One such token would end the forward pass of everybody in it.
+    One such token would end the forward pass of all its clients.
     """
     for e in examples:
         least, most = int(e.input_ids.min()), int(e.input_ids.max())
@@ -161,7 +161,9 @@ def trainable(examples: Sequence[E], loss: str) -> list[E]:
     return [e for e in examples if supervised_tokens(e, loss) > 0]
 
 
-def drawn(examples: Sequence[E], plan: LocalPlan, *, seed: int, round: int, client: int) -> list[E]:
+def sample_examples(
+    examples: Sequence[E], plan: LocalPlan, *, seed: int, round: int, client: int
+) -> list[E]:
     """What a client trains on this round: its trainable examples, or a random part of them."""
     usable = trainable(examples, plan.loss)
     chosen = subset(len(usable), plan.max_examples, seed, "subset", round, client)

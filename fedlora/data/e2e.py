@@ -46,7 +46,7 @@ _VERSION = 1  # of the rules above and of the dealing below: part of the fingerp
 
 
 class Text(NamedTuple):
-    """Where a row was read, and what it says."""
+    """One row: where it was read, and its content."""
 
     split: str
     mr: str
@@ -76,10 +76,10 @@ class E2E(Source):
     ``test``), ``mr_orig`` and ``ref``."""
     clients: int = 3
     partition: str = "iid"
-    """Of the training rows. ``iid``: equal random parts. ``by_mr``: all references of an MR are on
+    """Partition of the training rows. ``iid``: equal random parts. ``by_mr``: all references of an MR are on
     one client. ``restaurant``: all rows of a restaurant (attribute ``name``) are. ``dirichlet``:
-    clients' shares of each value of `by` are drawn from Dir(`alpha`). Validation and test rows
-    belong to nobody: their MRs are dealt evenly, each with all its references, so that evaluating
+    clients' fractions of each value of `by` are drawn from Dir(`alpha`). Validation and test rows
+    belong to no client: their MRs are dealt evenly, each with all its references, so that evaluating
     every client is evaluating the official split."""
     alpha: float = 0.5
     by: str = "food"
@@ -92,7 +92,7 @@ class E2E(Source):
     max_test: int = 0
     """MRs of the test split, likewise."""
     seed: int = 0
-    """Of partition and draws; not the seed of the run, so that runs share their data."""
+    """Seed of partition and draws; not the seed of the run, so that runs share their data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,7 +113,7 @@ class E2E(Source):
     def records(self) -> Iterator[Record]:
         """Records by client, then split; the file's order within a split unless drawn at random."""
         rows = self._rows()
-        train = [rows["train"][i] for i in self._drawn(len(rows["train"]), "train")]
+        train = [rows["train"][i] for i in self._sample_mrs(len(rows["train"]), "train")]
         held = {
             "train": [[train[i] for i in part] for part in self._partition(train)],
             "eval": self._dealt(rows["eval"], "eval"),
@@ -151,11 +151,11 @@ class E2E(Source):
                 raise DataError(f"data.path={self.path!r} has no rows of the {split} split")
         return rows
 
-    def _drawn(self, count: int, split: str) -> list[int]:
+    def _sample_mrs(self, count: int, split: str) -> list[int]:
         return subset(count, getattr(self, f"max_{split}"), self.seed, f"e2e {split}")
 
     def _partition(self, rows: Sequence[Row]) -> list[list[int]]:
-        """Row numbers of each client."""
+        """Row indices of each client."""
         if self.partition == "iid":
             return partition.iid(len(rows), self.clients, self.seed)
         if self.partition == "dirichlet":
@@ -172,9 +172,9 @@ class E2E(Source):
         return self._united(groups, "e2e partition")
 
     def _dealt(self, rows: Sequence[Row], split: str) -> list[list[Row]]:
-        """The drawn MRs of a split nobody owns, as rows of each client."""
+        """The drawn MRs of a split that no client owns, as rows of each client."""
         groups = _groups([row.context for row in rows])
-        groups = [groups[i] for i in self._drawn(len(groups), split)]
+        groups = [groups[i] for i in self._sample_mrs(len(groups), split)]
         parts = self._united(groups, f"e2e deal {split}")
         return [[rows[i] for i in part] for part in parts]
 

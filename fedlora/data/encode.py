@@ -32,7 +32,7 @@ class Encoded:
 
     ids: list[int]
     prompt_tokens: int
-    """With BOS and mark. The response is ``ids[prompt_tokens:]``."""
+    """Token ids with BOS and mark. The response is ``ids[prompt_tokens:]``."""
     truncated: bool
 
 

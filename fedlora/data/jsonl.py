@@ -42,7 +42,7 @@ class Jsonl(Source):
     are drawn at random by the two fractions."""
     eval_fraction: float = 0.1
     test_fraction: float = 0.1
-    """Of each client's records, at least one if the client has three or more."""
+    """Fraction of each client's records, at least one record if the client has three or more."""
     partition: str = "natural"
     """``natural``: one client per value of `key`. ``iid``: `clients` equal random parts.
     ``dirichlet``: `clients` parts; their fractions of each value of `by` are drawn from
@@ -52,9 +52,9 @@ class Jsonl(Source):
     alpha: float = 0.5
     by: str = "category"
     min_examples: int = 1
-    """Of a client under ``dirichlet``: fractions are drawn again until every client has as many."""
+    """Minimum per client under ``dirichlet``: fractions are drawn again until every client has as many."""
     seed: int = 0
-    """Of the partition and the split; not the seed of the run, so that runs share their data."""
+    """Seed of the partition and the split; not the seed of the run, so that runs share their data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +137,7 @@ class Jsonl(Source):
         return row
 
     def _partition(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[int]]]:
-        """Name and row numbers of each client."""
+        """Name and row indices of each client."""
         if self.partition == "natural":
             for members in partition.natural([str(row[self.key]) for row in rows]):
                 yield str(rows[members[0]][self.key]), members

@@ -48,7 +48,7 @@ class NaturalInstructions(Source):
     ``client_id, split, category, instruction, input, output``, or a hub id such as
     ``Muennighoff/natural-instructions``."""
     revision: str | None = None
-    """Of the hub data set."""
+    """Revision of the hub data set."""
     seed: int = 0
     """Draws the examples of each task when a hub data set has no clients of its own."""
 

@@ -38,7 +38,7 @@ def iid(count: int, clients: int, seed: int) -> list[list[int]]:
 def dirichlet(
     labels: Sequence[str], clients: int, alpha: float, min_examples: int, seed: int
 ) -> list[list[int]]:
-    """Each client's share of every label is drawn from Dir(`alpha`).
+    """Each client's fraction of every label is drawn from Dir(`alpha`).
 
     Raises:
         DataError: if there are more clients than examples, or if in ten draws some client always
@@ -72,9 +72,9 @@ def balanced(sizes: Sequence[int], clients: int, seed: int, purpose: str) -> lis
     Clients beyond the number of groups get none.
 
     Args:
-        sizes: of each group, at least 1.
+        sizes: size of each group, at least 1.
         clients: how many there are.
-        seed: of the draw.
+        seed: seed of the draw.
         purpose: keeps draws of one seed apart, as in `fedlora.core.seeding.generator`.
     """
     order = generator(seed, purpose).permutation(len(sizes)).tolist()

@@ -10,7 +10,7 @@ class Record:
     """One example of one client, as text."""
 
     client: int
-    """In ``0..N-1``."""
+    """The client's id, in ``0..N-1``."""
     split: str
     """One of `SPLITS`."""
     category: str
@@ -19,6 +19,6 @@ class Record:
     input: str
     """May be empty."""
     output: str
-    """May be empty: the model then has to learn to say nothing."""
+    """May be empty: the model then learns to answer with EOS at once."""
     client_name: str = ""
     """What the source itself calls the client; empty: its id."""

@@ -21,7 +21,7 @@ _HASHED_BYTES = 64 * 2**20  # up to here a file is identified by its content: at
 
 @dataclass(frozen=True, kw_only=True)
 class Source(ABC):
-    """Where records come from, and how long a tokenised example may be."""
+    """A source of records, and the maximal length of a tokenised example."""
 
     name: ClassVar[str]
     """Short name for folders, run names and tables."""

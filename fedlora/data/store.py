@@ -39,7 +39,7 @@ class Example:
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
     prompt_tokens: int
-    """With BOS, if the template has it. The response is ``input_ids[prompt_tokens:]``."""
+    """Token ids, with BOS if the template has it. The response is ``input_ids[prompt_tokens:]``."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ClientInfo:
 
     id: int
     category: str
-    """Of most of its examples."""
+    """The category of most of its examples."""
     num_train: int
     num_eval: int
     num_test: int
@@ -222,7 +222,7 @@ class TokenStore:
         return Example(self._tokens[start : start + tokens].astype(np.int32), prompt_tokens)
 
     def statistics(self) -> dict[str, Any]:
-        """Plain numbers about the whole store; shares lie in [0, 1]."""
+        """Counts and fractions (in [0, 1]) of the whole store."""
         tokens, prompts, flags = (self._index[:, c] for c in (1, 2, 5))
         empty = (flags & EMPTY_OUTPUT) > 0
         held = np.diff(self._bounds).reshape(-1, len(SPLITS))

@@ -23,7 +23,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
-from fedlora.data.batches import drawn
+from fedlora.data.batches import sample_examples
 from fedlora.data.store import Example, TokenStore
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.language_model import LanguageModel
@@ -170,7 +170,7 @@ def examples_for(
         ValueError: if none of them has a token to learn from.
     """
     held = store.examples(client, "train")
-    examples = drawn(held, plan, seed=seed, round=round, client=client)
+    examples = sample_examples(held, plan, seed=seed, round=round, client=client)
     if not examples:
         raise ValueError(
             f"client {client} has nothing to train on: {len(held)} training examples, none with a "

@@ -1,1 +1,1 @@
-"""What a model does on held-out examples, in numbers."""
+"""Metrics of a model on held-out examples."""

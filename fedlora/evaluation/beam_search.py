@@ -27,8 +27,8 @@ from fedlora.core.checks import at_least
 from fedlora.evaluation.metrics import (
     Ids,
     by_length,
-    continued,
-    trimmed,
+    generate_ids,
+    trim,
 )
 from fedlora.models.language_model import LanguageModel
 
@@ -67,9 +67,9 @@ class Hypothesis:
     """Without the token that ended it, ``[t]``."""
     text: str
     ended: bool
-    """By an end token, not by ``max_new_tokens``."""
+    """Whether an end token ended it, not ``max_new_tokens``."""
     score: float | None = None
-    """Of the search, where `search` was asked for it."""
+    """The steps of the search, if `search` was asked for them."""
 
 
 def search(
@@ -88,7 +88,7 @@ def search(
             lose tokens after their first, as in `fedlora.evaluation.metrics`.
         plan: how to search.
         scores: whether to keep the scores. transformers then holds the log-probabilities of all
-            steps: ``batch_size · beams · vocabulary`` numbers for each token. Not for one beam.
+            steps: ``batch_size · beams · vocabulary`` scalars for each token. Not for one beam.
         progress: told how many prompts are done, of how many, after every batch.
 
     Returns:
@@ -100,7 +100,7 @@ def search(
     if scores and plan.beams == 1:
         raise ValueError("scores are of beam search; decoding.beams=1 is greedy and has none")
     room = max(1, model.info.context - plan.max_new_tokens)
-    fitting = [trimmed(p, room) for p in prompts]
+    fitting = [trim(p, room) for p in prompts]
     found: dict[int, Hypothesis] = {}
     for rows in by_length([len(p) for p in fitting], plan.batch_size):
         found |= zip(rows, _batch(model, [fitting[i] for i in rows], plan, scores), strict=True)
@@ -131,7 +131,7 @@ def _batch(
         settings |= {"early_stopping": False, "output_scores": scores}
     rules = [NoRepeat(plan.no_repeat, width)] if plan.no_repeat else []
     with torch.no_grad():
-        out = continued(model, prompts, plan.max_new_tokens, rules, **settings)
+        out = generate_ids(model, prompts, plan.max_new_tokens, rules, **settings)
     reached = out.sequences_scores.tolist() if scores else [None] * len(prompts)
     new = out.sequences[:, width:].cpu().numpy()
     return [_hypothesis(model, row, ends, s) for row, s in zip(new, reached, strict=True)]

@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 
 Texts: TypeAlias = Sequence[str]
 References: TypeAlias = Sequence[Sequence[str]]
-"""Of each hypothesis: one text or more."""
+"""The references of each hypothesis: one text or more."""
 Gram: TypeAlias = tuple[str, ...]
 
 NIST_ORDER, CIDER_ORDER = 5, 4

@@ -55,7 +55,7 @@ def measure(
     Returns:
         As `metrics_of`.
     """
-    panel = chosen(examples, references, plan, seed=seed, client=client)
+    panel = select_panel(examples, references, plan, seed=seed, client=client)
     guesses = likelihoods(model, panel.examples, plan)
     texts: list[str] = []
     if plan.generate:
@@ -69,10 +69,10 @@ class Panel:
 
     examples: list[TokenExample]
     references: list[str]
-    """Of the examples; empty without generation."""
+    """Reference texts of the examples; empty without generation."""
 
 
-def chosen(
+def select_panel(
     examples: Sequence[TokenExample],
     references: Sequence[str] | None,
     plan: EvaluatePlan,
@@ -80,7 +80,7 @@ def chosen(
     seed: int,
     client: int,
 ) -> Panel:
-    """A client's part of its examples; the arguments are those of `measure`.
+    """Draw the examples of a client that are measured; the arguments are those of `measure`.
 
     Raises:
         ValueError: if there is generation and no references.
@@ -99,7 +99,7 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 Guess: TypeAlias = tuple[Tensor, Tensor]
-"""Of every token of an example after BOS: its negative log-likelihood (float64) and the most likely
+"""For every token of an example after BOS: its negative log-likelihood (float64) and the most likely
 token in its place, both ``[t - 1]``, on the CPU."""
 
 
@@ -191,7 +191,7 @@ def prompts(
     model: LanguageModel, examples: Sequence[TokenExample], plan: EvaluatePlan
 ) -> list[Ids]:
     """What each example's response is generated after, with room for it in the context."""
-    return [trimmed(ids, _room(model, plan)) for ids in map(_prompt, examples)]
+    return [trim(ids, _room(model, plan)) for ids in map(_prompt, examples)]
 
 
 def _prompt(example: TokenExample) -> Ids:
@@ -202,7 +202,7 @@ def _room(model: LanguageModel, plan: EvaluatePlan) -> int:
     return max(1, model.info.context - plan.max_new_tokens)
 
 
-def trimmed(ids: Ids, room: int) -> Ids:
+def trim(ids: Ids, room: int) -> Ids:
     """A prompt that fits: the first token (BOS) and as much of its end as there is room for."""
     if len(ids) <= room:
         return ids
@@ -226,18 +226,18 @@ def greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) ->
 def _greedy(model: LanguageModel, prompts: Sequence[Ids], max_new_tokens: int) -> list[Ids]:
     """New token ids of each prompt, without EOS and what follows it."""
     eos = model.tokenizer.eos_token_id
-    new = continued(model, prompts, max_new_tokens)[:, max(map(len, prompts)) :].cpu().numpy()
+    new = generate_ids(model, prompts, max_new_tokens)[:, max(map(len, prompts)) :].cpu().numpy()
     return [row[: _until(row, eos)] for row in new]
 
 
-def continued(
+def generate_ids(
     model: LanguageModel,
     prompts: Sequence[Ids],
     max_new_tokens: int,
     processors: Sequence[Any] = (),
     **settings: Any,
 ) -> Any:
-    """What transformers generates after prompts, all in one batch: greedily, unless told otherwise.
+    """Continue prompts with transformers' ``generate``, all in one batch; greedily by default.
 
     Args:
         model: as mounted.

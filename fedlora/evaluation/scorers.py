@@ -95,7 +95,7 @@ class TeacherForcedRouge(Scorer):
 
 
 DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch())
-"""As in conf/evaluate/metrics/default.yaml."""
+"""The scorers of conf/evaluate/metrics/default.yaml."""
 
 
 def scorers_of(plan: EvaluatePlan) -> list[Scorer]:

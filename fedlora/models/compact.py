@@ -1,7 +1,7 @@
 """A pruned model's folder without its zeros, and back: for disks and wires, not for loading.
 
 A compact folder holds `FILE` where the model's weights would be: of every masked weight the values
-that are not zero and a bit per position. Whoever loads one gets the whole model from the cache.
+that are not zero and a bit per position. Loading one gives the whole model from the cache.
 """
 
 import shutil
@@ -43,7 +43,7 @@ def compact(folder: Path) -> int:
     return size
 
 
-def expanded(folder: Path) -> Path:
+def expand(folder: Path) -> Path:
     """The whole model of a compact folder, made once in the cache; another folder as it is.
 
     Raises:

@@ -126,7 +126,7 @@ def merge(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
 
 
 def _masks(model: LanguageModel) -> Masks:
-    """Of all that was pruned, whether it carries updates here or not."""
+    """The masks of all pruned layers, whether they carry updates here or not."""
     if model.folder is not None:
         return load_masks(model.folder)
     masks = {p: (dense_weight(x.base) != 0).cpu() for p, x in model.layers.items()}

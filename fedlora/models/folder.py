@@ -25,7 +25,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 4096  # of a weight file, enough to tell two train
 
 
 def _asset_folders() -> Iterator[Path]:
-    """Where assets may be: Flower ships an app without them."""
+    """The folders in which assets may be: Flower ships an app without them."""
     if root := os.environ.get(variables.ASSETS):
         yield Path(root).expanduser()
     yield from places("fedlora/models/assets")

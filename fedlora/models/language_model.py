@@ -20,7 +20,7 @@ from fedlora.models.qkv import join_state
 
 T = TypeVar("T")
 
-if TYPE_CHECKING:  # transformers takes seconds to import, and whoever only configures needs none
+if TYPE_CHECKING:  # transformers takes seconds to import, and configuration alone needs none of it
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
@@ -62,7 +62,7 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the network lives."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     @property
@@ -73,7 +73,7 @@ class LanguageModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of mounted parameters: float32, or the base's type if that is wider."""
+        """The dtype of mounted parameters: float32, or the base's type if that is wider."""
         return torch.promote_types(self.network.dtype, torch.float32)
 
     def mount(
@@ -133,7 +133,7 @@ class LanguageModel:
     def dropout_bits(self, seed: int, rows: int) -> dict[str, Tensor]:
         """Module path -> what the masks of one forward are a function of, ``[rows, d_in]`` int16.
 
-        Of all modules, so that whoever holds some of them draws what whoever holds all would.
+        For all modules, so that a stage with some of them draws the same bits as the whole model.
         """
         widths = [m.d_in for m in self.info.modules]
         drawn = dropout_bits(rows, widths, seed, self.device)

@@ -37,7 +37,7 @@ class LinearUpdate(ABC):
     p: float = 0.0
     """Dropout rate of the input of a branch beside the layer."""
     bits: Tensor | None = None
-    """Of the next forward's mask (`dropout_bits`); whoever trains with dropout sets it."""
+    """Random bits of the next forward's mask (`dropout_bits`), set by code that trains with dropout."""
 
     @abstractmethod
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
@@ -73,9 +73,9 @@ def dropped_share(p: float) -> int:
 
 
 def dropout_bits(rows: int, widths: Sequence[int], seed: int, device: torch.device) -> list[Tensor]:
-    """Sixteen random bits for every number that goes into the adapters of one forward pass.
+    """Sixteen random bits for every element that goes into the adapters of one forward pass.
 
-    They are drawn at once, in 64-bit words: drawing bits one number at a time, as torch's own
+    They are drawn at once, in 64-bit words: drawing bits one element at a time, as torch's own
     dropout does on a CPU, takes a quarter of a small model's training step.
 
     Args:
@@ -97,7 +97,7 @@ def dropout_bits(rows: int, widths: Sequence[int], seed: int, device: torch.devi
 
 
 def survivors(bits: Tensor, thresholds: Tensor | int, dtype: torch.dtype) -> Tensor:
-    """1 where a number survives a dropout, 0 elsewhere, in the shape of ``bits``.
+    """1 where an element survives a dropout, 0 elsewhere, in the shape of ``bits``.
 
     Numbers rather than booleans, which torch compares and multiplies four times slower on a CPU.
 
@@ -111,7 +111,7 @@ def survivors(bits: Tensor, thresholds: Tensor | int, dtype: torch.dtype) -> Ten
 
 
 def threshold(dropped: int) -> int:
-    """Below it sixteen bits, as an int16, drop a number: for a `dropped_share` below 2^16."""
+    """Below it sixteen bits, as an int16, drop an element: for a `dropped_share` below 2^16."""
     return dropped - 2**15
 
 
@@ -123,7 +123,7 @@ def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
     Args:
         x: any shape.
         p: the rate.
-        bits: int16, as many numbers as ``x`` has, uniform.
+        bits: int16, as many elements as ``x`` has, uniform.
     """
     dropped = dropped_share(p)
     if dropped == 0:

@@ -47,7 +47,7 @@ def identity(masks: Masks) -> str:
 
 
 def density(masks: Masks) -> float:
-    """Share of weights that are not zero."""
+    """Fraction of weights that are not zero."""
     total = sum(m.numel() for m in masks.values())
     return sum(int(m.sum()) for m in masks.values()) / max(total, 1)
 
@@ -119,7 +119,7 @@ def save_masks(masks: Masks, folder: Path) -> str:
 
 
 def mask_identity(folder: Path) -> str:
-    """Of the masks in a model folder; empty: it has none. Reads a header."""
+    """Identity of the masks in a model folder; empty: it has none. Reads a header."""
     if not (folder / MASKS).is_file():
         return ""
     with safe_open(folder / MASKS, framework="pt") as file:

@@ -20,7 +20,7 @@ class ModelInfo:
     modules: tuple[Module, ...]
     """The layers that carry an adapter, in the order of ``named_modules()``."""
     parameters: int
-    """Of the base model; tied weights count once."""
+    """Parameters of the base model; tied weights count once."""
     context: int
     """Longest sequence, in tokens."""
     fingerprint: str

@@ -34,13 +34,13 @@ class Split:
     """A layer that the model's files hold as one and the network computes as several."""
 
     path: str
-    """Of the fused layer, which is also the parent of its parts."""
+    """Path of the fused layer, which is also the parent of its parts."""
     parts: tuple[Module, ...]
-    """In the order of their outputs."""
+    """Names of the parts, in the order of their outputs."""
 
     @property
     def d_out(self) -> int:
-        """Of the fused layer."""
+        """Module path of each part inside the fused layer."""
         return sum(part.d_out for part in self.parts)
 
     def rows(self) -> dict[str, slice]:
@@ -57,7 +57,7 @@ class SplitLinear(nn.Module):
 
     Args:
         fused: a ``Conv1D``, which stores ``[d_in, d_out]``; on any device.
-        names: of the parts, which have equal shares of its outputs.
+        names: names of the parts, which have equally many of its outputs.
     """
 
     def __init__(self, fused: Any, names: Sequence[str]) -> None:

@@ -22,7 +22,7 @@ def check_recomputable(network: Any) -> None:
 def recomputing(network: Any) -> Iterator[None]:
     """Let a ``PreTrainedModel`` keep only its blocks' inputs and compute the rest again.
 
-    transformers recomputes blocks in training mode alone, in which some drop numbers (OPT), and
+    transformers recomputes blocks in training mode alone, in which some apply dropout (OPT), and
     leaves hooks on the embeddings. Here the blocks' own ``forward`` is replaced for a while. Not
     for generation: a block that is computed again would add to the cache twice.
     """

@@ -46,7 +46,7 @@ class ModelSpec(ABC):
     """``all-linear`` (all but the output embedding, as in PEFT) or a list of ends of module paths,
     for example ``[q_proj, v_proj]``."""
     dtype: str = "float32"
-    """Of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case. Workers
+    """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case. Workers
     of a machine share the memory of a base that is held as its file has it (see `load`)."""
 
     def __post_init__(self) -> None:
@@ -277,9 +277,9 @@ class SmolLM2(ModelSpec):
         return "smollm2"
 
     def folder(self) -> Path:
-        from fedlora.models.smollm2 import converted
+        from fedlora.models.smollm2 import convert
 
-        return Path(self.path).expanduser().absolute() if self.path else converted()
+        return Path(self.path).expanduser().absolute() if self.path else convert()
 
     def resolved(self) -> Self:
         return dataclasses.replace(self, path=str(self.folder()))
@@ -325,9 +325,9 @@ class HuggingFace(ModelSpec):
         return Path(self.path).expanduser().is_dir()
 
     def folder(self) -> Path:
-        from fedlora.models.compact import expanded
+        from fedlora.models.compact import expand
 
-        return expanded(self._found())
+        return expand(self._found())
 
     def _found(self) -> Path:
         """The folder as it is on this machine."""

@@ -1,6 +1,6 @@
-"""Consecutive parts of a causal language model, for parties that hold one each.
+"""Consecutive parts of a causal language model, for participants that hold one each.
 
-A stage is a shallow copy of the network that keeps only what its party owns: the same blocks (not
+A stage is a shallow copy of the network that keeps only what its participant owns: the same blocks (not
 copies of their weights), with a pseudo-block in front that puts hidden states in where the blocks
 below the cut stood, and one behind that takes them out. What an architecture does before its first
 block (position embeddings, scaling) and after its last one (norm, head, capping of logits) thus
@@ -40,7 +40,7 @@ def blocks_of(modules: Iterable[Module]) -> Mapping[str, int]:
     """Module path -> index of its block.
 
     Raises:
-        ModelError: naming a module outside the blocks: no party of a split could own it.
+        ModelError: naming a module outside the blocks: no participant of a split could own it.
     """
     found = {}
     for module in modules:
@@ -106,11 +106,11 @@ class _Nothing(nn.Module):
 
 
 class Stage:
-    """One party's part of a resident model.
+    """One participant's part of a resident model.
 
     Args:
         model: whose blocks it shares. Adapters are mounted on it (`mount`), module by module, so
-            stages of several parties over one model take turns.
+            stages of several participants over one model take turns.
         span: which part.
 
     Raises:
@@ -134,7 +134,7 @@ class Stage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of hidden states."""
+        """Width of the hidden states."""
         return self.model.network.dtype
 
     def mount(self, updates: Mapping[str, Any]) -> None:
@@ -255,7 +255,7 @@ class _Habits:
     in_tuple: bool
     """Blocks return tuples that begin with the hidden states."""
     before: frozenset[str]
-    """Of the modules beside the list of blocks, those that run before the first one."""
+    """The modules beside the list of blocks that run before the first block."""
 
 
 def _habits(model: LanguageModel, path: str, blocks: nn.ModuleList) -> _Habits:

@@ -23,9 +23,9 @@ class PrunedBase:
     """A pruned model as a server hands it out."""
 
     density: float
-    """Share of the masked layers' weights that are not zero."""
+    """Fraction of the masked layers' weights that are not zero."""
     bytes: int
-    """Of all tensors without their zeros: what `fedlora.models.masks.save_sparse` writes."""
+    """Bytes of all tensors without their zeros: what `fedlora.models.masks.save_sparse` writes."""
 
 
 def inspect(folder: Path) -> PrunedBase:

@@ -1,1 +1,1 @@
-"""Who the clients are, what they can hold and who takes part."""
+"""The clients: resource tiers, ranks, and the cohort of a round."""

@@ -27,7 +27,7 @@ class Tier:
 
     name: str
     fraction: float
-    """Of the clients."""
+    """Fraction of the clients."""
     attention: int
     """Rank in attention modules."""
     mlp: int
@@ -77,12 +77,12 @@ class RankDistribution:
     """``homogeneous``, ``uniform``, ``heavy_tail_light``, ``heavy_tail_strong``, ``normal`` or
     ``custom`` (the fractions in ``tiers``)."""
     variant: str = "paper"
-    """Whose numbers: ``paper``, released ``code`` or its ``readme``."""
+    """Source of the fractions: ``paper``, released ``code`` or its ``readme``."""
     preset: str = "scaled"
-    """Whose ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same fraction of this
+    """Source of the ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same fraction of this
     model's parameters; ignored where ``tiers`` are given."""
     rank: int = 0
-    """Of ``homogeneous`` alone: this rank in every module; 0: the smallest tier's."""
+    """``homogeneous`` only: this rank in every module; 0: the smallest tier's."""
     tiers: tuple[Mapping[str, object], ...] = ()
     """A user's own tiers: mappings with name, attention, mlp and, for ``custom``, fraction."""
     alpha: float = 16.0
@@ -111,7 +111,7 @@ class RankDistribution:
     def resolve(self, modules: Sequence[Module], model_parameters: int) -> tuple[Tier, ...]:
         """The tiers that clients are in, for one model, with the fractions of this distribution.
 
-        A tier of fraction zero is left out: nobody holds its ranks, so no model can be too small.
+        A tier of fraction zero is left out: no client holds its ranks, so no model can be too small.
 
         Raises:
             ValueError: for a rank that some module cannot hold while ``clamp`` is off.

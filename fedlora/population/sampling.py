@@ -39,12 +39,12 @@ class Population:
     clients: int = 0
     """How many of the data's clients exist (the first n); 0: all."""
     fraction: float = 0.05
-    """Share of the population that trains in a round: ``max(1, floor(fraction * N))``. A product
+    """Fraction of the population that trains in a round: ``max(1, floor(fraction * N))``. A product
     such as ``0.29 * 100`` counts as the whole number it means, not as the float just below."""
     per_round: int = 0
     """If positive, exactly so many instead."""
     unseen_fraction: float = 0.1
-    """Share of the clients that never trains: ``unseen_random``."""
+    """Fraction of the clients that never trains: ``unseen_random``."""
     unseen_categories: tuple[str, ...] = ()
     """Categories (such as tasks) whose clients never train: ``unseen_task``."""
 
@@ -91,7 +91,7 @@ def enroll(
 
     Raises:
         ValueError: if more clients are asked for than the data has, a category does not exist, or
-            nobody is left to train.
+            no client is left to train.
     """
     shards = members(population, shards)
     total = len(shards)

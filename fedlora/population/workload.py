@@ -12,7 +12,7 @@ from fedlora.population.sampling import Shard
 
 
 def examples_seen(n: int, plan: LocalPlan) -> int:
-    """How many examples all optimizer steps of a round see together, of ``n`` that are there.
+    """How many examples the optimizer steps of a round process in total, given ``n`` usable examples.
 
     The sum of the batches of `fedlora.data.batches.step_indices`.
     """
@@ -25,17 +25,17 @@ def examples_seen(n: int, plan: LocalPlan) -> int:
 def training_tokens(shard: Shard, plan: LocalPlan) -> float:
     """Tokens that a client trains on in a round, repetitions counted."""
     examples, tokens = shard.holds("train")
-    return examples_seen(_drawn(examples, plan), plan) * _mean(examples, tokens)
+    return examples_seen(_count_used(examples, plan), plan) * _mean(examples, tokens)
 
 
 def evaluation_tokens(shard: Shard, plan: EvaluatePlan) -> float:
     """Tokens that a client reads and, if it generates, may write."""
     examples, tokens = shard.holds(plan.split)
     written = plan.max_new_tokens if plan.generate else 0
-    return _drawn(examples, plan) * (_mean(examples, tokens) + written)
+    return _count_used(examples, plan) * (_mean(examples, tokens) + written)
 
 
-def _drawn(examples: int, plan: LocalPlan | EvaluatePlan) -> int:
+def _count_used(examples: int, plan: LocalPlan | EvaluatePlan) -> int:
     return min(examples, plan.max_examples) if plan.max_examples else examples
 
 

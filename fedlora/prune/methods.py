@@ -16,7 +16,7 @@ from fedlora.prune.pattern import Pattern
 BLOCK = 128
 """Columns that SparseGPT decides at a time."""
 DAMPING = 0.01
-"""Added to the diagonal of ``H``, as a share of its mean."""
+"""Added to the diagonal of ``H``, as a fraction of its mean."""
 
 
 def wanda(weight: Tensor, squares: Tensor, pattern: Pattern) -> Tensor:
@@ -25,7 +25,7 @@ def wanda(weight: Tensor, squares: Tensor, pattern: Pattern) -> Tensor:
     Args:
         weight: ``[d_out, d_in]``.
         squares: ``[d_in]``, ``Σ_t x_tj²``; a common factor changes nothing.
-        pattern: how many go.
+        pattern: how many weights become zero.
 
     Returns:
         ``[d_out, d_in]`` bool.
@@ -39,7 +39,7 @@ def magnitude(weight: Tensor, pattern: Pattern) -> Tensor:
 
     Args:
         weight: ``[d_out, d_in]``.
-        pattern: how many go.
+        pattern: how many weights become zero.
 
     Returns:
         ``[d_out, d_in]`` bool.
@@ -53,8 +53,8 @@ def sparsegpt(weight: Tensor, gram: Tensor, tokens: int, pattern: Pattern) -> tu
     Args:
         weight: ``[d_out, d_in]``.
         gram: ``[d_in, d_in]``, ``Σ_t x_t x_tᵀ``.
-        tokens: in that sum.
-        pattern: how many go.
+        tokens: number of terms of that sum.
+        pattern: how many weights become zero.
 
     Returns:
         The kept ``[d_out, d_in]`` bool, and the new weight in the old one's type.
@@ -83,7 +83,7 @@ def _prune_block(w: Tensor, u: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor
     Args:
         w: ``[d_out, c]``, a view that is changed.
         u: ``[c, c]``, upper Cholesky factor of the inverse of ``H`` at these columns.
-        pattern: how many go.
+        pattern: how many weights become zero.
 
     Returns:
         The kept ``[d_out, c]`` bool, and the scaled errors ``[d_out, c]``.

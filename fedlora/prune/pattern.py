@@ -1,4 +1,4 @@
-"""Which weights of a layer stay, given a score of each: a share of every row, or N of every M."""
+"""Which weights of a layer stay, given a score of each: a fraction of every row, or N of every M."""
 
 import math
 from dataclasses import dataclass
@@ -15,11 +15,11 @@ class Pattern:
     """How sparse, and what competes with what."""
 
     ratio: Fraction
-    """Share of weights that become zero."""
+    """Fraction of weights that become zero."""
     keep: int = 0
-    """Of N:M patterns: weights that stay of each aligned group of a row."""
+    """N:M patterns only: kept weights of each aligned group of a row."""
     group: int = 0
-    """Of N:M patterns: inputs per group; 0: no groups."""
+    """N:M patterns only: inputs per group; 0: no groups."""
 
     @staticmethod
     def parse(text: str) -> "Pattern":
@@ -29,7 +29,7 @@ class Pattern:
             ValueError: naming the text and what is allowed.
         """
         allowed = (
-            f"pattern={text!r} must be the share of weights that become zero, in (0, 1), or N:M "
+            f"pattern={text!r} must be the fraction of weights that become zero, in (0, 1), or N:M "
             "with 0 < N < M: so many of each M inputs stay"
         )
         kept, colon, group = str(text).partition(":")
@@ -58,7 +58,7 @@ class Pattern:
         if self.group and d_in % self.group:
             raise ModelError(
                 f"{path}: {d_in} inputs are not divisible into groups of {self.group} (pattern "
-                f"{self}); use a share such as 0.5, a group that divides {d_in}, or other targets"
+                f"{self}); use a fraction such as 0.5, a group that divides {d_in}, or other targets"
             )
 
     def kept(self, scores: Tensor, *, compete: str = "row") -> Tensor:
@@ -66,7 +66,7 @@ class Pattern:
 
         Args:
             scores: ``[d_out, d_in]``.
-            compete: over what a share is taken: each ``row``, or the whole ``layer``. Groups of N:M
+            compete: over what a fraction is taken: each ``row``, or the whole ``layer``. Groups of N:M
                 patterns lie in rows either way.
 
         Returns:

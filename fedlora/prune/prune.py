@@ -21,15 +21,16 @@ _BLOCK = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
 
 @dataclass(frozen=True)
 class Pruning:
-    """Which weights of a base model go."""
+    """Which weights of a base model become zero."""
 
     method: str = "wanda"
     """``wanda``, ``magnitude`` (needs no text) or ``sparsegpt`` (changes the weights that stay)."""
     pattern: str = "0.5"
-    """Share that becomes zero, or N:M, which keeps N of M (`Pattern.parse`)."""
+    """Fraction that becomes zero, or N:M, which keeps N of M (`Pattern.parse`)."""
     sequential: bool = True
-    """Block after block, each measured behind those already pruned, as Wanda's authors do; false:
-    all at once from the dense model, which takes one pass and, federated, one exchange."""
+    """Block after block: each is measured with all earlier blocks pruned, as Wanda's authors do.
+    False: all at once from the dense model, which takes one pass and, federated, one message per
+    client."""
 
     def __post_init__(self) -> None:
         one_of("pruning.method", self.method, METHODS)
@@ -43,39 +44,39 @@ def prune(
 
     Args:
         network: a ``PreTrainedModel``, wrapped for adapters or not.
-        paths: of the layers, in the order in which text meets them.
-        pruning: what goes.
+        paths: module paths of the layers, in the order of the forward pass.
+        pruning: method and pattern.
         batches: token ids ``[rows, tokens]`` of the calibration text; unused by ``magnitude``.
 
     Returns:
         Module path -> mask ``[d_out, d_in]``, true where a weight is not zero.
 
     Raises:
-        ModelError: if a layer cannot have the pattern, is not linear, is quantised or hears none of
-            the text; of the first three nothing has changed then.
+        ModelError: if a layer cannot have the pattern, is not linear, is quantised or is reached
+            by no token. In the first three cases nothing has changed.
     """
     grams = pruning.method == "sparsegpt"
 
-    def listen(block: str, group: Sequence[str]) -> Activations:
+    def statistics(block: str, group: Sequence[str]) -> Activations:
         return measure(network, group, batches, grams=grams, until=block)
 
-    return prune_by(network, paths, pruning, listen)
+    return prune_by(network, paths, pruning, statistics)
 
 
 def prune_by(
     network: nn.Module,
     paths: Sequence[str],
     pruning: Pruning,
-    listen: Callable[[str, Sequence[str]], Activations],
+    statistics: Callable[[str, Sequence[str]], Activations],
 ) -> dict[str, Tensor]:
-    """`prune` by what is heard whenever it is time to listen.
+    """`prune`, with input statistics that a function measures when they are needed.
 
     Args:
         network: as `prune`.
         paths: as `prune`.
         pruning: as `prune`.
-        listen: from the path of a block (empty: of none) and those of layers to what they hear, in
-            the network as it is pruned by then. Never called for ``magnitude``.
+        statistics: maps the path of a block (empty: no block) and the paths of its layers to their
+            input statistics in the network as pruned so far. Never called for ``magnitude``.
     """
     check_layers(network, paths, pruning)
     if pruning.method == "magnitude":
@@ -83,7 +84,7 @@ def prune_by(
     groups = by_block(paths) if pruning.sequential else {"": list(paths)}
     masks: dict[str, Tensor] = {}
     for block, group in groups.items():
-        masks |= prune_from(network, group, pruning, listen(block, group))
+        masks |= prune_from(network, group, pruning, statistics(block, group))
     return masks
 
 
@@ -98,7 +99,7 @@ def prune_from(
     """
     check_layers(network, paths, pruning)
     if pruning.method != "magnitude":
-        _require_heard(paths, seen)
+        _require_tokens(paths, seen)
     pattern = Pattern.parse(pruning.pattern)
     masks = {}
     for path, layer in linear_layers(network, paths).items():
@@ -122,19 +123,19 @@ def check_layers(network: nn.Module, paths: Sequence[str], pruning: Pruning) -> 
         pattern.check(path, dense_weight(layer).shape[1])
 
 
-def _require_heard(paths: Sequence[str], seen: Activations) -> None:
-    deaf = [p for p in paths if not seen.tokens.get(p)]
-    if deaf:
+def _require_tokens(paths: Sequence[str], seen: Activations) -> None:
+    missing = [p for p in paths if not seen.tokens.get(p)]
+    if missing:
         raise ModelError(
-            f"no token of the calibration text reached {deaf[0]} ({len(deaf)} of {len(paths)} "
+            f"no token of the calibration text reached {missing[0]} ({len(missing)} of {len(paths)} "
             "layers): give text, other model.targets, or prune by model.method=magnitude"
         )
 
 
 def by_block(paths: Sequence[str]) -> Mapping[str, list[str]]:
-    """Path of a decoder block -> those of its layers, in order; what lies in none comes last.
+    """Path of a decoder block -> the paths of its layers, in order.
 
-    The key of layers outside of blocks is empty.
+    Layers outside of blocks come last, under the empty key.
     """
     groups: dict[str, list[str]] = {}
     for path in paths:
@@ -145,7 +146,7 @@ def by_block(paths: Sequence[str]) -> Mapping[str, list[str]]:
 
 
 def sparsity(network: nn.Module, paths: Sequence[str]) -> float:
-    """Share of zeros among the weights of these layers."""
+    """Fraction of zeros among the weights of these layers."""
     weights = [dense_weight(layer) for layer in linear_layers(network, paths).values()]
     zeros = sum(int((w == 0).sum()) for w in weights)
     return zeros / sum(w.numel() for w in weights)

@@ -19,7 +19,7 @@ from fedlora.core.files import made_once, write_file
 from fedlora.core.seeding import generator
 from fedlora.data.source import Source
 from fedlora.data.store import ClientInfo, TokenStore, prepare
-from fedlora.models.compact import expanded
+from fedlora.models.compact import expand
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.masks import density, save_masks
 from fedlora.models.spec import ModelSpec, Tiny
@@ -46,9 +46,9 @@ to be those of all their text."""
 class Pruned(ModelSpec):
     """Another base model, pruned. Its targets are what is pruned, and what carries updates.
 
-    Calibration is federated: `clients` of a source each send what their own text says of the
-    layers' inputs (`fedlora.prune.statistics.Activations`), and the sums decide. They equal what
-    all the text together would have said.
+    Calibration is federated: `clients` of a source each send the input statistics of their own
+    text (`fedlora.prune.statistics.Activations`), and the server prunes by their sum, which equals
+    the statistics of all the text together.
     """
 
     base: ModelSpec = field(default_factory=Tiny)
@@ -56,24 +56,24 @@ class Pruned(ModelSpec):
     method: str = "wanda"
     """``wanda``, ``magnitude`` (no calibration) or ``sparsegpt``."""
     pattern: str = "0.5"
-    """Share of zeros, or N:M, which keeps N of M."""
+    """Fraction of zeros, or N:M, which keeps N of M."""
     sequential: bool = False
-    """Block after block (an exchange for each) instead of all at once (one exchange)."""
+    """Block after block (one message per client for each) instead of all at once (one in total)."""
     calibration: Source | None = None
     """The source of text; None: only ``magnitude`` needs none."""
     clients: int = 32
     """How many clients calibrate, drawn from those that hold enough text."""
     samples: int = 2
-    """Sequences of each, from its training examples end to end."""
+    """Sequences per client, from its training examples end to end."""
     length: int = 256
     """Tokens of a sequence."""
     seed: int = 0
-    """Of the draw of clients."""
+    """Seed of the draw of clients."""
     population: Population | None = None
     """Whose rules hold clients out for evaluation: their text does not calibrate. None: no client
     is held out."""
     population_seed: int = 0
-    """Of the run, by which the population draws whom it holds out."""
+    """Seed of the run; the population draws its held-out clients from it."""
     path: str = ""
     """Folder of the pruned model; empty: make it or find it in the cache."""
 
@@ -91,7 +91,7 @@ class Pruned(ModelSpec):
             )
 
     def _check_base(self) -> None:
-        """Refuse what the base is asked for and would not get."""
+        """Refuse settings of the base that pruning would ignore."""
         quantization = getattr(self.base, "quantization", "none")
         if quantization != "none":
             raise ValueError(
@@ -116,7 +116,7 @@ class Pruned(ModelSpec):
 
     def folder(self) -> Path:
         if self.path:
-            return expanded(Path(self.path).expanduser().absolute())
+            return expand(Path(self.path).expanduser().absolute())
         base = dataclasses.replace(self.base, targets=self.targets, dtype=self.dtype)
         target = cache_root() / "models" / f"{self.name}-{self._key(base)}"
         return made_once(
@@ -182,7 +182,7 @@ class Pruned(ModelSpec):
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What pruning has said of a folder that it made; nothing of another."""
+    """The record of a folder that pruning made; empty for any other folder."""
     file = folder / ABOUT
     if not file.is_file():
         return {}
@@ -193,7 +193,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 def calibrators(
     clients: Sequence[ClientInfo], count: int, samples: int, length: int, seed: int
 ) -> list[int]:
-    """So many of these clients, drawn from those with enough training text, by id.
+    """Draw ``count`` clients from those with enough training text; their ids, ascending.
 
     Raises:
         ModelError: if fewer than asked for hold so much.
@@ -212,8 +212,10 @@ def calibrators(
 
 
 def calibration_traffic(folder: Path) -> dict[str, int]:
-    """What making a pruned model took of its calibrating clients, all together, for a run's record;
-    nothing of a folder that says nothing of it."""
+    """Traffic of all calibrating clients of a pruned model, for a run's record.
+
+    Empty if the folder has no such record.
+    """
     about = read_about(folder)
     if "up_bytes_per_client" not in about:
         return {}
@@ -237,26 +239,26 @@ def _listed(targets: Any) -> str:
 def prune_federated(
     model: LanguageModel, pruning: Pruning, clients: Sequence[Sequence[Tensor]]
 ) -> tuple[Mapping[str, Tensor], dict[str, Any]]:
-    """Prune by what clients say of their own texts.
+    """Prune by the summed input statistics of clients, each measured on its own text.
 
     Args:
         model: changed in place.
-        pruning: what goes.
-        clients: the sequences of each.
+        pruning: method and pattern.
+        clients: the sequences of each client.
 
     Returns:
-        The masks, and what the exchange took: ``exchanges`` and, of each client over all of them,
+        The masks, and the traffic: ``exchanges`` (messages per client) and, per client in total,
         ``floats_per_client`` (sums and counts, `NUMBER` bytes each), ``up_bytes_per_client`` and
-        ``down_bytes_per_client`` (block after block: what became of the blocks before).
+        ``down_bytes_per_client`` (block after block: the pruned weights of the earlier blocks).
     """
-    told: list[str] = []
+    done: list[str] = []
     exchanges = floats = down = 0
 
-    def listen(block: str, group: Sequence[str]) -> Activations:
+    def statistics(block: str, group: Sequence[str]) -> Activations:
         nonlocal exchanges, floats, down
         exchanges += 1
-        down = sum(_told(model, path, pruning) for path in told)
-        told.extend(group)
+        down = sum(_layer_bytes(model, path, pruning) for path in done)
+        done.extend(group)
         total: Activations | None = None
         for texts in clients:
             grams = pruning.method == "sparsegpt"
@@ -266,7 +268,7 @@ def prune_federated(
         floats += total.floats
         return total
 
-    masks = prune_by(model.network, list(model.layers), pruning, listen)
+    masks = prune_by(model.network, list(model.layers), pruning, statistics)
     return masks, {
         "exchanges": exchanges,
         "floats_per_client": floats,
@@ -275,9 +277,9 @@ def prune_federated(
     }
 
 
-def _told(model: LanguageModel, path: str, pruning: Pruning) -> int:
-    """Bytes that tell a client what became of a layer: a bit per weight, and the weights that stay
-    if pruning changes them."""
+def _layer_bytes(model: LanguageModel, path: str, pruning: Pruning) -> int:
+    """Bytes that send a pruned layer to a client: one bit per weight, and the kept weights if pruning
+    changes them."""
     weight = model.layers[path].weight
     changed = int(weight.count_nonzero()) if pruning.method == "sparsegpt" else 0
     return math.ceil(weight.numel() / 8) + changed * weight.element_size()

@@ -1,4 +1,4 @@
-"""What flows into linear layers, as sums that can be added up over texts and over clients."""
+"""Input statistics of linear layers: sums that can be added over texts and over clients."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,25 +16,27 @@ from fedlora.models.modules import linear_layers
 class Activations:
     """Sums over tokens of the inputs of linear layers, by module path, in float64.
 
-    Sums of several texts are the sum of theirs: clients that send theirs let a server prune as if
-    it had seen all their texts.
+    The statistics of several texts are the sum of the statistics of each. A server that adds the
+    statistics of its clients prunes as if it held all their texts.
     """
 
     squares: Mapping[str, Tensor]
     """``[d_in]``: ``Σ_t x_tj²``."""
     tokens: Mapping[str, int]
-    """Tokens that each layer has seen."""
+    """Number of tokens that reached each layer."""
     grams: Mapping[str, Tensor] = field(default_factory=dict)
     """``[d_in, d_in]``: ``Σ_t x_t x_tᵀ``, where it was asked for."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Layers that heard what an earlier one heard (q, k and v; gate and up) -> that one. Sums of
-    both are one, and are sent once."""
+    """Layer -> the first layer with the same input (q, k and v; gate and up). Their sums are equal
+    and are sent once."""
 
     def __add__(self, other: "Activations") -> "Activations":
         if self.squares.keys() != other.squares.keys() or self.grams.keys() != other.grams.keys():
             raise ValueError("activations of different layers cannot be added")
         if self.shared != other.shared:
-            raise ValueError("activations of which other layers share an input cannot be added")
+            raise ValueError(
+                "activations whose layers share inputs in different ways cannot be added"
+            )
         own = [p for p in self.squares if p not in self.shared]
         return _spread(
             {p: self.squares[p] + other.squares[p] for p in own},
@@ -46,7 +48,7 @@ class Activations:
 
     @property
     def floats(self) -> int:
-        """How many numbers a client sends that shares them, with a token count per sum."""
+        """Scalars that a client sends: each distinct sum once, and a token count for each."""
         sums = [*self.squares.items(), *self.grams.items()]
         own = [t for p, t in sums if p not in self.shared]
         return sum(t.numel() for t in own) + len(self.tokens) - len(self.shared)
@@ -59,7 +61,7 @@ def _spread(
     shared: Mapping[str, str],
     paths: Iterable[str],
 ) -> Activations:
-    """Sums of those that have their own, named for all."""
+    """Sums of the layers that have their own, listed under the name of every layer."""
     of = {p: shared.get(p, p) for p in paths}
     return Activations(
         {p: squares[o] for p, o in of.items()},
@@ -70,7 +72,7 @@ def _spread(
 
 
 class _Reached(Exception):
-    """The last layer that is listened to has been heard."""
+    """Ends a forward pass after the last measured layer."""
 
 
 @torch.no_grad()
@@ -82,11 +84,11 @@ def measure(
     grams: bool = False,
     until: str = "",
 ) -> Activations:
-    """Run text through a network and listen to what enters its linear layers.
+    """Run text through a network and sum what enters its linear layers.
 
     Args:
-        network: a ``PreTrainedModel``; its adapters, if any, act.
-        paths: of the layers.
+        network: a ``PreTrainedModel``; mounted adapters take part in the forward pass.
+        paths: module paths of the layers.
         batches: token ids ``[rows, tokens]`` without padding.
         grams: whether to sum outer products too (SparseGPT).
         until: path of a submodule after which a forward pass may end; empty: none.
@@ -95,22 +97,22 @@ def measure(
         ModelError: as `linear_layers`.
     """
     layers = linear_layers(network, paths)
-    heard = _Heard(layers, grams)
-    hooks = [layer.register_forward_pre_hook(heard.listener(p)) for p, layer in layers.items()]
+    sums = _InputSums(layers, grams)
+    hooks = [layer.register_forward_pre_hook(sums.hook(p)) for p, layer in layers.items()]
     if until:
         hooks.append(network.get_submodule(until).register_forward_hook(_stop))
     try:
         for batch in batches:
-            heard.last = {}
+            sums.current = {}
             _forward(network, batch)
     finally:
         for hook in hooks:
             hook.remove()
-    return heard.activations()
+    return sums.activations()
 
 
-class _Heard:
-    """Sums of what layers hear. A tensor that several layers hear is summed once."""
+class _InputSums:
+    """Sums over the inputs of layers. A tensor that enters several layers is summed once."""
 
     def __init__(self, layers: Mapping[str, nn.Module], grams: bool) -> None:
         self.layers, self.with_grams = layers, grams
@@ -118,22 +120,25 @@ class _Heard:
         self.grams: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
         self.first: dict[str, str] = {}
-        """Layer -> the first that hears the same, in every forward so far."""
-        self.last: dict[int, tuple[str, Tensor]] = {}
-        """Of this forward: id of an input -> who heard it first; held, so that ids stay its own."""
+        """Layer -> the first layer with the same input, in every forward pass so far."""
+        self.current: dict[int, tuple[str, Tensor]] = {}
+        """Inputs of the current forward pass: ``id`` -> (first layer, tensor). Holding the tensor
+        keeps its id unique."""
 
-    def listener(self, path: str) -> Any:
-        def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            first, _ = self.last.setdefault(id(inputs[0]), (path, inputs[0]))
+    def hook(self, path: str) -> Any:
+        """A forward pre-hook that adds the input of the layer at this path."""
+
+        def add_input(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            first, _ = self.current.setdefault(id(inputs[0]), (path, inputs[0]))
             if self.first.setdefault(path, first) != first:
                 raise ModelError(
-                    f"{path} hears what {first} hears in one forward and not in another: its "
-                    "input cannot be told from the model's structure"
+                    f"{path} has the same input as {first} in one forward pass and not in another: "
+                    "which layers share an input does not follow from the model's structure"
                 )
             if first == path:
                 self._sum(path, inputs[0].detach().reshape(-1, _inputs(layer)))
 
-        return listen
+        return add_input
 
     def _sum(self, path: str, x: Tensor) -> None:
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -143,7 +148,7 @@ class _Heard:
             _add(self.grams, path, (x.T @ x).double().cpu())
 
     def activations(self) -> Activations:
-        """Of all layers; zeros of one that has heard nothing."""
+        """The statistics of all layers; zeros for a layer that no token reached."""
         for path, layer in self.layers.items():
             if path not in self.first:
                 self.squares[path], self.tokens[path] = _zeros(_inputs(layer)), 0

@@ -71,7 +71,7 @@ def pack(value: Any) -> dict[str, Tensor]:
             name = f"{len(tensors):05d}"
             tensors[name] = x
             return {"tensor": name}
-        if isinstance(x, Mapping):  # pairs: JSON would turn the numbers of parameters into text
+        if isinstance(x, Mapping):  # pairs: JSON would turn integer keys into text
             return {"pairs": [[plain(k), plain(v)] for k, v in x.items()]}
         if isinstance(x, list | tuple):
             return [plain(v) for v in x]
@@ -119,7 +119,7 @@ def save(
         round: the last complete round.
         state: named tensors of any dtype and shape.
         keep: how many checkpoints to keep; 0: all.
-        config_hash: of the run's configuration, for whoever resumes it.
+        config_hash: hash of the run's configuration; a resumed run must have the same.
         extra: plain values for JSON that belong to the state.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, commit, machine. Recorded so that numbers can be explained later."""
+"""Versions, commit and machine of a run, recorded so that results can be explained later."""
 
 import importlib.metadata
 import os

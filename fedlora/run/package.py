@@ -1,6 +1,6 @@
 """Files of the package that Flower's bundle leaves out: weights, tokenizers, templates.
 
-Flower ships an app as .py, .toml, .md, .yaml and .json files alone. Whoever needs another file
+Flower ships an app as .py, .toml, .md, .yaml and .json files alone. Code that needs another file
 looks where the package was installed from, or into.
 """
 
@@ -16,7 +16,7 @@ from fedlora.run.source_hash import ROOT
 
 
 def places(inside: str) -> Iterator[Path]:
-    """Where a file or folder of the package may be, the surest place first.
+    """The places where a file or folder of the package may be, most likely first.
 
     Args:
         inside: its path below the folder that holds the packages.

@@ -26,7 +26,7 @@ class RoundProgress:
     min_interval: float = 2.0
     """Seconds between two lines, and before the first one."""
     clients: int = field(default=0, init=False)
-    """Clients heard from so far, the failed ones included."""
+    """Clients that have replied so far, the failed ones included."""
     failed: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class RoundProgress:
         self._began = self._last = self.now()
 
     def done(self, clients: int, losses: Iterable[float] = (), failed: int = 0) -> None:
-        """Count clients that were heard from.
+        """Count clients that have replied.
 
         Args:
             clients: how many, the failed ones included.
@@ -62,7 +62,7 @@ class RoundProgress:
             self.emit("  ".join(parts))
 
     def line(self, now: float) -> str:
-        """Where the phase stands at a time of the clock."""
+        """The progress of the phase at a time of the clock."""
         parts = [self.label, f"{self.clients}/{self.total} clients"]
         if self.failed:
             parts.append(f"{self.failed} failed")

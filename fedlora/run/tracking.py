@@ -1,4 +1,4 @@
-"""Where a run's numbers go: always to JSON lines in its folder, and to Weights & Biases if asked.
+"""Where a run's metrics are written: always to JSON lines in its folder, and to Weights & Biases if asked.
 
 Weights & Biases is imported here alone and only when a run wants it. Nothing that happens to a
 tracker stops a run.
@@ -126,7 +126,7 @@ class Trackers:
                 getattr(tracker, method)(*values)
             except Exception as error:
                 if isinstance(tracker, JsonlTracker):
-                    raise  # a round without a record would be a round that nobody can cite
+                    raise  # a round without a record would be a round that cannot be cited
                 if i not in self._failed:
                     log.exception("%s failed, the run goes on", type(tracker).__name__)
                     self._failed.add(i)
@@ -300,7 +300,7 @@ class WandbTracker:
 
 
 def flat_metrics(record: Record) -> dict[str, Any]:
-    """A record's numbers under names that keep groups apart: ``evaluate/seen/full/rouge_l``."""
+    """A record's metrics under names that keep groups apart: ``evaluate/seen/full/rouge_l``."""
     keys = ("kind", "round", "rounds", "group", "adapter")
     prefix = ""
     if record.get("kind") == "evaluate":

@@ -60,7 +60,7 @@ WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 ROUNDING = ("bfloat16",)
 """Wire dtypes that lose digits of what clients compute in."""
 VALUE, CHANGE = "value", "change"
-"""What the numbers of a payload on the wire are."""
+"""Number formats of a payload on the wire."""
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob
@@ -145,7 +145,7 @@ def _shapes(tensors: Named) -> list[list[Any]]:
 
 
 def _flat(tensors: Named, dtype: str) -> Flat:
-    """All numbers one after the other; bfloat16 as bit patterns."""
+    """All elements in one flat array; bfloat16 as bit patterns."""
     target = getattr(torch, dtype)
     parts = [t.detach().to("cpu", target).reshape(-1) for t in tensors.values()]
     flat = torch.cat(parts) if parts else torch.zeros(0, dtype=target)
@@ -165,7 +165,7 @@ def _named(array: Flat, header: Mapping[str, Any]) -> dict[str, Tensor]:
     shapes = {name: tuple(shape) for name, *shape in header["tensors"]}
     sizes = [math.prod(shape) for shape in shapes.values()]
     if flat.numel() != sum(sizes):
-        raise ValueError(f"payload holds {flat.numel()} numbers, its header promises {sum(sizes)}")
+        raise ValueError(f"payload holds {flat.numel()} scalars, its header promises {sum(sizes)}")
     named = zip(shapes.items(), flat.split(sizes), strict=True)
     return {n: part.view(shape).clone() for (n, shape), part in named}
 

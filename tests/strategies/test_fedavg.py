@@ -8,7 +8,7 @@ import torch
 from fedlora.algebra.linalg import (
     average,
     exactness_gap,
-    shares,
+    normalize,
 )
 from fedlora.algebra.server_optimizer import FedAdam, FedAvgM
 from fedlora.core.types import Ranks
@@ -53,7 +53,7 @@ def test_uniform_weights(rule: type[FedAvg | FedIT]) -> None:
     state, updates = after_rounds(rule(), population, seed=1)
     found = rule().global_update(rule(weights="uniform").aggregate(state, updates))
     for path, f in found.items():
-        want = average([u.adapter[path] for u in updates], shares([1.0] * len(updates)))
+        want = average([u.adapter[path] for u in updates], normalize([1.0] * len(updates)))
         close(f.delta(), want.delta())
 
 

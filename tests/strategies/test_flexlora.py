@@ -11,9 +11,9 @@ from torch import Tensor
 from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
-    covered_shares,
+    covered_weights,
     exactness_gap,
-    shares,
+    normalize,
     stack,
     svd,
 )
@@ -75,7 +75,7 @@ def test_every_rank_gets_the_best_of_it(split: str, seed: int) -> None:
     population, rule = setting(), FlexLoRA(svd_split=split)
     state, updates = after_rounds(rule, population, seed)
     after = rule.aggregate(state, updates)
-    p = shares([u.num_examples for u in updates])
+    p = normalize([u.num_examples for u in updates])
     for path, w in whole(after, rule).items():
         close(w, weighted_delta([u.adapter[path] for u in updates], p))
     for c in population.clients:
@@ -129,7 +129,7 @@ def test_carrying_adds_what_the_clients_could_not_hold(seed: int) -> None:
     population, carry, drop = setting(), FlexLoRA(residual="carry"), FlexLoRA()
     state, updates = after_rounds(carry, population, seed)
     w, after = whole(state), whole(carry.aggregate(state, updates))
-    p = shares([u.num_examples for u in updates])
+    p = normalize([u.num_examples for u in updates])
     for path in w:
         want = w[path].clone()
         for share, u in zip(p, updates, strict=True):
@@ -151,10 +151,10 @@ def test_carrying_by_slices_follows_its_equation() -> None:
     population, rule = setting(), FlexLoRA(weighting="covered", residual="carry")
     state, updates = after_rounds(rule, population, seed=6)
     after = whole(rule.aggregate(state, updates))
-    p = shares([u.num_examples for u in updates])
+    p = normalize([u.num_examples for u in updates])
     for path, w in whole(state).items():
         fs = [u.adapter[path] for u in updates]
-        weights = covered_shares(p, [f.rank for f in fs])
+        weights = covered_weights(p, [f.rank for f in fs])
         starts = [rule.client_start(state, u.client)[path] for u in updates]
         b, a = stack(fs, weights)
         b0, a0 = stack(starts, weights)
@@ -193,7 +193,7 @@ def test_server_momentum_acts_on_the_dense_update() -> None:
     for t in range(3):
         updates = cohort(rule, state, population, seed=t)
         state = rule.aggregate(state, updates)
-        p = shares([u.num_examples for u in updates])
+        p = normalize([u.num_examples for u in updates])
         for path in w:
             target = weighted_delta([u.adapter[path] for u in updates], p)
             v[path] = 0.9 * v[path] + (target - w[path])

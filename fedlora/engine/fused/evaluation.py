@@ -117,7 +117,7 @@ class FusedEvaluator:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
         references = store.references(who, plan.split) if plan.generate else None
         examples = store.examples(who, plan.split)
-        panel = evaluate.chosen(examples, references, plan, seed=job.seed, client=who)
+        panel = evaluate.select_panel(examples, references, plan, seed=job.seed, client=who)
         check_vocabulary(panel.examples, self._fused.model.vocabulary, who)
         return Task(job, slot, panel)
 

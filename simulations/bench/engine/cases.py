@@ -31,8 +31,8 @@ from fedlora.core.types import (
     TrainJob,
 )
 from fedlora.data.batches import (
-    drawn,
     first_target,
+    sample_examples,
     step_indices,
 )
 from fedlora.data.store import Example, TokenStore, prepare
@@ -239,7 +239,9 @@ class Fed:
 def steps(job: TrainJob, store: Any) -> list[list[Example]]:
     """The examples of every optimizer step of a job, in the engine's order."""
     stream = {"seed": job.seed, "round": job.round, "client": job.client.id}
-    held: list[Any] = list(drawn(store.examples(job.client.id, "train"), job.plan, **stream))
+    held: list[Any] = list(
+        sample_examples(store.examples(job.client.id, "train"), job.plan, **stream)
+    )
     return [[held[int(i)] for i in rows] for rows in step_indices(len(held), job.plan, **stream)]
 
 

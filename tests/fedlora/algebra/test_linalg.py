@@ -17,15 +17,15 @@ from fedlora.algebra.linalg import (
     average,
     backend_flops,
     cheapest_backend,
-    client_shares,
     client_weights,
     complete,
-    covered_shares,
+    covered_weights,
     delta_norm,
     exactness_gap,
     factors_of_rank,
+    normalize,
+    normalized_weights,
     product_norm,
-    shares,
     singular_value_energy,
     spectra,
     stack,
@@ -54,11 +54,11 @@ close = torch.testing.assert_close
 
 
 def V1() -> tuple[list[Factors], list[float]]:
-    return [vector_factors(k, r) for k, r in enumerate((1, 2, 3))], shares(VECTOR_EXAMPLES)
+    return [vector_factors(k, r) for k, r in enumerate((1, 2, 3))], normalize(VECTOR_EXAMPLES)
 
 
 def V2() -> tuple[list[Factors], list[float]]:
-    return [vector_factors(k, 2) for k in range(3)], shares(VECTOR_EXAMPLES)
+    return [vector_factors(k, 2) for k in range(3)], normalize(VECTOR_EXAMPLES)
 
 
 def filler(n: int, seed: int = 1) -> Tensor:
@@ -119,7 +119,7 @@ def test_v2_factor_average_and_its_gap() -> None:
 
 def test_v5_rank_partitioned_weights() -> None:
     fs, p = V1()
-    b, a = stack(fs, covered_shares(p, [f.rank for f in fs]))
+    b, a = stack(fs, covered_weights(p, [f.rank for f in fs]))
     assert product_norm(b, a) == pytest.approx(4.02866748949, rel=1e-11)
     values = "3.69318152937 1.16150881572 1.05473191888 0.353365900861 0.0643608759977"
     close(svd_of_product(b, a).s, numbers(values), rtol=1e-11, atol=0)
@@ -180,10 +180,10 @@ def test_rank_partitioned_weights(case: tuple[list[Factors], list[float]]) -> No
     they are the ordinary ones (P20)."""
     fs, p = case
     ranks = [f.rank for f in fs]
-    found = covered_shares(p, ranks)
+    found = covered_weights(p, ranks)
     for i in range(max(ranks)):
         assert sum(float(w[i]) for w in found if len(w) > i) == pytest.approx(1)
-    equal = covered_shares(p, [ranks[0]] * len(p))
+    equal = covered_weights(p, [ranks[0]] * len(p))
     for w, share in zip(equal, p, strict=True):
         close(w, torch.full((ranks[0],), share, dtype=torch.float64))
 
@@ -201,19 +201,19 @@ def test_norms_by_the_trace_identity(case: tuple[list[Factors], list[float]]) ->
     assert delta_norm(thin) == pytest.approx(float(thin.delta().norm()), rel=1e-12)
 
 
-def test_shares() -> None:
-    assert shares([1, 3]) == [0.25, 0.75]
+def test_normalize() -> None:
+    assert normalize([1, 3]) == [0.25, 0.75]
     for bad in ([0, 0], [-1, 2], [math.nan, 1], [math.inf, 1]):
         with pytest.raises(ValueError, match="weights"):
-            shares(bad)
+            normalize(bad)
     updates = vector_updates((1, 2, 3))
-    assert client_shares(updates, "examples") == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    assert client_shares(updates, "uniform") == pytest.approx([1 / 3] * 3)
+    assert normalized_weights(updates, "examples") == pytest.approx([1 / 6, 2 / 6, 3 / 6])
+    assert normalized_weights(updates, "uniform") == pytest.approx([1 / 3] * 3)
     for weights, want in (("examples", list(VECTOR_EXAMPLES)), ("uniform", [1, 1, 1])):
         assert client_weights(updates, weights) == want
-        assert client_shares(updates, weights) == shares(want)
+        assert normalized_weights(updates, weights) == normalize(want)
     with pytest.raises(ValueError, match="weights='tokens'"):
-        client_shares(updates, "tokens")
+        normalized_weights(updates, "tokens")
 
 
 def test_averages_of_different_shapes_are_refused() -> None:

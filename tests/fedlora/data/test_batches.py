@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import (
     collate,
-    drawn,
     micro_batches,
     num_steps,
+    sample_examples,
     step_indices,
     subset,
     supervised_tokens,
@@ -79,8 +79,8 @@ def test_what_is_drawn_has_something_to_learn():
     assert trainable(held, "response") == [held[1]]
     assert trainable(held, "full") == [held[0], held[1], held[3]]
     plan = LocalPlan(loss="full", max_examples=2)
-    assert len(drawn(held, plan, **STREAM)) == 2
-    assert drawn(held, LocalPlan(loss="response"), **STREAM) == [held[1]]
+    assert len(sample_examples(held, plan, **STREAM)) == 2
+    assert sample_examples(held, LocalPlan(loss="response"), **STREAM) == [held[1]]
 
 
 def test_a_batch_by_hand():

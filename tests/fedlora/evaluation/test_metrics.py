@@ -12,7 +12,7 @@ from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError
 from fedlora.core.types import EvaluatePlan, Factors
 from fedlora.evaluation import metrics as evaluate
-from fedlora.evaluation.metrics import Panel, generate, trimmed
+from fedlora.evaluation.metrics import Panel, generate, trim
 from fedlora.evaluation.rouge import rouge_l
 from fedlora.evaluation.scorers import DEFAULT, ExactMatch, Likelihood, TeacherForcedRouge
 from fedlora.models.spec import HuggingFace
@@ -191,9 +191,9 @@ def test_defaults_that_a_model_ships_do_not_reach_generation():
 
 def test_a_long_prompt_keeps_its_start_token_and_its_end():
     ids = np.arange(10)
-    assert trimmed(ids, 10).tolist() == list(range(10))
-    assert trimmed(ids, 4).tolist() == [0, 7, 8, 9]
-    assert trimmed(ids, 1).tolist() == [0]
+    assert trim(ids, 10).tolist() == list(range(10))
+    assert trim(ids, 4).tolist() == [0, 7, 8, 9]
+    assert trim(ids, 1).tolist() == [0]
 
 
 def test_prompts_longer_than_the_context_are_counted():

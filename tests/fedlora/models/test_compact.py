@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from fedlora.core.errors import ModelError
 from fedlora.models.compact import (
     compact,
-    expanded,
+    expand,
     is_compact,
 )
 from fedlora.models.folder import fingerprint
@@ -28,11 +28,11 @@ def folder(request, tmp_path, monkeypatch):
 
 def test_nothing_is_lost_and_it_is_expanded_once(folder):
     before, found = load_file(folder / "model.safetensors"), inspect(folder)
-    assert expanded(folder) == folder
+    assert expand(folder) == folder
     size = compact(folder)
     assert size == found.bytes < sum(t.numel() * t.element_size() for t in before.values())
     assert size <= (folder / "sparse.safetensors").stat().st_size < 1.1 * size
-    whole = expanded(folder)
+    whole = expand(folder)
     assert is_compact(folder)
     assert not is_compact(whole)
     after = load_file(whole / "model.safetensors")
@@ -40,7 +40,7 @@ def test_nothing_is_lost_and_it_is_expanded_once(folder):
     assert all(torch.equal(after[k], t) and after[k].dtype == t.dtype for k, t in before.items())
     assert inspect(whole) == found
     made = (whole / "model.safetensors").stat().st_mtime_ns
-    assert expanded(folder) == whole
+    assert expand(folder) == whole
     assert (whole / "model.safetensors").stat().st_mtime_ns == made
     assert {p.name for p in whole.iterdir()} >= {"config.json", "tokenizer.json", "pruning.json"}
 
@@ -53,7 +53,7 @@ def test_another_model_of_the_same_name_is_another(folder):
     shutil.copytree(other, folder)
     compact(folder)
     assert fingerprint(folder) != name
-    assert inspect(expanded(folder)).density == 0.25
+    assert inspect(expand(folder)).density == 0.25
 
 
 def test_a_dense_model_has_no_zeros_to_leave_out(folder):

@@ -86,7 +86,7 @@ def test_statistics_add_up_over_texts_and_clients() -> None:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_several_layers_hear_is_summed_and_sent_once(name: str) -> None:
+def test_an_input_of_several_layers_is_summed_and_sent_once(name: str) -> None:
     network, paths = model(name)
     seen = measure(network, paths, batches(3), grams=True)
     first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -223,7 +223,7 @@ def test_block_after_block_text_goes_no_further_than_the_block(name: str) -> Non
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 @pytest.mark.parametrize("sequential", [True, False])
-def test_layers_that_hear_nothing_are_not_pruned_blindly(method: str, sequential: bool) -> None:
+def test_layers_without_calibration_tokens_are_refused(method: str, sequential: bool) -> None:
     network, paths = model()
     before = {k: t.clone() for k, t in network.state_dict().items()}
     how = Pruning(method, sequential=sequential)
@@ -237,26 +237,26 @@ def test_layers_that_hear_nothing_are_not_pruned_blindly(method: str, sequential
     assert prune(network, paths, Pruning("magnitude"), [])
 
 
-def test_pruning_listens_when_it_is_time_to() -> None:
+def test_statistics_are_measured_when_they_are_needed() -> None:
     """Once for all layers, or once per block in the network as it is pruned by then."""
     network, paths = model()
-    heard: list[tuple[str, int]] = []
+    measured: list[tuple[str, int]] = []
 
-    def listen(block: str, group):
+    def statistics(block: str, group):
         layers = linear_layers(network, paths).values()
-        heard.append((block, sum(bool((dense_weight(x) == 0).any()) for x in layers)))
+        measured.append((block, sum(bool((dense_weight(x) == 0).any()) for x in layers)))
         return measure(network, group, batches())
 
-    one_shot = prune_by(network, paths, Pruning(sequential=False), listen)
-    assert heard == [("", 0)]
+    one_shot = prune_by(network, paths, Pruning(sequential=False), statistics)
+    assert measured == [("", 0)]
     central = prune(*model(), Pruning(sequential=False), batches())
     assert all(torch.equal(m, central[p]) for p, m in one_shot.items())
     network, _ = model()
-    heard.clear()
-    prune_by(network, paths, Pruning(), listen)
-    assert heard == [("model.layers.0", 0), ("model.layers.1", 7)]
-    prune_by(network, paths, Pruning("magnitude"), listen)
-    assert len(heard) == 2
+    measured.clear()
+    prune_by(network, paths, Pruning(), statistics)
+    assert measured == [("model.layers.0", 0), ("model.layers.1", 7)]
+    prune_by(network, paths, Pruning("magnitude"), statistics)
+    assert len(measured) == 2
 
 
 def test_what_cannot_be_pruned_is_refused_and_nothing_changes() -> None:

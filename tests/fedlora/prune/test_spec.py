@@ -59,7 +59,7 @@ def test_it_is_made_once_and_is_what_it_says(spec):
     assert (folder / "pruning.json").stat().st_mtime_ns == made
     about = json.loads((folder / "pruning.json").read_text())
     assert about["density"] == 0.5
-    # One sum of what q, k and v hear, one of what gate and up hear.
+    # One sum for the input of q, k and v, one for the input of gate and up.
     own = [m.d_in for m in spec.describe().modules if m.path.endswith(("q_proj", "o_proj"))]
     own += [m.d_in for m in spec.describe().modules if m.path.endswith(("gate_proj", "down_proj"))]
     floats = sum(own) + len(own)

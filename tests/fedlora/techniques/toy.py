@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedlora.algebra.linalg import shares
+from fedlora.algebra.linalg import normalize
 from fedlora.algebra.state import Kept, State
 from fedlora.core.checks import wrong_names
 from fedlora.core.payload import Payload
@@ -157,7 +157,7 @@ class OuterMean(LoRAStrategy):
         return self.global_update(state)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = shares([u.num_examples for u in updates])
+        p = normalize([u.num_examples for u in updates])
         sent = [dict(u.payload.tensors()) for u in updates]
         mean = {n: sum(w * s[n] for w, s in zip(p, sent, strict=True)) for n in sent[0]}
         return dict(state) | mean
