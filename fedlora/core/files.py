@@ -2,8 +2,8 @@
 
 A draft is written beside its target under a name that begins with ``.unfinished_``, flushed to the
 disk and renamed. A process that is killed leaves the old file or the new one, never a half; a draft
-that it leaves behind is removed by the process that next makes the same folder or claims the folder it lies
-in.
+that it leaves behind is removed by the process that next makes the same folder or claims the folder
+it lies in.
 """
 
 import json

@@ -321,8 +321,8 @@ class Evaluation:
 
     client: Client
     metrics: Mapping[str, Metric]
-    """Name -> metric: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the plan
-    asked for."""
+    """Name -> metric: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the
+    plan asked for."""
 
     @property
     def scalars(self) -> dict[str, float]:

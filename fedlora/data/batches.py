@@ -48,8 +48,8 @@ class Batch:
     targets: Tensor
     """``[n]`` int64: the token that follows each of these positions."""
     position_ids: Tensor | None = None
-    """Position of every input in its own sequence, shaped like ``inputs``, where rows hold several; None:
-    counted from each row's start."""
+    """Position of every input in its own sequence, shaped like ``inputs``, where rows hold several;
+    None: counted from each row's start."""
 
     @property
     def tokens(self) -> int:

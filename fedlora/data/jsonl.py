@@ -52,9 +52,9 @@ class Jsonl(Source):
     alpha: float = 0.5
     by: str = "category"
     min_examples: int = 1
-    """Minimum per client under ``dirichlet``: fractions are drawn again until every client has as many."""
+    """Minimum per client under ``dirichlet``: fractions are drawn anew until all clients have it."""
     seed: int = 0
-    """Seed of the partition and the split; not the seed of the run, so that runs share their data."""
+    """Seed of the partition and the split; not the seed of the run, so runs share their data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

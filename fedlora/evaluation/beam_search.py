@@ -69,7 +69,7 @@ class Hypothesis:
     ended: bool
     """Whether an end token ended it, not ``max_new_tokens``."""
     score: float | None = None
-    """The steps of the search, if `search` was asked for them."""
+    """The score of the search, if `search` was asked for it."""
 
 
 def search(

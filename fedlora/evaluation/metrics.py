@@ -99,8 +99,8 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 
 Guess: TypeAlias = tuple[Tensor, Tensor]
-"""For every token of an example after BOS: its negative log-likelihood (float64) and the most likely
-token in its place, both ``[t - 1]``, on the CPU."""
+"""For every token of an example after BOS: its negative log-likelihood (float64) and the most
+likely token in its place, both ``[t - 1]``, on the CPU."""
 
 
 def likelihoods(

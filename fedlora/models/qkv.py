@@ -36,11 +36,11 @@ class Split:
     path: str
     """Path of the fused layer, which is also the parent of its parts."""
     parts: tuple[Module, ...]
-    """Names of the parts, in the order of their outputs."""
+    """The parts, in the order of their outputs."""
 
     @property
     def d_out(self) -> int:
-        """Module path of each part inside the fused layer."""
+        """Output width of the fused layer."""
         return sum(part.d_out for part in self.parts)
 
     def rows(self) -> dict[str, slice]:

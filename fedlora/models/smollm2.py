@@ -36,7 +36,7 @@ _LAYER_NAMES = {
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
-def convert() -> Path:
+def ensure_converted() -> Path:
     """The folder of the converted model, made if it is not in the cache.
 
     Raises:

@@ -46,8 +46,8 @@ class ModelSpec(ABC):
     """``all-linear`` (all but the output embedding, as in PEFT) or a list of ends of module paths,
     for example ``[q_proj, v_proj]``."""
     dtype: str = "float32"
-    """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either case. Workers
-    of a machine share the memory of a base that is held as its file has it (see `load`)."""
+    """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
+    case. Workers of a machine share the memory of a base that is held as its file has it (see `load`)."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
@@ -277,9 +277,9 @@ class SmolLM2(ModelSpec):
         return "smollm2"
 
     def folder(self) -> Path:
-        from fedlora.models.smollm2 import convert
+        from fedlora.models.smollm2 import ensure_converted
 
-        return Path(self.path).expanduser().absolute() if self.path else convert()
+        return Path(self.path).expanduser().absolute() if self.path else ensure_converted()
 
     def resolved(self) -> Self:
         return dataclasses.replace(self, path=str(self.folder()))

@@ -1,7 +1,7 @@
 """Consecutive parts of a causal language model, for participants that hold one each.
 
-A stage is a shallow copy of the network that keeps only what its participant owns: the same blocks (not
-copies of their weights), with a pseudo-block in front that puts hidden states in where the blocks
+A stage is a shallow copy of the network that keeps only what its participant owns: the same
+blocks (not copies of their weights), with a pseudo-block in front that puts hidden states in where the blocks
 below the cut stood, and one behind that takes them out. What an architecture does before its first
 block (position embeddings, scaling) and after its last one (norm, head, capping of logits) thus
 happens exactly once, in the stage that owns it, by the architecture's own code.
@@ -134,7 +134,7 @@ class Stage:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Width of the hidden states."""
+        """The dtype of the hidden states."""
         return self.model.network.dtype
 
     def mount(self, updates: Mapping[str, Any]) -> None:

@@ -79,8 +79,8 @@ class RankDistribution:
     variant: str = "paper"
     """Source of the fractions: ``paper``, released ``code`` or its ``readme``."""
     preset: str = "scaled"
-    """Source of the ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same fraction of this
-    model's parameters; ignored where ``tiers`` are given."""
+    """Source of the ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same fraction of
+    this model's parameters; ignored where ``tiers`` are given."""
     rank: int = 0
     """``homogeneous`` only: this rank in every module; 0: the smallest tier's."""
     tiers: tuple[Mapping[str, object], ...] = ()
@@ -111,7 +111,7 @@ class RankDistribution:
     def resolve(self, modules: Sequence[Module], model_parameters: int) -> tuple[Tier, ...]:
         """The tiers that clients are in, for one model, with the fractions of this distribution.
 
-        A tier of fraction zero is left out: no client holds its ranks, so no model can be too small.
+        A tier of fraction zero is left out: no client holds its ranks.
 
         Raises:
             ValueError: for a rank that some module cannot hold while ``clamp`` is off.

@@ -12,7 +12,7 @@ from fedlora.population.sampling import Shard
 
 
 def examples_seen(n: int, plan: LocalPlan) -> int:
-    """How many examples the optimizer steps of a round process in total, given ``n`` usable examples.
+    """Examples that all optimizer steps of a round process, of ``n`` usable ones.
 
     The sum of the batches of `fedlora.data.batches.step_indices`.
     """

@@ -1,4 +1,4 @@
-"""Which weights of a layer stay, given a score of each: a fraction of every row, or N of every M."""
+"""Which weights of a layer stay, by a score of each: a fraction of every row, or N of every M."""
 
 import math
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Pattern:
         if self.group and d_in % self.group:
             raise ModelError(
                 f"{path}: {d_in} inputs are not divisible into groups of {self.group} (pattern "
-                f"{self}); use a fraction such as 0.5, a group that divides {d_in}, or other targets"
+                f"{self}); use a fraction such as 0.5, a divisor of {d_in} as group, or other targets"
             )
 
     def kept(self, scores: Tensor, *, compete: str = "row") -> Tensor:
@@ -66,8 +66,8 @@ class Pattern:
 
         Args:
             scores: ``[d_out, d_in]``.
-            compete: over what a fraction is taken: each ``row``, or the whole ``layer``. Groups of N:M
-                patterns lie in rows either way.
+            compete: over what a fraction is taken: each ``row``, or the whole ``layer``. Groups of
+                N:M patterns lie in rows either way.
 
         Returns:
             ``[d_out, d_in]`` bool.

@@ -278,8 +278,8 @@ def prune_federated(
 
 
 def _layer_bytes(model: LanguageModel, path: str, pruning: Pruning) -> int:
-    """Bytes that send a pruned layer to a client: one bit per weight, and the kept weights if pruning
-    changes them."""
+    """Bytes that send a pruned layer to a client: one bit per weight, and the kept weights if
+    pruning changes them."""
     weight = model.layers[path].weight
     changed = int(weight.count_nonzero()) if pruning.method == "sparsegpt" else 0
     return math.ceil(weight.numel() / 8) + changed * weight.element_size()

@@ -60,7 +60,7 @@ WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 ROUNDING = ("bfloat16",)
 """Wire dtypes that lose digits of what clients compute in."""
 VALUE, CHANGE = "value", "change"
-"""Number formats of a payload on the wire."""
+"""What the scalars of a payload on the wire are: its values, or changes of the start."""
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob

