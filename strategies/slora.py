@@ -210,6 +210,14 @@ class SLoRA(LoRAStrategy):
             delta[path][largest] += change
         return self._after_sparse(state, delta)
 
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """Nothing in stage 1, then what ``aggregator`` lets the client keep."""
+        if self._sparse(state):
+            return None
+        return self.aggregator.kept(under(state, NESTED), client, before, start, update)
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         if isinstance(updates[0].payload, SparseDelta):
             return client_weights(updates, self.weights)
