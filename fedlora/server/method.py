@@ -206,7 +206,10 @@ class Method(ABC):
     def needs_updates(self) -> str:
         """Why `aggregate` needs more than a sum of what clients add, and what to choose instead;
         empty: a sum is enough, and `adds` is never ``None``."""
-        return f"strategy {type(self).__name__} averages whole updates, not a sum of their changes"
+        return (
+            f"strategy {type(self).__name__} averages whole updates, not a sum of their changes; "
+            "choose postprocess=none, or a strategy that says what clients add, such as fedit"
+        )
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """What one client adds, where `aggregate` needs no more than a weighted sum of that.
