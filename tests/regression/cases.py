@@ -70,6 +70,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "fedavg": ("strategy=fedavg",),
     "fedit": ("strategy=fedit",),
     "flexlora": ("strategy=flexlora",),
+    "flora": ("strategy=flora",),
     "heterolora": ("strategy=heterolora", "strategy.prune=false"),
     "slora": ("strategy=slora", "strategy.stage1_rounds=1"),
     "splitlora": ("strategy=splitlora",),
