@@ -29,8 +29,8 @@ from fedlora.algebra.state import (
 from fedlora.algebra.summand import Summands, dense
 from fedlora.core.checks import (
     at_least,
+    fraction,
     one_of,
-    share,
 )
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise
@@ -240,7 +240,7 @@ class SLoRA(LoRAStrategy):
             raise ValueError(
                 f"strategy.density={self.density!r} is not budget, code or a number in [0, 1]"
             ) from None
-        share("strategy.density", value)
+        fraction("strategy.density", value)
         return value
 
     def _density_of(self, pattern: Ranks, setting: Setting) -> float:

@@ -43,7 +43,9 @@ from tests.strategies.test_base import Shard
 
 SEED = 3
 HELD = {0: 7, 1: 4, 2: 9}
-PLAN = LocalPlan(lr=0.02, steps=2, batch_size=3, dropout=0.1, clip=1.0, schedule="constant")
+PLAN = LocalPlan(
+    lr=0.02, steps=2, batch_size=3, dropout=0.1, max_grad_norm=1.0, schedule="constant"
+)
 TIERS = ("T1", "T2", "T3")
 
 
@@ -187,7 +189,7 @@ def test_one_client_alone_is_an_unsplit_client(world: Any) -> None:
     from fedlora.split.batches import ROUND
     from fedlora.training.loop import optimise
 
-    w = world(plan=replace(PLAN, clip=0.0))
+    w = world(plan=replace(PLAN, max_grad_norm=0.0))
     m = method()
     setting = w.setting
     state = m.init_state(setting)

@@ -57,7 +57,7 @@ class ZeroAudit:
             raise RunError(
                 f"merged into the pruned model, the global update would move {moved} zeros and "
                 f"make {lost} weights infinite or no numbers: alpha or beta have grown out of "
-                "bounds. Rounds with a checkpoint are safe; lower client.lr or client.clip"
+                "bounds. Rounds with a checkpoint are safe; lower client.lr or client.max_grad_norm"
             )
         return {
             "spp/zero_pattern": identity(zeros),

@@ -106,7 +106,7 @@ def _steps(
         optimizer.zero_grad()
         losses.append(backward(model, batches, seeds, tokens[-1], plan))
         controller.before_step(switching.first + step, optimizer)
-        norms.append(clip_and_step(optimizer, trained, rate, plan.clip))
+        norms.append(clip_and_step(optimizer, trained, rate, plan.max_grad_norm))
     return Trace.of(losses, tokens, norms, torch.zeros_like(losses[0]))
 
 
