@@ -17,8 +17,8 @@ from fedlora.models.layers import (
 from fedlora.models.masks import check_zeros
 from fedlora.techniques.spp.scale import (
     blocks,
+    repeat_rows,
     scaled_weight,
-    spread,
 )
 
 
@@ -96,7 +96,7 @@ class BlockScaled(LinearUpdate):
         """``alpha`` as it acts, ``[r, d_in]``."""
         if self.change is None:
             return self.alpha
-        return self.alpha + spread(self.change, len(self.alpha))
+        return self.alpha + repeat_rows(self.change, len(self.alpha))
 
     def parameters(self) -> list[nn.Parameter]:
         """Alpha, or the change of it, and beta; which of them require gradients is what trains."""

@@ -17,7 +17,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate
 from fedlora.models.modules import ModelInfo, check_paths
 from fedlora.techniques.spp.layer import BlockScaled
-from fedlora.techniques.spp.scale import factor, scaled_weight, spread, stacked
+from fedlora.techniques.spp.scale import factor, repeat_rows, scaled_weight, sum_factors
 
 _PARTS = ("alpha", "beta", "change")
 _PLAIN = ("mask", "lora_alpha", "trains", "seed")
@@ -117,7 +117,7 @@ class MaskedScale(Payload):
                 alpha = torch.ones(start.blocks[path], 1)
             new = self.alpha.get(path, alpha).double()
             if change is not None:
-                new = new + spread(change.double(), len(new))
+                new = new + repeat_rows(change.double(), len(new))
             moved = factor(new, self.beta.get(path, beta).double()) - factor(
                 alpha.double(), beta.double()
             )
@@ -177,7 +177,7 @@ class MaskedScale(Payload):
         return load_spp(folder)
 
 
-def sent(payload: MaskedScale) -> MaskedScale:
+def select_sent(payload: MaskedScale) -> MaskedScale:
     """What of a trained payload a client sends back: what it has trained, not what it was told."""
     alpha = payload.alpha if payload.trains != "beta" else {}
     return replace(
@@ -192,7 +192,7 @@ def alpha_of(payload: MaskedScale, path: str) -> Tensor:
     """A module's ``alpha [r, d_in]`` with its tied change, if any, applied."""
     alpha = payload.alpha[path]
     change = payload.change.get(path)
-    return alpha if change is None else alpha + spread(change, len(alpha))
+    return alpha if change is None else alpha + repeat_rows(change, len(alpha))
 
 
 def scale(payload: MaskedScale, path: str) -> float:
@@ -204,7 +204,7 @@ def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
     """``[d_out, d_in]``: what `merges` have multiplied a module's weight by; None: nothing."""
     gain: Tensor | None = None
     for merge in payload.merges:
-        step = 1 + scale(payload, path) * stacked(*merge[path])
+        step = 1 + scale(payload, path) * sum_factors(*merge[path])
         gain = step if gain is None else gain * step
     return gain
 

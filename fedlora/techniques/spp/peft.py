@@ -34,7 +34,7 @@ from fedlora.models.modules import ModelInfo
 from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, save_peft
 from fedlora.techniques.spp.layer import scaled_branch
 from fedlora.techniques.spp.payload import MaskedScale, alpha_of, check_scale
-from fedlora.techniques.spp.scale import factor, scaled_weight, spread
+from fedlora.techniques.spp.scale import factor, repeat_rows, scaled_weight
 
 SPP = "spp.safetensors"
 """Beside PEFT's files, or in their place."""
@@ -138,7 +138,7 @@ def save_spp(
     for name in (CONFIG, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     if not whole.merges and min(payload.blocks[p] for p in alpha) > 1:
-        rows = {p: spread(a, payload.blocks[p]) for p, a in alpha.items()}
+        rows = {p: repeat_rows(a, payload.blocks[p]) for p, a in alpha.items()}
         factors = {
             p: Factors(rows[p], beta[:, None].expand(-1, len(rows[p])), payload.lora_alpha)
             for p, beta in payload.beta.items()

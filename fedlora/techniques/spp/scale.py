@@ -20,7 +20,7 @@ def blocks(d_out: int, r: int, device: torch.device | None = None) -> Tensor:
     return torch.arange(d_out, device=device) * r // d_out
 
 
-def placed(beta: Tensor, r: int) -> Tensor:
+def place_in_blocks(beta: Tensor, r: int) -> Tensor:
     """``B [..., d_out, r]``: ``beta [..., d_out]`` with every number in the column of its block."""
     column = blocks(beta.shape[-1], r, beta.device)
     one = torch.nn.functional.one_hot(column, r).to(beta.dtype)
@@ -37,7 +37,7 @@ def factor(alpha: Tensor, beta: Tensor) -> Tensor:
     return beta[:, None] * alpha[blocks(len(beta), len(alpha), beta.device)]
 
 
-def spread(alpha: Tensor, r: int) -> Tensor:
+def repeat_rows(alpha: Tensor, r: int) -> Tensor:
     """The rows of a smaller rank repeated to ``r``: ``factor`` gives the same.
 
     Args:
@@ -64,12 +64,12 @@ def mean_factor(alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[f
     """
     top = max(len(a) for a in alphas)
     weighted = torch.stack([w * b for w, b in zip(p, betas, strict=True)])
-    return stacked(torch.stack([spread(a, top) for a in alphas]), weighted)
+    return sum_factors(torch.stack([repeat_rows(a, top) for a in alphas]), weighted)
 
 
-def stacked(alpha: Tensor, beta: Tensor) -> Tensor:
+def sum_factors(alpha: Tensor, beta: Tensor) -> Tensor:
     """``Σ_k F_k`` as one product: alpha ``[k, r, d_in]``, beta ``[k, d_out]``."""
-    b = placed(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
+    b = place_in_blocks(beta, alpha.shape[1]).transpose(0, 1).flatten(1)  # [d_out, k r]
     wide = torch.promote_types(b.dtype, alpha.dtype)
     return b.to(wide) @ alpha.flatten(0, 1).to(wide)
 

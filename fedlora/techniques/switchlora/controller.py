@@ -42,9 +42,9 @@ class SwitchController:
     def before_step(self, step: int, optimizer: RowAdamW) -> None:
         """Exchange vectors after the backward pass of a step, counted from 0."""
         for path, layer in self.layers.items():
-            self._exchange(step, layer, self.parameters[path], optimizer)
+            self._switch(step, layer, self.parameters[path], optimizer)
             for side in SIDES:
-                p, held = self.parameters[path][side], layer.held(side)
+                p, held = self.parameters[path][side], layer.frozen_slots(side)
                 if held and p.grad is not None:
                     rows = p.grad if side == "a" else p.grad.t()
                     rows[held] = 0.0
@@ -52,7 +52,7 @@ class SwitchController:
                         optimizer.hold(p, side, held)
             layer.thaw()
 
-    def _exchange(
+    def _switch(
         self,
         step: int,
         layer: SwitchLayer,
@@ -60,12 +60,12 @@ class SwitchController:
         optimizer: RowAdamW,
     ) -> None:
         mean = expected(self.switching, layer.rank, step, self.total)
-        count = min(draw(self.seed, layer.path, step, mean), layer.room())
+        count = min(draw(self.seed, layer.path, step, mean), layer.max_switches())
         if not count:
             return
         for side in SIDES:
-            incoming = layer.incoming(side, count, self.switching.choice, self.seed, step)
-            slots = layer.exchange(side, incoming, self.switching.freeze)
+            incoming = layer.choose(side, count, self.switching.choice, self.seed, step)
+            slots = layer.switch(side, incoming, self.switching.freeze)
             optimizer.reset(parameters[other(side)], other(side), slots)
         self.exchanged += 2 * count
 

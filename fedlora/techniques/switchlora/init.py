@@ -51,7 +51,7 @@ def check_rank(path: str, d_out: int, d_in: int, rank: int) -> None:
         )
 
 
-def draw_pools(
+def draw_candidates(
     seed: int,
     path: str,
     d_out: int,
@@ -114,7 +114,7 @@ def first_ids(pool: int, rank: int) -> tuple[list[int], list[int]]:
 class Start:
     """The vectors of a layer as it begins."""
 
-    pools: dict[Side, Tensor]
+    candidates: dict[Side, Tensor]
     """``[c, d_in]`` and ``[c, d_out]``."""
     ids: dict[Side, list[int]]
     pointers: dict[Side, int]
@@ -122,12 +122,12 @@ class Start:
     @property
     def a(self) -> Tensor:
         """``[r, d_in]``"""
-        return self.pools["a"][self.ids["a"]]
+        return self.candidates["a"][self.ids["a"]]
 
     @property
     def b(self) -> Tensor:
         """``[d_out, r]``"""
-        return self.pools["b"][self.ids["b"]].t().contiguous()
+        return self.candidates["b"][self.ids["b"]].t().contiguous()
 
 
 def draw_start(
@@ -142,7 +142,7 @@ def draw_start(
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Start:
-    """Pools and who of them is in which slot at first; arguments as of `draw_pools`.
+    """Pools and who of them is in which slot at first; arguments as of `draw_candidates`.
 
     Args:
         dtype: of the layer, which its pools are kept in; in files they are float32.
@@ -151,7 +151,7 @@ def draw_start(
         ValueError: for a rank that cannot switch.
     """
     check_rank(path, d_out, d_in, rank)
-    pools = draw_pools(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
+    pools = draw_candidates(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
     ids = first_ids(min(d_out, d_in), rank)
     kept = pools if folder is not None else (pools[0].to(dtype), pools[1].to(dtype))
     return Start(

@@ -56,7 +56,7 @@ class SwitchLayer:
     b: Tensor
     """``[d_out, r]``"""
     scale: float
-    pools: dict[Side, Tensor]
+    candidates: dict[Side, Tensor]
     """``[c, d_in]`` and ``[c, d_out]``, on the CPU."""
     ids: dict[Side, list[int]]
     """Which vector of the pool is in each slot. Its place there is stale until it comes back."""
@@ -76,9 +76,9 @@ class SwitchLayer:
         return int(self.a.shape[0])
 
     @property
-    def pool(self) -> int:
+    def num_candidates(self) -> int:
         """``c``: vectors of each pool."""
-        return int(self.pools["a"].shape[0])
+        return int(self.candidates["a"].shape[0])
 
     def vectors(self, side: Side) -> Tensor:
         """A view of one factor with a row per slot: ``[r, d_in]`` or ``[r, d_out]``."""
@@ -88,7 +88,7 @@ class SwitchLayer:
         """``W + s B A``."""
         return self.weight + self.scale * (self.b.detach() @ self.a.detach())
 
-    def room(self) -> int:
+    def max_switches(self) -> int:
         """How many slots of each factor can be exchanged in one step.
 
         The pointers keep their distance, so the slots before A's pointer are those whose B is
@@ -101,33 +101,33 @@ class SwitchLayer:
         r, a, b = self.rank, self.pointers["a"], self.pointers["b"]
         held = {side: sum(f > 0 for f in self.frozen[side]) for side in SIDES}
         gaps = ((a - b - held["a"]) % r, (b - a - held["b"]) % r)
-        return max(0, min(*gaps, self.pool - r))
+        return max(0, min(*gaps, self.num_candidates - r))
 
-    def due(self, side: Side, count: int) -> list[int]:
+    def next_slots(self, side: Side, count: int) -> list[int]:
         """The next ``count`` slots."""
         return [(self.pointers[side] + i) % self.rank for i in range(count)]
 
-    def incoming(self, side: Side, count: int, choice: str, seed: int, step: int) -> list[int]:
+    def choose(self, side: Side, count: int, choice: str, seed: int, step: int) -> list[int]:
         """Which vectors of the pool come next, by `Switching.choice`."""
         if choice == "ring":
-            return self.ring(side, count)
-        return self.random(side, count, seed, step)
+            return self.choose_in_order(side, count)
+        return self.choose_at_random(side, count, seed, step)
 
-    def ring(self, side: Side, count: int) -> list[int]:
+    def choose_in_order(self, side: Side, count: int) -> list[int]:
         """The vectors that follow in the pool on the one that came in last."""
         # The slot before the pointer was filled last; index -1 is the last slot of the ring.
         ids = self.ids[side]
         last = ids[self.pointers[side] - 1]
-        return [(last + 1 + i) % self.pool for i in range(count)]
+        return [(last + 1 + i) % self.num_candidates for i in range(count)]
 
-    def random(self, side: Side, count: int, seed: int, step: int) -> list[int]:
+    def choose_at_random(self, side: Side, count: int, seed: int, step: int) -> list[int]:
         """Different vectors of the pool that are in no slot, all equally likely."""
         active = set(self.ids[side])
-        free = [i for i in range(self.pool) if i not in active]
+        free = [i for i in range(self.num_candidates) if i not in active]
         g = generator(seed, f"switch-{side}", zlib.crc32(self.path.encode()), step)
         return [int(i) for i in g.choice(free, count, replace=False)]
 
-    def exchange(
+    def switch(
         self, side: Side, incoming: Sequence[int], freeze: int = 0, *, ordered: bool = False
     ) -> list[int]:
         """Put vectors of the pool into the next slots; what was there goes back, as trained.
@@ -142,8 +142,8 @@ class SwitchLayer:
         Returns:
             The slots. Whatever an optimizer remembers of their partners is void.
         """
-        slots, own, partner = self.due(side, len(incoming)), self.vectors(side), other(side)
-        pool, ids = self.pools[side], self.ids[side]
+        slots, own, partner = self.next_slots(side, len(incoming)), self.vectors(side), other(side)
+        pool, ids = self.candidates[side], self.ids[side]
         if set(incoming) & set(ids):
             raise ValueError(f"{self.path}: {sorted(set(incoming) & set(ids))} are in slots")
         if not slots:
@@ -173,7 +173,7 @@ class SwitchLayer:
         self.pointers[side] = (self.pointers[side] + len(slots)) % self.rank
         return slots
 
-    def held(self, side: Side) -> list[int]:
+    def frozen_slots(self, side: Side) -> list[int]:
         """Slots whose vector must not move in this step."""
         return [i for i, f in enumerate(self.frozen[side]) if f > 0]
 
@@ -186,7 +186,7 @@ class SwitchLayer:
         """Everything but the scale, by name; tensors are those of the layer."""
         whole = {"weight": self.weight, "a": self.a.detach(), "b": self.b.detach()}
         for side in SIDES:
-            whole[f"pool_{side}"] = self.pools[side]
+            whole[f"pool_{side}"] = self.candidates[side]
             whole[f"ids_{side}"] = torch.tensor(self.ids[side])
             whole[f"frozen_{side}"] = torch.tensor(self.frozen[side])
         return whole | {"pointers": torch.tensor([self.pointers[side] for side in SIDES])}
@@ -243,7 +243,7 @@ def begin(
         b: ``[d_out, r]``, overwritten.
         alpha: ``s = alpha / r``.
         seed: of the run.
-        turn: of the pools, as in `draw_pools`.
+        turn: of the pools, as in `draw_candidates`.
         folder: for pools in files.
 
     Raises:
@@ -264,7 +264,7 @@ def begin(
         a=a,
         b=b,
         scale=alpha / rank,
-        pools=start.pools,
+        candidates=start.candidates,
         ids=start.ids,
         pointers=start.pointers,
     )

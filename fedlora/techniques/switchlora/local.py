@@ -147,7 +147,7 @@ def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
         a=update.a,
         b=update.b,
         scale=update.scale,
-        pools=start.pools,
+        candidates=start.candidates,
         ids=start.ids,
         pointers=start.pointers,
     )

@@ -59,7 +59,7 @@ def adapt(network: Any, rank: int, targets: str | Sequence[str], alpha: float) -
     return Adapted(peft, found)
 
 
-def switched(
+def wrap_network(
     network: Any,
     rank: int,
     targets: str | Sequence[str] = "all-linear",

@@ -76,7 +76,7 @@ class Timetable:
         turns = 2 if self.mode == ALTERNATE else 1
         first, total = round * self.steps, self.rounds * self.steps
         mean = expected(self.switching, layer.rank, first, total, turns * self.steps)
-        most = min(max(1, layer.rank // 4), layer.pool - layer.rank)
+        most = min(max(1, layer.rank // 4), layer.num_candidates - layer.rank)
         return min(draw(self.seed, layer.path, round, mean), most)
 
 
@@ -124,7 +124,7 @@ class Replica:
             a, b = torch.empty(ranks[path], d_in), torch.empty(d_out, ranks[path])
             layers[path] = begin(path, weight, a, b, alpha=alpha, seed=timetable.seed)
         made = Replica(layers, timetable, 0)
-        made._exchange()
+        made._switch()
         return made
 
     def install(self, result: Mapping[str, Tensor]) -> None:
@@ -142,17 +142,17 @@ class Replica:
             if rest is not None:
                 layer.weight.add_(rest.to(layer.weight.dtype))
         self.round += 1
-        self._exchange()
+        self._switch()
 
-    def _exchange(self) -> None:
+    def _switch(self) -> None:
         timetable = self.timetable
         for layer in self.layers.values():
             count = timetable.count(layer, self.round)
             for side in timetable.sides(self.round):
-                incoming = layer.incoming(
+                incoming = layer.choose(
                     side, count, timetable.switching.choice, timetable.seed, self.round
                 )
-                layer.exchange(side, incoming, ordered=True)
+                layer.switch(side, incoming, ordered=True)
                 self.exchanged += count
 
     def state(self) -> dict[str, Tensor]:
@@ -180,7 +180,7 @@ class Replica:
                 a=mine["a"],
                 b=mine["b"],
                 scale=alpha / mine["a"].shape[0],
-                pools={side: mine[f"pool_{side}"] for side in SIDES},
+                candidates={side: mine[f"pool_{side}"] for side in SIDES},
                 ids={side: mine[f"ids_{side}"].tolist() for side in SIDES},
                 pointers=dict(zip(SIDES, pointers, strict=True)),
             )
@@ -204,7 +204,7 @@ def _put(layer: SwitchLayer, side: Side, new: Tensor) -> None:
     """Install a factor; a wider type widens the layer."""
     if torch.promote_types(new.dtype, layer.weight.dtype) != layer.weight.dtype:
         layer.weight, layer.a, layer.b = (t.to(new.dtype) for t in (layer.weight, layer.a, layer.b))
-        layer.pools = {s: pool.to(new.dtype) for s, pool in layer.pools.items()}
+        layer.candidates = {s: pool.to(new.dtype) for s, pool in layer.candidates.items()}
     getattr(layer, side).copy_(new)
 
 
@@ -277,7 +277,7 @@ def news(state: State, known: int) -> News:
     return replay if replay.bytes(FLOAT) <= whole.bytes(FLOAT) else whole
 
 
-def remembered(state: State, round: int, result: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def extend_history(state: State, round: int, result: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``history/`` with one more round, without what nobody would be sent any more."""
     rounds = history(state) | {round: dict(result)}
     budget = News(whole=shared(state)).bytes(FLOAT)
