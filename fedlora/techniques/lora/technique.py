@@ -25,7 +25,7 @@ class LoRA(Technique):
     it."""
 
     key = "client/technique=lora"
-    does = "trains LoRA's A and B without exchanges"
+    does = "trains LoRA's A and B without switches"
     averaged = "LoRA's A and B, over a base that all clients hold alike"
     client = "client=adamw"
     strategy = "strategy=flexlora"

@@ -111,7 +111,7 @@ def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
         ),
         (
             [w for w in WORDS if "technique.interval" not in w] + ["client=adamw"],
-            "without exchanges.*or client=switchlora",
+            "without switches.*or client=switchlora",
         ),
         ([*WORDS, "client.steps=0"], "client.steps=0 with strategy=switchlora"),
         ([*WORDS, "federation.wire=bfloat16"], "federation.wire=bfloat16"),

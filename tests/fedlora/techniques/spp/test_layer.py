@@ -16,9 +16,11 @@ from fedlora.models.export import merge
 from fedlora.models.layers import dense_weight, dropout, dropout_bits
 from fedlora.models.masks import check_zeros
 from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.spp import scale as scale_module
 from fedlora.techniques.spp.layer import BlockScaled, scaled_branch
 from fedlora.techniques.spp.payload import merged_gain, merged_weight
 from fedlora.techniques.spp.scale import factor, place_in_blocks, repeat_rows
+from tests import doctests
 from tests.fedlora.models.networks import NETWORKS, adapter, logits, step, tokens
 from tests.fedlora.prune.models import (
     LORA_ALPHA,
@@ -464,3 +466,7 @@ def test_another_base_is_refused_and_nothing_changes():
     model.info = replace(model.info, mask="")
     with pytest.raises(ValueError, match="and random is dense"):
         model.mount(payload)
+
+
+def test_examples_in_docstrings():
+    assert doctests.run(scale_module) == 5

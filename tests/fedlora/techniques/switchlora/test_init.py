@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fedlora.techniques.switchlora import init
 from fedlora.techniques.switchlora.init import (
     GAIN,
     check_rank,
@@ -12,6 +13,7 @@ from fedlora.techniques.switchlora.init import (
     draw_candidates,
     first_ids,
 )
+from tests import doctests
 
 
 @pytest.mark.parametrize(("m", "n", "r", "alpha"), [(384, 512, 64, 1.0), (512, 300, 32, 16.0)])
@@ -47,8 +49,12 @@ def test_the_first_vectors_are_the_last_of_the_pool():
 
 
 @pytest.mark.parametrize(
-    ("rank", "why"), [(1, "one slot"), (6, "all of them are in slots"), (9, "6")]
+    ("rank", "why"), [(1, "one slot"), (6, "all are in slots"), (9, "6")]
 )
 def test_ranks_that_cannot_switch_are_refused(rank, why):
     with pytest.raises(ValueError, match=f"w: rank {rank} cannot switch.*{why}.*2..5"):
         check_rank("w", 6, 9, rank)
+
+
+def test_examples_in_docstrings():
+    assert doctests.run(init) == 1

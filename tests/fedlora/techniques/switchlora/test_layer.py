@@ -142,6 +142,6 @@ def test_state_goes_round():
     two.load({k: t.clone() for k, t in one.state().items()})
     for name, t in one.state().items():
         assert torch.equal(t, two.state()[name]), name
-    assert two.room() == one.room()
+    assert two.max_switches() == one.max_switches()
     with pytest.raises(ValueError, match="w: weight is"):
         layer(9, 7, 4).load(one.state())

@@ -173,12 +173,12 @@ def test_its_update_has_more_than_lora_s_rank():
     assert max(found[0]) > 8
 
 
-def test_local_exchanges_need_a_base_that_may_move():
+def test_local_switches_need_a_base_that_may_move():
     model = wrap(NETWORKS["llama"]())
     setting = population(model.info.modules)
     start = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=2, horizon=1)
     factors = start.client_start(start.init_state(setting), setting.clients[0]).factors
     job = TrainJob(SEED, 1, setting.clients[0], LowRankPayload(factors), PLAN)
     client = LoRAClient(model, FakeStore({0: examples(7)}), setting.clients[0], SEED)
-    with pytest.raises(TypeError, match="LowRankPayload is none; use strategy=switchlora"):
+    with pytest.raises(TypeError, match="LowRankPayload has no such base; use strategy=switchlora"):
         client.train(job)
