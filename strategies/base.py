@@ -5,38 +5,67 @@ dataclass that inherits `LoRAStrategy`. Its fields are the method's hyperparamet
 of its YAML; its hooks are pure functions of an explicit state and never see Flower, Ray or a path.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
-from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora.core.errors import RunError
 from fedlora.core.technique import Technique
 from fedlora.server.method import Method
+from fedlora.server.plain_flower import PlainFlower
 from fedlora.techniques.lora.technique import LoRA
 
 
 @dataclass(frozen=True, eq=False)
 class LoRAStrategy(Method, Strategy):
-    """A Flower strategy over virtual clients of unequal rank.
+    """A Flower strategy whose rule are the hooks of `Method`.
 
-    Flower's own loop sends one model to nodes that are clients. Here a node is a slot that serves
-    many virtual clients, each with a start of its own rank: a `FederatedRun`
-    (`fedlora.server.flower`) drives the hooks of `Method` instead. The methods below are Flower's
-    and refuse to go on without one.
+    Two drivers ask the hooks. `start` is Flower's own: every node is a client with an adapter of
+    its own rank (`fedlora.server.plain_flower`). A simulation's is
+    `fedlora.server.flower.FederatedRun`, where a node is a slot that serves many virtual clients.
+    A strategy holds nothing between rounds, so Flower's other methods belong to the drivers.
     """
 
     technique: ClassVar[type[Technique]] = LoRA
 
-    def start(self, *args: Any, **kwargs: Any) -> Result:
-        """Flower's loop over nodes that are clients.
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Federate Flower nodes that each train an adapter of their own.
+
+        Args:
+            grid: of the ServerApp.
+            initial_arrays: an adapter under PEFT's names; its modules are adapted, its ranks are
+                the largest that a node may send, and its product is where the run begins.
+            num_rounds: of training, each followed by an evaluation.
+            timeout: seconds to wait for replies.
+            train_config: sent to nodes; ``lora_alpha`` is needed.
+            evaluate_config: sent to nodes.
+            evaluate_fn: evaluates the arrays on the server.
 
         Raises:
-            RunError: always; a run drives a strategy.
+            RunError: if the method sends what is no adapter, or too few nodes answer.
         """
-        self._refuse()
+        return PlainFlower(self).start(
+            grid=grid,
+            initial_arrays=initial_arrays,
+            num_rounds=num_rounds,
+            timeout=timeout,
+            train_config=train_config,
+            evaluate_config=evaluate_config,
+            evaluate_fn=evaluate_fn,
+        )
 
     def summary(self) -> None:
         """Flower's line for its log."""
@@ -63,7 +92,7 @@ class LoRAStrategy(Method, Strategy):
     def _refuse(self) -> NoReturn:
         name = type(self).__name__
         raise RunError(
-            f"{name} serves virtual clients, which Flower's own loop does not know: build a "
-            f"Session with method={name}(...) and call fedlora.server.flower.FederatedRun("
-            "session, worker=..., source=...).start(grid)"
+            f"{name} holds nothing between rounds: call {name}(...).start(grid, initial_arrays), "
+            f"fedlora.server.plain_flower.PlainFlower({name}(...)) for other settings, or "
+            "fedlora.server.flower.FederatedRun(session, ...).start(grid) for virtual clients"
         )

@@ -80,7 +80,6 @@ class SPP(LoRAStrategy):
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
         one_of("strategy.heterogeneous", self.heterogeneous, ("nest", "refuse"))
         at_least("strategy.merge_every", self.merge_every, 0)
-        object.__setattr__(self, "schedule", tuple(self.schedule))
         for phase in self.schedule:
             one_of("strategy.schedule", phase, ("alpha", "beta"))
         if not self.schedule or self.schedule[0] != "beta":

@@ -143,7 +143,7 @@ def optimise(
             if plan.term is not None and state is not None:
                 with torch.no_grad():
                     plan.term.add_gradient(state)
-            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
+            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.max_grad_norm))
         change = flat.change()
     finally:
         flat.release()
@@ -190,7 +190,10 @@ def backward(
 
 
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, buffers: Sequence[nn.Parameter], rate: float, clip: float
+    optimizer: torch.optim.Optimizer,
+    buffers: Sequence[nn.Parameter],
+    rate: float,
+    max_grad_norm: float,
 ) -> Tensor:
     """Clip the gradients and take one optimizer step at a learning rate.
 
@@ -198,8 +201,8 @@ def clip_and_step(
         The global gradient norm before clipping, a scalar.
     """
     norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
-    if clip > 0:
-        clip_grads_with_norm_(buffers, clip, norm)
+    if max_grad_norm > 0:
+        clip_grads_with_norm_(buffers, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -209,7 +212,10 @@ def clip_and_step(
 def check_trace(trace: Trace, plan: LocalPlan) -> None:
     """Raise a FloatingPointError that names the first step whose loss is not finite."""
     steps = len(trace.losses)
-    setting = f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, client.clip={plan.clip}"
+    setting = (
+        f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, "
+        f"client.max_grad_norm={plan.max_grad_norm}"
+    )
     for step, loss in enumerate(trace.losses, 1):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step} of {steps} ({setting})")

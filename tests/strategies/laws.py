@@ -396,10 +396,16 @@ def starts_have_the_ranks_of_their_clients(
         state, _ = after_rounds(strategy, population, seed, rounds, precision)
         for c in population.clients:
             e = strategy.enlist(state, c)
-            for payload in (
-                strategy.client_start(state, e),
-                strategy.global_update(state, e.ranks),
-            ):
+            whole = strategy.global_update(state, e.ranks)
+            payloads = [strategy.client_start(state, e)]
+            if isinstance(whole, Rebased) and not whole.factors:
+                exact = strategy.global_update(state)  # dense: nothing is cut for any rank
+                assert dict(whole.tensors()).keys() == dict(exact.tensors()).keys()
+                for (name, t), (_, due) in zip(whole.tensors(), exact.tensors(), strict=True):
+                    assert torch.equal(t, due), f"{name} depends on the rank {e.ranks}"
+            else:
+                payloads.append(whole)
+            for payload in payloads:
                 if isinstance(payload, Rebased):
                     got = Ranks({p: f.rank for p, f in payload.factors.items()})
                     assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"

@@ -150,12 +150,12 @@ def test_too_few_successes_stop_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     "call",
-    ["start", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate"],
+    ["summary", "configure_train", "aggregate_train", "configure_evaluate", "aggregate_evaluate"],
 )
 def test_a_strategy_without_a_run_says_how_to_run_it(call):
     assert isinstance(Mean(), Strategy)
-    with pytest.raises(RunError, match=r"Mean serves virtual clients.*FederatedRun\(session"):
-        getattr(Mean(), call)(InProcessGrid(lambda m, _: m))
+    with pytest.raises(RunError, match=r"Mean holds nothing .*FederatedRun\(session"):
+        getattr(Mean(), call)()
 
 
 def test_resuming_goes_on_from_the_checkpoint(tmp_path):

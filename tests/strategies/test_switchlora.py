@@ -190,19 +190,19 @@ def test_a_residual_has_no_more_than_the_rank_of_all_clients_but_one():
 def test_a_replica_of_the_run_is_compared_and_put_right(caplog):
     """F7 in a run: what is recorded every ``hash_every`` rounds, resuming included."""
     population, method = roomy_setting(), rule(hash_every=2)
-    state = method.init_state(population)
+    state, audit = method.init_state(population), method.state_audit()
     found = []
     for t in range(9):
         state = method.aggregate(state, cohort(method, state, population, seed=t, precision=SINGLE))
         if t == 4:
             path = population.modules[0].path
-            method._witness.layers[path].candidates["b"][0, 0] *= 1 + 1e-6
-        method = rule(hash_every=2) if t == 6 else method  # begun anew, as when a run is resumed
-        record = method.report(state)
+            audit.replica.layers[path].candidates["b"][0, 0] *= 1 + 1e-6
+        audit = method.state_audit() if t == 6 else audit  # begun anew, as when a run is resumed
+        record = {**method.report(state), **audit(state)}
         found.append(record.get("switch/replica_differs"))
         assert record["switch/exchanged"] > 0
     assert found == [None, 0, None, 0, None, 1, None, 0, None]
-    assert "round 6: a client that installed every round's result holds other bits" in caplog.text
+    assert "round 6: a client that installed every round's result is not bitwise" in caplog.text
 
 
 def test_dropout_is_told(caplog):

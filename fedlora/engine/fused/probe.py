@@ -88,7 +88,9 @@ class Prober:
                 for row, grad in rows:
                     buffer = torch.nn.Parameter(row)
                     buffer.grad = grad
-                    clip_and_step(optimizer_for(plan, [buffer]), [buffer], plan.lr, plan.clip)
+                    clip_and_step(
+                        optimizer_for(plan, [buffer]), [buffer], plan.lr, plan.max_grad_norm
+                    )
                     grad.zero_()
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)

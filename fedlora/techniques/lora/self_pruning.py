@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.core.checks import at_least, share
+from fedlora.core.checks import at_least, fraction
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -40,7 +40,7 @@ class SelfPrune:
 
     def __post_init__(self) -> None:
         at_least("weight", self.weight, 0)
-        share("gamma", self.gamma)
+        fraction("gamma", self.gamma)
         at_least("min_rank", self.min_rank, 1)
 
 

@@ -56,8 +56,8 @@ class ZeroAudit:
         if moved or lost:
             raise RunError(
                 f"merged into the pruned model, the global update would move {moved} zeros and "
-                f"make {lost} weights infinite or NaN: alpha or beta have become too "
-                "large. Rounds with a checkpoint are safe; lower client.lr or client.clip"
+                f"make {lost} weights infinite or NaN: alpha or beta have become too large. Rounds "
+                "with a checkpoint are safe; lower client.lr or client.max_grad_norm"
             )
         return {
             "spp/zero_pattern": identity(zeros),

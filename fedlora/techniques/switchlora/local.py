@@ -114,7 +114,7 @@ def _steps(
         losses.append(backward(model, batches, seeds, tokens[-1], plan))
         # Switches lie between the backward pass and the optimizer step (see `SwitchController`).
         controller.before_step(switching.first + step, optimizer)
-        norms.append(clip_and_step(optimizer, trained, rate, plan.clip))
+        norms.append(clip_and_step(optimizer, trained, rate, plan.max_grad_norm))
     return Trace.of(losses, tokens, norms, torch.zeros_like(losses[0]))
 
 

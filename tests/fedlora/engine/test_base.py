@@ -3,11 +3,10 @@
 import dataclasses
 import logging
 import re
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from fedlora.core.config import build
 from fedlora.core.types import (
@@ -26,6 +25,7 @@ from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.sparse.payload import SparseDelta
+from simulations.app.compose import load
 from tests.fedlora.engine.world import (
     SEED,
     FakeStore,
@@ -78,7 +78,7 @@ def spoiled(fault: str, engine: Engine, factors):
     plan, store = PLAN, engine.store
     path, f = next(iter(factors.items()))
     if fault == "diverges":
-        plan = dataclasses.replace(PLAN, lr=1e200, clip=0.0)
+        plan = dataclasses.replace(PLAN, lr=1e200, max_grad_norm=0.0)
     elif fault == "trains nothing":
         plan = dataclasses.replace(PLAN, train_a=False, train_b=False)
     elif fault == "no examples":
@@ -160,7 +160,7 @@ def test_nothing_to_do_is_done(engine):
 
 @pytest.mark.parametrize("name", ["sequential", "fused", "auto"])
 def test_the_configuration_opens_the_engine(name):
-    raw = yaml.safe_load(Path(f"conf/engine/{name}.yaml").read_text())
+    raw = OmegaConf.to_container(load([f"engine={name}"]).engine)
     spec = build(raw, EngineSpec, "engine")  # type: ignore[type-abstract]
     assert set(raw) - {"_target_"} == {f.name for f in dataclasses.fields(spec)}
     before = torch.get_num_threads()

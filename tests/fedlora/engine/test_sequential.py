@@ -1,15 +1,15 @@
 """The sequential engine: results in order, bitwise, with no trace of what ran before."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from omegaconf import OmegaConf
 
 from fedlora.core.config import build
 from fedlora.core.types import LocalPlan, Update
 from fedlora.engine.sequential import SequentialEngine
+from simulations.app.compose import load
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start, vector
 
 PLAN = LocalPlan(lr=3e-3, batch_size=3, dropout=0.3, epochs=2)
@@ -49,9 +49,7 @@ def test_results_come_as_they_finish(engine):
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_a_configured_plan_names_every_field(name):
-    raw = yaml.safe_load(Path(f"conf/client/{name}.yaml").read_text())
-    technique = raw.pop("defaults")[0]["technique"]
-    raw["technique"] = yaml.safe_load(Path(f"conf/client/technique/{technique}.yaml").read_text())
+    raw = OmegaConf.to_container(load([f"client={name}"]).client)
     plan = build(raw, LocalPlan, "client")
     assert plan.optimizer == name
     assert set(raw) - {"_target_"} == {f.name for f in dataclasses.fields(LocalPlan)}

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Factors, Module
 from fedlora.models.qkv import Split, SplitLinear, join_adapter, split_adapter, split_qkv
+from fedlora.techniques.lora.payload import LowRankPayload
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import ALPHA, adapter, gpt2, logits, same, tokens, wrap
 
@@ -107,7 +108,7 @@ def test_trains_like_the_joint_adapter_whose_other_entries_of_b_are_held_at_zero
     whole = wrap(gpt2().double(), ("c_attn",))
     joint = join_adapter(factors, apart.info.splits)
     apart.mount(factors)
-    whole.mount(joint)
+    whole.mount(LowRankPayload(joint))
     torch.testing.assert_close(logits(apart.network), logits(whole.network), rtol=0, atol=1e-12)
     for model in (apart, whole):
         model.network(input_ids=tokens(), labels=tokens()).loss.backward()

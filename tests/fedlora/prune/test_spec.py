@@ -91,7 +91,7 @@ def test_a_kept_weight_is_the_bases_own(spec):
 
 def test_zeros_that_moved_are_refused(spec, tmp_path):
     folder = tmp_path / "model"
-    merge(spec.load(CPU), {}, folder)
+    merge(spec.load(CPU), None, folder)
     (folder / "masks.safetensors").write_bytes((spec.folder() / "masks.safetensors").read_bytes())
     HuggingFace(path=str(folder)).load(CPU)
     state = load_file(folder / "model.safetensors")

@@ -108,7 +108,7 @@ def test_masks_of_another_model_are_found_when_a_small_model_is_read(federate, t
 def test_only_a_model_with_zeros_can_be_written_without_them(federate, tmp_path, capsys):
     done = federate("strategy=fedit", "rounds=1", "client.steps=1")
     assert main([str(done.folder), str(tmp_path / "m"), "--sparse"]) == 2
-    assert "has no SPP adapter: only strategy=spp keeps" in capsys.readouterr().err
+    assert "has no adapter that keeps a pruned model's zeros" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
 
@@ -233,7 +233,7 @@ def test_zeros_that_moved_are_found_before_there_is_a_run_folder(federate, tmp_p
 
 def test_clients_that_are_held_out_do_not_calibrate(federate):
     """With half of the clients apart; and the run itself holds out the same ones."""
-    options = (*SPP, "population.unseen_share=0.5", "seed=3", "model.clients=9")
+    options = (*SPP, "population.unseen_fraction=0.5", "seed=3", "model.clients=9")
     cfg = load([*options, "population.clients=24"])
     parts = build_parts(cfg)
     folder = parts.model.folder()

@@ -79,7 +79,7 @@ def test_unequal_ranks_train_the_slots_they_have(federate):
 @pytest.mark.parametrize(("fault", "mode"), [("nan", "sync_alternate"), ("shape", "dense")])
 def test_a_bad_update_is_rejected_and_named(federate, fault, mode):
     done = federate(
-        *WORDS, "engine=faulty", f"engine.{fault}_share=0.4", f"strategy.mode={mode}", "rounds=1"
+        *WORDS, "engine=faulty", f"engine.{fault}_fraction=0.4", f"strategy.mode={mode}", "rounds=1"
     )
     rejected = [c for c in done.clients if c.get("failure") == "RejectedUpdate"]
     assert 0 < len(rejected) == done.rounds[0]["rejected"] < 6

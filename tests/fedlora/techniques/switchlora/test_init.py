@@ -48,9 +48,7 @@ def test_the_first_vectors_are_the_last_of_the_pool():
     assert first_ids(7, 4) == ([3, 4, 5, 6], [5, 6, 3, 4])
 
 
-@pytest.mark.parametrize(
-    ("rank", "why"), [(1, "one slot"), (6, "all are in slots"), (9, "6")]
-)
+@pytest.mark.parametrize(("rank", "why"), [(1, "one slot"), (6, "all are in slots"), (9, "6")])
 def test_ranks_that_cannot_switch_are_refused(rank, why):
     with pytest.raises(ValueError, match=f"w: rank {rank} cannot switch.*{why}.*2..5"):
         check_rank("w", 6, 9, rank)

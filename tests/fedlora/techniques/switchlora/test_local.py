@@ -57,7 +57,7 @@ def alone(network, plan: LocalPlan, seed: int, turn: int = 0, first: int = 0, to
             logits = supervised_logits(base, batch)
             (functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens).backward()
         controller.before_step(first + t, optimizer)
-        clip_and_step(optimizer, trained, rate, plan.clip)
+        clip_and_step(optimizer, trained, rate, plan.max_grad_norm)
     assert controller.exchanged > 20
     return {p: x.effective() - before[f"{p}.weight"] for p, x in controller.layers.items()}
 
@@ -117,7 +117,7 @@ def test_alternating_rounds_without_exchanges_are_alternating_lora():
         (batch,) = micro_batches(data, indices, plan)
         logits = supervised_logits(peft.network.get_base_model(), batch)
         functional.cross_entropy(logits, batch.targets).backward()
-        torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+        torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
         optimizer.step()
         peft.network.zero_grad()
     state, _ = rounds(model, method, 6, plan)

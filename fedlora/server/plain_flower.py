@@ -1,0 +1,344 @@
+"""The hooks of a method in Flower's own loop, with clients that are Flower nodes.
+
+Every node is one client with an adapter and data of its own. It needs nothing of this project: the
+messages are those of Flower's own averages (records ``arrays``, ``config`` and ``metrics``), and
+the arrays are named as PEFT names them, so that a client's ``get_peft_model_state_dict`` and
+``set_peft_model_state_dict`` speak the same language:
+
+    base_model.model.<module path>.lora_A.weight   [r, d_in]
+    base_model.model.<module path>.lora_B.weight   [d_out, r]
+
+A client trains at whatever rank it can hold, up to that of the initial arrays. Until it has
+answered once it is sent the largest; from then on it is sent the rank of its last answer. The nodes
+of the first round are the clients of the run.
+`fedlora.server.flower.FederatedRun` is the other driver of the same hooks: there a node is a slot
+that serves many virtual clients.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from fedlora.algebra.state import State
+from fedlora.core.errors import RunError
+from fedlora.core.payload import Payload, plain_factors
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Expected,
+    Factors,
+    LocalPlan,
+    Module,
+    Ranks,
+    Setting,
+    Update,
+)
+from fedlora.server.combine import combine
+from fedlora.server.flower import essence, nodes_of
+from fedlora.server.method import Method
+from fedlora.server.postprocess import Moment
+from fedlora.server.validation import check_update
+
+log = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+ALPHA = "lora_alpha"
+"""Of the train config: LoRA's alpha, without which factors say nothing of the update."""
+EXAMPLES = "num-examples"
+"""Of a reply's metrics, as Flower's own averages have it."""
+PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+
+
+def to_arrays(adapter: Adapter) -> ArrayRecord:
+    """Factors under PEFT's names, float32."""
+    arrays = {}
+    for path, f in adapter.items():
+        for name, t in ((A, f.a), (B, f.b)):
+            arrays[f"{PREFIX}{path}{name}"] = Array(t.detach().to(torch.float32).numpy())
+    return ArrayRecord(arrays)
+
+
+def from_arrays(arrays: ArrayRecord, alpha: float) -> dict[str, Factors]:
+    """The inverse of `to_arrays`, in the order of the record.
+
+    Raises:
+        ValueError: naming the first array that is no factor, or has no partner that fits.
+    """
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for name, array in arrays.items():
+        part = next((p for p in (A, B) if name.endswith(p)), None)
+        if part is None or not name.startswith(PREFIX):
+            raise ValueError(
+                f"array {name!r} is no LoRA factor: names are {PREFIX}<module path>{A} and "
+                f"...{B}, as PEFT's get_peft_model_state_dict gives them"
+            )
+        tensor = torch.tensor(array.numpy(), dtype=torch.float32)
+        found.setdefault(name[len(PREFIX) : -len(part)], {})[part] = tensor
+    if not found:
+        raise ValueError("there are no arrays: an adapter has lora_A and lora_B of some module")
+    for path, parts in found.items():
+        if len(parts) < 2:
+            raise ValueError(f"{path} has {', '.join(parts)} and not its partner")
+    return {path: Factors(parts[A], parts[B], alpha) for path, parts in found.items()}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a node was sent in this round."""
+
+    client: Client
+    start: Payload
+
+
+class PlainFlower(Strategy):
+    """A Flower strategy that asks a method's hooks what to send and how to average.
+
+    Args:
+        method: one that trains LoRA's factors.
+        seed: of whatever the method draws (the first A, for one).
+        min_nodes: nodes without whose answer a round fails.
+        max_update_norm: bound on the change of the effective weights, Frobenius; 0: none.
+    """
+
+    def __init__(
+        self, method: Method, *, seed: int = 0, min_nodes: int = 1, max_update_norm: float = 0.0
+    ) -> None:
+        self.method, self.seed, self.min_nodes = method, seed, min_nodes
+        self.max_update_norm = max_update_norm
+        self.state: State = {}
+        self._modules: tuple[Module, ...] = ()
+        self._alpha = 0.0
+        self._largest = Ranks({})
+        self._plan = LocalPlan()
+        self._clients: dict[int, Client] = {}
+        """By node id; ids count up in the order of the node ids."""
+        self._asked: dict[int, _Asked] = {}
+
+    def summary(self) -> None:
+        """One line for Flower's log."""
+        log.info("%s over Flower nodes, each with an adapter of its own rank", self.method)
+
+    # --- training -----------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The start of every node, at its own rank.
+
+        Raises:
+            RunError: if ``config`` has no ``lora_alpha``, or the initial arrays are no adapter.
+        """
+        nodes = nodes_of(grid)
+        if not self._modules:
+            self._begin(arrays, config, nodes)
+        self._asked, messages = {}, []
+        for node in self._known(nodes):
+            client = self.method.enlist(self.state, self._clients[node])
+            start = self._start(client)
+            self._asked[node] = _Asked(client, start)
+            messages.append(_message(self._factors(start), config, node, MessageType.TRAIN))
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The next state from what nodes answered; a bad answer is named and left out.
+
+        Raises:
+            RunError: if fewer than ``min_nodes`` sent something that can be averaged.
+        """
+        updates: dict[int, Update] = {}
+        refused: list[str] = []
+        for reply in replies:
+            node = reply.metadata.src_node_id
+            try:
+                updates[node] = self._accepted(node, reply)
+            except (ValueError, KeyError) as error:
+                refused.append(f"node {node}: {error}")
+                log.warning("round %d: %s", server_round, refused[-1])
+        if len(updates) < self.min_nodes:
+            first = f"; first: {refused[0]}" if refused else "; no reply came"
+            raise RunError(
+                f"round {server_round}: {len(updates)} nodes sent an update that can be averaged, "
+                f"min_nodes={self.min_nodes}{first}"
+            )
+        for node, update in updates.items():
+            self._clients[node] = update.client
+        ordered = sorted(updates.values(), key=lambda u: u.client.id)
+        starts = {asked.client.id: asked.start for asked in self._asked.values()}
+        now = Moment(self.seed, server_round)
+        self.state = combine(self.method, self.state, ordered, now, starts=starts)
+        return to_arrays(self._global(self._largest)), _weighted(ordered)
+
+    # --- evaluation ---------------------------------------------------------------------------
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The global update, at each node's rank."""
+        messages = []
+        for node in self._known(nodes_of(grid)):
+            ranks = self.method.evaluated_ranks(self.state, self._clients[node])
+            messages.append(_message(self._global(ranks), config, node, MessageType.EVALUATE))
+        return messages
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Means over the examples that nodes say they hold."""
+        found = []
+        for reply in replies:
+            try:
+                metrics, examples = _metrics(reply)
+            except (ValueError, KeyError) as error:
+                node = reply.metadata.src_node_id
+                log.warning("round %d: evaluation of node %d: %s", server_round, node, error)
+                continue
+            found.append((metrics, examples))
+        return _mean(found)
+
+    # --- inside -------------------------------------------------------------------------------
+
+    def _begin(self, arrays: ArrayRecord, config: ConfigRecord, nodes: Iterable[int]) -> None:
+        """Learn from the initial arrays what is adapted and how large ranks may be."""
+        alpha = config.get(ALPHA)
+        if not isinstance(alpha, int | float) or not alpha > 0:
+            raise RunError(
+                f"train_config[{ALPHA!r}]={alpha!r} must be LoRA's alpha, a number > 0: pass "
+                f"start(grid, initial_arrays, train_config=ConfigRecord({{{ALPHA!r}: 16.0}}))"
+            )
+        self._alpha = float(alpha)
+        try:
+            given = from_arrays(arrays, self._alpha)
+        except ValueError as error:
+            raise RunError(f"initial_arrays: {error}") from error
+        self._modules = tuple(
+            Module(path, _kind(path), f.b.shape[0], f.a.shape[1]) for path, f in given.items()
+        )
+        self._largest = Ranks({path: f.rank for path, f in given.items()})
+        self._clients = {n: Client(i, self._largest, num_examples=1) for i, n in enumerate(nodes)}
+        known = sum(m.d_out * m.d_in for m in self._modules)  # the server holds no base model
+        clients = tuple(self._clients.values())
+        setting = Setting(self._modules, known, self._alpha, clients, self.seed)
+        self.state = self.method.init_state(setting)
+        if any(bool(f.b.any()) for f in given.values()):
+            deltas = {path: f.delta() for path, f in given.items()}
+            self.state = self.method.adopt(self.state, deltas)
+
+    def _known(self, nodes: Iterable[int]) -> list[int]:
+        """Those that were there when the run began."""
+        found = [node for node in nodes if node in self._clients]
+        if late := [node for node in nodes if node not in self._clients]:
+            log.warning("nodes that came after the first round are not asked: %s", late)
+        return found
+
+    def _start(self, client: Client) -> Payload:
+        return self._plan.technique.payload(self.method.client_start(self.state, client))
+
+    def _factors(self, payload: Payload) -> Adapter:
+        factors = plain_factors(payload)
+        if factors is None:
+            raise RunError(
+                f"{type(self.method).__name__} sends its clients {payload.noun}, which no PEFT "
+                "adapter can hold: Flower's own clients train LoRA's A and B; use a method whose "
+                "clients start from factors, such as FlexLoRA or FedIT"
+            )
+        return factors
+
+    def _global(self, ranks: Ranks) -> Adapter:
+        update = self.method.global_update(self.state, ranks)
+        return self._factors(self._plan.technique.payload(update))
+
+    def _accepted(self, node: int, reply: Message) -> Update:
+        """A reply as an update that may be averaged.
+
+        Raises:
+            ValueError: saying what is wrong with it.
+        """
+        if node not in self._asked:
+            raise ValueError("it was not asked in this round")
+        asked = self._asked[node]
+        metrics, examples = _metrics(reply)
+        factors = from_arrays(_only(reply.content.array_records, "arrays"), self._alpha)
+        ranks = Ranks({path: f.rank for path, f in factors.items()})
+        client = replace(asked.client, ranks=ranks, num_examples=examples)
+        expected = self._expected(asked, client)
+        update = Update(client, asked.start.trained(factors), examples, metrics)
+        check_update(update, expected, self.max_update_norm)
+        return update
+
+    def _expected(self, asked: _Asked, client: Client) -> Expected:
+        """What an answer is held against: a start of its own rank, where ranks may differ.
+
+        Raises:
+            ValueError: if a rank is larger than that of the initial arrays, or the method gives
+                all clients another.
+        """
+        if client.ranks.keys() == self._largest.keys():
+            for path, rank in client.ranks.items():
+                if rank > self._largest[path]:
+                    raise ValueError(
+                        f"{path} has rank {rank}, above the {self._largest[path]} of initial_arrays"
+                    )
+            enlisted = self.method.enlist(self.state, client)
+            return Expected(enlisted, self._start(enlisted), self._plan)
+        return Expected(asked.client, asked.start, self._plan)
+
+
+def _kind(path: str) -> Literal["attention", "mlp"]:
+    return "attention" if "attn" in path or "attention" in path else "mlp"
+
+
+def _message(adapter: Adapter, config: ConfigRecord, node: int, kind: str) -> Message:
+    content = RecordDict({"arrays": to_arrays(adapter), "config": config})
+    return Message(content, node, kind)
+
+
+def _only(records: Mapping[str, R], what: str) -> R:
+    if len(records) != 1:
+        raise ValueError(f"it holds {len(records)} records of {what}, expected one")
+    return next(iter(records.values()))
+
+
+def _metrics(reply: Message) -> tuple[dict[str, float], int]:
+    """A reply's numbers and how many examples they are of.
+
+    Raises:
+        ValueError: for an error reply, or one without a whole number of examples.
+    """
+    if reply.has_error():
+        raise ValueError(essence(reply.error.reason or f"error code {reply.error.code}"))
+    record = _only(reply.content.metric_records, "metrics")
+    examples = record.get(EXAMPLES)
+    if not isinstance(examples, int | float) or examples < 1 or examples != int(examples):
+        raise ValueError(f"metrics[{EXAMPLES!r}]={examples!r} must be a whole number >= 1")
+    numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+    return {k: v for k, v in numbers.items() if k != EXAMPLES}, int(examples)
+
+
+def _weighted(updates: Iterable[Update]) -> MetricRecord | None:
+    return _mean([(u.metrics, u.num_examples) for u in updates])
+
+
+def _mean(found: Sequence[tuple[Mapping[str, float], int]]) -> MetricRecord | None:
+    """Means of the metrics that all have, weighted by examples."""
+    if not found:
+        return None
+    total = sum(n for _, n in found)
+    names = [k for k in found[0][0] if all(k in m for m, _ in found)]
+    return MetricRecord({k: sum(m[k] * n for m, n in found) / total for k in names})
