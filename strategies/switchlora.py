@@ -58,8 +58,8 @@ from fedlora.techniques.switchlora.replica import (
     PRODUCT,
     Replica,
     Timetable,
+    extend_history,
     news,
-    remembered,
 )
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import WIRE_BYTES
@@ -416,7 +416,7 @@ def _installed(
     kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
     history = {k: t for k, t in state.items() if k.startswith("history/")}
     after = kept | shared.state()
-    return after | remembered(after | history, done, result)
+    return after | extend_history(after | history, done, result)
 
 
 def _whole(start: Rebased, path: str) -> Tensor:

@@ -100,10 +100,10 @@ def _first(marker: str) -> bool:
 
 
 def _spoil(update: Update, fault: str) -> Update:
-    return replace(update, payload=_spoiled(update.payload, fault)) if fault else update
+    return replace(update, payload=_spoil_payload(update.payload, fault)) if fault else update
 
 
-def _spoiled(payload: Payload, fault: str) -> Payload:
+def _spoil_payload(payload: Payload, fault: str) -> Payload:
     """The first tensor spoiled: not a number, or of another shape."""
     tensors = dict(payload.tensors())
     name, t = next(iter(tensors.items()))

@@ -196,7 +196,7 @@ def test_a_replica_of_the_run_is_compared_and_put_right(caplog):
         state = method.aggregate(state, cohort(method, state, population, seed=t, precision=SINGLE))
         if t == 4:
             path = population.modules[0].path
-            audit.replica.layers[path].pools["b"][0, 0] *= 1 + 1e-6
+            audit.replica.layers[path].candidates["b"][0, 0] *= 1 + 1e-6
         audit = method.state_audit() if t == 6 else audit  # begun anew, as when a run is resumed
         record = {**method.report(state), **audit(state)}
         found.append(record.get("switch/replica_differs"))
@@ -238,7 +238,7 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, technique=OFTEN)
         (
             rule(),
             Setup(LocalPlan(steps=5)),
-            "without exchanges.*or client=switchlora",
+            "without switches.*or client=switchlora",
         ),
         (
             SwitchLoRA(switching=OFTEN, steps=0, horizon=4),
@@ -275,7 +275,7 @@ def test_ranks_that_cannot_switch_are_refused(mode):
         population,
         modules=tuple(dataclasses.replace(m, d_out=7, d_in=7) for m in population.modules),
     )
-    with pytest.raises(ValueError, match=r"rank 7 cannot switch.*all of them are in slots"):
+    with pytest.raises(ValueError, match=r"rank 7 cannot switch.*all are in slots"):
         rule(mode).init_state(full)
 
 
