@@ -58,7 +58,7 @@ from fedlora.data import Sotu, TokenStore, prepare
 from fedlora.engine.sequential import Sequential
 from fedlora.evaluation.summary import summarise
 from fedlora.models.spec import Tiny
-from fedlora.population.ranks import SHARES, RankDistribution
+from fedlora.population.ranks import FRACTIONS, RankDistribution
 from fedlora.population.sampling import Population, enroll
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
@@ -107,7 +107,7 @@ print(f"{len(roster.clients):,} clients, {len(roster.trainable):,} of them train
 
 # %%
 fig, axes = plt.subplots(1, 5, figsize=(11, 2.7), sharey=True, layout="constrained")
-for ax, distribution in zip(axes, SHARES, strict=True):
+for ax, distribution in zip(axes, FRACTIONS, strict=True):
     choice = RankDistribution(distribution=distribution)
     members = enroll(Population(), choice, store.clients, info.modules, info.parameters, SEED)
     counts = [members.tier_counts().get(t, 0) for t in COLOURS]

@@ -29,8 +29,8 @@ from fedlora.algebra.state import (
 from fedlora.algebra.summand import Summands, dense
 from fedlora.core.checks import (
     at_least,
+    fraction,
     one_of,
-    share,
 )
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise
@@ -210,6 +210,14 @@ class SLoRA(LoRAStrategy):
             delta[path][largest] += change
         return self._after_sparse(state, delta)
 
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """Nothing in stage 1, then what ``aggregator`` lets the client keep."""
+        if self._sparse(state):
+            return None
+        return self.aggregator.kept(under(state, NESTED), client, before, start, update)
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         if isinstance(updates[0].payload, SparseDelta):
             return client_weights(updates, self.weights)
@@ -232,7 +240,7 @@ class SLoRA(LoRAStrategy):
             raise ValueError(
                 f"strategy.density={self.density!r} is not budget, code or a number in [0, 1]"
             ) from None
-        share("strategy.density", value)
+        fraction("strategy.density", value)
         return value
 
     def _density_of(self, pattern: Ranks, setting: Setting) -> float:

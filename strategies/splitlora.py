@@ -178,7 +178,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         for part in self._parts(state):
             mine = part.ranks(client.ranks)
             if mine:
-                found |= self._start(state, part, replace(client, ranks=mine))
+                found |= self._start(state, part, replace(client, ranks=mine), kept)
         return {p: found[p] for p in client.ranks}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -250,6 +250,24 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             new |= prefixed(nested, part.prefix)
         return new
 
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """What ``aggregator`` lets the client keep, part by part under the part's prefix."""
+        assert isinstance(start, Mapping)
+        found: dict[str, Tensor] = {}
+        for part in self._parts(state):
+            ranks = part.ranks(client.ranks)
+            if not ranks:
+                continue
+            who = replace(client, ranks=ranks)
+            mine = replace(update, client=who, payload=LowRankPayload(part.of(update.adapter)))
+            began = LowRankPayload(part.of(start))
+            old = _kept_in(before, part)
+            new = self.aggregator.kept(under(state, part.prefix), who, old, began, mine)
+            found |= prefixed(new or {}, part.prefix)
+        return dict(before or {}) | found if found else None
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return self.aggregator.reference_weights(updates)
 
@@ -308,9 +326,19 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         lowest = int(state["cuts"].min())
         return block is not None and not Cut(lowest, self.tail).owns(block, blocks)
 
-    def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
-        """What an enlisted client's share of a part starts from."""
-        start = self.aggregator.client_start(under(state, part.prefix), client)
+    def _start(
+        self, state: State, part: Part, client: Client, kept: Kept | None = None
+    ) -> dict[str, Factors]:
+        """What an enlisted client starts from in one part.
+
+        Args:
+            state: of the whole strategy.
+            part: one average.
+            client: with the ranks of this part only.
+            kept: what the client kept of the whole model; ``None``: nothing.
+        """
+        nested = under(state, part.prefix)
+        start = self.aggregator.client_start(nested, client, _kept_in(kept, part))
         assert isinstance(start, Mapping)
         return {p: start[p] for p in client.ranks}
 
@@ -391,6 +419,11 @@ def _within(setting: Setting, part: Part) -> Setting:
         modules=tuple(m for m in setting.modules if part.holds(m.path)),
         clients=tuple(replace(c, ranks=part.ranks(c.ranks)) for c in setting.clients),
     )
+
+
+def _kept_in(kept: Kept | None, part: Part) -> Kept | None:
+    """What a client keeps for one part; ``None``: nothing."""
+    return under(kept or {}, part.prefix) or None
 
 
 def _changed(a: object, b: object, name: str) -> Iterator[str]:

@@ -46,7 +46,7 @@ from fedlora.techniques.spp.scale import (
     factor,
     mean_factor,
     nested_rank,
-    spread,
+    repeat_rows,
 )
 from fedlora.techniques.spp.technique import Scaling
 from strategies.base import LoRAStrategy
@@ -80,7 +80,6 @@ class SPP(LoRAStrategy):
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
         one_of("strategy.heterogeneous", self.heterogeneous, ("nest", "refuse"))
         at_least("strategy.merge_every", self.merge_every, 0)
-        object.__setattr__(self, "schedule", tuple(self.schedule))
         for phase in self.schedule:
             one_of("strategy.schedule", phase, ("alpha", "beta"))
         if not self.schedule or self.schedule[0] != "beta":
@@ -335,14 +334,14 @@ def _scale_of(update: Update) -> MaskedScale:
 def _alpha(sent: MaskedScale, path: str, common: Tensor) -> Tensor:
     """A client's alpha at the rank that it trained, or a change of the common one applied."""
     if path in sent.change:
-        return common + spread(sent.change[path], len(common))
+        return common + repeat_rows(sent.change[path], len(common))
     return sent.alpha.get(path, common)
 
 
 def _alpha_change(sent: MaskedScale, path: str, before: Tensor) -> Tensor:
     """``[r, d_in]``: what a client changed alpha by, at the common rank."""
     if path in sent.change:
-        return spread(sent.change[path], len(before))
+        return repeat_rows(sent.change[path], len(before))
     return sent.alpha.get(path, before) - before
 
 
@@ -368,7 +367,7 @@ def _merged(
 ) -> dict[str, Tensor]:
     """One module's share of a merge: ``Σ_k p_k F_k`` at rank ``top``, with the shares in beta."""
     return {
-        f"{name}/alpha": torch.stack([spread(a, top) for a in alphas]),
+        f"{name}/alpha": torch.stack([repeat_rows(a, top) for a in alphas]),
         f"{name}/beta": torch.stack([w * b for w, b in zip(p, betas, strict=True)]),
     }
 

@@ -39,9 +39,10 @@ from fedlora.core.checks import at_least, one_of
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique
 from fedlora.core.types import Client, Factors, LocalPlan, Module, Ranks, Setting, Update
-from fedlora.server.method import Setup
+from fedlora.server.method import Setup, StateAudit
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.switchlora.audit import ReplicaAudit
 from fedlora.techniques.switchlora.init import (
     SIDES,
     Side,
@@ -56,8 +57,8 @@ from fedlora.techniques.switchlora.replica import (
     PRODUCT,
     Replica,
     Timetable,
+    extend_history,
     news,
-    remembered,
 )
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import WIRE_BYTES
@@ -153,49 +154,60 @@ class SwitchLoRA(LoRAStrategy):
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
-        plan = setup.client
-        if plan.technique != self.switching or plan.steps != self.steps:
-            raise ValueError(
+        for refused, sentence in self._refusals(setup):
+            if refused:
+                raise ValueError(sentence)
+        if setup.client.dropout:
+            log.warning(
+                "client.dropout=%g with strategy=switchlora: a switch moves a vector's part of "
+                "the weight from the factors to the base, which has no dropout, so a layer "
+                "computes the same only in expectation; client.dropout=0 keeps it exact",
+                setup.client.dropout,
+            )
+
+    def _refusals(self, setup: Setup) -> tuple[tuple[bool, str], ...]:
+        """What cannot be combined with this strategy: per row, whether it is asked for, and why it
+        is refused. The first row that applies is reported."""
+        plan, dense = setup.client, self.mode == DENSE
+        return (
+            (
+                plan.technique != self.switching or plan.steps != self.steps,
                 f"strategy.steps={self.steps}, strategy.switching={self.switching} are not the "
                 f"clients' (client.steps={plan.steps}, client.technique={plan.technique}), whose "
-                "steps the schedule of exchanges counts; set client.steps and client.technique, "
-                "which the strategy follows"
-            )
-        if not plan.steps:
-            raise ValueError(
-                "client.steps=0 with strategy=switchlora: the schedule of exchanges counts steps, "
-                "and epochs of unequal clients are no common count; use client.steps=20 or so"
-            )
-        if not (plan.train_a and plan.train_b):
-            raise ValueError(
+                "steps the switching schedule counts; set client.steps and client.technique, "
+                "which the strategy follows",
+            ),
+            (
+                not plan.steps,
+                "client.steps=0 with strategy=switchlora: the switching schedule counts steps, "
+                "and clients of unequal size take different numbers of steps in an epoch; use "
+                "client.steps=20 or so",
+            ),
+            (
+                not (plan.train_a and plan.train_b),
                 f"client.train_a={plan.train_a}, train_b={plan.train_b} with strategy=switchlora: "
-                "it says itself which factor is trained when; leave both true"
-            )
-        if self.mode == DENSE and plan.optimizer != "adamw":
-            raise ValueError(
+                "the strategy decides which factor is trained in a round; leave both true",
+            ),
+            (
+                dense and plan.optimizer != "adamw",
                 f"client.optimizer={plan.optimizer!r} with strategy.mode=dense: only AdamW is "
-                "reset vector by vector; use client.optimizer=adamw or strategy.mode=sync_alternate"
-            )
-        if self.mode == DENSE and plan.term is not None:
-            raise ValueError(NO_START)
-        if setup.wire == "bfloat16" and self.mode != DENSE:
-            raise ValueError(
-                "federation.wire=bfloat16 with strategy=switchlora rounds a base that all must "
-                "hold alike bit by bit; use federation.wire=float32, or strategy.mode=dense"
-            )
-        if plan.dropout:
-            log.warning(
-                "client.dropout=%g with strategy=switchlora: what an exchange takes off the "
-                "factors it adds to the base, which no dropout reaches, so a layer computes the "
-                "same on average alone; client.dropout=0 keeps it exact",
-                plan.dropout,
-            )
-        if setup.quantization != "none":
-            raise ValueError(
-                f"model.quantization={setup.quantization} with strategy=switchlora: exchanges are "
+                "reset vector by vector; use client.optimizer=adamw or "
+                "strategy.mode=sync_alternate",
+            ),
+            (dense and plan.term is not None, NO_START),
+            (
+                not dense and setup.wire == "bfloat16",
+                "federation.wire=bfloat16 with strategy=switchlora rounds a base that must be "
+                "bitwise identical everywhere; use federation.wire=float32, or "
+                "strategy.mode=dense",
+            ),
+            (
+                setup.quantization != "none",
+                f"model.quantization={setup.quantization} with strategy=switchlora: switches are "
                 "compensated in the weights, which quantised weights cannot hold; use "
-                "model.quantization=none"
-            )
+                "model.quantization=none",
+            ),
+        )
 
     def init_state(self, setting: Setting) -> State:
         state: dict[str, Tensor] = {"alpha": scalar(setting.alpha), "seed": integers(setting.seed)}
@@ -294,15 +306,13 @@ class SwitchLoRA(LoRAStrategy):
         )
 
     def report(self, state: State) -> Mapping[str, float | int | str]:
-        """Vectors exchanged so far and, every ``hash_every`` rounds, whether a replica that was
-        sent nothing but news holds the server's bits; one that does not is sent the whole state."""
-        done = int(state["round"])
-        if self.mode == DENSE:
-            return {}
-        found: dict[str, float | int | str] = {"switch/exchanged": int(state["exchanged"])}
-        if self.hash_every and done % self.hash_every == 0:
-            found["switch/replica_differs"] = int(not self._witnessed(state))
-        return found
+        """How many vectors have been switched so far."""
+        return {} if self.mode == DENSE else {"switch/exchanged": int(state["exchanged"])}
+
+    def state_audit(self) -> StateAudit | None:
+        if self.mode == DENSE or not self.hash_every:
+            return None
+        return ReplicaAudit(self._replica, self.hash_every)
 
     def rank_range(self, module: Module) -> tuple[int, int]:
         """As `check_rank` says: one slot could be frozen, and some vector must be in no slot."""
@@ -341,28 +351,6 @@ class SwitchLoRA(LoRAStrategy):
 
     def _replica(self, state: State) -> Replica:
         return Replica.load(state, float(state["alpha"]), self._timetable(int(state["seed"])))
-
-    def _witnessed(self, state: State) -> bool:
-        """Bring a replica of the server's process up to date as a client's would be, and compare
-        its hash with that of the server's state. It is no part of the state: a resumed run begins
-        it again from the seed."""
-        server = self._replica(state)
-        witness: Replica | None = getattr(self, "_witness", None)
-        if witness is None or witness.round > server.round:
-            shapes = {p: (len(x.b), x.a.shape[1]) for p, x in server.layers.items()}
-            ranks = {p: x.rank for p, x in server.layers.items()}
-            witness = Replica.begin(shapes, ranks, float(state["alpha"]), server.timetable)
-        witness = witness.take(news(state, witness.round))
-        same = witness.digest() == server.digest()
-        if not same:
-            log.warning(
-                "round %d: a client that installed every round's result holds other bits than the "
-                "server; it was sent the whole state",
-                server.round,
-            )
-            witness = server
-        object.__setattr__(self, "_witness", witness)
-        return same
 
     def _at(self, state: State, ranks: Ranks) -> Rebased:
         """Of clients that train so many slots; the others are part of the base they stand on.
@@ -420,7 +408,7 @@ def _installed(
     kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
     history = {k: t for k, t in state.items() if k.startswith("history/")}
     after = kept | shared.state()
-    return after | remembered(after | history, done, result)
+    return after | extend_history(after | history, done, result)
 
 
 def _whole(start: Rebased, path: str) -> Tensor:

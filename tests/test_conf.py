@@ -22,7 +22,7 @@ NEEDED = {
     "data=jsonl": ["data.path=records.jsonl"],
     "model=hf": ["model.path=somewhere"],
     "client=spp": ["strategy=spp"],
-    "engine=faulty": ["engine.raise_share=0.2"],
+    "engine=faulty": ["engine.raise_fraction=0.2"],
     "client=switchlora": ["strategy=switchlora"],  # refused elsewhere
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],

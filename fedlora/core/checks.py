@@ -21,7 +21,7 @@ def at_least(name: str, value: float, low: float, *, strict: bool = False) -> No
         raise ValueError(f"{name}={value!r} must be {'>' if strict else '>='} {low}{finite}")
 
 
-def share(name: str, value: float) -> None:
+def fraction(name: str, value: float) -> None:
     """Raise a ValueError unless ``0 <= value <= 1``."""
     if not 0 <= value <= 1:
         raise ValueError(f"{name}={value!r} must lie in [0, 1]")

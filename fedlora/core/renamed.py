@@ -7,6 +7,7 @@ same table.
 from collections.abc import Iterable
 
 KEYS: dict[str, str] = {
+    "client.clip": "client.max_grad_norm",
     "client.self_prune": "client.technique.self_prune",
     "client.switch": "client.technique",
     "client.switch.choice": "client.technique.choice",
@@ -14,7 +15,15 @@ KEYS: dict[str, str] = {
     "client.switch.freeze": "client.technique.freeze",
     "client.switch.interval": "client.technique.interval",
     "client.switch.ratio": "client.technique.ratio",
+    "data.cutoff": "data.max_length",
+    "data.eval_share": "data.eval_fraction",
+    "data.test_share": "data.test_fraction",
+    "engine.nan_share": "engine.nan_fraction",
+    "engine.raise_share": "engine.raise_fraction",
+    "engine.shape_share": "engine.shape_fraction",
     "evaluate.plan.teacher_forced_rouge": "evaluate.plan.metrics.teacher_forced",
+    "population.unseen_share": "population.unseen_fraction",
+    "ranks.tiers.share": "ranks.tiers.fraction",
 }
 """Old key -> new key of the configuration."""
 

@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
-from fedlora.core.checks import at_least, one_of, share
+from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique, default_technique
@@ -193,7 +193,7 @@ class LocalPlan:
     draws masks of its own: another division into forwards is another draw."""
     max_examples: int = 0
     """If positive, a client draws at most so many of its training examples each round."""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """Global gradient norm bound; 0: no clipping."""
     dropout: float = 0.05
     """On the adapter's input."""
@@ -217,15 +217,14 @@ class LocalPlan:
         at_least("client.batch_size", self.batch_size, 1)
         at_least("client.micro_batch_size", self.micro_batch_size, 0)
         at_least("client.max_examples", self.max_examples, 0)
-        at_least("client.clip", self.clip, 0)
+        at_least("client.max_grad_norm", self.max_grad_norm, 0)
         at_least("client.weight_decay", self.weight_decay, 0)
         at_least("client.momentum", self.momentum, 0)
         at_least("client.eps", self.eps, 0, strict=True)
-        share("client.warmup", self.warmup)
-        share("client.dropout", self.dropout)
+        fraction("client.warmup", self.warmup)
+        fraction("client.dropout", self.dropout)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"client.betas={list(self.betas)} must be two numbers in [0, 1)")
-        object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
 
 
 @dataclass(frozen=True)

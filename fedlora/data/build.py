@@ -110,7 +110,7 @@ def write_store(
     Raises:
         DataError: if the source cannot be read or makes no sense.
     """
-    encoder = Encoder(tokenizer, source.cutoff, source.truncation, source.template)
+    encoder = Encoder(tokenizer, source.max_length, source.truncation, source.template)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     draft = Draft()
     began = time.monotonic()
@@ -129,7 +129,7 @@ def write_store(
         "source": {
             "name": source.name,
             "fingerprint": source.fingerprint(),
-            "cutoff": source.cutoff,
+            "cutoff": source.max_length,
             "truncation": source.truncation,
         },
         "tokenizer": {"id": tokenizer_id, "size": len(tokenizer)},

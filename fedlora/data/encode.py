@@ -9,7 +9,7 @@ from fedlora.data.records import Record
 from fedlora.data.template import INSTRUCTION, Template
 
 _CHARACTERS_PER_TOKEN = 16
-"""No text is read further than so many characters per token of the cutoff: the longest inputs of
+"""No text is read further than so many characters per token of `max_length`: the longest inputs of
 Natural Instructions have 300,000 characters, of which a model sees two thousand."""
 
 
@@ -41,7 +41,7 @@ class Encoder:
     """Tokenises records. Prompt and response are tokenised apart, so their border is exact."""
 
     tokenizer: Tokenizer
-    cutoff: int
+    max_length: int
     truncation: str
     """``input`` or ``right``: see `fedlora.data.source.Source`."""
     template: Template = INSTRUCTION
@@ -50,15 +50,15 @@ class Encoder:
         if self.tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no EOS token: a response could never end")
         mark = len(self._mark())
-        if mark + 2 > self.cutoff // 2:
+        if mark + 2 > self.max_length // 2:
             raise DataError(
-                f"data.cutoff={self.cutoff} must be >= {2 * (mark + 2)}: the prompt's last line "
-                f"alone has {mark} tokens"
+                f"data.max_length={self.max_length} must be >= {2 * (mark + 2)}: the prompt's "
+                f"last line alone has {mark} tokens"
             )
 
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Tokenise a batch."""
-        limit = _CHARACTERS_PER_TOKEN * self.cutoff
+        limit = _CHARACTERS_PER_TOKEN * self.max_length
         texts = [(r.instruction[:limit], r.input[:limit], r.output[:limit]) for r in records]
         shortened = [
             any(len(text) > limit for text in (r.instruction, r.input, r.output)) for r in records
@@ -71,17 +71,19 @@ class Encoder:
         long = [
             i
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
-            if len(p) + len(r) > self.cutoff
+            if len(p) + len(r) > self.max_length
         ]
         if long and self.truncation == "input":
             mark = self._mark()
             for i, head in zip(long, self._heads(prompts, mark, long, texts), strict=True):
-                room = prompt_room(len(prompts[i]), len(responses[i]), self.cutoff)
+                room = prompt_room(len(prompts[i]), len(responses[i]), self.max_length)
                 if room < len(prompts[i]):
                     prompts[i] = head[: room - len(mark)] + mark
         cut = set(long)
         return [
-            Encoded((p + r)[: self.cutoff], min(len(p), self.cutoff), i in cut or shortened[i])
+            Encoded(
+                (p + r)[: self.max_length], min(len(p), self.max_length), i in cut or shortened[i]
+            )
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
 
@@ -128,10 +130,10 @@ class Encoder:
         return ids
 
 
-def prompt_room(prompt: int, response: int, cutoff: int) -> int:
+def prompt_room(prompt: int, response: int, max_length: int) -> int:
     """How many tokens a prompt keeps so that the response survives.
 
-    The prompt gives way first, but keeps half of the cutoff against a response that is longer than
-    the other half; then the response is cut too.
+    The prompt gives way first, but keeps half of `max_length` against a response that is longer
+    than the other half; then the response is cut too.
     """
-    return min(prompt, max(cutoff - response, cutoff // 2))
+    return min(prompt, max(max_length - response, max_length // 2))

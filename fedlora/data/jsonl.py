@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from fedlora.core.checks import (
     at_least,
+    fraction,
     one_of,
-    share,
 )
 from fedlora.core.errors import DataError
 from fedlora.core.seeding import generator
@@ -39,36 +39,36 @@ class Jsonl(Source):
     """May be missing in a record."""
     split_field: str = ""
     """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: records
-    are drawn at random by the two shares."""
-    eval_share: float = 0.1
-    test_share: float = 0.1
+    are drawn at random by the two fractions."""
+    eval_fraction: float = 0.1
+    test_fraction: float = 0.1
     """Of each client's records, at least one if the client has three or more."""
     partition: str = "natural"
     """``natural``: one client per value of `key`. ``iid``: `clients` equal random parts.
-    ``dirichlet``: `clients` parts; their shares of each value of `by` are drawn from
+    ``dirichlet``: `clients` parts; their fractions of each value of `by` are drawn from
     Dir(`alpha`)."""
     key: str = "client"
     clients: int = 100
     alpha: float = 0.5
     by: str = "category"
     min_examples: int = 1
-    """Of a client under ``dirichlet``: shares are drawn again until every client has as many."""
+    """Of a client under ``dirichlet``: fractions are drawn again until every client has as many."""
     seed: int = 0
     """Of the partition and the split; not the seed of the run, so that runs share their data."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data.partition", self.partition, PARTITIONS)
-        share("data.eval_share", self.eval_share)
-        share("data.test_share", self.test_share)
+        fraction("data.eval_fraction", self.eval_fraction)
+        fraction("data.test_fraction", self.test_fraction)
         at_least("data.clients", self.clients, 1)
         at_least("data.min_examples", self.min_examples, 1)
         at_least("data.alpha", self.alpha, 0, strict=True)
         at_least("data.seed", self.seed, 0)
-        if self.eval_share + self.test_share >= 1:
+        if self.eval_fraction + self.test_fraction >= 1:
             raise ValueError(
-                f"data.eval_share={self.eval_share} and data.test_share={self.test_share} must "
-                "leave something to train on: their sum must be < 1"
+                f"data.eval_fraction={self.eval_fraction} and data.test_fraction="
+                f"{self.test_fraction} must leave something to train on: their sum must be < 1"
             )
 
     def fingerprint(self) -> str:
@@ -160,7 +160,7 @@ class Jsonl(Source):
         n = len(members)
         evals, tests = (
             max(round(s * n), int(s > 0)) if n > 2 else 0
-            for s in (self.eval_share, self.test_share)
+            for s in (self.eval_fraction, self.test_fraction)
         )
         order = generator(self.seed, "split", client).permutation(n).tolist()
         train = max(1, n - evals - tests)

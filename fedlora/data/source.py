@@ -28,7 +28,7 @@ class Source(ABC):
     template: ClassVar[Template] = INSTRUCTION
     """How its records become sequences of tokens."""
 
-    cutoff: int = 512
+    max_length: int = 512
     """Tokens per example, with BOS and EOS."""
     truncation: str = "input"
     """What gives way in a longer example. ``input``: the end of the record's input, so that the
@@ -37,7 +37,7 @@ class Source(ABC):
 
     def __post_init__(self) -> None:
         one_of("data.truncation", self.truncation, TRUNCATIONS)
-        at_least("data.cutoff", self.cutoff, 32)
+        at_least("data.max_length", self.max_length, 32)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, eq=False)
 class Example:
     """One tokenised example: prompt, response, EOS, as the source's template lays them out (each as
-    far as the cutoff allows)."""
+    far as `max_length` allows)."""
 
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
@@ -73,7 +73,7 @@ def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
     text = prompt("Probe: 2 + 40?", "naïve TEXT\n")
     probe = tokenizer([text], add_special_tokens=False, verbose=False)
     parts = {
-        "source": [source.name, source.fingerprint(), source.cutoff, source.truncation],
+        "source": [source.name, source.fingerprint(), source.max_length, source.truncation],
         "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "probe": [int(i) for i in probe["input_ids"][0]],  # a tokenizer that changed under its name
         "template": source.template.version,
@@ -174,7 +174,7 @@ class TokenStore:
 
     @property
     def source(self) -> dict[str, Any]:
-        """Name, fingerprint, cutoff and truncation of the source."""
+        """Name, fingerprint, ``cutoff`` (`Source.max_length`) and truncation of the source."""
         return dict(self._meta["source"])
 
     def count(self, client: int, split: str) -> int:
@@ -235,7 +235,7 @@ class TokenStore:
         return {
             "source": self.source["name"],
             "tokenizer": self._meta["tokenizer"]["id"],
-            "cutoff": self.source["cutoff"],
+            "max_length": self.source["cutoff"],
             "truncation": self.source["truncation"],
             "clients": self.num_clients,
             "examples": dict(zip(SPLITS, held.sum(axis=0).tolist(), strict=True)),

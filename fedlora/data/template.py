@@ -34,7 +34,7 @@ class Template:
     """Part of the token cache's key: no two templates share one, and a change needs a new one."""
     question: Callable[[str, str], str]
     """From instruction and input to the text before the mark. What is too long gives way here, from
-    its end; the mark survives every cutoff."""
+    its end; the mark survives every truncation."""
     mark: str = ""
     """Text that ends the prompt. Empty: the EOS token ends it."""
     lead: str = ""

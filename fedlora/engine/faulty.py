@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from fedlora.core.checks import at_least, share
+from fedlora.core.checks import at_least, fraction
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import generator
 from fedlora.core.types import (
@@ -30,11 +30,11 @@ class Faulty(EngineSpec):
     """Another engine with planted failures."""
 
     inner: EngineSpec = field(default_factory=Sequential)
-    raise_share: float = 0.0
+    raise_fraction: float = 0.0
     """Share of a round's clients that raise instead of training."""
-    nan_share: float = 0.0
+    nan_fraction: float = 0.0
     """Share that returns an update with a NaN in it."""
-    shape_share: float = 0.0
+    shape_fraction: float = 0.0
     """Share that returns an update of the wrong shape."""
     kill_round: int = 0
     """The first worker process that is handed a job of this round ends at once; 0: never."""
@@ -42,8 +42,8 @@ class Faulty(EngineSpec):
     """File that remembers the kill, so that a restarted worker lives on. Needed to kill."""
 
     def __post_init__(self) -> None:
-        for name in ("raise_share", "nan_share", "shape_share"):
-            share(f"engine.{name}", getattr(self, name))
+        for name in ("raise_fraction", "nan_fraction", "shape_fraction"):
+            fraction(f"engine.{name}", getattr(self, name))
         at_least("engine.kill_round", self.kill_round, 0)
         if self.kill_round and not self.kill_marker:
             raise ValueError(
@@ -84,7 +84,7 @@ class _FaultyEngine:
     def _fault(self, job: TrainJob) -> str:
         draw = generator(job.seed, "fault", job.round, job.client.id).random()
         for name in ("raise", "nan", "shape"):
-            draw -= getattr(self._spec, f"{name}_share")
+            draw -= getattr(self._spec, f"{name}_fraction")
             if draw < 0:
                 return name
         return ""
@@ -100,10 +100,10 @@ def _first(marker: str) -> bool:
 
 
 def _spoil(update: Update, fault: str) -> Update:
-    return replace(update, payload=_spoiled(update.payload, fault)) if fault else update
+    return replace(update, payload=_spoil_payload(update.payload, fault)) if fault else update
 
 
-def _spoiled(payload: Payload, fault: str) -> Payload:
+def _spoil_payload(payload: Payload, fault: str) -> Payload:
     """The first tensor spoiled: not a number, or of another shape."""
     tensors = dict(payload.tensors())
     name, t = next(iter(tensors.items()))

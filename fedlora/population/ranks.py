@@ -1,9 +1,9 @@
 """Resource tiers and the rank distributions of the FlexLoRA paper (arXiv:2402.11505, section 4).
 
 A tier says what rank a client can hold in attention and MLP modules; a distribution says which
-share of the clients is in which tier. Four tiers, ordered by size:
+fraction of the clients is in which tier. Four tiers, ordered by size:
 
-    tier   q,k,v,o   gate,up,down   share of trainable parameters (1.3 B model, recomputed)
+    tier   q,k,v,o   gate,up,down   fraction of trainable parameters (1.3 B model, recomputed)
     T1        8           8          0.554 %
     T2       30          30          2.046 %
     T3       30         200          8.223 %
@@ -16,11 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedlora.core.checks import (
-    at_least,
-    one_of,
-    share,
-)
+from fedlora.core import renamed
+from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.types import Module, Ranks
 
 
@@ -29,7 +26,7 @@ class Tier:
     """One resource class."""
 
     name: str
-    share: float
+    fraction: float
     """Of the clients."""
     attention: int
     """Rank in attention modules."""
@@ -37,7 +34,7 @@ class Tier:
     """Rank in all other modules."""
 
     def __post_init__(self) -> None:
-        share(f"tier {self.name}: share", self.share)
+        fraction(f"tier {self.name}: fraction", self.fraction)
         at_least(f"tier {self.name}: attention rank", self.attention, 1)
         at_least(f"tier {self.name}: mlp rank", self.mlp, 1)
 
@@ -58,7 +55,7 @@ def _normal() -> tuple[float, ...]:
 _N = _normal()
 _UNIFORM = (0.25, 0.25, 0.25, 0.25)
 _LIGHT, _STRONG = (0.80, 0.05, 0.05, 0.10), (0.05, 0.05, 0.10, 0.80)
-SHARES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
+FRACTIONS: Mapping[str, Mapping[str, tuple[float, ...]]] = {
     "homogeneous": dict.fromkeys(("paper", "code", "readme"), (1.0, 0.0, 0.0, 0.0)),
     "uniform": dict.fromkeys(("paper", "code", "readme"), _UNIFORM),
     "heavy_tail_light": {"paper": _LIGHT, "code": _LIGHT, "readme": (0.85, 0.05, 0.05, 0.05)},
@@ -69,7 +66,7 @@ SHARES: Mapping[str, Mapping[str, tuple[float, ...]]] = {
         "readme": _N,
     },
 }
-"""distribution -> variant -> share of T1..T4. Where sources are silent, the paper's."""
+"""distribution -> variant -> fraction of T1..T4. Where sources are silent, the paper's."""
 
 
 @dataclass(frozen=True)
@@ -78,24 +75,24 @@ class RankDistribution:
 
     distribution: str = "uniform"
     """``homogeneous``, ``uniform``, ``heavy_tail_light``, ``heavy_tail_strong``, ``normal`` or
-    ``custom`` (the shares in ``tiers``)."""
+    ``custom`` (the fractions in ``tiers``)."""
     variant: str = "paper"
     """Whose numbers: ``paper``, released ``code`` or its ``readme``."""
     preset: str = "scaled"
-    """Whose ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same share of this model's
-    parameters; ignored where ``tiers`` are given."""
+    """Whose ranks: ``paper`` (8, 30, 30/200, 200) or ``scaled`` to the same fraction of this
+    model's parameters; ignored where ``tiers`` are given."""
     rank: int = 0
     """Of ``homogeneous`` alone: this rank in every module; 0: the smallest tier's."""
     tiers: tuple[Mapping[str, object], ...] = ()
-    """A user's own tiers: mappings with name, attention, mlp and, for ``custom``, share."""
+    """A user's own tiers: mappings with name, attention, mlp and, for ``custom``, fraction."""
     alpha: float = 16.0
     quotas: str = "exact"
-    """``exact``: shares met by largest remainder; ``iid``: each client draws its tier."""
+    """``exact``: fractions met by largest remainder; ``iid``: each client draws its tier."""
     clamp: bool = True
     """Ranks above ``min(d_out, d_in)`` of a module become that; false: they are refused."""
 
     def __post_init__(self) -> None:
-        one_of("ranks.distribution", self.distribution, (*SHARES, "custom"))
+        one_of("ranks.distribution", self.distribution, (*FRACTIONS, "custom"))
         one_of("ranks.variant", self.variant, ("paper", "code", "readme"))
         one_of("ranks.preset", self.preset, ("paper", "scaled"))
         one_of("ranks.quotas", self.quotas, ("exact", "iid"))
@@ -112,9 +109,9 @@ class RankDistribution:
             _custom_tiers(self.tiers, self.distribution)
 
     def resolve(self, modules: Sequence[Module], model_parameters: int) -> tuple[Tier, ...]:
-        """The tiers that clients are in, for one model, with the shares of this distribution.
+        """The tiers that clients are in, for one model, with the fractions of this distribution.
 
-        A tier of share zero is left out: nobody holds its ranks, so no model can be too small.
+        A tier of fraction zero is left out: nobody holds its ranks, so no model can be too small.
 
         Raises:
             ValueError: for a rank that some module cannot hold while ``clamp`` is off.
@@ -130,16 +127,16 @@ class RankDistribution:
                 ranks = scaled_ranks(modules, model_parameters)
             tiers = tuple(Tier(n, 0.0, a, m) for n, (a, m) in zip(NAMES, ranks, strict=True))
         if self.distribution != "custom":
-            shares = SHARES[self.distribution][self.variant]
-            if len(tiers) != len(shares):
+            fractions = FRACTIONS[self.distribution][self.variant]
+            if len(tiers) != len(fractions):
                 raise ValueError(
-                    f"ranks.distribution={self.distribution} has {len(shares)} tiers, "
+                    f"ranks.distribution={self.distribution} has {len(fractions)} tiers, "
                     f"ranks.tiers lists {len(tiers)}"
                 )
             tiers = tuple(
-                Tier(t.name, s, t.attention, t.mlp) for t, s in zip(tiers, shares, strict=True)
+                Tier(t.name, s, t.attention, t.mlp) for t, s in zip(tiers, fractions, strict=True)
             )
-        held = tuple(t for t in tiers if t.share > 0)
+        held = tuple(t for t in tiers if t.fraction > 0)
         for tier in held:
             module_ranks(tier, modules, clamp=self.clamp)
         return held
@@ -150,32 +147,35 @@ def _custom_tiers(rows: Sequence[Mapping[str, object]], distribution: str) -> tu
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"ranks.tiers[{i}]={row!r} must be a mapping")
-        unknown = set(row) - {"name", "share", "attention", "mlp", "rank"}
+        unknown = set(row) - {"name", "fraction", "attention", "mlp", "rank"}
         if unknown:
             raise ValueError(
-                f"ranks.tiers[{i}]: unknown keys {sorted(unknown)}; "
-                "known: name, share, attention, mlp, rank (both)"
+                f"ranks.tiers[{i}]: unknown keys {sorted(map(str, unknown))}; "
+                "known: name, fraction, attention, mlp, rank (both)"
+                f"{renamed.answer(f'ranks.tiers.{key}' for key in sorted(map(str, unknown)))}"
             )
         both = row.get("rank")
         values = {k: row.get(k, both) for k in ("attention", "mlp")}
         for key, value in values.items():
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"ranks.tiers[{i}].{key}={value!r} must be a whole number >= 1")
-        share_ = row.get("share", 0.0)
-        if not isinstance(share_, int | float):
-            raise ValueError(f"ranks.tiers[{i}].share={share_!r} must be a number in [0, 1]")
+        fraction_ = row.get("fraction", 0.0)
+        if not isinstance(fraction_, int | float):
+            raise ValueError(f"ranks.tiers[{i}].fraction={fraction_!r} must be a number in [0, 1]")
         name = str(row.get("name", f"T{i + 1}"))
-        tiers.append(Tier(name, float(share_), values["attention"], values["mlp"]))  # type: ignore[arg-type]
-    total = sum(t.share for t in tiers)
+        tiers.append(Tier(name, float(fraction_), values["attention"], values["mlp"]))  # type: ignore[arg-type]
+    total = sum(t.fraction for t in tiers)
     if distribution == "custom" and abs(total - 1) > 1e-6:
-        raise ValueError(f"ranks.tiers: shares {[t.share for t in tiers]} sum to {total:g}, not 1")
+        raise ValueError(
+            f"ranks.tiers: fractions {[t.fraction for t in tiers]} sum to {total:g}, not 1"
+        )
     if len({t.name for t in tiers}) < len(tiers):
         raise ValueError(f"ranks.tiers: names {[t.name for t in tiers]} are not distinct")
     return tuple(tiers)
 
 
 def scaled_ranks(modules: Sequence[Module], model_parameters: int) -> list[tuple[int, int]]:
-    """(attention, mlp) ranks whose parameter shares of this model are the paper's (>= 1).
+    """(attention, mlp) ranks whose parameter fractions of this model are the paper's (>= 1).
 
     T3 keeps T2's attention rank and takes its MLP rank from what is left of its budget.
     """
@@ -211,9 +211,9 @@ def module_ranks(tier: Tier, modules: Sequence[Module], *, clamp: bool) -> Ranks
     return Ranks(ranks)
 
 
-def quotas(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that sum to ``total`` and are closest to the shares (largest remainder)."""
-    ideal = np.asarray(shares) / sum(shares) * total
+def quotas(fractions: Sequence[float], total: int) -> list[int]:
+    """Whole numbers that sum to ``total`` and are closest to the fractions (largest remainder)."""
+    ideal = np.asarray(fractions) / sum(fractions) * total
     counts = np.floor(ideal + 1e-9).astype(int)
     order = np.argsort(counts - ideal, kind="stable")
     counts[order[: total - int(counts.sum())]] += 1

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fedlora.core.checks import at_least, share
+from fedlora.core.checks import at_least, fraction
 from fedlora.core.seeding import generator
 from fedlora.core.types import Client, Module
 from fedlora.population.ranks import (
@@ -43,7 +43,7 @@ class Population:
     such as ``0.29 * 100`` counts as the whole number it means, not as the float just below."""
     per_round: int = 0
     """If positive, exactly so many instead."""
-    unseen_share: float = 0.1
+    unseen_fraction: float = 0.1
     """Share of the clients that never trains: ``unseen_random``."""
     unseen_categories: tuple[str, ...] = ()
     """Categories (such as tasks) whose clients never train: ``unseen_task``."""
@@ -51,7 +51,7 @@ class Population:
     def __post_init__(self) -> None:
         at_least("population.clients", self.clients, 0)
         at_least("population.per_round", self.per_round, 0)
-        share("population.unseen_share", self.unseen_share)
+        fraction("population.unseen_fraction", self.unseen_fraction)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"population.fraction={self.fraction!r} must lie in (0, 1]")
 
@@ -97,7 +97,7 @@ def enroll(
     total = len(shards)
     tiers = ranks.resolve(modules, model_parameters)
     patterns = {t.name: module_ranks(t, modules, clamp=ranks.clamp) for t in tiers}
-    names = _assign([t.name for t in tiers], [t.share for t in tiers], total, ranks.quotas, seed)
+    names = _assign([t.name for t in tiers], [t.fraction for t in tiers], total, ranks.quotas, seed)
     clients = tuple(
         Client(s.id, patterns[name], s.num_train, name)
         for s, name in zip(shards, names, strict=True)
@@ -107,7 +107,7 @@ def enroll(
     if not trainable:
         raise ValueError(
             f"no client is left to train: of {total}, {len(task)} are held out by category, "
-            f"{len(unseen)} by population.unseen_share={population.unseen_share}"
+            f"{len(unseen)} by population.unseen_fraction={population.unseen_fraction}"
         )
     wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
     if wanted > len(trainable) and population.per_round:
@@ -149,19 +149,19 @@ def held_out(
     """
     task = _in_categories(shards, population.unseen_categories)
     rest = np.array([s.id for s in shards if s.id not in task], dtype=int)
-    held = round(population.unseen_share * len(shards)) if len(rest) else 0
+    held = round(population.unseen_fraction * len(shards)) if len(rest) else 0
     drawn = generator(seed, "unseen").choice(len(rest), min(held, len(rest)), replace=False)
     return task, {int(rest[i]) for i in drawn}
 
 
 def _assign(
-    names: Sequence[str], shares: Sequence[float], total: int, how: str, seed: int
+    names: Sequence[str], fractions: Sequence[float], total: int, how: str, seed: int
 ) -> list[str]:
     rng = generator(seed, "tiers")
     if how == "iid":
-        drawn = rng.choice(len(names), total, p=np.asarray(shares) / sum(shares))
+        drawn = rng.choice(len(names), total, p=np.asarray(fractions) / sum(fractions))
     else:
-        drawn = rng.permutation(np.repeat(np.arange(len(names)), quotas(shares, total)))
+        drawn = rng.permutation(np.repeat(np.arange(len(names)), quotas(fractions, total)))
     return [names[i] for i in drawn]
 
 

@@ -172,7 +172,7 @@ class Pruned(ModelSpec):
         if whole:
             raise ModelError(
                 f"model.pattern={self.pattern} leaves {whole[0]} without a zero ({len(whole)} of "
-                f"{len(masks)} layers): choose a larger share"
+                f"{len(masks)} layers): choose a larger fraction"
             )
         merge(model, None, draft)
         about |= {"mask": save_masks(masks, draft), "density": density(masks)}

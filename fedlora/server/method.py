@@ -29,6 +29,9 @@ from fedlora.core.types import (
 )
 from fedlora.wire.codec import payload_bytes
 
+StateAudit = Callable[[State], Mapping[str, float | int | str]]
+"""A check of the server's state after a round, for the round's record."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -289,6 +292,13 @@ class Method(ABC):
     def report(self, state: State) -> Mapping[str, float | int | str]:
         """What the method has to say of its state after a round, for the round's record."""
         return {}
+
+    def state_audit(self) -> StateAudit | None:
+        """A check that remembers earlier rounds, which a pure hook cannot; ``None``: no check.
+
+        Every run makes its own and calls it after each round. A resumed run begins a new one.
+        """
+        return None
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state whose global update is this dense one, as nearly as the method can hold it.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from fedlora.core.checks import at_least, one_of, share
+from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.types import EvaluatePlan, LocalPlan
 from fedlora.wire.codec import ROUNDING, WIRE_BYTES
 
@@ -81,7 +81,7 @@ class Rounds:
         at_least("rounds", self.rounds, 1)
         at_least("lr_decay", self.lr_decay, 0, strict=True)
         at_least("lr_decay_round", self.lr_decay_round, 0)
-        share("min_success", self.min_success)
+        fraction("min_success", self.min_success)
         at_least("min_clients", self.min_clients, 1)
         at_least("max_update_norm", self.max_update_norm, 0)
         at_least("clients_per_message", self.clients_per_message, 0)

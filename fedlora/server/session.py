@@ -92,6 +92,7 @@ class Session:
         self._packing = Packing(
             self.workers, self.messages_per_worker, self.rounds.clients_per_message
         )
+        self._state_audit = self.method.state_audit()
         self._current: TrainingRound | None = None
         self._said: set[str] = set()  # engines' notes that whoever watches has read
         self._notes: set[str] = set()  # of the phase under way
@@ -225,6 +226,8 @@ class Session:
         record["round/aggregate_seconds"] = seconds
         record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
+        if self._state_audit is not None:
+            record |= self._state_audit(self.state)
         if self.audit is not None:
             record |= self.audit(self.global_payload())
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]

@@ -15,7 +15,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
-from fedlora.split.loss import summed_loss
+from fedlora.split.loss import sum_loss
 from fedlora.split.protocol import Cut, Down, InitMessage, Up
 from fedlora.split.trainable import TrainableStage
 from fedlora.techniques.lora.layer import LowRank
@@ -177,7 +177,7 @@ class SplitClient:
                 logits = self.tail.logits(pad(z, shape), positions)
         finally:
             self.tail.mount({})
-        loss = summed_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
+        loss = sum_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
         (loss.total / step.batch.tokens).backward()
         assert z.grad is not None
         sent = terms.gradients.encode(z.grad, self._generator("tail", number))

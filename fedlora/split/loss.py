@@ -19,7 +19,7 @@ class Loss:
     """Without smoothing: what is reported. Detached."""
 
 
-def summed_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Loss:
+def sum_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Loss:
     """The loss of some tokens.
 
     Args:

@@ -69,7 +69,7 @@ class LocalLink:
     ) -> None:
         self.stages, self.examples, self.wire = stages, examples, wire
         self.inits = {
-            i: replace(o, adapter=through_wire(o.adapter, wire)) for i, o in inits.items()
+            i: replace(o, adapter=pass_through_wire(o.adapter, wire)) for i, o in inits.items()
         }
         self.clients: dict[int, SplitClient] = {}
 
@@ -82,18 +82,18 @@ class LocalLink:
             if i not in self.clients:
                 self.clients[i] = SplitClient(self.stages, self.examples(init), init)
             if down.adapter is not None:
-                down = replace(down, adapter=through_wire(down.adapter, self.wire))
+                down = replace(down, adapter=pass_through_wire(down.adapter, self.wire))
             up = self.clients[i].receive(down)
             return (
                 up
                 if up.adapter is None
-                else replace(up, adapter=through_wire(up.adapter, self.wire))
+                else replace(up, adapter=pass_through_wire(up.adapter, self.wire))
             )
         except Exception as error:
             return failure_of(init.client, error)
 
 
-def through_wire(adapter: Adapter, wire: str) -> Adapter:
+def pass_through_wire(adapter: Adapter, wire: str) -> Adapter:
     """An adapter as it comes out of a message."""
     found = decode_payload(*encode_payload(LowRankPayload(adapter), wire)).low_rank()
     assert found is not None
@@ -222,7 +222,7 @@ class _Round:
         for i, down in downs.items():
             client = self.clients[i]
             client.stats.down += self._down_bytes(down)
-            answer = self._checked(i, down, answers.get(i))
+            answer = self._check_answer(i, down, answers.get(i))
             if isinstance(answer, Up):
                 client.on_answer(down, answer)
                 good[i] = answer
@@ -236,7 +236,7 @@ class _Round:
             sent += payload_bytes(LowRankPayload(down.adapter), self.link.wire)
         return sent
 
-    def _checked(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
+    def _check_answer(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
         """An answer that makes sense, or a failure that says what is wrong."""
         client = self.clients[i].client
         if answer is None:

@@ -26,7 +26,7 @@ from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
 from fedlora.split.compression import Parts, Wire
-from fedlora.split.loss import Loss, summed_loss
+from fedlora.split.loss import Loss, sum_loss
 from fedlora.split.protocol import Cut, Terms, Up
 from fedlora.split.trainable import TrainableStage
 
@@ -86,7 +86,7 @@ class _Pass:
     """In the order of their rows."""
     leaves: Mapping[int, Tensor]
     """What each client sent, ``[tokens, d]``, to receive a gradient."""
-    shares: Mapping[int, float]
+    weights: Mapping[int, float]
     output: Tensor
     """Logits ``[n, vocabulary]``, or hidden states ``[rows, width, d]`` with a U-shape."""
 
@@ -185,8 +185,8 @@ class SplitServer:
         """
         answers: dict[int, Answer] = {}
         self._begin(ups)
-        for ids, shares in self._passes_of(ups):
-            done = self._forward(ids, shares, ups)
+        for ids, weights in self._passes_of(ups):
+            done = self._forward(ids, weights, ups)
             answers |= self._backward(done, ups)
         self._step(ups, rate)
         return answers
@@ -200,13 +200,13 @@ class SplitServer:
         self._begin(ups)
         self._passes = []
         wire, sent = self.terms.activations, dict[int, Parts]()
-        for ids, shares in self._passes_of(ups):
-            done = self._forward(ids, shares, ups)
+        for ids, weights in self._passes_of(ups):
+            done = self._forward(ids, weights, ups)
             self._passes.append(done)
             for i, rows in self._rows(done, ups).items():
-                packed = _packed(done.output[rows], ups[i])
+                packed = _pack(done.output[rows], ups[i])
                 self._asked[i] = (packed.shape[0], packed.shape[1])
-                sent[i] = self._encoded(wire, packed.detach(), "middle", i, ups)
+                sent[i] = self._encode(wire, packed.detach(), "middle", i, ups)
         return sent
 
     def finish(
@@ -221,9 +221,9 @@ class SplitServer:
             FloatingPointError: naming a client whose gradient is not finite.
         """
         answers: dict[int, Answer] = {}
-        shares = self._shares({i: ups[i] for i in tails})
+        weights = self._weights({i: ups[i] for i in tails})
         for done in self._passes:
-            done.shares = shares
+            done.weights = weights
             answers |= self._backward_from(done, ups, tails)
         self._passes = []
         self._step(tails, rate)
@@ -232,12 +232,12 @@ class SplitServer:
     # --- forward ------------------------------------------------------------------------------
 
     def _passes_of(self, ups: Mapping[int, Up]) -> Iterator[tuple[list[int], dict[int, float]]]:
-        """Clients whose rows share a forward pass, with their shares of the joint loss."""
+        """Clients whose rows share a forward pass, with their weights in the joint loss."""
         ids = sorted(ups, key=lambda i: (self.clients[i].cut.first, i))
-        shares = self._shares(ups)
+        weights = self._weights(ups)
         if self.rule.update != "concat":
             for i in ids:
-                yield [i], shares
+                yield [i], weights
             return
         width = max(up.shape.width for up in ups.values() if up.shape is not None)
         most = max(1, self.rule.tokens // width) if self.rule.tokens else 0
@@ -246,13 +246,13 @@ class SplitServer:
         for i in ids:
             more = _shape(ups[i]).lengths
             if chunk and most and rows + len(more) > most:
-                yield chunk, shares
+                yield chunk, weights
                 chunk, rows = [], 0
             chunk.append(i)
             rows += len(more)
-        yield chunk, shares
+        yield chunk, weights
 
-    def _shares(self, ups: Mapping[int, Up]) -> dict[int, float]:
+    def _weights(self, ups: Mapping[int, Up]) -> dict[int, float]:
         """Of clients in the loss of their step: all of it if it is theirs alone."""
         if self.rule.update != "concat":
             return dict.fromkeys(ups, 1.0)
@@ -265,18 +265,18 @@ class SplitServer:
         return {i: w / total for i, w in weights.items()}
 
     def _begin(self, ups: Mapping[int, Up]) -> None:
-        for trainable in self._trained(ups):
+        for trainable in self._trainables(ups):
             trainable.zero_grad()
 
-    def _trained(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
+    def _trainables(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
         keys = sorted(ups) if self.rule.update == "per_client" else [-1]
         return [self.trainables[k] for k in keys]
 
     def _forward(
-        self, ids: Sequence[int], shares: Mapping[int, float], ups: Mapping[int, Up]
+        self, ids: Sequence[int], weights: Mapping[int, float], ups: Mapping[int, Up]
     ) -> _Pass:
         """Rows enter at their own cut: those of a client that holds more blocks join later."""
-        trainable = self._trained({ids[0]: ups[ids[0]]})[0]
+        trainable = self._trainables({ids[0]: ups[ids[0]]})[0]
         leaves = {i: self._leaves.pop(i) for i in ids}
         width = max(_shape(ups[i]).width for i in ids)
         x: Tensor | None = None
@@ -296,7 +296,7 @@ class SplitServer:
             finally:
                 stage.mount({})
         assert x is not None
-        return _Pass(ids, leaves, shares, x)
+        return _Pass(ids, leaves, weights, x)
 
     def _segments(self, ids: Sequence[int]) -> list[Stage]:
         """The server's blocks, cut wherever a client's rows join."""
@@ -325,7 +325,7 @@ class SplitServer:
             shape = _shape(ups[i])
             rows = len(shape.lengths) * shape.width
             bits = self.model.dropout_bits(self.clients[i].seeds[ups[i].step], rows)
-            drawn.append({p: _wider(bits[p], len(shape.lengths), width) for p in stage.layers})
+            drawn.append({p: _widen(bits[p], len(shape.lengths), width) for p in stage.layers})
         for path in stage.layers:
             trainable.updates[path].bits = torch.cat([d[path] for d in drawn])
 
@@ -350,9 +350,9 @@ class SplitServer:
         for i, own in zip(done.ids, logits.split(counts), strict=True):
             labels = ups[i].labels
             assert labels is not None
-            losses[i] = summed_loss(own, labels.targets.to(own.device), self.terms.smoothing)
+            losses[i] = sum_loss(own, labels.targets.to(own.device), self.terms.smoothing)
         _check_finite(losses)
-        terms = [_share(done.shares[i], losses[i].total / ups[i].tokens) for i in done.ids]
+        terms = [_scale_loss(done.weights[i], losses[i].total / ups[i].tokens) for i in done.ids]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
@@ -373,7 +373,7 @@ class SplitServer:
             assert hidden is not None
             own = self.terms.gradients.decode(hidden).to(seed)
             padded = pad(own, _shape(ups[i]), seed.shape[1])
-            seed[rows[i]] = padded if done.shares[i] == 1 else padded * done.shares[i]
+            seed[rows[i]] = padded if done.weights[i] == 1 else padded * done.weights[i]
         done.output.backward(seed)
         return {i: self._answer(i, done, ups, tails[i].loss, tails[i].tokens) for i in there}
 
@@ -390,12 +390,12 @@ class SplitServer:
     ) -> Answer:
         gradient = done.leaves[i].grad
         assert gradient is not None
-        if self.rule.gradient == "own_mean" and done.shares[i] != 1:
-            gradient = gradient / done.shares[i]
-        sent = self._encoded(self.terms.gradients, gradient, "gradient", i, ups)
+        if self.rule.gradient == "own_mean" and done.weights[i] != 1:
+            gradient = gradient / done.weights[i]
+        sent = self._encode(self.terms.gradients, gradient, "gradient", i, ups)
         return Answer(sent, loss, tokens)
 
-    def _encoded(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
+    def _encode(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
         try:
             return wire.encode(x, self._generator(what, i, ups))
         except ValueError as error:
@@ -403,7 +403,7 @@ class SplitServer:
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
         if ups:
-            for trainable in self._trained(ups):
+            for trainable in self._trainables(ups):
                 trainable.step(rate)
 
     def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
@@ -416,16 +416,16 @@ def _shape(up: Up) -> Shape:
     return up.shape
 
 
-def _packed(hidden: Tensor, up: Up) -> Tensor:
+def _pack(hidden: Tensor, up: Up) -> Tensor:
     index = _shape(up).index(hidden.shape[1]).to(hidden.device)
     return hidden.flatten(0, 1).index_select(0, index)
 
 
-def _share(share: float, loss: Tensor) -> Tensor:
-    return loss if share == 1 else share * loss
+def _scale_loss(weight: float, loss: Tensor) -> Tensor:
+    return loss if weight == 1 else weight * loss
 
 
-def _wider(bits: Tensor, rows: int, width: int) -> Tensor:
+def _widen(bits: Tensor, rows: int, width: int) -> Tensor:
     """``[rows * own width, d]`` -> ``[rows * width, d]``; what is added is padding."""
     own = bits.view(rows, -1, bits.shape[1])
     if own.shape[1] == width:

@@ -58,7 +58,7 @@ class TrainableStage:
         """One optimizer step at a learning rate; the norm of the gradient before clipping."""
         if self.optimizer is None:
             return torch.zeros(())
-        return clip_and_step(self.optimizer, self.flat.buffers, rate, self.plan.clip)
+        return clip_and_step(self.optimizer, self.flat.buffers, rate, self.plan.max_grad_norm)
 
     def adapter(self) -> Adapter:
         """A detached copy of the adapters, on the CPU like all that is sent or kept."""

@@ -55,7 +55,7 @@ class SplitWorker:
         began = request.inits.get(i)
         live = self._live.pop(i, None)
         try:
-            client = self._opened(began) if began else self._recalled(i, down, state, live)
+            client = self._open(began) if began else self._recall(i, down, state, live)
         except Exception as error:
             return failure_of(began.client if began else _client_of(i, state), error)
         answer: Up | Failure
@@ -68,15 +68,15 @@ class SplitWorker:
             self._live[i] = stamp, client
         return answer
 
-    def _opened(self, begun: InitMessage) -> SplitClient:
+    def _open(self, begun: InitMessage) -> SplitClient:
         return SplitClient(self.stages, self.examples(begun), begun)
 
-    def _recalled(
+    def _recall(
         self, i: int, down: Down, state: RecordDict, live: tuple[str, SplitClient] | None
     ) -> SplitClient:
         held = _load(state, i)
         known = live is not None and live[0] == held.stamp
-        client = live[1] if live is not None and known else self._opened(held.init)
+        client = live[1] if live is not None and known else self._open(held.init)
         learns = down.gradient is not None
         goes_on = held.pending >= 0 and (learns or down.middle is not None)
         if goes_on and not client.ready(held.pending, graph=learns):
@@ -85,7 +85,7 @@ class SplitWorker:
 
 
 @dataclass(frozen=True)
-class _Held:
+class _StoredClient:
     """A client as a node's state holds it."""
 
     init: InitMessage
@@ -116,7 +116,7 @@ def _store(state: RecordDict, i: int, client: SplitClient) -> str:
     return stamp
 
 
-def _load(state: RecordDict, i: int) -> _Held:
+def _load(state: RecordDict, i: int) -> _StoredClient:
     """
     Raises:
         ValueError: if the node has never opened the client.
@@ -126,7 +126,7 @@ def _load(state: RecordDict, i: int) -> _Held:
     header = json.loads(str(state.config_records[f"split/{i}"]["header"]))
     found = {name: a.numpy() for name, a in state.array_records[f"split/{i}/arrays"].items()}
     start = f"{i}/grads/"
-    return _Held(
+    return _StoredClient(
         init=read_init(i, header["init"], found),
         stamp=str(header["stamp"]),
         pending=int(header["pending"]),

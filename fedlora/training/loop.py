@@ -30,7 +30,7 @@ from fedlora.training.flat import FlatParameters, trained_state
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened, optimizer step by optimizer step."""
+    """Losses, tokens and gradient norms of a client's optimizer steps."""
 
     losses: tuple[float, ...]
     """Mean cross-entropy of the step's supervised tokens, without any penalty."""
@@ -39,19 +39,20 @@ class Trace:
     grad_norms: tuple[float, ...]
     """Global gradient norm before clipping."""
     delta_norm: float
-    """Euclidean norm of the change of all trained numbers."""
+    """Euclidean norm of the change of all trained parameters."""
 
     @staticmethod
     def of(
         losses: Sequence[Tensor], tokens: Sequence[int], norms: Sequence[Tensor], change: Tensor
     ) -> "Trace":
-        """From scalars on a device, in one transfer: it would have to wait for each."""
+        """Build a trace from scalars on a device, in one transfer: each transfer has to wait for
+        the device."""
         numbers = torch.stack([*losses, *norms, change]).tolist()
         steps = len(losses)
         return Trace(tuple(numbers[:steps]), tuple(tokens), tuple(numbers[steps:-1]), numbers[-1])
 
     def metrics(self) -> dict[str, float]:
-        """The round in a few numbers; ``loss`` is the mean over tokens."""
+        """The metrics of the round; ``loss`` is the mean over tokens."""
         tokens = sum(self.tokens)
         total = math.fsum(x * n for x, n in zip(self.losses, self.tokens, strict=True))
         return {
@@ -113,6 +114,16 @@ def optimise(
 ) -> Trace:
     """Train the mounted parameters in place as the plan says.
 
+    Args:
+        model: the parameters are mounted on it.
+        parameters: those that are trained.
+        examples: at least one.
+        plan: optimizer, steps and loss.
+        seed: of the run; ``seed``, ``round`` and ``client`` decide the order of the examples and
+            the dropout masks.
+        round: counted from 1.
+        client: the client's id.
+
     Raises:
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
@@ -132,7 +143,7 @@ def optimise(
             if plan.term is not None and state is not None:
                 with torch.no_grad():
                     plan.term.add_gradient(state)
-            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.clip))
+            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.max_grad_norm))
         change = flat.change()
     finally:
         flat.release()
@@ -148,7 +159,19 @@ def backward(
     tokens: int,
     plan: LocalPlan,
 ) -> Tensor:
-    """Add the gradient of one step's loss; the mean cross-entropy, a detached scalar."""
+    """Add the gradient of one step's loss to the parameters.
+
+    Args:
+        model: the parameters are mounted on it.
+        batches: the step's micro-batches.
+        seeds: the next seed of the dropout masks, one per micro-batch.
+        tokens: supervised tokens of the whole step.
+        plan: autocast and penalty.
+
+    Returns:
+        The mean cross-entropy of the step without the penalty, a detached scalar.
+    """
+    # Each micro-batch contributes its sum of losses divided by the tokens of the whole step.
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
@@ -167,12 +190,19 @@ def backward(
 
 
 def clip_and_step(
-    optimizer: torch.optim.Optimizer, buffers: Sequence[nn.Parameter], rate: float, clip: float
+    optimizer: torch.optim.Optimizer,
+    buffers: Sequence[nn.Parameter],
+    rate: float,
+    max_grad_norm: float,
 ) -> Tensor:
-    """One optimizer step at a learning rate, after clipping; the gradient norm before that."""
+    """Clip the gradients and take one optimizer step at a learning rate.
+
+    Returns:
+        The global gradient norm before clipping, a scalar.
+    """
     norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
-    if clip > 0:
-        clip_grads_with_norm_(buffers, clip, norm)
+    if max_grad_norm > 0:
+        clip_grads_with_norm_(buffers, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -182,7 +212,10 @@ def clip_and_step(
 def check_trace(trace: Trace, plan: LocalPlan) -> None:
     """Raise a FloatingPointError that names the first step whose loss is not finite."""
     steps = len(trace.losses)
-    setting = f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, client.clip={plan.clip}"
+    setting = (
+        f"client.optimizer={plan.optimizer}, client.lr={plan.lr}, "
+        f"client.max_grad_norm={plan.max_grad_norm}"
+    )
     for step, loss in enumerate(trace.losses, 1):
         if not math.isfinite(loss):
             raise FloatingPointError(f"loss is {loss} at step {step} of {steps} ({setting})")

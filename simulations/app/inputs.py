@@ -61,7 +61,7 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
     for group in schedule.groups:
         if schedule.every and group != "participants" and not panel(roster, group, 1, 0):
             raise ConfigError(
-                f"evaluate.groups: {group} has no clients; set population.unseen_share or "
+                f"evaluate.groups: {group} has no clients; set population.unseen_fraction or "
                 "population.unseen_categories, or leave the group out"
             )
 

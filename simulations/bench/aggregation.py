@@ -103,7 +103,7 @@ def cases(distribution: RankDistribution, clients: int) -> list[Case]:
     """One case per kind of layer."""
     held = modules()
     tiers = distribution.resolve(held, PARAMETERS)
-    numbers = quotas([t.share for t in tiers], clients)
+    numbers = quotas([t.fraction for t in tiers], clients)
     ranks = [module_ranks(t, held, clamp=True) for t in tiers]
     out = []
     for names, _, _, _, count in KINDS:

@@ -60,7 +60,9 @@ from simulations.bench.saved_bytes import saved_bytes
 
 CLIENTS = 3
 STEPS = 4
-PLAN = LocalPlan(lr=1e-3, batch_size=4, steps=STEPS, dropout=0.1, clip=1.0, schedule="constant")
+PLAN = LocalPlan(
+    lr=1e-3, batch_size=4, steps=STEPS, dropout=0.1, max_grad_norm=1.0, schedule="constant"
+)
 CASES = (
     Case("tiny", "tiny", CLIENTS, PLAN, Draw(50, 90), Draw(16, 16)),
     Case("llama256x8", "llama256x8", CLIENTS, PLAN, Draw(50, 90), Draw(16, 16)),

@@ -76,8 +76,8 @@ def texts(
     judged = [e for c in sorted(apart) for e in store.examples(c, "train")][:held]
     if not judged:
         raise ConfigError(
-            f"population.unseen_share={population.unseen_share} holds nobody out, and losses are "
-            "of those who are: choose a larger share"
+            f"population.unseen_fraction={population.unseen_fraction} holds no client out, but "
+            "losses are those of held-out clients: choose a larger fraction"
         )
     return list(train), list(judged)
 

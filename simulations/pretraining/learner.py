@@ -30,7 +30,7 @@ from fedlora.techniques.switchlora.peft import (
     Adapted,
     adapt,
     pretraining,
-    switched,
+    wrap_network,
 )
 from fedlora.techniques.switchlora.schedule import Switching
 from simulations.pretraining.recipe import (
@@ -248,7 +248,7 @@ class SwitchLoRA(LowRank):
 
     def _adapt(self, network: Network, recipe: Recipe) -> Adapted:
         method = self.method
-        peft, self.controller = switched(
+        peft, self.controller = wrap_network(
             network,
             method.rank,
             switching=method.switching,
@@ -280,7 +280,7 @@ class SwitchLoRA(LowRank):
             "pool_floats": sum(
                 pool.numel()
                 for layer in self.controller.layers.values()
-                for pool in layer.pools.values()
+                for pool in layer.candidates.values()
             ),
         }
 

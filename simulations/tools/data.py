@@ -82,7 +82,8 @@ def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
     """The statistics as a table for a person."""
     total = sum(s["examples"].values())
     per_client, tokens = s["train_examples_per_client"], s["tokens_per_example"]
-    yield f"data               {s['source']}, cutoff {s['cutoff']}, truncation {s['truncation']}"
+    cut = f"max_length {s['max_length']}, truncation {s['truncation']}"
+    yield f"data               {s['source']}, {cut}"
     yield f"clients            {s['clients']:,}"
     splits = ", ".join(f"{split} {n:,}" for split, n in s["examples"].items())
     yield f"examples           {total:,} ({splits})"

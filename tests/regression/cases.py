@@ -47,7 +47,7 @@ TEXTS = ("data=jsonl", "data.path={texts}")
 """The data of runs that name no other: records of unequal length of clients that hold unequally
 many, in a file made for the run."""
 SMALL = (
-    "data.cutoff=64",
+    "data.max_length=64",
     "population.per_round=3",
     "client.steps=2",
     "client.batch_size=2",

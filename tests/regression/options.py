@@ -116,8 +116,9 @@ OF_CLIENTS: Table = {
     "sgd": "client=sgd client.momentum=0.9 client.weight_decay=0.01 client.schedule=cosine",
     "epochs": "client.steps=0 client.epochs=2 client.max_examples=3 client.batch_size=2 rounds=1",
     "response": "client.loss=response",
-    "micro": "client.batch_size=3 client.micro_batch_size=1 client.warmup=0.5 client.clip=0.1",
-    "decay": "client.weight_decay=0.1 client.schedule=constant client.clip=0 "
+    "micro": "client.batch_size=3 client.micro_batch_size=1 client.warmup=0.5 "
+    "client.max_grad_norm=0.1",
+    "decay": "client.weight_decay=0.1 client.schedule=constant client.max_grad_norm=0 "
     "client.betas=[0.8,0.95] client.eps=1e-6 federation.lr_decay=0.5 federation.lr_decay_round=1",
     "a-frozen": "client.train_a=false",
     "bf16": "client.autocast=bf16 client.steps=1 population.per_round=1 rounds=1",
@@ -143,8 +144,8 @@ OF_GROUPS: Mapping[str, Table] = {
         "custom-fused": f"{BRIEF} ranks=custom engine=fused engine.tokens=160 engine.slots=4",
     },
     "data": {
-        "addresses": "data=sotu data.clients=40 data.cutoff=48 population.clients=24",
-        "cut": f"{BRIEF} data.truncation=right data.cutoff=40",
+        "addresses": "data=sotu data.clients=40 data.max_length=48 population.clients=24",
+        "cut": f"{BRIEF} data.truncation=right data.max_length=40",
         "iid": f"{BRIEF} data.partition=iid data.clients=7",
         "dirichlet": f"{BRIEF} data.partition=dirichlet data.clients=6",
         "seed": "seed=3 client.steps=1 population.fraction=0.2 population.per_round=0",
@@ -165,7 +166,7 @@ OF_GROUPS: Mapping[str, Table] = {
         "fused-fifo-wave": f"engine.policy=fifo_wave {CROWD}",
         "fused-lpt-wave": f"engine.policy=lpt_wave {CROWD}",
         "fused-length-match": f"engine.policy=length_match {CROWD}",
-        "faulty": "engine=faulty engine.raise_share=0.3 engine.nan_share=0.2 "
+        "faulty": "engine=faulty engine.raise_fraction=0.3 engine.nan_fraction=0.2 "
         "population.per_round=9 federation.min_success=0.2 rounds=1",
     },
     "evaluate": {
@@ -196,7 +197,7 @@ OF_GROUPS: Mapping[str, Table] = {
         "sparse": "strategy=slora strategy.stage1_rounds=1 population.per_round=1 rounds=1 "
         "client.steps=4",
         "pruning": f"strategy=heterolora {SHRINK} {EQUAL} population.clients=1 "
-        "population.unseen_share=0 population.per_round=1",
+        "population.unseen_fraction=0 population.per_round=1",
         "spp": "strategy=spp strategy.mode=stack model.method=magnitude population.per_round=1 "
         "rounds=1 client.steps=4",
         "switchlora": f"strategy=switchlora strategy.mode=dense {EQUAL} population.per_round=1 "
@@ -205,7 +206,7 @@ OF_GROUPS: Mapping[str, Table] = {
 }
 
 TUNED = (
-    "data=jsonl data.path={texts} data.cutoff=64 model.method=magnitude "
+    "data=jsonl data.path={texts} data.max_length=64 model.method=magnitude "
     "model.pattern=2:4 client.steps=3 client.batch_size=2 client.lr=0.02 --held 4 --rank 4"
 )
 NETWORK = (

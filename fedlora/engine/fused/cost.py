@@ -270,7 +270,7 @@ def measure(
     return samples
 
 
-def tuned(
+def load_or_measure(
     key: str,
     probe: Probe,
     row_bytes: float,

@@ -267,7 +267,10 @@ class FusedModel:
         bias: Any = base.bias
         weight = self._moved.get(index, dense_weight(base))
         if self._autocast:
-            weight, bias = self._lowered(weight), None if bias is None else self._lowered(bias)
+            weight, bias = (
+                self._to_bfloat16(weight),
+                None if bias is None else self._to_bfloat16(bias),
+            )
         across = weight.t()
         rows = self._copy(x, weight.dtype)
         out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
@@ -282,7 +285,7 @@ class FusedModel:
             self._copied = (x, x._version, flat.index_select(0, self._spread.out))
         return self._copied[2]
 
-    def _lowered(self, tensor: Tensor) -> Tensor:
+    def _to_bfloat16(self, tensor: Tensor) -> Tensor:
         """A frozen tensor in bfloat16, cast once while mounted."""
         key = tensor.data_ptr()
         if key not in self._cast:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fedlora.core.seeding import generator
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import Lane
-from fedlora.engine.fused.cost import CostModel, Sample, tuned, tuning_key
+from fedlora.engine.fused.cost import CostModel, Sample, load_or_measure, tuning_key
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.trainer import Chain
 from fedlora.engine.memory import return_freed_memory
@@ -61,7 +61,7 @@ class Prober:
             plan.dropout > 0,
         )
         size = fused.model.dtype.itemsize
-        return tuned(key, self.sample, row_bytes=4.0 * size * row)
+        return load_or_measure(key, self.sample, row_bytes=4.0 * size * row)
 
     def sample(self, tokens: int) -> Sample:
         """Steps of ``tokens`` tokens; the fastest counts."""
@@ -88,7 +88,9 @@ class Prober:
                 for row, grad in rows:
                     buffer = torch.nn.Parameter(row)
                     buffer.grad = grad
-                    clip_and_step(optimizer_for(plan, [buffer]), [buffer], plan.lr, plan.clip)
+                    clip_and_step(
+                        optimizer_for(plan, [buffer]), [buffer], plan.lr, plan.max_grad_norm
+                    )
                     grad.zero_()
                 if model.device.type == "cuda":
                     torch.cuda.synchronize(model.device)

@@ -203,7 +203,7 @@ class Resident:
             with torch.no_grad():
                 plan.term.add_gradient(self._state)
         self.norms.append(
-            clip_and_step(self._optimizer, self.buffers, self._rates[step], plan.clip)
+            clip_and_step(self._optimizer, self.buffers, self._rates[step], plan.max_grad_norm)
         )
         self.grad.zero_()
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.core.checks import at_least, share
+from fedlora.core.checks import at_least, fraction
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -40,7 +40,7 @@ class SelfPrune:
 
     def __post_init__(self) -> None:
         at_least("weight", self.weight, 0)
-        share("gamma", self.gamma)
+        fraction("gamma", self.gamma)
         at_least("min_rank", self.min_rank, 1)
 
 
@@ -53,7 +53,7 @@ def keep(rank: int, gamma: float) -> int:
     return max(1, min(rank - 1, math.floor(gamma * rank + 1e-9)))
 
 
-def shrunk(rank: int, prune: SelfPrune) -> int:
+def shrunk_rank(rank: int, prune: SelfPrune) -> int:
     """The rank after pruning: ``max(min_rank, keep(rank))``, never more than ``rank``."""
     return min(rank, max(prune.min_rank, keep(rank, prune.gamma)))
 
@@ -94,7 +94,7 @@ def prune_adapter(adapter: Adapter, prune: SelfPrune) -> Adapter:
     The scale ``alpha / r`` grows when ``r`` shrinks to ``r'``, so both factors are multiplied by
     ``sqrt(r' / r)``: ``(alpha / r') B' A' = (alpha / r) B[:, :r'] A[:r', :]``.
     """
-    return {path: _head(f, shrunk(f.rank, prune)) for path, f in adapter.items()}
+    return {path: _head(f, shrunk_rank(f.rank, prune)) for path, f in adapter.items()}
 
 
 def _head(f: Factors, rank: int) -> Factors:
@@ -102,7 +102,7 @@ def _head(f: Factors, rank: int) -> Factors:
     return Factors(a=c * f.a[:rank], b=c * f.b[:, :rank], alpha=f.alpha)
 
 
-def pruned(
+def prune_client(
     client: Client, start: Adapter, trained: Adapter, prune: SelfPrune
 ) -> tuple[Client, Adapter]:
     """A client's own decision: the tail goes if training made it smaller."""

@@ -11,7 +11,7 @@ from fedlora.core.types import Adapter, Client, LocalPlan, TrainJob
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.techniques.lora.self_pruning import SelfPrune, penalty, pruned
+from fedlora.techniques.lora.self_pruning import SelfPrune, penalty, prune_client
 from fedlora.training.local import train_mounted
 from fedlora.training.loop import Trace
 
@@ -25,7 +25,7 @@ class LoRA(Technique):
     it."""
 
     key = "client/technique=lora"
-    does = "trains LoRA's A and B without exchanges"
+    does = "trains LoRA's A and B without switches"
     averaged = "LoRA's A and B, over a base that all clients hold alike"
     client = "client=adamw"
     strategy = "strategy=flexlora"
@@ -54,7 +54,7 @@ class LoRA(Technique):
         if start is None or end is None:
             kind = type(trained).__name__
             raise TypeError(f"client.technique.self_prune needs low-rank factors, not a {kind}")
-        client, kept = pruned(job.client, start, end, self.self_prune)
+        client, kept = prune_client(job.client, start, end, self.self_prune)
         return client, trained.trained(kept)
 
     @property

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from fedlora.core.checks import share, wrong_names
+from fedlora.core.checks import fraction, wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.seeding import mask_noise
@@ -39,7 +39,7 @@ class SparseDelta(Payload):
     """Module path -> ``[nnz]``, the update at the mask's coordinates in row-major order."""
 
     def __post_init__(self) -> None:
-        share("density", self.density)
+        fraction("density", self.density)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``<path>/values`` of every module."""

@@ -297,7 +297,7 @@ EXTRA = (
         ROUND,
         name="ni all",
         clients=0,
-        overrides=("population.fraction=1", "population.unseen_share=0"),
+        overrides=("population.fraction=1", "population.unseen_fraction=0"),
         repeats=1,
     ),
 )

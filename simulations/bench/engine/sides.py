@@ -166,8 +166,8 @@ class PeftLoop:
             rows = collate(batch, plan.loss)
             loss = self.model(**rows).loss
             loss.backward()
-            if plan.clip > 0:
-                torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+            if plan.max_grad_norm > 0:
+                torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
@@ -214,7 +214,7 @@ def arguments(plan: LocalPlan, count: int) -> TrainingArguments:
         adam_epsilon=plan.eps,
         weight_decay=plan.weight_decay,
         lr_scheduler_type="linear",
-        max_grad_norm=plan.clip,
+        max_grad_norm=plan.max_grad_norm,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],

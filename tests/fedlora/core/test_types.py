@@ -59,7 +59,7 @@ def test_a_bound_is_a_bound(value: float, low: float, strict: bool) -> None:
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("name", ["lr", "clip", "weight_decay", "momentum", "eps"])
+@pytest.mark.parametrize("name", ["lr", "max_grad_norm", "weight_decay", "momentum", "eps"])
 def test_a_plan_is_made_of_finite_numbers(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"client\.{name}={value} must be >=? 0 and finite"):
         dataclasses.replace(LocalPlan(), **{name: value})

@@ -383,7 +383,7 @@ def test_a_federation_that_the_data_cannot_give_is_refused(options, message, sou
         ({"clients": 0}, r"data\.clients=0 must be >= 1"),
         ({"alpha": 0.0}, r"data\.alpha=0\.0 must be > 0"),
         ({"max_train": -1}, r"data\.max_train=-1 must be >= 0"),
-        ({"cutoff": 8}, r"data\.cutoff=8 must be >= 32"),
+        ({"max_length": 8}, r"data\.max_length=8 must be >= 32"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
@@ -466,7 +466,7 @@ def test_statistics_tell_the_lengths_of_each_split(
     words = [f"data.path={source.path}", "data.partition=restaurant", "model=hf"]
     assert main(["stats", "data=e2e", *words, f"model.path={tokenizer_folder}"]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"^data +e2e, cutoff 512, truncation input$", table, re.MULTILINE)
+    assert re.search(r"^data +e2e, max_length 512, truncation input$", table, re.MULTILINE)
     assert re.search(r"^ +test tokens +mean \d+\.\d, .* max \d+$", table, re.MULTILINE)
     assert re.search(r"^ +train response +mean \d+\.\d, .* max \d+$", table, re.MULTILINE)
 

@@ -28,8 +28,8 @@ def uncut(tokenizer, record):
     return head, [*tokens(tokenizer, record.output), tokenizer.eos_token_id]
 
 
-def encode(tokenizer, record, truncation="input", cutoff=CUTOFF):
-    (encoded,) = Encoder(tokenizer, cutoff, truncation).encode([record])
+def encode(tokenizer, record, truncation="input", max_length=CUTOFF):
+    (encoded,) = Encoder(tokenizer, max_length, truncation).encode([record])
     return encoded
 
 
@@ -39,7 +39,7 @@ def encode(tokenizer, record, truncation="input", cutoff=CUTOFF):
 def test_what_fits_is_prompt_then_response_untouched(truncation, record):
     tokenizer = CharacterTokenizer()
     head, response = uncut(tokenizer, record)
-    encoded = encode(tokenizer, record, truncation, cutoff=400)
+    encoded = encode(tokenizer, record, truncation, max_length=400)
     assert encoded.ids == head + response
     assert encoded.prompt_tokens == len(head)
     assert not encoded.truncated
@@ -49,7 +49,7 @@ def test_what_fits_is_prompt_then_response_untouched(truncation, record):
 @LAW
 @given(record=RECORDS)
 @example(record=Record(0, "train", "", "Say yes.", "", "yes" * 40))
-def test_what_does_not_fit_fills_the_cutoff_exactly(truncation, record):
+def test_what_does_not_fit_fills_the_maximal_length_exactly(truncation, record):
     tokenizer = CharacterTokenizer()
     head, response = uncut(tokenizer, record)
     encoded = encode(tokenizer, record, truncation)
@@ -61,7 +61,7 @@ def test_what_does_not_fit_fills_the_cutoff_exactly(truncation, record):
 @LAW
 @given(record=RECORDS)
 def test_right_is_a_prefix_of_the_uncut_sequence(record):
-    """The rule of the FlexLoRA code: cut at the cutoff, EOS only if there is room."""
+    """The rule of the FlexLoRA code: cut at `max_length`, EOS only if there is room."""
     tokenizer = CharacterTokenizer()
     head, response = uncut(tokenizer, record)
     encoded = encode(tokenizer, record, "right")
@@ -106,10 +106,10 @@ def test_a_batch_is_its_records_one_by_one(truncation, records):
 
 @given(st.integers(1, 99), st.integers(1, 99), st.integers(2, 99))
 @LAW
-def test_the_prompt_keeps_at_most_itself_and_at_least_half_the_room(prompt, response, cutoff):
-    room = prompt_room(prompt, response, cutoff)
-    assert min(prompt, cutoff // 2) <= room <= prompt
-    assert room + response <= cutoff or room <= cutoff // 2
+def test_the_prompt_keeps_at_most_itself_and_at_least_half_the_room(prompt, response, max_length):
+    room = prompt_room(prompt, response, max_length)
+    assert min(prompt, max_length // 2) <= room <= prompt
+    assert room + response <= max_length or room <= max_length // 2
 
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
@@ -174,7 +174,7 @@ class Long:
 
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 def test_a_response_that_was_not_read_to_its_end_does_not_end(truncation):
-    """With long tokens, what is read of an output can fit the cutoff without being all of it."""
+    """With long tokens, what is read of an output can fit `max_length` without being all of it."""
     encoded = encode(Long(), Record(0, "train", "", "a", "", "b" * 5000), truncation)
     assert len(encoded.ids) < CUTOFF
     assert encoded.truncated and encoded.ids[-1] != 2
@@ -203,8 +203,8 @@ def test_a_tokenizer_without_eos_is_refused():
         Encoder(CharacterTokenizer(eos_token_id=None), CUTOFF, "input")
 
 
-def test_a_cutoff_without_room_for_the_prompt_is_refused():
-    with pytest.raises(DataError, match=r"data\.cutoff=20 must be >= 30"):
+def test_a_maximal_length_without_room_for_the_prompt_is_refused():
+    with pytest.raises(DataError, match=r"data\.max_length=20 must be >= 30"):
         Encoder(CharacterTokenizer(), 20, "input")
 
 

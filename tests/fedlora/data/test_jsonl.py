@@ -96,27 +96,27 @@ def test_dirichlet_is_more_even_with_a_larger_alpha(tmp_path):
 @LAW
 @given(
     n=st.integers(1, 40),
-    eval_share=st.floats(0, 0.45),
-    test_share=st.floats(0, 0.45),
+    eval_fraction=st.floats(0, 0.45),
+    test_fraction=st.floats(0, 0.45),
     seed=st.integers(0, 3),
 )
-@example(n=3, eval_share=0.49, test_share=0.5, seed=0)
+@example(n=3, eval_fraction=0.49, test_fraction=0.5, seed=0)
 def test_every_client_can_train_and_holds_out_what_was_asked(
-    n, eval_share, test_share, seed, tmp_path_factory
+    n, eval_fraction, test_fraction, seed, tmp_path_factory
 ):
     source = write(
         tmp_path_factory.mktemp("data"),
         [r | {"client": "one"} for r in rows(n)],
-        eval_share=eval_share,
-        test_share=test_share,
+        eval_fraction=eval_fraction,
+        test_fraction=test_fraction,
         seed=seed,
     )
     counts = Counter(r.split for r in source.records())
     assert counts["train"] >= 1
     if n > 2:
-        assert bool(counts["eval"]) == (eval_share > 0)
-        assert abs(counts["eval"] - eval_share * n) <= 1
-        assert bool(counts["test"]) == (test_share > 0)
+        assert bool(counts["eval"]) == (eval_fraction > 0)
+        assert abs(counts["eval"] - eval_fraction * n) <= 1
+        assert bool(counts["test"]) == (test_fraction > 0)
     else:
         assert counts["train"] == n
 
@@ -210,8 +210,8 @@ def test_no_files_and_no_records_are_refused(tmp_path):
     [
         ({"partition": "shard"}, r"data\.partition='shard' is not one of"),
         ({"alpha": 0.0}, r"data\.alpha=0\.0 must be > 0"),
-        ({"eval_share": 0.5, "test_share": 0.5}, "their sum must be < 1"),
-        ({"cutoff": 8}, r"data\.cutoff=8 must be >= 32"),
+        ({"eval_fraction": 0.5, "test_fraction": 0.5}, "their sum must be < 1"),
+        ({"max_length": 8}, r"data\.max_length=8 must be >= 32"),
         ({"truncation": "left"}, r"data\.truncation='left' is not one of"),
     ],
 )

@@ -94,7 +94,7 @@ def test_too_many_clients_are_refused_with_the_maximum():
 
 def test_the_fingerprint_names_what_the_records_depend_on():
     assert Sotu(clients=7).fingerprint() != Sotu(clients=8).fingerprint()
-    assert Sotu(clients=7).fingerprint() == Sotu(clients=7, cutoff=99).fingerprint()
+    assert Sotu(clients=7).fingerprint() == Sotu(clients=7, max_length=99).fingerprint()
 
 
 def test_a_missing_package_is_named(monkeypatch):

@@ -50,7 +50,7 @@ def _small_batches(monkeypatch):
 def test_a_store_holds_what_the_source_gave(records, tmp_path_factory):
     """Examples and references of every (client, split), however the records arrive."""
     tokenizer = CharacterTokenizer()
-    source = Listed(rows=tuple(records), cutoff=64)
+    source = Listed(rows=tuple(records), max_length=64)
     if not any(r.output for r in records):
         return
     store = TokenStore(prepare(source, tokenizer, "t", tmp_path_factory.mktemp("cache")))
@@ -128,7 +128,7 @@ def test_processes_that_come_together_build_one_store(tokenizer, tmp_path):
     "change",
     [
         {"mark": "b"},
-        {"cutoff": 513},
+        {"max_length": 513},
         {"truncation": "right"},
     ],
 )
@@ -250,7 +250,7 @@ def test_statistics_count_what_is_there(tmp_path):
         Record(3, "train", "y", "a", "b", ""),
         Record(3, "train", "y", "a", "b", "d"),
     )
-    source = Listed(rows=rows, cutoff=64, truncation="right")
+    source = Listed(rows=rows, max_length=64, truncation="right")
     s = TokenStore(prepare(source, CharacterTokenizer(), "t", tmp_path)).statistics()
     prompt = 1 + len("### Task\na\n\n### Input\nb\n\n### Answer\n")
     lengths = sorted([prompt + 3, 64, 64, prompt + 1, prompt + 1, prompt + 1, prompt + 2])

@@ -125,8 +125,8 @@ def reference(
     for rows in itertools.islice(epochs(len(held), plan, (seed, round, client)), total):
         optimizer.zero_grad()
         losses.append(backward(twin, [held[i] for i in rows], plan, masks))
-        if plan.clip:
-            torch.nn.utils.clip_grad_norm_(trained, plan.clip)
+        if plan.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
         optimizer.step()
         schedule.step()
     result = LowRankPayload(

@@ -78,7 +78,7 @@ def spoiled(fault: str, engine: Engine, factors):
     plan, store = PLAN, engine.store
     path, f = next(iter(factors.items()))
     if fault == "diverges":
-        plan = dataclasses.replace(PLAN, lr=1e200, clip=0.0)
+        plan = dataclasses.replace(PLAN, lr=1e200, max_grad_norm=0.0)
     elif fault == "trains nothing":
         plan = dataclasses.replace(PLAN, train_a=False, train_b=False)
     elif fault == "no examples":

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fedlora.core.types import Module
 from fedlora.population.ranks import (
-    SHARES,
+    FRACTIONS,
     RankDistribution,
     quotas,
     scaled_ranks,
@@ -64,7 +64,7 @@ def roster(n=1600, population=None, ranks=None, seed=5):
     )
 
 
-def test_shares_are_exact_not_expected():
+def test_fractions_are_exact_not_expected():
     counts = Counter(c.tier for c in roster().clients)
     assert counts == {"T1": 80, "T2": 80, "T3": 160, "T4": 1280}
 
@@ -78,10 +78,10 @@ def test_quotas_sum_and_are_nearest(shares, total):
 
 
 def test_every_distribution_sums_to_one_and_normal_differs_from_its_code():
-    for variants in SHARES.values():
+    for variants in FRACTIONS.values():
         for shares in variants.values():
             assert abs(sum(shares) - 1) < 1e-12
-    paper, code = (SHARES["normal"][v] for v in ("paper", "code"))
+    paper, code = (FRACTIONS["normal"][v] for v in ("paper", "code"))
     assert [round(x, 4) for x in paper] == [0.0575, 0.4425, 0.4425, 0.0575]
     assert [round(x, 4) for x in code] == [0.0575, 0.0575, 0.4425, 0.4425]
 
@@ -115,7 +115,7 @@ def test_a_cohort_depends_on_seed_and_round_alone():
 
 
 def test_holdouts_are_disjoint_and_never_train():
-    r = roster(200, Population(unseen_share=0.1, unseen_categories=("b",)))
+    r = roster(200, Population(unseen_fraction=0.1, unseen_categories=("b",)))
     seen, random, task = (set(r.groups[g]) for g in ("seen", "unseen_random", "unseen_task"))
     assert task == set(range(0, 200, 5))
     assert len(random) == 20
@@ -157,34 +157,34 @@ def test_own_tiers():
     mine = RankDistribution(
         "custom",
         tiers=(
-            {"name": "phone", "rank": 2, "share": 0.75},
-            {"name": "server", "attention": 4, "mlp": 16, "share": 0.25},
+            {"name": "phone", "rank": 2, "fraction": 0.75},
+            {"name": "server", "attention": 4, "mlp": 16, "fraction": 0.25},
         ),
     )
-    r = roster(8, ranks=mine, population=Population(per_round=2, unseen_share=0))
+    r = roster(8, ranks=mine, population=Population(per_round=2, unseen_fraction=0))
     assert r.tier_counts() == {"phone": 6, "server": 2}
 
 
 def test_a_share_of_the_population_is_the_whole_number_it_means():
     """0.29 of 100 clients are 29, although 0.29 * 100 is a float below it."""
     for percent in range(1, 100):
-        r = roster(100, Population(fraction=percent / 100, unseen_share=0))
+        r = roster(100, Population(fraction=percent / 100, unseen_fraction=0))
         assert r.per_round == percent
     assert roster(99, Population(fraction=0.29)).per_round == 28  # of 28.71
     assert roster(9, Population(fraction=0.01)).per_round == 1
 
 
 def test_tiers_that_nobody_is_in_are_not_asked_for():
-    """A small homogeneous rank is not refused because of tiers of share zero."""
+    """A small homogeneous rank is not refused because of tiers of fraction zero."""
     small = RankDistribution("homogeneous", rank=4, clamp=False)
     assert [(t.name, t.attention, t.mlp) for t in small.resolve(SMOLLM2, PARAMETERS)] == [
         ("T1", 4, 4)
     ]
     assert {c.ranks.label for c in roster(50, ranks=small).clients} == {"4"}
-    rows = ({"rank": 2, "share": 1.0}, {"rank": 9999, "share": 0.0})
+    rows = ({"rank": 2, "fraction": 1.0}, {"rank": 9999, "fraction": 0.0})
     own = RankDistribution("custom", tiers=rows, clamp=False)
     assert roster(50, ranks=own).tier_counts() == {"T1": 50}
-    for distribution in set(SHARES) - {"homogeneous"}:
+    for distribution in set(FRACTIONS) - {"homogeneous"}:
         with pytest.raises(ValueError, match="rank 200 is above 192"):
             roster(ranks=RankDistribution(distribution, preset="paper", clamp=False))
 
@@ -196,15 +196,19 @@ def test_tiers_that_nobody_is_in_are_not_asked_for():
         (lambda: RankDistribution("uniform", rank=4), "needs ranks.distribution=homogeneous"),
         (lambda: RankDistribution("custom"), "needs ranks.tiers"),
         (
-            lambda: RankDistribution("custom", tiers=({"rank": 0, "share": 1.0},)),
+            lambda: RankDistribution("custom", tiers=({"rank": 0, "fraction": 1.0},)),
             "attention rank=0 must be >= 1",
         ),
         (
-            lambda: RankDistribution("custom", tiers=({"rank": 2, "share": 0.5},)),
+            lambda: RankDistribution("custom", tiers=({"rank": 2, "fraction": 0.5},)),
             "sum to 0.5, not 1",
         ),
         (
-            lambda: RankDistribution("custom", tiers=({"rnk": 2, "share": 1.0},)),
+            lambda: RankDistribution("custom", tiers=({"rank": 2, "share": 1.0},)),
+            r"ranks\.tiers\.share is ranks\.tiers\.fraction since",
+        ),
+        (
+            lambda: RankDistribution("custom", tiers=({"rnk": 2, "fraction": 1.0},)),
             "unknown keys",
         ),
         (
@@ -212,7 +216,7 @@ def test_tiers_that_nobody_is_in_are_not_asked_for():
             "rank 300 is above 192 = min",
         ),
         (lambda: roster(4, Population(clients=5)), "the data has 4 clients"),
-        (lambda: roster(4, Population(unseen_share=1.0)), "no client is left to train"),
+        (lambda: roster(4, Population(unseen_fraction=1.0)), "no client is left to train"),
         (lambda: roster(9, Population(per_round=9)), "only 7 clients can train"),
         (lambda: roster(9, Population(unseen_categories=("zz",))), "not in the data"),
         (lambda: Population(fraction=0), "fraction=0 must lie in"),

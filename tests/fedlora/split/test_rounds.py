@@ -32,7 +32,7 @@ from tests.fedlora.split.world import (
     start,
 )
 
-PLAN = LocalPlan(lr=0.02, steps=5, batch_size=3, dropout=0.0, clip=0.0, weight_decay=0.1)
+PLAN = LocalPlan(lr=0.02, steps=5, batch_size=3, dropout=0.0, max_grad_norm=0.0, weight_decay=0.1)
 DROPOUT = replace(PLAN, dropout=0.1)
 CUTS = [Cut(2), Cut(0), Cut(BLOCKS), Cut(1, 1), Cut(2, 0), Cut(BLOCKS, 0)]
 UNEQUAL = {0: Cut(1), 1: Cut(3), 2: Cut(2)}

@@ -27,7 +27,7 @@ from tests.fedlora.split.world import (
     start,
 )
 
-PLAN = LocalPlan(lr=0.02, steps=3, batch_size=3, dropout=0.1, clip=1.0, weight_decay=0.1)
+PLAN = LocalPlan(lr=0.02, steps=3, batch_size=3, dropout=0.1, max_grad_norm=1.0, weight_decay=0.1)
 IDS = (0, 1)
 COARSE = Terms(
     SEED,

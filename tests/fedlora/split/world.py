@@ -30,7 +30,13 @@ from tests.fedlora.models.networks import adapter, wrap
 BLOCKS = 4
 DOUBLE = Terms(SEED, activations=Wire("fp64"), gradients=Wire("fp64"))
 SGD = LocalPlan(
-    optimizer="sgd", lr=1.0, steps=1, batch_size=3, schedule="constant", clip=0.0, dropout=0.0
+    optimizer="sgd",
+    lr=1.0,
+    steps=1,
+    batch_size=3,
+    schedule="constant",
+    max_grad_norm=0.0,
+    dropout=0.0,
 )
 """One plain step: what an adapter moves by is its gradient."""
 

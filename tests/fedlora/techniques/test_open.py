@@ -133,7 +133,7 @@ def test_the_fused_engine_says_why_it_trains_it_one_by_one(toy):
 
 
 def test_planted_faults_cost_their_own_clients(toy):
-    faults = ["engine=faulty", "engine.nan_share=0.3", "engine.shape_share=0.3"]
+    faults = ["engine=faulty", "engine.nan_fraction=0.3", "engine.shape_fraction=0.3"]
     done = toy(*faults, "federation.min_success=0.1")
     assert sum(r["rejected"] for r in done.rounds) > 0
     assert done.status["status"] == "completed"

@@ -36,7 +36,9 @@ from tests.fedlora.engine.world import (
 )
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=15)
-ADAMW = LocalPlan(lr=3e-3, epochs=5, batch_size=3, dropout=0.0, weight_decay=0.02, clip=0.05)
+ADAMW = LocalPlan(
+    lr=3e-3, epochs=5, batch_size=3, dropout=0.0, weight_decay=0.02, max_grad_norm=0.05
+)
 SGD = dataclasses.replace(ADAMW, optimizer="sgd", lr=0.3, momentum=0.8)
 HELD = examples(7)
 
@@ -56,7 +58,7 @@ CASES = {
     "adamw cosine response": ("gpt2", {"schedule": "cosine", "loss": "response"}),
     "adamw accumulation": ("llama", {"micro_batch_size": 2}),
     "adamw dropout": ("gpt2", {"dropout": 0.3}),
-    "adamw no clip": ("llama", {"clip": 0.0}),
+    "adamw no clip": ("llama", {"max_grad_norm": 0.0}),
     "sgd": ("gpt2", SGD),
     "sgd constant accumulation": ("llama", (SGD, {"schedule": "constant", "micro_batch_size": 1})),
     "sgd dropout response": ("llama", (SGD, {"dropout": 0.2, "loss": "response"})),
@@ -93,7 +95,13 @@ def test_equals_a_plain_loop_of_peft_and_pytorch(case):
 )
 def test_micro_batches_do_not_change_the_result(batch, micro, loss, seed):
     plan = LocalPlan(
-        optimizer="sgd", lr=0.3, batch_size=batch, dropout=0.0, epochs=2, loss=loss, clip=0.4
+        optimizer="sgd",
+        lr=0.3,
+        batch_size=batch,
+        dropout=0.0,
+        epochs=2,
+        loss=loss,
+        max_grad_norm=0.4,
     )
     held = examples(6, seed)
     whole = train(plan, held=held)
@@ -197,7 +205,7 @@ def test_one_sgd_step_from_b_zero_moves_b_alone_and_by_the_gradient_of_the_delta
         {p: Factors(f.a, torch.zeros_like(f.b), f.alpha) for p, f in start(resident, 3).items()}
     )
     lr = 0.7
-    plan = LocalPlan(optimizer="sgd", lr=lr, steps=1, batch_size=7, clip=0, dropout=0.0)
+    plan = LocalPlan(optimizer="sgd", lr=lr, steps=1, batch_size=7, max_grad_norm=0, dropout=0.0)
     work = job(factors, plan)
     update = LoRAClient(resident, FakeStore({0: HELD}), work.client, SEED).train(work)
     network = NETWORKS["llama"]()
@@ -232,7 +240,7 @@ def test_sparse_values_train_and_nothing_else_moves():
     masks = {p: mask_noise(5, p, m.d_out, m.d_in) < density for p, m in names.items()}
     zero = {p: torch.zeros(int(k.sum()), dtype=torch.float64) for p, k in masks.items()}
     begin = SparseDelta(5, density, zero)
-    work = job(begin, LocalPlan(epochs=4, dropout=0.1, clip=0.3))
+    work = job(begin, LocalPlan(epochs=4, dropout=0.1, max_grad_norm=0.3))
     before = {p: resident.effective_weight(p) for p in names}
     update = LoRAClient(resident, FakeStore({0: HELD}), work.client, SEED).train(work)
     assert isinstance(update.payload, SparseDelta)
@@ -265,7 +273,7 @@ def test_the_update_differs_from_its_start_which_is_left_alone():
 def test_the_penalty_pulls_on_the_tail_alone():
     """The difference that the penalty makes to one SGD step is its own gradient."""
     prune = SelfPrune(weight=0.3, gamma=0.5, min_rank=1)
-    plan = LocalPlan(optimizer="sgd", lr=0.1, steps=1, batch_size=7, clip=0, dropout=0.0)
+    plan = LocalPlan(optimizer="sgd", lr=0.1, steps=1, batch_size=7, max_grad_norm=0, dropout=0.0)
     held_at = selfprune.keep(4, 0.5)
     factors = start(model(), 4)
     plain = train(plan, rank=4)
@@ -383,7 +391,9 @@ def test_bf16_autocast_is_close_and_not_the_same():
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_a_diverging_client_says_at_which_step_and_with_which_settings(optimizer):
-    plan = LocalPlan(optimizer=optimizer, lr=1e200, clip=0.0, epochs=3, schedule="constant")
+    plan = LocalPlan(
+        optimizer=optimizer, lr=1e200, max_grad_norm=0.0, epochs=3, schedule="constant"
+    )
     with pytest.raises(
         FloatingPointError, match=r"(loss is (nan|inf) at step \d|is not finite)"
     ) as e:
@@ -393,7 +403,7 @@ def test_a_diverging_client_says_at_which_step_and_with_which_settings(optimizer
 
 def test_an_update_that_overflows_in_the_last_step_is_refused():
     with pytest.raises(FloatingPointError, match="not finite after step 1"):
-        train(LocalPlan(optimizer="sgd", lr=1e305, weight_decay=1e305, clip=0.0, steps=1))
+        train(LocalPlan(optimizer="sgd", lr=1e305, weight_decay=1e305, max_grad_norm=0.0, steps=1))
 
 
 def test_metrics_count_what_was_done():

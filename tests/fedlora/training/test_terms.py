@@ -19,7 +19,13 @@ from fedlora.wire.codec import plan_from_json, plan_to_json
 from tests.fedlora.engine.world import SEED, distance, examples, model, start, vector
 
 PLAN = LocalPlan(
-    optimizer="sgd", lr=0.05, steps=6, batch_size=3, dropout=0.0, clip=0.0, schedule="constant"
+    optimizer="sgd",
+    lr=0.05,
+    steps=6,
+    batch_size=3,
+    dropout=0.0,
+    max_grad_norm=0.0,
+    schedule="constant",
 )
 METRICS = ("factor", "product")
 
@@ -152,7 +158,7 @@ def test_other_parameters_have_a_factor_metric_and_no_product() -> None:
 
 def test_the_pull_is_clipped_with_the_gradient() -> None:
     factors = start(model("llama"), 2)
-    plan = replace(PLAN, clip=0.1, lr=0.5)
+    plan = replace(PLAN, max_grad_norm=0.1, lr=0.5)
     _, trace = train(replace(plan, term=FedProx(1e3)), factors)
     assert trace.grad_norms[-1] > 1  # measured before clipping
     assert trace.delta_norm <= 0.5 * 0.1 * PLAN.steps + 1e-12

@@ -121,7 +121,7 @@ def test_a_new_run_never_writes_into_an_old_folder(federate):
 
 
 def test_some_clients_raise_and_the_round_goes_on(federate):
-    done = federate("engine=faulty", "engine.raise_share=0.3", "population.per_round=12")
+    done = federate("engine=faulty", "engine.raise_fraction=0.3", "population.per_round=12")
     failed = [row for row in done.clients if row.get("failure")]
     assert failed
     assert sum(r["failed"] for r in done.rounds) == len(failed)
@@ -131,7 +131,7 @@ def test_some_clients_raise_and_the_round_goes_on(federate):
 
 @pytest.mark.parametrize("fault", ["nan", "shape"])
 def test_a_bad_update_is_rejected_and_named(federate, fault):
-    done = federate("engine=faulty", f"engine.{fault}_share=0.3", "population.per_round=12")
+    done = federate("engine=faulty", f"engine.{fault}_fraction=0.3", "population.per_round=12")
     rejected = [row for row in done.clients if row.get("failure") == "RejectedUpdate"]
     assert rejected
     assert sum(r["rejected"] for r in done.rounds) == len(rejected)
@@ -141,7 +141,7 @@ def test_a_bad_update_is_rejected_and_named(federate, fault):
 
 def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_path):
     with pytest.raises(RunError, match=r"only 0 of 6 clients succeeded.*No round was complete yet"):
-        federate("engine=faulty", "engine.raise_share=1.0")
+        federate("engine=faulty", "engine.raise_fraction=1.0")
     (folder,) = (tmp_path / "out").iterdir()
     status = json.loads((folder / "status.json").read_text())
     assert status["status"] == "failed"
@@ -263,7 +263,7 @@ def test_a_client_without_examples_is_never_sampled(federate, tmp_path):
         "data.split_field=part",
         "population.clients=0",
         "population.per_round=2",
-        "population.unseen_share=0",
+        "population.unseen_fraction=0",
     )
     names = {row["client"] for row in done.clients}
     assert len(names) == 2
@@ -324,7 +324,7 @@ def test_changed_data_may_not_be_resumed(federate, tmp_path):
         path.write_text("\n".join(json.dumps(r) for r in rows))
 
     words = ("data=jsonl", f"data.path={path}", "population.clients=0", "population.per_round=2",
-             "population.unseen_share=0")  # fmt: skip
+             "population.unseen_fraction=0")  # fmt: skip
     write("word")
     federate(*words, "rounds=1")
     write("other")

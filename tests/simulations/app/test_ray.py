@@ -47,7 +47,7 @@ def test_the_number_of_workers_does_not_change_a_bit(start, federate, workers):
 
 
 def test_a_failed_run_has_an_exit_code_and_one_clear_line(start):
-    run = start("runtime.num_cpus=2", "engine=faulty", "engine.raise_share=1.0")
+    run = start("runtime.num_cpus=2", "engine=faulty", "engine.raise_fraction=1.0")
     assert run.wait() == 1, run.said()
     assert "RUN FAILED: RunError: round 1: only 0 of 6 clients succeeded" in run.said()
     assert "PlantedFault" in run.said()

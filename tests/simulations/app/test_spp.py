@@ -233,7 +233,7 @@ def test_zeros_that_moved_are_found_before_there_is_a_run_folder(federate, tmp_p
 
 def test_clients_that_are_held_out_do_not_calibrate(federate):
     """With half of the clients apart; and the run itself holds out the same ones."""
-    options = (*SPP, "population.unseen_share=0.5", "seed=3", "model.clients=9")
+    options = (*SPP, "population.unseen_fraction=0.5", "seed=3", "model.clients=9")
     cfg = load([*options, "population.clients=24"])
     parts = build_parts(cfg)
     folder = parts.model.folder()

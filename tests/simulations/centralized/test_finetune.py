@@ -112,7 +112,10 @@ def test_lora_can_be_pruned_again(tmp_path):
             ("spp", *WORDS, "client.technique=full"),
             "client.technique='full' is no group",
         ),
-        (("spp", *WORDS, "population.unseen_share=0"), "unseen_share=0.0 holds nobody out"),
+        (
+            ("spp", *WORDS, "population.unseen_fraction=0"),
+            "unseen_fraction=0.0 holds no client out",
+        ),
         (("spp", *WORDS, "--held", "0"), "--held=0 must be >= 1"),
         (("spp", *WORDS, "--rank", "999"), "rank 999 of model.layers.0"),
         (("spp", *WORDS, "data.clients=x"), "'x'"),

@@ -49,10 +49,10 @@ def tokens_of(folder: Path) -> list[str]:
 
 
 def test_statistics_are_printed(jsonl, tokenizer_folder, capsys):
-    words = ["data=jsonl", f"data.path={jsonl}", "data.cutoff=64", *tokens_of(tokenizer_folder)]
+    words = ["data=jsonl", f"data.path={jsonl}", "data.max_length=64", *tokens_of(tokenizer_folder)]
     assert main(["stats", *words]) == 0
     table = capsys.readouterr().out
-    assert re.search(r"^data +jsonl, cutoff 64, truncation input$", table, re.MULTILINE)
+    assert re.search(r"^data +jsonl, max_length 64, truncation input$", table, re.MULTILINE)
     assert re.search(r"^examples +10 \(train 6, eval 2, test 2\)$", table, re.MULTILINE)
     assert re.search(r"^empty outputs +4$", table, re.MULTILINE)
 
@@ -73,7 +73,7 @@ def test_an_example_is_shown_as_the_model_sees_it(jsonl, tokenizer_folder, capsy
         (["data=dolly"], "e2e jsonl natural_instructions sotu"),
         (["data=jsonl"], "missing mandatory value: path"),
         (["data=sotu", "data.clients=many"], "clients='many'"),
-        (["data=sotu", "data.client=7"], "data has: _target_, clients, cutoff, truncation"),
+        (["data=sotu", "data.client=7"], "data has: _target_, clients, max_length, truncation"),
         (["data=sotu", "clients=7"], "Could not override 'clients'"),
         (["sotu"], "'sotu' missing EQUAL"),
         (["data=natural_instructions", "data.path=no/such/file"], "neither a folder nor a file"),
@@ -110,7 +110,7 @@ def test_a_configuration_lists_every_option_with_its_default(file):
         node.path = "x"
     source = build(node, Source, "data")
     assert list(node)[1:] == sorted(
-        (f.name for f in fields(cls)), key=lambda n: n in ("cutoff", "truncation")
+        (f.name for f in fields(cls)), key=lambda n: n in ("max_length", "truncation")
     )
     assert source.name == file.stem
     required = {"path": source.path} if hasattr(source, "path") else {}

@@ -65,7 +65,7 @@ def assert_equal(got: Update, wanted: Update, tolerance: float = EXACT) -> None:
 # Adam is a chaotic system where lr / eps times the curvature is large: at lr=3e-3 and eps=1e-8 the
 # sequential engine and PEFT, too, are 1e-11 apart after 20 steps.
 ADAMW = LocalPlan(
-    lr=5e-4, steps=20, batch_size=3, dropout=0.0, weight_decay=0.02, clip=0.05, eps=1e-4
+    lr=5e-4, steps=20, batch_size=3, dropout=0.0, weight_decay=0.02, max_grad_norm=0.05, eps=1e-4
 )
 SGD = dataclasses.replace(ADAMW, optimizer="sgd", lr=0.3, momentum=0.8)
 

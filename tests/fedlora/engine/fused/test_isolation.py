@@ -53,7 +53,7 @@ def variant(what: str, bad: TrainJob, store: FakeStore) -> TrainJob:
     elif what == "rank":
         factors = start(resident("llama"), 5, seed=1)
     elif what == "diverges":
-        plan = dataclasses.replace(plan, lr=1e200, clip=0.0)
+        plan = dataclasses.replace(plan, lr=1e200, max_grad_norm=0.0)
     elif what == "lr":
         plan = dataclasses.replace(plan, lr=0.5)
     return job(factors, plan, 1)

@@ -51,7 +51,7 @@ PLANS = st.builds(
     batch_size=st.integers(1, 4),
     micro_batch_size=st.integers(0, 3),
     max_examples=st.sampled_from([0, 2]),
-    clip=st.sampled_from([0.0, 0.1]),
+    max_grad_norm=st.sampled_from([0.0, 0.1]),
     dropout=st.sampled_from([0.0, 0.25, 1.0]),
     loss=st.sampled_from(["full", "response"]),
     train_a=st.booleans(),
@@ -136,7 +136,7 @@ def test_a_cohort_that_freezes_one_factor_is_fused(frozen, dropout, products):
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
 def test_self_pruning_shrinks_the_same_clients(on, layout):
     prune = SelfPrune(5.0, 0.5, 1)
-    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, clip=0.0, technique=LoRA(prune))
+    plain_ = dataclasses.replace(SGD, steps=6, lr=0.02, max_grad_norm=0.0, technique=LoRA(prune))
     plans = [plain_] * 4
     plans[1] = dataclasses.replace(
         plans[1], technique=LoRA(SelfPrune(0.0, 0.5, 1)), weight_decay=0.0
@@ -172,7 +172,7 @@ def test_losses_in_float32_are_those_of_the_sequential_engine(layout, products):
 def test_bfloat16_stays_within_its_own_noise(how, products):
     on = model("llama")
     on.network.float()
-    plan = dataclasses.replace(ADAMW, steps=8, lr=2e-3, clip=1.0)
+    plan = dataclasses.replace(ADAMW, steps=8, lr=2e-3, max_grad_norm=1.0)
     store = FakeStore({k: examples(7, k) for k in range(5)})
     jobs = [job(start(on, mixed, k), plan, k) for k in range(5)]
     exact = by_client(SequentialEngine(on, store).train(jobs))

@@ -22,7 +22,7 @@ PLANS = (
     dataclasses.replace(SGD, steps=6, lr=0.05, dropout=0.2),
     dataclasses.replace(SGD, steps=6, lr=0.05, train_a=False),
     dataclasses.replace(ADAMW, steps=6, train_b=False, micro_batch_size=2),
-    dataclasses.replace(ADAMW, steps=6, clip=0.0),
+    dataclasses.replace(ADAMW, steps=6, max_grad_norm=0.0),
 )
 
 
@@ -45,7 +45,7 @@ def test_clients_of_one_start_are_pulled_to_it_and_leave_it_alone(products):
     store = FakeStore({k: examples(6, k) for k in range(5)})
     factors = start(resident("llama"), 2, 1)
     before = vector(factors).clone()
-    plan = dataclasses.replace(SGD, steps=8, lr=0.02, clip=0.0, term=FedProx(20.0))
+    plan = dataclasses.replace(SGD, steps=8, lr=0.02, max_grad_norm=0.0, term=FedProx(20.0))
     free = dataclasses.replace(plan, term=None)
     pulled, wanted, far = (
         run([job(factors, p, k) for k in range(5)], store)

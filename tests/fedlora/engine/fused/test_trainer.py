@@ -14,7 +14,7 @@ from fedlora.engine.fused.schedule import policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner, Resident
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start
 
-PLAN = LocalPlan(lr=3e-3, steps=5, batch_size=3, dropout=0.0, weight_decay=0.1, clip=0.5)
+PLAN = LocalPlan(lr=3e-3, steps=5, batch_size=3, dropout=0.0, weight_decay=0.1, max_grad_norm=0.5)
 RANKS = (2, 1, 3)
 
 
@@ -76,7 +76,7 @@ def test_a_row_is_stepped_as_by_an_optimizer_of_its_own(fused, optimizer, frozen
                 run(other, len(other.norms))
         run(middle, step)
         alone.grad = gradient(middle, step)[trained]
-        torch.nn.utils.clip_grad_norm_([alone], plan.clip)
+        torch.nn.utils.clip_grad_norm_([alone], plan.max_grad_norm)
         own.param_groups[0]["lr"] = plan.lr * (1 - step / 5)
         own.step()
         assert torch.equal(middle.row[trained], alone.detach())

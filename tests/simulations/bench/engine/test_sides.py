@@ -35,7 +35,7 @@ CASES = {
     "unequal": CASE,
     "response": replace(CASE, plan=replace(PLAN, loss="response")),
     "steps": replace(CASE, plan=replace(PLAN, steps=4, batch_size=3)),
-    "no clipping": replace(CASE, plan=replace(PLAN, clip=0.0, weight_decay=0.1)),
+    "no clipping": replace(CASE, plan=replace(PLAN, max_grad_norm=0.0, weight_decay=0.1)),
 }
 
 
