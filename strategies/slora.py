@@ -155,7 +155,7 @@ class SLoRA(LoRAStrategy):
         self, state: State, client: Client, kept: Kept | None = None
     ) -> Payload | Adapter:
         if self._sparse(state):
-            return _masked(state, self._density(state, client.ranks))
+            return _mask_state(state, self._density(state, client.ranks))
         return self.aggregator.client_start(under(state, NESTED), client, kept)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -229,8 +229,8 @@ class SLoRA(LoRAStrategy):
         if not self._sparse(state):
             return self.aggregator.global_update(under(state, NESTED), ranks)
         if ranks is None:
-            return _masked(state, float(state[f"{SPARSE}densities"].max()))
-        return _masked(state, self._density(state, ranks))
+            return _mask_state(state, float(state[f"{SPARSE}densities"].max()))
+        return _mask_state(state, self._density(state, ranks))
 
     def _sparse(self, state: State) -> bool:
         return int(state["rounds"]) < self.stage1_rounds
@@ -299,7 +299,7 @@ class SLoRA(LoRAStrategy):
         return out
 
 
-def _masked(state: State, density: float) -> SparseDelta:
+def _mask_state(state: State, density: float) -> SparseDelta:
     """The server's ``D`` on the mask of one density."""
     seed = int(state[f"{SPARSE}seed"])
     values = {}

@@ -155,7 +155,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)
-        own: dict[str, Factors] = {p: f for p, f in whole.items() if self._served(state, p)}
+        own: dict[str, Factors] = {p: f for p, f in whole.items() if self._is_served(state, p)}
         for part in self._parts(state):
             if part.shared:
                 own |= self._start(state, part, self._host(state, part))
@@ -322,7 +322,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         """Which blocks a client holds."""
         return self._cut(client, int(state["blocks"]))
 
-    def _served(self, state: State, path: str) -> bool:
+    def _is_served(self, state: State, path: str) -> bool:
         """Whether the server holds a module for some client."""
         block, blocks = block_of(path), int(state["blocks"])
         lowest = int(state["cuts"].min())
@@ -360,7 +360,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         server serves there.
         """
         if self.rule.update == "per_client":
-            return [self._completed(state, u) for u in updates]
+            return [self._complete(state, u) for u in updates]
         mine, served = [], 0
         for u in updates:
             ranks = part.ranks(u.client.ranks)
@@ -375,7 +375,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             mine.insert(0, Update(host, own, served))
         return mine
 
-    def _completed(self, state: State, update: Update) -> Update:
+    def _complete(self, state: State, update: Update) -> Update:
         """A client's update, completed by its copy of the server's adapters (``per_client``)."""
         copy = self._copy_of(state, update.client)
         ranks = dict(update.client.ranks) | {p: f.rank for p, f in copy.items()}

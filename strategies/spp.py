@@ -178,7 +178,7 @@ class SPP(LoRAStrategy):
             alphas = [_alpha(s, path, alpha) for s in sent]
             betas = [s.beta.get(path, beta) for s in sent]
             if self.mode == "stack":
-                new |= _merged(f"{merge}{path}", len(alpha), alphas, betas, p)
+                new |= _merge(f"{merge}{path}", len(alpha), alphas, betas, p)
                 continue
             trains = self._trains(state)
             if trains != "beta":
@@ -258,11 +258,11 @@ class SPP(LoRAStrategy):
 
     def _next(self, before: State, averaged: dict[str, Tensor]) -> State:
         """The state after averages, with merges where they are due."""
-        after = self._restarted(averaged)
+        after = self._restart(averaged)
         _warn_of_growth(before, after)
         return after
 
-    def _restarted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _restart(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state after a merge: beta is zero and alpha has new initial values."""
         due = self.merge_every and int(state["round"]) % self.merge_every == 0
         if not due and self.mode != "stack":
@@ -271,7 +271,7 @@ class SPP(LoRAStrategy):
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
             if self.mode != "stack":
-                new |= _merged(f"{merge}{path}", r, [alpha], [beta], [1.0])
+                new |= _merge(f"{merge}{path}", r, [alpha], [beta], [1.0])
         seed = _drawn_from(new)
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
@@ -362,7 +362,7 @@ def _next_merge(state: State) -> str:
     return f"{MERGED}{len(_names(state)):06d}/"
 
 
-def _merged(
+def _merge(
     name: str, top: int, alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]
 ) -> dict[str, Tensor]:
     """One module's share of a merge: ``Σ_k p_k F_k`` at rank ``top``, with the shares in beta."""

@@ -98,8 +98,8 @@ def covariance(
     (the one with the largest weight ``p_c``) follow from the others:
     ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
     """
-    changes_a = [_padded(f.a - layer.a[: f.rank], layer.rank) for f in factors]
-    changes_b = [_padded((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
+    changes_a = [_pad(f.a - layer.a[: f.rank], layer.rank) for f in factors]
+    changes_b = [_pad((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
     mean_a = sum((w * x for w, x in zip(p, changes_a, strict=True)), torch.zeros(()))
     mean_b = sum((w * x for w, x in zip(p, changes_b, strict=True)), torch.zeros(()))
     pivot = max(range(len(p)), key=lambda k: p[k])
@@ -113,7 +113,7 @@ def covariance(
     return left, right
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
+def _pad(rows: Tensor, count: int) -> Tensor:
     if rows.shape[0] == count:
         return rows
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], rows.shape[1])])
@@ -250,7 +250,7 @@ class SwitchLoRA(LoRAStrategy):
         shared = self._replica(state)
         seen = state["seen"].clone()
         seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
-        return _installed(state, shared, self._result(shared, updates, p), seen)
+        return _install(state, shared, self._result(shared, updates, p), seen)
 
     @property
     def needs_updates(self) -> str:
@@ -279,7 +279,7 @@ class SwitchLoRA(LoRAStrategy):
             slots = state[f"{LAYER}{path}/a"].shape[0]
             change = getattr(f, side) - getattr(start.factors[path], side)
             rows = change if side == "a" else change.t()  # [r_k, d]
-            padded = _padded(rows, slots)
+            padded = _pad(rows, slots)
             found[f"{path}/{side}"] = padded if side == "a" else padded.t()
         return found
 
@@ -294,7 +294,7 @@ class SwitchLoRA(LoRAStrategy):
             return dict(state) | new | {"round": integers(done + 1)}
         shared = self._replica(state)
         result = {k: state[f"{LAYER}{k}"] + dense(x) / weight for k, x in total.items()}
-        return _installed(state, shared, result, state["seen"].clone())
+        return _install(state, shared, result, state["seen"].clone())
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -400,7 +400,7 @@ class SwitchLoRA(LoRAStrategy):
         return found
 
 
-def _installed(
+def _install(
     state: State, shared: Replica, result: Mapping[str, Tensor], seen: Tensor
 ) -> dict[str, Tensor]:
     """The state after a round whose averages are ``result``.

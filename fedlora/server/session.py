@@ -126,9 +126,9 @@ class Session:
         was killed between a checkpoint and its evaluation."""
         due = self.schedule.due(self.done, self.rounds.rounds)
         panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
-        return due and bool(panels - self._evaluated(self.done))
+        return due and bool(panels - self._evaluated_pairs(self.done))
 
-    def _evaluated(self, round: int) -> set[tuple[str, str]]:
+    def _evaluated_pairs(self, round: int) -> set[tuple[str, str]]:
         """The (group, adapter) pairs of a round that metrics.jsonl already holds."""
         records = read_jsonl(self.folder / "metrics.jsonl")
         mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
@@ -267,7 +267,7 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        evaluated = self._evaluated(round)
+        evaluated = self._evaluated_pairs(round)
         for group in self.schedule.groups:
             for adapter in self.schedule.adapters:
                 if (group, adapter) in evaluated:

@@ -1,4 +1,4 @@
-"""What a cut costs: a split step beside an unsplit one, on the same rows.
+"""The cost of a cut: a split step compared with an unsplit one on the same rows.
 
     python -m simulations.bench.split            two networks, every rule, both paths: three minutes
     python -m simulations.bench.split --flower   rounds of messages through Flower and Ray as well

@@ -1,4 +1,4 @@
-"""Who trains the clients: our engines, a plain PEFT loop, and one Trainer per client.
+"""The sides that train the clients: our engines, a plain PEFT loop, and one Trainer per client.
 
 Every side takes the same jobs and gives, client by client, its losses and the adapter it ended
 with as one row of numbers, so that they can be held against each other before anything is timed.
