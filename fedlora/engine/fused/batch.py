@@ -138,7 +138,7 @@ class FusedBatch:
     """``[M or N, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
     dropout."""
     drawn: tuple[int, ...]
-    """``K`` numbers: rows of each lane's own padded batch."""
+    """``K`` counts: rows of each lane's own padded batch."""
     tokens: int
     """Real tokens."""
 
