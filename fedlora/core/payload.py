@@ -39,7 +39,7 @@ class Payload(ABC):
     """Whether it leaves the zeros of a pruned base where they are."""
     folder: ClassVar[str] = "adapter"
     """Of a run folder, where the final one is exported to."""
-    alone: ClassVar[str]
+    alone: ClassVar[str] = "updates of another kind one by one"
     """Why a client that starts from it cannot run in one forward pass with others, where it has no
     `low_rank`: for the engine's notes."""
 

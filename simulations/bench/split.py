@@ -116,8 +116,8 @@ class Bench:
     def __init__(self, case: Case) -> None:
         world = World(case)
         self.case, self.model, self.network = case, world.model, world.network
-        start = world.jobs[0].start
-        assert isinstance(start, Mapping)
+        start = world.jobs[0].start.low_rank()
+        assert start is not None
         self.whole: Mapping[str, Factors] = start
         self.held = {i: world.store.examples(i, "train") for i in range(CLIENTS)}
         self.stages = Stages(self.model)

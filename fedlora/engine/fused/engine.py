@@ -138,7 +138,8 @@ class FusedEngine:
         technique, start, model = job.plan.technique, job.start, self.model
         if not technique.fuses:
             return technique.alone or start.alone
-        if start.low_rank() is None or (start.base() and model.network.dtype != model.dtype):
+        factors, moved = start.low_rank(), start.base() is not None
+        if factors is None or (moved and (not factors or model.network.dtype != model.dtype)):
             return start.alone
         return ""
 

@@ -40,7 +40,7 @@ class Rebased(Payload):
 
     noun = "a dense update"
     folder = "update"
-    alone = "moved bases one by one: factors and base are of different types"
+    alone = "moved bases one by one: without factors, or in half precision"
 
     shift: Mapping[str, Tensor]
     """Module path -> ``[d_out, d_in]``, the sum of what was added to the frozen weight."""
