@@ -31,11 +31,11 @@ class Faulty(EngineSpec):
 
     inner: EngineSpec = field(default_factory=Sequential)
     raise_fraction: float = 0.0
-    """Share of a round's clients that raise instead of training."""
+    """Fraction of a round's clients that raise instead of training."""
     nan_fraction: float = 0.0
-    """Share that returns an update with a NaN in it."""
+    """Fraction that returns an update with a NaN in it."""
     shape_fraction: float = 0.0
-    """Share that returns an update of the wrong shape."""
+    """Fraction that returns an update of the wrong shape."""
     kill_round: int = 0
     """The first worker process that gets a job of this round ends at once; 0: never."""
     kill_marker: str = ""

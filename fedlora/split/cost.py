@@ -81,7 +81,7 @@ class Block:
     linears: tuple[Linear, ...]
     heads: int
     parameters: int
-    """Of the frozen base: linear layers, biases, norms."""
+    """Parameters of the frozen base: linear layers, biases, norms."""
     activation: int
     """Scalars that the activation function saves for each inner channel: 4 for GPT-2's ``gelu_new``
     written in Python, 3 for a gated one, 1 for one kernel."""
@@ -139,7 +139,7 @@ class ClientPart:
 
     cut: Cut
     blocks: tuple[Block, ...]
-    """Of the client, first ones then last ones."""
+    """The client's blocks, the first ones then the last ones."""
     hidden: int
     """``d``"""
     vocabulary: int

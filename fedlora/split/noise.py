@@ -25,7 +25,7 @@ LIBRARY = "dp-accounting"
 NOT_COVERED = (
     "Not covered: labels that are sent, sequence lengths, gradients, adapters, and what a trained "
     "client stage carries from one example into the releases of others; arithmetic in floating "
-    "point; and anybody who knows the seed of the noise, as the server of a simulation does."
+    "point; and observers who know the seed of the noise, as the server of a simulation does."
 )
 
 

@@ -57,7 +57,7 @@ class SparseDelta(Payload):
         return cls(int(header["seed"]), float(header["density"]), values)
 
     def check(self, sender: Client, expected: Expected) -> str:
-        """Mask, modules and numbers of values are those of the start."""
+        """Require the mask, the modules and the lengths of values of the start."""
         start = expected.start
         if not isinstance(start, SparseDelta):
             return mismatch(type(self), type(start))
