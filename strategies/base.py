@@ -1,4 +1,4 @@
-"""What every strategy inherits: the hooks of a federated method, and Flower's name for it.
+"""The base class of every strategy: the hooks of a federated method in a Flower ``Strategy``.
 
 To add a method, write one file beside this one: pure functions of tensors, and below them a frozen
 dataclass that inherits `LoRAStrategy`. Its fields are the method's hyperparameters and the schema

@@ -8,7 +8,8 @@ r"""HeteroLoRA: truncate to send, zero-pad to average, and let clients prune the
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
 arXiv:2401.06432. With unequal ranks the scale ``alpha / r`` is unequal too; ``scale=absorb``
 averages ``sqrt(s_k)`` times the factors and divides again on the way out. ``average=change`` needs
-no more than a sum of what clients add, and what nobody trains does not fade. See docs/fidelity.md.
+no more than a sum of what clients add, and entries that no client trains do not shrink. See
+docs/fidelity.md.
 """
 
 import math
@@ -95,7 +96,7 @@ class HeteroLoRA(LoRAStrategy):
     scale: str = "absorb"
     """``absorb`` ``sqrt(alpha / r)`` into the averaged factors, or average them ``raw``."""
     uncovered: str = "keep"
-    """Rank indices that nobody returned: ``keep`` them, or ``zero`` ``B`` and restart ``A``."""
+    """Rank indices that no client returned: ``keep`` them, or ``zero`` ``B`` and restart ``A``."""
     average: str = "value"
     """Average the ``value`` of factors, as published, or the ``change`` from what clients started
     from."""
@@ -248,7 +249,7 @@ class HeteroLoRA(LoRAStrategy):
         return {path: self._truncated(state, path, r) for path, r in ranks.items()}
 
     def _absorbed(self, alpha: float, rank: int) -> float:
-        """What both factors of a rank are multiplied by in the state."""
+        """The factor by which A and B of a rank are multiplied in the state."""
         return math.sqrt(alpha / rank) if self.scale == "absorb" else 1.0
 
     def _changes(self, state: State, start: Adapter, update: Update) -> dict[str, Tensor]:

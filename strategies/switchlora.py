@@ -1,20 +1,21 @@
-r"""SwitchLoRA under federated averaging: low-rank vectors are exchanged, and all agree on the base.
+r"""SwitchLoRA under federated averaging: vectors are switched, and all clients hold the same base.
 
-    round ρ     everybody exchanges k vectors of factor σ (A in even rounds, B in odd ones)
-                clients train σ alone, from  W + D + s B A,  s = alpha / r
+    round ρ     all clients switch the same k vectors of factor σ (A in even rounds, B in odd ones)
+                clients train only σ, from  W + D + s B A,  s = alpha / r
                 σ ← σ + Σ_k p_k (σ_k - σ)
 
-The other factor is common, so ``Σ_k p_k s B A_k = s B Ā``: the server's model is exactly the mean
-of its clients' (`sync_alternate`). ``D``, the sum of all compensations, the pools and who is in
-which slot follow from the seed and the averages: none of it travels (`switchlora.replica`).
+All clients hold the same other factor, so ``Σ_k p_k s B A_k = s B Ā``: the server's model
+is exactly the mean of its clients' models (`sync_alternate`). ``D`` (the sum of all compensations),
+the candidate vectors and the vector in each slot follow from the seed and the averages, so none of
+them is sent (`fedlora.techniques.switchlora.replica`).
 
     sync_product   both factors are trained; D also gains s Σ_k p_k (B_k - B̄)(A_k - Ā)
-    dense          clients exchange by themselves and send what became of their weights
+    dense          each client switches its own vectors and sends the change of its weights
 
 Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
-arXiv:2406.06564; the federated protocols are this project's. Averaging factors of clients that
-exchange by themselves is wrong, not merely biased, and refused. Where the authors' code and paper
-differ, see docs/fidelity.md.
+arXiv:2406.06564; the federated protocols are this project's. The average of the factors of
+clients that switch different vectors has no meaning, so it is refused. Where the authors' code and
+paper differ, see docs/fidelity.md.
 """
 
 import logging
@@ -71,7 +72,7 @@ SHIFT = "shift/"
 
 
 def mean_change(old: Tensor, sent: Sequence[Tensor], p: Sequence[float], side: Side) -> Tensor:
-    """``σ + Σ_k p_k (σ_k - σ)``, where a client that trains fewer slots leaves the rest alone.
+    """``σ + Σ_k p_k (σ_k - σ)``, where a client with fewer slots does not change the others.
 
     Args:
         old: ``[r, d_in]`` (A) or ``[d_out, r]`` (B).
@@ -81,19 +82,21 @@ def mean_change(old: Tensor, sent: Sequence[Tensor], p: Sequence[float], side: S
     """
     new = old.to(torch.promote_types(old.dtype, sent[0].dtype)).clone()
     rows, before = (new, old) if side == "a" else (new.t(), old.t())
-    for share, factor in zip(p, sent, strict=True):
+    for weight, factor in zip(p, sent, strict=True):
         mine = factor if side == "a" else factor.t()
-        rows[: mine.shape[0]] += share * (mine - before[: mine.shape[0]])
+        rows[: mine.shape[0]] += weight * (mine - before[: mine.shape[0]])
     return new
 
 
 def covariance(
     layer: SwitchLayer, factors: Sequence[Factors], p: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """``left [d_out, (K-1) r]`` and ``right [(K-1) r, d_in]`` whose product is what averages lose.
+    """``left [d_out, (K-1) r]`` and ``right [(K-1) r, d_in]`` whose product is what averaging
+    loses.
 
-    ``s Σ_k p_k (B_k - B̄)(A_k - Ā)``. Deviations sum to nothing, so one client's, that with the
-    largest share ``p_c``, follow from the others': ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
+    ``s Σ_k p_k (B_k - B̄)(A_k - Ā)``. The deviations sum to zero, so those of one client
+    (the one with the largest weight ``p_c``) follow from the others:
+    ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
     """
     changes_a = [_padded(f.a - layer.a[: f.rank], layer.rank) for f in factors]
     changes_b = [_padded((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
@@ -119,8 +122,8 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def weighted_mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
     """``Σ_k p_k x_k``."""
     total = p[0] * tensors[0]
-    for share, t in zip(p[1:], tensors[1:], strict=True):
-        total = total + share * t
+    for weight, t in zip(p[1:], tensors[1:], strict=True):
+        total = total + weight * t
     return total
 
 
@@ -131,19 +134,19 @@ class SwitchLoRA(LoRAStrategy):
     switching: Technique
     """``client.technique``."""
     steps: int
-    """``client.steps``: of a client in a round."""
+    """``client.steps``: optimizer steps of a client in a round."""
     horizon: int
-    """Rounds over which exchanges become rarer, usually those of the run."""
+    """Rounds over which switches become rarer, usually all rounds of the run."""
     mode: str = ALTERNATE
     """``sync_alternate``, ``sync_product`` or ``dense``."""
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
     replicas: bool = True
-    """Clients keep the shared state between rounds and are sent what they missed; if not, they are
-    sent all of it every time. Decides what is counted as sent, nothing else."""
+    """Whether clients keep the shared state between rounds, so that they are sent only what they
+    missed; if not, they are sent all of it every time. It changes only the counted bytes."""
     hash_every: int = 10
-    """Rounds between two comparisons of the shared state's hash, of 32 bytes per client; 0: never.
-    The run compares one replica, which it keeps up to date by what clients are sent."""
+    """Rounds between two comparisons of the shared state's hash (32 bytes per client); 0: never.
+    The run compares one replica, which receives only what clients are sent."""
 
     def __post_init__(self) -> None:
         one_of("strategy.mode", self.mode, (ALTERNATE, PRODUCT, DENSE))
@@ -231,7 +234,7 @@ class SwitchLoRA(LoRAStrategy):
         if self.mode == DENSE:
             first, total = done * self.steps, self.horizon * self.steps
             return replace(base, technique=replace(self._switching, first=first, total=total))
-        # Vectors are exchanged between rounds; in a round clients train plain factors.
+        # Vectors are switched between rounds; within a round clients train plain factors.
         trained = self._timetable(0).sides(done)
         return replace(base, technique=LoRA(), train_a="a" in trained, train_b="b" in trained)
 
@@ -259,8 +262,11 @@ class SwitchLoRA(LoRAStrategy):
         return ""
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
-        """The change of the factor whose turn it is, padded to all slots; of ``dense`` the change
-        of the weights. ``sync_product`` needs the covariance of both factors: nothing."""
+        """The change of the factor that this round trains, padded to all slots.
+
+        In mode ``dense`` it is the change of the weights. In mode ``sync_product``, which needs the
+        covariance of both factors, it is ``None``.
+        """
         assert isinstance(start, Rebased)
         if self.mode == PRODUCT:
             return None
@@ -278,8 +284,8 @@ class SwitchLoRA(LoRAStrategy):
         return found
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
-        """A sum does not say who took part: clients count as knowing no more than before, and what
-        they are sent next is counted from there."""
+        """The state after a sum. A sum does not say which clients took part, so the bytes that a
+        client is sent next are counted as if it had missed this round."""
         done = int(state["round"])
         if self.mode == DENSE:
             new = {
@@ -315,15 +321,16 @@ class SwitchLoRA(LoRAStrategy):
         return ReplicaAudit(self._replica, self.hash_every)
 
     def rank_range(self, module: Module) -> tuple[int, int]:
-        """As `check_rank` says: one slot could be frozen, and some vector must be in no slot."""
+        """See `check_rank`: one slot may be frozen, and at least one vector must be in no slot."""
         return 2, module.max_rank - 1
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
-        """What the client missed of the shared state, or all of it where that is less.
+        """The bytes of what the client missed of the shared state, or of all of it if that is less.
 
-        In the first round nothing: the seed says it. Of ``dense`` it is the mean update. A client
-        that keeps nothing is sent its start alone: it exchanges nothing itself and needs no pools.
-        One whose update did not arrive or was rejected is taken to know no more than before.
+        In the first round this is 0, because the state follows from the seed. In mode ``dense`` it
+        is the mean update. A client without a replica is sent only its start: it does not switch
+        vectors itself, so it needs no candidate vectors. A client whose update did not arrive or
+        was rejected is assumed to have missed the round.
         """
         width, done = WIRE_BYTES[wire], int(state["round"])
         assert isinstance(start, Rebased)
@@ -353,9 +360,10 @@ class SwitchLoRA(LoRAStrategy):
         return Replica.load(state, float(state["alpha"]), self._timetable(int(state["seed"])))
 
     def _at(self, state: State, ranks: Ranks) -> Rebased:
-        """Of clients that train so many slots; the others are part of the base they stand on.
+        """The start of clients of these ranks; slots beyond a client's rank are part of its base.
 
-        Summed in float64, so that a client's start is the server's model but for one rounding.
+        The sum is taken in float64, so a client's start equals the server's model up to one
+        rounding.
         """
         alpha, shift, factors = float(state["alpha"]), {}, {}
         seed, done = int(state["seed"]), int(state["round"])
@@ -398,10 +406,10 @@ def _installed(
     """The state after a round whose averages are ``result``.
 
     Args:
-        state: before it.
-        shared: the replica of that state; it is changed.
-        result: as `Replica.install` takes it.
-        seen: per client, the rounds whose results it knows.
+        state: the state before the round.
+        shared: the replica of that state; it is changed in place.
+        result: the averages, as `Replica.install` takes them.
+        seen: per client, the number of rounds whose results it knows.
     """
     done = int(state["round"])
     shared.install(result)
@@ -422,7 +430,7 @@ def _delta(f: Factors) -> Tensor:
 
 
 def _rest(path: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """What travels of a residual: its two factors, or their product where that is less."""
+    """The residual as part of a result: its two factors, or their product if smaller."""
     if left.shape[0] * right.shape[1] < left.numel() + right.numel():
         return {f"{path}/rest": left @ right}
     return {f"{path}/left": left, f"{path}/right": right}

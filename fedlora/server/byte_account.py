@@ -1,4 +1,4 @@
-"""What a round would cost real clients in traffic, whatever the simulation moves around."""
+"""The traffic of a round for real clients, independent of what the simulation itself sends."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class ByteAccount:
 
     jobs: Mapping[int, TrainJob]
     starts: Mapping[int, int]
-    """Client id -> bytes that it is sent before it trains."""
+    """Client id -> bytes that it receives before it trains."""
     wire: str
     """Number format of payloads."""
 
@@ -28,7 +28,7 @@ class ByteAccount:
         return cls({j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:
-        """What a client sent, accepted or not; who failed sent nothing."""
+        """The bytes that a client sent, accepted or not; 0 for a failed client."""
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
@@ -36,7 +36,7 @@ class ByteAccount:
         return update_bytes(result.payload, plan, self.wire) + exchanged
 
     def down(self, result: Update | Failure) -> int:
-        """What a client was sent: its start and, in a round of several exchanges, the rest."""
+        """The bytes that a client received: its start and, in a split round, all later messages."""
         start = self.starts[result.client.id]
         if not isinstance(result, Update):
             return start

@@ -1,4 +1,4 @@
-"""What the server checks before it lets an update into the average. Nothing is repaired."""
+"""Checks of an update before it is averaged. Nothing is repaired."""
 
 import math
 
@@ -10,11 +10,11 @@ from fedlora.core.types import Client, Expected, Update
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
-    """Refuse an update that is not what was asked for, is not finite or went too far.
+    """Refuse an update that does not fit its job, is not finite or changes the weights too much.
 
     Args:
-        update: what arrived.
-        expected: what was asked for.
+        update: the received update.
+        expected: the job that it must fit.
         max_norm: bound on the Frobenius norm of the change of the effective weights,
             ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
 
@@ -64,7 +64,7 @@ def _wrong_sender(update: Update, expected: Client) -> str:
 
 
 def _wrong_type(payload: Payload, expected: Expected) -> str:
-    """A client names the class of what it sends, which must be the one that is due."""
+    """Compare the class of a payload with the class that the technique sends."""
     due = expected.plan.technique.sends(expected.start)
     return "" if type(payload) is due else mismatch(type(payload), due)
 

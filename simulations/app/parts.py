@@ -1,4 +1,4 @@
-"""From a composed configuration to checked values: one of each group, nothing loaded yet."""
+"""Builds checked values from a composed configuration, one per group, before anything is loaded."""
 
 import dataclasses
 import re
@@ -55,7 +55,7 @@ class Parts:
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Every group of a composed configuration as a checked value.
+    """Build every group of a composed configuration as a checked value.
 
     Raises:
         ConfigError: naming group, key, value and what is allowed.
@@ -74,7 +74,7 @@ def build_parts(cfg: DictConfig) -> Parts:
 
 
 def _check_plain_keys(cfg: DictConfig) -> None:
-    """The types and values of the keys that belong to no group.
+    """Check types and values of the keys that belong to no group.
 
     Raises:
         ConfigError: naming key, value and what is allowed.
@@ -99,7 +99,7 @@ def _check_plain_keys(cfg: DictConfig) -> None:
 
 
 def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
-    """Every group built by its ``_target_``."""
+    """Build every group by its ``_target_``."""
 
     def part(group: str, base: type[T]) -> T:
         return build(cfg[group], base, group)
@@ -130,7 +130,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
 
 
 def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
-    """Whether the strategy can be combined with the other groups.
+    """Check that the strategy can be combined with the other groups.
 
     Args:
         parts: all groups.
