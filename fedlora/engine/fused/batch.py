@@ -123,9 +123,9 @@ class FusedBatch:
     weights: Tensor
     """``[n]``: one divided by `Lane.tokens` of the token's lane."""
     groups: tuple[Group, ...]
-    """In the order of the rows."""
+    """Groups in the order of the rows."""
     lanes: tuple[Lane, ...]
-    """In the order of the rows; `owners` counts them."""
+    """Lanes in the order of the rows; `owners` counts them."""
     geometry: Geometry | None
     """None: padded."""
     spread: Spread | None
@@ -138,7 +138,7 @@ class FusedBatch:
     """``[M or N, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
     dropout."""
     drawn: tuple[int, ...]
-    """``K`` numbers: rows of each lane's own padded batch."""
+    """``K`` counts: rows of each lane's own padded batch."""
     tokens: int
     """Real tokens."""
 
@@ -261,7 +261,7 @@ class _Rows:
     """``N`` rows, in the order in which the frozen layers compute them."""
 
     shape: tuple[int, int]
-    """Of the network's input; ``N`` is its product."""
+    """The shape of the network's input; ``N`` is its product."""
     of_token: Ids
     """``[T]``: the row of every token. The other rows are pads."""
     per_lane: Ids

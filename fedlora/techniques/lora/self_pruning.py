@@ -1,4 +1,4 @@
-"""Rank self-pruning on the client: which ranks form the tail, what the tail costs, when it goes.
+"""Rank self-pruning on the client: the tail of the ranks, its penalty, and when it is removed.
 
     tail(r) = {keep(r), ..., r - 1}        keep(r) = max(1, min(r - 1, floor(gamma r)))
     score   = Σ_modules ||B[:, tail]||_F ||A[tail, :]||_F
@@ -45,7 +45,8 @@ class SelfPrune:
 
 
 def keep(rank: int, gamma: float) -> int:
-    """How many leading rank indices are not tail: ``max(1, min(rank - 1, floor(gamma rank)))``.
+    """The number of leading rank indices before the tail:
+    ``max(1, min(rank - 1, floor(gamma rank)))``.
 
     The tail holds at least one index whenever ``rank >= 2``; rank 1 has no tail. A product such as
     ``0.29 * 100`` counts as the whole number it means, not as the float just below.
@@ -78,7 +79,7 @@ def penalty(pairs: Iterable[Sequence[Tensor]], prune: SelfPrune) -> Tensor:
 
 
 def score(adapter: Adapter, prune: SelfPrune) -> float:
-    """The penalty of an adapter as a number, to be compared on arrival and after training."""
+    """The penalty of an adapter, a float, to compare its values on arrival and after training."""
     with torch.no_grad():
         return float(penalty(((f.a, f.b) for f in adapter.values()), prune))
 
@@ -105,7 +106,11 @@ def _head(f: Factors, rank: int) -> Factors:
 def prune_client(
     client: Client, start: Adapter, trained: Adapter, prune: SelfPrune
 ) -> tuple[Client, Adapter]:
-    """A client's own decision: the tail goes if training made it smaller."""
+    """Remove the tail of a client's ranks if training made it smaller.
+
+    Returns:
+        The client with its ranks afterwards, and the adapter that it sends.
+    """
     if not should_prune(score(start, prune), score(trained, prune)):
         return client, trained
     kept = prune_adapter(trained, prune)

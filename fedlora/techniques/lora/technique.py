@@ -1,4 +1,4 @@
-"""LoRA's local training: gradient steps on A and B, and ranks given up on the way if so planned."""
+"""LoRA's local training: gradient steps on A and B, and rank self-pruning if it is planned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ class LoRA(Technique):
     """A client trains the factors that it starts from."""
 
     self_prune: SelfPrune | None = None
-    """Regularise the last ranks and give them up where that made them smaller; ``heterolora`` sets
+    """Regularise the last ranks and remove them if that made them smaller; ``heterolora`` sets
     it."""
 
     key = "client/technique=lora"
@@ -34,7 +34,7 @@ class LoRA(Technique):
     def train(
         self, model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
     ) -> tuple[Payload, Trace]:
-        """Gradient steps on the factors, whatever base they are over."""
+        """Gradient steps on the factors, over any base."""
         return train_mounted(model, job, examples)
 
     @classmethod
@@ -59,12 +59,12 @@ class LoRA(Technique):
 
     @property
     def shrinks(self) -> bool:
-        """Of clients that prune."""
+        """Whether ranks may shrink: those of clients that prune."""
         return self.self_prune is not None
 
     @property
     def penalises(self) -> bool:
-        """Clients that prune, if the regulariser has any weight."""
+        """Whether the loss has a penalty: clients prune, and the regulariser has a weight."""
         return self.self_prune is not None and self.self_prune.weight > 0
 
     def penalty(self, parameters: Sequence[Sequence[Tensor]]) -> Tensor:

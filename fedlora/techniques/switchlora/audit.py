@@ -25,7 +25,7 @@ class ReplicaAudit:
         """The client's copy as of the last comparison; None: before the first."""
 
     def __call__(self, state: State) -> Mapping[str, float | int | str]:
-        """In every ``every``-th round, whether the two differ (1) or not (0); else nothing.
+        """Whether the two differ (1) or not (0), in every ``every``-th round; else an empty result.
 
         A replica that differs is replaced by the server's.
         """
