@@ -365,7 +365,7 @@ def test_merges_that_outgrow_the_weights_are_said_once(caplog):
         for t in range(4):
             state = method.aggregate(state, round_of(method, state, t))
             assert len(caplog.records) == (t + 1 >= at)
-        assert f"of {at} merges are {425 * at} numbers" in caplog.text
+        assert f"of {at} merges have {425 * at} parameters" in caplog.text
 
 
 def test_factors_of_another_kind_are_refused():
