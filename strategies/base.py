@@ -22,7 +22,7 @@ from fedlora.techniques.lora.technique import LoRA
 
 @dataclass(frozen=True, eq=False)
 class LoRAStrategy(Method, Strategy):
-    """A Flower strategy whose rule are the hooks of `Method`.
+    """A Flower strategy that averages as the hooks of `Method` say.
 
     Two drivers ask the hooks. `start` is Flower's own: every node is a client with an adapter of
     its own rank (`fedlora.server.plain_flower`). A simulation's is

@@ -215,6 +215,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
 
     @property
     def needs_updates(self) -> str:
+        if self.average_every:
+            return (
+                f"strategy.average_every={self.average_every} averages whole adapters within a "
+                "round, where no summand is looked at; choose strategy.average_every=0"
+            )
         if self.rule.update == "per_client" or self.tier_cuts:
             return (
                 "with strategy.rule.update=per_client or unequal cuts (strategy.tier_cuts) the "

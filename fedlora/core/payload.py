@@ -40,8 +40,8 @@ class Payload(ABC):
     folder: ClassVar[str] = "adapter"
     """Of a run folder, where the final one is exported to."""
     alone: ClassVar[str] = "updates of another kind one by one"
-    """Why a client that starts from it cannot run in one forward pass with others, where it has no
-    `low_rank`: for the engine's notes."""
+    """The note of an engine that runs clients with this start one by one. Payloads with `low_rank`
+    factors run together and need none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

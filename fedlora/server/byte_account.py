@@ -1,5 +1,6 @@
 """The traffic of a round for real clients, independent of what the simulation itself sends."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,15 +33,14 @@ class ByteAccount:
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
-        exchanged = int(result.metrics.get("exchanged_up", 0))
-        return update_bytes(result.payload, plan, self.wire) + exchanged
+        return update_bytes(result.payload, plan, self.wire) + _exchanged(result, "exchanged_up")
 
     def down(self, result: Update | Failure) -> int:
         """The bytes that a client received: its start and, in a split round, all later messages."""
         start = self.starts[result.client.id]
         if not isinstance(result, Update):
             return start
-        return start + int(result.metrics.get("exchanged_down", 0))
+        return start + _exchanged(result, "exchanged_down")
 
     def record(self, replies: Mapping[int, Update | Failure]) -> dict[str, int]:
         """The round's sums.
@@ -52,3 +52,10 @@ class ByteAccount:
             "wire/up_bytes": sum(self.up(r) for r in replies.values()),
             "wire/down_bytes": sum(self.down(r) for r in replies.values()),
         }
+
+
+def _exchanged(result: Update, name: str) -> int:
+    """Bytes of a split round's other messages. What a rejected client claims may be no number: it
+    counts as nothing."""
+    value = result.metrics.get(name, 0.0)
+    return int(value) if math.isfinite(value) and value > 0 else 0

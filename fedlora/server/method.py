@@ -286,8 +286,11 @@ class Method(ABC):
         return self.global_update(state, self.evaluated_ranks(state, client))
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
-        """The weights of the clients in the average against which the exactness gap is measured.
-        Methods with a choice of weights override this."""
+        """The weights ``w_k`` of the clients in the method's average, not normalized.
+
+        `fedlora.server.combine` sums with them what clients add, and the exactness gap is measured
+        against the average with them. Methods with a choice of weights override this.
+        """
         return [float(u.num_examples) for u in updates]
 
     def report(self, state: State) -> Mapping[str, float | int | str]:

@@ -10,7 +10,8 @@ the arrays are named as PEFT names them, so that a client's ``get_peft_model_sta
 
 A client trains at whatever rank it can hold, up to that of the initial arrays. Until it has
 answered once it is sent the largest; from then on it is sent the rank of its last answer. The nodes
-of the first round are the clients of the run.
+of the first round are the clients of the run. How many examples a node holds is known from its
+answers alone, so its weight is what it claims.
 `fedlora.server.flower.FederatedRun` is the other driver of the same hooks: there a node is a slot
 that serves many virtual clients.
 """
