@@ -14,7 +14,7 @@
 # # One round of FlexLoRA, by hand
 #
 # **Question.** Clients of a federation train LoRA adapters of unequal rank. What does FlexLoRA's
-# server make of them, what does a client of small rank lose when it gets the result, and what
+# server compute from them, what does a client of small rank lose when it gets the result, and what
 # would averaging the factors have given instead?
 #
 # **Answer, on the tiny model and sixteen clients.** The server's update is the exact average of
@@ -86,7 +86,7 @@ plt.rcParams |= {
 #
 # 1,600 clients, each a run of one president's consecutive passages. A client's *tier* says which
 # rank it can hold in attention and MLP layers. The paper's four tiers hold ranks 8, 30, 30/200 and
-# 200 on a model of 1.3 billion parameters; here they are scaled to the same share of the tiny
+# 200 on a model of 1.3 billion parameters; here they are scaled to the same fraction of the tiny
 # model's parameters. The five distributions differ in how many clients are in which tier.
 
 # %%
@@ -180,8 +180,8 @@ for (split, name), loss in measured.items():
 # %% [markdown]
 # ## The round
 #
-# All sixteen clients do the same, each at its own rank. What comes back differs in shape from
-# client to client, so there is no average of `A` or of `B` to take.
+# All sixteen clients do the same, each at its own rank. The returned factors differ in shape
+# between clients, so there is no average of `A` or of `B` to take.
 
 # %%
 updates = list(engine.train(jobs))
@@ -202,8 +202,8 @@ for u in updates:
 #
 # The singular values show the ranks of the population (dashed lines). All clients start from the
 # same `A`, of which a client of rank $r$ holds the first $r$ rows, and a short training moves `A`
-# little. So one direction is supported by everybody, a second by three tiers, those up to 15 by one
-# tier in attention and two in the MLP, and beyond there is only what the training did to `A`.
+# little. So one direction is supported by all clients, a second by three tiers, those up to 15 by
+# one tier in attention and two in the MLP, and beyond there is only what training did to `A`.
 # Smaller ranks also push harder on the few directions they have, for their scale $\alpha / r$ is
 # larger.
 
@@ -238,7 +238,7 @@ plt.show()
 #
 # A client of rank $r$ starts the next round from $B = U_{:r} S_{:r} / s_r$, $A = V_{:r}^\top$. All
 # starts are prefixes of one decomposition: the smaller client's `A` is the top of the larger
-# one's, and its `B` differs by the scale alone.
+# one's, and its `B` differs only by the scale.
 
 # %%
 starts = {
@@ -363,8 +363,8 @@ ax.set_title("Exactness gap")
 plt.show()
 
 # %% [markdown]
-# What is exact is not thereby better: zero-padding shrinks what few clients agree on, which can be
-# a useful regulariser. On these unseen clients:
+# An exact average is not always the better one: zero-padding shrinks what few clients agree
+# on, which can be a useful regulariser. On these unseen clients:
 
 # %%
 loss_padded = summarise(

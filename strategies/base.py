@@ -1,4 +1,4 @@
-"""What every strategy inherits: the hooks of a federated method, and Flower's name for it.
+"""The base class of every strategy: the hooks of a federated method in a Flower ``Strategy``.
 
 To add a method, write one file beside this one: pure functions of tensors, and below them a frozen
 dataclass that inherits `LoRAStrategy`. Its fields are the method's hyperparameters and the schema
@@ -22,7 +22,7 @@ from fedlora.techniques.lora.technique import LoRA
 
 @dataclass(frozen=True, eq=False)
 class LoRAStrategy(Method, Strategy):
-    """A Flower strategy whose rule are the hooks of `Method`.
+    """A Flower strategy that averages as the hooks of `Method` say.
 
     Two drivers ask the hooks. `start` is Flower's own: every node is a client with an adapter of
     its own rank (`fedlora.server.plain_flower`). A simulation's is

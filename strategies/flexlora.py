@@ -79,14 +79,17 @@ class FlexLoRA(LoRAStrategy):
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
     weighting: str = "all"
-    """Over whom a rank index is averaged: ``all`` clients, or those ``covered`` by their rank."""
+    """The clients over which a rank index is averaged: ``all``, or those ``covered`` by their
+    rank."""
     svd_split: str = "b"
     """Which factor holds the singular values: ``b``, ``balanced`` or ``a``."""
     residual: str = "drop"
-    """What no client could hold is ``drop``-ped, or ``carry``-ed over to the next round."""
+    """The part of the average that exceeds all ranks: ``drop`` it, or ``carry`` it to the next
+    round."""
     backend: str = "auto"
-    """Of the SVD: ``auto``, ``dense``, ``core``, ``gram``, or ``random``, which keeps no more of
-    ``W`` than the population's largest rank holds and therefore goes with ``residual=drop`` only.
+    """Backend of the SVD: ``auto``, ``dense``, ``core``, ``gram``, or ``random``, which keeps no
+    more of ``W`` than the population's largest rank holds and therefore goes with ``residual=drop``
+    only.
     """
     server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
     """Acts on ``W``, dense; then the SVD is dense too."""

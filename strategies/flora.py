@@ -1,4 +1,4 @@
-r"""FLoRA: stack the clients' factors, merge the product into everybody's base, start afresh.
+r"""FLoRA: stack the clients' factors, merge the product into every client's base, start anew.
 
     g ← g + [B_1 … B_K] [p_1 s_1 A_1; …; p_K s_K A_K]        p_k = n_k / Σ_j n_j,  s_k = alpha / r_k
     a client starts from the base  W + g,  a new A  and  B = 0

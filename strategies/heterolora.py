@@ -8,7 +8,8 @@ r"""HeteroLoRA: truncate to send, zero-pad to average, and let clients prune the
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models" (HetLoRA),
 arXiv:2401.06432. With unequal ranks the scale ``alpha / r`` is unequal too; ``scale=absorb``
 averages ``sqrt(s_k)`` times the factors and divides again on the way out. ``average=change`` needs
-no more than a sum of what clients add, and what nobody trains does not fade. See docs/fidelity.md.
+no more than a sum of what clients add, and entries that no client trains do not shrink. See
+docs/fidelity.md.
 """
 
 import math
@@ -95,7 +96,7 @@ class HeteroLoRA(LoRAStrategy):
     scale: str = "absorb"
     """``absorb`` ``sqrt(alpha / r)`` into the averaged factors, or average them ``raw``."""
     uncovered: str = "keep"
-    """Rank indices that nobody returned: ``keep`` them, or ``zero`` ``B`` and restart ``A``."""
+    """Rank indices that no client returned: ``keep`` them, or ``zero`` ``B`` and restart ``A``."""
     average: str = "value"
     """Average the ``value`` of factors, as published, or the ``change`` from what clients started
     from."""
@@ -140,7 +141,7 @@ class HeteroLoRA(LoRAStrategy):
             r = top[m.path]
             a0 = initial_a(setting.seed, m, r)
             fresh = torch.full((r,), int(self.average == "value"), dtype=torch.uint8)
-            a = a0 * self._absorbed(setting.alpha, r) if self.average == "change" else a0.clone()
+            a = a0 * self._gain(setting.alpha, r) if self.average == "change" else a0.clone()
             state |= _module_state(m.path, a, torch.zeros(m.d_out, r), a0, fresh)
         return state
 
@@ -153,7 +154,7 @@ class HeteroLoRA(LoRAStrategy):
         return client if ranks == client.ranks else replace(client, ranks=ranks)
 
     def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
-        return {path: self._truncated(state, path, r) for path, r in client.ranks.items()}
+        return {path: self._truncate(state, path, r) for path, r in client.ranks.items()}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
         if not self.prune:
@@ -179,7 +180,7 @@ class HeteroLoRA(LoRAStrategy):
         new = dict(state)
         for path in names:
             q = sparsity_shares(norms[path], examples, self.weights)
-            new |= self._averaged(state, path, factors[path], q)
+            new |= self._average(state, path, factors[path], q)
         if self.prune:
             ranks = state["ranks"].clone()
             for u in updates:
@@ -233,7 +234,7 @@ class HeteroLoRA(LoRAStrategy):
             a0 = state[f"{GLOBAL}{path}/a0"]
             top = a0.shape[0]
             f = factors_of_rank(svd(w), top, alpha, "b", a0)
-            c = self._absorbed(alpha, top)
+            c = self._gain(alpha, top)
             fresh = (f.b == 0).all(dim=0).to(torch.uint8)
             if self.average == "change":
                 fresh = torch.zeros_like(fresh)
@@ -245,10 +246,10 @@ class HeteroLoRA(LoRAStrategy):
         if ranks is None:
             whole = {path: state[f"{GLOBAL}{path}/a0"] for path in paths(state, "a0", GLOBAL)}
             ranks = Ranks({path: a0.shape[0] for path, a0 in whole.items()})
-        return {path: self._truncated(state, path, r) for path, r in ranks.items()}
+        return {path: self._truncate(state, path, r) for path, r in ranks.items()}
 
-    def _absorbed(self, alpha: float, rank: int) -> float:
-        """What both factors of a rank are multiplied by in the state."""
+    def _gain(self, alpha: float, rank: int) -> float:
+        """The factor by which A and B of a rank are multiplied in the state."""
         return math.sqrt(alpha / rank) if self.scale == "absorb" else 1.0
 
     def _changes(self, state: State, start: Adapter, update: Update) -> dict[str, Tensor]:
@@ -257,7 +258,7 @@ class HeteroLoRA(LoRAStrategy):
         found: dict[str, Tensor] = {}
         for path, f in update.adapter.items():
             moved = factor_changes(path, start[path], f)
-            c = self._absorbed(f.alpha, f.rank)
+            c = self._gain(f.alpha, f.rank)
             missing = state[f"{GLOBAL}{path}/a0"].shape[0] - f.rank
             found[f"{path}/a"] = pad(c * moved[f"{path}/a"], (0, 0, 0, missing))
             found[f"{path}/b"] = pad(c * moved[f"{path}/b"], (0, missing))
@@ -266,7 +267,7 @@ class HeteroLoRA(LoRAStrategy):
     def _norm(self, f: Factors) -> float:
         return product_norm(f.b, f.a) * (f.scale if self.scale == "absorb" else 1.0)
 
-    def _truncated(self, state: State, path: str, rank: int) -> Factors:
+    def _truncate(self, state: State, path: str, rank: int) -> Factors:
         """The first ``rank`` global rows and columns, with the scale of that rank taken out."""
         alpha = float(state["alpha"])
         a, b, fresh = (state[f"{GLOBAL}{path}/{name}"] for name in ("a", "b", "fresh"))
@@ -274,11 +275,11 @@ class HeteroLoRA(LoRAStrategy):
             raise ValueError(f"{path}: rank {rank} exceeds the global rank {a.shape[0]}")
         a, b = a[:rank], b[:, :rank]
         if self.scale == "absorb":
-            root = self._absorbed(alpha, rank)
+            root = self._gain(alpha, rank)
             a, b = torch.where(fresh[:rank, None].bool(), a, a / root), b / root
         return Factors(a=a.clone(), b=b.clone(), alpha=alpha)
 
-    def _averaged(
+    def _average(
         self, state: State, path: str, factors: Sequence[Factors], q: Sequence[float]
     ) -> dict[str, Tensor]:
         """One module's new state; rank indices of zero total weight count as uncovered."""

@@ -50,7 +50,8 @@ from strategies.base import LoRAStrategy
 SPARSE, NESTED = "sparse/", "aggregator/"
 
 CODE_DENSITY = {"T1": 0.0012, "T2": 0.0246, "T3": 0.0822, "T4": 0.1222}
-"""By tier, as written in the FlexLoRA code: shares of a 1.3 B model (T1 and T2 with slips)."""
+"""Density by tier, as in the FlexLoRA code: fractions of a 1.3 B model (T1 and T2 as
+misprinted)."""
 
 
 def lora_share(ranks: Ranks, shapes: Mapping[str, tuple[int, int]], parameters: int) -> float:
@@ -98,15 +99,15 @@ class SLoRA(LoRAStrategy):
     stage1_rounds: int = 5
     """Rounds of sparse training; 0: stage 2 from the start."""
     density: str = "budget"
-    """A client's share of trained coordinates: its LoRA ``budget``, the released ``code``'s
-    constants by tier, or a number for everybody."""
+    """A client's fraction of trained coordinates: its LoRA ``budget``, the constants by tier of the
+    released ``code``, or one number for all clients."""
     sparse_average: str = "plain"
-    """``plain``: who does not train a coordinate votes for the server's value; ``coverage``: who
-    trains it decides."""
+    """``plain``: a client that does not train a coordinate counts with the server's value;
+    ``coverage``: only clients that train a coordinate count."""
     weights: str = "examples"
-    """Of stage 1: ``examples`` (``n_k``) or ``uniform``."""
+    """Weights of clients in stage 1: ``examples`` (``n_k``) or ``uniform``."""
     stage1_lr_scale: float = 1.0
-    """Stage 1's learning rate over the client's, which the round's decay is already part of."""
+    """Stage 1's learning rate divided by the client's, which already includes the round's decay."""
 
     def __post_init__(self) -> None:
         one_of("strategy.sparse_average", self.sparse_average, ("plain", "coverage"))
@@ -132,7 +133,7 @@ class SLoRA(LoRAStrategy):
         if not self.stage1_rounds:
             return state
         zero = {m.path: torch.zeros(m.d_out, m.d_in) for m in setting.modules}
-        self.aggregator.adopt(nested, zero)  # refuses now rather than in round stage1_rounds
+        self.aggregator.adopt(nested, zero)  # refused here rather than after stage1_rounds rounds
         patterns = setting.rank_patterns
         state |= {
             f"{SPARSE}order": order(zero),
@@ -154,11 +155,12 @@ class SLoRA(LoRAStrategy):
         self, state: State, client: Client, kept: Kept | None = None
     ) -> Payload | Adapter:
         if self._sparse(state):
-            return _masked(state, self._density(state, client.ranks))
+            return _mask_state(state, self._density(state, client.ranks))
         return self.aggregator.client_start(under(state, NESTED), client, kept)
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
-        """Stage 1 without weight decay: off-mask coordinates stay those of the base, bit by bit."""
+        """Stage 1 trains without weight decay: coordinates outside the mask stay bitwise the
+        base's."""
         if not self._sparse(state):
             return self.aggregator.plan(under(state, NESTED), client, base)
         lr = self.stage1_lr_scale * base.lr
@@ -175,15 +177,15 @@ class SLoRA(LoRAStrategy):
     def needs_updates(self) -> str:
         if self.stage1_rounds and self.sparse_average == "coverage":
             return (
-                "strategy.sparse_average=coverage divides each coordinate by the weight of those "
-                "who trained it; choose strategy.sparse_average=plain"
+                "strategy.sparse_average=coverage divides each coordinate by the weight of the "
+                "clients that trained it; choose strategy.sparse_average=plain"
             )
         return self.aggregator.needs_updates
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
-        """Stage 1: the change of the values, at the coordinates of the largest mask, in row-major
-        order; not by ``coverage``, whose denominator depends on who came. Stage 2: as
-        ``aggregator``."""
+        """Stage 1: the change of the values at the coordinates of the largest mask, in row-major
+        order; ``None`` for ``coverage``, whose denominator depends on the clients that took part.
+        Stage 2: what ``aggregator`` adds."""
         if not self._sparse(state):
             return self.aggregator.adds(under(state, NESTED), start, update)
         if self.sparse_average == "coverage":
@@ -210,6 +212,14 @@ class SLoRA(LoRAStrategy):
             delta[path][largest] += change
         return self._after_sparse(state, delta)
 
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """Nothing in stage 1, then what ``aggregator`` lets the client keep."""
+        if self._sparse(state):
+            return None
+        return self.aggregator.kept(under(state, NESTED), client, before, start, update)
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         if isinstance(updates[0].payload, SparseDelta):
             return client_weights(updates, self.weights)
@@ -219,8 +229,8 @@ class SLoRA(LoRAStrategy):
         if not self._sparse(state):
             return self.aggregator.global_update(under(state, NESTED), ranks)
         if ranks is None:
-            return _masked(state, float(state[f"{SPARSE}densities"].max()))
-        return _masked(state, self._density(state, ranks))
+            return _mask_state(state, float(state[f"{SPARSE}densities"].max()))
+        return _mask_state(state, self._density(state, ranks))
 
     def _sparse(self, state: State) -> bool:
         return int(state["rounds"]) < self.stage1_rounds
@@ -250,8 +260,9 @@ class SLoRA(LoRAStrategy):
         return CODE_DENSITY[tier]
 
     def _density(self, state: State, ranks: Ranks) -> float:
-        """Of a rank pattern of the population. Any other pattern has the constant density, or its
-        LoRA budget: the released code's constants know tiers, not ranks."""
+        """The density of a rank pattern of the population. Any other pattern has the constant
+        density or its LoRA budget, because the released code's constants belong to tiers, not
+        ranks."""
         row = torch.tensor(list(ranks.values()))
         match = (state[f"{SPARSE}patterns"] == row).all(dim=1)
         if bool(match.any()):
@@ -288,7 +299,7 @@ class SLoRA(LoRAStrategy):
         return out
 
 
-def _masked(state: State, density: float) -> SparseDelta:
+def _mask_state(state: State, density: float) -> SparseDelta:
     """The server's ``D`` on the mask of one density."""
     seed = int(state[f"{SPARSE}seed"])
     values = {}

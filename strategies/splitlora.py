@@ -4,10 +4,10 @@ r"""SplitLoRA: clients hold the first blocks of the model and their adapters, th
                 server:    L = Σ_i w_i L_i(blocks_{>=c}(z_i)), a step on its own adapters
                            g_i = ∂L_i/∂z_i                    goes down
                 client i:  z_i.backward(g_i), a step on its adapters
-    every I     clients' adapters are averaged; the server's are not touched
+    every I     the clients' adapters are averaged; the server's adapters do not change
 
 Lin et al., "SplitLoRA: A Split Parameter-Efficient Fine-Tuning Framework for Large Language
-Models", arXiv:2407.00952. Clients' adapters are averaged by any method for whole adapters
+Models", arXiv:2407.00952. Any method for whole adapters can average the clients' adapters
 (`aggregator`): FedIT averages factors, as the paper does; FlexLoRA and HeteroLoRA take unequal
 ranks. Unequal cuts, as in HSplitLoRA (arXiv:2505.02795): a block that some clients hold and the
 server holds for the others is averaged over all who hold it. Where the authors' code and paper
@@ -64,19 +64,19 @@ class Part:
     shared: bool = False
     """Whether the server holds them too, for clients with a smaller cut."""
     home: int = 0
-    """Names the average that they belong to."""
+    """First block of the part that these blocks belong to; it names their average."""
 
     @property
     def prefix(self) -> str:
-        """Of its average in the state."""
+        """The prefix of its average in the state."""
         return f"part{self.home}/"
 
     def of(self, adapter: Mapping[str, Factors]) -> dict[str, Factors]:
-        """Of an adapter, what lies in these blocks."""
+        """The factors of an adapter that lie in these blocks."""
         return {p: f for p, f in adapter.items() if self.holds(p)}
 
     def ranks(self, ranks: Ranks) -> Ranks:
-        """Of a rank pattern, what lies in these blocks."""
+        """The part of a rank pattern that lies in these blocks."""
         return Ranks({p: r for p, r in ranks.items() if self.holds(p)})
 
     def holds(self, path: str) -> bool:
@@ -92,9 +92,9 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
     cut: int = -1
     """Blocks that a client holds; -1: a quarter of them, rounded up."""
     tier_cuts: Mapping[str, int] = field(default_factory=dict)
-    """Of clients of a tier, where it is not `cut`."""
+    """Blocks held by clients of a tier, where they differ from `cut`."""
     server_rank: int = 0
-    """Of the server's adapters; 0: the largest that any client holds."""
+    """Rank of the server's adapters; 0: the largest rank that any client holds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +122,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 "where the server computes the loss; use client/term=none"
             )
 
-    # --- what the server knows ------------------------------------------------------------------
+    # --- hooks ----------------------------------------------------------------------------------
 
     def init_state(self, setting: Setting) -> State:
         blocks = 1 + max(blocks_of(setting.modules).values())
@@ -155,7 +155,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)
-        own: dict[str, Factors] = {p: f for p, f in whole.items() if self._served(state, p)}
+        own: dict[str, Factors] = {p: f for p, f in whole.items() if self._is_served(state, p)}
         for part in self._parts(state):
             if part.shared:
                 own |= self._start(state, part, self._host(state, part))
@@ -178,7 +178,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         for part in self._parts(state):
             mine = part.ranks(client.ranks)
             if mine:
-                found |= self._start(state, part, replace(client, ranks=mine))
+                found |= self._start(state, part, replace(client, ranks=mine), kept)
         return {p: found[p] for p in client.ranks}
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
@@ -198,11 +198,12 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         return base
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        """Averages adapters part by part; the server's own are left as the exchanges made them."""
+        """Averages adapters part by part; the server's own adapters stay as the round trained
+        them."""
         new = {k: t for k, t in state.items() if not k.startswith(COPIES)}
         server = unpack(state, float(state["alpha"]), SERVER)
         for part in self._parts(state):
-            mine = self._votes(state, part, updates, server)
+            mine = self._part_updates(state, part, updates, server)
             if not mine:
                 continue
             nested = self.aggregator.aggregate(under(state, part.prefix), mine)
@@ -214,17 +215,23 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
 
     @property
     def needs_updates(self) -> str:
+        if self.average_every:
+            return (
+                f"strategy.average_every={self.average_every} averages whole adapters within a "
+                "round, where no summand is looked at; choose strategy.average_every=0"
+            )
         if self.rule.update == "per_client" or self.tier_cuts:
             return (
-                "the server votes in a split with strategy.rule.update=per_client or unequal cuts "
-                "(strategy.tier_cuts), by the examples of those it serves; choose "
+                "with strategy.rule.update=per_client or unequal cuts (strategy.tier_cuts) the "
+                "server's adapters count in the average, by the examples of the clients that it "
+                "serves; choose "
                 "strategy.rule.update=concat and one strategy.cut"
             )
         return self.aggregator.needs_updates
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
-        """As ``aggregator``, part by part, unless the server votes in a part for those it serves:
-        with unequal cuts, or copies of its own adapters."""
+        """What ``aggregator`` adds, part by part; ``None`` if the server's own adapters count in a
+        part, that is with unequal cuts or with one copy per client."""
         parts = self._parts(state)
         if self.rule.update == "per_client" or any(part.shared for part in parts):
             return None
@@ -250,6 +257,24 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             new |= prefixed(nested, part.prefix)
         return new
 
+    def kept(
+        self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
+    ) -> Kept | None:
+        """What ``aggregator`` lets the client keep, part by part under the part's prefix."""
+        assert isinstance(start, Mapping)
+        found: dict[str, Tensor] = {}
+        for part in self._parts(state):
+            ranks = part.ranks(client.ranks)
+            if not ranks:
+                continue
+            who = replace(client, ranks=ranks)
+            mine = replace(update, client=who, payload=LowRankPayload(part.of(update.adapter)))
+            began = LowRankPayload(part.of(start))
+            old = _kept_in(before, part)
+            new = self.aggregator.kept(under(state, part.prefix), who, old, began, mine)
+            found |= prefixed(new or {}, part.prefix)
+        return dict(before or {}) | found if found else None
+
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return self.aggregator.reference_weights(updates)
 
@@ -270,14 +295,14 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 found[path] = f if ranks is None else at_rank(f, ranks[path])
         return {path: found[path] for path in wanted}
 
-    # --- who holds what -------------------------------------------------------------------------
+    # --- blocks and parts -----------------------------------------------------------------------
 
     def _cut(self, client: Client, blocks: int) -> Cut:
         default = math.ceil(blocks / 4) if self.cut < 0 else self.cut
         return Cut(self.tier_cuts.get(client.tier, default), self.tail)
 
     def _parts(self, state: State) -> list[Part]:
-        """The blocks that clients' averages are about, in order."""
+        """The parts that are averaged, in the order of their blocks."""
         blocks, cuts = int(state["blocks"]), state["cuts"].tolist()
         if self.rule.update == "per_client":
             return [Part(0, blocks)]
@@ -286,7 +311,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         return parts + ([Part(last, blocks, home=last)] if self.tail > 0 else [])
 
     def _held(self, state: State, cut: Cut) -> list[Part]:
-        """The parts of a client, cut to what it holds itself."""
+        """The parts of a client, limited to the blocks that it holds itself."""
         blocks = int(state["blocks"])
         if self.rule.update != "per_client":
             return [p for p in self._parts(state) if cut.owns(p.start, blocks)]
@@ -294,7 +319,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         return own + ([Part(blocks - cut.tail, blocks)] if cut.tail > 0 else [])
 
     def _whole_ranks(self, state: State, client: Client) -> Ranks:
-        """An enlisted client's ranks, and the server's wherever it holds nothing."""
+        """An enlisted client's ranks, and the server's ranks for modules that it does not hold."""
         names = paths(state, "r", MODULES)
         return Ranks({p: client.ranks.get(p, int(state[f"{MODULES}{p}/r"])) for p in names})
 
@@ -302,15 +327,25 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         """Which blocks a client holds."""
         return self._cut(client, int(state["blocks"]))
 
-    def _served(self, state: State, path: str) -> bool:
+    def _is_served(self, state: State, path: str) -> bool:
         """Whether the server holds a module for some client."""
         block, blocks = block_of(path), int(state["blocks"])
         lowest = int(state["cuts"].min())
         return block is not None and not Cut(lowest, self.tail).owns(block, blocks)
 
-    def _start(self, state: State, part: Part, client: Client) -> dict[str, Factors]:
-        """What an enlisted client's share of a part starts from."""
-        start = self.aggregator.client_start(under(state, part.prefix), client)
+    def _start(
+        self, state: State, part: Part, client: Client, kept: Kept | None = None
+    ) -> dict[str, Factors]:
+        """What an enlisted client starts from in one part.
+
+        Args:
+            state: of the whole strategy.
+            part: one average.
+            client: with the ranks of this part only.
+            kept: what the client kept of the whole model; ``None``: nothing.
+        """
+        nested = under(state, part.prefix)
+        start = self.aggregator.client_start(nested, client, _kept_in(kept, part))
         assert isinstance(start, Mapping)
         return {p: start[p] for p in client.ranks}
 
@@ -321,12 +356,16 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         host = Client(HOST, ranks, examples, "server")
         return self.aggregator.enlist(under(state, part.prefix), host)
 
-    def _votes(
+    def _part_updates(
         self, state: State, part: Part, updates: Sequence[Update], server: Adapter
     ) -> list[Update]:
-        """Who is averaged in a part. The server votes with the examples of those it serves."""
+        """The updates that are averaged in a part.
+
+        The server's adapters count as one more client, with the examples of all clients that the
+        server serves there.
+        """
         if self.rule.update == "per_client":
-            return [self._completed(state, u) for u in updates]
+            return [self._complete(state, u) for u in updates]
         mine, served = [], 0
         for u in updates:
             ranks = part.ranks(u.client.ranks)
@@ -341,8 +380,8 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             mine.insert(0, Update(host, own, served))
         return mine
 
-    def _completed(self, state: State, update: Update) -> Update:
-        """A client's update with the copy of the server's adapters that was trained for it."""
+    def _complete(self, state: State, update: Update) -> Update:
+        """A client's update, completed by its copy of the server's adapters (``per_client``)."""
         copy = self._copy_of(state, update.client)
         ranks = dict(update.client.ranks) | {p: f.rank for p, f in copy.items()}
         own = dict(update.adapter) | copy
@@ -367,7 +406,7 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
     def run_round(
         self, state: State, jobs: Sequence[TrainJob], channel: ClientChannel
     ) -> RoundOutcome:
-        """One round of exchanges.
+        """Train one round: activations and gradients are exchanged at every step.
 
         Raises:
             ModelError: if the model cannot be cut there.
@@ -385,12 +424,17 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
 
 
 def _within(setting: Setting, part: Part) -> Setting:
-    """The population as far as a part is concerned."""
+    """The setting restricted to the modules of one part."""
     return replace(
         setting,
         modules=tuple(m for m in setting.modules if part.holds(m.path)),
         clients=tuple(replace(c, ranks=part.ranks(c.ranks)) for c in setting.clients),
     )
+
+
+def _kept_in(kept: Kept | None, part: Part) -> Kept | None:
+    """What a client keeps for one part; ``None``: nothing."""
+    return under(kept or {}, part.prefix) or None
 
 
 def _changed(a: object, b: object, name: str) -> Iterator[str]:

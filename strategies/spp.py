@@ -6,7 +6,7 @@ Lu et al., "SPP: Sparsity-Preserved Parameter-Efficient Fine-Tuning for Large La
 arXiv:2405.16057, made federated here. ``F`` is linear in alpha and in beta, not in both:
 
     alternate   a round trains beta or alpha, the other is common: averages are exact
-    beta_only   alpha stays as drawn from the seed: exact, and the least traffic
+    beta_only   alpha keeps its initial values from the seed: exact, and the least traffic
     stack       both are trained, and Σ_k p_k F_k is multiplied into W on all sides: exact
     separate    both are trained and averaged by themselves: not exact; the error is measured
 
@@ -46,7 +46,7 @@ from fedlora.techniques.spp.scale import (
     factor,
     mean_factor,
     nested_rank,
-    spread,
+    repeat_rows,
 )
 from fedlora.techniques.spp.technique import Scaling
 from strategies.base import LoRAStrategy
@@ -64,23 +64,22 @@ class SPP(LoRAStrategy):
     mode: str = "alternate"
     """``alternate``, ``beta_only``, ``stack`` or ``separate`` (not exact)."""
     schedule: tuple[str, ...] = ("beta", "alpha")
-    """Of ``alternate``: what successive rounds train. Rounds of beta cost a fraction of the traffic
-    of rounds of alpha; alpha learns nothing while beta is zero."""
+    """The factors that successive rounds of ``alternate`` train. A round of beta sends much less
+    than a round of alpha; alpha has no gradient while beta is zero."""
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
     heterogeneous: str = "nest"
-    """Ranks that do not divide the population's largest: ``nest`` takes the largest rank below that
-    does, or ``refuse``."""
+    """For ranks that do not divide the population's largest: ``nest`` takes the largest smaller
+    rank that does, ``refuse`` raises an error."""
     merge_every: int = 0
-    """Rounds after which the factors are multiplied into W on all sides and begin anew, so that
-    their product outgrows its rank; 0: never. ``stack`` does so every round."""
+    """Rounds between two merges: server and clients multiply the factors into W and start new ones,
+    so that the total update is not limited by the rank; 0: never. ``stack`` merges every round."""
 
     def __post_init__(self) -> None:
         one_of("strategy.mode", self.mode, MODES)
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
         one_of("strategy.heterogeneous", self.heterogeneous, ("nest", "refuse"))
         at_least("strategy.merge_every", self.merge_every, 0)
-        object.__setattr__(self, "schedule", tuple(self.schedule))
         for phase in self.schedule:
             one_of("strategy.schedule", phase, ("alpha", "beta"))
         if not self.schedule or self.schedule[0] != "beta":
@@ -100,9 +99,9 @@ class SPP(LoRAStrategy):
             )
         if self.mode == "separate":
             log.warning(
-                "strategy.mode=separate averages alpha and beta by themselves, which is not the "
-                "average of what clients learnt: every round records what is lost (spp/residual); "
-                "mode=alternate loses nothing"
+                "strategy.mode=separate averages alpha and beta separately, which is not the "
+                "average of the clients' updates: every round records the error (spp/residual); "
+                "mode=alternate is exact"
             )
 
     def check(self, setup: Setup) -> None:
@@ -110,7 +109,7 @@ class SPP(LoRAStrategy):
         plan = setup.client
         if not (plan.train_a and plan.train_b):
             raise ValueError(
-                "strategy=spp decides itself what a round trains: leave client.train_a and "
+                "strategy=spp decides which factors a round trains: leave client.train_a and "
                 "client.train_b true, and set strategy.mode or strategy.schedule"
             )
         if plan.term is not None and plan.term.needs_factors:
@@ -179,7 +178,7 @@ class SPP(LoRAStrategy):
             alphas = [_alpha(s, path, alpha) for s in sent]
             betas = [s.beta.get(path, beta) for s in sent]
             if self.mode == "stack":
-                new |= _merged(f"{merge}{path}", len(alpha), alphas, betas, p)
+                new |= _merge(f"{merge}{path}", len(alpha), alphas, betas, p)
                 continue
             trains = self._trains(state)
             if trains != "beta":
@@ -229,7 +228,7 @@ class SPP(LoRAStrategy):
         return client_weights(updates, self.weights)
 
     def report(self, state: State) -> Mapping[str, float | int | str]:
-        """What the last round trained, how often factors were merged, what averages lost."""
+        """What the last round trained, the number of merges, and the error of the averages."""
         before = dict(state) | {"round": state["round"] - 1}
         found: dict[str, float | int | str] = {
             "spp/mask": _mask(state),
@@ -259,12 +258,12 @@ class SPP(LoRAStrategy):
 
     def _next(self, before: State, averaged: dict[str, Tensor]) -> State:
         """The state after averages, with merges where they are due."""
-        after = self._restarted(averaged)
+        after = self._restart(averaged)
         _warn_of_growth(before, after)
         return after
 
-    def _restarted(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """After a merge, beta is zero again and alpha drawn anew."""
+    def _restart(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state after a merge: beta is zero and alpha has new initial values."""
         due = self.merge_every and int(state["round"]) % self.merge_every == 0
         if not due and self.mode != "stack":
             return state
@@ -272,7 +271,7 @@ class SPP(LoRAStrategy):
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
             if self.mode != "stack":
-                new |= _merged(f"{merge}{path}", r, [alpha], [beta], [1.0])
+                new |= _merge(f"{merge}{path}", r, [alpha], [beta], [1.0])
         seed = _drawn_from(new)
         for path, r in top.items():
             alpha, beta = (state[f"{GLOBAL}{path}/{name}"] for name in ("alpha", "beta"))
@@ -312,9 +311,9 @@ def _warn_of_growth(before: State, after: State) -> None:
     was, now, weights = _merged_numbers(before), _merged_numbers(after), int(after["weights"])
     if was <= weights < now:
         log.warning(
-            "the factors of %d merges are %d numbers, more than the %d weights that they scale: "
-            "every client is sent them all, and the checkpoint grows with every merge; merge "
-            "seldom (strategy.merge_every), or use mode=alternate",
+            "the factors of %d merges have %d parameters, more than the %d weights that they "
+            "scale: every client is sent all of them, and the checkpoint grows with every "
+            "merge; merge seldom (strategy.merge_every), or use mode=alternate",
             len(_names(after)),
             now,
             weights,
@@ -335,14 +334,14 @@ def _scale_of(update: Update) -> MaskedScale:
 def _alpha(sent: MaskedScale, path: str, common: Tensor) -> Tensor:
     """A client's alpha at the rank that it trained, or a change of the common one applied."""
     if path in sent.change:
-        return common + spread(sent.change[path], len(common))
+        return common + repeat_rows(sent.change[path], len(common))
     return sent.alpha.get(path, common)
 
 
 def _alpha_change(sent: MaskedScale, path: str, before: Tensor) -> Tensor:
     """``[r, d_in]``: what a client changed alpha by, at the common rank."""
     if path in sent.change:
-        return spread(sent.change[path], len(before))
+        return repeat_rows(sent.change[path], len(before))
     return sent.alpha.get(path, before) - before
 
 
@@ -363,12 +362,12 @@ def _next_merge(state: State) -> str:
     return f"{MERGED}{len(_names(state)):06d}/"
 
 
-def _merged(
+def _merge(
     name: str, top: int, alphas: Sequence[Tensor], betas: Sequence[Tensor], p: Sequence[float]
 ) -> dict[str, Tensor]:
     """One module's share of a merge: ``Σ_k p_k F_k`` at rank ``top``, with the shares in beta."""
     return {
-        f"{name}/alpha": torch.stack([spread(a, top) for a in alphas]),
+        f"{name}/alpha": torch.stack([repeat_rows(a, top) for a in alphas]),
         f"{name}/beta": torch.stack([w * b for w, b in zip(p, betas, strict=True)]),
     }
 

@@ -1,20 +1,21 @@
-r"""SwitchLoRA under federated averaging: low-rank vectors are exchanged, and all agree on the base.
+r"""SwitchLoRA under federated averaging: vectors are switched, and all clients hold the same base.
 
-    round ρ     everybody exchanges k vectors of factor σ (A in even rounds, B in odd ones)
-                clients train σ alone, from  W + D + s B A,  s = alpha / r
+    round ρ     all clients switch the same k vectors of factor σ (A in even rounds, B in odd ones)
+                clients train only σ, from  W + D + s B A,  s = alpha / r
                 σ ← σ + Σ_k p_k (σ_k - σ)
 
-The other factor is common, so ``Σ_k p_k s B A_k = s B Ā``: the server's model is exactly the mean
-of its clients' (`sync_alternate`). ``D``, the sum of all compensations, the pools and who is in
-which slot follow from the seed and the averages: none of it travels (`switchlora.replica`).
+All clients hold the same other factor, so ``Σ_k p_k s B A_k = s B Ā``: the server's model
+is exactly the mean of its clients' models (`sync_alternate`). ``D`` (the sum of all compensations),
+the candidate vectors and the vector in each slot follow from the seed and the averages, so none of
+them is sent (`fedlora.techniques.switchlora.replica`).
 
     sync_product   both factors are trained; D also gains s Σ_k p_k (B_k - B̄)(A_k - Ā)
-    dense          clients exchange by themselves and send what became of their weights
+    dense          each client switches its own vectors and sends the change of its weights
 
 Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information",
-arXiv:2406.06564; the federated protocols are this project's. Averaging factors of clients that
-exchange by themselves is wrong, not merely biased, and refused. Where the authors' code and paper
-differ, see docs/fidelity.md.
+arXiv:2406.06564; the federated protocols are this project's. The average of the factors of
+clients that switch different vectors has no meaning, so it is refused. Where the authors' code and
+paper differ, see docs/fidelity.md.
 """
 
 import logging
@@ -39,9 +40,10 @@ from fedlora.core.checks import at_least, one_of
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique
 from fedlora.core.types import Client, Factors, LocalPlan, Module, Ranks, Setting, Update
-from fedlora.server.method import Setup
+from fedlora.server.method import Setup, StateAudit
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.rebased.payload import Rebased
+from fedlora.techniques.switchlora.audit import ReplicaAudit
 from fedlora.techniques.switchlora.init import (
     SIDES,
     Side,
@@ -56,8 +58,8 @@ from fedlora.techniques.switchlora.replica import (
     PRODUCT,
     Replica,
     Timetable,
+    extend_history,
     news,
-    remembered,
 )
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import WIRE_BYTES
@@ -70,7 +72,7 @@ SHIFT = "shift/"
 
 
 def mean_change(old: Tensor, sent: Sequence[Tensor], p: Sequence[float], side: Side) -> Tensor:
-    """``σ + Σ_k p_k (σ_k - σ)``, where a client that trains fewer slots leaves the rest alone.
+    """``σ + Σ_k p_k (σ_k - σ)``, where a client with fewer slots does not change the others.
 
     Args:
         old: ``[r, d_in]`` (A) or ``[d_out, r]`` (B).
@@ -80,22 +82,24 @@ def mean_change(old: Tensor, sent: Sequence[Tensor], p: Sequence[float], side: S
     """
     new = old.to(torch.promote_types(old.dtype, sent[0].dtype)).clone()
     rows, before = (new, old) if side == "a" else (new.t(), old.t())
-    for share, factor in zip(p, sent, strict=True):
+    for weight, factor in zip(p, sent, strict=True):
         mine = factor if side == "a" else factor.t()
-        rows[: mine.shape[0]] += share * (mine - before[: mine.shape[0]])
+        rows[: mine.shape[0]] += weight * (mine - before[: mine.shape[0]])
     return new
 
 
 def covariance(
     layer: SwitchLayer, factors: Sequence[Factors], p: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """``left [d_out, (K-1) r]`` and ``right [(K-1) r, d_in]`` whose product is what averages lose.
+    """``left [d_out, (K-1) r]`` and ``right [(K-1) r, d_in]`` whose product is what averaging
+    loses.
 
-    ``s Σ_k p_k (B_k - B̄)(A_k - Ā)``. Deviations sum to nothing, so one client's, that with the
-    largest share ``p_c``, follow from the others': ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
+    ``s Σ_k p_k (B_k - B̄)(A_k - Ā)``. The deviations sum to zero, so those of one client
+    (the one with the largest weight ``p_c``) follow from the others:
+    ``right_k = s p_k (A'_k + Σ_j p_j A'_j / p_c)``.
     """
-    changes_a = [_padded(f.a - layer.a[: f.rank], layer.rank) for f in factors]
-    changes_b = [_padded((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
+    changes_a = [_pad(f.a - layer.a[: f.rank], layer.rank) for f in factors]
+    changes_b = [_pad((f.b - layer.b[:, : f.rank]).t(), layer.rank).t() for f in factors]
     mean_a = sum((w * x for w, x in zip(p, changes_a, strict=True)), torch.zeros(()))
     mean_b = sum((w * x for w, x in zip(p, changes_b, strict=True)), torch.zeros(()))
     pivot = max(range(len(p)), key=lambda k: p[k])
@@ -109,7 +113,7 @@ def covariance(
     return left, right
 
 
-def _padded(rows: Tensor, count: int) -> Tensor:
+def _pad(rows: Tensor, count: int) -> Tensor:
     if rows.shape[0] == count:
         return rows
     return torch.cat([rows, rows.new_zeros(count - rows.shape[0], rows.shape[1])])
@@ -118,8 +122,8 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def weighted_mean(tensors: Sequence[Tensor], p: Sequence[float]) -> Tensor:
     """``Σ_k p_k x_k``."""
     total = p[0] * tensors[0]
-    for share, t in zip(p[1:], tensors[1:], strict=True):
-        total = total + share * t
+    for weight, t in zip(p[1:], tensors[1:], strict=True):
+        total = total + weight * t
     return total
 
 
@@ -130,19 +134,19 @@ class SwitchLoRA(LoRAStrategy):
     switching: Technique
     """``client.technique``."""
     steps: int
-    """``client.steps``: of a client in a round."""
+    """``client.steps``: optimizer steps of a client in a round."""
     horizon: int
-    """Rounds over which exchanges become rarer, usually those of the run."""
+    """Rounds over which switches become rarer, usually all rounds of the run."""
     mode: str = ALTERNATE
     """``sync_alternate``, ``sync_product`` or ``dense``."""
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
     replicas: bool = True
-    """Clients keep the shared state between rounds and are sent what they missed; if not, they are
-    sent all of it every time. Decides what is counted as sent, nothing else."""
+    """Whether clients keep the shared state between rounds, so that they are sent only what they
+    missed; if not, they are sent all of it every time. It changes only the counted bytes."""
     hash_every: int = 10
-    """Rounds between two comparisons of the shared state's hash, of 32 bytes per client; 0: never.
-    The run compares one replica, which it keeps up to date by what clients are sent."""
+    """Rounds between two comparisons of the shared state's hash (32 bytes per client); 0: never.
+    The run compares one replica, which receives only what clients are sent."""
 
     def __post_init__(self) -> None:
         one_of("strategy.mode", self.mode, (ALTERNATE, PRODUCT, DENSE))
@@ -153,49 +157,60 @@ class SwitchLoRA(LoRAStrategy):
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
-        plan = setup.client
-        if plan.technique != self.switching or plan.steps != self.steps:
-            raise ValueError(
+        for refused, sentence in self._refusals(setup):
+            if refused:
+                raise ValueError(sentence)
+        if setup.client.dropout:
+            log.warning(
+                "client.dropout=%g with strategy=switchlora: a switch moves a vector's part of "
+                "the weight from the factors to the base, which has no dropout, so a layer "
+                "computes the same only in expectation; client.dropout=0 keeps it exact",
+                setup.client.dropout,
+            )
+
+    def _refusals(self, setup: Setup) -> tuple[tuple[bool, str], ...]:
+        """What cannot be combined with this strategy: per row, whether it is asked for, and why it
+        is refused. The first row that applies is reported."""
+        plan, dense = setup.client, self.mode == DENSE
+        return (
+            (
+                plan.technique != self.switching or plan.steps != self.steps,
                 f"strategy.steps={self.steps}, strategy.switching={self.switching} are not the "
                 f"clients' (client.steps={plan.steps}, client.technique={plan.technique}), whose "
-                "steps the schedule of exchanges counts; set client.steps and client.technique, "
-                "which the strategy follows"
-            )
-        if not plan.steps:
-            raise ValueError(
-                "client.steps=0 with strategy=switchlora: the schedule of exchanges counts steps, "
-                "and epochs of unequal clients are no common count; use client.steps=20 or so"
-            )
-        if not (plan.train_a and plan.train_b):
-            raise ValueError(
+                "steps the switching schedule counts; set client.steps and client.technique, "
+                "which the strategy follows",
+            ),
+            (
+                not plan.steps,
+                "client.steps=0 with strategy=switchlora: the switching schedule counts steps, "
+                "and clients of unequal size take different numbers of steps in an epoch; use "
+                "client.steps=20 or so",
+            ),
+            (
+                not (plan.train_a and plan.train_b),
                 f"client.train_a={plan.train_a}, train_b={plan.train_b} with strategy=switchlora: "
-                "it says itself which factor is trained when; leave both true"
-            )
-        if self.mode == DENSE and plan.optimizer != "adamw":
-            raise ValueError(
+                "the strategy decides which factor is trained in a round; leave both true",
+            ),
+            (
+                dense and plan.optimizer != "adamw",
                 f"client.optimizer={plan.optimizer!r} with strategy.mode=dense: only AdamW is "
-                "reset vector by vector; use client.optimizer=adamw or strategy.mode=sync_alternate"
-            )
-        if self.mode == DENSE and plan.term is not None:
-            raise ValueError(NO_START)
-        if setup.wire == "bfloat16" and self.mode != DENSE:
-            raise ValueError(
-                "federation.wire=bfloat16 with strategy=switchlora rounds a base that all must "
-                "hold alike bit by bit; use federation.wire=float32, or strategy.mode=dense"
-            )
-        if plan.dropout:
-            log.warning(
-                "client.dropout=%g with strategy=switchlora: what an exchange takes off the "
-                "factors it adds to the base, which no dropout reaches, so a layer computes the "
-                "same on average alone; client.dropout=0 keeps it exact",
-                plan.dropout,
-            )
-        if setup.quantization != "none":
-            raise ValueError(
-                f"model.quantization={setup.quantization} with strategy=switchlora: exchanges are "
+                "reset vector by vector; use client.optimizer=adamw or "
+                "strategy.mode=sync_alternate",
+            ),
+            (dense and plan.term is not None, NO_START),
+            (
+                not dense and setup.wire == "bfloat16",
+                "federation.wire=bfloat16 with strategy=switchlora rounds a base that must be "
+                "bitwise identical everywhere; use federation.wire=float32, or "
+                "strategy.mode=dense",
+            ),
+            (
+                setup.quantization != "none",
+                f"model.quantization={setup.quantization} with strategy=switchlora: switches are "
                 "compensated in the weights, which quantised weights cannot hold; use "
-                "model.quantization=none"
-            )
+                "model.quantization=none",
+            ),
+        )
 
     def init_state(self, setting: Setting) -> State:
         state: dict[str, Tensor] = {"alpha": scalar(setting.alpha), "seed": integers(setting.seed)}
@@ -219,7 +234,7 @@ class SwitchLoRA(LoRAStrategy):
         if self.mode == DENSE:
             first, total = done * self.steps, self.horizon * self.steps
             return replace(base, technique=replace(self._switching, first=first, total=total))
-        # Vectors are exchanged between rounds; in a round clients train plain factors.
+        # Vectors are switched between rounds; within a round clients train plain factors.
         trained = self._timetable(0).sides(done)
         return replace(base, technique=LoRA(), train_a="a" in trained, train_b="b" in trained)
 
@@ -235,7 +250,7 @@ class SwitchLoRA(LoRAStrategy):
         shared = self._replica(state)
         seen = state["seen"].clone()
         seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
-        return _installed(state, shared, self._result(shared, updates, p), seen)
+        return _install(state, shared, self._result(shared, updates, p), seen)
 
     @property
     def needs_updates(self) -> str:
@@ -247,8 +262,11 @@ class SwitchLoRA(LoRAStrategy):
         return ""
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
-        """The change of the factor whose turn it is, padded to all slots; of ``dense`` the change
-        of the weights. ``sync_product`` needs the covariance of both factors: nothing."""
+        """The change of the factor that this round trains, padded to all slots.
+
+        In mode ``dense`` it is the change of the weights. In mode ``sync_product``, which needs the
+        covariance of both factors, it is ``None``.
+        """
         assert isinstance(start, Rebased)
         if self.mode == PRODUCT:
             return None
@@ -261,13 +279,13 @@ class SwitchLoRA(LoRAStrategy):
             slots = state[f"{LAYER}{path}/a"].shape[0]
             change = getattr(f, side) - getattr(start.factors[path], side)
             rows = change if side == "a" else change.t()  # [r_k, d]
-            padded = _padded(rows, slots)
+            padded = _pad(rows, slots)
             found[f"{path}/{side}"] = padded if side == "a" else padded.t()
         return found
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
-        """A sum does not say who took part: clients count as knowing no more than before, and what
-        they are sent next is counted from there."""
+        """The state after a sum. A sum does not say which clients took part, so the bytes that a
+        client is sent next are counted as if it had missed this round."""
         done = int(state["round"])
         if self.mode == DENSE:
             new = {
@@ -276,7 +294,7 @@ class SwitchLoRA(LoRAStrategy):
             return dict(state) | new | {"round": integers(done + 1)}
         shared = self._replica(state)
         result = {k: state[f"{LAYER}{k}"] + dense(x) / weight for k, x in total.items()}
-        return _installed(state, shared, result, state["seen"].clone())
+        return _install(state, shared, result, state["seen"].clone())
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -294,26 +312,25 @@ class SwitchLoRA(LoRAStrategy):
         )
 
     def report(self, state: State) -> Mapping[str, float | int | str]:
-        """Vectors exchanged so far and, every ``hash_every`` rounds, whether a replica that was
-        sent nothing but news holds the server's bits; one that does not is sent the whole state."""
-        done = int(state["round"])
-        if self.mode == DENSE:
-            return {}
-        found: dict[str, float | int | str] = {"switch/exchanged": int(state["exchanged"])}
-        if self.hash_every and done % self.hash_every == 0:
-            found["switch/replica_differs"] = int(not self._witnessed(state))
-        return found
+        """How many vectors have been switched so far."""
+        return {} if self.mode == DENSE else {"switch/exchanged": int(state["exchanged"])}
+
+    def state_audit(self) -> StateAudit | None:
+        if self.mode == DENSE or not self.hash_every:
+            return None
+        return ReplicaAudit(self._replica, self.hash_every)
 
     def rank_range(self, module: Module) -> tuple[int, int]:
-        """As `check_rank` says: one slot could be frozen, and some vector must be in no slot."""
+        """See `check_rank`: one slot may be frozen, and at least one vector must be in no slot."""
         return 2, module.max_rank - 1
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
-        """What the client missed of the shared state, or all of it where that is less.
+        """The bytes of what the client missed of the shared state, or of all of it if that is less.
 
-        In the first round nothing: the seed says it. Of ``dense`` it is the mean update. A client
-        that keeps nothing is sent its start alone: it exchanges nothing itself and needs no pools.
-        One whose update did not arrive or was rejected is taken to know no more than before.
+        In the first round this is 0, because the state follows from the seed. In mode ``dense`` it
+        is the mean update. A client without a replica is sent only its start: it does not switch
+        vectors itself, so it needs no candidate vectors. A client whose update did not arrive or
+        was rejected is assumed to have missed the round.
         """
         width, done = WIRE_BYTES[wire], int(state["round"])
         assert isinstance(start, Rebased)
@@ -342,32 +359,11 @@ class SwitchLoRA(LoRAStrategy):
     def _replica(self, state: State) -> Replica:
         return Replica.load(state, float(state["alpha"]), self._timetable(int(state["seed"])))
 
-    def _witnessed(self, state: State) -> bool:
-        """Bring a replica of the server's process up to date as a client's would be, and compare
-        its hash with that of the server's state. It is no part of the state: a resumed run begins
-        it again from the seed."""
-        server = self._replica(state)
-        witness: Replica | None = getattr(self, "_witness", None)
-        if witness is None or witness.round > server.round:
-            shapes = {p: (len(x.b), x.a.shape[1]) for p, x in server.layers.items()}
-            ranks = {p: x.rank for p, x in server.layers.items()}
-            witness = Replica.begin(shapes, ranks, float(state["alpha"]), server.timetable)
-        witness = witness.take(news(state, witness.round))
-        same = witness.digest() == server.digest()
-        if not same:
-            log.warning(
-                "round %d: a client that installed every round's result holds other bits than the "
-                "server; it was sent the whole state",
-                server.round,
-            )
-            witness = server
-        object.__setattr__(self, "_witness", witness)
-        return same
-
     def _at(self, state: State, ranks: Ranks) -> Rebased:
-        """Of clients that train so many slots; the others are part of the base they stand on.
+        """The start of clients of these ranks; slots beyond a client's rank are part of its base.
 
-        Summed in float64, so that a client's start is the server's model but for one rounding.
+        The sum is taken in float64, so a client's start equals the server's model up to one
+        rounding.
         """
         alpha, shift, factors = float(state["alpha"]), {}, {}
         seed, done = int(state["seed"]), int(state["round"])
@@ -404,23 +400,23 @@ class SwitchLoRA(LoRAStrategy):
         return found
 
 
-def _installed(
+def _install(
     state: State, shared: Replica, result: Mapping[str, Tensor], seen: Tensor
 ) -> dict[str, Tensor]:
     """The state after a round whose averages are ``result``.
 
     Args:
-        state: before it.
-        shared: the replica of that state; it is changed.
-        result: as `Replica.install` takes it.
-        seen: per client, the rounds whose results it knows.
+        state: the state before the round.
+        shared: the replica of that state; it is changed in place.
+        result: the averages, as `Replica.install` takes them.
+        seen: per client, the number of rounds whose results it knows.
     """
     done = int(state["round"])
     shared.install(result)
     kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
     history = {k: t for k, t in state.items() if k.startswith("history/")}
     after = kept | shared.state()
-    return after | remembered(after | history, done, result)
+    return after | extend_history(after | history, done, result)
 
 
 def _whole(start: Rebased, path: str) -> Tensor:
@@ -434,7 +430,7 @@ def _delta(f: Factors) -> Tensor:
 
 
 def _rest(path: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
-    """What travels of a residual: its two factors, or their product where that is less."""
+    """The residual as part of a result: its two factors, or their product if smaller."""
     if left.shape[0] * right.shape[1] < left.numel() + right.numel():
         return {f"{path}/rest": left @ right}
     return {f"{path}/left": left, f"{path}/right": right}

@@ -398,7 +398,7 @@ def spectra(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _singular_values(b: Tensor, a: Tensor) -> Tensor:
-    """The singular values of ``B A``; no decomposition where both factors are orthogonal (after an SVD)."""
+    """The singular values of ``B A``; without a decomposition where both factors are orthogonal."""
     lengths = []
     for gram in (b.T @ b, a @ a.T):
         length = gram.diagonal().clamp_min(0).sqrt()

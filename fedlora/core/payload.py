@@ -38,10 +38,10 @@ class Payload(ABC):
     keeps_zeros: ClassVar[bool] = False
     """Whether the zeros of a pruned base stay zero under it."""
     folder: ClassVar[str] = "adapter"
-    """Subfolder of a run folder to which the final payload is exported."""
-    alone: ClassVar[str]
-    """Why a client that starts from it cannot share a forward pass with other clients, if it has no
-    `low_rank`: for the engine's notes."""
+    """Of a run folder, where the final one is exported to."""
+    alone: ClassVar[str] = "updates of another kind one by one"
+    """The note of an engine that runs clients with this start one by one. Payloads with `low_rank`
+    factors run together and need none."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -225,7 +225,6 @@ class LocalPlan:
         fraction("client.dropout", self.dropout)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"client.betas={list(self.betas)} must be two numbers in [0, 1)")
-        object.__setattr__(self, "betas", (float(self.betas[0]), float(self.betas[1])))
 
 
 @dataclass(frozen=True)
@@ -321,8 +320,8 @@ class Evaluation:
 
     client: Client
     metrics: Mapping[str, Metric]
-    """Name -> metric: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what the
-    plan asked for."""
+    """Name -> metric: the counts ``examples``, ``tokens_full`` and ``tokens_response``, and what
+    the plan asked for."""
 
     @property
     def scalars(self) -> dict[str, float]:

@@ -76,11 +76,11 @@ class E2E(Source):
     ``test``), ``mr_orig`` and ``ref``."""
     clients: int = 3
     partition: str = "iid"
-    """Partition of the training rows. ``iid``: equal random parts. ``by_mr``: all references of an MR
-    are on one client. ``restaurant``: all rows of a restaurant (attribute ``name``) are. ``dirichlet``:
-    clients' fractions of each value of `by` are drawn from Dir(`alpha`). Validation and test rows
-    belong to no client: their MRs are dealt evenly, each with all its references, so that
-    evaluating every client is evaluating the official split."""
+    """Partition of the training rows. ``iid``: equal random parts. ``by_mr``: all references of an
+    MR are on one client. ``restaurant``: all rows of a restaurant (attribute ``name``) are.
+    ``dirichlet``: clients' fractions of each value of `by` are drawn from Dir(`alpha`). Validation
+    and test rows belong to no client: their MRs are dealt evenly, each with all its references, so
+    that evaluating every client is evaluating the official split."""
     alpha: float = 0.5
     by: str = "food"
     """An attribute by its name in the MR, such as ``food``, ``area`` or ``priceRange``; MRs without

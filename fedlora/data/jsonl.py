@@ -52,7 +52,7 @@ class Jsonl(Source):
     alpha: float = 0.5
     by: str = "category"
     min_examples: int = 1
-    """Minimum per client under ``dirichlet``: fractions are drawn anew until all clients have it."""
+    """Minimum per client under ``dirichlet``: fractions are drawn again until it is met."""
     seed: int = 0
     """Seed of the partition and the split; not the seed of the run, so runs share their data."""
 

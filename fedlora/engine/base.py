@@ -1,4 +1,4 @@
-"""What an engine is: it executes jobs and never knows why they were given.
+"""The interface of engines. An engine executes jobs; it does not know which method needs them.
 
 The sequential engine is the specification. Every other engine must give the same results up to
 rounding, one per job, in any order of completion.
@@ -32,9 +32,9 @@ class Engine(Protocol):
         """One result per job, as they finish."""
 
     def notes(self) -> tuple[str, ...]:
-        """What this engine is and what it had to do otherwise since training last began, a few
-        words each, the same words for the same thing: ``fused, ragged, 1024 tokens per step``. A
-        round records them; a run says each once."""
+        """Short notes on how the engine has trained since the last call of `train`: its kind, and
+        each fallback it used, always in the same words: ``fused, ragged, 1024 tokens per step``. A
+        round records them; a run prints each note once."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class EngineSpec:
 
     @property
     def messages_per_worker(self) -> int:
-        """Into how many messages per worker a round is cut. Few large ones suit an engine that
-        works on many jobs at once, many small ones keep workers evenly busy."""
+        """The number of messages per worker in a round. A few large messages suit an engine that
+        works on many jobs at once; many small messages keep workers evenly busy."""
         return 4
 
     @abstractmethod

@@ -38,7 +38,7 @@ Scalars: TypeAlias = dict[str, Any]
 
 
 class LoRAClient(NumPyClient):
-    """One client's data and ranks on a resident model, which it leaves as it found it."""
+    """One client's data and ranks on a resident model. Nothing stays mounted on the model."""
 
     def __init__(self, model: LanguageModel, store: TokenStore, client: Client, seed: int) -> None:
         self.model = model
@@ -49,8 +49,8 @@ class LoRAClient(NumPyClient):
     def train(self, job: TrainJob) -> Update:
         """Train the job's start payload on this client's examples.
 
-        The result is a function of the job, the model and the data: bitwise the same whatever ran
-        before in this process, and the global generators are left as they were.
+        The result is a function of the job, the model and the data: it is bitwise identical
+        whatever ran before in this process. The global random generators are not used.
 
         Raises:
             ValueError: if the client has nothing to train on, or the plan trains nothing.
@@ -148,10 +148,10 @@ class LoRAClient(NumPyClient):
 
 
 def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
-    """What a job's client trains on this round.
+    """The examples that a job's client trains on in its round.
 
     Raises:
-        ValueError: if that is nothing, or the plan trains nothing.
+        ValueError: if there are none, or the plan trains no factor.
     """
     plan, who = job.plan, job.client.id
     if not (plan.train_a or plan.train_b):
@@ -164,10 +164,10 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
 def examples_for(
     store: TokenStore, plan: LocalPlan, *, seed: int, round: int, client: int
 ) -> list[Example]:
-    """What a client draws of its training examples in one round.
+    """The training examples that a client draws in one round.
 
     Raises:
-        ValueError: if none of them has a token to learn from.
+        ValueError: if none of them has a supervised token.
     """
     held = store.examples(client, "train")
     examples = sample_examples(held, plan, seed=seed, round=round, client=client)
@@ -182,7 +182,7 @@ def examples_for(
 def completed(
     job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
 ) -> Update:
-    """A trained payload as the job's update: what of it the technique sends."""
+    """The update of a job: the part of the trained payload that the technique sends."""
     client, payload = job.plan.technique.completed(job, payload)
     return Update(client, payload, num_examples, metrics)
 

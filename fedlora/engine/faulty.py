@@ -1,6 +1,6 @@
-"""An engine whose clients fail on purpose: a rehearsal of what a federation must survive.
+"""An engine whose clients fail on purpose, to test that a federation survives failures.
 
-Which clients fail depends on the job's seed, round and client alone: a rehearsal can be repeated.
+Which clients fail depends only on the job's seed, round and client, so a test can be repeated.
 """
 
 import os
@@ -31,15 +31,16 @@ class Faulty(EngineSpec):
 
     inner: EngineSpec = field(default_factory=Sequential)
     raise_fraction: float = 0.0
-    """Share of a round's clients that raise instead of training."""
+    """Fraction of a round's clients that raise instead of training."""
     nan_fraction: float = 0.0
-    """Share that returns an update with a NaN in it."""
+    """Fraction that returns an update with a NaN in it."""
     shape_fraction: float = 0.0
-    """Share that returns an update of the wrong shape."""
+    """Fraction that returns an update of the wrong shape."""
     kill_round: int = 0
-    """The first worker process that is handed a job of this round ends at once; 0: never."""
+    """The first worker process that gets a job of this round ends at once; 0: never."""
     kill_marker: str = ""
-    """File that remembers the kill, so that a restarted worker lives on. Needed to kill."""
+    """File that records the kill, so that a restarted worker is not killed again. Required with
+    ``kill_round``."""
 
     def __post_init__(self) -> None:
         for name in ("raise_fraction", "nan_fraction", "shape_fraction"):
@@ -91,7 +92,7 @@ class _FaultyEngine:
 
 
 def _first(marker: str) -> bool:
-    """Whether nobody has made this file before: the making is atomic across processes."""
+    """Create the file; whether it did not exist before. This is atomic across processes."""
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -100,10 +101,10 @@ def _first(marker: str) -> bool:
 
 
 def _spoil(update: Update, fault: str) -> Update:
-    return replace(update, payload=_spoiled(update.payload, fault)) if fault else update
+    return replace(update, payload=_spoil_payload(update.payload, fault)) if fault else update
 
 
-def _spoiled(payload: Payload, fault: str) -> Payload:
+def _spoil_payload(payload: Payload, fault: str) -> Payload:
     """The first tensor spoiled: not a number, or of another shape."""
     tensors = dict(payload.tensors())
     name, t = next(iter(tensors.items()))

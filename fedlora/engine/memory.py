@@ -1,4 +1,4 @@
-"""Keep freed memory within the process, where the C library can be told to.
+"""Keep freed memory within the process, if the C library supports it.
 
 A training step allocates and frees the same large activations again and again. By default glibc
 returns blocks of more than a few hundred KiB to the kernel at once, which then hands out zeroed
@@ -13,7 +13,7 @@ _BLOCK = 1 << 30  # blocks below this come from the heap
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to reuse freed blocks; whether it could be asked (glibc alone can)."""
+    """Ask the C library to reuse freed blocks; whether it supports that (only glibc does)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
@@ -22,8 +22,8 @@ def keep_freed_memory() -> bool:
 
 
 def return_freed_memory() -> bool:
-    """Ask the C library to give what is free back to the system after all, so that the process's
-    size says what is in use; whether it could be asked (glibc alone can)."""
+    """Ask the C library to return free memory to the system, so that the size of the process is the
+    memory in use; whether it supports that (only glibc does)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

@@ -26,10 +26,10 @@ class Sequential(EngineSpec):
 
     threads: int = 1
     """Intra-op threads of a worker process; 0 leaves PyTorch's choice. With one, results do not
-    depend on the machine's number of cores, and many workers do not fight over them."""
+    depend on the machine's number of cores, and many workers do not compete for them."""
     reuse_memory: bool = True
-    """Keep up to 512 MiB of freed memory in the process, where glibc allows (`keep_freed_memory`):
-    faster on CPU, same numbers."""
+    """Keep up to 512 MiB of freed memory in the process if glibc is used (`keep_freed_memory`):
+    faster on CPU, bitwise identical results."""
 
     def __post_init__(self) -> None:
         at_least("engine.threads", self.threads, 0)
@@ -43,7 +43,7 @@ class Sequential(EngineSpec):
 
 
 class SequentialEngine:
-    """Runs a `LoRAClient` per job. Nothing of a job, failed or not, outlives it."""
+    """Runs a `LoRAClient` per job. No state of a job, failed or not, is kept after it."""
 
     def __init__(self, model: LanguageModel, store: TokenStore) -> None:
         self.model = model

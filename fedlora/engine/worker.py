@@ -1,7 +1,7 @@
-"""What one worker process builds once and keeps: base model, token store, engine.
+"""The objects that a worker process builds once and keeps: base model, token store, engine.
 
-A server describes it in JSON (`WorkerSpec.to_json`), sent with every message; a worker builds it at
-the first message and finds it in its cache at the next.
+A server describes them in JSON (`WorkerSpec.to_json`) and sends the description with every message.
+A worker builds them at the first message and caches them for the next ones.
 """
 
 import functools
@@ -63,10 +63,10 @@ class WorkerSpec:
 
 @functools.lru_cache(maxsize=1)
 def resident(spec: str) -> tuple[LanguageModel, TokenStore]:
-    """The base model and the data of this process for a JSON `WorkerSpec`, for all who need them.
+    """The base model and the data of this process for a JSON `WorkerSpec`, shared by all callers.
 
     Raises:
-        ValueError: for a device that is not there.
+        ValueError: for a device that does not exist.
     """
     described = WorkerSpec.from_json(spec)
     model = described.model.load(resolve_device(described.device))

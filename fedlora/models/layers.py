@@ -37,7 +37,7 @@ class LinearUpdate(ABC):
     p: float = 0.0
     """Dropout rate of the input of a branch beside the layer."""
     bits: Tensor | None = None
-    """Random bits of the next forward's mask (`dropout_bits`), set where dropout is trained with."""
+    """Random bits of the next forward's mask (`dropout_bits`); set by training with dropout."""
 
     @abstractmethod
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:

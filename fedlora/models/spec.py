@@ -43,21 +43,19 @@ class ModelSpec(ABC):
     """Which base model, which of its layers carry adapters, and in what precision it is held."""
 
     targets: Any = "all-linear"
-    """``all-linear`` (all but the output embedding, as in PEFT) or a list of ends of module paths,
-    for example ``[q_proj, v_proj]``."""
+    """``all-linear`` (all but the output embedding, as in PEFT) or a tuple of ends of module paths,
+    in YAML a list such as ``[q_proj, v_proj]``."""
     dtype: str = "float32"
     """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
-    case. Workers of a machine share the memory of a base that is held as its file has it (see `load`)."""
+    case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        targets = self.targets if isinstance(self.targets, str) else tuple(self.targets or ())
-        if not targets or not all(isinstance(t, str) and t for t in targets):
+        if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             raise ValueError(
                 f"model.targets={self.targets!r} must be 'all-linear' or a list of ends of module "
                 "paths such as [q_proj, v_proj]"
             )
-        object.__setattr__(self, "targets", targets)
 
     @property
     @abstractmethod

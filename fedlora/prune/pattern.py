@@ -58,7 +58,8 @@ class Pattern:
         if self.group and d_in % self.group:
             raise ModelError(
                 f"{path}: {d_in} inputs are not divisible into groups of {self.group} (pattern "
-                f"{self}); use a fraction such as 0.5, a divisor of {d_in} as group, or other targets"
+                f"{self}); use a fraction such as 0.5, a group that divides {d_in}, or other "
+                "targets"
             )
 
     def kept(self, scores: Tensor, *, compete: str = "row") -> Tensor:

@@ -128,7 +128,8 @@ def _require_tokens(paths: Sequence[str], seen: Activations) -> None:
     if missing:
         raise ModelError(
             f"no token of the calibration text reached {missing[0]} ({len(missing)} of "
-            f"{len(paths)} layers): give text, other model.targets, or prune by model.method=magnitude"
+            f"{len(paths)} layers): give text, other model.targets, or prune by "
+            "model.method=magnitude"
         )
 
 

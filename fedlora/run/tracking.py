@@ -1,4 +1,4 @@
-"""Where a run's metrics are written: always to JSON lines in its folder, optionally to Weights & Biases.
+"""Where a run's metrics are written: JSON lines in its folder, and Weights & Biases on request.
 
 Weights & Biases is imported here alone and only when a run wants it. Nothing that happens to a
 tracker stops a run.

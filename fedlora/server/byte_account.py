@@ -1,5 +1,6 @@
-"""What a round would cost real clients in traffic, whatever the simulation moves around."""
+"""The traffic of a round for real clients, independent of what the simulation itself sends."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ class ByteAccount:
 
     jobs: Mapping[int, TrainJob]
     starts: Mapping[int, int]
-    """Client id -> bytes that it is sent before it trains."""
+    """Client id -> bytes that it receives before it trains."""
     wire: str
     """Number format of payloads."""
 
@@ -28,19 +29,18 @@ class ByteAccount:
         return cls({j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:
-        """What a client sent, accepted or not; who failed sent nothing."""
+        """The bytes that a client sent, accepted or not; 0 for a failed client."""
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
-        exchanged = int(result.metrics.get("exchanged_up", 0))
-        return update_bytes(result.payload, plan, self.wire) + exchanged
+        return update_bytes(result.payload, plan, self.wire) + _exchanged(result, "exchanged_up")
 
     def down(self, result: Update | Failure) -> int:
-        """What a client was sent: its start and, in a round of several exchanges, the rest."""
+        """The bytes that a client received: its start and, in a split round, all later messages."""
         start = self.starts[result.client.id]
         if not isinstance(result, Update):
             return start
-        return start + int(result.metrics.get("exchanged_down", 0))
+        return start + _exchanged(result, "exchanged_down")
 
     def record(self, replies: Mapping[int, Update | Failure]) -> dict[str, int]:
         """The round's sums.
@@ -52,3 +52,10 @@ class ByteAccount:
             "wire/up_bytes": sum(self.up(r) for r in replies.values()),
             "wire/down_bytes": sum(self.down(r) for r in replies.values()),
         }
+
+
+def _exchanged(result: Update, name: str) -> int:
+    """Bytes of a split round's other messages. What a rejected client claims may be no number: it
+    counts as nothing."""
+    value = result.metrics.get(name, 0.0)
+    return int(value) if math.isfinite(value) and value > 0 else 0

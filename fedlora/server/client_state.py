@@ -1,12 +1,12 @@
-"""What clients keep between rounds, on disk, so that a kill at any instant costs nothing.
+"""The client states between rounds, on disk, so that a kill at any instant loses nothing.
 
     <folder>/<namespace>/<client>/<round>.safetensors
 
 One file per client and round in which it took part, written whole when the round is finished and
 before the checkpoint, which lists for every client the round and the SHA-256 of its file: what
 clients keep is part of the checkpoint's identity. On resume, files newer than the checkpoint are
-removed. A file is removed once no checkpoint that is still kept can refer to it: of most clients
-there is one, of those that took part in the last rounds two or more.
+removed. A file is removed once no stored checkpoint can refer to it: most clients have one
+file, those that took part in the last rounds two or more.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ METHOD = "method"
 WIRE = "wire"
 """Namespace of what rounding has withheld of a client's replies (`fedlora.wire.change`)."""
 CACHED_BYTES = 256 * 2**20
-"""Of tensors that stay in memory; the least recently used are read again when they are needed."""
+"""Bytes of tensors that stay in memory; the least recently used are read again when needed."""
 
 
 @dataclass(frozen=True)
 class Version:
-    """Which file holds what a client keeps."""
+    """The file that holds what a client keeps."""
 
     round: int
-    """At whose end it was written."""
+    """The round at whose end it was written."""
     sha256: str
     bytes: int
 
@@ -104,7 +104,8 @@ class ClientStore:
     # --- checkpoints and records --------------------------------------------------------------
 
     def index(self) -> dict[str, dict[str, list[Any]]]:
-        """For the checkpoint: namespace -> client -> round, SHA-256 and bytes of its file."""
+        """The index for the checkpoint: namespace -> client -> round, SHA-256 and bytes of its
+        file."""
         found: dict[str, dict[str, list[Any]]] = {}
         for (namespace, client), v in sorted(self._current.items()):
             found.setdefault(namespace, {})[str(client)] = [v.round, v.sha256, v.bytes]
@@ -135,8 +136,8 @@ class ClientStore:
             remove_drafts(folder)
 
     def record(self) -> dict[str, float | int | str]:
-        """How many clients keep something and how much it is; empty where none does. It is stored,
-        not sent: no part of the traffic."""
+        """The number of clients with a stored state and its bytes; empty if there is none. The
+        state is not sent, so it does not count as traffic."""
         if not self._current:
             return {}
         return {

@@ -1,4 +1,4 @@
-"""From a round's accepted updates to the next state: the place between accepted and averaged.
+"""Combines a round's accepted updates into the next state, with postprocessors if there are any.
 
 no postprocessors    state ← aggregate(state, updates)
 postprocessors       x_k ← each(adds(state, start_k, update_k))
@@ -29,11 +29,11 @@ def combine(
     """The next state.
 
     Args:
-        method: whose `aggregate` it is, or whose `adds` and `absorb`.
-        state: after the round's messages.
+        method: its `aggregate` is called, or its `adds` and `absorb`.
+        state: the state after the round's messages.
         updates: accepted, sorted by client id, at least one.
         now: seed and round.
-        starts: client id -> what it started the round from.
+        starts: client id -> its start of the round.
         postprocessors: none: the method aggregates the updates themselves.
 
     Raises:

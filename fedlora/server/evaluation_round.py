@@ -1,4 +1,4 @@
-"""One evaluation of the global model: who is asked, with which adapter, and what it amounts to."""
+"""One evaluation of the global model: its clients, its adapters and its record."""
 
 from collections.abc import Callable, Hashable, Sequence
 
@@ -14,7 +14,7 @@ from fedlora.server.training_round import variant_key
 def evaluated_clients(
     roster: Roster, group: str, size: int, *, seed: int, round: int
 ) -> list[Client]:
-    """The clients of a group: a fixed panel, or those who will train next."""
+    """The clients of a group: a fixed panel, or the cohort of the next round."""
     if group == "participants":
         return cohort(roster, seed, round + 1)
     return panel(roster, group, size, seed)
@@ -34,15 +34,15 @@ def evaluation_jobs(
     """One job per client.
 
     Args:
-        method: whose global model it is.
-        state: after the round.
+        method: the method of the run.
+        state: the state after the round.
         clients: as they stand in the population.
         adapter: ``full``, ``largest`` or ``own`` (`fedlora.server.schedule.EvaluationSchedule`);
             clients of one variant that keep nothing share their ``own``.
         plan: what is measured.
         setting: for the population's largest ranks, and the seed.
-        round: after which it is.
-        kept: what a client of this id keeps.
+        round: the round before the evaluation.
+        kept: returns what a client of this id keeps.
     """
     whole = {"full": None, "largest": setting.max_ranks}
     shared = dict[Hashable, Payload]()
@@ -64,7 +64,7 @@ def evaluation_jobs(
 def evaluation_record(
     tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
 ) -> dict[str, float | int | str]:
-    """The record of one group and adapter; of failed clients only their number.
+    """The record of one group and adapter; failed clients are only counted.
 
     Args:
         tag: ``<group>:<adapter>``.

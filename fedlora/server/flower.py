@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 Job: TypeAlias = TrainJob | EvaluateJob
 
 NODE_PATIENCE_S = 120.0
-"""How long to wait for the first Flower node: on a busy machine Ray needs half a minute."""
+"""Seconds to wait for the first Flower node: on a busy machine Ray needs half a minute."""
 DEATH = ("ActorDied", "ActorUnavailable", "WorkerCrashed", "OutOfMemoryError: Task was killed")
-"""Marks of a worker process that is gone. Flower never replaces it: it would fail every further
-message it is given, so the run stops and goes on from its checkpoint in a new pool."""
+"""Texts in the errors of a dead worker process. Flower never replaces it, and every further message
+to it would fail, so the run stops and continues from its checkpoint with new workers."""
 
 
 class FederatedRun:
@@ -49,10 +49,10 @@ class FederatedRun:
     def __init__(self, session: Session, *, worker: str, source: str) -> None:
         self.session, self.worker, self.source = session, worker, source
         self._dead = ""
-        """Why a worker process is gone."""
+        """Why a worker process died; empty: none did."""
 
     def start(self, grid: Grid) -> None:
-        """The rounds that are left, with the evaluation before them if it is due.
+        """Run the remaining rounds, and first the evaluation before them if it is due.
 
         Raises:
             RunError: if the run cannot go on. Completed rounds stay on disk.
@@ -118,7 +118,7 @@ class FederatedRun:
 
         Raises:
             RunError: if Flower did not take all of them.
-            WorkerDied: as soon as a worker process died; a launcher can go on in a new pool.
+            WorkerDied: as soon as a worker process died; a launcher can continue with new workers.
         """
         ids = list(grid.push_messages(messages))
         if len(ids) != len(messages):
@@ -142,9 +142,9 @@ class FederatedRun:
         return [replies.get(i) for i in ids]
 
     def _notice(self, reply: Message) -> None:
-        """Take note of a reply as it comes: progress, or the death of a worker."""
+        """Handle a reply when it arrives: show progress, or note the death of a worker."""
         if not reply.has_error():
-            with suppress(Exception):  # what is wrong with it is said when it is read
+            with suppress(Exception):  # errors in it are reported when it is decoded
                 self.session.on_reply(glance(reply.content))
             return
         reason = reply.error.reason or ""
@@ -160,7 +160,7 @@ class FederatedRun:
 
 
 class FlowerChannel(ClientChannel):
-    """Exchanges with the clients of one round, one message per node and exchange."""
+    """The channel to the clients of one round: one message per node and action."""
 
     def __init__(self, run: FederatedRun, grid: Grid) -> None:
         self.worker, self.source, self.wire = run.worker, run.source, run.session.rounds.wire
@@ -168,7 +168,7 @@ class FlowerChannel(ClientChannel):
         self._nodes: list[int] = []
 
     def say(self, line: str) -> None:
-        """Show one line to the person who watches."""
+        """Show one line to the user."""
         self._run.session.emit(line)
 
     def on_step(self, step: int, steps: int, loss: float) -> None:
@@ -234,7 +234,7 @@ def nodes_of(grid: Grid) -> list[int]:
 
 
 def essence(reason: str) -> str:
-    """The line of an error reply that a person wants to read."""
+    """The most informative line of an error reply."""
     lines = [line.strip() for line in reason.splitlines() if line.strip()]
     telling = [line for line in lines if "Error" in line or "died" in line]
     return (telling or lines or ["unknown"])[-1][:300]

@@ -1,8 +1,8 @@
-"""What a federated method is: pure hooks over an explicit state.
+"""The interface of a federated method: pure hooks over an explicit state.
 
-A method never sees Flower, Ray, a path or a clock. `fedlora.server.session.Session` asks its hooks
-what clients start from and what comes of their updates; who carries jobs and results is the
-business of `fedlora.server.flower`. Methods of the project are in ``strategies/``.
+A method never sees Flower, Ray, a path or a clock. `fedlora.server.session.Session` calls its
+hooks for the clients' starts and for the aggregation; `fedlora.server.flower` transports jobs and
+results. Methods of the project are in ``strategies/``.
 """
 
 from abc import ABC, abstractmethod
@@ -29,32 +29,35 @@ from fedlora.core.types import (
 )
 from fedlora.wire.codec import payload_bytes
 
+StateAudit = Callable[[State], Mapping[str, float | int | str]]
+"""A check of the server's state after a round, for the round's record."""
+
 
 @dataclass(frozen=True)
 class Setup:
-    """What a method is combined with, as far as it may have to refuse it."""
+    """The parts of a configuration that a method may have to refuse."""
 
     client: LocalPlan
     wire: str = "float32"
     """Number format of payloads on the wire."""
     quantization: str = "none"
-    """Of the base model."""
+    """Quantization of the base model."""
     error_feedback: bool = False
-    """Whether clients keep what the wire rounds off."""
+    """Whether clients store the rounding error of the wire."""
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round of training gave."""
+    """The result of a round of training."""
 
     state: State
-    """Of the server after all messages, before the clients' updates are aggregated into it."""
+    """The server's state after all messages and before the aggregation."""
     results: Sequence[Update | Failure]
-    """At most one per client."""
+    """At most one result per client."""
 
 
 class ClientChannel(ABC):
-    """How a method that needs several exchanges talks to the clients of a round.
+    """The connection of a method to the clients of a round that takes several messages each.
 
     A client stays on one node for the whole round, so that it finds its state there; a node is
     never sent a second message before it has answered the first.
@@ -73,16 +76,16 @@ class ClientChannel(ABC):
 
     @abstractmethod
     def on_step(self, step: int, steps: int, loss: float) -> None:
-        """Show how far a round is whose clients take their steps together."""
+        """Show progress in a round whose clients take their steps together."""
 
     @abstractmethod
     def exchange(
         self, clients: Sequence[Client], action: str, content: Callable[[Sequence[Client]], Any]
     ) -> list[tuple[Sequence[Client], Any]]:
-        """Send every node its clients' share, and wait for all answers.
+        """Send every node the messages of its clients, and wait for all answers.
 
         Args:
-            clients: whom to ask.
+            clients: the clients to ask.
             action: of the client app: a message of type ``train.<action>``.
             content: what some of these clients are sent, a Flower ``RecordDict``.
 
@@ -104,14 +107,14 @@ class Method(ABC):
 
     ``State`` is what the server remembers between rounds: named tensors, never mutated. A
     checkpoint holds exactly this, so everything that matters to the next round must be in it.
-    ``Kept`` is what one client remembers between rounds in which it takes part, and nobody else
-    is sent.
+    ``Kept`` is what one client remembers between the rounds in which it takes part. No other client
+    receives it.
     """
 
     # --- before round 1 -----------------------------------------------------------------------
 
     technique: ClassVar[type[Technique]]
-    """What its clients train: the technique whose results it averages."""
+    """The technique of its clients, whose results it averages."""
 
     def check(self, setup: Setup) -> None:
         """Refuse a combination before anything is loaded.
@@ -144,10 +147,10 @@ class Method(ABC):
         return client
 
     def variant(self, state: State, client: Client) -> Hashable:
-        """Which enlisted clients are treated alike: those of equal variants start from the same
-        payload and have the same plan. Its ranks, unless a method says otherwise.
+        """A key: enlisted clients with equal variants start from the same payload and have the same
+        plan. The default is the client's ranks.
 
-        A method whose clients each start from something of their own returns ``client.id``.
+        A method that gives each client a start of its own returns ``client.id``.
         """
         return client.ranks
 
@@ -155,8 +158,8 @@ class Method(ABC):
     def client_start(
         self, state: State, client: Client, kept: Kept | None = None
     ) -> Payload | Adapter:
-        """What an enlisted client starts the round from: a payload, or factors in a plain mapping.
-        Equal variants must give equal ones.
+        """The start of an enlisted client: a payload, or factors in a plain mapping. Clients with
+        equal variants must get equal starts.
 
         Args:
             state: as in every hook.
@@ -165,11 +168,11 @@ class Method(ABC):
         """
 
     def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
-        """What an enlisted client does this round, given the configured plan."""
+        """The plan of an enlisted client for this round, made from the configured plan."""
         return base
 
     def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
-        """Bytes that a real client is sent before it trains, given what it knows already.
+        """The bytes that a real client receives before it trains, given what it already has.
 
         Args:
             state: as in every hook.
@@ -182,7 +185,7 @@ class Method(ABC):
     def run_round(
         self, state: State, jobs: Sequence[TrainJob], channel: ClientChannel
     ) -> RoundOutcome | None:
-        """Train a round in several exchanges with its clients (SplitLoRA).
+        """Train a round with several messages to and from its clients (SplitLoRA).
 
         Args:
             state: as in every hook; not mutated.
@@ -190,8 +193,8 @@ class Method(ABC):
             channel: to these clients.
 
         Returns:
-            What came of it; ``None``: the method has nothing of the kind, and every client is sent
-            its job in one message and trains alone.
+            The result; ``None``: the method has no such round, so every client receives its job in
+            one message and trains alone.
         """
         return None
 
@@ -209,7 +212,7 @@ class Method(ABC):
         )
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
-        """What one client adds, where `aggregate` needs no more than a weighted sum of that.
+        """One client's summand, for methods whose `aggregate` needs only a weighted sum.
 
         With ``w_k`` from `reference_weights`, ``aggregate(state, updates)`` must be
         ``absorb(state, Σ_k w_k adds_k, Σ_k w_k)`` up to rounding. A summand is the change of what
@@ -239,7 +242,7 @@ class Method(ABC):
     def kept(
         self, state: State, client: Client, before: Kept | None, start: Payload, update: Update
     ) -> Kept | None:
-        """What a client keeps for itself after a round, once its update is accepted.
+        """The state that a client keeps for itself after a round in which its update was accepted.
 
         It is stored (`fedlora.server.client_state`), never sent to another client and no traffic:
         a method whose `client_start` makes use of it leaves it out of `bytes_down`. A client that
@@ -265,14 +268,15 @@ class Method(ABC):
         """The global model's update at the given ranks; ``None``: as exactly as it is known."""
 
     def evaluated_ranks(self, state: State, client: Client) -> Ranks:
-        """At which ranks a client uses the global model: those it holds."""
+        """The ranks at which a client uses the global model: by default those that it holds."""
         return self.enlist(state, client).ranks
 
     def personal_update(
         self, state: State, client: Client, kept: Kept | None = None
     ) -> Payload | Adapter:
-        """What one client itself uses, of what it is sent and what it keeps: the global update at
-        its ranks. Clients of equal variants that keep nothing use the same.
+        """The update that one client uses itself, made from the global model and from what it
+        keeps; by default the global update at its ranks. Clients that keep nothing and have equal
+        variants use the same.
 
         Args:
             state: as in every hook.
@@ -282,13 +286,23 @@ class Method(ABC):
         return self.global_update(state, self.evaluated_ranks(state, client))
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
-        """By what the method weights its clients: the average against which the exactness gap is
-        measured. Methods with a choice of weights override this."""
+        """The weights ``w_k`` of the clients in the method's average, not normalized.
+
+        `fedlora.server.combine` sums with them what clients add, and the exactness gap is measured
+        against the average with them. Methods with a choice of weights override this.
+        """
         return [float(u.num_examples) for u in updates]
 
     def report(self, state: State) -> Mapping[str, float | int | str]:
-        """What the method has to say of its state after a round, for the round's record."""
+        """Metrics of the method's state after a round, for the round's record."""
         return {}
+
+    def state_audit(self) -> StateAudit | None:
+        """A check that remembers earlier rounds, which a pure hook cannot; ``None``: no check.
+
+        Every run makes its own and calls it after each round. A resumed run begins a new one.
+        """
+        return None
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state whose global update is this dense one, as nearly as the method can hold it.

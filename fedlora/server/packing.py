@@ -1,4 +1,4 @@
-"""Jobs into messages of even work."""
+"""Splits a round's jobs into messages of equal work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from fedlora.population.sampling import deal
 J = TypeVar("J")
 
 MOST_PER_MESSAGE = 256
-"""Clients in one message, unless asked otherwise. A worker and the server hold a reply in memory
-whole (half a MiB per client of the default run, tens for larger models), progress is seen by
-replies alone, and a process that dies loses a whole message: with all clients of a large population
-in one round, a worker's part of the round would be too much of all three."""
+"""Clients in one message, unless asked otherwise. A worker and the server hold a whole reply in
+memory (half a MiB per client in the default run, tens of MiB for larger models), progress is shown
+per reply, and a process that dies loses a whole message. A large population in one round would
+otherwise make messages too large for all three."""
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How many messages a round's jobs are cut into."""
+    """Decides into how many messages a round's jobs are split."""
 
     workers: int
     """Processes that work at once, as far as the server knows."""
     messages_per_worker: int = 4
-    """Into how many messages a worker's part of a round is cut: as the engine likes it."""
+    """Messages into which a worker's part of a round is split; the engine's preference."""
     clients_per_message: int = 0
-    """Most clients in one message; 0: as many as the engine likes, up to `MOST_PER_MESSAGE`."""
+    """Most clients in one message; 0: the engine's preference, up to `MOST_PER_MESSAGE`."""
 
     @property
     def most(self) -> int:
@@ -32,7 +32,7 @@ class Packing:
         return self.clients_per_message or MOST_PER_MESSAGE
 
     def count(self, jobs: int) -> int:
-        """Into how many messages so many jobs go."""
+        """The number of messages for this number of jobs."""
         needed = -(-jobs // self.most)
         if self.clients_per_message:
             return needed
@@ -45,6 +45,6 @@ class Packing:
 
     def evaluation(self, jobs: Sequence[J], weights: Sequence[float]) -> list[list[J]]:
         """Evaluation jobs by message. Fewer messages than in training: the full adapter can be as
-        large as the model, and what comes back are a few numbers per client."""
+        large as the model, and a reply holds only a few scalars per client."""
         hands = deal(weights, min(2 * self.workers, self.count(len(jobs))))
         return [[jobs[i] for i in hand] for hand in hands]

@@ -10,7 +10,8 @@ the arrays are named as PEFT names them, so that a client's ``get_peft_model_sta
 
 A client trains at whatever rank it can hold, up to that of the initial arrays. Until it has
 answered once it is sent the largest; from then on it is sent the rank of its last answer. The nodes
-of the first round are the clients of the run.
+of the first round are the clients of the run. How many examples a node holds is known from its
+answers alone, so its weight is what it claims.
 `fedlora.server.flower.FederatedRun` is the other driver of the same hooks: there a node is a slot
 that serves many virtual clients.
 """
@@ -58,9 +59,9 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 ALPHA = "lora_alpha"
-"""Of the train config: LoRA's alpha, without which factors say nothing of the update."""
+"""Key of the train config: LoRA's alpha, needed to compute an update from its factors."""
 EXAMPLES = "num-examples"
-"""Of a reply's metrics, as Flower's own averages have it."""
+"""Key of a reply's metrics, as in Flower's own strategies."""
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 
 
@@ -99,19 +100,19 @@ def from_arrays(arrays: ArrayRecord, alpha: float) -> dict[str, Factors]:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a node was sent in this round."""
+    """The client and the start that were sent to a node in this round."""
 
     client: Client
     start: Payload
 
 
 class PlainFlower(Strategy):
-    """A Flower strategy that asks a method's hooks what to send and how to average.
+    """A Flower strategy that calls a method's hooks for starts and for averages.
 
     Args:
         method: one that trains LoRA's factors.
-        seed: of whatever the method draws (the first A, for one).
-        min_nodes: nodes without whose answer a round fails.
+        seed: seed of the method's random values, such as the first A.
+        min_nodes: number of accepted answers below which a round fails.
         max_update_norm: bound on the change of the effective weights, Frobenius; 0: none.
     """
 
@@ -126,7 +127,7 @@ class PlainFlower(Strategy):
         self._largest = Ranks({})
         self._plan = LocalPlan()
         self._clients: dict[int, Client] = {}
-        """By node id; ids count up in the order of the node ids."""
+        """Clients by node id; client ids follow the order of the node ids."""
         self._asked: dict[int, _Asked] = {}
 
     def summary(self) -> None:
@@ -167,7 +168,7 @@ class PlainFlower(Strategy):
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
-                updates[node] = self._accepted(node, reply)
+                updates[node] = self._accept(node, reply)
             except (ValueError, KeyError) as error:
                 refused.append(f"node {node}: {error}")
                 log.warning("round %d: %s", server_round, refused[-1])
@@ -264,7 +265,7 @@ class PlainFlower(Strategy):
         update = self.method.global_update(self.state, ranks)
         return self._factors(self._plan.technique.payload(update))
 
-    def _accepted(self, node: int, reply: Message) -> Update:
+    def _accept(self, node: int, reply: Message) -> Update:
         """A reply as an update that may be averaged.
 
         Raises:
@@ -316,7 +317,7 @@ def _only(records: Mapping[str, R], what: str) -> R:
 
 
 def _metrics(reply: Message) -> tuple[dict[str, float], int]:
-    """A reply's numbers and how many examples they are of.
+    """A reply's metrics and the number of examples behind them.
 
     Raises:
         ValueError: for an error reply, or one without a whole number of examples.

@@ -1,4 +1,4 @@
-"""What happens to the changes of a round's clients between accepted and averaged.
+"""Postprocessors: they act on the clients' changes after acceptance and before averaging.
 
 A postprocessor acts on summands (`fedlora.algebra.summand`), whatever the method and its ranks are:
 on each client's before they are summed, and on the sum. One class, one file under
@@ -14,7 +14,7 @@ from fedlora.core.types import Client
 
 @dataclass(frozen=True)
 class Moment:
-    """When a postprocessor acts; random numbers are drawn from nothing else."""
+    """The seed and round of a postprocessor's action: its only source of randomness."""
 
     seed: int
     """Of the run."""
@@ -27,17 +27,17 @@ class Postprocessor:
     """Does nothing. Pure: its inputs are never changed."""
 
     def each(self, summands: Summands, client: Client, now: Moment) -> Summands:
-        """What goes into the sum in place of one client's change.
+        """The summand that replaces one client's change.
 
         Args:
             summands: the client's change, before it is weighted.
-            client: whose it is.
+            client: the client that made it.
             now: seed and round.
         """
         return summands
 
     def whole(self, total: Summands, weight: float, now: Moment) -> Summands:
-        """What the method absorbs in place of the weighted sum.
+        """The sum that replaces the weighted sum before the method absorbs it.
 
         Args:
             total: ``Σ_k w_k x_k``.
@@ -51,13 +51,13 @@ class Postprocessor:
 class Bound(Postprocessor):
     """Shortens changes that are too long: ``x ← x min(1, C / ||x||)``.
 
-    The norm is that of all modules together. No client moves the average by more than ``C`` times
-    its share, and nobody is rejected (`max_update_norm` rejects). Sun et al., "Can You Really
-    Backdoor Federated Learning?", arXiv:1911.07963.
+    The norm is taken over all modules together. No client moves the average by more than ``C``
+    times its weight, and no client is rejected (`max_update_norm` rejects). Sun et al., "Can You
+    Really Backdoor Federated Learning?", arXiv:1911.07963.
     """
 
     norm: float = 1.0
-    """``C``, in the units of what the method sums: of products the change of the weights."""
+    """``C``, in the units of the method's summands (for products: the change of the weights)."""
 
     def __post_init__(self) -> None:
         at_least("postprocess.bound.norm", self.norm, 0, strict=True)

@@ -1,4 +1,4 @@
-"""What a round's record says of its training: losses, speed, engines, and what averaging kept."""
+"""The training metrics of a round: losses, speed, engines, and the exactness of the average."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -21,12 +21,12 @@ from fedlora.server.method import Method
 def training_record(
     round: int, updates: Sequence[Update], failures: Sequence[Failure], seconds: float
 ) -> dict[str, float | int | str]:
-    """Who trained, losses as means over tokens, and speed.
+    """Numbers of clients, losses as means over tokens, and speed.
 
     Args:
         round: counted from 1.
         updates: accepted.
-        failures: everybody else of the cohort.
+        failures: all other clients of the cohort.
         seconds: from the first message to the last reply.
     """
     rejected = sum(f.kind == "RejectedUpdate" for f in failures)
@@ -53,7 +53,7 @@ def training_record(
 
 
 def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, float | int | str]:
-    """What trained: the engines' notes, and the share of clients that trained with others."""
+    """The engines' notes, and the fraction of clients that were trained together with others."""
     record: dict[str, float | int | str] = {}
     if said := sorted(notes):
         record["engine"] = "; ".join(said)
@@ -66,18 +66,18 @@ def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, 
 def diagnosis(
     method: Method, state: State, setting: Setting, updates: Sequence[Update]
 ) -> Mapping[str, float]:
-    """What the aggregation kept and lost, where updates are low-rank factors.
+    """How exact the aggregation was, for updates that are low-rank factors.
 
     Args:
         method: whose state it is.
         state: after the aggregation.
         setting: for the population's rank patterns.
-        updates: that were aggregated; at least one.
+        updates: the aggregated updates, at least one.
     """
     adapter = plain_factors(method.technique.payload(method.global_update(state)))
     if adapter is None or plain_factors(updates[0].payload) is None:
         return {}
-    # A split client sends what it holds of the model; what all have sent can be compared.
+    # A split client sends only the blocks that it holds: compare modules that all clients sent.
     sent = [p for p in adapter if all(p in u.adapter for u in updates)]
     if not sent:
         return {}

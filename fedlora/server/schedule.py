@@ -14,12 +14,12 @@ class EvaluationSchedule:
     every: int = 1
     """Rounds between evaluations; the last round is always evaluated; 0: never."""
     first: bool = True
-    """Also before round 1."""
+    """Whether to evaluate before round 1 too."""
     groups: tuple[str, ...] = ("unseen_random",)
-    """Of ``seen``, ``unseen_random``, ``unseen_task`` (fixed panels) and ``participants`` (those
-    who will train next, as the FlexLoRA code evaluates)."""
+    """Any of ``seen``, ``unseen_random``, ``unseen_task`` (fixed panels) and ``participants`` (the
+    clients of the next round, as the FlexLoRA code evaluates)."""
     clients: int = 20
-    """Panel size per group; 0: everybody."""
+    """Panel size per group; 0: all clients."""
     adapters: tuple[str, ...] = ("full",)
     """``full``: the global update as exactly as it is known (for FlexLoRA the whole W: large for
     large models); ``largest``: at the population's largest ranks; ``own``: at the client's."""
@@ -49,7 +49,7 @@ class EvaluationSchedule:
 
 @dataclass(frozen=True)
 class Rounds:
-    """How long a run lasts, and when it must stop instead."""
+    """The length of a run, its wire format, and when it stops early."""
 
     rounds: int = 3
     lr_decay: float = 1.0
@@ -57,10 +57,10 @@ class Rounds:
     lr_decay_round: int = 0
     """0: never. The FlexLoRA code halves it after round 15."""
     min_success: float = 0.5
-    """Share of a round's clients that must succeed, or the run stops."""
+    """Fraction of a round's clients that must succeed; otherwise the run stops."""
     min_clients: int = 1
     max_update_norm: float = 0.0
-    """Updates that move further than this (Frobenius) are rejected; 0: no bound."""
+    """Updates with a larger change (Frobenius norm) are rejected; 0: no bound."""
     clients_per_message: int = 0
     """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
     a worker's share of the round), and no more than `fedlora.server.packing.MOST_PER_MESSAGE`."""
@@ -68,14 +68,15 @@ class Rounds:
     """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``. Clients'
     replies in bfloat16 are changes of what they started from (`fedlora.wire.change`)."""
     error_feedback: bool = False
-    """What bfloat16 rounds off a client's reply is kept for it and added to its next one."""
+    """Whether the rounding error of a client's bfloat16 reply is stored and added to its next
+    reply."""
     timeout_s: float = 3600.0
     """Seconds that a round waits for its slowest client."""
     keep: int = 3
     """Checkpoints kept."""
     threads: int = 1
-    """Intra-op threads of the server's linear algebra. More are faster on large layers; another
-    number gives other last bits, which is why it does not follow the machine."""
+    """Intra-op threads of the server's linear algebra. More are faster on large layers; the
+    last bits of results depend on it, so it does not follow the machine."""
 
     def __post_init__(self) -> None:
         at_least("rounds", self.rounds, 1)

@@ -53,13 +53,13 @@ from fedlora.wire.codec import Glance
 log = logging.getLogger(__name__)
 
 CLIENT_STATE = "client_state"
-"""Where a checkpoint lists what clients keep, and the folder that holds it."""
+"""The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
 
 
 @dataclass
 class Session:
-    """The state of a run and everything that happens to it between messages."""
+    """The state of a run, and all steps of a run except the transport of messages."""
 
     method: Method
     setting: Setting
@@ -73,12 +73,12 @@ class Session:
     """The run folder; checkpoints go to its ``checkpoints/``."""
     tracker: Tracker
     messages_per_worker: int = 4
-    """Into how many messages a worker's part of a round is cut: as the engine likes it."""
+    """Messages into which a worker's part of a round is split; the engine's preference."""
     config_hash: str = ""
     audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
-    """Looks at the global model after every round, for its record."""
+    """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
-    """What happens to clients' changes between accepted and averaged; none: nothing does."""
+    """Applied to accepted changes before they are averaged; empty: none."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -92,14 +92,16 @@ class Session:
         self._packing = Packing(
             self.workers, self.messages_per_worker, self.rounds.clients_per_message
         )
+        self._state_audit = self.method.state_audit()
         self._current: TrainingRound | None = None
-        self._said: set[str] = set()  # engines' notes that whoever watches has read
-        self._notes: set[str] = set()  # of the phase under way
+        self._said: set[str] = set()  # engines' notes that have been shown
+        self._notes: set[str] = set()  # notes of the current phase
 
     # --- resuming -----------------------------------------------------------------------------
 
     def resume(self) -> int:
-        """Go on after the newest intact checkpoint of the run folder; the number of rounds done.
+        """Continue after the newest intact checkpoint of the run folder; returns the completed
+        rounds.
 
         Raises:
             RunError: if that checkpoint was written under another configuration.
@@ -120,20 +122,20 @@ class Session:
         return self.done
 
     def evaluation_missing(self) -> bool:
-        """Whether the round that the run stands at still wants its evaluation: at the start, or
-        when a run was killed after a checkpoint and before what it had to say about it."""
+        """Whether the last completed round still needs its evaluation: at the start, or when a run
+        was killed between a checkpoint and its evaluation."""
         due = self.schedule.due(self.done, self.rounds.rounds)
         panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
-        return due and bool(panels - self._evaluated(self.done))
+        return due and bool(panels - self._evaluated_pairs(self.done))
 
-    def _evaluated(self, round: int) -> set[tuple[str, str]]:
-        """What metrics.jsonl already says about a round: (group, adapter)."""
+    def _evaluated_pairs(self, round: int) -> set[tuple[str, str]]:
+        """The (group, adapter) pairs of a round that metrics.jsonl already holds."""
         records = read_jsonl(self.folder / "metrics.jsonl")
         mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
         return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
 
     def safe(self) -> str:
-        """What a run that stops here has kept, for messages."""
+        """A sentence about the completed rounds, for messages."""
         if not self.done:
             return "No round was complete yet"
         return f"The first {self.done} rounds are safe in {self.folder}"
@@ -146,7 +148,7 @@ class Session:
         self._progress = RoundProgress(clients, label, emit=self.emit)
 
     def on_reply(self, reply: Glance) -> None:
-        """Show progress when a reply arrives, and what an engine says of itself if it is new."""
+        """Show progress when a reply arrives, and the engine's notes that are new."""
         for note in reply.notes:
             if note not in self._said:
                 self.emit(f"engine: {note}")
@@ -178,12 +180,12 @@ class Session:
     def finish_training(self, results: Iterable[Update | Failure], state: State) -> Record:
         """Validate and aggregate a round's results, write the records and the checkpoint.
 
-        Clients of whom nothing came count as failed.
+        Clients without a reply count as failed.
 
         Args:
-            results: of the round's clients.
-            state: into which they are aggregated: that of the round's start, or what exchanges
-                have made of it (`fedlora.server.method.RoundOutcome`).
+            results: the results of the round's clients.
+            state: the state into which they are aggregated: that of the round's start, or the one
+                that a split round returned (`fedlora.server.method.RoundOutcome`).
 
         Raises:
             RunError: if too few clients succeeded. Completed rounds stay on disk.
@@ -209,12 +211,12 @@ class Session:
         return record
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
-        """What is to be said of a round whose updates are aggregated.
+        """The record of a round whose updates are aggregated.
 
         Args:
             current: the round.
-            replies: what came of it.
-            arrived: when, of the monotonic clock.
+            replies: its results.
+            arrived: time of the last reply on the monotonic clock, in seconds.
         """
         seconds, updates = time.monotonic() - arrived, replies.updates
         training = arrived - current.started
@@ -225,6 +227,8 @@ class Session:
         record["round/aggregate_seconds"] = seconds
         record |= diagnosis(self.method, self.state, self.setting, updates)
         record |= self.method.report(self.state)
+        if self._state_audit is not None:
+            record |= self._state_audit(self.state)
         if self.audit is not None:
             record |= self.audit(self.global_payload())
         record["state/hash"] = checkpoint.state_hash(self.state)[:12]
@@ -232,10 +236,10 @@ class Session:
         return record
 
     def _checkpoint(self, current: TrainingRound, record: Record) -> None:
-        """Write down that a round is complete.
+        """Write the record and the checkpoint of a completed round.
 
-        The record comes before the checkpoint: if a kill comes between, resuming drops it and
-        repeats the round; the other way round it would be lost.
+        The record is written first. If the process is killed in between, the resumed run drops the
+        record and repeats the round. In the other order the record would be lost.
         """
         self.tracker.round(record)
         folder, index = self.folder / "checkpoints", self.client_store.index()
@@ -255,15 +259,15 @@ class Session:
     # --- evaluation ---------------------------------------------------------------------------
 
     def global_payload(self, ranks: Ranks | None = None) -> Payload:
-        """The global model's update (`Method.global_update`) as what travels."""
+        """The global model's update (`Method.global_update`) as a payload."""
         return self.method.technique.payload(self.method.global_update(self.state, ranks))
 
     def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
-        """Tagged batches of evaluation jobs after this round; empty where none is due."""
+        """Tagged batches of evaluation jobs after this round; empty if no evaluation is due."""
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        evaluated = self._evaluated(round)
+        evaluated = self._evaluated_pairs(round)
         for group in self.schedule.groups:
             for adapter in self.schedule.adapters:
                 if (group, adapter) in evaluated:

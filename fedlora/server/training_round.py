@@ -1,4 +1,4 @@
-"""One round of training: who does what from what, which replies are accepted, what is recorded."""
+"""One round of training: its jobs, the acceptance of replies, and its record."""
 
 import logging
 import time
@@ -24,15 +24,15 @@ class TrainingRound:
 
     round: int
     jobs: Mapping[int, TrainJob]
-    """By client id."""
+    """Jobs by client id."""
     account: ByteAccount
     started: float
-    """Of the monotonic clock, seconds."""
+    """Start of the round in seconds of the monotonic clock."""
 
 
 @dataclass(frozen=True)
 class Replies:
-    """What came of a round, sorted by client id."""
+    """The replies of a round, sorted by client id."""
 
     by_client: Mapping[int, Update | Failure]
     """One per job, as it arrived."""
@@ -52,12 +52,12 @@ def training_jobs(
     round: int,
     kept: Callable[[int], Kept | None] = lambda _: None,
 ) -> list[TrainJob]:
-    """What each client of a round is given.
+    """The jobs of a round, one per client.
 
     Clients of one variant that keep nothing share start and plan.
 
     Args:
-        method: whose hooks are asked.
+        method: its hooks are called.
         state: at the start of the round.
         clients: as they stand in the population; they are enlisted here.
         plan: of the configuration, for this round.
@@ -77,14 +77,14 @@ def training_jobs(
 
 
 def variant_key(method: Method, state: State, client: Client, kept: Kept | None) -> Hashable:
-    """What enlisted clients have in common that share a payload: their variant, unless a client
-    keeps something of its own."""
+    """The key under which enlisted clients share a payload: the variant, and the client's id if the
+    client keeps something of its own."""
     variant = method.variant(state, client)
     return (variant, None if kept is None else client.id)
 
 
 def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJob]:
-    """The jobs with what the wire has withheld of their clients' replies, for error feedback."""
+    """The jobs with the rounding errors of their clients' earlier replies, for error feedback."""
     return [replace(job, residual=store.get(job.client.id, WIRE) or {}) for job in jobs]
 
 
@@ -99,7 +99,7 @@ def begin(
 def collect(
     current: TrainingRound, results: Iterable[Update | Failure]
 ) -> dict[int, Update | Failure]:
-    """One result for each job, by client id; clients of whom nothing came have failed."""
+    """One result for each job, by client id; clients without a reply have failed."""
     found = {r.client.id: r for r in results}
     return {
         i: found[i] if i in found else Failure(job.client, "NoReply", "no reply came")
@@ -113,7 +113,7 @@ def validate(
     rounds: Rounds,
     setting: Setting,
 ) -> Replies:
-    """Which updates are accepted; a rejected one is a failure."""
+    """Check every update; a rejected update becomes a failure."""
     updates, failures = [], []
     for i, result in by_client.items():
         job = current.jobs[i]
@@ -157,8 +157,8 @@ def require_enough(
 
     Args:
         current: the round.
-        replies: what came of it.
-        rounds: says how many must succeed.
+        replies: its results.
+        rounds: how many clients must succeed.
         emit: shows one line.
         safe: what a run that stops here has kept, for the message.
 
@@ -189,15 +189,15 @@ def require_enough(
 def stage_kept(
     method: Method, state: State, current: TrainingRound, replies: Replies, store: ClientStore
 ) -> None:
-    """Hand over what accepted clients keep, for the method and of what the wire rounded off; all
-    others keep what they had.
+    """Stage what accepted clients keep: the method's client state and the rounding error of the
+    wire. All other clients keep what they had.
 
     Args:
-        method: whose `kept` is asked.
-        state: from which the round began.
+        method: its `kept` is called.
+        state: the state at the start of the round.
         current: the round.
-        replies: what came of it.
-        store: takes it, to be written at the end of the round.
+        replies: its results.
+        store: writes them at the end of the round.
     """
     for update in replies.updates:
         job = current.jobs[update.client.id]

@@ -1,4 +1,4 @@
-"""What the server checks before it lets an update into the average. Nothing is repaired."""
+"""Checks of an update before it is averaged. Nothing is repaired."""
 
 import math
 
@@ -10,13 +10,14 @@ from fedlora.core.types import Client, Expected, Update
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
-    """Refuse an update that is not what was asked for, is not finite or went too far.
+    """Refuse an update that does not fit its job, is not finite or changes the weights too much.
 
     Args:
-        update: what arrived.
-        expected: what was asked for.
+        update: the received update.
+        expected: the job that it must fit.
         max_norm: bound on the Frobenius norm of the change of the effective weights,
-            ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound.
+            ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound. A payload that
+            scales its weights (SPP) measures the change of the scale.
 
     Raises:
         RejectedUpdate: naming the client, the first thing wrong, and what was expected.
@@ -28,6 +29,7 @@ def check_update(update: Update, expected: Expected, max_norm: float) -> None:
         or payload.check(update.client, expected)
         or _wrong_dtype(payload)
         or not_finite(payload)
+        or _wrong_metrics(update)
     )
     if not reason and max_norm:
         norm = payload.change_norm(expected.start)
@@ -64,9 +66,17 @@ def _wrong_sender(update: Update, expected: Client) -> str:
 
 
 def _wrong_type(payload: Payload, expected: Expected) -> str:
-    """A client names the class of what it sends, which must be the one that is due."""
+    """Compare the class of a payload with the class that the technique sends."""
     due = expected.plan.technique.sends(expected.start)
     return "" if type(payload) is due else mismatch(type(payload), due)
+
+
+def _wrong_metrics(update: Update) -> str:
+    """Find the first metric that is not a finite number: records and byte counts sum metrics."""
+    for name, value in update.metrics.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return f"its metric {name} is {value!r}, expected a finite number"
+    return ""
 
 
 def _wrong_dtype(payload: Payload) -> str:

@@ -1,7 +1,7 @@
-"""Which examples a client's step holds, and how they cross a cut: rows of tokens without padding.
+"""The examples of a client's step, and how they cross a cut: rows of tokens without padding.
 
-A client of a split goes through its data epoch by epoch across rounds, so its steps are counted
-from its first one: step ``t`` is step ``t`` of an unsplit client whose only round is as long
+A client of a split continues through its epochs across rounds, so its steps are counted from its
+first one: step ``t`` is step ``t`` of an unsplit client whose only round is as long
 (`fedlora.data.batches.step_indices` with ``round=1``), with the same dropout masks.
 
 The example in this module is a step of two rows of 3 and 2 input tokens. In a padded batch they are
@@ -46,7 +46,7 @@ ROUND = 1
 
 @dataclass(frozen=True)
 class Shape:
-    """How many tokens each row of a step has: all that a stage in the middle needs to know."""
+    """The number of tokens of each row of a step. A stage in the middle needs nothing else."""
 
     lengths: tuple[int, ...]
     """Input positions of each row."""
@@ -82,7 +82,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a loss needs: the tokens that follow each row's supervised positions."""
+    """The targets of a loss: the tokens that follow each row's supervised positions."""
 
     first: tuple[int, ...]
     """First supervised position of each row; all later ones have a loss too."""
@@ -123,7 +123,7 @@ class Step:
 
 
 def step_of(examples: Sequence[TokenExample], indices: Sequence[int], plan: LocalPlan) -> Step:
-    """Some examples as a padded batch and as what crosses the cut."""
+    """Examples as a padded batch, with the shape and labels that cross the cut."""
     chosen = [examples[i] for i in indices]
     lengths = tuple(max(0, len(e.input_ids) - 1) for e in chosen)
     first = tuple(first_target(e, plan.loss) - 1 for e in chosen)

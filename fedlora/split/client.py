@@ -1,5 +1,5 @@
-"""A client of a split: it holds the first blocks (with a U-shape also the last), its adapters there
-and its data, and trains on the gradients that come back across the cut.
+"""A client of a split: it holds the first blocks (with a U-shape also the last), their adapters and
+its data, and trains on the gradients that it receives across the cut.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
-from fedlora.split.loss import summed_loss
+from fedlora.split.loss import sum_loss
 from fedlora.split.protocol import Cut, Down, InitMessage, Up
 from fedlora.split.trainable import TrainableStage
 from fedlora.techniques.lora.layer import LowRank
@@ -28,7 +28,8 @@ class _Pending:
 
     step: int
     packed: Tensor | None
-    """``[tokens, d]`` with its graph: what was sent, before the wire rounded it. None: not here."""
+    """``[tokens, d]`` with its graph: the activations before the wire rounded them. None: another
+    process has them."""
 
 
 class SplitClient:
@@ -36,8 +37,8 @@ class SplitClient:
 
     Args:
         stages: of the resident model.
-        examples: what it trains on.
-        init: what it begins the round with.
+        examples: its training examples.
+        init: its start of the round.
 
     Raises:
         ModelError: if the cut does not lie inside the model.
@@ -61,11 +62,11 @@ class SplitClient:
         self._pending: _Pending | None = None
 
     def receive(self, down: Down) -> Up:
-        """One exchange.
+        """Do one exchange.
 
         Raises:
-            ValueError: if a gradient belongs to another step than the one that waits for it, or
-                activations are not finite.
+            ValueError: if a gradient does not belong to the step that waits for one, or activations
+                are not finite.
         """
         grad_norm = self._learn(down)
         if down.adapter is not None:
@@ -90,15 +91,16 @@ class SplitClient:
         return Up(down.step, grad_norm=grad_norm, **sent)  # type: ignore[arg-type]
 
     def grads(self) -> dict[str, Tensor]:
-        """What a U-shape's tail has left for the optimizer step to come, by buffer. With adapters
-        and optimizer state, all that another process needs to go on (`resume`)."""
+        """Gradients from a U-shape's tail that wait for the next optimizer step, by buffer. With
+        adapters and optimizer state, another process can continue from them (`resume`)."""
         return {f"{i}": g.clone() for i, g in enumerate(self.trainable.flat.grads)}
 
     def resume(self, step: int, grads: Mapping[str, Tensor], *, forward: bool) -> None:
-        """Go on where another process stopped.
+        """Continue where another process stopped.
 
-        A pending forward is computed again: its masks are functions of the step, so the graph is
-        the one that was lost, bit for bit. Without ``forward`` only its tail is still to come.
+        With ``forward`` a pending forward pass is computed again. Its masks are functions of the
+        step, so it is bitwise identical to the one that was lost. Without it, only the tail of the
+        step is still to be computed.
         """
         if forward:
             self._forward(step, self._step(step))
@@ -108,7 +110,12 @@ class SplitClient:
             self.trainable.flat.grads[int(i)].copy_(saved)
 
     def ready(self, step: int, *, graph: bool) -> bool:
-        """Whether a step waits here for its tail or its gradient, the latter with its graph."""
+        """Whether a step waits in this process for its tail or its gradient.
+
+        Args:
+            step: the step.
+            graph: whether the graph of its forward pass is needed, as for a gradient.
+        """
         here = self._pending
         return here is not None and here.step == step and not (graph and here.packed is None)
 
@@ -121,7 +128,7 @@ class SplitClient:
         return step_of(self.examples, self._order[step], self.init.plan)
 
     def _learn(self, down: Down) -> float:
-        """Backward and optimizer step; what no gradient comes for is dropped."""
+        """Backward pass and optimizer step; a forward pass without a gradient is dropped."""
         if down.middle is not None:
             return 0.0
         pending, self._pending = self._pending, None
@@ -137,14 +144,15 @@ class SplitClient:
             gradient = self.init.terms.gradients.decode(down.gradient)
             if gradient.shape != pending.packed.shape:
                 raise ValueError(
-                    f"client {self.init.client.id} sent {list(pending.packed.shape)} numbers "
-                    f"up and was sent a gradient of {list(gradient.shape)}"
+                    f"client {self.init.client.id} sent activations of shape "
+                    f"{list(pending.packed.shape)} and received a gradient of shape "
+                    f"{list(gradient.shape)}"
                 )
             pending.packed.backward(gradient.to(pending.packed))
         return float(self.trainable.step(down.rate))
 
     def _forward(self, number: int, step: Step) -> Parts:
-        """Activations at the cut, as they go on the wire."""
+        """Activations at the cut, encoded for the wire."""
         terms, device = self.init.terms, self.model.device
         self.trainable.zero_grad()
         batch = step.batch.to(device)
@@ -154,6 +162,8 @@ class SplitClient:
                 hidden = self.head.hidden(batch.inputs)
         finally:
             self.head.mount({})
+
+        # Without padding, [tokens, d]; noise is part of the graph, rounding by the wire is not.
         packed = pack(hidden, step.shape)
         if terms.noise.clip:
             packed = terms.noise(packed, self._generator("noise", number))
@@ -161,7 +171,7 @@ class SplitClient:
         return terms.activations.encode(packed.detach(), self._generator("wire", number))
 
     def _finish(self, number: int, middle: Parts) -> Up:
-        """The tail of a U-shape: loss and its gradient, of the client's own mean over tokens."""
+        """The tail of a U-shape: the client's mean loss over tokens, and its gradient."""
         assert self.tail is not None
         if self._pending is None or self._pending.step != number:
             raise ValueError(
@@ -177,7 +187,7 @@ class SplitClient:
                 logits = self.tail.logits(pad(z, shape), positions)
         finally:
             self.tail.mount({})
-        loss = summed_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
+        loss = sum_loss(logits, step.batch.targets.to(logits.device), terms.smoothing)
         (loss.total / step.batch.tokens).backward()
         assert z.grad is not None
         sent = terms.gradients.encode(z.grad, self._generator("tail", number))
@@ -193,7 +203,7 @@ class SplitClient:
                 self.trainable.updates[path].bits = bits[path]
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
-        """For whatever a client adds at random to one step."""
+        """A generator for the random numbers that a client uses in one step."""
         who = self.init
         seed = torch_seed(who.terms.seed, f"split {purpose}", who.client.id, step)
         return torch.Generator(self.model.device).manual_seed(seed)
@@ -214,7 +224,7 @@ def client_stages(stages: Stages, cut: Cut) -> tuple[Stage, Stage | None]:
 
 
 def trainable_of(stages: Stages, init: InitMessage) -> TrainableStage:
-    """What a client trains.
+    """The adapters that a client trains, with their optimizer.
 
     Raises:
         ValueError: if its adapters are not those of its blocks.

@@ -1,14 +1,14 @@
 """Exchanges of a split as the content of Flower messages, and clients as Flower's node state.
 
-One message holds what every client on one node is sent (`Down`), or answers (`Up`). Layout of
-both, and of a node's state:
+One message holds the messages to all clients on one node (`Down`), or their answers (`Up`). Layout
+of both, and of a node's state:
 
     split   ConfigRecord  header (JSON): one entry per client; worker, source, wire in a request
     arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters,
             optimizer state
 
-Activations and gradients are the arrays that `fedlora.split.compression` made, so both transports
-carry the same bits.
+Activations and gradients are the arrays of `fedlora.split.compression`, so the values of both
+transports are bitwise identical.
 """
 
 import functools
@@ -48,7 +48,7 @@ Answer = Up | Failure
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker finds in a message."""
+    """The content of a message to a worker."""
 
     worker: str
     source: str
@@ -56,7 +56,7 @@ class Request:
     """Number format of adapters."""
     downs: Mapping[int, Down]
     inits: Mapping[int, InitMessage]
-    """Of clients that begin with this exchange."""
+    """Messages to clients that begin the round with this exchange."""
 
 
 def encode_downs(
@@ -67,11 +67,11 @@ def encode_downs(
     source: str,
     wire: str,
 ) -> RecordDict:
-    """What a node's clients are sent in one exchange.
+    """Encode the messages to a node's clients in one exchange.
 
     Args:
         downs: by client.
-        inits: of those that begin the round with this exchange.
+        inits: for clients that begin the round with this exchange.
         worker, source, wire: as in `fedlora.wire.codec.encode_jobs`.
     """
     arrays: Arrays = {}
@@ -100,7 +100,7 @@ def decode_downs(content: RecordDict) -> Request:
 
 
 def encode_ups(answers: Mapping[int, Answer], *, wire: str) -> RecordDict:
-    """What a node's clients answer."""
+    """Encode the answers of a node's clients."""
     arrays: Arrays = {}
     return _content({str(i): _up_header(i, a, arrays, wire) for i, a in answers.items()}, arrays)
 

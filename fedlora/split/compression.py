@@ -1,21 +1,21 @@
-"""How activations and gradients travel across the cut: rows of numbers as NumPy arrays.
+"""Number formats of activations and gradients across the cut: rows of scalars as NumPy arrays.
 
-A wire takes the rows ``x [tokens, d]`` of a detached tensor and gives arrays that a Flower message
-holds; what comes back is float32 (float64 for ``fp64``). Both sides go on with the tensor that was
-received as if it had been sent: nothing here is differentiated.
+A wire takes the rows ``x [tokens, d]`` of a detached tensor and returns arrays for a Flower
+message. Decoding them gives float32 (float64 for ``fp64``). Both sides continue with the decoded
+tensor; gradients do not pass through this module.
 
-    fp32, fp64  the numbers as they are
+    fp32, fp64  the scalars as they are
     bf16        rounded to bfloat16; NumPy has none, so the bits travel as uint16
     fp16        rounded to float16 after each row is scaled by a power of two, whose exponent
-                travels too: float16 loses bits below 6e-5, where gradients of a large batch lie
-    int8        q = round(x / s), s = max|x| / 127 over ``group`` neighbouring numbers of a row; the
-                ``keep`` largest numbers of a row can be left out of that and travel as float32,
-                because a few channels of a transformer are far larger than all others
-    topk        the ``k`` largest numbers of a row, as fp16, with their positions; the rest is zero
+                is sent too: float16 loses bits below 6e-5, where gradients of a large batch lie
+    int8        q = round(x / s), s = max|x| / 127 over ``group`` neighbouring scalars of a row; the
+                ``keep`` largest scalars of a row can be excluded and sent as float32, because a
+                few channels of a transformer are far larger than all others
+    topk        the ``k`` largest scalars of a row, as fp16, with their positions; the rest is zero
 
-Every kind but fp64 is applied to float32. Decoding what was sent and sending it again changes
-nothing, except that ``keep`` may choose another one of two numbers of exactly the same size.
-A number that is not finite, or too large for the wire, is refused on both sides.
+All kinds except fp64 are applied to float32. Encoding a decoded tensor again changes nothing,
+except that ``keep`` may choose the other one of two scalars of equal size. Both sides refuse a
+scalar that is not finite or too large for the wire.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ from torch import Tensor
 from fedlora.core.checks import at_least, one_of
 
 Parts: TypeAlias = dict[str, NDArray[Any]]
-"""What travels, by name."""
+"""The arrays that are sent, by name."""
 
 KINDS = ("fp32", "fp64", "fp16", "bf16", "int8", "topk")
 LEVELS = 127
@@ -47,13 +47,13 @@ class Wire:
     kind: str = "fp32"
     """``fp32``, ``fp64``, ``fp16``, ``bf16``, ``int8`` or ``topk``."""
     group: int = 64
-    """Of ``int8``: numbers of a row that share a scale (float32); 0: the whole row."""
+    """``int8`` only: scalars of a row that share a scale (float32); 0: the whole row."""
     keep: int = 0
-    """Of ``int8``: so many of the largest numbers of each row travel as they are."""
+    """``int8`` only: the number of largest scalars of each row that are sent as they are."""
     k: int = 64
-    """Of ``topk``: numbers of a row that travel; a narrower row travels whole."""
+    """``topk`` only: scalars of a row that are sent; a narrower row is sent whole."""
     stochastic: bool = False
-    """Of ``int8``: round up or down at random, without bias, instead of to the nearest."""
+    """``int8`` only: round up or down at random, without bias, instead of to the nearest."""
 
     def __post_init__(self) -> None:
         one_of("wire.kind", self.kind, KINDS)
@@ -61,18 +61,18 @@ class Wire:
         at_least("wire.keep", self.keep, 0)
         at_least("wire.k", self.k, 1)
         if self.stochastic and self.kind != "int8":
-            raise ValueError(f"wire.stochastic=True is of wire.kind=int8, not {self.kind!r}")
+            raise ValueError(f"wire.stochastic=True needs wire.kind=int8, not {self.kind!r}")
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Parts:
-        """Rows as arrays.
+        """Encode rows as arrays.
 
         Args:
             x: ``[tokens, d]``, floating, on any device; ``tokens`` may be zero, ``d`` may not.
             generator: of ``stochastic`` rounding, on the device of ``x``; unused otherwise.
 
         Raises:
-            ValueError: if ``x`` has another shape or type, or holds numbers that the wire cannot
-                carry (NaN, infinity, out of its range), or if rounding lacks its generator.
+            ValueError: if ``x`` has another shape or type, or holds scalars that the wire cannot
+                represent (NaN, infinity, out of its range), or if rounding lacks its generator.
         """
         if x.ndim != 2 or x.shape[1] == 0 or not x.is_floating_point():
             raise ValueError(
@@ -104,7 +104,7 @@ class Wire:
         return x
 
     def bytes(self, tokens: int, d: int) -> int:
-        """What `encode` makes of ``tokens`` rows of ``d`` numbers: the arrays, without headers."""
+        """Bytes of the arrays of ``tokens`` rows of ``d`` scalars, without headers."""
         return self._format.bytes(tokens, d)
 
     @property
@@ -124,7 +124,7 @@ class _Format(Protocol):
 
 @dataclass(frozen=True)
 class _Plain:
-    """Each number by itself, in one type."""
+    """Each scalar by itself, in one type."""
 
     dtype: torch.dtype
     array: Any
@@ -172,7 +172,7 @@ class _Half:
 
 @dataclass(frozen=True)
 class _Int8:
-    """Codes of eight bits, a scale for each group, and the largest numbers as they are."""
+    """Codes of eight bits, a scale for each group, and the largest scalars as they are."""
 
     group: int
     keep: int
@@ -180,12 +180,15 @@ class _Int8:
     def encode(self, x: Tensor, generator: torch.Generator | None) -> Parts:
         _require_finite(x, x)
         parts: Parts = {}
+        # The largest scalars of each row with their positions, [tokens, kept], then zero there.
         kept = min(self.keep, x.shape[1])
         if kept:
             where = x.abs().topk(kept, dim=1).indices.sort(dim=1).values
             parts["kept"] = _numpy(x.gather(1, where))
             parts["kept_at"] = _numpy(where).astype(_position(x.shape[1]))
             x = x.scatter(1, where, 0.0)
+
+        # Scales [tokens, groups], repeated for every scalar, [tokens, d]; codes in -127..127.
         scales = self._scales(x)
         spread = self._spread(scales, x.shape[1])
         steps = torch.where(spread > 0, x / spread, 0.0)
@@ -217,16 +220,16 @@ class _Int8:
         return min(self.group, d) if self.group else d
 
     def _spread(self, scales: Tensor, d: int) -> Tensor:
-        """The scale of every number, ``[tokens, d]``."""
+        """The scale of every scalar, ``[tokens, d]``."""
         wide = scales.unsqueeze(2).expand(*scales.shape, self._size(d))  # faster than repeating
         return wide.flatten(1)[:, :d]
 
     def _scales(self, x: Tensor) -> Tensor:
         """``max|x| / 127`` of each group, ``[tokens, groups]``, cut to 17 significant bits.
 
-        Then ``127 s`` is exact in float32 and never above ``max|x|``: the code of a number that
-        came over the wire is its code again, and none outgrows those that were kept. Below the
-        normal numbers of float32 neither holds: such a group travels as zeros.
+        Then ``127 s`` is exact in float32 and not larger than ``max|x|``: encoding a decoded scalar
+        gives the same code, and no decoded scalar is larger than those that were kept. Neither
+        holds below the normal numbers of float32: such a group is sent as zeros.
         """
         tokens, d = x.shape
         size, groups = self._size(d), self._groups(d)
@@ -238,7 +241,7 @@ class _Int8:
 
 @dataclass(frozen=True)
 class _TopK:
-    """The largest numbers of each row and where they were."""
+    """The largest scalars of each row and their positions."""
 
     k: int
 
@@ -279,8 +282,8 @@ class _TopK:
 def _halve(x: Tensor) -> tuple[Tensor, Tensor]:
     """Float16 rows and their exponents ``e`` (int8): ``x ≈ values * 2^e``.
 
-    The largest number of a row decides, as rounded to the eleven bits of float16, so that a row
-    which came over the wire is scaled as before.
+    The exponent depends on the largest scalar of a row after rounding to the eleven bits of
+    float16, so a decoded row gets the same exponent again.
     """
     largest = x.abs().amax(dim=1)
     significand, exponent = torch.frexp(largest)
@@ -321,7 +324,7 @@ def _numpy(x: Tensor) -> NDArray[Any]:
 
 
 def _position(d: int) -> Any:
-    """The NumPy type that holds a position in a row of ``d`` numbers."""
+    """The NumPy type that holds a position in a row of ``d`` scalars."""
     return np.uint16 if d <= 2**16 else np.uint32
 
 
@@ -330,7 +333,7 @@ def _position_bytes(d: int) -> int:
 
 
 def _require_finite(sent: Tensor, x: Tensor) -> None:
-    """Raise a ValueError that names the first number that the wire cannot carry."""
+    """Raise a ValueError that names the first scalar that the wire cannot represent."""
     bad = ~torch.isfinite(sent)
     if bool(bad.any()):
         token, channel = (int(i) for i in bad.nonzero()[0])

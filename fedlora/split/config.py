@@ -10,32 +10,32 @@ from fedlora.split.server import Rule
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SplitConfig:
-    """Everything that a round of exchanges needs to know of its method's options.
+    """The method's options for a round of exchanges.
 
-    The strategy inherits it, so these are keys of its YAML.
+    The strategy inherits them, so they are keys of its YAML.
     """
 
     tail: int = -1
-    """U-shape: clients also hold the last so many blocks, final norm and output embedding, and no
-    label leaves them; -1: no U-shape, labels go to the server."""
+    """U-shape: clients also hold the last ``tail`` blocks, final norm and output embedding, and
+    send no labels; -1: no U-shape, labels go to the server."""
     rule: Rule = field(default_factory=Rule)
     """How the server learns from several clients."""
     average_every: int = 0
     """Steps between averages of clients' adapters; 0: at the end of each round. Divides a round's
     steps."""
     transport: str = "local"
-    """``local``: both stages in the server's process; ``messages``: every tensor crosses Flower.
-    Same bits."""
+    """``local``: both stages in the server's process; ``messages``: all tensors are sent through
+    Flower. Results are bitwise identical."""
     keep_graphs: bool = False
     """With ``messages``: `fedlora.split.protocol.Terms.keep_graphs`."""
     activations: Wire = field(default_factory=Wire)
-    """Number format of activations, whichever way they go."""
+    """Number format of activations, in both directions."""
     gradients: Wire = field(default_factory=Wire)
     """Number format of gradients."""
     noise: Noise = field(default_factory=Noise)
-    """On activations."""
+    """Clipping and noise of activations."""
     label_smoothing: float = 0.0
-    """In the training loss alone."""
+    """Label smoothing, in the training loss only."""
     server_lr: float = 0.0
     """Peak learning rate of the server; 0: the client's."""
     client_schedule: str = "same"
@@ -44,8 +44,8 @@ class SplitConfig:
     """Steps over which ``client.schedule`` runs, from the first of the run; 0: within each round,
     as with other methods."""
     memory: str = "keep"
-    """What an optimizer remembers over an average and from round to round: ``keep`` it, as the
-    paper does, or begin each round ``fresh``."""
+    """Optimizer state at averages and from round to round: ``keep`` it, as the paper does, or begin
+    each round with a ``fresh`` one."""
 
     def __post_init__(self) -> None:
         at_least("strategy.tail", self.tail, -1)

@@ -1,4 +1,4 @@
-"""What a process needs to take part in a split: stages of its resident model, and the data."""
+"""Everything that a process needs for a split: stages of its resident model, and the data."""
 
 import functools
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class RunContext:
         """The examples that a client trains on: the same in every round.
 
         Raises:
-            ValueError: if that is nothing.
+            ValueError: if there are none.
         """
         return self.examples_of(init.client.id, init.plan, init.terms.seed)
 
@@ -45,10 +45,10 @@ class RunContext:
         return examples_for(self.store, plan, seed=seed, round=ROUND, client=client)
 
     def check(self, cut: Cut) -> None:
-        """Refuse a cut that this model cannot have. Cheap after the first time.
+        """Refuse a cut that is impossible for this model. It is cheap after the first time.
 
         Raises:
-            ModelError: naming the cut and the blocks there are, or why the model cannot be cut.
+            ModelError: naming the cut and the model's blocks, or why the model cannot be cut.
         """
         if cut in self._checked:
             return
@@ -71,7 +71,8 @@ def run_context(spec: str) -> RunContext:
 
 @functools.lru_cache(maxsize=1)
 def split_worker(spec: str) -> SplitWorker:
-    """What answers a worker's split messages, as fast as its engine is configured to be."""
+    """The object that answers a worker's split messages, with its engine's threads and memory
+    settings."""
     worker(spec)  # its threads and memory settings are the process's
     here = run_context(spec)
     return SplitWorker(here.stages, here.examples)

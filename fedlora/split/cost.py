@@ -1,4 +1,5 @@
-"""What a split costs a client: bytes, operations and memory of its part of the model, by formula.
+"""The cost of a split for a client: bytes, operations and memory of its part of the model, by
+formula.
 
 Symbols: a block of the model has linear layers ``W [d_out, d_in]`` with adapters of rank ``r`` and
 attention of width ``w`` over ``T`` tokens. Per token, counting a multiplication and an addition as
@@ -7,11 +8,12 @@ two:
     forward   Σ 2 d_out d_in + Σ 2 r (d_in + d_out) + 4 T w
     backward  Σ 2 d_out d_in + Σ 4 r (d_in + d_out) + 8 T w      (no gradients of frozen weights)
 
-In the first block of a model nothing below needs a gradient, so the layers that read its input
-spare theirs. The formulas hold for GPT-2 and Llama-like blocks (attention, then a plain or a gated
-MLP) whose first adapted layer reads the block's input; norms, softmax, rotations and activation
-functions count nothing. Sources: Vepakomma et al., arXiv:1812.00564 (split learning), Thapa et al.,
-arXiv:2004.12088 (SplitFed) and Lin et al., arXiv:2407.00952 (SplitLoRA); the formulas are our own.
+Nothing below the first block of a model needs a gradient, so the layers that read its input do not
+compute theirs. The formulas hold for GPT-2 and Llama-like blocks (attention, then a plain or a
+gated MLP) whose first adapted layer reads the block's input; norms, softmax, rotations and
+activation functions count nothing. Sources: Vepakomma et al., arXiv:1812.00564 (split learning),
+Thapa et al., arXiv:2004.12088 (SplitFed) and Lin et al., arXiv:2407.00952 (SplitLoRA); the formulas
+are our own.
 """
 
 import re
@@ -25,11 +27,11 @@ from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut
 
 LABEL_BYTES = 4
-"""Of an int32 label."""
+"""Bytes of an int32 label."""
 FLOAT_BYTES = 4
-"""Of a float32, in which adapters train and activations are saved."""
+"""Bytes of a float32: adapters are trained and activations are saved in it."""
 ADAPTER_COPIES = 4
-"""Of each trainable scalar: itself, its gradient and the two moments of Adam."""
+"""Scalars per trainable scalar: itself, its gradient and the two moments of Adam."""
 
 Reads = Literal["input", "attention", "middle", "inner"]
 """What a linear layer of a block reads: the block's (normed) input, the attention's output, the
@@ -52,7 +54,7 @@ class Flops(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes held during a step; what comes and goes within an operation is extra."""
+    """Bytes held during a step, without temporary tensors within an operation."""
 
     base: int
     """Frozen weights."""
@@ -79,7 +81,7 @@ class Block:
     linears: tuple[Linear, ...]
     heads: int
     parameters: int
-    """Of the frozen base: linear layers, biases, norms."""
+    """Parameters of the frozen base: linear layers, biases, norms."""
     activation: int
     """Scalars that the activation function saves for each inner channel: 4 for GPT-2's ``gelu_new``
     written in Python, 3 for a gated one, 1 for one kernel."""
@@ -94,7 +96,12 @@ class Block:
         return next(x.d_in for x in self.linears if x.reads == what)
 
     def flops(self, length: int, *, first: bool) -> Flops:
-        """Of a token in a sequence of ``length``; ``first``: nothing below needs a gradient."""
+        """Operations per token in a sequence of ``length``.
+
+        Args:
+            length: tokens of the sequence.
+            first: whether nothing below the block needs a gradient.
+        """
         forward = 4.0 * length * self.width("attention")
         backward = 2 * forward
         for x in self.linears:
@@ -132,7 +139,7 @@ class ClientPart:
 
     cut: Cut
     blocks: tuple[Block, ...]
-    """Of the client, first ones then last ones."""
+    """The client's blocks, the first ones then the last ones."""
     hidden: int
     """``d``"""
     vocabulary: int
@@ -147,13 +154,13 @@ class ClientPart:
         return sum(b.adapter for b in self.blocks)
 
     def flops(self, length: int) -> Flops:
-        """Of a token in a sequence of ``length``."""
+        """Operations per token in a sequence of ``length``."""
         held = [b.flops(length, first=self._first(i)) for i, b in enumerate(self.blocks)]
         head = 2.0 * self.hidden * self.vocabulary if self.cut.u_shaped else 0.0
         return Flops(head + sum(f.forward for f in held), head + sum(f.backward for f in held))
 
     def memory(self, tokens: int, *, dropout: bool, supervised: int | None = None) -> Memory:
-        """Of a step on ``tokens`` at once.
+        """Bytes held during a step.
 
         Args:
             tokens: ``B T``.

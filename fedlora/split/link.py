@@ -28,7 +28,7 @@ class MessageLink:
         return self.channel.wire
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
-        """Send and wait. What a node does not answer is the failure of all its clients."""
+        """Send and wait. If a node does not answer, all its clients have failed."""
 
         def content(who: Sequence[Client]) -> RecordDict:
             new = {c.id: self.inits[c.id] for c in who if c.id not in self._opened}

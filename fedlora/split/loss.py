@@ -11,16 +11,16 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Loss:
-    """Of one client's step, summed over its tokens."""
+    """The loss of one client's step, summed over its tokens."""
 
     total: Tensor
-    """What is minimised; differentiable."""
+    """The objective, a differentiable scalar."""
     nll: Tensor
-    """Without smoothing: what is reported. Detached."""
+    """The loss without smoothing, which is reported; a detached scalar."""
 
 
-def summed_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Loss:
-    """The loss of some tokens.
+def sum_loss(logits: Tensor, targets: Tensor, smoothing: float) -> Loss:
+    """Sum the loss over tokens.
 
     Args:
         logits: ``[n, vocabulary]``.

@@ -1,8 +1,8 @@
-"""Clipping and Gaussian noise on what a client sends across the cut, and what that guarantees.
+"""Clipping and Gaussian noise of a client's activations at the cut, and their privacy guarantee.
 
     h ← h min(1, C / ||h||₂)  for each row (token)        sent = h + N(0, (σ C)² I)
 
-The clip is a part of the client's graph: gradients go through it. The noise is a constant.
+Clipping is part of the client's graph: gradients pass through it. The noise is a constant.
 
 Two values of one clipped row differ by at most ``2 C``, so one release of one row is a Gaussian
 mechanism of noise multiplier ``σ / 2``; a row that is released ``n`` times is ``n`` of them. An
@@ -25,13 +25,13 @@ LIBRARY = "dp-accounting"
 NOT_COVERED = (
     "Not covered: labels that are sent, sequence lengths, gradients, adapters, and what a trained "
     "client stage carries from one example into the releases of others; arithmetic in floating "
-    "point; and anybody who knows the seed of the noise, as the server of a simulation does."
+    "point; and observers who know the seed of the noise, as the server of a simulation does."
 )
 
 
 @dataclass(frozen=True)
 class Privacy:
-    """What the noise guarantees for releases that were made, and the words to state it with."""
+    """The guarantee of the noise for the releases that were made, and its wording."""
 
     clip: float
     sigma: float
@@ -41,15 +41,16 @@ class Privacy:
     """Tokens of an example."""
     delta: float
     row_epsilon: float | None
-    """Of one row (a token's activations) in all its releases, at ``delta``; ``None``: no claim."""
+    """ε of one row (a token's activations) in all its releases, at ``delta``; ``None``: no
+    claim."""
     example_epsilon: float | None
-    """Of all rows of an example in all their releases, at ``delta``; ``None``: no claim."""
+    """ε of all rows of an example in all their releases, at ``delta``; ``None``: no claim."""
     accountant: str
-    """What computed the ε, with its version; empty: nothing did."""
+    """The library that computed ε, with its version; empty: none."""
 
     @property
     def text(self) -> str:
-        """A few sentences for a report. Nothing in them claims more than was computed."""
+        """A few sentences for a report. They claim only what was computed."""
         if self.sigma == 0:
             return f"No noise on activations (clip {self.clip:g}): no privacy guarantee."
         what = (
@@ -80,7 +81,7 @@ class Noise:
     sigma: float = 0.0
     """``σ``: standard deviation of the noise in units of ``clip``; 0: clip alone."""
     delta: float = 1e-5
-    """At which an ε is stated."""
+    """The δ at which an ε is stated."""
 
     def __post_init__(self) -> None:
         at_least("noise.clip", self.clip, 0)
@@ -94,12 +95,12 @@ class Noise:
             raise ValueError(f"noise.delta={self.delta!r} must lie in (0, 1)")
 
     def __call__(self, h: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Rows as they may be sent.
+        """Clip rows and add noise.
 
         Args:
             h: ``[..., d]``, each row the activations of one token, within the client's graph.
-            generator: of the noise; seeded for the client and the step alone. It draws on its own
-                device, so that a CPU generator gives the same noise everywhere.
+            generator: of the noise; its seed belongs to this client and step only. It draws on its
+                own device, so a CPU generator gives the same noise on every machine.
 
         Raises:
             ValueError: if noise is due and there is no generator.
@@ -115,7 +116,7 @@ class Noise:
         return h + (self.sigma * self.clip) * drawn.to(h.device)
 
     def privacy(self, releases: int, rows: int) -> Privacy:
-        """What is guaranteed after training.
+        """The guarantee after training.
 
         Args:
             releases: how often the example that was used most crossed the cut: once for each step

@@ -1,4 +1,4 @@
-"""How far one client has come in a round of a split, and what happened to it."""
+"""The progress of one client in a round of a split, and its losses on the way."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,11 +9,11 @@ from fedlora.split.protocol import Down, Up, label_bytes, parts_bytes
 from fedlora.training.loop import Trace
 
 MOST_MISSES = 2
-"""Answers in a row that are missing or wrong, at which a client is out for the round."""
+"""After this number of missing or wrong answers in a row a client is out for the round."""
 
 
 class Phase(Enum):
-    """What the server still expects of a client."""
+    """What the server still expects from a client."""
 
     TRAINING = "training"
     """Steps, and its adapters after the last one or for an average."""
@@ -33,7 +33,7 @@ class Loss(Enum):
 
     @staticmethod
     def of(down: Down) -> "Loss":
-        """The loss when what was sent in one exchange is not answered."""
+        """What a client loses if it does not answer the message of one exchange."""
         if down.forward or down.middle is not None:
             return Loss.STEP
         return Loss.ADAPTERS if down.gradient is None else Loss.GRADIENT
@@ -45,7 +45,7 @@ class Loss(Enum):
 
 @dataclass
 class ClientStats:
-    """What one client did and sent in the round."""
+    """Counts and losses of one client in the round."""
 
     losses: list[float] = field(default_factory=list)
     """Mean loss of each step that reached the server."""
@@ -58,14 +58,14 @@ class ClientStats:
     down: int = 0
     """Bytes of gradients and hidden states that it was sent, and of averages within the round."""
     dropped: int = 0
-    """Steps that it lost, or whose gradient it did not get."""
+    """Steps that it lost, or whose gradient did not reach it."""
     rows: int = 0
     """Tokens whose activations it sent."""
     widest: int = 0
     """Tokens of its largest step, padding included."""
 
     def metrics(self, moved: float) -> dict[str, float]:
-        """As of any client (`Trace.metrics`), beside bytes and lost steps.
+        """The metrics of any client (`Trace.metrics`), with bytes and lost steps.
 
         Args:
             moved: Euclidean norm of the change of the client's adapters in the round.
@@ -83,10 +83,10 @@ class ClientStats:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A gradient that goes down with a client's next exchange."""
+    """A gradient that the server sends with a client's next exchange."""
 
     step: int
-    """Whose activations it belongs to."""
+    """The step whose activations it belongs to."""
     parts: Parts
     rate: float
     """Learning rate of the client's optimizer step."""
@@ -102,7 +102,7 @@ class ClientProgress:
 
     client: Client
     done: int
-    """Steps before this round: its first one has this number."""
+    """Steps before this round: the first step of the round has this number."""
     steps: int
     """Steps in this round."""
     u_shaped: bool
@@ -111,9 +111,9 @@ class ClientProgress:
     misses: int = 0
     """Missing or wrong answers in a row."""
     gradient: Gradient | None = None
-    """Goes down with the next exchange, answered or not."""
+    """Sent with the next exchange only, whether that is answered or not."""
     average: Adapter | None = None
-    """Goes down with every exchange until one is answered."""
+    """Sent with every exchange until one is answered."""
     answer: Up | None = None
     """Its last answer with adapters, once it has `RETURNED`."""
     failure: Failure | None = None
@@ -127,11 +127,11 @@ class ClientProgress:
         return self.answer.adapter
 
     def ask(self, k: int, *, forward: bool) -> Down:
-        """What it is sent next.
+        """The next message to the client.
 
         Args:
             k: steps of the round so far.
-            forward: whether it is asked for another step; else for its adapters.
+            forward: whether to ask for another step; else for its adapters.
         """
         gradient, self.gradient = self.gradient, None
         return Down(
@@ -145,7 +145,7 @@ class ClientProgress:
         )
 
     def on_answer(self, down: Down, up: Up) -> None:
-        """Take in an answer that has been checked."""
+        """Record an answer that has been checked."""
         self._count(down, up)
         self.average = None
         # With a U-shape a step is done only when the tail has answered too.
@@ -164,7 +164,7 @@ class ClientProgress:
             stats.norms.append(up.grad_norm)
 
     def on_miss(self, down: Down, failure: Failure) -> str:
-        """Note that an answer is missing or wrong; one line that says what follows."""
+        """Record that an answer is missing or wrong; a log line that says what follows."""
         loss = Loss.of(down)
         self.stats.dropped += loss is not Loss.ADAPTERS
         self.misses += 1
@@ -175,7 +175,7 @@ class ClientProgress:
         return f"{line}: {failure.kind}: {failure.message}"
 
     def on_step(self, gradient: Gradient, loss: float, tokens: int) -> None:
-        """Note a step that the server has trained on."""
+        """Record a step that the server has trained on."""
         self.gradient = gradient
         self.stats.losses.append(loss)
         self.stats.tokens.append(tokens)

@@ -1,9 +1,9 @@
 """The messages between the server and the clients of a split, as values.
 
-One exchange per step: the gradient of the step before goes down, the activations of the next one
-come up. With a U-shape a second one follows: the server's hidden states go down to the client's
-tail, their gradient comes up. Between two exchanges a client holds its adapters, its optimizer
-state and a count of steps; nothing else may matter.
+Each step has one exchange: the gradient of the previous step goes down, the activations of the next
+one come up. With a U-shape a second exchange follows: the server's hidden states go down to the
+client's tail, their gradient comes up. Between two exchanges a client keeps only its adapters, its
+optimizer state and a count of steps.
 """
 
 from dataclasses import dataclass, field
@@ -25,10 +25,10 @@ class Cut:
     """Which blocks a client holds."""
 
     first: int
-    """It holds blocks ``0..first-1``."""
+    """The client holds blocks ``0..first-1``."""
     tail: int = -1
-    """With a U-shape it also holds the last ``tail`` blocks, final norm and output embedding, and
-    no label leaves it; -1: no U-shape."""
+    """With a U-shape the client also holds the last ``tail`` blocks, final norm and output
+    embedding, and sends no labels; -1: no U-shape."""
 
     def __post_init__(self) -> None:
         at_least("cut", self.first, 0)
@@ -40,13 +40,13 @@ class Cut:
         return self.tail >= 0
 
     def owns(self, block: int, blocks: int) -> bool:
-        """Whether the client holds a block of a model of so many."""
+        """Whether the client holds block ``block`` of a model with ``blocks`` blocks."""
         return block < self.first or (self.u_shaped and block >= blocks - self.tail)
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What holds for every client of a run."""
+    """Settings that are the same for all clients of a run."""
 
     seed: int
     activations: Wire = field(default_factory=Wire)
@@ -55,10 +55,11 @@ class Terms:
     """Number format of gradients: they go down, with a U-shape up before."""
     noise: Noise = field(default_factory=Noise)
     smoothing: float = 0.0
-    """Of labels, in the training loss."""
+    """Label smoothing in the training loss."""
     keep_graphs: bool = False
-    """Between two messages a client's forward pass is kept in its process, if the next message
-    reaches that one, instead of computed again. Same bits."""
+    """Keep a client's forward pass in its process between two messages, and use it if the next
+    message reaches the same process, instead of computing it again. Results are bitwise
+    identical."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.smoothing < 1:
@@ -67,55 +68,60 @@ class Terms:
 
 @dataclass(frozen=True)
 class InitMessage:
-    """What a client needs to begin a round."""
+    """Everything that a client needs to begin a round."""
 
     client: Client
     plan: LocalPlan
     cut: Cut
     terms: Terms
     adapter: Adapter
-    """Of the blocks that it holds."""
+    """Adapters of the blocks that it holds."""
     optimizer_state: OptimizerState
     """Empty: a new optimizer."""
 
 
 @dataclass(frozen=True)
 class Down:
-    """What a client is sent in one exchange. What is missing is not done; the order is fixed:
-    gradient, optimizer step, new adapter, forward; or else the tail."""
+    """The server's message to a client in one exchange.
+
+    A part that is missing is not done. The order is fixed: gradient, optimizer step, new adapter,
+    forward pass; or the tail alone.
+    """
 
     step: int
-    """Counted from the client's first: of the forward or the tail that is asked for."""
+    """The step of the forward pass or the tail, counted from the client's first step."""
     gradient: Parts | None = None
-    """With respect to the activations of step ``of``."""
+    """Gradient with respect to the activations of step ``of``."""
     of: int = -1
     rate: float = 0.0
     """Learning rate of the step that ``gradient`` belongs to."""
     adapter: Adapter | None = None
-    """The average that replaces its own."""
+    """The average that replaces the client's own adapters."""
     forward: bool = False
+    """Whether the client computes activations."""
     middle: Parts | None = None
-    """U-shape: hidden states that the client's tail goes on with."""
+    """U-shape: hidden states, the input of the client's tail."""
     upload: bool = False
-    """Whether adapter and optimizer state are to be sent back."""
+    """Whether the client sends adapters and optimizer state back."""
 
 
 @dataclass(frozen=True)
 class Up:
-    """What a client answers."""
+    """A client's answer."""
 
     step: int
     hidden: Parts | None = None
-    """Activations at the cut; of a tail: the gradient of the loss with respect to ``middle``."""
+    """Activations at the cut; from a tail: the gradient of the loss with respect to ``middle``."""
     shape: Shape | None = None
     labels: Labels | None = None
     """Never with a U-shape."""
     loss: float = 0.0
     """U-shape: mean negative log-likelihood of the step's supervised tokens."""
     tokens: int = 0
-    """Supervised tokens of the step; with a U-shape all that the server learns of its labels."""
+    """Supervised tokens of the step. With a U-shape the server learns nothing else of the
+    labels."""
     grad_norm: float = 0.0
-    """Of the optimizer step that this exchange brought, before clipping."""
+    """Gradient norm of the optimizer step in this exchange, before clipping."""
     adapter: Adapter | None = None
     optimizer_state: OptimizerState | None = None
 

@@ -5,8 +5,8 @@
     average   every so many steps: adapters up, their average down with the next step
     the end   the last gradient down, adapters and optimizer state up
 
-A client whose answer is missing or wrong loses that step and is named; the others continue as if it
-were not there. After `MOST_MISSES` in a row it is out for the round.
+A client whose answer is missing or wrong loses that step, and a log line names it. The others
+continue without it. After `MOST_MISSES` in a row it is out for the round.
 """
 
 import math
@@ -47,7 +47,8 @@ class Link(Protocol):
         """Number format of adapters."""
 
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
-        """For every client that is sent something its answer, or why there is none."""
+        """Send a message to each client; its answer, or the failure that explains why there is
+        none, by id."""
 
 
 class LocalLink:
@@ -57,7 +58,7 @@ class LocalLink:
         stages: of the resident model.
         inits: of the round's clients, by id.
         examples: reads what a client trains on.
-        wire: number format of adapters; what a message would round is rounded here too.
+        wire: number format of adapters, which are rounded as a message would round them.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class LocalLink:
     ) -> None:
         self.stages, self.examples, self.wire = stages, examples, wire
         self.inits = {
-            i: replace(o, adapter=through_wire(o.adapter, wire)) for i, o in inits.items()
+            i: replace(o, adapter=pass_through_wire(o.adapter, wire)) for i, o in inits.items()
         }
         self.clients: dict[int, SplitClient] = {}
 
@@ -82,19 +83,19 @@ class LocalLink:
             if i not in self.clients:
                 self.clients[i] = SplitClient(self.stages, self.examples(init), init)
             if down.adapter is not None:
-                down = replace(down, adapter=through_wire(down.adapter, self.wire))
+                down = replace(down, adapter=pass_through_wire(down.adapter, self.wire))
             up = self.clients[i].receive(down)
             return (
                 up
                 if up.adapter is None
-                else replace(up, adapter=through_wire(up.adapter, self.wire))
+                else replace(up, adapter=pass_through_wire(up.adapter, self.wire))
             )
         except Exception as error:
             return failure_of(init.client, error)
 
 
-def through_wire(adapter: Adapter, wire: str) -> Adapter:
-    """An adapter as it comes out of a message."""
+def pass_through_wire(adapter: Adapter, wire: str) -> Adapter:
+    """Encode and decode an adapter, as a message does."""
     found = decode_payload(*encode_payload(LowRankPayload(adapter), wire)).low_rank()
     assert found is not None
     return found
@@ -107,17 +108,18 @@ def failure_of(client: Client, error: Exception) -> Failure:
 
 @dataclass(frozen=True)
 class RoundPlan:
-    """What a round consists of."""
+    """Starts, steps, learning rates and averages of a round."""
 
     starts: Mapping[int, Adapter]
     """Adapters that each client starts from."""
     done: Mapping[int, int]
-    """Steps of each client before this round: its next one has this number."""
+    """Steps of each client before this round: its next step has this number."""
     steps: Mapping[int, int]
     """Steps of each client in this round."""
     server_rates: Sequence[float]
-    """Learning rate of each step of the round."""
+    """The server's learning rate at each step of the round."""
     client_rates: Sequence[float]
+    """The clients' learning rate at each step of the round."""
     average_after: frozenset[int] = frozenset()
     """Steps of the round (counted from 1) after which adapters are averaged; never the last."""
 
@@ -129,7 +131,7 @@ class RoundPlan:
 
 @dataclass(frozen=True)
 class Finished:
-    """A client at the end of the round."""
+    """The result of a client at the end of the round."""
 
     adapter: Adapter
     optimizer_state: OptimizerState
@@ -150,7 +152,7 @@ def run_exchanges(
     say: Callable[[str], None] = lambda _: None,
     on_step: Callable[[int, float], None] = lambda _, __: None,
 ) -> dict[int, Finished | Failure]:
-    """All exchanges of a round.
+    """Run all exchanges of a round.
 
     Args:
         link: to the clients.
@@ -216,13 +218,14 @@ class _Round:
     # --- an exchange ----------------------------------------------------------------------------
 
     def _exchange(self, downs: Mapping[int, Down]) -> dict[int, Up]:
-        """The answers that can be used. A client without one loses its step."""
+        """Send one message to each client; the valid answers. A client without one loses its
+        step."""
         answers = self.link.exchange(downs) if downs else {}
         good: dict[int, Up] = {}
         for i, down in downs.items():
             client = self.clients[i]
             client.stats.down += self._down_bytes(down)
-            answer = self._checked(i, down, answers.get(i))
+            answer = self._check_answer(i, down, answers.get(i))
             if isinstance(answer, Up):
                 client.on_answer(down, answer)
                 good[i] = answer
@@ -236,8 +239,8 @@ class _Round:
             sent += payload_bytes(LowRankPayload(down.adapter), self.link.wire)
         return sent
 
-    def _checked(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
-        """An answer that makes sense, or a failure that says what is wrong."""
+    def _check_answer(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
+        """A valid answer, or a failure that says what is wrong with it."""
         client = self.clients[i].client
         if answer is None:
             return Failure(client, "NoReply", "no answer came")
@@ -259,7 +262,8 @@ class _Round:
         return answer
 
     def _check_adapter(self, i: int, up: Up) -> None:
-        """Raise unless it can be averaged: one adapter that is not finite would spoil all."""
+        """Raise unless the adapter can be averaged: one that is not finite would spoil the average
+        of all clients."""
         if up.adapter is None:
             raise ValueError(f"client {i} was asked for its adapters and sent none")
         client = self.clients[i].client
@@ -302,9 +306,10 @@ class _Round:
             self._exchange({i: c.ask(self.k, forward=False) for i, c in training.items()})
 
     def _average(self) -> None:
-        """Average all adapters; the average goes down with the next step.
+        """Average all adapters; clients get the average with their next step.
 
-        A client that has no more steps in this round, though others have, keeps the average too.
+        A client that has no more steps in this round, while others have some, keeps the average
+        too.
         """
         self._fetch_adapters()
         there = {i: c for i, c in sorted(self.clients.items()) if c.phase is Phase.RETURNED}
@@ -320,7 +325,7 @@ class _Round:
                 client.answer = replace(client.answer, adapter=averages[i])
 
     def _returned_bytes(self, client: ClientProgress) -> int:
-        """Bytes of adapters sent within the round; those of its end are counted as its update."""
+        """Bytes of adapters sent within the round; those at its end are counted as the update."""
         return update_bytes(LowRankPayload(client.adapter), self.server.plan, self.link.wire)
 
     def _result(self, i: int) -> Finished | Failure:

@@ -1,5 +1,5 @@
-"""A round of SplitLoRA: stages and what trains on them out of the server's state, the plan of the
-round, averages on the way, and the state that comes of it.
+"""A round of SplitLoRA: it builds stages and adapters from the server's state, plans the round,
+averages adapters within it, and builds the next state.
 """
 
 import math
@@ -37,11 +37,11 @@ from fedlora.training.loop import learning_rates
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
 """Parts of the server's state: its own adapters, optimizer states, adapters per client."""
 HOST = -1
-"""The server where an average counts it as one more client."""
+"""The key of the server's own adapters, beside client ids."""
 
 
 def server_state(adapter: Adapter) -> dict[str, Tensor]:
-    """The server's own adapters as they stand in the state."""
+    """The server's own adapters as tensors of the state."""
     return pack(adapter, SERVER) | {f"{SERVER}order": order(adapter)}
 
 
@@ -50,15 +50,15 @@ class SplitRound:
 
     Args:
         config: the method's options.
-        method: averages adapters, on the way and in the end (`aggregate`, `client_start`).
+        method: averages adapters, within the round and at its end (`aggregate`, `client_start`).
         state: of the server.
-        jobs: of the round's clients, who all have the same plan.
+        jobs: of the round's clients; all have the same plan.
         channel: to these clients.
         cuts: which blocks each client holds, by id.
-        copy_of: under ``rule.update=per_client``, the server's adapters of one client.
+        copy_of: with ``rule.update=per_client``, returns the server's adapters for one client.
 
     Raises:
-        ModelError: if the model cannot be cut there.
+        ModelError: if the model cannot be cut at a client's cut.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class SplitRound:
         self.server = self._server()
 
     def run(self) -> RoundOutcome:
-        """Play all steps.
+        """Run all steps.
 
         Raises:
             FloatingPointError: if the server's loss is not finite.
@@ -133,8 +133,8 @@ class SplitRound:
         return RoundOutcome(self._after(good, round_plan.length), results)
 
     def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """What the round cost a real client by formula (`fedlora.split.cost`): operations, and
-        bytes of memory. Nothing for architectures whose blocks the formulas do not know."""
+        """The cost of the round for a real client, by formula (`fedlora.split.cost`): operations
+        and bytes of memory. Empty for architectures that the formulas do not cover."""
         cut, rows = self.cuts[i], metrics["exchanged_tokens"]
         ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
@@ -153,7 +153,7 @@ class SplitRound:
         }
 
     def _announce(self) -> None:
-        """What whoever runs this should know before the first round."""
+        """Print the cut and the rule before the first round."""
         config, blocks = self.config, self.context.stages.blocks
         cuts = sorted({c.first for c in self.cuts.values()})
         held = f"clients hold the first {'/'.join(map(str, cuts))} of {blocks} blocks"
@@ -164,7 +164,7 @@ class SplitRound:
         self.channel.say(f"split: {held}; {config.rule.update}, {config.transport}")
 
     def _account(self, found: Mapping[int, Finished]) -> None:
-        """Say what the noise guarantees after the steps so far."""
+        """Print what the noise guarantees after the steps so far."""
         releases = rows = 0
         for i, end in found.items():
             held = self.context.examples_of(i, self.plan, self.terms.seed)
@@ -209,7 +209,8 @@ class SplitRound:
         return TrainableStage(factors, self.plan, self._memory(whose))
 
     def _round_plan(self) -> RoundPlan:
-        """
+        """Steps, learning rates and averages of the round.
+
         Raises:
             ValueError: if the averages do not fit into the round.
         """
@@ -247,7 +248,7 @@ class SplitRound:
         return [rates[min(done + k, horizon - 1)] for k in range(length)]
 
     def _average(self, adapters: Mapping[int, Adapter]) -> Mapping[int, Adapter]:
-        """In the middle of a round, by the same rule as at its end."""
+        """Average adapters within a round, by the same rule as at its end."""
         updates = [
             Update(
                 self.jobs[i].client,
@@ -272,7 +273,7 @@ class SplitRound:
         return starts
 
     def _with_server(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state with the server's adapters as they are now."""
+        """A state with the present values of the server's adapters."""
         for i, trainable in self.server.trainables.items():
             if i == HOST:
                 state |= server_state(trainable.adapter())

@@ -1,13 +1,13 @@
-r"""The server of a split: it holds the blocks above the cuts and trains on what clients send up.
+r"""The server of a split: it holds the blocks above the cuts and trains on clients' activations.
 
     concat      all clients' activations in one batch, one step per exchange (SplitLoRA's figure):
                 loss = Σ_i w_i mean_t(loss_it), w_i by `weights`
     sequential  one client after another, a step each (SplitFed V2, SplitLoRA's GPT-2 code)
     per_client  a copy of the server's adapters for each client (SplitFed V1, the Llama 3 code)
 
-The gradient that goes back to a client is taken before the server's own step. Under ``concat`` it
-carries the client's share ``w_i``; ``gradient=own_mean`` divides by it, so that a client receives
-the same gradient under every rule for the same server weights.
+The gradient that a client receives is computed before the server's own step. With ``concat`` it has
+the factor ``w_i``; ``gradient=own_mean`` divides by it, so that a client receives the same gradient
+under every rule for the same server weights.
 """
 
 import math
@@ -26,7 +26,7 @@ from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
 from fedlora.split.compression import Parts, Wire
-from fedlora.split.loss import Loss, summed_loss
+from fedlora.split.loss import Loss, sum_loss
 from fedlora.split.protocol import Cut, Terms, Up
 from fedlora.split.trainable import TrainableStage
 
@@ -40,15 +40,16 @@ class Rule:
     update: str = "concat"
     """``concat``, ``sequential`` or ``per_client``."""
     weights: str = "uniform"
-    """Of clients in the joint loss of ``concat``: ``uniform``, ``examples`` that they hold, or
-    supervised ``tokens`` of the step."""
+    """Weights of clients in the joint loss of ``concat``: ``uniform``, by the number of their
+    ``examples``, or by supervised ``tokens`` of the step."""
     gradient: str = "own_mean"
-    """What a client receives: the gradient of its ``own_mean`` loss, or of the ``joint`` one."""
+    """What a client receives: the gradient of its ``own_mean`` loss, or of the ``joint`` loss."""
     order: str = "fixed"
-    """Of clients under ``sequential``: ``fixed`` (by id) or ``shuffle``-d each step."""
+    """Order of clients with ``sequential``: ``fixed`` (by id), or ``shuffle`` for a new order in
+    each step."""
     tokens: int = 16384
-    """Padded tokens of one forward pass under ``concat``; a larger batch is cut, which changes
-    nothing but rounding. 0: never."""
+    """Padded tokens of one forward pass with ``concat``. A larger batch is cut, which changes only
+    rounding. 0: never."""
 
     def __post_init__(self) -> None:
         one_of("strategy.rule.update", self.update, UPDATES)
@@ -65,12 +66,13 @@ class ClientInfo:
     client: Client
     cut: Cut
     seeds: Seeds
-    """Of the client's dropout masks: those of the server's blocks are part of the same stream."""
+    """Seeds of the client's dropout masks; those of the server's blocks are part of the same
+    stream."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server makes of one client's activations."""
+    """The server's result for one client's activations."""
 
     gradient: Parts
     loss: float
@@ -83,10 +85,11 @@ class _Pass:
     """A forward pass of the server's blocks over the rows of some clients."""
 
     ids: Sequence[int]
-    """In the order of their rows."""
+    """Clients in the order of their rows."""
     leaves: Mapping[int, Tensor]
-    """What each client sent, ``[tokens, d]``, to receive a gradient."""
-    shares: Mapping[int, float]
+    """The activations of each client, ``[tokens, d]``; autograd puts their gradient here."""
+    weights: Mapping[int, float]
+    """The weight of each client in the joint loss."""
     output: Tensor
     """Logits ``[n, vocabulary]``, or hidden states ``[rows, width, d]`` with a U-shape."""
 
@@ -96,7 +99,7 @@ class SplitServer:
 
     Args:
         stages: of the resident model.
-        trainables: the server's adapters: one for all clients (key -1), or one per client.
+        trainables: the server's adapters: one set for all clients (key -1), or one per client.
         clients: the round's clients.
         plan: of the round.
         rule: see the module.
@@ -120,11 +123,11 @@ class SplitServer:
         self._asked: dict[int, tuple[int, int]] = {}  # [tokens, d] that went down to a tail
 
     def receive(self, i: int, up: Up) -> None:
-        """Take in one client's activations, or say what is wrong with them.
+        """Check and store one client's activations.
 
         Raises:
-            ValueError: if they are not what the wire format and the client's rows promise, if a row
-                is longer than the model's context, or if its labels do not fit.
+            ValueError: if they do not fit the wire format and the client's rows, if a row is longer
+                than the model's context, or if its labels do not fit.
         """
         if up.shape is None or up.hidden is None:
             raise ValueError(f"client {i} sent no activations")
@@ -134,7 +137,7 @@ class SplitServer:
         if list(z.shape) != [up.shape.tokens, d]:
             raise ValueError(
                 f"client {i} sent activations {list(z.shape)} for {up.shape.tokens} tokens of "
-                f"{d} numbers"
+                f"{d} scalars"
             )
         if not self.clients[i].cut.u_shaped:
             if up.labels is None:
@@ -149,11 +152,11 @@ class SplitServer:
         self._leaves[i] = z.to(self.model.device, self.model.network.dtype).requires_grad_()
 
     def receive_tail(self, i: int, up: Up) -> None:
-        """The same for what a client's tail sends: the gradient of its loss.
+        """Check the answer of a client's tail: the gradient of its loss.
 
         Raises:
-            ValueError: if it is not one number for each that was sent down, or the loss is not
-                finite.
+            ValueError: if its shape is not that of the hidden states that were sent, or the loss is
+                not finite.
         """
         asked = self._asked[i]
         if up.hidden is None or up.tokens < 1 or not math.isfinite(up.loss):
@@ -161,12 +164,12 @@ class SplitServer:
         gradient = self.terms.gradients.decode(up.hidden)
         if tuple(gradient.shape) != asked:
             raise ValueError(
-                f"client {i} sent a gradient of {list(gradient.shape)} numbers back for "
-                f"{list(asked)}"
+                f"client {i} sent a gradient of shape {list(gradient.shape)} for hidden states of "
+                f"shape {list(asked)}"
             )
 
     def groups(self, ids: Sequence[int], step: int) -> list[list[int]]:
-        """Clients whose rows make one optimizer step, in order; each group is one turn."""
+        """Groups of clients, in order; the rows of each group are one optimizer step."""
         ids = sorted(ids)
         if self.rule.update != "sequential":
             return [ids]
@@ -178,15 +181,15 @@ class SplitServer:
     def learn(self, ups: Mapping[int, Up], rate: float) -> dict[int, Answer]:
         """One turn without a U-shape: forward, loss, backward, optimizer step.
 
-        All of these clients have been received (`receive`).
+        The activations of all these clients have been stored (`receive`).
 
         Raises:
             FloatingPointError: naming a client whose loss or gradient is not finite.
         """
         answers: dict[int, Answer] = {}
         self._begin(ups)
-        for ids, shares in self._passes_of(ups):
-            done = self._forward(ids, shares, ups)
+        for ids, weights in self._passes_of(ups):
+            done = self._forward(ids, weights, ups)
             answers |= self._backward(done, ups)
         self._step(ups, rate)
         return answers
@@ -200,19 +203,19 @@ class SplitServer:
         self._begin(ups)
         self._passes = []
         wire, sent = self.terms.activations, dict[int, Parts]()
-        for ids, shares in self._passes_of(ups):
-            done = self._forward(ids, shares, ups)
+        for ids, weights in self._passes_of(ups):
+            done = self._forward(ids, weights, ups)
             self._passes.append(done)
             for i, rows in self._rows(done, ups).items():
-                packed = _packed(done.output[rows], ups[i])
+                packed = _pack(done.output[rows], ups[i])
                 self._asked[i] = (packed.shape[0], packed.shape[1])
-                sent[i] = self._encoded(wire, packed.detach(), "middle", i, ups)
+                sent[i] = self._encode(wire, packed.detach(), "middle", i, ups)
         return sent
 
     def finish(
         self, ups: Mapping[int, Up], tails: Mapping[int, Up], rate: float
     ) -> dict[int, Answer]:
-        """The second half: the gradients that came back from the tails.
+        """The second half of a turn with a U-shape: backward from the gradients of the tails.
 
         Clients that are missing in ``tails`` take no part in the step: the joint loss is that of
         the others.
@@ -221,9 +224,9 @@ class SplitServer:
             FloatingPointError: naming a client whose gradient is not finite.
         """
         answers: dict[int, Answer] = {}
-        shares = self._shares({i: ups[i] for i in tails})
+        weights = self._weights({i: ups[i] for i in tails})
         for done in self._passes:
-            done.shares = shares
+            done.weights = weights
             answers |= self._backward_from(done, ups, tails)
         self._passes = []
         self._step(tails, rate)
@@ -232,13 +235,16 @@ class SplitServer:
     # --- forward ------------------------------------------------------------------------------
 
     def _passes_of(self, ups: Mapping[int, Up]) -> Iterator[tuple[list[int], dict[int, float]]]:
-        """Clients whose rows share a forward pass, with their shares of the joint loss."""
+        """Clients whose rows share a forward pass, with the weights of the joint loss."""
+        # Without ``concat`` each client is a forward pass of its own.
         ids = sorted(ups, key=lambda i: (self.clients[i].cut.first, i))
-        shares = self._shares(ups)
+        weights = self._weights(ups)
         if self.rule.update != "concat":
             for i in ids:
-                yield [i], shares
+                yield [i], weights
             return
+
+        # Clients in sequence while rows * width stays within `Rule.tokens`.
         width = max(up.shape.width for up in ups.values() if up.shape is not None)
         most = max(1, self.rule.tokens // width) if self.rule.tokens else 0
         chunk: list[int] = []
@@ -246,14 +252,14 @@ class SplitServer:
         for i in ids:
             more = _shape(ups[i]).lengths
             if chunk and most and rows + len(more) > most:
-                yield chunk, shares
+                yield chunk, weights
                 chunk, rows = [], 0
             chunk.append(i)
             rows += len(more)
-        yield chunk, shares
+        yield chunk, weights
 
-    def _shares(self, ups: Mapping[int, Up]) -> dict[int, float]:
-        """Of clients in the loss of their step: all of it if it is theirs alone."""
+    def _weights(self, ups: Mapping[int, Up]) -> dict[int, float]:
+        """The weight of each client in the loss of its step: 1 if the step has no other client."""
         if self.rule.update != "concat":
             return dict.fromkeys(ups, 1.0)
         weights = dict.fromkeys(ups, 1.0)
@@ -265,18 +271,20 @@ class SplitServer:
         return {i: w / total for i, w in weights.items()}
 
     def _begin(self, ups: Mapping[int, Up]) -> None:
-        for trainable in self._trained(ups):
+        for trainable in self._trainables(ups):
             trainable.zero_grad()
 
-    def _trained(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
+    def _trainables(self, ups: Mapping[int, Up]) -> list[TrainableStage]:
         keys = sorted(ups) if self.rule.update == "per_client" else [-1]
         return [self.trainables[k] for k in keys]
 
     def _forward(
-        self, ids: Sequence[int], shares: Mapping[int, float], ups: Mapping[int, Up]
+        self, ids: Sequence[int], weights: Mapping[int, float], ups: Mapping[int, Up]
     ) -> _Pass:
         """Rows enter at their own cut: those of a client that holds more blocks join later."""
-        trainable = self._trained({ids[0]: ups[ids[0]]})[0]
+        # x [rows, width, d] runs through the server's stages. In front of each stage the padded
+        # rows of the clients whose cut lies there are appended.
+        trainable = self._trainables({ids[0]: ups[ids[0]]})[0]
         leaves = {i: self._leaves.pop(i) for i in ids}
         width = max(_shape(ups[i]).width for i in ids)
         x: Tensor | None = None
@@ -296,7 +304,7 @@ class SplitServer:
             finally:
                 stage.mount({})
         assert x is not None
-        return _Pass(ids, leaves, shares, x)
+        return _Pass(ids, leaves, weights, x)
 
     def _segments(self, ids: Sequence[int]) -> list[Stage]:
         """The server's blocks, cut wherever a client's rows join."""
@@ -317,20 +325,24 @@ class SplitServer:
         ups: Mapping[int, Up],
         width: int,
     ) -> None:
+        """Mount the server's adapters on a stage, with the dropout bits of these clients' rows."""
         stage.mount(trainable.updates)
         if self.plan.dropout == 0 or not stage.layers:
             return
+
+        # A client's bits have the width of its own batch, [rows * own width, d_in]; they are padded
+        # to the common width and joined in the order of the rows.
         drawn = []
         for i in ids:
             shape = _shape(ups[i])
             rows = len(shape.lengths) * shape.width
             bits = self.model.dropout_bits(self.clients[i].seeds[ups[i].step], rows)
-            drawn.append({p: _wider(bits[p], len(shape.lengths), width) for p in stage.layers})
+            drawn.append({p: _widen(bits[p], len(shape.lengths), width) for p in stage.layers})
         for path in stage.layers:
             trainable.updates[path].bits = torch.cat([d[path] for d in drawn])
 
     def _positions(self, ids: Sequence[int], ups: Mapping[int, Up], width: int) -> Tensor:
-        """Supervised positions of all rows, client by client."""
+        """``[n]`` int64: supervised positions in ``[rows * width]``, client by client."""
         found, rows = [], 0
         for i in ids:
             labels, shape = ups[i].labels, _shape(ups[i])
@@ -342,6 +354,8 @@ class SplitServer:
     # --- backward -----------------------------------------------------------------------------
 
     def _backward(self, done: _Pass, ups: Mapping[int, Up]) -> dict[int, Answer]:
+        """Loss and backward pass of one forward pass; the answer for each of its clients."""
+        # Logits [n, vocabulary], split by the clients' numbers of supervised tokens.
         logits = done.output
         if logits.dtype in (torch.bfloat16, torch.float16):
             logits = logits.float()
@@ -350,9 +364,11 @@ class SplitServer:
         for i, own in zip(done.ids, logits.split(counts), strict=True):
             labels = ups[i].labels
             assert labels is not None
-            losses[i] = summed_loss(own, labels.targets.to(own.device), self.terms.smoothing)
+            losses[i] = sum_loss(own, labels.targets.to(own.device), self.terms.smoothing)
         _check_finite(losses)
-        terms = [_share(done.shares[i], losses[i].total / ups[i].tokens) for i in done.ids]
+
+        # The joint loss: each client's mean loss times its weight.
+        terms = [_scale_loss(done.weights[i], losses[i].total / ups[i].tokens) for i in done.ids]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
@@ -365,6 +381,9 @@ class SplitServer:
     def _backward_from(
         self, done: _Pass, ups: Mapping[int, Up], tails: Mapping[int, Up]
     ) -> dict[int, Answer]:
+        """Backward pass from the tails' gradients; the answer for each client with one."""
+        # The gradient of the output, [rows, width, d]: each client's rows times its weight, zero
+        # for clients without an answer.
         rows = self._rows(done, ups)
         there = [i for i in done.ids if i in tails]
         seed = torch.zeros_like(done.output)
@@ -373,11 +392,12 @@ class SplitServer:
             assert hidden is not None
             own = self.terms.gradients.decode(hidden).to(seed)
             padded = pad(own, _shape(ups[i]), seed.shape[1])
-            seed[rows[i]] = padded if done.shares[i] == 1 else padded * done.shares[i]
+            seed[rows[i]] = padded if done.weights[i] == 1 else padded * done.weights[i]
         done.output.backward(seed)
         return {i: self._answer(i, done, ups, tails[i].loss, tails[i].tokens) for i in there}
 
     def _rows(self, done: _Pass, ups: Mapping[int, Up]) -> dict[int, slice]:
+        """The rows of each client in the output."""
         found, at = {}, 0
         for i in done.ids:
             rows = len(_shape(ups[i]).lengths)
@@ -390,12 +410,12 @@ class SplitServer:
     ) -> Answer:
         gradient = done.leaves[i].grad
         assert gradient is not None
-        if self.rule.gradient == "own_mean" and done.shares[i] != 1:
-            gradient = gradient / done.shares[i]
-        sent = self._encoded(self.terms.gradients, gradient, "gradient", i, ups)
+        if self.rule.gradient == "own_mean" and done.weights[i] != 1:
+            gradient = gradient / done.weights[i]
+        sent = self._encode(self.terms.gradients, gradient, "gradient", i, ups)
         return Answer(sent, loss, tokens)
 
-    def _encoded(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
+    def _encode(self, wire: Wire, x: Tensor, what: str, i: int, ups: Mapping[int, Up]) -> Parts:
         try:
             return wire.encode(x, self._generator(what, i, ups))
         except ValueError as error:
@@ -403,7 +423,7 @@ class SplitServer:
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
         if ups:
-            for trainable in self._trained(ups):
+            for trainable in self._trainables(ups):
                 trainable.step(rate)
 
     def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
@@ -416,17 +436,17 @@ def _shape(up: Up) -> Shape:
     return up.shape
 
 
-def _packed(hidden: Tensor, up: Up) -> Tensor:
+def _pack(hidden: Tensor, up: Up) -> Tensor:
     index = _shape(up).index(hidden.shape[1]).to(hidden.device)
     return hidden.flatten(0, 1).index_select(0, index)
 
 
-def _share(share: float, loss: Tensor) -> Tensor:
-    return loss if share == 1 else share * loss
+def _scale_loss(weight: float, loss: Tensor) -> Tensor:
+    return loss if weight == 1 else weight * loss
 
 
-def _wider(bits: Tensor, rows: int, width: int) -> Tensor:
-    """``[rows * own width, d]`` -> ``[rows * width, d]``; what is added is padding."""
+def _widen(bits: Tensor, rows: int, width: int) -> Tensor:
+    """``[rows * own width, d]`` -> ``[rows * width, d]``, padded with zeros on the right."""
     own = bits.view(rows, -1, bits.shape[1])
     if own.shape[1] == width:
         return bits

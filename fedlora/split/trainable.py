@@ -1,8 +1,8 @@
-"""What one side of a split trains: adapters on its own blocks, and an optimizer whose state is
-kept.
+"""The trained part of one side of a split: adapters on its own blocks, and an optimizer whose state
+is kept.
 
-The optimizer is that of the sequential engine (one flat buffer), so that a split of one client
-computes, bit for bit, what an unsplit client does.
+The optimizer is that of the sequential engine (one flat buffer), so a split of one client is
+bitwise identical to an unsplit client.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,8 @@ class TrainableStage:
     """Live adapters of one stage and their optimizer.
 
     Args:
-        updates: module path -> what is mounted there (`LanguageModel.updates`); may be empty.
+        updates: module path -> the update that is mounted there (`LanguageModel.updates`); may be
+            empty.
         plan: optimizer, clipping, and which factors train.
         optimizer_state: as `optimizer_state` returned it; empty: a new optimizer.
     """
@@ -51,7 +52,7 @@ class TrainableStage:
             self._restore(optimizer_state)
 
     def zero_grad(self) -> None:
-        """Clear the gradients in front of a step's first backward pass."""
+        """Clear the gradients before a step's first backward pass."""
         self.flat.zero_grad()
 
     def step(self, rate: float) -> Tensor:
@@ -61,14 +62,14 @@ class TrainableStage:
         return clip_and_step(self.optimizer, self.flat.buffers, rate, self.plan.max_grad_norm)
 
     def adapter(self) -> Adapter:
-        """A detached copy of the adapters, on the CPU like all that is sent or kept."""
+        """A detached copy of the adapters, on the CPU, where sent and stored tensors are."""
         return {path: _on_cpu(update.factors()) for path, update in self.updates.items()}
 
     def load(self, adapter: Adapter) -> None:
         """Overwrite the adapters in place; the optimizer keeps its state.
 
         Raises:
-            ValueError: naming a module whose shape is another.
+            ValueError: naming a module whose rank is another.
         """
         with torch.no_grad():
             for path, update in self.updates.items():

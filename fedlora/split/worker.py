@@ -1,10 +1,10 @@
-"""What a worker process does with a split message: clients are taken out of their node's state,
-asked, and put back.
+"""Answers split messages in a worker process: it loads clients from their node's state, lets them
+do their part of the exchange, and stores them again.
 
-Flower gives a message to whichever process is free, so nothing that a client needs may stay in a
-process. What cannot be put into a state is the graph of a forward pass that waits for its gradient:
-it is computed again (its dropout masks are functions of the step) or, with ``keep_graphs``, taken
-from this process if it is the one that made it.
+Flower gives a message to any free process, so everything that a client needs is in its node's
+state. The exception is the graph of a forward pass that waits for its gradient: it is computed
+again (its dropout masks are functions of the step) or, with ``keep_graphs``, reused if this process
+has made it.
 """
 
 import json
@@ -35,7 +35,7 @@ class SplitWorker:
 
     Args:
         stages: of the resident model.
-        examples: what a client trains on.
+        examples: returns the training examples of a client.
     """
 
     def __init__(
@@ -45,9 +45,9 @@ class SplitWorker:
         self._live: dict[int, tuple[str, SplitClient]] = {}  # client -> (its state's stamp, it)
 
     def answer(self, request: Request, state: RecordDict) -> dict[int, Up | Failure]:
-        """One exchange with the clients of a node; its state is brought up to date.
+        """Do one exchange with the clients of a node and update the node's state.
 
-        A client that raises has done what came before, as in a process of its own.
+        If a client raises, the work that it did before the error is stored.
         """
         return {i: self._one(i, down, request, state) for i, down in request.downs.items()}
 
@@ -55,7 +55,7 @@ class SplitWorker:
         began = request.inits.get(i)
         live = self._live.pop(i, None)
         try:
-            client = self._opened(began) if began else self._recalled(i, down, state, live)
+            client = self._open(began) if began else self._recall(i, down, state, live)
         except Exception as error:
             return failure_of(began.client if began else _client_of(i, state), error)
         answer: Up | Failure
@@ -68,15 +68,15 @@ class SplitWorker:
             self._live[i] = stamp, client
         return answer
 
-    def _opened(self, begun: InitMessage) -> SplitClient:
+    def _open(self, begun: InitMessage) -> SplitClient:
         return SplitClient(self.stages, self.examples(begun), begun)
 
-    def _recalled(
+    def _recall(
         self, i: int, down: Down, state: RecordDict, live: tuple[str, SplitClient] | None
     ) -> SplitClient:
         held = _load(state, i)
         known = live is not None and live[0] == held.stamp
-        client = live[1] if live is not None and known else self._opened(held.init)
+        client = live[1] if live is not None and known else self._open(held.init)
         learns = down.gradient is not None
         goes_on = held.pending >= 0 and (learns or down.middle is not None)
         if goes_on and not client.ready(held.pending, graph=learns):
@@ -85,16 +85,17 @@ class SplitWorker:
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A client as a node's state holds it."""
+class _StoredClient:
+    """A client in a node's state."""
 
     init: InitMessage
-    """With the adapters and the optimizer state of now."""
+    """Its `InitMessage` with the present adapters and optimizer state."""
     stamp: str
-    """Of this state and no other: a client that a process kept may be older."""
+    """Identifies this state: a client that a process kept may be older."""
     pending: int
+    """The step whose gradient is still to come; -1: none."""
     grads: Mapping[str, Tensor]
-    """What a U-shape's tail has left, by buffer."""
+    """Gradients from a U-shape's tail, by buffer."""
 
 
 def _store(state: RecordDict, i: int, client: SplitClient) -> str:
@@ -116,8 +117,9 @@ def _store(state: RecordDict, i: int, client: SplitClient) -> str:
     return stamp
 
 
-def _load(state: RecordDict, i: int) -> _Held:
-    """
+def _load(state: RecordDict, i: int) -> _StoredClient:
+    """Read a client from a node's state.
+
     Raises:
         ValueError: if the node has never opened the client.
     """
@@ -126,7 +128,7 @@ def _load(state: RecordDict, i: int) -> _Held:
     header = json.loads(str(state.config_records[f"split/{i}"]["header"]))
     found = {name: a.numpy() for name, a in state.array_records[f"split/{i}/arrays"].items()}
     start = f"{i}/grads/"
-    return _Held(
+    return _StoredClient(
         init=read_init(i, header["init"], found),
         stamp=str(header["stamp"]),
         pending=int(header["pending"]),
@@ -139,5 +141,5 @@ def _load(state: RecordDict, i: int) -> _Held:
 
 
 def _client_of(i: int, state: RecordDict) -> Client:
-    """Whose failure it is, as far as the node knows."""
+    """The client whose failure is reported, as far as the node knows it."""
     return _load(state, i).init.client if f"split/{i}" in state else Client(i, Ranks({}), 0)

@@ -1,7 +1,7 @@
-"""What a client trains, in one flat buffer.
+"""The parameters that a client trains, in one flat buffer.
 
-Clearing, measuring, clipping and stepping are one operation each rather than one per tensor: a LoRA
-client has hundreds of small ones.
+Clearing gradients, measuring norms, clipping and optimizer steps take one operation each instead of
+one per tensor: a LoRA client has hundreds of small tensors.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ class FlatParameters:
 
     Each parameter's storage becomes a view of the buffer and its gradient a view of the buffer's
     gradient: autograd accumulates in place, the optimizer sees one tensor. An elementwise optimizer
-    gives the same numbers either way.
+    gives bitwise identical results either way.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -35,6 +35,8 @@ class FlatParameters:
 
     @staticmethod
     def _join(group: list[nn.Parameter]) -> nn.Parameter:
+        # All values one after another, [n], and as many gradients; then every parameter becomes a
+        # view of its own section of both.
         data = torch.cat([p.detach().reshape(-1) for p in group])
         grad = torch.zeros_like(data)
         sizes = [p.numel() for p in group]
@@ -77,7 +79,7 @@ class FlatParameters:
 
 @runtime_checkable
 class LowRankLayer(Protocol):
-    """A mounted update that is a pair of factors, whatever its class."""
+    """A mounted update that is a pair of factors; any class with these attributes is one."""
 
     a: Tensor
     b: Tensor
@@ -85,7 +87,8 @@ class LowRankLayer(Protocol):
 
 
 def trained_state(model: LanguageModel, flat: FlatParameters) -> TrainedState:
-    """What is mounted on a model and trained in flat buffers, before its first step."""
+    """The parameters that are mounted on a model and trained in flat buffers, before the first
+    step, as a local term sees them."""
     buffers = [
         TrainedBuffer(b.detach(), start, grad)
         for b, start, grad in zip(flat.buffers, flat.starts, flat.grads, strict=True)
@@ -99,7 +102,7 @@ def trained_state(model: LanguageModel, flat: FlatParameters) -> TrainedState:
 
 
 def _layer(update: LowRankLayer, starts: Mapping[int, Tensor]) -> TrainedLayer:
-    """A factor that is not trained keeps its value: it is its own start."""
+    """One layer's factors. A factor that is not trained keeps its value, so it is its own start."""
     return TrainedLayer(
         a=update.a.detach(),
         b=update.b.detach(),

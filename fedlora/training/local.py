@@ -1,4 +1,4 @@
-"""What most techniques do with a job: mount its start, take gradient steps, read the result."""
+"""Local training of most techniques: mount a job's start, take gradient steps, read the result."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from fedlora.training.loop import Trace, optimise
 def train_mounted(
     model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
 ) -> tuple[Payload, Trace]:
-    """Train everything of a job's start that its plan does not freeze. It stays mounted.
+    """Train the parameters of a job's start that its plan does not freeze. They stay mounted.
 
     Raises:
         FloatingPointError: naming step and loss, if a loss or the result is not finite.

@@ -30,7 +30,7 @@ from fedlora.training.flat import FlatParameters, trained_state
 
 @dataclass(frozen=True)
 class Trace:
-    """What happened, optimizer step by optimizer step."""
+    """Losses, tokens and gradient norms of a client's optimizer steps."""
 
     losses: tuple[float, ...]
     """Mean cross-entropy of the step's supervised tokens, without any penalty."""
@@ -39,19 +39,20 @@ class Trace:
     grad_norms: tuple[float, ...]
     """Global gradient norm before clipping."""
     delta_norm: float
-    """Euclidean norm of the change of all trained numbers."""
+    """Euclidean norm of the change of all trained parameters."""
 
     @staticmethod
     def of(
         losses: Sequence[Tensor], tokens: Sequence[int], norms: Sequence[Tensor], change: Tensor
     ) -> "Trace":
-        """From scalars on a device, in one transfer: it would have to wait for each."""
+        """Build a trace from scalars on a device, in one transfer: each transfer has to wait for
+        the device."""
         numbers = torch.stack([*losses, *norms, change]).tolist()
         steps = len(losses)
         return Trace(tuple(numbers[:steps]), tuple(tokens), tuple(numbers[steps:-1]), numbers[-1])
 
     def metrics(self) -> dict[str, float]:
-        """The round in a few numbers; ``loss`` is the mean over tokens."""
+        """The metrics of the round; ``loss`` is the mean over tokens."""
         tokens = sum(self.tokens)
         total = math.fsum(x * n for x, n in zip(self.losses, self.tokens, strict=True))
         return {
@@ -113,6 +114,16 @@ def optimise(
 ) -> Trace:
     """Train the mounted parameters in place as the plan says.
 
+    Args:
+        model: the parameters are mounted on it.
+        parameters: those that are trained.
+        examples: at least one.
+        plan: optimizer, steps and loss.
+        seed: of the run; ``seed``, ``round`` and ``client`` decide the order of the examples and
+            the dropout masks.
+        round: counted from 1.
+        client: the client's id.
+
     Raises:
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
@@ -148,7 +159,19 @@ def backward(
     tokens: int,
     plan: LocalPlan,
 ) -> Tensor:
-    """Add the gradient of one step's loss; the mean cross-entropy, a detached scalar."""
+    """Add the gradient of one step's loss to the parameters.
+
+    Args:
+        model: the parameters are mounted on it.
+        batches: the step's micro-batches.
+        seeds: the next seed of the dropout masks, one per micro-batch.
+        tokens: supervised tokens of the whole step.
+        plan: autocast and penalty.
+
+    Returns:
+        The mean cross-entropy of the step without the penalty, a detached scalar.
+    """
+    # Each micro-batch contributes its sum of losses divided by the tokens of the whole step.
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
@@ -172,7 +195,11 @@ def clip_and_step(
     rate: float,
     max_grad_norm: float,
 ) -> Tensor:
-    """One optimizer step at a learning rate, after clipping; the gradient norm before that."""
+    """Clip the gradients and take one optimizer step at a learning rate.
+
+    Returns:
+        The global gradient norm before clipping, a scalar.
+    """
     norm = get_total_norm([b.grad for b in buffers if b.grad is not None])
     if max_grad_norm > 0:
         clip_grads_with_norm_(buffers, max_grad_norm, norm)

@@ -15,9 +15,9 @@ METRICS = ("factor", "product")
 class FedProx(LocalTerm):
     """``mu / 2`` times the squared distance from the start of the round.
 
-    ``factor``: ``mu/2 ‖θ - θ_0‖²`` over all trained scalars, as in the paper. It is no function of
-    the update ``ΔW``: factors ``A c, B / c`` are the same update at another distance, so the best
-    ``mu`` depends on alpha and on how the server splits its factors.
+    ``factor``: ``mu/2 ‖θ - θ_0‖²`` over all trained scalars, as in the paper. It is not a function
+    of the update ``ΔW``: factors ``A c, B / c`` are the same update at another distance, so the
+    best ``mu`` depends on alpha and on how the server splits its factors.
 
     ``product``: ``mu/2 Σ_layers ‖s B A - s B_0 A_0‖_F²``, which is a function of the update. With
     ``B A - B_0 A_0 = (B - B_0) A + B_0 (A - A_0)`` its gradient takes four products ``r x r`` and
@@ -26,11 +26,11 @@ class FedProx(LocalTerm):
         dA = mu s² ((Bᵀ (B - B_0)) A + (Bᵀ B_0) (A - A_0))
         dB = mu s² ((B - B_0) (A Aᵀ) + B_0 ((A - A_0) Aᵀ))
 
-    The first step of a round is that of the plain loss under either metric.
+    Under both metrics the first step of a round equals that of the plain loss.
     """
 
     mu: float = 0.01
-    """Weight; 0: no term."""
+    """Weight of the term; 0: no term."""
     metric: str = "factor"
     """``factor`` or ``product``."""
 
@@ -40,14 +40,14 @@ class FedProx(LocalTerm):
 
     @property
     def needs_factors(self) -> bool:
-        """The product metric does."""
+        """Whether the term needs low-rank factors: the product metric does."""
         return self.metric == "product"
 
     def add_gradient(self, state: TrainedState) -> None:
-        """See the class.
+        """Add the gradient of the term to the gradients of the loss.
 
         Raises:
-            ValueError: for ``product`` where what is trained is not low-rank factors.
+            ValueError: for ``product`` if the client does not train low-rank factors.
         """
         if self.mu == 0:
             return
@@ -64,6 +64,8 @@ class FedProx(LocalTerm):
             self._pull(layer)
 
     def _pull(self, layer: TrainedLayer) -> None:
+        """Add the gradient of the product metric of one layer (see the class)."""
+        # Factors are A [r, d_in] and B [d_out, r]; the inner products are r x r.
         a, b, weight = layer.a, layer.b, self.mu * layer.scale**2
         moved_a, moved_b = a - layer.start_a, b - layer.start_b
         if layer.grad_a is not None:

@@ -1,4 +1,4 @@
-"""The folder that Flower makes its bundle of: a checkout, or a copy of an installed package.
+"""The folder from which Flower makes its bundle: a checkout, or a copy of an installed package.
 
 ``flwr run`` needs a project with a pyproject.toml. Where fedlora was installed there is none, and
 beside it lies everything else that was installed.
@@ -28,7 +28,7 @@ clientapp = "simulations.app.client_app:app"
 experiment = ""
 overrides = ""
 """
-"""What Flower reads of a checkout's pyproject.toml."""
+"""The part of a checkout's pyproject.toml that Flower reads."""
 
 
 def app_folder(scratch: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The Flower ClientApp: a slot that runs whatever virtual clients a message names."""
+"""The Flower ClientApp: a slot that runs the virtual clients that a message names."""
 
 import sys
 
@@ -60,7 +60,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.train("split")
 def split(message: Message, context: Context) -> Message:
-    """One exchange of a split round with the virtual clients of this node.
+    """Answer one message of a split round for the virtual clients of this node.
 
     Raises:
         RuntimeError: if this process imported other sources than the server's.

@@ -1,4 +1,4 @@
-"""Hydra's side of the door: two strings become the resolved configuration of one run.
+"""Composition by Hydra: two strings become the resolved configuration of one run.
 
 Flower's run config holds scalars only, so it holds ``experiment`` (a file of conf/experiment) and
 ``overrides`` (Hydra's grammar in one string). `simulations.run` composes the same way.
@@ -67,7 +67,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
 
 
 def _sentence(error: Exception, overrides: Sequence[str]) -> str:
-    """What Hydra says, on one line, with what was typed and what could have been."""
+    """Hydra's error on one line, with the given value and the allowed ones."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
     text = " ".join(lines).partition(" Config search path:")[0].partition(" To append to your")[0]

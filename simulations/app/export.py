@@ -1,4 +1,4 @@
-"""What a finished run leaves for other programs: its final payload, in a standard format."""
+"""Export of a finished run for other programs: its final payload, in a standard format."""
 
 from fedlora.models import export as exports
 from fedlora.models.modules import ModelInfo
@@ -8,8 +8,8 @@ from simulations.app.parts import Parts
 
 
 def export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -> None:
-    """The global update at the population's largest ranks: ``adapter/`` in PEFT's format, or what
-    else its payload writes."""
+    """The global update at the population's largest ranks: ``adapter/`` in PEFT's format, or the
+    format of another payload."""
     payload = session.global_payload(session.setting.max_ranks)
     base, dropout = str(model.folder()), parts.client.dropout
     if said := exports.export(payload, session.folder, info, base, dropout):

@@ -1,5 +1,5 @@
-"""From a composed configuration to a finished run: the same for Flower's ServerApp, the launcher's
-in-process runs, tests and notebooks.
+"""Executes a run from its composed configuration; the same code serves Flower's ServerApp, the
+launcher's in-process runs, tests and notebooks.
 """
 
 from collections.abc import Callable
@@ -27,22 +27,22 @@ from simulations.app.run_folder import run_folder, status_file, write_start
 
 
 def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
-    """Do the whole run, and leave a run folder.
+    """Execute the whole run and write a run folder.
 
     Args:
         cfg: a composed configuration.
         grid_of: gives the Flower grid once the parts are known.
-        emit: shows one line to whoever watches.
+        emit: shows one line to the user.
 
     Returns:
         The absolute run folder.
 
     Raises:
-        ConfigError, DataError, ModelError, RunError: one sentence each; whatever rounds were
-            complete are on disk.
+        ConfigError, DataError, ModelError, RunError: one sentence each; completed rounds are on
+        disk.
     """
     parts = build_parts(cfg)
-    # The server's linear algebra: its last bits must not depend on how many cores a machine has.
+    # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
     inputs = prepare_inputs(parts, emit)
     folder = run_folder(parts)
@@ -108,7 +108,7 @@ def new_session(
 
 
 def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
-    """Go on from the run's checkpoint if there is one; then the run's first files.
+    """Continue from the run's checkpoint if there is one, then write the run's first files.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
@@ -128,14 +128,14 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:
-    """The record of what came before round 1: how clients came to a pruned model."""
+    """The record of the work before round 1: how clients received a pruned model."""
     record: dict[str, float | int | str] = {"kind": "model", "round": 0}
     record |= {"model/density": pruned.density, "model/down_bytes": pruned.bytes}
     return record | calibration_traffic(folder)
 
 
 def _report(folder: Path, emit: Callable[[str], None]) -> None:
-    """A finished run stays finished whatever happens to its pictures."""
+    """Write the report; an error in it does not fail a finished run."""
     # matplotlib takes seconds that a start need not wait for
     from simulations.reporting.report import write_report
 

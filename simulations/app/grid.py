@@ -1,4 +1,5 @@
-"""A Flower grid inside one process: no Ray, no SuperLink, the same messages and the same bits."""
+"""A Flower grid inside one process: no Ray and no SuperLink, but the same messages and bitwise
+identical results."""
 
 from collections.abc import Iterable
 from uuid import uuid4
@@ -56,7 +57,7 @@ class InProcessGrid(Grid):
         return list(self._contexts)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Queue the messages; they run when somebody pulls."""
+        """Queue the messages; they run when replies are pulled."""
         ids = []
         for message in messages:
             key = str(uuid4())
@@ -68,7 +69,7 @@ class InProcessGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the oldest queued message; what it raises is an error reply, as in Flower's engine.
 
-        One at a time, so that whoever polls sees progress.
+        One at a time, so that a caller that polls sees progress.
         """
         wanted = set(message_ids)
         key = next((k for k in self._queue if k in wanted), None)
@@ -83,6 +84,6 @@ class InProcessGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Run all messages in order. There is nothing to time out: the work is done here."""
+        """Run all messages in order. There is no timeout, because the work is done in this call."""
         ids = list(self.push_messages(messages))
         return [reply for i in ids for reply in self.pull_messages([i])]

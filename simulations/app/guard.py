@@ -1,4 +1,4 @@
-"""Runs a command and everything it starts, and ends all of it when its owner goes away.
+"""Runs a command, and ends it and all processes it started when its owner ends.
 
     python -m simulations.app.guard MARK SCRATCH COMMAND...
 
@@ -30,7 +30,7 @@ def marked(mark: str) -> list[psutil.Process]:
             if process.pid != os.getpid() and process.environ().get(VARIABLE) == mark:
                 found.append(process)
         except (psutil.Error, OSError):
-            continue  # gone, or somebody else's
+            continue  # it has ended, or belongs to another user
     return found
 
 

@@ -1,4 +1,4 @@
-"""What identifies a run: the keys of its configuration that results depend on."""
+"""The identity of a run: the configuration keys that its results depend on."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ ELSEWHERE = {
     "data": ("path",),
     "model": ("path",),
 }
-"""The same, within groups; data and model are identified by what they contain."""
+"""Such keys within groups; data and model are identified by their contents."""
 
 
 def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
@@ -33,7 +33,7 @@ def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
 
 
 def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
-    """What results depend on and is not as in a run folder's config.yaml, in words."""
+    """A sentence with the identity keys whose values differ from a run folder's config.yaml."""
     file = folder / "config.yaml"
     if not file.is_file():
         return ""

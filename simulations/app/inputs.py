@@ -1,4 +1,4 @@
-"""What a run works with: model, tokens, clients and workers, described or prepared before the run
+"""The inputs of a run: model, tokens, clients and workers, described or prepared before the run
 has a folder, so that a mistake leaves nothing behind.
 """
 
@@ -28,7 +28,7 @@ class RunInputs:
     roster: Roster
     worker: WorkerSpec
     pruned: PrunedBase | None = None
-    """Of a pruned model."""
+    """Facts of a pruned model; None: the model is dense."""
 
 
 def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:

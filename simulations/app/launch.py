@@ -1,4 +1,4 @@
-"""Runs the app through Flower on this machine, in a SuperLink of its own, and says how it ended.
+"""Runs the app through Flower on this machine, in its own SuperLink, and returns its exit status.
 
 ``flwr run`` returns 0 whatever becomes of the run, leaves its SuperLink running for ever, and lets
 workers import whatever lies in the directory where that was started. This launcher starts a
@@ -54,8 +54,8 @@ class LaunchError(RuntimeError):
 def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
     """Do one run through Flower; its true exit code: 0 only if the run completed.
 
-    A run that fails because a worker process died goes on from its last checkpoint in a new pool,
-    ``runtime.restarts`` times.
+    A run that fails because a worker process died continues from its last checkpoint with new
+    workers, ``runtime.restarts`` times.
 
     Raises:
         LaunchError: if Flower does not start or refuses the app.
@@ -203,7 +203,7 @@ def _run(
     )
     try:
         assert stream.stdout is not None
-        for line in told(stream.stdout):
+        for line in filter_log(stream.stdout):
             emit(line)
             if match := FOLDER.match(line):
                 folder = Path(match[1])
@@ -213,8 +213,8 @@ def _run(
         stream.wait()
 
 
-def told(lines: Iterable[str]) -> Iterator[str]:
-    """Of a run's log, what a person wants: the app's own lines and whatever went wrong.
+def filter_log(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a run's log that a user needs: the app's own lines and all errors.
 
     Flower's routine lines are left out, and so is the stack trace after a failure that explains
     itself. ``FEDLORA_VERBOSE=1`` shows everything.
@@ -228,7 +228,7 @@ def told(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _status(flwr: _Flower, run_id: str) -> str:
-    """How the run ended; the log may close a moment before the status is final."""
+    """The final status of the run; the log may close a moment before it is final."""
     deadline = time.monotonic() + START_PATIENCE_S
     while True:
         answer = flwr.ask("list", "own", "--run-id", run_id)

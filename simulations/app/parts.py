@@ -1,4 +1,4 @@
-"""From a composed configuration to checked values: one of each group, nothing loaded yet."""
+"""Builds checked values from a composed configuration, one per group, before anything is loaded."""
 
 import dataclasses
 import re
@@ -55,14 +55,11 @@ class Parts:
 
 
 def build_parts(cfg: DictConfig) -> Parts:
-    """Every group of a composed configuration as a checked value.
+    """Build every group of a composed configuration as a checked value.
 
     Raises:
         ConfigError: naming group, key, value and what is allowed.
     """
-
-    def part(group: str, base: type[T]) -> T:
-        return build(cfg[group], base, group)
 
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
@@ -70,6 +67,18 @@ def build_parts(cfg: DictConfig) -> Parts:
     for key, value in resolved.items():
         if key not in known:
             raise ConfigError(f"unknown key {key!s}={value!r}; known: {sorted(known)}")
+    _check_plain_keys(cfg)
+    parts = _build_groups(cfg, {str(k): v for k, v in resolved.items()})
+    _check_strategy(parts, postprocess=[*cfg.postprocess])
+    return parts
+
+
+def _check_plain_keys(cfg: DictConfig) -> None:
+    """Check types and values of the keys that belong to no group.
+
+    Raises:
+        ConfigError: naming key, value and what is allowed.
+    """
     for key, kind in (
         ("seed", int),
         ("rounds", int),
@@ -87,7 +96,15 @@ def build_parts(cfg: DictConfig) -> Parts:
             f"name={cfg.name!r} must be letters, digits and any of '_.,=+- ', not starting with a "
             "dot: it becomes a folder of output_dir"
         )
-    parts = Parts(
+
+
+def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
+    """Build every group by its ``_target_``."""
+
+    def part(group: str, base: type[T]) -> T:
+        return build(cfg[group], base, group)
+
+    return Parts(
         name=str(cfg.name),
         seed=cfg.seed,
         output_dir=str(cfg.output_dir),
@@ -108,8 +125,20 @@ def build_parts(cfg: DictConfig) -> Parts:
             build(node, Postprocessor, f"postprocess.{name}")
             for name, node in cfg.postprocess.items()
         ),
-        resolved={str(k): v for k, v in resolved.items()},
+        resolved=resolved,
     )
+
+
+def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
+    """Check that the strategy can be combined with the other groups.
+
+    Args:
+        parts: all groups.
+        postprocess: the names of the postprocessors.
+
+    Raises:
+        ConfigError: one sentence that says why not and what to use instead.
+    """
     quantization = str(getattr(parts.model, "quantization", "none"))
     try:
         wire, feedback = parts.federation.wire, parts.federation.error_feedback
@@ -117,5 +146,4 @@ def build_parts(cfg: DictConfig) -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if parts.postprocess and parts.strategy.needs_updates:
-        raise ConfigError(f"postprocess={[*cfg.postprocess]}: {parts.strategy.needs_updates}")
-    return parts
+        raise ConfigError(f"postprocess={postprocess}: {parts.strategy.needs_updates}")

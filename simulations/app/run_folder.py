@@ -1,4 +1,4 @@
-"""Where a run writes, and the files that say what it is and how it ended."""
+"""The folder of a run, and its files with configuration, environment and final status."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from simulations.tools.base_model import FILE as MODEL
 
 
 def run_folder(parts: Parts) -> Path:
-    """Where this run writes, absolute. A new run never writes into an old run's folder.
+    """The absolute folder of this run. A new run never writes into an old run's folder.
 
     Raises:
         ConfigError: if ``resume`` names a folder that no run has left.
@@ -69,7 +69,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
 
 @contextmanager
 def status_file(folder: Path, session: Session) -> Iterator[None]:
-    """status.json says how the run ended, also if it is killed (then it still says running)."""
+    """Keep status.json up to date with how the run ends (``running`` if the process is killed)."""
 
     def write(status: str, error: BaseException | None = None) -> None:
         _write_json(

@@ -1,4 +1,4 @@
-"""How a run meets the machine: Flower nodes, Ray workers, CPUs and GPUs."""
+"""The machine resources of a run: Flower nodes, Ray workers, CPUs and GPUs."""
 
 import os
 import re
@@ -9,27 +9,27 @@ from fedlora.core.checks import at_least
 
 @dataclass(frozen=True)
 class Runtime:
-    """Resources of one run. Results do not depend on any of these numbers."""
+    """Resources of one run. Results do not depend on any of these fields."""
 
     nodes: int = 64
     """Flower SuperNodes: slots for messages, not clients."""
     cpus_per_worker: int = 1
     gpus_per_worker: float = 0.0
-    """A share such as 0.5 puts two workers on one GPU. Use 0.5, 0.25 or 0.125: Flower stores it in
-    32 bits, and Ray loses a worker to the rounding of 0.1."""
+    """A fraction such as 0.5 puts two workers on one GPU. Use 0.5, 0.25 or 0.125: Flower stores it
+    in 32 bits, and Ray loses a worker to the rounding of 0.1."""
     num_cpus: int = 0
     """CPUs that Ray may use; 0: all of this machine, or what the cluster has."""
     num_gpus: int = 0
     """GPUs that Ray may use; 0: those it finds."""
     workers: int = 0
-    """Worker processes to expect when work is split into messages; 0: from the numbers above."""
+    """Worker processes to expect when work is split into messages; 0: from the fields above."""
     ray_address: str = ""
     """Address of a running Ray cluster, ``host:port``; empty: Ray is started for the run."""
     device: str = "auto"
     in_process: bool = False
     """Run everything in one process, without Ray and Flower's SuperLink (for debugging)."""
     restarts: int = 1
-    """How often the launcher starts again from the last checkpoint after a worker died."""
+    """Maximum number of restarts from the last checkpoint after a worker died."""
 
     def __post_init__(self) -> None:
         at_least("runtime.nodes", self.nodes, 1)

@@ -1,4 +1,4 @@
-"""The Flower ServerApp: compose, federate, and end in a line that nobody overlooks."""
+"""The Flower ServerApp: compose, federate, and end with one clear line."""
 
 import logging
 import os
@@ -27,7 +27,7 @@ def say(line: str) -> None:
 
 
 def federation_hint(cfg: DictConfig) -> str:
-    """What plain ``flwr run`` needs on its command line for the configured runtime."""
+    """The options that plain ``flwr run`` needs for the configured runtime."""
     runtime = build(cfg.runtime, Runtime, "runtime")
     return f'runtime.* would be --federation-config "{runtime.federation_config()}"'
 

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its numbers: where, when, with what, how busy it was."""
+"""The environment recorded with every benchmark: machine, date, versions and load."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A whole run on a plain pool of processes, without Flower and Ray: what `runtime` compares with.
+"""A whole run on a plain pool of processes, without Flower and Ray: the baseline of `runtime`.
 
 python -m simulations.bench.pool OVERRIDES...
 """

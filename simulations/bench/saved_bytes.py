@@ -1,4 +1,4 @@
-"""What a forward pass saves for its backward pass, measured."""
+"""Measures the bytes that a forward pass saves for its backward pass."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-r"""What is left of a pruned model, and what training it with its zeros gives back.
+r"""The loss of a pruned model, before and after training that keeps its zeros.
 
     python -m simulations.bench.sparse                    the tiny model at 50 % and 2:4
     python -m simulations.bench.sparse --model smollm2 --patterns 2:4 --one-shot \

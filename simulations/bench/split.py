@@ -1,4 +1,4 @@
-"""What a cut costs: a split step beside an unsplit one, on the same rows.
+"""The cost of a cut: a split step compared with an unsplit one on the same rows.
 
     python -m simulations.bench.split            two networks, every rule, both paths: three minutes
     python -m simulations.bench.split --flower   rounds of messages through Flower and Ray as well
@@ -116,8 +116,8 @@ class Bench:
     def __init__(self, case: Case) -> None:
         world = World(case)
         self.case, self.model, self.network = case, world.model, world.network
-        start = world.jobs[0].start
-        assert isinstance(start, Mapping)
+        start = world.jobs[0].start.low_rank()
+        assert start is not None
         self.whole: Mapping[str, Factors] = start
         self.held = {i: world.store.examples(i, "train") for i in range(CLIENTS)}
         self.stages = Stages(self.model)

@@ -1,4 +1,5 @@
-"""Federated SwitchLoRA beside dense averaging and FedIT: loss at equal tokens and at equal bytes.
+"""Federated SwitchLoRA compared with dense averaging and FedIT: loss at equal tokens and at equal
+bytes.
 
     python -m simulations.bench.switchlora_rounds --pilot            learning rates, in fewer rounds
     python -m simulations.bench.switchlora_rounds --seeds 0 1 2      every side at the best of each

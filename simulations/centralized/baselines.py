@@ -1,4 +1,4 @@
-"""SPP and what it is compared with, as what is mounted on a pruned model and trained by itself."""
+"""SPP and its baselines: each is mounted on a pruned model and trained without federation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Start:
-    """Of what is trained."""
+    """The trained parameters."""
 
     rank: int = 16
     alpha: float = 16.0
     """The scale is ``alpha / rank``."""
     dropout: float = 0.0
-    """Of ``spp`` and ``lora``; the masked ones have none."""
+    """The adapter of ``spp`` and ``lora``; None for the masked baselines."""
     seed: int = 0
 
 
@@ -53,7 +53,7 @@ class MaskedLowRank(LowRank):
 
 
 def mount_spp(model: LanguageModel, start: Start) -> list[nn.Parameter]:
-    """Alpha and beta as they start."""
+    """Mount SPP with the initial alpha and beta."""
     modules = model.info.modules
     payload = MaskedScale(
         model.info.mask,
@@ -66,12 +66,12 @@ def mount_spp(model: LanguageModel, start: Start) -> list[nn.Parameter]:
 
 
 def mount_lora(model: LanguageModel, start: Start) -> list[nn.Parameter]:
-    """A and B as they start."""
+    """Mount LoRA with the initial A and B."""
     return model.mount(_factors(model, start), dropout=start.dropout)
 
 
 def mount_masked_lora(model: LanguageModel, start: Start) -> list[nn.Parameter]:
-    """The same, masked."""
+    """Mount masked LoRA."""
     model.unmount()
     for path, f in _factors(model, start).items():
         model.layers[path].update = MaskedLowRank(f, 0.0, model.device, model.dtype)
@@ -79,7 +79,7 @@ def mount_masked_lora(model: LanguageModel, start: Start) -> list[nn.Parameter]:
 
 
 def mount_masked_full(model: LanguageModel, start: Start) -> list[nn.Parameter]:
-    """Every weight that is not zero; rank and alpha mean nothing."""
+    """Make every nonzero weight trainable; rank and alpha are not used."""
     model.unmount()
     for layer in model.layers.values():
         index = (layer.weight != 0).reshape(-1).nonzero().squeeze(1)
@@ -113,7 +113,7 @@ def _parameters(model: LanguageModel) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def loss_of(model: LanguageModel, held: Sequence[TokenExample], loss: str = "full") -> float:
-    """Mean loss per token, in nats, of what is mounted."""
+    """Mean loss per token, in nats, with the mounted parameters."""
     total, tokens = 0.0, 0
     for i in range(0, len(held), BATCH):
         batch = collate(held[i : i + BATCH], loss)

@@ -68,7 +68,7 @@ def texts(
     """Training examples of those who train, and the first ``held`` of those who are held out.
 
     Raises:
-        ConfigError: if nobody is held out.
+        ConfigError: if no client is held out.
     """
     shards = members(population, store.clients)
     apart = set().union(*held_out(population, shards, seed))
@@ -132,7 +132,7 @@ def finetune(options: argparse.Namespace, emit: Callable[[str], None]) -> dict[s
         start = Start(options.rank, options.alpha, plan.dropout, cfg.seed)
         parameters = mount(model, start)
         record["parameters"] = sum(p.numel() for p in parameters)
-        emit(f"{model.info.name}: {method} trains {record['parameters']:,} numbers")
+        emit(f"{model.info.name}: {method} trains {record['parameters']:,} parameters")
         optimise(model, parameters, train, plan, seed=cfg.seed, round=1, client=0)
     bake(model)
     record["perplexity_after"] = math.exp(loss_of(model, held, plan.loss))

@@ -304,7 +304,7 @@ def corpus(wordnet_directory: Path, share: float, seed: int) -> list[Document]:
 def split(
     documents: Sequence[Document], share: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """Hold out a share of the groups: whole addresses, and runs of senses with their records."""
+    """Hold out a fraction of the groups: whole addresses, and runs of senses with their records."""
     rng = random.Random(seed)
     held = set()
     for sources in (("sotu",), ("wordnet", "instructions")):

@@ -1,10 +1,10 @@
-"""What pre-training trains of a network: all of it, or low-rank factors by three methods.
+"""The trained parameters of pre-training: the whole network, or low-rank factors by three methods.
 
     full         every weight
     lora         factors of the adapted layers (Hu et al., arXiv:2106.09685), B = 0 at first
     relora       the same, merged into the weights and begun anew every so many steps (Lialin et
                  al., arXiv:2307.05695): optimizer state cleared, learning rate warmed up again
-    switchlora   vectors of the factors exchanged all the time (Zhou et al., arXiv:2406.06564)
+    switchlora   vectors of the factors are switched throughout (Zhou et al., arXiv:2406.06564)
 
 Embeddings, norms and head are trained by all of them.
 """
@@ -30,7 +30,7 @@ from fedlora.techniques.switchlora.peft import (
     Adapted,
     adapt,
     pretraining,
-    switched,
+    wrap_network,
 )
 from fedlora.techniques.switchlora.schedule import Switching
 from simulations.pretraining.recipe import (
@@ -42,12 +42,12 @@ from simulations.pretraining.recipe import (
 
 METHODS = ("full", "lora", "relora", "switchlora")
 NUMERICAL_RANK = 1e-3
-"""Singular values above this share of the largest count: float32 sums have a noise floor."""
+"""Singular values above this fraction of the largest count: float32 sums have a noise floor."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is trained, and how; what is not of a method is ignored by it."""
+    """The method and its options; a method ignores options of other methods."""
 
     method: str = "full"
     rank: int = 32
@@ -63,7 +63,7 @@ class Method:
     full_steps: int = 0
     """First train the adapted layers' own weights for so many steps, their factors after that."""
     pools: str = ""
-    """Folder for switchlora's pools in files mapped into memory."""
+    """Folder for switchlora's candidate vectors in memory-mapped files."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -81,7 +81,7 @@ class Method:
 
     @property
     def switching(self) -> Switching:
-        """Of switchlora."""
+        """The switching options of switchlora."""
         return Switching(self.interval, self.ratio, self.freeze, self.choice)
 
 
@@ -91,17 +91,18 @@ class Learner:
     def __init__(self, network: Any, optimizer: torch.optim.Optimizer) -> None:
         self.network, self.optimizer = network, optimizer
         self.weights = _weights(network)
-        """Of the adapted layers, as they were at first."""
+        """Initial weights of the adapted layers."""
 
     def rate(self, step: int) -> float:
-        """What the recipe's learning rate is multiplied by."""
+        """The factor on the recipe's learning rate."""
         return 1.0
 
     def before_step(self, step: int) -> None:
-        """After the backward pass of a step, counted from 0; gradients are clipped after this."""
+        """Called after the backward pass of a step, counted from 0, and before gradient
+        clipping."""
 
     def after_step(self, step: int) -> None:
-        """The step is taken."""
+        """Called after the optimizer step."""
 
     def exported(self) -> Any:
         """The plain network that computes the same."""
@@ -112,7 +113,7 @@ class Learner:
         return {path: self.network.get_submodule(path).weight.detach() for path in self.weights}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must remember."""
+        """The state for a checkpoint."""
         return {"model": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -121,7 +122,7 @@ class Learner:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def report(self) -> dict[str, Any]:
-        """Numbers trained, and the rank of what the adapted layers have learnt."""
+        """The number of trained parameters, and the rank of the change of the adapted layers."""
         ranks, largest = [], []
         for path, weight in self.effective().items():
             values = torch.linalg.svdvals((weight - self.weights[path]).double())
@@ -186,7 +187,7 @@ class LowRank(Learner):
         return [layer.base_layer.weight for layer in self.adapted.layers.values()]
 
     def _release(self, step: int) -> None:
-        """Whose turn it is: the layers' own weights, or their factors."""
+        """Select the trained parameters: the layers' own weights, or their factors."""
         own = step < self.method.full_steps
         for p in self._own():
             p.requires_grad_(own)
@@ -215,7 +216,7 @@ class LowRank(Learner):
 
 
 class ReLoRA(LowRank):
-    """LoRA that is merged and begun anew."""
+    """LoRA that is merged and reset at intervals."""
 
     def _since(self, step: int) -> int:
         """Steps since the last merge; before the first, since the factors' turn came."""
@@ -248,7 +249,7 @@ class SwitchLoRA(LowRank):
 
     def _adapt(self, network: Network, recipe: Recipe) -> Adapted:
         method = self.method
-        peft, self.controller = switched(
+        peft, self.controller = wrap_network(
             network,
             method.rank,
             switching=method.switching,
@@ -280,13 +281,13 @@ class SwitchLoRA(LowRank):
             "pool_floats": sum(
                 pool.numel()
                 for layer in self.controller.layers.values()
-                for pool in layer.pools.values()
+                for pool in layer.candidates.values()
             ),
         }
 
 
 def require(recipe: Recipe, method: Method) -> None:
-    """Refuse what a method cannot do with a recipe, before any text is read.
+    """Refuse a method that does not fit a recipe, before any text is read.
 
     Raises:
         ValueError: for a rank that cannot switch, or settings that contradict each other.
@@ -302,7 +303,7 @@ def require(recipe: Recipe, method: Method) -> None:
 
 
 def learner(network: Network, recipe: Recipe, method: Method) -> Learner:
-    """What trains a network by a method.
+    """The learner of a method for a network.
 
     Raises:
         ValueError: for a rank that cannot switch, or settings that contradict each other.

@@ -90,7 +90,7 @@ SAMPLES = (
 
 @dataclass
 class Progress:
-    """What a checkpoint must remember besides weights and optimiser."""
+    """The progress that a checkpoint holds besides weights and optimizer."""
 
     step: int = 0
     seconds: float = 0.0
@@ -349,7 +349,7 @@ class Run:
 
 @contextmanager
 def own_pools(recipe: Recipe, method: Method) -> Iterator[Method]:
-    """The method with pools in a folder that is this run's alone, and gone when it ends.
+    """The method with candidate vectors in a folder of this run, removed when the run ends.
 
     Raises:
         RunFolderError: if the same run is under way in another process.
@@ -456,7 +456,7 @@ def _method_options(parser: argparse.ArgumentParser) -> None:
     option("--ratio", type=float, default=default.ratio, help="switchlora: share of the run to 0.3")
     option("--freeze", type=int, default=default.freeze, help="switchlora: steps of the partners")
     option("--choice", choices=CHOICES, default=default.choice, help="switchlora: what comes next")
-    option("--pools", default=default.pools, help="switchlora: folder for pools in mapped files")
+    option("--pools", default=default.pools, help="switchlora: folder for candidate vectors")
     option("--merge-every", type=int, default=default.merge_every, help="relora: steps")
     option("--merge-warmup", type=int, default=default.merge_warmup, help="relora: steps")
     option("--full-steps", type=int, default=default.full_steps, help="all weights before factors")

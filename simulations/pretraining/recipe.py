@@ -1,4 +1,5 @@
-"""What decides the weights of a tiny base model: sizes, architecture, schedule, optimiser."""
+"""The settings that determine the weights of a tiny base model: sizes, architecture, schedule,
+optimiser."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ Network = LlamaForCausalLM | GPT2LMHeadModel
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the weights, besides the versions of the libraries."""
+    """All settings that determine the weights, except the versions of the libraries."""
 
     tokens: int = 14_000_000
     seed: int = 0

@@ -95,7 +95,7 @@ def count(documents: Sequence[Document], rows: Sequence[Tokens]) -> dict[str, di
 
 @dataclass(frozen=True)
 class Text:
-    """The corpus as tokens: what is trained on, what is held out, and how much of each."""
+    """The corpus as tokens: the training and held-out parts, and their sizes."""
 
     tokenizer: PreTrainedTokenizerFast
     train: list[Tokens]  # addresses as often as an epoch shows them

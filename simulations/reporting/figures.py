@@ -54,7 +54,7 @@ Pen = Callable[[int], dict[str, Any]]
 
 
 def svg(figure: Figure) -> str:
-    """A figure as SVG text, the same bytes whenever it is drawn from the same records."""
+    """A figure as SVG text, with the same bytes for the same records."""
     buffer = io.StringIO()
     with mpl.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -99,7 +99,7 @@ def rouge(runs: Sequence[Run]) -> Figure | None:
 
 
 def accuracy(runs: Sequence[Run]) -> Figure | None:
-    """Share of response tokens that the model predicts first."""
+    """Fraction of response tokens that the model predicts first."""
     groups = _groups(runs)
 
     def draw(ax: Axes) -> None:
@@ -129,7 +129,7 @@ def traffic(runs: Sequence[Run]) -> Figure | None:
 
 
 def quality_per_byte(runs: Sequence[Run]) -> Figure | None:
-    """Evaluation loss against the bytes sent up until then: what communication bought."""
+    """Evaluation loss against the bytes sent up until then: the benefit of communication."""
     scale, unit = _byte_scale(runs)
     groups = _groups(runs)
 
@@ -150,7 +150,7 @@ def quality_per_byte(runs: Sequence[Run]) -> Figure | None:
 
 
 def seconds(run: Run) -> Figure | None:
-    """Where the time of each round went."""
+    """The time of each round by activity."""
     x, total = run.series("round/seconds")
     if not x:
         return None
@@ -185,7 +185,7 @@ def seconds(run: Run) -> Figure | None:
 
 
 def ranks(run: Run) -> Figure | None:
-    """Which ranks the clients hold, and which of them took part."""
+    """The ranks of all clients, and of those that took part."""
     held = Counter({str(k): int(v) for k, v in run.population.get("ranks", {}).items()})
     took = Counter(str(row["rank"]) for row in run.clients if "rank" in row)
     labels = sorted(held | took, key=rank_order)
@@ -247,7 +247,7 @@ def by_rank(run: Run, key: str, title: str, unit: str, log: bool = False) -> Fig
 
 
 def histogram(run: Run, key: str, title: str, unit: str) -> Figure | None:
-    """How a metric is spread over the clients of the first and of the last round."""
+    """The distribution of a metric over the clients of the first and of the last round."""
     rows = [(int(r["round"]), v) for r in run.clients if (v := number(r.get(key))) is not None]
     if not rows:
         return None
@@ -257,7 +257,7 @@ def histogram(run: Run, key: str, title: str, unit: str) -> Figure | None:
 
 
 def examples(run: Run) -> Figure | None:
-    """How many examples the clients that took part hold, each client once."""
+    """The distribution of the number of examples over the clients that took part."""
     held = {r["client"]: v for r in run.clients if (v := number(r.get("examples"))) is not None}
     title = "Training examples by client, each that took part once"
     return _histogram({"clients": list(held.values())}, title, "examples") if held else None
@@ -285,7 +285,7 @@ def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> F
 
 
 def energy(run: Run) -> Figure | None:
-    """How much of the global update its leading singular directions hold."""
+    """The fraction of the global update's energy in its leading singular directions."""
     prefix = "aggregate/energy_at_rank_"
     labels = [label for label in run.suffixes(prefix) if label.isdigit()]
     rows = [r for r in run.rounds if any(number(r.get(prefix + k)) is not None for k in labels)]
@@ -310,7 +310,7 @@ def energy(run: Run) -> Figure | None:
 
 
 def truncation(run: Run) -> Figure | None:
-    """What a client of each rank loses when the global update is cut to its rank."""
+    """The error for a client of each rank when the global update is truncated to its rank."""
     prefix = "aggregate/truncation_error_"
     lines = {k: run.series(prefix + k) for k in run.suffixes(prefix)}
     lines = {k: pair for k, pair in lines.items() if pair[0]}
@@ -326,7 +326,7 @@ def truncation(run: Run) -> Figure | None:
 
 
 def exactness(runs: Sequence[Run]) -> Figure | None:
-    """How far the aggregate is from the mean of what the clients trained."""
+    """The distance between the aggregate and the mean of the clients' updates."""
     key = "aggregate/exactness_gap_relative"
     plain = not any(r.series(key)[0] for r in runs)
     key = "aggregate/exactness_gap" if plain else key
@@ -382,7 +382,7 @@ def _figure(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
 
 
 def _keys(ax: Axes) -> tuple[list[Any], list[str]]:
-    """What the legend lists: each label once, in grey where several runs' colours share it."""
+    """The legend's entries: each label once, in grey where several runs' colours share it."""
     every, labels = ax.get_legend_handles_labels()
     first = dict(reversed(list(zip(labels, every, strict=True))))
     keys = {label: first[label] for label in dict.fromkeys(labels)}
@@ -395,7 +395,7 @@ def _keys(ax: Axes) -> tuple[list[Any], list[str]]:
 
 
 def _groups(runs: Sequence[Run]) -> list[str]:
-    """The evaluation groups of all runs: a group is drawn alike whichever run it is of."""
+    """The evaluation groups of all runs; a group has the same style in all runs."""
     return list(dict.fromkeys(group for run in runs for group in run.groups()))
 
 

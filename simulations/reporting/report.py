@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one HTML file that needs nothing else to be read.
+"""A run, or several side by side, as one self-contained HTML file.
 
 fedlora report outputs/RUN             # writes outputs/RUN/report.html
 fedlora report outputs/A outputs/B     # and outputs/comparison.html
@@ -48,7 +48,7 @@ class Section:
 
 
 def write_report(folder: Path) -> Path:
-    """Write ``report.html`` of a run folder, from the files in it alone.
+    """Write ``report.html`` of a run folder, using only the files in it.
 
     Raises:
         RecordError: if the folder holds no run.
@@ -59,7 +59,7 @@ def write_report(folder: Path) -> Path:
 
 
 def write_comparison(folders: Sequence[Path], file: Path) -> Path:
-    """Write one page with the curves and final numbers of several runs.
+    """Write one page with the curves and final results of several runs.
 
     Raises:
         RecordError: if one of the folders holds no run.
@@ -70,7 +70,7 @@ def write_comparison(folders: Sequence[Path], file: Path) -> Path:
 
 
 def run_page(run: Run) -> dict[str, Any]:
-    """What ``run.html`` shows."""
+    """The content of ``run.html``."""
     only = [run]
     return {
         "title": run.name,
@@ -118,7 +118,7 @@ def _clients(run: Run) -> Section:
 
 
 def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
-    """What ``comparison.html`` shows."""
+    """The content of ``comparison.html``."""
     return {
         "title": f"{len(runs)} runs",
         "runs": [{"name": run.name, "colour": run_tables.colour(i)} for i, run in enumerate(runs)],

@@ -1,4 +1,4 @@
-"""A run folder read back: what reports, notebooks and comparisons look at."""
+"""A run folder read back: the input of reports, notebooks and comparisons."""
 
 import json
 import math
@@ -30,7 +30,7 @@ class Run:
     evaluations: Sequence[Record]
     """``kind="evaluate"`` of metrics.jsonl."""
     clients: Sequence[Record]
-    """One per client and round."""
+    """One record per client and round."""
     config: Mapping[str, Any] = field(default_factory=dict)
     population: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Run:
         return groups
 
     def suffixes(self, prefix: str) -> list[str]:
-        """What follows a prefix among the rounds' keys, ranks in ascending order."""
+        """The ends of the rounds' keys with this prefix, ranks in ascending order."""
         keys = dict.fromkeys(key for row in self.rounds for key in row if key.startswith(prefix))
         return sorted((key.removeprefix(prefix) for key in keys), key=rank_order)
 

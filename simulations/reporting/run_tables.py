@@ -1,4 +1,4 @@
-"""The numbers and tables of a report, as values; the templates make them HTML."""
+"""The values and tables of a report; the templates turn them into HTML."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Cell:
     below: str = ""
     """Small, on a line of its own."""
     colour: str = ""
-    """Of a dot before the text."""
+    """Colour of a dot before the text."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Tile:
-    """One of the large numbers at the top."""
+    """One of the large values at the top."""
 
     name: str
     value: str
@@ -54,7 +54,7 @@ class Fact:
 
 
 def colour(i: int) -> str:
-    """Of the i-th run."""
+    """Colour of the i-th run."""
     return figures.COLOURS[i % len(figures.COLOURS)]
 
 
@@ -62,7 +62,7 @@ def colour(i: int) -> str:
 
 
 def totals(run: Run) -> dict[str, Any]:
-    """A run in a few numbers; what was not recorded is missing."""
+    """A few values that summarise a run; values that were not recorded are missing."""
     found: dict[str, Any] = {"rounds": len(run.rounds)}
     if not run.rounds and not run.evaluations:
         return found
@@ -87,7 +87,7 @@ def totals(run: Run) -> dict[str, Any]:
 
 
 def tiles(run: Run) -> list[Tile]:
-    """A run in a few large numbers."""
+    """The large values at the top of a run's page."""
     t = totals(run)
     planned = run.config.get("rounds")
     shown = [("rounds", f"{t['rounds']}" + (f" of {planned}" if planned else ""), "")]
@@ -117,7 +117,7 @@ def tiles(run: Run) -> list[Tile]:
 
 
 def facts(run: Run) -> Iterator[Fact]:
-    """How the run ended, and on what it ran."""
+    """The final status of the run, and its machine."""
     env = run.environment
     if status := str(run.status.get("status", "")):
         shown = {"running": "running, or killed"}.get(status, status)
@@ -187,7 +187,7 @@ def _shown_metrics(records: Sequence[Record]) -> dict[str, str]:
 
 
 def failure_table(run: Run) -> Table | None:
-    """What went wrong with clients, the most frequent first."""
+    """The failures of clients, the most frequent first."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for row in run.clients:
         if row.get("failure"):
@@ -231,7 +231,7 @@ def config_table(run: Run) -> Table | None:
 
 
 def comparison_table(runs: Sequence[Run]) -> Table:
-    """The final numbers of several runs."""
+    """The final results of several runs."""
     numbers = ("rounds", "training loss", "evaluation loss", "ROUGE-L", "accuracy", "up", "down")
     names = [Cell("run"), *(Cell(n, "n") for n in (*numbers, "time", "failed"))]
     rows = []
@@ -249,7 +249,7 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         name = Cell(run.name, "key", colour=colour(i))
         rows.append([name, *(Cell(text, "n") for text in shown)])
     note = f"Evaluation: last record of {', '.join(groups)}." if groups else ""
-    return Table("Final numbers", rows, names, note)
+    return Table("Final results", rows, names, note)
 
 
 def difference_table(runs: Sequence[Run]) -> Table | None:
@@ -275,7 +275,7 @@ def _show(value: object) -> str:
 
 
 def _says(value: object) -> bool:
-    """Whether a configuration value says something: not empty, not absent."""
+    """Whether a configuration value is neither empty nor absent."""
     return value not in (None, "", [], {})
 
 

@@ -55,7 +55,7 @@ def _beside(case: Any) -> str:
 
 
 def of_limit(case: Any) -> str:
-    """The speed of the fused engine as a fraction of what matrix products alone would allow."""
+    """The speed of the fused engine as a fraction of the speed of its matrix products alone."""
     limit = max(case["gemm_peaks"]) / (case["flop"] / case["tokens"])
     return f"{100 * rate(case['entries']['ragged 1x1']) / limit:.0f} %"
 

@@ -1,4 +1,4 @@
-"""Tables of recorded results: every cell is computed from a JSON file, none is typed.
+"""Tables of recorded results: every cell is computed from a JSON file.
 
 Runs are in docs/results/, benchmarks in simulations/bench/results/. A table is a function of the
 `Records` that returns Markdown; `TABLES` names them for the markers in documents.
@@ -56,7 +56,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def code(command: str) -> str:
-    """A command as the documents show it."""
+    """A command in the form used by the documents."""
     return f"`{command}`"
 
 
@@ -87,7 +87,7 @@ def times(x: float) -> str:
 
 
 def printed(records: Records) -> str:
-    """What the default run prints, without the lines in between."""
+    """The output of the default run, without the lines in the middle."""
     return f"```\n{records.text('default.log')}```"
 
 

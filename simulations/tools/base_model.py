@@ -1,4 +1,4 @@
-"""The base model of a finished run, found again: what was trained means nothing on another."""
+"""The base model of a finished run, found again: an adapter is valid only for its own base."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.prune.spec import ABOUT, Pruned
 
 FILE = "model.json"
-"""Of a run folder: the base model as it was, and where it lay."""
+"""The file of a run folder that describes the base model and its location."""
 
 
 def base_of(
@@ -25,7 +25,7 @@ def base_of(
     Args:
         run: the run folder.
         model: the group ``model`` of its configuration.
-        emit: is told where a pruned base has to be made again.
+        emit: shows one line if a pruned base has to be made again.
 
     Raises:
         ConfigError: if it is pruned elsewhere than it was then.

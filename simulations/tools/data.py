@@ -1,4 +1,4 @@
-"""Look at a data set, named in the words of a run.
+"""Look at a data set, named by a run's configuration.
 
 fedlora data stats data=jsonl data.path=records.jsonl
 fedlora data show data=sotu --client 700

@@ -50,7 +50,7 @@ _BETWEEN_LINES_S = 10.0
 
 @dataclass(frozen=True)
 class Request:
-    """What is generated and scored, the same for every run."""
+    """Options of generation and scoring, the same for every run."""
 
     split: str = "test"
     limit: int = 0
@@ -67,7 +67,7 @@ class Request:
 
     @property
     def stem(self) -> str:
-        """Of the two files in the run folder."""
+        """The name of the two files in the run folder."""
         return "nlg" if self.adapter == "final" else "nlg-base"
 
 
@@ -160,7 +160,7 @@ def run_config(run: Path) -> DictConfig:
 def final_adapter(
     run: Path, config: DictConfig, info: ModelInfo, emit: Callable[[str], object]
 ) -> Payload:
-    """What a run ended with: ``adapter/``, or else the update of its last checkpoint at the
+    """The final adapter of a run: ``adapter/``, or else the update of its last checkpoint at the
     population's largest ranks (a run that was interrupted, or ended in a sparse stage).
 
     Raises:
@@ -182,7 +182,7 @@ def final_adapter(
 
 
 class Lines:
-    """Says now and then how far the decoding is."""
+    """Shows the progress of decoding at intervals."""
 
     def __init__(
         self, emit: Callable[[str], object], now: Callable[[], float] = time.monotonic
@@ -199,7 +199,7 @@ class Lines:
 
 
 def table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
-    """The columns of the papers' tables: ROUGE-L in per cent, the others as they are."""
+    """The columns of the papers' tables: ROUGE-L in per cent, the others unchanged."""
     width = max(len("run"), *map(len, names))
     lines = [
         f"{'run':<{width}}   BLEU     NIST   METEOR  ROUGE-L   CIDEr  contexts  seconds",

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.core.types import Factors, LocalPlan, Ranks
-from fedlora.techniques.lora.self_pruning import SelfPrune, prune_adapter, shrunk
+from fedlora.techniques.lora.self_pruning import SelfPrune, prune_adapter, shrunk_rank
 from fedlora.techniques.lora.technique import LoRA
 from strategies.heterolora import HeteroLoRA, padded_average, sparsity_shares
 from tests.generators import (
@@ -160,7 +160,7 @@ def test_pruned_clients_stay_pruned(seed: int) -> None:
         start = rule.client_start(state, e)
         assert Ranks({p: f.rank for p, f in start.items()}) == want
         payload = prune_adapter(trained(start, seed + t), prune)
-        want = Ranks({path: shrunk(r, prune) for path, r in want.items()})
+        want = Ranks({path: shrunk_rank(r, prune) for path, r in want.items()})
         update = dataclasses.replace(
             cohort(rule, state, population, seed)[3],
             client=dataclasses.replace(e, ranks=want),

@@ -18,7 +18,7 @@ from fedlora.core.payload import Payload
 from fedlora.core.types import Adapter, Client, Factors, Ranks, Update
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
-from fedlora.techniques.spp.scale import placed
+from fedlora.techniques.spp.scale import place_in_blocks
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
@@ -160,7 +160,7 @@ def merge_fills_zeros(
     if not ranks:  # what clients start from
         return scale
     return {
-        p: Factors(a, placed(scale.beta[p], len(a)), scale.lora_alpha)
+        p: Factors(a, place_in_blocks(scale.beta[p], len(a)), scale.lora_alpha)
         for p, a in scale.alpha.items()
     }
 

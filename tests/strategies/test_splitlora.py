@@ -10,7 +10,7 @@ import torch
 from flwr.app import Message
 
 import fedlora.split.run_round
-from fedlora.algebra.state import State, unpack
+from fedlora.algebra.state import Kept, State, unpack
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
 from fedlora.data.batches import collate, step_indices
@@ -455,3 +455,34 @@ def test_steps_go_on_where_the_last_round_ended(world: Any) -> None:
     for step, want in enumerate(unsplit):
         assert np.array_equal(order[step], want)
     assert order[1] == Order(7, PLAN, seed=SEED, client=0)[1]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Remembering(FedIT):
+    """Clients keep a count of their rounds per part and see it in the scale of A."""
+
+    def client_start(self, state: State, client: Client, kept: Kept | None = None):
+        start = super().client_start(state, client)
+        times = 0.0 if kept is None else float(kept["rounds"])
+        return {p: Factors(f.a * (1 + times), f.b, f.alpha) for p, f in start.items()}
+
+    def kept(self, state, client, before, start, update):
+        assert set(client.ranks) == set(start) == set(update.adapter)
+        return {"rounds": torch.tensor(1.0) + (0 if before is None else before["rounds"])}
+
+
+def test_what_clients_keep_reaches_the_aggregator_part_by_part(tmp_path):
+    w = World(tmp_path)
+    method = SplitLoRA(aggregator=Remembering(), tier_cuts={"T3": 2})
+    state = method.init_state(w.setting)
+    client = method.enlist(state, w.setting.clients[2])
+    start = as_payload(method.client_start(state, client))
+    kept = None
+    for times in (1, 2):
+        kept = method.kept(state, client, kept, start, Update(client, start, 1))
+        assert {k: float(t) for k, t in kept.items()} == {
+            "part0/rounds": times,
+            "part1/rounds": times,
+        }
+        for path, f in method.client_start(state, client, kept).items():
+            assert torch.equal(f.a, start[path].a * (1 + times))

@@ -18,7 +18,7 @@ from fedlora.server.validation import check_update
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
-from fedlora.techniques.spp.payload import MaskedScale, sent
+from fedlora.techniques.spp.payload import MaskedScale, select_sent
 from fedlora.techniques.spp.scale import factor, mean_factor
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.training.loop import optimise
@@ -86,7 +86,9 @@ def test_the_server_holds_the_mean_of_what_clients_hold(method):
         total = sum(u.num_examples for u in updates)
         mean = sum(u.num_examples / total * merged(u.payload) for u in updates)
         # What a client sends is enough: the rest of its payload is not looked at.
-        state = method.aggregate(state, [replace(u, payload=sent(u.payload)) for u in updates])
+        state = method.aggregate(
+            state, [replace(u, payload=select_sent(u.payload)) for u in updates]
+        )
         server = merged(method.global_update(state))
         torch.testing.assert_close(server, mean, rtol=1e-6, atol=1e-9)
         assert torch.equal(server == 0, zeros)
@@ -110,7 +112,7 @@ def test_averaging_alpha_and_beta_apart_loses_the_covariance(caplog):
     """S-F1's other half: the error is ``Σ p (beta_k - beta)(alpha_k - alpha)``, and is recorded."""
     with caplog.at_level(logging.WARNING):
         method = SPP(mode="separate")
-    assert "mode=alternate loses nothing" in caplog.text
+    assert "mode=alternate is exact" in caplog.text
     state = method.init_state(population())
     state = method.aggregate(state, round_of(method, state, 0))
     before = {k: v.clone() for k, v in state.items()}
@@ -178,7 +180,7 @@ def test_bytes_are_those_of_what_is_sent(method, wire):
     for t in range(3):
         for u in round_of(method, state, t):
             start = method.client_start(state, u.client)
-            up = sent(u.payload)
+            up = select_sent(u.payload)
             assert payload_bytes(start, wire) == encode_payload(start, wire)[0].nbytes
             assert update_bytes(up, LocalPlan(), wire) == encode_payload(up, wire)[0].nbytes
             r = u.client.ranks["w"]
@@ -206,7 +208,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
     for client in population().clients[:2]:
         c = method.enlist(state, client)
         start = method.client_start(state, c)
-        good = sent(trained(start, 1))
+        good = select_sent(trained(start, 1))
         expected = Expected(c, start, LocalPlan(Scaling()), density=0.3)
         check_update(Update(c, good, 5), expected, max_norm=0.0)
         norm = good.change_norm(start)
@@ -257,7 +259,9 @@ def test_a_lone_client_is_stand_alone_training_bit_by_bit():
     alone = method.global_update(state)
     for t in range(4):
         start = method.client_start(state, method.enlist(state, client))
-        state = method.aggregate(state, [Update(client, sent(train(start, t)), len(examples))])
+        state = method.aggregate(
+            state, [Update(client, select_sent(train(start, t)), len(examples))]
+        )
         alone = train(replace(alone, trains=("beta", "alpha")[t % 2]), t)
     server = method.global_update(state)
     for path in ranks:
@@ -361,7 +365,7 @@ def test_merges_that_outgrow_the_weights_are_said_once(caplog):
         for t in range(4):
             state = method.aggregate(state, round_of(method, state, t))
             assert len(caplog.records) == (t + 1 >= at)
-        assert f"of {at} merges are {425 * at} numbers" in caplog.text
+        assert f"of {at} merges have {425 * at} parameters" in caplog.text
 
 
 def test_factors_of_another_kind_are_refused():

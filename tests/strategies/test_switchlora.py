@@ -190,19 +190,19 @@ def test_a_residual_has_no_more_than_the_rank_of_all_clients_but_one():
 def test_a_replica_of_the_run_is_compared_and_put_right(caplog):
     """F7 in a run: what is recorded every ``hash_every`` rounds, resuming included."""
     population, method = roomy_setting(), rule(hash_every=2)
-    state = method.init_state(population)
+    state, audit = method.init_state(population), method.state_audit()
     found = []
     for t in range(9):
         state = method.aggregate(state, cohort(method, state, population, seed=t, precision=SINGLE))
         if t == 4:
             path = population.modules[0].path
-            method._witness.layers[path].pools["b"][0, 0] *= 1 + 1e-6
-        method = rule(hash_every=2) if t == 6 else method  # begun anew, as when a run is resumed
-        record = method.report(state)
+            audit.replica.layers[path].candidates["b"][0, 0] *= 1 + 1e-6
+        audit = method.state_audit() if t == 6 else audit  # begun anew, as when a run is resumed
+        record = {**method.report(state), **audit(state)}
         found.append(record.get("switch/replica_differs"))
         assert record["switch/exchanged"] > 0
     assert found == [None, 0, None, 0, None, 1, None, 0, None]
-    assert "round 6: a client that installed every round's result holds other bits" in caplog.text
+    assert "round 6: a client that installed every round's result is not bitwise" in caplog.text
 
 
 def test_dropout_is_told(caplog):
@@ -238,7 +238,7 @@ SWITCH = LocalPlan(steps=3, dropout=0.0, technique=OFTEN)
         (
             rule(),
             Setup(LocalPlan(steps=5)),
-            "without exchanges.*or client=switchlora",
+            "without switches.*or client=switchlora",
         ),
         (
             SwitchLoRA(switching=OFTEN, steps=0, horizon=4),
@@ -275,7 +275,7 @@ def test_ranks_that_cannot_switch_are_refused(mode):
         population,
         modules=tuple(dataclasses.replace(m, d_out=7, d_in=7) for m in population.modules),
     )
-    with pytest.raises(ValueError, match=r"rank 7 cannot switch.*all of them are in slots"):
+    with pytest.raises(ValueError, match=r"rank 7 cannot switch.*all are in slots"):
         rule(mode).init_state(full)
 
 

@@ -1,7 +1,7 @@
 """Adapters of many clients as rows of one matrix, and each module's factors as views of it.
 
 A row holds ``[A of every module | B^T of every module]`` of one client, exactly as large as its
-ranks ask for: nothing is padded, so no padded entry can ever train. ``B`` is stored transposed,
+ranks require: there is no padding, so no padded entry is trained. ``B`` is stored transposed,
 which keeps the small rank on the fast side of the matrix products
 (`fedlora.engine.fused.kernels`).
 
@@ -62,8 +62,8 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where a row holds what, for one pattern of ranks and scales. `Layouts` makes one layout per
-    pattern, so that two clients' layouts can be compared by identity.
+    """Where each module's factors lie in a row, for one pattern of ranks and scales. `Layouts`
+    makes one layout per pattern, so that two clients' layouts can be compared by identity.
 
     >>> layout = Layout.of(adapter(2), modules)
     >>> layout.a_size, layout.size  # 2 * 3 scalars of A, then 2 * 2 of B^T
@@ -75,9 +75,9 @@ class Layout:
     """
 
     paths: tuple[str, ...]
-    """Of the model's modules, in order."""
+    """Module paths of the model, in order."""
     parts: tuple[Part | None, ...]
-    """Of every module of the model, in order; None where the adapter has nothing."""
+    """The part of every module of the model, in order; None if the adapter has no factors there."""
     a_size: int
     """Scalars in all A: the row's first section."""
     size: int
@@ -182,7 +182,7 @@ class AdapterBank:
         self._views: dict[tuple[int, int, Layout], list[Views | None]] = {}
 
     def refresh(self) -> None:
-        """Let forward passes see the present parameters."""
+        """Copy the present parameters to what forward passes read, if that is another type."""
         if self._seen is not self.params:
             self._seen.copy_(self.params)
 

@@ -123,9 +123,9 @@ class FusedBatch:
     weights: Tensor
     """``[n]``: one divided by `Lane.tokens` of the token's lane."""
     groups: tuple[Group, ...]
-    """In the order of the rows."""
+    """Groups in the order of the rows."""
     lanes: tuple[Lane, ...]
-    """In the order of the rows; `owners` counts them."""
+    """Lanes in the order of the rows; `owners` counts them."""
     geometry: Geometry | None
     """None: padded."""
     spread: Spread | None
@@ -138,7 +138,7 @@ class FusedBatch:
     """``[M or N, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
     dropout."""
     drawn: tuple[int, ...]
-    """``K`` numbers: rows of each lane's own padded batch."""
+    """``K`` counts: rows of each lane's own padded batch."""
     tokens: int
     """Real tokens."""
 
@@ -169,10 +169,10 @@ def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
     rows = _ragged_rows(held) if ragged else _padded_rows(held)
 
     # What the network computes on, and where it has a loss.
-    inputs = _filled(rows, np.concatenate([e.input_ids[:-1] for e in held.examples]), PAD)
-    following = _filled(rows, np.concatenate([e.input_ids[1:] for e in held.examples]), 0)
-    positions = _filled(rows, held.within, 0) if ragged else None
-    supervised, owners = _supervised(lanes, held, rows)
+    inputs = _fill(rows, np.concatenate([e.input_ids[:-1] for e in held.examples]), PAD)
+    following = _fill(rows, np.concatenate([e.input_ids[1:] for e in held.examples]), 0)
+    positions = _fill(rows, held.within, 0) if ragged else None
+    supervised, owners = _find_supervised(lanes, held, rows)
     weights = (1 / np.array([lane.tokens for lane in lanes]))[owners]  # [n]
 
     # Which lanes are multiplied in one stack, and the copy of the rows which that may need.
@@ -261,7 +261,7 @@ class _Rows:
     """``N`` rows, in the order in which the frozen layers compute them."""
 
     shape: tuple[int, int]
-    """Of the network's input; ``N`` is its product."""
+    """The shape of the network's input; ``N`` is its product."""
     of_token: Ids
     """``[T]``: the row of every token. The other rows are pads."""
     per_lane: Ids
@@ -298,10 +298,10 @@ def _padded_rows(held: _Sequences) -> _Rows:
     return _Rows((len(held.length), width), of_token, held.per_lane * width)
 
 
-def _filled(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
+def _fill(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
     """``values [T]`` of the tokens as rows ``[N]``, with ``pad`` elsewhere.
 
-    >>> _filled(_padded_rows(_sequences(lanes)), np.arange(1, 10), pad=0).tolist()
+    >>> _fill(_padded_rows(_sequences(lanes)), np.arange(1, 10), pad=0).tolist()
     [1, 2, 3, 0, 0, 4, 0, 0, 0, 0, 5, 6, 7, 8, 9]
     """
     full = np.full(rows.total, pad, np.int64)
@@ -309,14 +309,14 @@ def _filled(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
     return full
 
 
-def _supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tuple[Ids, Ids]:
+def _find_supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tuple[Ids, Ids]:
     """Row and lane of every token with a loss, ``[n]`` each.
 
     Input token ``t`` predicts token ``t + 1``, so the first supervised one is the token in front of
     the first target: 12 for the response 13 14 of client 0's first sequence.
 
     >>> held = _sequences(lanes)
-    >>> for values in _supervised(lanes, held, _ragged_rows(held)):
+    >>> for values in _find_supervised(lanes, held, _ragged_rows(held)):
     ...     print(values.tolist())
     [1, 2, 3, 4, 5, 6, 7, 8]
     [0, 0, 0, 1, 1, 1, 1, 1]
@@ -465,6 +465,6 @@ def _own_places(held: _Sequences, rows: _Rows) -> Tensor | None:
     first = _starts(totals)[held.lane] + _within(held.per_lane) * widths
 
     # Row of every token, [T]; then of every row of this batch, [N].
-    places = _filled(rows, np.repeat(first, held.length) + held.within, 0)
+    places = _fill(rows, np.repeat(first, held.length) + held.within, 0)
     in_order = rows.total == totals.sum() and bool((places == np.arange(rows.total)).all())
     return None if in_order else torch.from_numpy(places)

@@ -1,4 +1,4 @@
-"""Tries out whether a model computes the same logits for sequences laid end to end."""
+"""Tests whether a model computes the same logits for sequences laid end to end."""
 
 from collections.abc import Sequence
 
@@ -73,8 +73,8 @@ def _sequences(model: LanguageModel) -> list[Tensor]:
 
 
 def _unseen_limit(model: LanguageModel, windowed: bool) -> int:
-    """Tokens that some layers look back, if that is less than the context, was not tried and is not
-    passed to their attention function; 0 without such layers."""
+    """The number of tokens that some layers attend to, if it is less than the context, was not
+    tested and is not passed to their attention function; 0 without such layers."""
     config, context = model.network.config.get_text_config(), model.info.context
     kinds = getattr(config, "layer_types", None)
     window = 0 if windowed else getattr(config, "sliding_window", None) or 0

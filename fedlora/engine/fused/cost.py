@@ -1,10 +1,10 @@
-"""What a fused step costs in seconds and bytes, fitted to a few probe steps of this machine.
+"""The cost of a fused step in seconds and bytes, fitted to a few probe steps on this machine.
 
     seconds = step + token * tokens + client * clients
     bytes   = base + token * tokens + supervised * supervised tokens + row * slots
 
-A step of a small model is bound by its fixed cost and by the caches, one of a large model by its
-tokens. The token budget is therefore measured, once per machine and model, and kept.
+The time of a step is bound by its fixed cost and by the caches for a small model, by its tokens for
+a large one. The token budget is therefore measured once per machine and model, and kept.
 """
 
 import hashlib
@@ -30,20 +30,20 @@ from fedlora.engine.fused.schedule import Schedule, Work, cost
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the tuning file: another one is measured anew
+FORMAT = 1  # of the tuning file; a file of another format is measured again
 CANDIDATES = (256, 512, 1024, 2048, 4096)
-"""Token budgets that are tried, ascending. An accelerator may want larger ones."""
+"""Token budgets that are measured, ascending. An accelerator may need larger ones."""
 TOLERANCE = 0.05
 """A budget is as good as the best one if a token costs at most this much more."""
 SPARE = 1.5
-"""Slots per client that a step has tokens for: some residents do not fit, or finish."""
+"""Slots per client that fills a step: some residents do not fit into a step, or finish."""
 
 Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One probe step: training, forward to optimizer."""
+    """One measured training step, from the forward pass to the optimizer."""
 
     tokens: int
     """Tokens of the step, as `schedule.cost` counts them."""
@@ -52,7 +52,7 @@ class Sample:
     """Tokens with a loss."""
     seconds: float
     bytes: float
-    """Peak memory beyond the model and the adapter bank; 0 where it cannot be told."""
+    """Peak memory beyond the model and the adapter bank; 0 if the system does not report it."""
 
     def __post_init__(self) -> None:
         at_least("tokens", self.tokens, 1)
@@ -69,12 +69,13 @@ class CostModel:
     step_seconds: float
     token_seconds: float
     client_seconds: float
-    """Per client in a step; told apart from tokens only if probes differ in tokens per client."""
+    """Per client in a step. It can be separated from the cost of tokens only if probes differ in
+    tokens per client."""
     base_bytes: float
     token_bytes: float
     supervised_bytes: float
     row_bytes: float
-    """Of a slot: ``16 P`` with ``P`` float32 parameters, their gradients and two moments."""
+    """Bytes of a slot: ``16 P`` for ``P`` float32 parameters, their gradients and two moments."""
     samples: tuple[Sample, ...]
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class CostModel:
             raise ValueError("a cost model needs at least one sample")
 
     def seconds(self, tokens: int, clients: int) -> float:
-        """Of one step."""
+        """Seconds of one step."""
         return self.step_seconds + self.token_seconds * tokens + self.client_seconds * clients
 
     def memory(self, tokens: int, supervised: int, slots: int) -> float:
@@ -94,7 +95,7 @@ class CostModel:
         return step + self.row_bytes * slots
 
     def predict(self, schedule: Schedule) -> float:
-        """Seconds of a whole round. Uses the schedule up: give it a fresh one."""
+        """Seconds of a whole round. It consumes the schedule: pass a fresh one."""
         works = schedule.works
         total = 0.0
         for step in schedule:
@@ -103,7 +104,7 @@ class CostModel:
         return total
 
     def dump(self) -> str:
-        """As JSON, readable by `load` and by people."""
+        """The model as JSON, which `load` reads."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2)
 
     @classmethod
@@ -111,7 +112,7 @@ class CostModel:
         """The model that `dump` wrote.
 
         Raises:
-            ValueError: if the text is anything else.
+            ValueError: if `dump` did not write the text, or wrote it in another format.
         """
         try:
             fields = json.loads(text)
@@ -129,18 +130,21 @@ class CostModel:
 def fit(samples: Sequence[Sample], row_bytes: float) -> CostModel:
     """The non-negative coefficients with the least relative squared error.
 
-    Where samples leave open which term a cost belongs to, fewer terms are used, tokens first.
+    If samples do not determine which term a cost belongs to, fewer terms are used, tokens first.
 
     Args:
         samples: at least one; three with different tokens per client determine all terms.
         row_bytes: memory of a slot, `CostModel.row_bytes`.
     """
+    # One column per term, [n]: tokens first, because `nonnegative` tries columns in this order.
     ones = np.ones(len(samples))
     tokens = np.array([s.tokens for s in samples], dtype=np.float64)
     clients = np.array([s.clients for s in samples], dtype=np.float64)
     supervised = np.array([s.supervised for s in samples], dtype=np.float64)
     seconds = np.array([s.seconds for s in samples])
     memory = np.array([s.bytes for s in samples], dtype=np.float64)
+
+    # seconds ~ [n, 3] (tokens, 1, clients); bytes ~ [n, 3] (tokens, 1, supervised tokens).
     time_fit = nonnegative(np.stack([tokens, ones, clients], axis=1), seconds)
     memory_fit = nonnegative(np.stack([tokens, ones, supervised], axis=1), memory)
     return CostModel(
@@ -158,19 +162,28 @@ def fit(samples: Sequence[Sample], row_bytes: float) -> CostModel:
 def nonnegative(columns: Array, target: Array) -> list[float]:
     """``argmin_x Σ_i ((columns x - target)_i / target_i)²`` over ``x >= 0``.
 
-    The optimum is the ordinary least-squares solution over its own support, so with a handful of
-    columns it is found by trying all supports, the small ones first.
+    The optimum is the ordinary least-squares solution on its own support (the columns whose
+    coefficients are positive). There are few columns, so all supports are tried, small ones first.
 
     Args:
         columns: ``[n, c]``, not negative.
-        target: ``[n]``, not negative; entries below a thousandth of the largest weigh like that.
+        target: ``[n]``, not negative. Entries below a thousandth of the largest entry get the
+            weight of that thousandth.
+
+    Returns:
+        ``c`` coefficients.
     """
     if not target.any():
         return [0.0] * columns.shape[1]
+
+    # Relative errors: divide each row by its target. Columns get unit norm, [n, c], so that the
+    # least-squares problem is well conditioned.
     weight = 1 / np.maximum(target, target.max() / 1000)
     goal = target * weight
     scaled = columns * weight[:, None]
     norms = np.maximum(np.linalg.norm(scaled, axis=0), np.finfo(np.float64).tiny)
+
+    # All supports, [n, size] each; a larger one must be better than all smaller ones.
     best, least = np.zeros(columns.shape[1]), float(goal @ goal)
     for size in range(1, columns.shape[1] + 1):
         for support in itertools.combinations(range(columns.shape[1]), size):
@@ -192,8 +205,8 @@ def best_budget(model: CostModel, memory: float = math.inf, slots: int = 1) -> i
 
     Args:
         model: with the samples to choose from.
-        memory: bytes that steps and slots may take; budgets that took more are no choice. If none
-            is left, the smallest is taken with a warning.
+        memory: bytes that steps and slots may take; budgets that took more are excluded. If none
+            is left, the smallest is returned with a warning.
         slots: how many clients are resident.
     """
     samples = sorted(model.samples, key=lambda s: s.tokens)
@@ -217,21 +230,24 @@ def slots_for(
     memory: float = math.inf,
     padded: bool = False,
 ) -> int:
-    """How many clients to keep resident: half as many again as fill the budget.
+    """The number of clients to keep resident: 1.5 times as many as fill the budget.
 
     Args:
         budget: tokens of a step.
         works: the clients' chains.
-        model: what memory costs; needed only with a limit.
-        memory: bytes that a step of the whole budget and the slots may take together, when as
-            many of the tokens have a loss as in the probe steps.
+        model: the cost of memory; needed only with a limit.
+        memory: bytes that a step of the whole budget and the slots may take together, if the
+            fraction of supervised tokens is that of the probe steps.
         padded: whether the budget counts padding.
 
     Returns:
         At least 1, at most the number of clients.
     """
+    # Forward passes of median size that fill the budget, with some to spare.
     sizes = [cost([f], padded) for w in works for f in w.forwards]
     slots = math.ceil(SPARE * budget / statistics.median(sizes)) if sizes else 1
+
+    # At most as many rows as fit into the memory that a step of the whole budget leaves.
     if model is not None and model.row_bytes > 0 and memory < math.inf:
         supervised = max(s.supervised / s.tokens for s in model.samples)
         left = memory - model.memory(budget, math.ceil(supervised * budget), 0)
@@ -242,7 +258,7 @@ def slots_for(
 # --- measuring once ------------------------------------------------------------------------------
 
 Probe = Callable[[int], Sample]
-"""Runs training steps of so many tokens and says what one costs."""
+"""Runs training steps of a given number of tokens and returns the cost of one."""
 
 
 def measure(
@@ -251,9 +267,12 @@ def measure(
     """Probe growing budgets until one takes too long or does not fit; at least one sample.
 
     Args:
-        probe: what measures.
+        probe: measures one budget.
         candidates: token budgets, ascending.
-        limit_s: the probe that took longer than this, warm-up and repeats included, is the last.
+        limit_s: after a probe that took longer, warm-up and repeats included, no more follow.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: if the first budget does not fit.
     """
     samples: list[Sample] = []
     for tokens in candidates:
@@ -270,7 +289,7 @@ def measure(
     return samples
 
 
-def tuned(
+def load_or_measure(
     key: str,
     probe: Probe,
     row_bytes: float,
@@ -280,14 +299,14 @@ def tuned(
 ) -> CostModel:
     """The cost model of this machine and model, measured once and kept in a file.
 
-    Processes that ask together measure once: the first takes a lock, the others wait and read. A
-    file that cannot be read is measured anew.
+    If several processes call it together, the first takes a lock and measures; the others wait and
+    read the file. If a file cannot be read, the cost is measured again.
 
     Args:
-        key: what the measurement depends on, `tuning_key`.
-        probe: what measures, called only if there is no usable file.
-        row_bytes: `CostModel.row_bytes`, which is not measured and need not be part of the key.
-        folder: where the files are; by default ``tuning`` in the cache.
+        key: identifies what the measurement depends on, `tuning_key`.
+        probe: measures one budget; called only if there is no usable file.
+        row_bytes: `CostModel.row_bytes`, which is not measured and not part of the key.
+        folder: the folder of the files; by default ``tuning`` in the cache.
         candidates: as in `measure`.
         limit_s: as in `measure`.
     """
@@ -296,7 +315,7 @@ def tuned(
     if found is None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_suffix(".lock")):
-            found = _read(path)  # by whoever had the lock before
+            found = _read(path)  # another process may have measured while this one waited
             if found is None:
                 found = fit(measure(probe, candidates, limit_s), row_bytes)
                 write_file(path, found.dump())
@@ -309,21 +328,21 @@ def _read(path: Path) -> CostModel | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        log.warning("%s is of no use (%s): measuring again", path, error)
+        log.warning("%s cannot be read (%s): measuring again", path, error)
         return None
 
 
 def tuning_key(
     model: str, dtype: torch.dtype, device: torch.device, threads: int, *details: object
 ) -> str:
-    """16 hexadecimal digits over what a measurement depends on.
+    """A hash, 16 hexadecimal digits, of everything that a measurement depends on.
 
     Args:
         model: fingerprint of the base model.
-        dtype: what it computes in.
-        device: what it computes on; an accelerator counts by its name.
-        threads: of a step.
-        details: more, such as the length of a bank row and the layout.
+        dtype: the type that it computes in.
+        device: the device that it computes on; an accelerator counts by its name.
+        threads: intra-op threads of a step.
+        details: other conditions, such as the length of a bank row and the layout.
     """
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else device.type
@@ -332,7 +351,7 @@ def tuning_key(
 
 
 def _cpu() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, as far as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The fused engine, and the one that decides by itself."""
+"""The fused engine, and the engine that chooses between fused and sequential training."""
 
 import logging
 import statistics
@@ -33,7 +33,7 @@ from fedlora.models.language_model import LanguageModel
 log = logging.getLogger(__name__)
 
 USUAL_TOKENS = 1024
-"""Of a forward pass where nothing is configured or measured yet."""
+"""Tokens of a forward pass if they are neither configured nor measured yet."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,19 @@ class Fused(EngineSpec):
     reuse_memory: bool = True
     """Keep up to 512 MiB of freed memory in the process, where glibc allows."""
     tokens: int = 0
-    """Of one fused step; 0: measured once per machine and model, and kept in the cache. Results
-    depend on it in their last bits."""
+    """Tokens of one fused step; 0: measured once per machine and model, and kept in the cache.
+    Results depend on it in their last bits."""
     slots: int = 0
-    """Clients in training at a time; 0: half as many again as fill a step."""
+    """Clients in training at a time; 0: 1.5 times as many as fill a step."""
     policy: str = "refill"
-    """Who runs in which step: `fedlora.engine.fused.schedule.POLICIES`."""
+    """Which clients run in which step: `fedlora.engine.fused.schedule.POLICIES`."""
     layout: str = "auto"
     """``ragged``: sequences end to end; ``padded``: one per row; ``auto``: ragged where the model
     can (tried when it is opened)."""
     checkpoint: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
     memory: float = 0.5
-    """Share of the memory that is free when training begins that steps and slots may take."""
+    """Steps and slots may take this fraction of the memory that is free when training begins."""
 
     def __post_init__(self) -> None:
         at_least("engine.threads", self.threads, 0)
@@ -70,14 +70,16 @@ class Fused(EngineSpec):
 
     @property
     def messages_per_worker(self) -> int:
-        """Two: large enough cohorts to fill steps, and the second evens out the first."""
+        """Two: a message holds enough clients to fill steps, and a worker that is done early can
+        take a second one."""
         return 2
 
     def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
         """The engine on this model and these data.
 
         Raises:
-            ValueError: if a ragged layout or checkpointing was asked for and the model cannot.
+            ValueError: if a ragged layout or checkpointing is configured and the model does not
+                support it.
         """
         self._prepare()
         return FusedEngine(self, model, store)
@@ -90,12 +92,13 @@ class Fused(EngineSpec):
 
 
 class FusedEngine:
-    """Trains and evaluates many clients at once; what it cannot do is done one by one, with a note.
+    """Trains and evaluates many clients at once. Jobs that cannot be fused are done one by one, and
+    a note says so.
 
     Args:
         spec: the configuration.
-        model: on which clients are trained.
-        store: whose data.
+        model: clients are trained on it.
+        store: the clients' data.
     """
 
     def __init__(self, spec: Fused, model: LanguageModel, store: TokenStore) -> None:
@@ -112,11 +115,15 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
+
+        # Jobs that cannot be fused, with a note for each reason.
         reasons = [self._why_alone(j) for j in jobs]
         alone = [j for j, why in zip(jobs, reasons, strict=True) if why]
         for reason in dict.fromkeys(filter(None, reasons)):
             self._note(reason)
-        chains: dict[str, list[Chain]] = {}  # by the base that clients stand on
+
+        # The others in groups over the same base: a fused step has one frozen weight per layer.
+        chains: dict[str, list[Chain]] = {}
         for planned in self._planner.chains([j for j in jobs if not self._why_alone(j)]):
             if isinstance(planned, Chain):
                 chains.setdefault(planned.version, []).append(planned)
@@ -127,11 +134,12 @@ class FusedEngine:
         yield from self._alone.train(alone)
 
     def _why_alone(self, job: TrainJob) -> str:
-        """Why a job cannot train in common forward passes; empty: it can."""
+        """The reason why a job cannot train in common forward passes; empty: it can."""
         technique, start, model = job.plan.technique, job.start, self.model
         if not technique.fuses:
             return technique.alone or start.alone
-        if start.low_rank() is None or (start.base() and model.network.dtype != model.dtype):
+        factors, moved = start.low_rank(), start.base() is not None
+        if factors is None or (moved and (not factors or model.network.dtype != model.dtype)):
             return start.alone
         return ""
 
@@ -168,12 +176,12 @@ class FusedEngine:
         self._notes.setdefault(text)
 
     def _choice(self, chains: Sequence[Chain]) -> Limits | None:
-        """How much runs at once; None: one by one, with a note that says why."""
+        """The limits of fused steps; None: train one by one, with a note that says why."""
         try:
             limits = self._limits(chains)
             if self._worth_fusing(chains, limits):
                 return limits
-        except Exception as error:  # a step was tried out to measure it
+        except Exception as error:  # the limits may come from a measured step
             log.warning("a fused step cannot be measured", exc_info=error)
             self._note(f"sequential, for a fused step failed ({type(error).__name__}: {error})")
             return None
@@ -185,7 +193,9 @@ class FusedEngine:
         return True
 
     def _limits(self, chains: Sequence[Chain]) -> Limits:
-        """How much runs at once: as configured, else as measured on this machine."""
+        """The limits of fused steps: as configured, else as measured on this machine."""
+        # Tokens: the best measured budget. The probe has the client with the largest row, and
+        # memory must hold as many rows as fill a step of a usual size.
         spec, works = self.spec, [c.work for c in chains]
         memory = spec.memory * _free_memory(self.model.device)
         tokens, model = spec.tokens, None
@@ -194,20 +204,22 @@ class FusedEngine:
             typical = statistics.median(f.tokens for w in works for f in w.forwards)
             residents = max(1, min(len(chains), round(cost.SPARE * USUAL_TOKENS / typical)))
             tokens = cost.best_budget(model, memory, residents)
+
+        # Slots: enough clients to fill steps of that many tokens, within memory.
         slots = spec.slots or cost.slots_for(tokens, works, model, memory, not self._ragged)
         return Limits(policy(spec.policy), tokens, slots)
 
     def cost_model(self, chain: Chain) -> cost.CostModel:
-        """What steps of clients like this one cost here, measured once per machine and model."""
+        """The cost of steps of clients like this one, measured once per machine and model."""
         return Prober(self.fused, chain).cost_model(self.spec.threads)
 
 
 @dataclass(frozen=True)
 class Auto(Fused):
-    """The fused engine where it is expected to be faster, the sequential one elsewhere.
+    """The fused engine if it is expected to be faster, else the sequential one.
 
-    The decision is made for each cohort from the measured cost of steps and tokens: fusing always
-    saves steps, but where a model has to be padded it may cost more padding than it saves.
+    It decides for each cohort by the measured cost of steps and tokens: fusing always saves steps,
+    but if a model needs padding, the padding may cost more than the saved steps.
     """
 
     def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
@@ -217,12 +229,15 @@ class Auto(Fused):
 
 
 class AutoEngine(FusedEngine):
-    """Decides cohort by cohort."""
+    """The engine of `Auto`: it decides for each cohort whether to fuse."""
 
     def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
-        """By the predicted time of this schedule and of clients one by one."""
+        """Compare the predicted time of this schedule with that of clients one by one."""
         if self._ragged:  # the same tokens without padding, in fewer steps
             return True
+
+        # Padded: a step of all clients costs its rows times the largest width, a client's own
+        # forward pass costs its rows times its own width.
         model = self.cost_model(max(chains, key=lambda c: c.layout.size))
         works = [c.work for c in chains]
         schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
@@ -231,7 +246,7 @@ class AutoEngine(FusedEngine):
 
 
 def _plain(job: EvaluateJob) -> bool:
-    """Whether a job is factors over the model's own base, or that base."""
+    """Whether a job evaluates factors over the model's own base, or the base alone."""
     return job.adapter is None or plain_factors(job.adapter) is not None
 
 

@@ -109,7 +109,7 @@ class FusedEvaluator:
                 yield failure(task.job.client, error)
 
     def _task(self, job: EvaluateJob, slot: int) -> Task:
-        # Refuse whatever would fail in a forward pass that it shares with others.
+        # Refuse a job that would fail in a forward pass, because it shares that with other jobs.
         plan, who, store = job.plan, job.client.id, self._store
         if job.adapter is not None:
             check_adapter(_factors(job.adapter), self._fused.model.info)

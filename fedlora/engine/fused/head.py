@@ -1,9 +1,9 @@
-"""Cross-entropy through a frozen output embedding without ever holding all logits.
+"""Cross-entropy through a frozen output embedding without holding all logits at once.
 
 The vocabulary is the widest layer of a small model: 1,024 tokens of 2,048 logits are 8 MB, which
-softmax, loss and their gradients pass over a dozen times. Here a chunk of tokens at a time goes
-through the output embedding and comes back as the gradient of its hidden state, all of it within
-the cache. The embedding is frozen, so nothing else is needed of the logits.
+softmax, loss and their gradients read and write a dozen times. This module computes the loss and
+the gradient of the hidden states for one chunk of tokens at a time, so that its logits stay in the
+cache. The embedding is frozen, so the logits are not needed for any other gradient.
 """
 
 from typing import Any
@@ -25,16 +25,19 @@ class _HeadNLL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
     ) -> Tensor:
+        # hidden [n, d], weight [vocabulary, d]; slope [n, d] is the gradient of each row's loss.
         wants = ctx.needs_input_grad[0]
         slope = torch.empty_like(hidden) if wants else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
         nll = torch.empty(len(targets), dtype=wide, device=hidden.device)
         size = max(1, CHUNK_NUMBERS // weight.shape[0])
         for at in range(0, len(targets), size):
+            # Log-probabilities of a chunk, [size, vocabulary], and the loss of its targets.
             chunk, aims = hidden[at : at + size], targets[at : at + size, None]
             logits = chunk @ weight.t() if bias is None else torch.addmm(bias, chunk, weight.t())
             logs = torch.log_softmax(logits, dim=-1, dtype=wide)
             nll[at : at + size] = -logs.gather(1, aims)[:, 0]
+            # Gradient of the hidden state: (p - one_hot(target)) W, [size, d].
             if slope is not None:
                 p = logs.exp_()
                 p.scatter_add_(1, aims, p.new_full((1, 1), -1.0).expand_as(aims))
@@ -51,7 +54,7 @@ def head_nll(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
     """The negative log-likelihood of each target.
 
     Args:
-        hidden: ``[n, d]``, what the output embedding is given.
+        hidden: ``[n, d]``, the input of the output embedding.
         head: a plain output embedding (`is_plain`), frozen.
         targets: ``[n]`` int64.
 
@@ -68,8 +71,8 @@ def head_nll(hidden: Tensor, head: nn.Module, targets: Tensor) -> Tensor:
 
 
 def is_plain(model: LanguageModel) -> bool:
-    """Whether the network's logits are those of its output embedding, a linear layer, and nothing
-    more: no scaling, no soft capping. Tried out."""
+    """Whether the network's logits are exactly the output of its output embedding, a linear layer,
+    without scaling or soft capping. A forward pass tests it."""
     network: Any = model.network
     head = network.get_output_embeddings()
     if type(head) is not nn.Linear or not head.weight.is_floating_point():

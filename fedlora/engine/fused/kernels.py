@@ -11,8 +11,8 @@ mask's ``1 / (1 - p)``. With ``g = dL/dy`` the backward pass is
     dA_k   += dh_k (m_k ∘ x[k])
     dx[k]   = g[k] W + m_k ∘ (dh_k^T A_k)
 
-so the mask enters dA and dx. mLoRA's public BatchLoRA leaves it out of both, which is 24 % of the
-gradient of A at a dropout rate of 0.05.
+so the mask enters dA and dx. mLoRA's public BatchLoRA leaves it out of both: an error of 24 % of
+the gradient of A at a dropout rate of 0.05.
 
 Layout: with ``B^T [r, d_out]`` and ``h [r, n]`` the small rank is the M side of every product,
 where a CPU's matrix multiplication runs at 44 to 60 GFLOP/s rather than 11 to 14.

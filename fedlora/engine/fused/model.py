@@ -31,7 +31,7 @@ KNOWN = 1024
 
 
 class FusedModel:
-    """Runs fused batches on a resident `LanguageModel`, which it leaves as it found it.
+    """Runs fused batches on a resident `LanguageModel`, which is unchanged afterwards.
 
     Args:
         model: its adapted layers use the clients' adapters while `mounted`.
@@ -41,7 +41,7 @@ class FusedModel:
             more time.
 
     Raises:
-        ValueError: if activations should be recomputed and the architecture cannot.
+        ValueError: if activations should be recomputed and the architecture does not support it.
     """
 
     def __init__(self, model: LanguageModel, is_ragged: bool, checkpoint: bool = False) -> None:
@@ -88,13 +88,13 @@ class FusedModel:
         generate: bool = False,
         base: MovedBase | None = None,
     ) -> Iterator[None]:
-        """Let the network compute with a bank's adapters; nothing of it stays afterwards.
+        """Let the network compute with a bank's adapters, until the context ends.
 
         Args:
-            bank: where the adapters are.
+            bank: holds the adapters.
             autocast: compute in bfloat16 where torch's autocast does.
             generate: leave attention to the network, for `prepare_rows`.
-            base: that all adapters are over; None: the model's own.
+            base: the moved base under all adapters; None: the model's own.
 
         Raises:
             RuntimeError: if a bank is mounted already.
@@ -160,7 +160,8 @@ class FusedModel:
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self._autocast)
 
     def prepare(self, batch: FusedBatch) -> None:
-        """Tell layers and attention which rows of the next forward pass belong to which client."""
+        """Set which rows of the next forward pass belong to which client, for layers and
+        attention."""
         self.prepare_rows(batch.groups)
         device = self.model.device
         self._batch = batch
@@ -267,7 +268,10 @@ class FusedModel:
         bias: Any = base.bias
         weight = self._moved.get(index, dense_weight(base))
         if self._autocast:
-            weight, bias = self._lowered(weight), None if bias is None else self._lowered(bias)
+            weight, bias = (
+                self._to_bfloat16(weight),
+                None if bias is None else self._to_bfloat16(bias),
+            )
         across = weight.t()
         rows = self._copy(x, weight.dtype)
         out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
@@ -282,7 +286,7 @@ class FusedModel:
             self._copied = (x, x._version, flat.index_select(0, self._spread.out))
         return self._copied[2]
 
-    def _lowered(self, tensor: Tensor) -> Tensor:
+    def _to_bfloat16(self, tensor: Tensor) -> Tensor:
         """A frozen tensor in bfloat16, cast once while mounted."""
         key = tensor.data_ptr()
         if key not in self._cast:
@@ -300,9 +304,9 @@ class _ManyAdapters(LinearUpdate):
         return self._fused.layer(x, base, self._index)
 
     def parameters(self) -> list[nn.Parameter]:
-        """None that autograd knows: gradients go to the bank."""
+        """No parameters for autograd: gradients go to the bank."""
         return []
 
     def weight(self, base: nn.Module) -> Tensor:
-        """Refused: a layer with many adapters has no single weight."""
+        """Raise a TypeError: a layer with many adapters has no single weight."""
         raise TypeError("many clients' adapters are mounted: there is no single effective weight")

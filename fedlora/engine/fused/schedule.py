@@ -1,9 +1,9 @@
-"""Which clients run in which fused step.
+"""Selects which clients run in which fused step.
 
-A client is a chain of forward passes that must run in order; a fused step runs at most one of each
-of several clients that sit in the slots of the adapter bank. A schedule is a pure function of the
-work, the policy, the token budget and the number of slots: what a client computes never depends on
-it, only when. The policies are compared in docs/performance.md, which also says how m-LoRA's
+A client is a chain of forward passes that must run in order. A fused step runs the next forward
+pass of some of the clients that are in slots of the adapter bank. A schedule is a pure function of
+the work, the policy, the token budget and the number of slots. It decides when a client computes,
+not what it computes. The policies are compared in docs/performance.md, which also says how m-LoRA's
 scheduling strategies map to them:
 
 =========== ====================== ================
@@ -65,11 +65,18 @@ class Step:
     active: tuple[tuple[int, int, int], ...]
     """``(client, slot, forward index)``, in the order of slots; never empty."""
     finished: tuple[int, ...]
-    """Clients whose last forward this is: their slots may be given away at the next step."""
+    """Clients whose last forward pass this is: their slots are free at the next step."""
 
 
 def cost(forwards: Collection[Forward], padded: bool) -> int:
-    """Tokens that a step computes: the real ones, or rows times the largest width if padded."""
+    """Tokens that a step computes: the real ones, or rows times the largest width if padded.
+
+    Two forward passes of 2 rows of up to 3 tokens and of 1 row of 5 tokens:
+
+    >>> forwards = [Forward(rows=2, width=3, tokens=4), Forward(rows=1, width=5, tokens=5)]
+    >>> cost(forwards, padded=False), cost(forwards, padded=True)
+    (9, 15)
+    """
     if not padded:
         return sum(f.tokens for f in forwards)
     return sum(f.rows for f in forwards) * max((f.width for f in forwards), default=0)
@@ -86,33 +93,33 @@ def check_limits(budget: int, slots: int) -> None:
 
 @dataclass(slots=True)
 class Resident:
-    """A client in a slot, and how far it has come."""
+    """A client in a slot, and its progress."""
 
     client: int
     slot: int
     work: Work
     forward: Forward
-    """What it runs next."""
+    """The forward pass that it runs next."""
     forwards_left: int
 
     @property
     def index(self) -> int:
-        """Which of its forwards is the next one."""
+        """The index of the next forward pass in its chain."""
         return len(self.work.forwards) - self.forwards_left
 
 
 @dataclass(frozen=True)
 class Room:
-    """What one step may hold. A single forward that exceeds it is accepted alone."""
+    """The size of one step. A single forward pass that exceeds it runs alone."""
 
     budget: int
     """Tokens, counted as `cost` does."""
     padded: bool
     least: int
-    """No forward of any client has fewer real tokens: with less room than that, a step is full."""
+    """Real tokens of the smallest forward pass of all clients: a step with less room is full."""
 
     def pack(self, line: Sequence[Resident]) -> list[Resident]:
-        """The first in line, and all behind it that still fit."""
+        """The first resident in line, and all others that fit beside those before them."""
         # Running totals of those chosen: sequences, width of the widest, real tokens.
         chosen = [line[0]]
         first = line[0].forward
@@ -135,7 +142,7 @@ class Room:
 
 
 Choose = Callable[[Sequence[Resident], Room], list[Resident]]
-"""Selects, of at least one resident in order of admission, at least one that runs the next step."""
+"""Selects the residents that run the next step, at least one; they come in order of admission."""
 
 
 def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
@@ -144,20 +151,21 @@ def in_line(residents: Sequence[Resident], room: Room) -> list[Resident]:
 
 
 def longest_remaining(residents: Sequence[Resident], room: Room) -> list[Resident]:
-    """The longest remaining chain first: a chain cannot be sped up, so it must not wait.
+    """The longest remaining chain first: it determines when the round ends, so it must not wait.
 
-    Chains are compared by forwards; of equal ones the lower slots go first, so that the residents
-    that run are neighbours, whose products can be stacked (`fedlora.engine.fused.batch`).
+    Chains are compared by their number of forward passes. Among equal chains the lower slots go
+    first, so that the selected residents are neighbours, whose products can be stacked
+    (`fedlora.engine.fused.batch`).
     """
     line = sorted(residents, key=lambda r: (-r.forwards_left, r.slot))
     return room.pack(line)
 
 
 def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
-    """Neighbours in width: of all runs of the line sorted by width, the best within the budget.
+    """Residents of similar width: sorted by width, the best run of neighbours within the budget.
 
-    A run is as long as the budget allows. Its score is its real tokens times their share of what
-    the padded layout would compute: full steps and little padding.
+    A run is as long as the budget allows. Its score is its real tokens times their fraction of the
+    tokens that the padded layout would compute: it favours full steps with little padding.
     """
     # A window [start, end) over the line: each resident enters at its end, and as many leave at its
     # start as the budget demands. A window of one may exceed the budget.
@@ -181,29 +189,29 @@ def similar_widths(residents: Sequence[Resident], room: Room) -> list[Resident]:
 
 
 def first_come(works: Sequence[Work]) -> list[int]:
-    """Clients as they are given."""
+    """Clients in the order of ``works``."""
     return list(range(len(works)))
 
 
 def longest_first(works: Sequence[Work]) -> list[int]:
-    """Clients by forwards, then by tokens, the largest first."""
+    """Clients sorted by forward passes, then by tokens, the largest first."""
     size = [(-len(w.forwards), -sum(f.tokens for f in w.forwards)) for w in works]
     return sorted(range(len(works)), key=lambda k: (size[k], k))
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How clients come into slots, and which of them run."""
+    """Decides how clients get slots, and which residents run."""
 
     order: Callable[[Sequence[Work]], list[int]]
     """The order in which clients wait for a slot."""
     choose: Choose
     """Which residents run a step."""
     wave: bool = False
-    """Whether slots are given away only when all are free."""
+    """Whether slots are assigned only when all of them are free."""
     lookahead: int = 0
-    """Clients behind the first in line, per slot, to which a free slot may go instead: it goes to
-    the one whose mean width is nearest to the residents'."""
+    """Clients behind the first in line, per slot, that a free slot may go to instead: it goes to
+    the client whose mean width is nearest to that of the residents."""
 
 
 POLICIES: Mapping[str, Policy] = MappingProxyType(
@@ -218,7 +226,11 @@ POLICIES: Mapping[str, Policy] = MappingProxyType(
 
 
 def policy(name: str) -> Policy:
-    """The policy of that name; a ValueError says which there are."""
+    """The policy of that name.
+
+    Raises:
+        ValueError: naming the policy and those that exist.
+    """
     if name not in POLICIES:
         raise ValueError(f"engine.policy={name!r} must be one of {', '.join(sorted(POLICIES))}")
     return POLICIES[name]
@@ -228,10 +240,10 @@ def policy(name: str) -> Policy:
 
 
 class Schedule(Iterator[Step]):
-    """The steps of a round: every forward of every client once, in its order.
+    """The steps of a round: every forward pass of every client once, in the client's order.
 
-    Free slots are given away lowest first, so that the occupied ones stay together. A step exceeds
-    the budget only if it is a single forward.
+    The lowest free slot is assigned first, so that occupied slots stay together. A step exceeds the
+    budget only if it is a single forward pass.
 
     Args:
         works: the chains, ``works[k]`` being client k's.
@@ -263,12 +275,17 @@ class Schedule(Iterator[Step]):
         self._waiting = _Waiting(self.works, policy, len(self._free))
 
     def __next__(self) -> Step:
+        # Fill free slots; without a resident all chains are done.
         admitted = tuple(self._admit())
         if not self._residents:
             raise StopIteration
+
+        # Select who runs, in the order of slots: that is the order of rows in the batch.
         active = self._policy.choose(self._residents, self._room)
         active.sort(key=lambda r: r.slot)
         lanes = tuple((r.client, r.slot, r.index) for r in active)
+
+        # Advance their chains; slots of finished clients are free at the next step.
         finished = tuple(r.client for r in active if r.forwards_left == 1)
         for resident in active:
             _advance(resident)
@@ -277,9 +294,9 @@ class Schedule(Iterator[Step]):
         return Step(admitted, lanes, finished)
 
     def drop(self, client: int) -> None:
-        """Take out a client that failed: its slot is free, the rest of its chain never runs.
+        """Remove a client that failed: its slot becomes free, the rest of its chain does not run.
 
-        A client that has finished or was dropped before stays out.
+        It has no effect on a client that has finished or was dropped before.
 
         Raises:
             ValueError: if there is no such client.
@@ -290,6 +307,7 @@ class Schedule(Iterator[Step]):
         self._leave({client})
 
     def _admit(self) -> Iterator[tuple[int, int]]:
+        """Give free slots to waiting clients; ``(client, slot)`` of each."""
         if self._policy.wave and self._residents:
             return
         while self._free:
@@ -315,7 +333,7 @@ def _advance(resident: Resident) -> None:
 
 
 class _Waiting:
-    """Clients without a slot: a line, of which the first few are candidates, sorted by width."""
+    """Clients without a slot, in line. The first few are candidates for a slot, sorted by width."""
 
     def __init__(self, works: Sequence[Work], policy: Policy, slots: int) -> None:
         self._widths = [sum(f.width for f in w.forwards) / len(w.forwards) for w in works]
@@ -325,17 +343,18 @@ class _Waiting:
         self._gone: set[int] = set()
 
     def remove(self, client: int) -> None:
-        """Never give this client a slot."""
+        """Remove a client from the line."""
         self._gone.add(client)
 
     def next(self, residents: Sequence[Resident]) -> int | None:
-        """The client that is given a free slot; None if none waits."""
+        """The next client that gets a free slot; None if none waits."""
         self._refill()
         if not self._candidates:
             return None
         return self._candidates.pop(self._nearest(residents))[1]
 
     def _refill(self) -> None:
+        # Without removed clients, up to `_room` candidates (mean width, client), sorted.
         self._candidates = [c for c in self._candidates if c[1] not in self._gone]
         while self._line and len(self._candidates) < self._room:
             client = self._line.popleft()

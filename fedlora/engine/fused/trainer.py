@@ -1,8 +1,9 @@
-"""Trains many clients concurrently on one fused model: a row, an optimizer and a schedule each.
+"""Trains many clients concurrently on one fused model. Each client has a row of the adapter bank,
+an optimizer and a learning-rate schedule of its own.
 
-Every client's loss is a mean over its own step's tokens, and the losses are summed; since a
-client's factors enter its own loss alone, its gradient is exactly that of training alone. A client
-that has finished leaves the batch: it is never multiplied by zero.
+A client's loss is the mean over the tokens of its own step. The losses are summed. A client's
+factors enter its own loss only, so its gradient equals that of training alone. A client that has
+finished leaves the batch, so no work is done for it.
 """
 
 import logging
@@ -50,21 +51,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Chain:
-    """One client's round, planned: which examples each forward takes, which layout its row has."""
+    """One client's planned round: the examples of each forward pass, and the layout of its row."""
 
     job: TrainJob
     layout: Layout
     start: Tensor
-    """The start adapter as a row; one for all clients that share it."""
+    """The start adapter as a row ``[layout.size]``; clients with the same start share it."""
     steps: tuple[tuple[tuple[int, ...], ...], ...]
-    """Optimizer steps of forward passes of example indices."""
+    """Example indices of each forward pass of each optimizer step."""
     work: Work
+    """The same forward passes as the schedule sees them: rows, widths and tokens."""
     version: str = ""
-    """Of the moved base that it stands on; empty: the model's own."""
+    """Version of the moved base under its factors; empty: the model's own base."""
 
     @property
     def forwards(self) -> list[tuple[int, int]]:
-        """``(step, part of it)`` of each forward pass."""
+        """``(step, part of the step)`` of each forward pass."""
         return [(s, i) for s, step in enumerate(self.steps) for i in range(len(step))]
 
 
@@ -87,7 +89,8 @@ class Planner:
                 yield failure(job.client, error)
 
     def _chain(self, job: TrainJob, starts: dict[int, tuple[Layout, Tensor]]) -> Chain:
-        """Plan a job. Examples are read again when its turn comes: waiting takes no memory.
+        """Plan a job. Examples are read again when the client is admitted, so that a waiting client
+        takes no memory.
 
         Raises:
             ValueError: if the job cannot be trained, naming client and reason.
@@ -98,17 +101,23 @@ class Planner:
         check_adapter(adapter, self._info)
         examples = training_examples(self._store, job)
         check_vocabulary(examples, self._vocabulary, job.client.id)
+
+        # Which examples each optimizer step has, and how it is cut into forward passes.
         who = {"seed": job.seed, "round": job.round, "client": job.client.id}
         steps = tuple(
             tuple(tuple(part) for part in parts(indices, job.plan))
             for indices in step_indices(len(examples), job.plan, **who)
         )
+
+        # Their size: a sequence of n tokens has n - 1 input tokens, the last is a target only.
         lengths = [len(e.input_ids) - 1 for e in examples]
         forwards = tuple(
             Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
             for step in steps
             for part in step
         )
+
+        # The start as a row [size]; clients that share a payload share the row.
         if id(job.start) not in starts:
             layout = self._layouts(adapter)
             packed = layout.pack(adapter, self._dtype, self._device)
@@ -119,14 +128,17 @@ class Planner:
 
 @dataclass(eq=False)
 class Resident:
-    """A client in a slot: its row, its optimizer, what has happened so far."""
+    """A client in a slot: its row, its optimizer, and the trace of its steps so far."""
 
     chain: Chain
     slot: int
     row: Tensor
+    """``[layout.size]``: its parameters, a view of the bank."""
     grad: Tensor
+    """``[layout.size]``: their gradients, a view of the bank."""
     examples: Sequence[TokenExample]
     buffers: list[nn.Parameter] = field(init=False)
+    """The section of the row that is trained."""
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -134,6 +146,7 @@ class Resident:
     cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
+        # A row is [all A | all B^T], split at a_size: what is trained is one consecutive section.
         plan, at = self.chain.job.plan, self.chain.layout.a_size
         trained = slice(0 if plan.train_a else at, None if plan.train_b else at)
         buffer = nn.Parameter(self.row[trained])
@@ -149,6 +162,7 @@ class Resident:
 
     def _trained_state(self, trained: slice) -> TrainedState:
         """What the client trains, as views of its rows of the bank and of the common start."""
+        # Rows as factors by module path: A [r, d_in] and B^T [r, d_out], hence the transposes.
         plan, layout, start = self.chain.job.plan, self.chain.layout, self.chain.start
         buffer = TrainedBuffer(self.row[trained], start[trained], self.grad[trained])
         now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
@@ -168,7 +182,9 @@ class Resident:
         return TrainedState([buffer], layers)
 
     def lane(self, index: int) -> Lane:
-        """Its part of a batch that runs its forward ``index``."""
+        """The client's part of a batch that runs its forward pass ``index``."""
+        # At the first part of a step: count the supervised tokens of the whole step, by which the
+        # loss of every part is divided.
         plan, (step, part) = self.chain.job.plan, self._forwards[index]
         if part == 0:
             supervised = [
@@ -190,7 +206,12 @@ class Resident:
         )
 
     def learn(self, index: int, loss: Tensor) -> None:
-        """Take in one forward's loss; step the optimizer if it was the last of its step."""
+        """Record the loss of one forward pass; after the last part of a step, step the optimizer.
+
+        Args:
+            index: the forward pass of the client's chain.
+            loss: a detached scalar, the part's sum of losses over the tokens of the whole step.
+        """
         plan, (step, part) = self.chain.job.plan, self._forwards[index]
         if part == 0:
             self.losses.append(loss)
@@ -198,6 +219,8 @@ class Resident:
             self.losses[-1] = self.losses[-1] + loss
         if part + 1 < len(self.chain.steps[step]):
             return
+
+        # The gradient of the step is complete: add penalty and local term, then clip and step.
         self._regularise()
         if plan.term is not None and self._state is not None:
             with torch.no_grad():
@@ -212,6 +235,9 @@ class Resident:
         layout, plan = self.chain.layout, self.chain.job.plan
         if not plan.technique.penalises:
             return
+
+        # The penalty on copies (A [r, d_in], B [d_out, r]), so that autograd does not reach the
+        # bank; then its gradients are added to the trained sections of the row.
         pairs = [
             (a.detach().requires_grad_(), bt.t().detach().requires_grad_())
             for a, bt in layout.factors(self.row).values()
@@ -226,7 +252,7 @@ class Resident:
                 grad_bt += b.grad.t()
 
     def update(self, num_examples: int) -> Update:
-        """What came of it.
+        """The client's update, after its last step.
 
         Raises:
             FloatingPointError: if a loss or the result is not finite.
@@ -247,16 +273,18 @@ class Resident:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once."""
+    """How many clients and tokens are computed at once."""
 
     policy: Policy
     tokens: int
-    """Of one fused step."""
+    """Tokens of one fused step."""
     slots: int
+    """Clients in training at a time."""
 
 
 class FusedTrainer:
-    """Runs planned chains of one base; clients of a fused step that raises are left in `rescue`."""
+    """Runs planned chains over one base. If a fused step raises, its clients' jobs are left in
+    `rescue`."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
         self._fused, self._store = fused, store
@@ -272,6 +300,8 @@ class FusedTrainer:
     def _train(
         self, chains: Sequence[Chain], limits: Limits, autocast: bool
     ) -> Iterator[Update | Failure]:
+        """Chains of one base and one precision."""
+        # A schedule of fused steps, and a bank [slots, width of the largest row].
         fused = self._fused
         limits = replace(limits, slots=min(limits.slots, len(chains)))
         schedule = Schedule(
@@ -288,6 +318,9 @@ class FusedTrainer:
             fused.model.device,
             fused.compute_dtype(autocast),
         )
+
+        # Each step: load admitted clients, run one forward pass of each active client, and finish
+        # those whose last pass that was. If a step raises, its clients are trained another way.
         residents: dict[int, Resident] = {}
         with fused.mounted(bank, autocast, base=chains[0].job.start.base()):
             for step in schedule:
@@ -314,18 +347,22 @@ class FusedTrainer:
         return Resident(chain, slot, row, grad, training_examples(self._store, chain.job))
 
     def _step(self, active: Sequence[tuple[Resident, int]]) -> None:
+        """One fused step: forward, backward and the clients' own optimizer steps."""
         if not active:
             return
         wall, cpu = time.perf_counter(), time.process_time()
+        # One loss per lane, [K]; gradients are in the rows of the bank.
         batch = self._fused.batch([resident.lane(index) for resident, index in active])
         losses = self._fused.backward(batch)
         for (resident, index), loss in zip(active, losses.unbind(), strict=True):
             resident.learn(index, loss)
+
+        # The time of the step, divided among the clients by their tokens.
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         for resident, index in active:
-            share = resident.chain.work.forwards[index].tokens / batch.tokens
-            resident.seconds += share * wall
-            resident.cpu_seconds += share * cpu
+            fraction = resident.chain.work.forwards[index].tokens / batch.tokens
+            resident.seconds += fraction * wall
+            resident.cpu_seconds += fraction * cpu
 
     def _finish(self, resident: Resident) -> Update | Failure:
         job = resident.chain.job

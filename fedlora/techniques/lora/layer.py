@@ -1,8 +1,8 @@
 """One frozen linear layer with a low-rank update.
 
-PEFT's LoRA layers compute the same values and gradients, and test_language_model.py holds ours to
-them. They are not used here because re-mounting them writes into their private dictionaries, and
-because nothing but low-rank factors fits into them.
+PEFT's LoRA layers compute the same values and gradients; test_language_model.py compares both. They
+are not used here because re-mounting them writes into their private dictionaries, and because they
+can hold low-rank factors only.
 """
 
 import torch
@@ -16,8 +16,8 @@ from fedlora.models.layers import LinearUpdate, dense_weight, dropout
 class LowRank(LinearUpdate):
     """``y = W x + (alpha / r) B (A dropout(x))``.
 
-    Dropout acts whenever its rate is positive, whatever ``training`` says (the base stays in
-    evaluation mode); its mask is a function of ``bits``.
+    Dropout is applied if its rate is positive, independent of ``training`` (the base stays in
+    evaluation mode). Its mask is a function of ``bits``.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class LowRank(LinearUpdate):
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """``y + (alpha / r) B (A dropout(x))``, ``[..., d_out]``."""
+        # x [..., d_in], its product with A [..., r], with B [..., d_out].
         x = x.to(self.a.dtype)
         if self.p > 0:
             if self.bits is None:
@@ -60,5 +61,5 @@ class LowRank(LinearUpdate):
         return dense_weight(base).to(self.a.dtype) + self.scale * (self.b @ self.a)
 
     def factors(self) -> Factors:
-        """A detached copy of what is trained."""
+        """A detached copy of A and B."""
         return Factors(self.a.detach().clone(), self.b.detach().clone(), self.alpha)

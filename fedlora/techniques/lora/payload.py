@@ -51,11 +51,11 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of both."""
+        """The inverse of `header` and `tensors`."""
         return cls(factors_from(header["alpha"], tensors))
 
     def sent_floats(self, plan: LocalPlan) -> int:
-        """A factor that the plan froze stays where it is."""
+        """Scalars of the factors that are sent; a factor that the plan freezes is not sent."""
         sent = {"a": plan.train_a, "b": plan.train_b}
         return sum(t.numel() for name, t in self.tensors() if sent[name[-1]])
 
@@ -80,7 +80,7 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
         return ""
 
     def change_norm(self, start: Payload) -> float:
-        """Without building a dense ``ΔW``, over the same base.
+        """Norm of the change of ``(alpha / r) B A``, without a dense ``ΔW``, over the same base.
 
         With ``B = [s_1 B_1, -s_0 B_0]`` and ``A = [A_1; A_0]`` the squared norm of ``B A`` is the
         sum of ``(BᵀB) * (A Aᵀ)``: Gram matrices of the size of the ranks, in float64 as they
@@ -102,7 +102,7 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
         }
 
     def read(self, updates: Mapping[str, LinearUpdate]) -> "LowRankPayload":
-        """The factors as they are now."""
+        """The present values of the factors."""
         return live_factors(updates)
 
     def low_rank(self) -> Adapter:
@@ -116,15 +116,15 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
     ) -> str:
-        """PEFT's files."""
-        from fedlora.techniques.lora.peft import save_peft  # PEFT: seconds nobody need wait
+        """Write PEFT's files."""
+        from fedlora.techniques.lora.peft import save_peft  # importing PEFT takes seconds
 
         save_peft(self, info, folder, base_name, dropout)
         return ""
 
     @classmethod
     def load(cls, folder: Path, info: ModelInfo) -> "LowRankPayload":
-        """PEFT's files, ours or another's."""
+        """Read PEFT's files, written by us or by another program."""
         from fedlora.techniques.lora.peft import load_peft
 
         return load_peft(folder, info)

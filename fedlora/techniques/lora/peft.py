@@ -1,7 +1,7 @@
 """Adapters on disk in PEFT's format, both ways.
 
 PEFT describes unequal ranks by patterns: ``rank_pattern`` and ``alpha_pattern`` map module paths to
-what differs from ``r`` and ``lora_alpha``, so any adapter of ours is one of theirs.
+values that differ from ``r`` and ``lora_alpha``, so PEFT can hold any of our adapters.
 """
 
 import dataclasses
@@ -29,8 +29,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 
-# Keys of adapter_config.json that do not change what the two factors mean. PiSSA and its like,
-# which rewrite the base, are told by the value of init_lora_weights.
+# Keys of adapter_config.json that do not change the meaning of the two factors. The value of
+# init_lora_weights shows PiSSA and similar methods, which change the base.
 _NEUTRAL = {
     "auto_mapping",
     "base_model_name_or_path",
@@ -102,12 +102,12 @@ def save_peft(
 
 
 def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
-    """Read a LoRA adapter in PEFT's format, ours or another's.
+    """Read a LoRA adapter in PEFT's format, written by us or by another program.
 
     Args:
         folder: with the configuration and the factors.
-        info: of the model that will carry it, needed where that has split layers: factors of the
-            whole layer come apart (`fedlora.models.qkv.split_adapter`).
+        info: of the model that it will be mounted on, needed if that has split layers: factors of
+            the whole layer are split (`fedlora.models.qkv.split_adapter`).
 
     Rank-stabilised LoRA scales by ``alpha / sqrt(r)``; the returned ``alpha`` is multiplied by
     ``sqrt(r)``, so that ``Factors.scale`` is right.
@@ -146,7 +146,7 @@ def _commonest(values: Mapping[str, Any]) -> Any:
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse whatever the two factors alone do not say."""
+    """Refuse a configuration that means more than the two factors per layer."""
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type={config.get('peft_type')!r}; only LORA")
     init = config.get("init_lora_weights", True)

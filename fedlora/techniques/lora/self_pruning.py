@@ -1,4 +1,4 @@
-"""Rank self-pruning on the client: which ranks form the tail, what the tail costs, when it goes.
+"""Rank self-pruning on the client: the tail of the ranks, its penalty, and when it is removed.
 
     tail(r) = {keep(r), ..., r - 1}        keep(r) = max(1, min(r - 1, floor(gamma r)))
     score   = Σ_modules ||B[:, tail]||_F ||A[tail, :]||_F
@@ -45,7 +45,8 @@ class SelfPrune:
 
 
 def keep(rank: int, gamma: float) -> int:
-    """How many leading rank indices are not tail: ``max(1, min(rank - 1, floor(gamma rank)))``.
+    """The number of leading rank indices before the tail:
+    ``max(1, min(rank - 1, floor(gamma rank)))``.
 
     The tail holds at least one index whenever ``rank >= 2``; rank 1 has no tail. A product such as
     ``0.29 * 100`` counts as the whole number it means, not as the float just below.
@@ -53,7 +54,7 @@ def keep(rank: int, gamma: float) -> int:
     return max(1, min(rank - 1, math.floor(gamma * rank + 1e-9)))
 
 
-def shrunk(rank: int, prune: SelfPrune) -> int:
+def shrunk_rank(rank: int, prune: SelfPrune) -> int:
     """The rank after pruning: ``max(min_rank, keep(rank))``, never more than ``rank``."""
     return min(rank, max(prune.min_rank, keep(rank, prune.gamma)))
 
@@ -78,7 +79,7 @@ def penalty(pairs: Iterable[Sequence[Tensor]], prune: SelfPrune) -> Tensor:
 
 
 def score(adapter: Adapter, prune: SelfPrune) -> float:
-    """The penalty of an adapter as a number, to be compared on arrival and after training."""
+    """The penalty of an adapter, a float, to compare its values on arrival and after training."""
     with torch.no_grad():
         return float(penalty(((f.a, f.b) for f in adapter.values()), prune))
 
@@ -94,7 +95,7 @@ def prune_adapter(adapter: Adapter, prune: SelfPrune) -> Adapter:
     The scale ``alpha / r`` grows when ``r`` shrinks to ``r'``, so both factors are multiplied by
     ``sqrt(r' / r)``: ``(alpha / r') B' A' = (alpha / r) B[:, :r'] A[:r', :]``.
     """
-    return {path: _head(f, shrunk(f.rank, prune)) for path, f in adapter.items()}
+    return {path: _head(f, shrunk_rank(f.rank, prune)) for path, f in adapter.items()}
 
 
 def _head(f: Factors, rank: int) -> Factors:
@@ -102,10 +103,14 @@ def _head(f: Factors, rank: int) -> Factors:
     return Factors(a=c * f.a[:rank], b=c * f.b[:, :rank], alpha=f.alpha)
 
 
-def pruned(
+def prune_client(
     client: Client, start: Adapter, trained: Adapter, prune: SelfPrune
 ) -> tuple[Client, Adapter]:
-    """A client's own decision: the tail goes if training made it smaller."""
+    """Remove the tail of a client's ranks if training made it smaller.
+
+    Returns:
+        The client with its ranks afterwards, and the adapter that it sends.
+    """
     if not should_prune(score(start, prune), score(trained, prune)):
         return client, trained
     kept = prune_adapter(trained, prune)

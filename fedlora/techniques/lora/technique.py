@@ -1,4 +1,4 @@
-"""LoRA's local training: gradient steps on A and B, and ranks given up on the way if so planned."""
+"""LoRA's local training: gradient steps on A and B, and rank self-pruning if it is planned."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from fedlora.core.types import Adapter, Client, LocalPlan, TrainJob
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.techniques.lora.self_pruning import SelfPrune, penalty, pruned
+from fedlora.techniques.lora.self_pruning import SelfPrune, penalty, prune_client
 from fedlora.training.local import train_mounted
 from fedlora.training.loop import Trace
 
@@ -21,11 +21,11 @@ class LoRA(Technique):
     """A client trains the factors that it starts from."""
 
     self_prune: SelfPrune | None = None
-    """Regularise the last ranks and give them up where that made them smaller; ``heterolora`` sets
+    """Regularise the last ranks and remove them if that made them smaller; ``heterolora`` sets
     it."""
 
     key = "client/technique=lora"
-    does = "trains LoRA's A and B without exchanges"
+    does = "trains LoRA's A and B without switches"
     averaged = "LoRA's A and B, over a base that all clients hold alike"
     client = "client=adamw"
     strategy = "strategy=flexlora"
@@ -34,7 +34,7 @@ class LoRA(Technique):
     def train(
         self, model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
     ) -> tuple[Payload, Trace]:
-        """Gradient steps on the factors, whatever base they are over."""
+        """Gradient steps on the factors, over any base."""
         return train_mounted(model, job, examples)
 
     @classmethod
@@ -54,17 +54,17 @@ class LoRA(Technique):
         if start is None or end is None:
             kind = type(trained).__name__
             raise TypeError(f"client.technique.self_prune needs low-rank factors, not a {kind}")
-        client, kept = pruned(job.client, start, end, self.self_prune)
+        client, kept = prune_client(job.client, start, end, self.self_prune)
         return client, trained.trained(kept)
 
     @property
     def shrinks(self) -> bool:
-        """Of clients that prune."""
+        """Whether ranks may shrink: those of clients that prune."""
         return self.self_prune is not None
 
     @property
     def penalises(self) -> bool:
-        """Clients that prune, if the regulariser has any weight."""
+        """Whether the loss has a penalty: clients prune, and the regulariser has a weight."""
         return self.self_prune is not None and self.self_prune.weight > 0
 
     def penalty(self, parameters: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -12,10 +12,10 @@ from fedlora.techniques.lora.layer import LowRank
 
 
 class Rebuilt(LowRank):
-    """`LowRank` over ``W' = W + shift`` in the factors' type; the base itself is left alone.
+    """`LowRank` over ``W' = W + shift`` in the factors' type; the base itself is not changed.
 
     Args:
-        moved: ``W' [d_out, d_in]``, shared by all that stand on this base and not changed.
+        moved: ``W' [d_out, d_in]``, shared by all clients on this base and not changed.
         factors: None: ``W'`` alone.
         p: dropout rate of the factors' input.
     """
@@ -47,6 +47,6 @@ class Rebuilt(LowRank):
         return self.moved + self.scale * (self.b @ self.a)
 
     def change(self, base: nn.Module) -> Tensor:
-        """What the effective weight differs from the base's, detached."""
+        """The effective weight minus the base's, ``[d_out, d_in]``, detached."""
         with torch.no_grad():
             return self.weight(base) - dense_weight(base).to(self.moved.dtype)

@@ -1,7 +1,7 @@
-"""Factors over a base that has moved, and such a move by itself.
+"""Factors over a base that has moved, and such a move alone.
 
-It belongs to no technique: whatever merges low-rank updates of full rank into the base (SwitchLoRA,
-FLoRA, FedEx) sends it. Clients who stand on one base share its mounted weights and train together.
+It belongs to no technique: every method that merges updates into the base (SwitchLoRA, FLoRA,
+FedEx) sends it. Clients on one base share its mounted weights and train together.
 """
 
 import math
@@ -40,12 +40,12 @@ class Rebased(Payload):
 
     noun = "a dense update"
     folder = "update"
-    alone = "moved bases one by one: factors and base are of different types"
+    alone = "moved bases one by one: without factors, or in half precision"
 
     shift: Mapping[str, Tensor]
-    """Module path -> ``[d_out, d_in]``, what was added to the frozen weight."""
+    """Module path -> ``[d_out, d_in]``, the sum of what was added to the frozen weight."""
     factors: Adapter = field(default_factory=dict)
-    """Factors of modules that are in ``shift``; none: a dense update and nothing to train."""
+    """Factors of modules that are in ``shift``; empty: a dense update without factors to train."""
     version: str = ""
     """Identity of the shift; empty: the hash of its tensors. Equal versions hold equal tensors."""
 
@@ -69,12 +69,12 @@ class Rebased(Payload):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of both."""
+        """The inverse of `header` and `tensors`."""
         shift = {path: tensors[f"{path}/shift"] for path in header["shift"]}
         return cls(shift, factors_from(header["alpha"], tensors), str(header["version"]))
 
     def check(self, sender: Client, expected: Expected) -> str:
-        """A dense update of every module that the start has moved."""
+        """Require a dense update of every module that the start has moved."""
         start = expected.start.base()
         if start is None or self.factors:
             return "it holds factors where a dense update was due"
@@ -88,7 +88,7 @@ class Rebased(Payload):
         return ""
 
     def change_norm(self, start: Payload) -> float:
-        """Of a dense update against what its client started from."""
+        """Norm of the difference between a dense update and what its client started from."""
         before, factors = start.base(), start.low_rank()
         if before is None or factors is None:
             raise TypeError("a dense update and factors over the base itself have no common change")
@@ -123,11 +123,11 @@ class Rebased(Payload):
         return live_factors(updates)
 
     def low_rank(self) -> Adapter:
-        """What trains."""
+        """The factors, which are trained."""
         return self.factors
 
     def base(self) -> MovedBase:
-        """What it is over."""
+        """The moved base under the factors."""
         return self._base
 
     @cached_property

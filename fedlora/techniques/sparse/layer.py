@@ -10,12 +10,14 @@ from fedlora.models.layers import LinearUpdate, dense_weight, stored_transposed
 
 
 class SparseValues(LinearUpdate):
-    """``y = W' x`` with ``W' = W + values`` at the mask and ``W' = W``, bit for bit, elsewhere."""
+    """``y = W' x`` with ``W' = W + values`` at the mask; elsewhere ``W'`` is bitwise identical to
+    ``W``."""
 
     def __init__(self, values: Tensor, index: Tensor, dtype: torch.dtype) -> None:
         self.values = nn.Parameter(values.detach().to(index.device, dtype, copy=True))
         self.index = index
-        """Of the mask's coordinates (row-major over ``[d_out, d_in]``) in the stored weight."""
+        """``[nnz]`` int64: positions of the mask's coordinates (row-major over ``[d_out, d_in]``)
+        in the flat stored weight."""
 
     def __call__(self, x: Tensor, base: nn.Module) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""
@@ -28,6 +30,7 @@ class SparseValues(LinearUpdate):
 
     def weight(self, base: nn.Module) -> Tensor:
         """The effective weight, ``[d_out, d_in]``, in the base's type."""
+        # The weight as it is stored, [d_out, d_in] or transposed, flat; new values at the mask.
         stored = dense_weight(base).t() if stored_transposed(base) else dense_weight(base)
         flat = stored.reshape(-1)
         moved = (flat[self.index].to(self.values.dtype) + self.values).to(flat.dtype)

@@ -52,12 +52,12 @@ class SparseDelta(Payload):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of both."""
+        """The inverse of `header` and `tensors`."""
         values = {path: tensors[f"{path}/values"] for path in header["order"]}
         return cls(int(header["seed"]), float(header["density"]), values)
 
     def check(self, sender: Client, expected: Expected) -> str:
-        """Mask, modules and numbers of values are those of the start."""
+        """Require the mask, the modules and the lengths of values of the start."""
         start = expected.start
         if not isinstance(start, SparseDelta):
             return mismatch(type(self), type(start))
@@ -76,7 +76,7 @@ class SparseDelta(Payload):
         return ""
 
     def change_norm(self, start: Payload) -> float:
-        """Of the values."""
+        """Norm of the change of the values."""
         if not isinstance(start, SparseDelta):
             raise TypeError(f"{start.noun} and {self.noun} have no common change")
         squares = [
@@ -117,7 +117,7 @@ class SparseDelta(Payload):
         return model.kept("masks", (self.seed, self.density), drawn, MASKS_KEPT)
 
     def read(self, updates: Mapping[str, LinearUpdate]) -> "SparseDelta":
-        """The values as they are now."""
+        """The present values."""
         values = {
             path: u.values.detach().clone()
             for path, u in updates.items()
@@ -128,10 +128,10 @@ class SparseDelta(Payload):
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
     ) -> str:
-        """Nothing: no standard format holds it."""
+        """Write nothing: no standard format can hold a sparse update."""
         return "adapter/ is not written: the run ended in a sparse stage, before any LoRA"
 
     @classmethod
     def load(cls, folder: Path, info: ModelInfo) -> "SparseDelta":
-        """Refused: it is never exported."""
+        """Raise a ModelError: a sparse update is never exported."""
         raise ModelError(f"{folder} holds no sparse update: none is ever written")

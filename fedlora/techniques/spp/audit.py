@@ -24,11 +24,11 @@ class ZeroAudit:
     """Merges an update into a pruned model, on the CPU and module by module, and looks at zeros.
 
     Args:
-        folder: of the pruned model.
-        dtype: in which the model is held, whatever its files say; None: as they are.
+        folder: the pruned model.
+        dtype: the type that the model is held in, whatever its files say; None: that of the files.
 
     Raises:
-        ModelError: if it holds no masks.
+        ModelError: if the folder holds no masks.
     """
 
     def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -39,7 +39,7 @@ class ZeroAudit:
     def __call__(self, payload: Payload) -> Mapping[str, float | int | str]:
         """The identity of the merged model's zeros, how many moved, and its density.
 
-        Nothing is said of other payloads than a `MaskedScale`.
+        Other payloads than a `MaskedScale` give an empty mapping.
 
         Raises:
             RunError: if a zero would move or a weight would not be finite, with how many.
@@ -56,8 +56,8 @@ class ZeroAudit:
         if moved or lost:
             raise RunError(
                 f"merged into the pruned model, the global update would move {moved} zeros and "
-                f"make {lost} weights infinite or no numbers: alpha or beta have grown out of "
-                "bounds. Rounds with a checkpoint are safe; lower client.lr or client.max_grad_norm"
+                f"make {lost} weights infinite or NaN: alpha or beta have become too large. Rounds "
+                "with a checkpoint are safe; lower client.lr or client.max_grad_norm"
             )
         return {
             "spp/zero_pattern": identity(zeros),

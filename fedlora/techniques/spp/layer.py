@@ -17,19 +17,19 @@ from fedlora.models.layers import (
 from fedlora.models.masks import check_zeros
 from fedlora.techniques.spp.scale import (
     blocks,
+    repeat_rows,
     scaled_weight,
-    spread,
 )
 
 
 class BlockScaled(LinearUpdate):
     """``y = W x + s (W ∘ F) dropout(x)``, with ``F[i, j] = beta[i] alpha[g(i), j]``.
 
-    Nothing of the size of ``W`` is kept: ``W ∘ (1 + s F)``, or with dropout ``s W ∘ F``, is made
-    and dropped in either pass. Under another number format than that of the factors (a bfloat16
-    base, autocast) the base computes ``W x`` as it is and the branch is added to it, since
-    ``W ∘ (1 + s F)`` rounded to bfloat16 would lose small updates. Where earlier merges act,
-    ``W ∘ gain`` is kept, in the factors' type, and multiplied by in that type for the same reason.
+    No matrix of the size of ``W`` is kept: both passes compute ``W ∘ (1 + s F)``, or with dropout
+    ``s W ∘ F``, and free it again. If the number format differs from that of the factors (a
+    bfloat16 base, autocast), the base computes ``W x`` unchanged and the branch is added to it,
+    because ``W ∘ (1 + s F)`` rounded to bfloat16 would lose small updates. After earlier merges
+    ``W ∘ gain`` is kept in the factors' type, and products use that type for the same reason.
 
     Args:
         alpha: ``[r, d_in]``.
@@ -37,11 +37,11 @@ class BlockScaled(LinearUpdate):
         scale: ``s``.
         p: dropout rate of the branch's input.
         base: the layer.
-        tied: rank of the change of alpha that is trained in its place; 0: alpha itself is.
-        change: ``[tied, d_in]``, where that change has begun.
+        tied: rank of the change of alpha that is trained in its place; 0: alpha itself is trained.
+        change: ``[tied, d_in]``, the value at which that change starts; None: zero.
         gain: ``[d_out, d_in]``, what earlier merges have multiplied ``W`` by.
         trains: ``alpha``, ``beta`` or ``both``.
-        dtype: of the factors.
+        dtype: the type of the factors.
     """
 
     def __init__(
@@ -93,23 +93,23 @@ class BlockScaled(LinearUpdate):
         return (plain + y).to(plain.dtype)
 
     def rows(self) -> Tensor:
-        """``alpha`` as it acts, ``[r, d_in]``."""
+        """The effective ``alpha``, ``[r, d_in]``: with its tied change, if there is one."""
         if self.change is None:
             return self.alpha
-        return self.alpha + spread(self.change, len(self.alpha))
+        return self.alpha + repeat_rows(self.change, len(self.alpha))
 
     def parameters(self) -> list[nn.Parameter]:
-        """Alpha, or the change of it, and beta; which of them require gradients is what trains."""
+        """Alpha (or its change) and beta; those that require gradients are trained."""
         return [self.alpha if self.change is None else self.change, self.beta]
 
     def restrict(self, train_a: bool, train_b: bool) -> None:
-        """Freeze alpha or beta beside what `trains` has frozen."""
+        """Freeze alpha or beta, in addition to those that `trains` has frozen."""
         alpha, beta = self.parameters()
         alpha.requires_grad_(train_a and alpha.requires_grad)
         beta.requires_grad_(train_b and beta.requires_grad)
 
     def check_stored(self, path: str, base: nn.Module, stored: Tensor) -> None:
-        """No zero has moved, and every weight is finite."""
+        """Check that no zero has moved and that every weight is finite."""
         weight: Any = base.weight
         check_zeros({path: (weight != 0).cpu()}, lambda _: stored, "merging")
 
@@ -144,7 +144,7 @@ def _bias(base: nn.Module) -> Tensor | None:
 
 
 def _computed_in(x: Tensor, otherwise: torch.dtype | None = None) -> torch.dtype:
-    """Autocast's type while it is on; else ``otherwise``, or that of ``x``."""
+    """Autocast's type while it is on; else ``otherwise``, or the type of ``x``."""
     device = x.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -157,11 +157,11 @@ class _How(NamedTuple):
     scale: float
     """``s``, times what dropout multiplies survivors by."""
     dropped: int
-    """Share of the branch's input, in units of 2^-16."""
+    """Fraction of the branch's input that is dropped, in units of 2^-16."""
     whole: bool
-    """``W`` itself and the bias too, or the branch alone."""
+    """Whether ``W`` and the bias are included; else only the branch."""
     kind: torch.dtype
-    """In what type products are taken."""
+    """The type of the products."""
 
 
 def _how(scale: float, p: float, whole: bool, kind: torch.dtype) -> _How:
@@ -172,11 +172,12 @@ def _how(scale: float, p: float, whole: bool, kind: torch.dtype) -> _How:
 
 
 class _Scaled(torch.autograd.Function):
-    """``x Wᵀ + bias + dropout(x) (s W ∘ F)ᵀ``, or the last alone, with nothing new kept but ``x``.
+    """``x Wᵀ + bias + dropout(x) (s W ∘ F)ᵀ``, or only the last term. Of the new tensors only ``x``
+    is saved for the backward pass.
 
-    With ``G = gyᵀ dropout(x)``, one product for both factors: ``∂beta = s rowsum(G ∘ W ∘ alpha_g)``
-    and ``∂alpha_g`` the sum of the block's rows of ``s beta ∘ G ∘ W``.
-    Without dropout the first terms are one product with ``W ∘ (1 + s F)``.
+    ``G = gyᵀ dropout(x)``, ``[d_out, d_in]``, gives the gradients of both factors:
+    ``∂beta = s rowsum(G ∘ W ∘ alpha_g)``, and ``∂alpha_g`` is the sum of the block's rows of
+    ``s beta ∘ G ∘ W``. Without dropout the first terms are one product with ``W ∘ (1 + s F)``.
     """
 
     @staticmethod
@@ -193,13 +194,16 @@ class _Scaled(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, bits, weight, alpha, beta, block)
         ctx.how = how
-        with _as_it_stands(x):
-            x, acts = x.to(how.kind), _acting(weight, _rows(weight, alpha, block), beta, how)
+        with _without_autocast(x):
+            # The matrix [d_out, d_in] that multiplies the input: W ∘ (1 + s F) or s W ∘ F.
+            x, acts = x.to(how.kind), _effective(weight, _rows(weight, alpha, block), beta, how)
             bias = None if bias is None else bias.to(how.kind)
             kept = _survivors(x, bits, how)
             if kept is None:
                 return functional.linear(x, acts, bias)
-            kept.mul_(x)
+
+            # With dropout W and the branch have different inputs, so they are two products.
+            kept.mul_(x)  # dropout(x), [..., d_in], without its scale, which is in how.scale
             if not how.whole:
                 return functional.linear(kept, acts)
             y = functional.linear(x, weight, bias)
@@ -212,16 +216,21 @@ class _Scaled(torch.autograd.Function):
         how: _How = ctx.how
         needs = ctx.needs_input_grad
         gx = ga = gb = None
-        with _as_it_stands(x):
+        with _without_autocast(x):
+            # All leading dimensions as n rows: gy [n, d_out], flat [n, d_in].
             gy = grads[0].reshape(-1, grads[0].shape[-1]).to(how.kind)
             flat = x.reshape(-1, x.shape[-1]).to(how.kind)
             kept, rows = _survivors(flat, bits, how), _rows(weight, alpha, block)
+
+            # Gradient of the input, [n, d_in]: through the branch and its mask, and through W.
             if needs[0]:
-                gx = gy @ _acting(weight, rows, beta, how)
+                gx = gy @ _effective(weight, rows, beta, how)
                 if kept is not None:
                     gx.mul_(kept)
                     gx = gx.addmm_(gy, weight) if how.whole else gx
                 gx = gx.view(x.shape).to(x.dtype)
+
+            # Gradients of beta [d_out] and alpha [r, d_in] from G [d_out, d_in].
             if needs[4] or needs[5]:
                 g = (gy.T @ (flat if kept is None else kept.mul_(flat))).to(alpha.dtype)
                 gb = (g * rows).sum(1) * how.scale if needs[5] else None
@@ -231,8 +240,8 @@ class _Scaled(torch.autograd.Function):
         return gx, None, None, None, ga, gb, None, None
 
 
-def _as_it_stands(x: Tensor) -> AbstractContextManager[Any]:
-    """Types are chosen here, not by autocast."""
+def _without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Turn autocast off: this function chooses the types itself."""
     device = x.device.type
     on = torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if on else nullcontext()
@@ -243,9 +252,9 @@ def _rows(weight: Tensor, alpha: Tensor, block: Tensor) -> Tensor:
     return alpha.index_select(0, block).mul_(weight)
 
 
-def _acting(weight: Tensor, rows: Tensor, beta: Tensor, how: _How) -> Tensor:
-    """``W ∘ (1 + s F)``: ``W`` itself, bit for bit, where beta is zero. Of a branch, and with
-    dropout, ``s W ∘ F``."""
+def _effective(weight: Tensor, rows: Tensor, beta: Tensor, how: _How) -> Tensor:
+    """``W ∘ (1 + s F)``, ``[d_out, d_in]``, bitwise identical to ``W`` where beta is zero. For the
+    branch alone, and with dropout: ``s W ∘ F``."""
     scaled = (how.scale * beta)[:, None]
     if how.whole and not how.dropped:
         return torch.addcmul(weight, rows, scaled)
@@ -253,7 +262,7 @@ def _acting(weight: Tensor, rows: Tensor, beta: Tensor, how: _How) -> Tensor:
 
 
 def _survivors(x: Tensor, bits: Tensor | None, how: _How) -> Tensor | None:
-    """One where an input survives, zero elsewhere; None: all do."""
+    """One where an input survives dropout, zero elsewhere; None: all survive."""
     if bits is None or not how.dropped:
         return None
     return survivors(bits.view(x.shape), threshold(how.dropped), how.kind)

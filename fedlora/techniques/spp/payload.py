@@ -17,7 +17,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate
 from fedlora.models.modules import ModelInfo, check_paths
 from fedlora.techniques.spp.layer import BlockScaled
-from fedlora.techniques.spp.scale import factor, scaled_weight, spread, stacked
+from fedlora.techniques.spp.scale import factor, repeat_rows, scaled_weight, sum_factors
 
 _PARTS = ("alpha", "beta", "change")
 _PLAIN = ("mask", "lora_alpha", "trains", "seed")
@@ -29,8 +29,8 @@ class MaskedScale(Payload):
 
     With ``r = blocks[path]``, ``s = lora_alpha / r`` and ``g(i) = floor(i r / d_out)`` a module's
     weight becomes ``W ∘ (1 + s F)``, ``F[i, j] = beta[i] alpha[g(i), j]``, after the factors of
-    `merges` have been multiplied into ``W``. What a client need not be told, or does not change, is
-    left out of the mappings. Computed with in `fedlora.techniques.spp.scale`.
+    `merges` have been multiplied into ``W``. The mappings leave out what a client does not need or
+    does not change. `fedlora.techniques.spp.scale` has the arithmetic.
     """
 
     noun = "a MaskedScale"
@@ -38,26 +38,27 @@ class MaskedScale(Payload):
     alone = "SPP one by one"
 
     mask: str
-    """Identity of the base's zeros (`fedlora.models.masks`): on others it means nothing."""
+    """Identity of the base's zeros (`fedlora.models.masks`). On a base with other zeros the payload
+    has no meaning."""
     lora_alpha: float
     blocks: Mapping[str, int]
     """Module path -> rank ``r`` of the common factors."""
     alpha: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module path -> ``[r, d_in]``, or of a smaller rank that divides ``r``."""
+    """Module path -> ``[r, d_in]``, or fewer rows, of a number that divides ``r``."""
     beta: Mapping[str, Tensor] = field(default_factory=dict)
     """Module path -> ``[d_out]``."""
     tied: Mapping[str, int] = field(default_factory=dict)
-    """Modules of which a client trains a change of ``alpha`` of this rank: neighbouring rows of
-    ``alpha`` change alike."""
+    """Module path -> rank of a change of ``alpha`` that a client trains in place of ``alpha``:
+    neighbouring rows of ``alpha`` change alike."""
     change: Mapping[str, Tensor] = field(default_factory=dict)
-    """Module path -> ``[tied, d_in]``, that change; none yet: zero."""
+    """Module path -> ``[tied, d_in]``, that change; a missing module: zero."""
     merges: tuple[Mapping[str, tuple[Tensor, Tensor]], ...] = ()
-    """In this order ``1 + s Σ_k F_k`` was multiplied into ``W``: module path ->
+    """The factors ``1 + s Σ_k F_k`` that have been multiplied into ``W``, in order: module path ->
     ``alpha [k, r, d_in]`` and ``beta [k, d_out]``."""
     trains: str = "both"
     """``alpha``, ``beta`` or ``both``: what a client changes and sends back."""
     seed: int = -1
-    """Of ``alpha`` where it is drawn (`algebra.init.initial_a`) rather than sent; -1: sent."""
+    """Seed of ``alpha`` if clients draw it (`algebra.init.initial_a`); -1: ``alpha`` is sent."""
 
     def __post_init__(self) -> None:
         one_of("trains", self.trains, ("alpha", "beta", "both"))
@@ -73,7 +74,7 @@ class MaskedScale(Payload):
                 yield f"{path}/merges/{i}/beta", beta
 
     def header(self) -> dict[str, Any]:
-        """All but the numbers."""
+        """Everything except the tensors."""
         header: dict[str, Any] = {name: getattr(self, name) for name in _PLAIN}
         header |= {name: dict(getattr(self, name)) for name in ("blocks", "tied")}
         header |= {f"{name}s": list(getattr(self, name)) for name in _PARTS}
@@ -81,7 +82,7 @@ class MaskedScale(Payload):
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of both."""
+        """The inverse of `header` and `tensors`."""
         parts: dict[str, Any] = {
             name: {p: tensors[f"{p}/{name}"] for p in header[f"{name}s"]} for name in _PARTS
         }
@@ -93,7 +94,7 @@ class MaskedScale(Payload):
         return cls(**plain, **parts, merges=merges)
 
     def check(self, sender: Client, expected: Expected) -> str:
-        """One mask for all, and what the start says that a client trains: no more, no less."""
+        """Require the server's mask, and exactly those tensors that the start says are trained."""
         start = expected.start
         if not isinstance(start, MaskedScale):
             return mismatch(type(self), type(start))
@@ -107,17 +108,19 @@ class MaskedScale(Payload):
         return _wrong_scale(self, start)
 
     def change_norm(self, start: Payload) -> float:
-        """Of ``s F``: relative to the weights, which are not known."""
+        """Norm of the change of ``s F``, which is relative to the weights: those are not known."""
         if not isinstance(start, MaskedScale):
             raise TypeError("a MaskedScale and another payload have no common change")
         squares = []
         for path, beta in start.beta.items():
             alpha, change = start.alpha.get(path), self.change.get(path)
-            if alpha is None:  # drawn by clients and left alone; its rows are no longer than 1
+            # Clients draw alpha and do not change it: its rows are no longer than 1, so one
+            # column of ones [r, 1] gives an upper bound.
+            if alpha is None:
                 alpha = torch.ones(start.blocks[path], 1)
             new = self.alpha.get(path, alpha).double()
             if change is not None:
-                new = new + spread(change.double(), len(new))
+                new = new + repeat_rows(change.double(), len(new))
             moved = factor(new, self.beta.get(path, beta).double()) - factor(
                 alpha.double(), beta.double()
             )
@@ -151,7 +154,7 @@ class MaskedScale(Payload):
         }
 
     def read(self, updates: Mapping[str, LinearUpdate]) -> "MaskedScale":
-        """Alpha, beta and changes as they are now."""
+        """The present values of alpha, beta and changes."""
         live = {p: u for p, u in updates.items() if isinstance(u, BlockScaled)}
         return replace(
             self,
@@ -163,22 +166,23 @@ class MaskedScale(Payload):
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
     ) -> str:
-        """All of it, and PEFT's files where they can hold it (`fedlora.techniques.spp.peft`)."""
-        from fedlora.techniques.spp.peft import save_spp  # PEFT: seconds nobody need wait
+        """Write the whole payload, and PEFT's files if they can hold it
+        (`fedlora.techniques.spp.peft`)."""
+        from fedlora.techniques.spp.peft import save_spp  # importing PEFT takes seconds
 
         save_spp(self, info, folder, base_name, dropout)
         return ""
 
     @classmethod
     def load(cls, folder: Path, info: ModelInfo) -> "MaskedScale":
-        """What `export` wrote."""
+        """Read what `export` wrote."""
         from fedlora.techniques.spp.peft import load_spp
 
         return load_spp(folder)
 
 
-def sent(payload: MaskedScale) -> MaskedScale:
-    """What of a trained payload a client sends back: what it has trained, not what it was told."""
+def select_sent(payload: MaskedScale) -> MaskedScale:
+    """The part of a trained payload that a client sends back: only what it has trained."""
     alpha = payload.alpha if payload.trains != "beta" else {}
     return replace(
         payload,
@@ -192,7 +196,7 @@ def alpha_of(payload: MaskedScale, path: str) -> Tensor:
     """A module's ``alpha [r, d_in]`` with its tied change, if any, applied."""
     alpha = payload.alpha[path]
     change = payload.change.get(path)
-    return alpha if change is None else alpha + spread(change, len(alpha))
+    return alpha if change is None else alpha + repeat_rows(change, len(alpha))
 
 
 def scale(payload: MaskedScale, path: str) -> float:
@@ -204,14 +208,14 @@ def merged_gain(payload: MaskedScale, path: str) -> Tensor | None:
     """``[d_out, d_in]``: what `merges` have multiplied a module's weight by; None: nothing."""
     gain: Tensor | None = None
     for merge in payload.merges:
-        step = 1 + scale(payload, path) * stacked(*merge[path])
+        step = 1 + scale(payload, path) * sum_factors(*merge[path])
         gain = step if gain is None else gain * step
     return gain
 
 
 def merged_weight(weight: Tensor, payload: MaskedScale, path: str) -> Tensor:
-    """A module's ``W`` with all that a payload multiplies it by, rounded once to the type of ``W``:
-    what is mounted and written, bit by bit."""
+    """A module's ``W`` times all factors of a payload, rounded once to the type of ``W``: bitwise
+    identical to what is mounted and written."""
     alpha, before = alpha_of(payload, path), merged_gain(payload, path)
     wide = scaled_weight(weight, alpha, payload.beta[path], scale(payload, path), before)
     return wide.to(weight.dtype)
@@ -256,7 +260,7 @@ def _check_rows(what: str, alpha: Tensor | None, r: int, d_in: int) -> None:
 def _wrong_scale(update: MaskedScale, start: MaskedScale) -> str:
     if update.merges:
         return (
-            f"it holds {len(update.merges)} merges, which the server has and a client never sends"
+            f"it holds {len(update.merges)} merges; the server has them and clients never send them"
         )
     for name in ("lora_alpha", "blocks", "tied", "trains", "seed"):
         got, due = getattr(update, name), getattr(start, name)

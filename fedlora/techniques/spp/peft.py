@@ -3,11 +3,11 @@
 PEFT lets a configuration name its own layer for a kind of module, and a layer its own variant of
 the LoRA computation. `SppLinear` uses both: injection, dropout, scaling, saving, loading and
 merging are PEFT's; ``lora_A.weight [r, d_in]`` is alpha and ``lora_B.weight [d_out, 1]`` is beta.
-Neither point is a stable interface of PEFT, hence the tests that hold it to our own layer.
+Neither point is a stable interface of PEFT, so tests compare it with our own layer.
 
-The mapping of layers is not part of what PEFT saves: whoever loads has to register it again
-(`spp_config`). Without it the shapes do not fit, and PEFT refuses. Nor does PEFT know the base that
-was trained on: ``load_spp(folder).mask`` is the `mask_identity` of its folder.
+PEFT does not save the mapping of layers: code that loads an adapter has to register it again
+(`spp_config`). Without it the shapes do not fit, and PEFT refuses. PEFT does not store which base
+the adapter was trained on either: ``load_spp(folder).mask`` is the `mask_identity` of its folder.
 """
 
 import json
@@ -34,17 +34,17 @@ from fedlora.models.modules import ModelInfo
 from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, save_peft
 from fedlora.techniques.spp.layer import scaled_branch
 from fedlora.techniques.spp.payload import MaskedScale, alpha_of, check_scale
-from fedlora.techniques.spp.scale import factor, scaled_weight, spread
+from fedlora.techniques.spp.scale import factor, repeat_rows, scaled_weight
 
 SPP = "spp.safetensors"
 """Beside PEFT's files, or in their place."""
 
 
 class SppVariant(LoraVariant):
-    """What PEFT's LoRA layer asks of a variant, for ``W ∘ (1 + s F)``."""
+    """The methods that PEFT's LoRA layer calls on a variant, for ``W ∘ (1 + s F)``."""
 
     def supports_lora_conversion(self) -> bool:
-        """It is no sum of a weight and a low-rank matrix."""
+        """No: the layer is not the sum of a weight and a low-rank matrix."""
         return False
 
     @staticmethod
@@ -84,8 +84,8 @@ class SppVariant(LoraVariant):
 
     @staticmethod
     def unmerge(module: Any, active_adapter: str, orig_weight: Tensor) -> Tensor:
-        """The weight with the adapters that are still merged; with none, that before merging, bit
-        by bit: dividing would not give it back."""
+        """The weight with the adapters that are still merged. With none it is bitwise identical to
+        the weight before merging, which was kept: dividing would not restore it."""
         before: Tensor = module.spp_unmerged
         if module.merged_adapters:
             return _merged(module, before, module.merged_adapters)
@@ -107,9 +107,12 @@ class SppLinear(lora.Linear):
 
 
 def spp_config(config: LoraConfig) -> LoraConfig:
-    """The configuration with SPP's layers registered, for ``get_peft_model`` or, loaded from a
-    folder, for ``PeftModel.from_pretrained(base, folder, config=...)`` on the pruned base that it
-    was trained on. A loaded one of GPT-2 also needs ``fan_in_fan_out = True``."""
+    """Register SPP's layers in a configuration and return it.
+
+    It is for ``get_peft_model`` or, loaded from a folder, for
+    ``PeftModel.from_pretrained(base, folder, config=...)`` on the pruned base that the adapter was
+    trained on. A loaded configuration for GPT-2 also needs ``fan_in_fan_out = True``.
+    """
     config._register_custom_module({nn.Linear: SppLinear, Conv1D: SppLinear})
     return config
 
@@ -117,13 +120,15 @@ def spp_config(config: LoraConfig) -> LoraConfig:
 def save_spp(
     payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
-    """Write an SPP adapter: ``spp.safetensors`` with all of it, and PEFT's files where they can
-    hold it and cannot be taken for LoRA: nothing was merged into the base on the way, and no
-    module has rank 1, where the shapes of alpha and beta are those of A and B.
+    """Write an SPP adapter: ``spp.safetensors`` holds the whole payload.
+
+    PEFT's files are written too if they can hold the payload and cannot be mistaken for LoRA's:
+    nothing was merged into the base during training, and no module has rank 1, where the shapes of
+    alpha and beta equal those of A and B.
 
     Args:
-        payload: of the modules it scales, at least one.
-        info: of the pruned base; what does not fit it is refused.
+        payload: scales at least one module.
+        info: describes the pruned base; a payload that does not fit it is refused.
         folder: made if it does not exist; an adapter that is there is replaced.
         base_name: folder or hub id of the pruned base.
         dropout: what further training with PEFT would use.
@@ -138,7 +143,7 @@ def save_spp(
     for name in (CONFIG, WEIGHTS):
         (folder / name).unlink(missing_ok=True)
     if not whole.merges and min(payload.blocks[p] for p in alpha) > 1:
-        rows = {p: spread(a, payload.blocks[p]) for p, a in alpha.items()}
+        rows = {p: repeat_rows(a, payload.blocks[p]) for p, a in alpha.items()}
         factors = {
             p: Factors(rows[p], beta[:, None].expand(-1, len(rows[p])), payload.lora_alpha)
             for p, beta in payload.beta.items()

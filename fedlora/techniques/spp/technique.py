@@ -12,7 +12,7 @@ from fedlora.core.types import Client, TrainJob
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
 from fedlora.techniques.spp.audit import ZeroAudit
-from fedlora.techniques.spp.payload import MaskedScale, sent
+from fedlora.techniques.spp.payload import MaskedScale, select_sent
 from fedlora.training.local import train_mounted
 from fedlora.training.loop import Trace
 
@@ -42,7 +42,7 @@ class Scaling(Technique):
         """
         if not isinstance(trained, MaskedScale):
             raise TypeError(f"{self.key} trains a MaskedScale, not {trained.noun}")
-        return job.client, sent(trained)
+        return job.client, select_sent(trained)
 
     def audit(self, folder: Path, dtype: torch.dtype | None) -> Audit:
         """Whether the merged model keeps its zeros."""

@@ -1,9 +1,9 @@
-"""All layers of a model through one training run: who is exchanged when, what is frozen, what is
-forgotten. A step is
+"""All layers of a model in one training run: which vectors are switched when, which are frozen, and
+which optimizer state is reset. A step is
 
-    loss.backward()          of all micro-batches
-    controller.before_step   exchange, reset the partners' optimizer state, clear frozen gradients
-    clip, optimizer.step     the norm that is clipped is of what moves
+    loss.backward()          for all micro-batches
+    controller.before_step   switch, reset the partners' optimizer state, clear frozen gradients
+    clip, optimizer.step     the gradient norm is that of the vectors that move
 """
 
 from collections.abc import Mapping
@@ -21,38 +21,39 @@ from fedlora.techniques.switchlora.schedule import Switching, draw, expected
 
 @dataclass
 class SwitchController:
-    """Exchanges vectors of a model's layers. Everything it draws is a function of the seed."""
+    """Switches vectors of a model's layers. Every draw is a function of the seed."""
 
     layers: Mapping[str, SwitchLayer]
     parameters: Mapping[str, Mapping[Side, nn.Parameter]]
-    """By layer and factor: where gradients are."""
+    """The parameters that hold the gradients, by layer and factor."""
     switching: Switching
     total: int
     """Steps of the whole run, for the schedule."""
     seed: int
     exchanged: int = 0
-    """Vectors so far, of both factors."""
+    """The number of vectors of both factors that have been switched so far."""
 
     def groups(self) -> list[dict[str, Any]]:
-        """What `RowAdamW` trains of the adapted layers."""
+        """Parameter groups of the adapted layers for `RowAdamW`."""
         return [
             {"params": [p[side] for p in self.parameters.values()], "side": side} for side in SIDES
         ]
 
     def before_step(self, step: int, optimizer: RowAdamW) -> None:
-        """Exchange vectors after the backward pass of a step, counted from 0."""
+        """Switch vectors after the backward pass of a step, counted from 0."""
         for path, layer in self.layers.items():
-            self._exchange(step, layer, self.parameters[path], optimizer)
+            self._switch(step, layer, self.parameters[path], optimizer)
             for side in SIDES:
-                p, held = self.parameters[path][side], layer.held(side)
+                p, held = self.parameters[path][side], layer.frozen_slots(side)
                 if held and p.grad is not None:
+                    # A frozen vector is a row of A [r, d_in] or a column of B [d_out, r].
                     rows = p.grad if side == "a" else p.grad.t()
                     rows[held] = 0.0
                     if not self.switching.count_frozen:
                         optimizer.hold(p, side, held)
             layer.thaw()
 
-    def _exchange(
+    def _switch(
         self,
         step: int,
         layer: SwitchLayer,
@@ -60,17 +61,18 @@ class SwitchController:
         optimizer: RowAdamW,
     ) -> None:
         mean = expected(self.switching, layer.rank, step, self.total)
-        count = min(draw(self.seed, layer.path, step, mean), layer.room())
+        count = min(draw(self.seed, layer.path, step, mean), layer.max_switches())
         if not count:
             return
         for side in SIDES:
-            incoming = layer.incoming(side, count, self.switching.choice, self.seed, step)
-            slots = layer.exchange(side, incoming, self.switching.freeze)
+            incoming = layer.choose(side, count, self.switching.choice, self.seed, step)
+            slots = layer.switch(side, incoming, self.switching.freeze)
             optimizer.reset(parameters[other(side)], other(side), slots)
         self.exchanged += 2 * count
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights, factors, pools, who is where and who is frozen; draws need no state."""
+        """Weights, factors, candidate vectors, ids, pointers and frozen steps; draws need no
+        state."""
         whole = {"exchanged": torch.tensor(self.exchanged)}
         for path, layer in self.layers.items():
             whole |= {f"{path}/{name}": t for name, t in layer.state().items()}

@@ -1,4 +1,4 @@
-r"""How SwitchLoRA's vectors are drawn, and which ranks can switch at all.
+r"""How SwitchLoRA's vectors are drawn, and which ranks can switch.
 
     σ_A = (√d_out · r / d_in^{3/2})^{1/4} · √g       σ_B = (r / √(d_out d_in))^{1/4} · √g
 
@@ -26,7 +26,7 @@ SIDES: tuple[Side, Side] = ("a", "b")
 
 
 def deviations(d_out: int, d_in: int, rank: int, alpha: float = 1.0) -> tuple[float, float]:
-    """``(σ_A, σ_B)`` of the entries of both factors and of their pools."""
+    """``(σ_A, σ_B)``: standard deviations of the entries of both factors and their candidates."""
     a = (math.sqrt(d_out) * rank / d_in**1.5) ** 0.25
     b = (rank / math.sqrt(d_out * d_in)) ** 0.25
     return math.sqrt(GAIN / alpha) * a, math.sqrt(GAIN / alpha) * b
@@ -41,17 +41,17 @@ def check_rank(path: str, d_out: int, d_in: int, rank: int) -> None:
     pool = min(d_out, d_in)
     if rank < 2:
         raise ValueError(
-            f"{path}: rank {rank} cannot switch: a vector is frozen when its partner is exchanged, "
+            f"{path}: rank {rank} cannot switch: a vector is frozen when its partner is switched, "
             f"and with one slot nothing would be left to train; choose a rank in 2..{pool - 1}"
         )
     if rank >= pool:
         raise ValueError(
-            f"{path}: rank {rank} cannot switch: the pool has min(d_out={d_out}, d_in={d_in}) = "
-            f"{pool} vectors, and all of them are in slots; choose a rank in 2..{pool - 1}"
+            f"{path}: rank {rank} cannot switch: there are min(d_out={d_out}, d_in={d_in}) = "
+            f"{pool} candidate vectors, and all are in slots; choose a rank in 2..{pool - 1}"
         )
 
 
-def draw_pools(
+def draw_candidates(
     seed: int,
     path: str,
     d_out: int,
@@ -62,9 +62,9 @@ def draw_pools(
     turn: int = 0,
     folder: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``C_A [c, d_in]`` and ``C_B [c, d_out]``, float32 on the CPU, with ``c = min(d_out, d_in)``.
+    """Draw ``C_A [c, d_in]`` and ``C_B [c, d_out]``, float32 on the CPU, ``c = min(d_out, d_in)``.
 
-    One sum and one product per number: every machine draws the same bits.
+    One sum and one product per entry: the draws are bitwise identical on every machine.
 
     Args:
         seed: of the run.
@@ -73,8 +73,8 @@ def draw_pools(
         d_in: its inputs.
         rank: its slots.
         alpha: the scale is ``alpha / rank``.
-        turn: another number, other pools: for who draws them anew each round.
-        folder: where to keep the pools in files, mapped into memory; else in memory.
+        turn: another turn draws other candidates, for clients that draw new ones each round.
+        folder: keep the candidates in files there, mapped into memory; None: in memory.
     """
     pool = min(d_out, d_in)
     g = generator(seed, "switch-pool", zlib.crc32(path.encode()), turn)
@@ -83,6 +83,8 @@ def draw_pools(
         "ab", (d_in, d_out), deviations(d_out, d_in, rank, alpha), strict=True
     ):
         vectors = _room(pool, width, folder and folder / f"{path}.{side}.pool")
+        # Uniform in [0, 1), shifted to [-1/2, 1/2) and scaled to ±√3 σ; in place, since [c, width]
+        # may be a file.
         drawn = vectors.numpy()
         g.random(dtype=np.float32, out=drawn)
         drawn -= np.float32(0.5)
@@ -92,6 +94,7 @@ def draw_pools(
 
 
 def _room(rows: int, width: int, file: Path | None) -> Tensor:
+    """Uninitialised ``[rows, width]`` float32, in memory or in a file that is mapped into it."""
     if file is None:
         return torch.empty(rows, width)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -101,33 +104,40 @@ def _room(rows: int, width: int, file: Path | None) -> Tensor:
 
 
 def first_ids(pool: int, rank: int) -> tuple[list[int], list[int]]:
-    """Which pool vectors are in the slots of A and of B at first: the last ``rank`` of each.
+    """The candidate vectors that are in the slots of A and of B at first: the last ``rank``.
 
-    B's begin half a turn further on, as its pointer does: the vector after the one before the
-    pointer is then the next in the pool on both sides.
+    The pointer of B starts half a turn after that of A, so the ids of B are rotated by as much: the
+    slot before a pointer then holds the last candidate on both sides, and the first one is next.
+    With 5 candidates and rank 4 the pointers are at slots 0 and 2:
+
+    >>> first_ids(5, 4)
+    ([1, 2, 3, 4], [3, 4, 1, 2])
     """
+    # Slot i of B holds the id of slot i - rank // 2 of A; negative indices go round the ring.
     last = list(range(pool - rank, pool))
     return last, [last[i - rank // 2] for i in range(rank)]
 
 
 @dataclass(frozen=True)
 class Start:
-    """The vectors of a layer as it begins."""
+    """The vectors of a layer at its start."""
 
-    pools: dict[Side, Tensor]
-    """``[c, d_in]`` and ``[c, d_out]``."""
+    candidates: dict[Side, Tensor]
+    """Candidate vectors, ``[c, d_in]`` and ``[c, d_out]``."""
     ids: dict[Side, list[int]]
+    """The candidate in each slot."""
     pointers: dict[Side, int]
+    """The slot that is switched first."""
 
     @property
     def a(self) -> Tensor:
         """``[r, d_in]``"""
-        return self.pools["a"][self.ids["a"]]
+        return self.candidates["a"][self.ids["a"]]
 
     @property
     def b(self) -> Tensor:
         """``[d_out, r]``"""
-        return self.pools["b"][self.ids["b"]].t().contiguous()
+        return self.candidates["b"][self.ids["b"]].t().contiguous()
 
 
 def draw_start(
@@ -142,16 +152,16 @@ def draw_start(
     folder: Path | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Start:
-    """Pools and who of them is in which slot at first; arguments as of `draw_pools`.
+    """Draw candidate vectors and fill the slots; arguments as of `draw_candidates`.
 
     Args:
-        dtype: of the layer, which its pools are kept in; in files they are float32.
+        dtype: the type of the layer and of its candidates; in files they are float32.
 
     Raises:
         ValueError: for a rank that cannot switch.
     """
     check_rank(path, d_out, d_in, rank)
-    pools = draw_pools(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
+    pools = draw_candidates(seed, path, d_out, d_in, rank, alpha=alpha, turn=turn, folder=folder)
     ids = first_ids(min(d_out, d_in), rank)
     kept = pools if folder is not None else (pools[0].to(dtype), pools[1].to(dtype))
     return Start(

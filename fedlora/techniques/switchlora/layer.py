@@ -1,12 +1,13 @@
-r"""One linear layer of SwitchLoRA: its vectors, its pools of candidates, and the exchange.
+r"""One linear layer of SwitchLoRA: its vectors, its candidate vectors, and the switch.
 
-Slot ``i`` holds row ``a_i`` of A and column ``b_i`` of B. To put ``v`` in the place of ``a_i``:
+Slot ``i`` holds row ``a_i`` of A and column ``b_i`` of B. A switch replaces ``a_i`` by a candidate
+vector ``v``:
 
     W ← W + s b_i (a_i - v)ᵀ     C_A[id] ← a_i     a_i ← v     b_i is frozen for N steps
 
-and likewise for ``b_i``. What the layer computes does not change, and neither does the gradient of
-the exchanged vector, ``s b_iᵀ ∂L/∂W_eff``; its partner's does, which is why the partner's optimizer
-state is void.
+and likewise for ``b_i``. The output of the layer does not change. The gradient of the switched
+vector, ``s b_iᵀ ∂L/∂W_eff``, does not change either. The gradient of its partner does, so the
+partner's optimizer state is reset.
 """
 
 import zlib
@@ -26,15 +27,16 @@ from fedlora.techniques.switchlora.init import (
 
 
 def outer_sum(weight: Tensor, left: Tensor, right: Tensor) -> None:
-    """``W ← W + left right``, one product and one sum per number in a fixed order.
+    """``W ← W + left right``, one product and one sum per entry in a fixed order.
 
-    Every machine gets the same bits, which a matrix product does not promise.
+    The result is bitwise identical on every machine; a matrix product does not guarantee that.
 
     Args:
         weight: ``[m, n]``, changed in place.
         left: ``[m, k]``
         right: ``[k, n]``
     """
+    # One outer product after another: [m, 1] * [1, n].
     for column, row in zip(left.t(), right, strict=True):
         weight.add_(column[:, None] * row[None, :])
 
@@ -46,24 +48,27 @@ def other(side: Side) -> Side:
 
 @dataclass
 class SwitchLayer:
-    """Changed in place, as optimizers are; tensors may be those of a network's parameters."""
+    """One layer and its candidate vectors. It is changed in place, as optimizers are; its tensors
+    may be those of a network's parameters."""
 
     path: str
     weight: Tensor
-    """``[d_out, d_in]``, float32 or float64: the frozen weight, or what was added to it so far."""
+    """``[d_out, d_in]``, float32 or float64: the frozen weight, or the sum of what was added to it
+    so far."""
     a: Tensor
     """``[r, d_in]``"""
     b: Tensor
     """``[d_out, r]``"""
     scale: float
-    pools: dict[Side, Tensor]
-    """``[c, d_in]`` and ``[c, d_out]``, on the CPU."""
+    candidates: dict[Side, Tensor]
+    """Candidate vectors of each factor, ``[c, d_in]`` and ``[c, d_out]``, on the CPU."""
     ids: dict[Side, list[int]]
-    """Which vector of the pool is in each slot. Its place there is stale until it comes back."""
+    """The id of the candidate vector in each slot. Its row in `candidates` is stale while it is in
+    the slot."""
     pointers: dict[Side, int]
-    """The slot whose turn is next."""
+    """The slot that is switched next, for each factor."""
     frozen: dict[Side, list[int]] = field(default_factory=dict)
-    """For how many more steps each vector must not move."""
+    """The number of steps for which each vector stays frozen."""
 
     def __post_init__(self) -> None:
         check_type(self.path, self.weight.dtype)
@@ -72,13 +77,13 @@ class SwitchLayer:
 
     @property
     def rank(self) -> int:
-        """Slots."""
+        """``r``: the number of slots."""
         return int(self.a.shape[0])
 
     @property
-    def pool(self) -> int:
-        """``c``: vectors of each pool."""
-        return int(self.pools["a"].shape[0])
+    def num_candidates(self) -> int:
+        """``c``: the number of candidate vectors of each factor."""
+        return int(self.candidates["a"].shape[0])
 
     def vectors(self, side: Side) -> Tensor:
         """A view of one factor with a row per slot: ``[r, d_in]`` or ``[r, d_out]``."""
@@ -88,73 +93,79 @@ class SwitchLayer:
         """``W + s B A``."""
         return self.weight + self.scale * (self.b.detach() @ self.a.detach())
 
-    def room(self) -> int:
-        """How many slots of each factor can be exchanged in one step.
+    def max_switches(self) -> int:
+        """The largest number of slots of each factor that can be switched in one step.
 
         The pointers keep their distance, so the slots before A's pointer are those whose B is
-        frozen, and the other way round; no frozen vector is exchanged, and none that would have to
-        come from a slot.
+        frozen, and the other way round. A frozen vector is not switched, and a candidate vector
+        that is in a slot is not chosen.
         """
-        # The ring of slots, from one pointer forward to the other: a - b and b - a slots. The last
-        # ones before a pointer hold frozen vectors of the other factor, which a pointer must not
-        # reach. A step exchanges equally many vectors of both factors, so both have as many frozen.
+        # The slots are a ring. From one pointer forward to the other there are a - b and b - a
+        # slots. The last ones before a pointer hold frozen vectors of the other factor, and a
+        # pointer must not reach them. A step switches equally many vectors of both factors, so
+        # both have equally many frozen ones.
         r, a, b = self.rank, self.pointers["a"], self.pointers["b"]
         held = {side: sum(f > 0 for f in self.frozen[side]) for side in SIDES}
         gaps = ((a - b - held["a"]) % r, (b - a - held["b"]) % r)
-        return max(0, min(*gaps, self.pool - r))
+        return max(0, min(*gaps, self.num_candidates - r))
 
-    def due(self, side: Side, count: int) -> list[int]:
-        """The next ``count`` slots."""
+    def next_slots(self, side: Side, count: int) -> list[int]:
+        """The next ``count`` slots from the pointer on."""
         return [(self.pointers[side] + i) % self.rank for i in range(count)]
 
-    def incoming(self, side: Side, count: int, choice: str, seed: int, step: int) -> list[int]:
-        """Which vectors of the pool come next, by `Switching.choice`."""
+    def choose(self, side: Side, count: int, choice: str, seed: int, step: int) -> list[int]:
+        """Choose the ids of the next candidate vectors, by `Switching.choice`."""
         if choice == "ring":
-            return self.ring(side, count)
-        return self.random(side, count, seed, step)
+            return self.choose_in_order(side, count)
+        return self.choose_at_random(side, count, seed, step)
 
-    def ring(self, side: Side, count: int) -> list[int]:
-        """The vectors that follow in the pool on the one that came in last."""
+    def choose_in_order(self, side: Side, count: int) -> list[int]:
+        """Choose the candidate vectors that follow on the one that was switched in last."""
         # The slot before the pointer was filled last; index -1 is the last slot of the ring.
         ids = self.ids[side]
         last = ids[self.pointers[side] - 1]
-        return [(last + 1 + i) % self.pool for i in range(count)]
+        return [(last + 1 + i) % self.num_candidates for i in range(count)]
 
-    def random(self, side: Side, count: int, seed: int, step: int) -> list[int]:
-        """Different vectors of the pool that are in no slot, all equally likely."""
+    def choose_at_random(self, side: Side, count: int, seed: int, step: int) -> list[int]:
+        """Draw different candidate vectors that are in no slot, all equally likely."""
         active = set(self.ids[side])
-        free = [i for i in range(self.pool) if i not in active]
+        free = [i for i in range(self.num_candidates) if i not in active]
         g = generator(seed, f"switch-{side}", zlib.crc32(self.path.encode()), step)
         return [int(i) for i in g.choice(free, count, replace=False)]
 
-    def exchange(
+    def switch(
         self, side: Side, incoming: Sequence[int], freeze: int = 0, *, ordered: bool = False
     ) -> list[int]:
-        """Put vectors of the pool into the next slots; what was there goes back, as trained.
+        """Put candidate vectors into the next slots; the trained vectors of these slots become
+        candidates again.
 
         Args:
             side: the factor.
-            incoming: ids of vectors that are in no slot.
-            freeze: for how many steps their partners must not move.
-            ordered: compensate slot after slot (`outer_sum`), so that every machine gets the same
-                bits, and not by one matrix product, which is faster.
+            incoming: ids of candidate vectors that are in no slot.
+            freeze: the number of steps for which their partners are frozen.
+            ordered: compensate slot after slot (`outer_sum`), so that the result is bitwise
+                identical on every machine; else by one matrix product, which is faster.
 
         Returns:
-            The slots. Whatever an optimizer remembers of their partners is void.
+            The slots. The caller resets the optimizer state of their partners.
+
+        Raises:
+            ValueError: naming the layer and the candidate vectors that are in slots already.
         """
-        slots, own, partner = self.due(side, len(incoming)), self.vectors(side), other(side)
-        pool, ids = self.pools[side], self.ids[side]
+        slots, own, partner = self.next_slots(side, len(incoming)), self.vectors(side), other(side)
+        pool, ids = self.candidates[side], self.ids[side]
         if set(incoming) & set(ids):
             raise ValueError(f"{self.path}: {sorted(set(incoming) & set(ids))} are in slots")
         if not slots:
             return []
         with torch.no_grad():
-            # k vectors, one per row: [k, d_in] of A or [k, d_out] of B.
+            # The k new and the k old vectors, one per row: [k, d_in] of A or [k, d_out] of B.
             fresh = pool[list(incoming)].to(own.device, own.dtype)
             gone = own[slots]
 
-            # What the layer loses by the exchange is added to its frozen weight: for A
-            # s B (old - new), [d_out, k] x [k, d_in]; for B s (old - new) A.
+            # Compensation: the frozen weight takes over what the switch removes from the product.
+            # For A that is s B (old - new), [d_out, k] x [k, d_in]; for B it is s (old - new) A.
+            # scaled, the partners of the switched vectors: [k, d_out] or [k, d_in].
             scaled = self.scale * self.vectors(partner)[slots]
             left, right = (scaled, gone - fresh) if side == "a" else (gone - fresh, scaled)
             if ordered:
@@ -162,37 +173,41 @@ class SwitchLayer:
             else:
                 self.weight.addmm_(left.t(), right)
 
-            # Old vectors go back to their own places in the pool, as trained; new ones come in.
+            # Old vectors, as trained, go back to their own rows of [c, d]; new ones fill the slots.
             pool[[ids[slot] for slot in slots]] = gone.to(pool.device, pool.dtype)
             own[slots] = fresh
 
-        # Who is where now; partners of the new vectors stand still for a while.
+        # Which vector is in which slot now. The partners of the new vectors are frozen.
         for slot, new in zip(slots, incoming, strict=True):
             ids[slot] = new
             self.frozen[partner][slot] = freeze
         self.pointers[side] = (self.pointers[side] + len(slots)) % self.rank
         return slots
 
-    def held(self, side: Side) -> list[int]:
-        """Slots whose vector must not move in this step."""
+    def frozen_slots(self, side: Side) -> list[int]:
+        """Slots whose vector is frozen in this step."""
         return [i for i, f in enumerate(self.frozen[side]) if f > 0]
 
     def thaw(self) -> None:
-        """One step is over."""
+        """Count down the frozen steps: one step is over."""
         for side in SIDES:
             self.frozen[side] = [max(0, f - 1) for f in self.frozen[side]]
 
     def state(self) -> dict[str, Tensor]:
-        """Everything but the scale, by name; tensors are those of the layer."""
+        """Everything except the scale, by name; tensors are those of the layer, not copies."""
         whole = {"weight": self.weight, "a": self.a.detach(), "b": self.b.detach()}
         for side in SIDES:
-            whole[f"pool_{side}"] = self.pools[side]
+            whole[f"pool_{side}"] = self.candidates[side]
             whole[f"ids_{side}"] = torch.tensor(self.ids[side])
             whole[f"frozen_{side}"] = torch.tensor(self.frozen[side])
         return whole | {"pointers": torch.tensor([self.pointers[side] for side in SIDES])}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse of `state`, into the tensors that are there."""
+        """The inverse of `state`; it writes into the layer's own tensors.
+
+        Raises:
+            ValueError: naming the layer and the first tensor of another shape.
+        """
         with torch.no_grad():
             for name, mine in self.state().items():
                 if mine.shape != state[name].shape:
@@ -210,15 +225,15 @@ class SwitchLayer:
 
 
 def check_type(path: str, dtype: torch.dtype) -> None:
-    """Refuse a base in which the compensation of exchanges would be lost.
+    """Refuse a base type in which the compensation of switches would be rounded away.
 
     Raises:
         ValueError: naming the layer and its type.
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"{path}: the base is {dtype}; every exchange is compensated in it, and in half "
-            "precision 500 of them move a layer by 14 % of its norm: load it in float32 "
+            f"{path}: the base is {dtype}; every switch is compensated in it, and in half "
+            "precision 500 switches move a layer by 14 % of its norm: load it in float32 "
             "(model.dtype=float32) and compute in bfloat16 by autocast (client.autocast=bf16)"
         )
 
@@ -234,17 +249,18 @@ def begin(
     turn: int = 0,
     folder: Path | None = None,
 ) -> SwitchLayer:
-    """Draw pools, fill ``a`` and ``b`` from them, and take their product off ``weight``.
+    """Draw candidate vectors, fill ``a`` and ``b`` with them, and subtract their product from
+    ``weight``.
 
     Args:
-        path: of the layer; pools are drawn by it.
+        path: of the layer; the draw depends on it.
         weight: ``[d_out, d_in]``, changed in place: ``W ← W - s B A``.
         a: ``[r, d_in]``, overwritten.
         b: ``[d_out, r]``, overwritten.
         alpha: ``s = alpha / r``.
         seed: of the run.
-        turn: of the pools, as in `draw_pools`.
-        folder: for pools in files.
+        turn: as in `draw_candidates`.
+        folder: for candidate vectors in files.
 
     Raises:
         ValueError: for a rank that cannot switch, or a weight in half precision.
@@ -264,7 +280,7 @@ def begin(
         a=a,
         b=b,
         scale=alpha / rank,
-        pools=start.pools,
+        candidates=start.candidates,
         ids=start.ids,
         pointers=start.pointers,
     )

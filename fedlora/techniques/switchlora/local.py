@@ -1,7 +1,7 @@
-"""A client that exchanges vectors by itself while it trains, and sends what became of its weights.
+"""A client that switches vectors by itself while it trains, and sends the change of its weights.
 
-Its pools are a function of the seed and the round, so nothing of them travels; what they learnt
-ends with the round.
+Its candidate vectors are a function of the seed and the round, so they are not sent. What they have
+learned is lost at the end of the round.
 """
 
 from collections.abc import Sequence
@@ -45,25 +45,28 @@ def train_switching(
     examples: Sequence[TokenExample],
     switching: Switching,
 ) -> tuple[Rebased, Trace]:
-    """Train a job's start as its plan says, with exchanges.
+    """Train a job's start as its plan says, with switches.
 
     Args:
         model: resident; the start stays mounted on it.
-        job: to be done.
+        job: the job.
         examples: of its client.
-        switching: how vectors are exchanged.
+        switching: how vectors are switched.
 
     Returns:
-        The difference of the effective weights from the base's, and what happened.
+        The difference of the effective weights from the base's, ``[d_out, d_in]`` by module path,
+        and the trace of the steps.
 
     Raises:
-        TypeError: if it does not start from factors over a moved base.
+        TypeError: if the job does not start from factors over a moved base.
         ValueError: if the plan has a local term.
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
     plan = job.plan
     if plan.term is not None:
         raise ValueError(NO_START)
+
+    # Layers and their trained factors A [r, d_in] and B [d_out, r], by module path.
     model.mount(job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b)
     layers = {path: _layer(path, layer.update, job) for path, layer in model.layers.items()}
     parameters: dict[str, dict[Side, nn.Parameter]] = {
@@ -73,6 +76,9 @@ def train_switching(
     optimizer = RowAdamW(
         controller.groups(), plan.lr, plan.betas, plan.eps, weight_decay=plan.weight_decay
     )
+
+    # Effective weights [d_out, d_in] before and after training. A client sends their difference
+    # from the base; the trace holds the norm of their change.
     before = {path: layer.effective() for path, layer in layers.items()}
     trace = _steps(model, controller, optimizer, examples, job)
     shift = {
@@ -93,6 +99,7 @@ def _steps(
     examples: Sequence[TokenExample],
     job: TrainJob,
 ) -> Trace:
+    """All optimizer steps; the change in the trace is still zero."""
     plan, switching = job.plan, controller.switching
     where = {"seed": job.seed, "round": job.round, "client": job.client.id}
     rates = learning_rates(num_steps(len(examples), plan), plan)
@@ -105,6 +112,7 @@ def _steps(
         tokens.append(sum(b.tokens for b in batches))
         optimizer.zero_grad()
         losses.append(backward(model, batches, seeds, tokens[-1], plan))
+        # Switches lie between the backward pass and the optimizer step (see `SwitchController`).
         controller.before_step(switching.first + step, optimizer)
         norms.append(clip_and_step(optimizer, trained, rate, plan.max_grad_norm))
     return Trace.of(losses, tokens, norms, torch.zeros_like(losses[0]))
@@ -113,7 +121,7 @@ def _steps(
 def start_layer(
     path: str, shape: tuple[int, int], rank: int, alpha: float, seed: int, turn: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``A [r, d_in]`` and ``B [d_out, r]`` that a client begins a round with, from its pools.
+    """``A [r, d_in]`` and ``B [d_out, r]`` at the start of a client's round: candidate vectors.
 
     Raises:
         ValueError: for a rank that cannot switch.
@@ -125,10 +133,11 @@ def start_layer(
 def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
     if not isinstance(update, Rebuilt):
         raise TypeError(
-            f"{path}: client/technique=switchlora exchanges vectors of factors over a base that "
-            f"may move, and {type(job.start).__name__} is none; use strategy=switchlora"
+            f"{path}: client/technique=switchlora switches vectors of factors over a base that "
+            f"may move, and {type(job.start).__name__} has no such base; use strategy=switchlora"
         )
-    update.moved = update.moved.clone()  # exchanges change it, and others stand on it
+    # Switches change the frozen weight [d_out, d_in], and other clients use the mounted one.
+    update.moved = update.moved.clone()
     d_out, d_in = update.moved.shape
     rank = int(update.a.shape[0])
     start = draw_start(
@@ -147,12 +156,12 @@ def _layer(path: str, update: object, job: TrainJob) -> SwitchLayer:
         a=update.a,
         b=update.b,
         scale=update.scale,
-        pools=start.pools,
+        candidates=start.candidates,
         ids=start.ids,
         pointers=start.pointers,
     )
 
 
 def turn_of(round: int) -> int:
-    """Which pools a round has: rounds of a run count from 1."""
+    """The turn of `draw_candidates` in a round; rounds of a run count from 1, turns from 0."""
     return round - 1

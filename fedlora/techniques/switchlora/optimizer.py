@@ -1,4 +1,4 @@
-"""AdamW that counts steps vector by vector, so that single rows and columns can begin anew."""
+"""AdamW that counts steps per vector, so that single rows and columns can be reset."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class RowAdamW(torch.optim.Optimizer):
-    """Decoupled weight decay, bias correction from each vector's own count of steps.
+    """AdamW with decoupled weight decay and bias correction by each vector's own count of steps.
 
-    Without resets it is ``torch.optim.AdamW`` up to rounding, whose CPU path takes one count per
-    parameter only.
+    Without resets it equals ``torch.optim.AdamW`` up to rounding, whose CPU path takes only one
+    count per parameter.
 
     Args:
         groups: with ``params`` and ``side``: ``a`` (a vector is a row), ``b`` (a column), or
@@ -42,13 +42,13 @@ class RowAdamW(torch.optim.Optimizer):
                     _update(p, p.grad, self._of(p, group["side"]), group)
 
     def reset(self, p: nn.Parameter, side: str, slots: Sequence[int]) -> None:
-        """Forget whatever is remembered of these vectors."""
+        """Reset moments and step counts of these vectors."""
         state = self._of(p, side)
         for name in ("exp_avg", "exp_avg_sq", "step"):
             _rows(state[name], side)[list(slots)] = 0.0
 
     def hold(self, p: nn.Parameter, side: str, slots: Sequence[int]) -> None:
-        """Do not count the coming step for these vectors."""
+        """Do not count the next step for these vectors."""
         _rows(self._of(p, side)["step"], side)[list(slots)] -= 1.0
 
     def _of(self, p: Tensor, side: str | None) -> dict[str, Any]:
@@ -67,6 +67,7 @@ def _rows(t: Tensor, side: str) -> Tensor:
 
 
 def _update(p: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> None:
+    """One AdamW step of ``p [m, n]`` with step counts ``[m, 1]``, ``[1, n]`` or ``[]``."""
     (b1, b2), lr, step = group["betas"], group["lr"], state["step"]
     step += 1
     if group["weight_decay"]:
@@ -74,7 +75,9 @@ def _update(p: Tensor, grad: Tensor, state: Mapping[str, Any], group: Mapping[st
     first, second = state["exp_avg"], state["exp_avg_sq"]
     first.lerp_(grad, 1 - b1)
     second.mul_(b2).addcmul_(grad, grad, value=1 - b2)
-    count = step.clamp(min=1.0).double()  # held back, a vector has no step yet
+
+    # Bias corrections, one per vector. A frozen vector may have no counted step yet, hence 1.
+    count = step.clamp(min=1.0).double()
     c1, c2 = (1 - b1**count).to(p.dtype), (1 - b2**count).sqrt().to(p.dtype)
     if step.ndim == 0:
         denominator = second.sqrt().div_(float(c2)).add_(group["eps"])

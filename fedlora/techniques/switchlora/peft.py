@@ -1,7 +1,8 @@
-"""SwitchLoRA on PEFT's own LoRA layers: a controller edits their tensors, nothing is replaced.
+"""SwitchLoRA on PEFT's own LoRA layers: a controller edits their tensors and replaces no layer.
 
-``merge_and_unload`` gives the plain network with what was learnt. PEFT's adapter files hold neither
-the weights that exchanges have moved nor the pools: `SwitchController.state_dict` does.
+``merge_and_unload`` gives the plain network with the trained update. PEFT's adapter files hold
+neither the weights that switches have moved nor the candidate vectors:
+`SwitchController.state_dict` holds them.
 """
 
 from collections.abc import Sequence
@@ -36,10 +37,10 @@ class Adapted:
 
 
 def adapt(network: Any, rank: int, targets: str | Sequence[str], alpha: float) -> Adapted:
-    """Wrap linear layers in place. Factors are PEFT's random ones: whoever asked fills them.
+    """Wrap linear layers in place. Factors are PEFT's random ones: the caller overwrites them.
 
     Raises:
-        ModelError: for a target that is no linear layer, naming those that are.
+        ModelError: for a target that is not a linear layer, naming those that are.
     """
     modules = find_modules(network, targets)
     base = [network.get_submodule(m.path) for m in modules]
@@ -59,7 +60,7 @@ def adapt(network: Any, rank: int, targets: str | Sequence[str], alpha: float) -
     return Adapted(peft, found)
 
 
-def switched(
+def wrap_network(
     network: Any,
     rank: int,
     targets: str | Sequence[str] = "all-linear",
@@ -70,23 +71,23 @@ def switched(
     alpha: float = 1.0,
     pools: Path | None = None,
 ) -> tuple[PeftModel, SwitchController]:
-    """Wrap a network for SwitchLoRA; it computes what it did before.
+    """Wrap a network for SwitchLoRA; its outputs stay the same up to rounding.
 
     Args:
         network: a causal language model in float32, wrapped in place.
         rank: slots of every layer.
         targets: as in `fedlora.models.modules.find_modules`.
-        switching: how vectors are exchanged.
+        switching: how vectors are switched.
         total: steps of the run.
         seed: of all draws.
         alpha: the scale is ``alpha / rank``; the paper's is 1.
-        pools: folder for pools in files mapped into memory; else they are in memory, twice as large
-            as the adapted layers.
+        pools: folder for candidate vectors in files mapped into memory; None: they are in memory,
+            twice as large as the adapted layers.
 
     Raises:
-        ValueError: for a rank that cannot switch, or a base in half precision; the network is then
-            as it was.
-        ModelError: for a target that is no linear layer.
+        ValueError: for a rank that cannot switch, or a base in half precision; the network is not
+            changed.
+        ModelError: for a target that is not a linear layer.
     """
     for m in find_modules(network, targets):
         check_rank(m.path, m.d_out, m.d_in, rank)
@@ -102,7 +103,7 @@ def switched(
 
 
 def pretraining(network: PeftModel) -> None:
-    """Train everything but the adapted layers' own weights: their biases, embeddings, norms and
-    head too."""
+    """Train all parameters except the adapted layers' own weights: also their biases, embeddings,
+    norms and the head."""
     for name, p in network.named_parameters():
         p.requires_grad_(not name.endswith("base_layer.weight"))

@@ -1,15 +1,16 @@
-r"""What a server and its clients hold alike without sending it: bases, factors, pools, slots.
+r"""The state that a server and its clients share without sending it: bases, factors, candidate
+vectors, slots.
 
-All of it follows from the seed and from one result per round, the averaged factors. Whoever
-installs the same results in the same order holds the same bits: the arithmetic is one product and
-one sum per number. A round is
+The state follows from the seed and from one result per round, the averaged factors. Replicas that
+install the same results in the same order are bitwise identical: the arithmetic is one product and
+one sum per entry. A round is
 
-    exchange    by everybody, before training
+    switch      server and all clients, before training
     train       clients, the factors whose turn it is
-    install     by everybody, what the server made of what was trained
+    install     server and all clients, the server's average of what was trained
 
-`Replica` is that machine; the server's state is one, a client's another. Who missed rounds is sent
-their results, or the whole state where that is less (`news`).
+`Replica` is one copy of the state; the server has one, each client another. A client that missed
+rounds is sent their results, or the whole state if that is smaller (`news`).
 """
 
 import hashlib
@@ -41,20 +42,20 @@ LAYER, HISTORY = "layer/", "history/"
 ALTERNATE, PRODUCT = "sync_alternate", "sync_product"
 DIGEST_BYTES = hashlib.sha256().digest_size
 FLOAT = 4
-"""Bytes of a number, where replay and whole state are compared."""
+"""Bytes of a scalar, where the sizes of replay and whole state are compared."""
 
 
 @dataclass(frozen=True)
 class Timetable:
-    """Which factors are exchanged and trained in which round, counted from 0."""
+    """Which factors are switched and trained in which round, counted from 0."""
 
     mode: str
     """``sync_alternate``: A in even rounds, B in odd ones; ``sync_product``: both in each."""
     switching: Switching
     steps: int
-    """Of a client in a round."""
+    """Optimizer steps of a client in a round."""
     rounds: int
-    """Of the run."""
+    """Rounds of the run."""
     seed: int
 
     def __post_init__(self) -> None:
@@ -63,31 +64,34 @@ class Timetable:
         at_least("rounds", self.rounds, 1)
 
     def sides(self, round: int) -> tuple[Side, ...]:
-        """The factors that are exchanged before a round and trained in it."""
+        """The factors that are switched before a round and trained in it."""
         return SIDES if self.mode == PRODUCT else (SIDES[round % 2],)
 
     def count(self, layer: SwitchLayer, round: int) -> int:
-        """How many vectors of each of these factors are exchanged before a round.
+        """The number of vectors of each of these factors that are switched before a round.
 
-        As many as stand-alone training exchanges in the steps until the factor's next turn, but at
-        most a quarter of the slots (one, of fewer than eight) and as many as are in no slot. Nobody
-        is frozen between rounds, so the pointers' distance is no bound.
+        Stand-alone training would switch as many in the steps until the factor's next turn. The
+        upper bounds are a quarter of the slots (one if there are fewer than eight) and the number
+        of candidate vectors that are in no slot. Vectors are not frozen between rounds, so the
+        distance of the pointers is no bound.
         """
+        # Steps until the factor's next turn: those of two rounds if the factors alternate.
         turns = 2 if self.mode == ALTERNATE else 1
         first, total = round * self.steps, self.rounds * self.steps
         mean = expected(self.switching, layer.rank, first, total, turns * self.steps)
-        most = min(max(1, layer.rank // 4), layer.pool - layer.rank)
+        most = min(max(1, layer.rank // 4), layer.num_candidates - layer.rank)
         return min(draw(self.seed, layer.path, round, mean), most)
 
 
 class Replica:
-    """One copy of the shared state. Changed in place; `load` copies, so states stay what they are.
+    """One copy of the shared state. It is changed in place; `load` copies, so that the state it
+    was loaded from does not change.
 
     Args:
-        layers: by module path; their ``weight`` is what was added to the base's.
+        layers: by module path; their ``weight`` is the sum of what was added to the base's weight.
         timetable: of the run.
-        round: the one to be trained next, for which everything is exchanged already.
-        exchanged: vectors so far.
+        round: the round that is trained next; its switches are done already.
+        exchanged: the number of vectors that have been switched so far.
     """
 
     def __init__(
@@ -124,39 +128,41 @@ class Replica:
             a, b = torch.empty(ranks[path], d_in), torch.empty(d_out, ranks[path])
             layers[path] = begin(path, weight, a, b, alpha=alpha, seed=timetable.seed)
         made = Replica(layers, timetable, 0)
-        made._exchange()
+        made._switch()
         return made
 
     def install(self, result: Mapping[str, Tensor]) -> None:
-        """End a round with what came of it, and exchange for the next.
+        """End a round with its result, and switch vectors for the next round.
 
         Args:
             result: ``<path>/a [r, d_in]`` or ``<path>/b [d_out, r]``, the averages of what was
-                trained; of ``sync_product`` also ``<path>/left [d_out, q]`` and
+                trained; under ``sync_product`` also ``<path>/left [d_out, q]`` and
                 ``<path>/right [q, d_in]``, or their product ``<path>/rest``.
         """
         for path, layer in self.layers.items():
+            # The averaged factors replace the layer's own. The product of averages is not the
+            # average of products; the rest [d_out, d_in] of that, if sent, moves the base.
             for side in self.timetable.sides(self.round):
                 _put(layer, side, result[f"{path}/{side}"])
             rest = residual(under(result, f"{path}/"))
             if rest is not None:
                 layer.weight.add_(rest.to(layer.weight.dtype))
         self.round += 1
-        self._exchange()
+        self._switch()
 
-    def _exchange(self) -> None:
+    def _switch(self) -> None:
         timetable = self.timetable
         for layer in self.layers.values():
             count = timetable.count(layer, self.round)
             for side in timetable.sides(self.round):
-                incoming = layer.incoming(
+                incoming = layer.choose(
                     side, count, timetable.switching.choice, timetable.seed, self.round
                 )
-                layer.exchange(side, incoming, ordered=True)
+                layer.switch(side, incoming, ordered=True)
                 self.exchanged += count
 
     def state(self) -> dict[str, Tensor]:
-        """Named tensors, from which `load` makes the same again."""
+        """Named tensors, from which `load` builds an equal replica."""
         whole = {
             "round": integers(self.round),
             "exchanged": integers(self.exchanged),
@@ -171,6 +177,7 @@ class Replica:
     def load(state: State, alpha: float, timetable: Timetable) -> "Replica":
         """The inverse of `state`."""
         layers = {}
+        # Each layer from copies of its own tensors, with the prefix of its path removed.
         for path in paths(state, "weight", LAYER):
             mine = {k: t.clone() for k, t in under(state, f"{LAYER}{path}/").items()}
             pointers = mine["pointers"].tolist()
@@ -180,18 +187,18 @@ class Replica:
                 a=mine["a"],
                 b=mine["b"],
                 scale=alpha / mine["a"].shape[0],
-                pools={side: mine[f"pool_{side}"] for side in SIDES},
+                candidates={side: mine[f"pool_{side}"] for side in SIDES},
                 ids={side: mine[f"ids_{side}"].tolist() for side in SIDES},
                 pointers=dict(zip(SIDES, pointers, strict=True)),
             )
         return Replica(layers, timetable, int(state["round"]), int(state["exchanged"]))
 
     def digest(self) -> str:
-        """SHA-256 of everything: equal if and only if two replicas hold the same bits."""
+        """SHA-256 of the state: equal if and only if two replicas are bitwise identical."""
         return state_hash(self.state())
 
     def take(self, news: "News") -> "Replica":
-        """The replica after what it missed; this one is not to be used further."""
+        """The replica after the rounds it missed. Use the returned one, not this one."""
         if news.whole is not None:
             alpha = next(layer.scale * layer.rank for layer in self.layers.values())
             return Replica.load(news.whole, alpha, self.timetable)
@@ -201,15 +208,17 @@ class Replica:
 
 
 def _put(layer: SwitchLayer, side: Side, new: Tensor) -> None:
-    """Install a factor; a wider type widens the layer."""
+    """Install a factor ``[r, d_in]`` or ``[d_out, r]``; a wider type widens the layer."""
+    # All tensors of a layer have one type: convert the weight, both factors and the candidates.
     if torch.promote_types(new.dtype, layer.weight.dtype) != layer.weight.dtype:
         layer.weight, layer.a, layer.b = (t.to(new.dtype) for t in (layer.weight, layer.a, layer.b))
-        layer.pools = {s: pool.to(new.dtype) for s, pool in layer.pools.items()}
+        layer.candidates = {s: pool.to(new.dtype) for s, pool in layer.candidates.items()}
     getattr(layer, side).copy_(new)
 
 
 def residual(result: Mapping[str, Tensor]) -> Tensor | None:
-    """One layer's ``rest``, or ``left right`` as a sum of outer products in a fixed order."""
+    """One layer's ``rest [d_out, d_in]``: as sent, or ``left right`` as a sum of outer products in
+    a fixed order; None: there is none."""
     if "rest" in result:
         return result["rest"]
     if "left" not in result:
@@ -222,22 +231,22 @@ def residual(result: Mapping[str, Tensor]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class News:
-    """What brings a replica up to date."""
+    """What is sent to bring a replica up to date."""
 
     results: tuple[Mapping[str, Tensor], ...] = ()
-    """Of the rounds it missed, in order."""
+    """Results of the rounds it missed, in order."""
     whole: State | None = None
-    """Or the whole state."""
+    """The whole state; None: the results are sent."""
 
     def tensors(self) -> Iterator[Tensor]:
-        """What travels."""
+        """All tensors that are sent."""
         if self.whole is not None:
             yield from self.whole.values()
         for result in self.results:
             yield from result.values()
 
     def bytes(self, width: int) -> int:
-        """How many bytes travel, with so many for each number that is not whole."""
+        """The bytes that are sent, with ``width`` bytes for each floating-point scalar."""
         return sum(_bytes(t, width) for t in self.tensors())
 
 
@@ -252,7 +261,7 @@ def shared(state: State) -> dict[str, Tensor]:
 
 
 def history(state: State) -> dict[int, dict[str, Tensor]]:
-    """What a server remembers under ``history/``: round -> its result."""
+    """The results that a server keeps under ``history/``: round -> its result."""
     found: dict[int, dict[str, Tensor]] = {}
     for key, t in state.items():
         if key.startswith(HISTORY):
@@ -262,23 +271,29 @@ def history(state: State) -> dict[int, dict[str, Tensor]]:
 
 
 def news(state: State, known: int) -> News:
-    """What a replica that knows the results of the first rounds is sent to be where the server is.
+    """What is sent to a replica that knows the results of the first rounds, so that it equals the
+    server's.
 
     Args:
-        state: of the server, with what it remembers of past rounds under ``history/``.
-        known: how many results it knows; 0: those who have the seed know as much.
+        state: of the server, with the results of past rounds under ``history/``.
+        known: the number of results that the replica knows; 0: it has only the seed.
     """
+    # The results of the missed rounds, or the whole state if that is smaller.
     past = history(state)
     missed = [past.get(t, {}) for t in range(known, int(state["round"]))]
     whole = News(whole=shared(state))
     if not all(missed):
-        return whole  # longer ago than the server remembers, because this is less
+        return whole  # a result is not kept any more, because the whole state is smaller
     replay = News(results=tuple(missed))
     return replay if replay.bytes(FLOAT) <= whole.bytes(FLOAT) else whole
 
 
-def remembered(state: State, round: int, result: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``history/`` with one more round, without what nobody would be sent any more."""
+def extend_history(state: State, round: int, result: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``history/`` with one more round, without results that would not be sent to any client.
+
+    Results are kept from the newest backwards while all of them together are no larger than the
+    whole state, which would be sent instead.
+    """
     rounds = history(state) | {round: dict(result)}
     budget = News(whole=shared(state)).bytes(FLOAT)
     found: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Local training in which a client exchanges vectors by itself (SwitchLoRA's dense mode)."""
+"""Local training in which a client switches vectors by itself (SwitchLoRA's dense mode)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,24 +16,24 @@ from fedlora.training.loop import Trace
 
 @dataclass(frozen=True)
 class SwitchTraining(Switching, Technique):
-    """A client trains factors over a base that may move, and exchanges their vectors."""
+    """A client trains factors over a base that may move, and switches their vectors."""
 
     key = "client/technique=switchlora"
     does = (
-        "lets clients exchange vectors by themselves, so that each one's frozen weights move their "
+        "lets clients switch vectors by themselves, so that each one's frozen weights move their "
         "own way"
     )
-    averaged = "exchanged vectors, over a base that moves for all clients alike"
+    averaged = "switched vectors, over a base that moves for all clients alike"
     client = "client=switchlora"
     strategy = "strategy=switchlora"
-    alone = "exchanges of vectors one by one: every client's base moves its own way"
+    alone = "switches of vectors one by one: every client's base moves its own way"
 
     def train(
         self, model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
     ) -> tuple[Payload, Trace]:
-        """Gradient steps on the factors, with exchanges between them."""
+        """Gradient steps on the factors, with switches between them."""
         return train_switching(model, job, examples, self)
 
     def sends(self, start: Payload) -> type[Payload]:
-        """What became of the weights: factors mean nothing over another client's base."""
+        """The change of the weights: factors have no meaning over another client's base."""
         return Rebased

@@ -1,4 +1,4 @@
-"""What the engine benchmark trains: base models, clients, data, and how much work that is.
+"""The cases of the engine benchmark: base models, clients, data, and their amount of work.
 
 A case is a value, so that every process builds the same base model, the same examples and the
 same start adapters from it alone.

@@ -1,4 +1,4 @@
-"""Where the time of a side goes: forward, backward and the rest; operators; Python functions.
+"""The time of a side by activity: forward, backward and the rest; operators; Python functions.
 
 CPU time of one thread throughout, so that others who use the core do not count.
 """

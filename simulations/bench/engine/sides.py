@@ -1,4 +1,4 @@
-"""Who trains the clients: our engines, a plain PEFT loop, and one Trainer per client.
+"""The sides that train the clients: our engines, a plain PEFT loop, and one Trainer per client.
 
 Every side takes the same jobs and gives, client by client, its losses and the adapter it ended
 with as one row of numbers, so that they can be held against each other before anything is timed.
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
+from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     Adapter,
     LocalPlan,
@@ -247,10 +248,11 @@ def lora_config(job: TrainJob) -> peft.LoraConfig:
 
 def adapter_of(job: TrainJob) -> Adapter:
     """The job's start, which must be low-rank factors."""
-    if not isinstance(job.start, Mapping):
+    factors = plain_factors(job.start)
+    if factors is None:
         kind = type(job.start).__name__
         raise TypeError(f"client {job.client.id} starts from a {kind}, not from factors")
-    return job.start
+    return factors
 
 
 def collate(batch: Sequence[Example], loss: str) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""One thing varied at a time: where does training clients together pay, and where not?
+"""Sweeps over one variable at a time: when is training clients together faster?
 
 Every side has one core here, so that a line shows an engine and not a number of processes, and
 speed is per second of CPU, so that others who use the core do not count. Only the sweep over

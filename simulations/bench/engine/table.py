@@ -1,4 +1,4 @@
-"""What a benchmark of the engines says, as text and as a picture."""
+"""The results of the engine benchmark, as text and as a picture."""
 
 import statistics
 from collections.abc import Mapping

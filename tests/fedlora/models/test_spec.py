@@ -227,7 +227,7 @@ def test_every_yaml_builds():
 
 def test_a_resolved_spec_survives_json_and_another_directory(saved, monkeypatch, tmp_path):
     monkeypatch.chdir(saved.parent)
-    spec = HuggingFace(path=saved.name, targets=["q_proj"]).resolved()
+    spec = HuggingFace(path=saved.name, targets=("q_proj",)).resolved()
     sent = build(json.loads(json.dumps(describe(spec))), ModelSpec, "model")
     assert sent == spec
     monkeypatch.chdir(tmp_path)

@@ -228,3 +228,9 @@ def test_the_change_from_a_moved_base_is_that_of_the_weights():
     assert "above 1" in reason(update(Rebased(weights[1])), MOVED, max_norm=1.0, plan=SWITCHES)
     with pytest.raises(TypeError, match="no common change"):
         Rebased(shifts()).change_norm(START)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "many", None])
+def test_a_metric_that_is_no_finite_number_is_refused(value):
+    wrong = update(metrics={"loss": 1.0, "exchanged_up": value})
+    assert reason(wrong).startswith("its metric exchanged_up is")

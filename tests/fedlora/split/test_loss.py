@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedlora.split.loss import summed_loss
+from fedlora.split.loss import sum_loss
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -13,7 +13,7 @@ def test_the_loss_is_that_of_its_definition(smoothing: float) -> None:
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 7, generator=g, dtype=torch.float64)
     targets = torch.randint(0, 7, (5,), generator=g)
-    loss = summed_loss(logits, targets, smoothing)
+    loss = sum_loss(logits, targets, smoothing)
     log_p = logits.log_softmax(dim=1)
     nll = -log_p.gather(1, targets[:, None]).sum()
     want = (1 - smoothing) * nll - smoothing * log_p.mean(dim=1).sum()

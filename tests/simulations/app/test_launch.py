@@ -16,8 +16,8 @@ from simulations.app import launch as launcher
 from simulations.app.compose import split_overrides
 from simulations.app.guard import marked
 from simulations.app.launch import (
+    filter_log,
     launch,
-    told,
     toml_string,
 )
 from simulations.app.runtime import Runtime
@@ -50,13 +50,13 @@ def test_a_person_sees_the_apps_lines_and_no_routine():
     worker = "\x1b[36m(ClientAppActor pid=77)\x1b[0m "
     seen = ["run folder: /x", "round 1/2  done", "RUN FAILED: ValueError: no", "  File a.py"]
     lines = [seen[0], routine, "", worker + "\x1b[93mWARNING \x1b[0m: Manually", *seen[1:]]
-    assert list(told(lines)) == seen
+    assert list(filter_log(lines)) == seen
 
 
 def test_a_failure_that_explains_itself_needs_no_stack_trace():
     lines = ["RUN FAILED: RunError: too few", "Traceback (most recent call last):", "  File a.py"]
-    assert list(told(lines)) == lines[:1]
-    assert list(told(["Traceback", *lines[2:]])) == ["Traceback", *lines[2:]]
+    assert list(filter_log(lines)) == lines[:1]
+    assert list(filter_log(["Traceback", *lines[2:]])) == ["Traceback", *lines[2:]]
 
 
 # ------------------------------------------------------------------------------------- restarting

@@ -200,7 +200,7 @@ def test_a_run_s_schedule_is_that_of_its_steps_and_clips_what_moves(
                 p = controller.parameters[path][side]
                 rows = p.grad if side == "a" else p.grad.t()
                 # thawed by one step already: what is still held, and what this step held last
-                held.append([bool(rows[i].any()) for i in layer.held(side)])
+                held.append([bool(rows[i].any()) for i in layer.frozen_slots(side)])
         return clip(parameters, bound)
 
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)

@@ -19,10 +19,10 @@ from fedlora.engine.fused.cost import (
     Sample,
     best_budget,
     fit,
+    load_or_measure,
     measure,
     nonnegative,
     slots_for,
-    tuned,
     tuning_key,
 )
 from fedlora.engine.fused.schedule import POLICIES, Forward, Schedule, Work
@@ -248,8 +248,8 @@ class Probe:
 
 def test_what_was_measured_is_read_back(tmp_path):
     probe = Probe(tmp_path)
-    first = tuned("key", probe, 16.0, tmp_path)
-    assert tuned("key", probe, 16.0, tmp_path) == first
+    first = load_or_measure("key", probe, 16.0, tmp_path)
+    assert load_or_measure("key", probe, 16.0, tmp_path) == first
     assert probe.probed() == list(CANDIDATES)
     assert CostModel.load((tmp_path / "key.json").read_text()) == first
     assert {p.name for p in tmp_path.iterdir()} == {"calls", "key.json", "key.lock"}
@@ -257,21 +257,21 @@ def test_what_was_measured_is_read_back(tmp_path):
 
 def test_another_row_length_changes_only_the_row(tmp_path):
     probe = Probe(tmp_path)
-    first = tuned("key", probe, 16.0, tmp_path)
-    assert tuned("key", probe, 32.0, tmp_path) == replace(first, row_bytes=32.0)
+    first = load_or_measure("key", probe, 16.0, tmp_path)
+    assert load_or_measure("key", probe, 32.0, tmp_path) == replace(first, row_bytes=32.0)
     assert probe.probed() == list(CANDIDATES)
 
 
 def test_other_keys_are_measured_for_themselves(tmp_path):
     probe = Probe(tmp_path)
-    tuned("one", probe, 16.0, tmp_path, candidates=[64])
-    tuned("two", probe, 16.0, tmp_path, candidates=[32])
+    load_or_measure("one", probe, 16.0, tmp_path, candidates=[64])
+    load_or_measure("two", probe, 16.0, tmp_path, candidates=[32])
     assert probe.probed() == [64, 32]
 
 
 def test_files_are_in_the_cache_by_default(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "cache"))
-    tuned("key", Probe(tmp_path), 16.0)
+    load_or_measure("key", Probe(tmp_path), 16.0)
     assert (tmp_path / "cache" / "tuning" / "key.json").is_file()
 
 
@@ -287,14 +287,14 @@ def test_a_file_of_no_use_is_measured_again(tmp_path, text, caplog):
     (tmp_path / "key.json").write_text(text)
     with pytest.raises(ValueError, match="no cost model"):
         CostModel.load(text)
-    found = tuned("key", Probe(tmp_path), 16.0, tmp_path)
+    found = load_or_measure("key", Probe(tmp_path), 16.0, tmp_path)
     assert "measuring again" in caplog.text
     assert CostModel.load((tmp_path / "key.json").read_text()) == found
 
 
 def test_bytes_that_are_no_text_are_measured_again(tmp_path):
     (tmp_path / "key.json").write_bytes(b"\xff\xfe\x00")
-    tuned("key", Probe(tmp_path), 16.0, tmp_path)
+    load_or_measure("key", Probe(tmp_path), 16.0, tmp_path)
 
 
 def test_a_probe_that_fails_leaves_no_file_and_no_lock_held(tmp_path):
@@ -302,15 +302,15 @@ def test_a_probe_that_fails_leaves_no_file_and_no_lock_held(tmp_path):
         raise RuntimeError("no model")
 
     with pytest.raises(RuntimeError, match="no model"):
-        tuned("key", broken, 16.0, tmp_path)
+        load_or_measure("key", broken, 16.0, tmp_path)
     assert not (tmp_path / "key.json").exists()
-    tuned("key", Probe(tmp_path), 16.0, tmp_path)
+    load_or_measure("key", Probe(tmp_path), 16.0, tmp_path)
 
 
 def test_threads_that_start_together_measure_once(tmp_path):
     probe = Probe(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: tuned("key", probe, 16.0, tmp_path), range(8)))
+        found = list(pool.map(lambda _: load_or_measure("key", probe, 16.0, tmp_path), range(8)))
     assert probe.probed() == list(CANDIDATES)
     assert all(model == found[0] for model in found)
 
@@ -318,7 +318,9 @@ def test_threads_that_start_together_measure_once(tmp_path):
 def test_processes_that_start_together_measure_once(tmp_path):
     probe = Probe(tmp_path)
     fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=tuned, args=("key", probe, 16.0, tmp_path)) for _ in range(3)]
+    workers = [
+        fork.Process(target=load_or_measure, args=("key", probe, 16.0, tmp_path)) for _ in range(3)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -167,8 +167,8 @@ def test_auto_fuses_where_that_is_predicted_to_be_faster(monkeypatch, predicted,
 
 def test_what_is_not_configured_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setattr("fedlora.engine.fused.cost.cache_root", lambda: tmp_path)
-    few = functools.partial(cost.tuned, candidates=(16, 64))
-    monkeypatch.setattr("fedlora.engine.fused.probe.tuned", few)
+    few = functools.partial(cost.load_or_measure, candidates=(16, 64))
+    monkeypatch.setattr("fedlora.engine.fused.probe.load_or_measure", few)
     store = FakeStore({k: examples(4, k) for k in range(4)})
     jobs = [job(start(resident("llama"), 2, k), PLAN, k) for k in range(4)]
     first = by_client(engine(store=store, tokens=0, slots=0).train(jobs))

@@ -75,7 +75,9 @@ def test_a_sample_is_a_training_step_of_that_size_with_the_clients_dropout(
 )
 def test_measurements_are_kept_for_plans_that_cost_the_same(change, monkeypatch, tmp_path):
     monkeypatch.setattr("fedlora.engine.fused.cost.cache_root", lambda: tmp_path)
-    monkeypatch.setattr(probe, "tuned", functools.partial(cost.tuned, candidates=(8,)))
+    monkeypatch.setattr(
+        probe, "load_or_measure", functools.partial(cost.load_or_measure, candidates=(8,))
+    )
     for plan in (PLAN, PLAN, dataclasses.replace(PLAN, **change)):
         prober(plan).cost_model(threads=1)
     assert len(list(tmp_path.rglob("*.json"))) == (1 if "lr" in change else 2)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.engine.fused import schedule as schedule_module
 from fedlora.engine.fused.schedule import (
     POLICIES,
     Forward,
@@ -25,6 +26,7 @@ from fedlora.engine.fused.schedule import (
     policy,
     similar_widths,
 )
+from tests import doctests
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=150)
 
@@ -368,3 +370,7 @@ def test_impossible_forwards_are_refused(fields):
 def test_a_chain_without_a_forward_is_refused():
     with pytest.raises(ValueError, match="without a forward"):
         Work(())
+
+
+def test_examples_in_docstrings():
+    assert doctests.run(schedule_module) == 2

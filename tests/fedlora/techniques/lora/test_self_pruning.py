@@ -12,7 +12,7 @@ from fedlora.techniques.lora.self_pruning import (
     prune_adapter,
     score,
     should_prune,
-    shrunk,
+    shrunk_rank,
     tail_product,
 )
 from tests.generators import factors, vector_factors
@@ -43,7 +43,7 @@ def test_ranks_never_grow_and_stop_at_the_minimum(rank: int, gamma: float, low: 
     prune = SelfPrune(weight=0.0, gamma=gamma, min_rank=low)
     r = rank
     for _ in range(70):
-        smaller = shrunk(r, prune)
+        smaller = shrunk_rank(r, prune)
         assert min(low, rank) <= smaller <= r
         r = smaller
 

@@ -16,9 +16,11 @@ from fedlora.models.export import merge
 from fedlora.models.layers import dense_weight, dropout, dropout_bits
 from fedlora.models.masks import check_zeros
 from fedlora.techniques.lora.layer import LowRank
+from fedlora.techniques.spp import scale as scale_module
 from fedlora.techniques.spp.layer import BlockScaled, scaled_branch
 from fedlora.techniques.spp.payload import merged_gain, merged_weight
-from fedlora.techniques.spp.scale import factor, placed, spread
+from fedlora.techniques.spp.scale import factor, place_in_blocks, repeat_rows
+from tests import doctests
 from tests.fedlora.models.networks import NETWORKS, adapter, logits, step, tokens
 from tests.fedlora.prune.models import (
     LORA_ALPHA,
@@ -213,7 +215,7 @@ def test_the_factor_is_of_rank_r_and_a_product(shape):
     m, n, r = shape
     _, alpha, beta, _ = layer(m, n, r)
     f = factor(alpha, beta)
-    torch.testing.assert_close(f, placed(beta, r) @ alpha, rtol=1e-14, atol=0)
+    torch.testing.assert_close(f, place_in_blocks(beta, r) @ alpha, rtol=1e-14, atol=0)
     assert torch.linalg.matrix_rank(f) <= r
     for i in range(m):
         assert torch.equal(f[i], beta[i] * alpha[i * r // m])
@@ -222,9 +224,9 @@ def test_the_factor_is_of_rank_r_and_a_product(shape):
 def test_a_smaller_rank_that_divides_is_nested():
     """S-F4's ground: the same factor at four times the rank, ragged blocks included."""
     _, alpha, beta, _ = layer(13, 5, 3)
-    assert torch.equal(factor(alpha, beta), factor(spread(alpha, 12), beta))
+    assert torch.equal(factor(alpha, beta), factor(repeat_rows(alpha, 12), beta))
     with pytest.raises(ValueError, match="rank 3 does not divide 10"):
-        spread(alpha, 10)
+        repeat_rows(alpha, 10)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -398,7 +400,7 @@ def test_a_tied_change_is_alpha_with_repeated_rows(name):
     assert [tuple(p.shape) for p in parameters] == [(2, m.d_in) for m in model.info.modules]
     got = logits(model.network)
     model.mount(
-        replace(payload, alpha={p: a + spread(change[p], 4) for p, a in payload.alpha.items()})
+        replace(payload, alpha={p: a + repeat_rows(change[p], 4) for p, a in payload.alpha.items()})
     )
     torch.testing.assert_close(got, logits(model.network), rtol=1e-12, atol=1e-12)
     model.mount(replace(tied, change={}))
@@ -464,3 +466,7 @@ def test_another_base_is_refused_and_nothing_changes():
     model.info = replace(model.info, mask="")
     with pytest.raises(ValueError, match="and random is dense"):
         model.mount(payload)
+
+
+def test_examples_in_docstrings():
+    assert doctests.run(scale_module) == 5

@@ -25,15 +25,15 @@ def play(of: SwitchLayer, steps: int, choice: str, freeze: int, wanted) -> int:
     """Exchange, move what is not frozen; the number of vectors exchanged."""
     g, done = torch_generator(1, "test-moves"), 0
     for t in range(steps):
-        count = min(wanted(t), of.room())
+        count = min(wanted(t), of.max_switches())
         for side in SIDES:
-            due = of.due(side, count)
-            assert not set(due) & set(of.held(side)), "a frozen vector is exchanged"
-            assert of.exchange(side, of.incoming(side, count, choice, 1, t), freeze) == due
+            due = of.next_slots(side, count)
+            assert not set(due) & set(of.frozen_slots(side)), "a frozen vector is exchanged"
+            assert of.switch(side, of.choose(side, count, choice, 1, t), freeze) == due
         done += 2 * count
         for side in SIDES:
             move = 0.05 * torch.randn(of.vectors(side).shape, generator=g, dtype=of.a.dtype)
-            move[of.held(side)] = 0.0
+            move[of.frozen_slots(side)] = 0.0
             of.vectors(side).add_(move)
         of.thaw()
     return done
@@ -50,19 +50,19 @@ def test_exchanges_change_nothing_and_lose_nothing(shape, data, choice, freeze, 
     g = torch_generator(2, "test-wanted")
     for t in range(30):  # around the ring several times, often at the cap
         before, ids = of.effective().clone(), {s: list(of.ids[s]) for s in SIDES}
-        pools = {s: of.pools[s].clone() for s in SIDES}
-        count = min(int(torch.randint(0, r + 2, (), generator=g)), of.room())
+        pools = {s: of.candidates[s].clone() for s in SIDES}
+        count = min(int(torch.randint(0, r + 2, (), generator=g)), of.max_switches())
         for side in SIDES:
             mine = of.vectors(side).clone()
-            vectors = of.incoming(side, count, choice, 1, t)
-            slots = of.exchange(side, vectors, freeze, ordered=ordered)
+            vectors = of.choose(side, count, choice, 1, t)
+            slots = of.switch(side, vectors, freeze, ordered=ordered)
             assert len(set(of.ids[side])) == r
             for slot in slots:  # what was trained is in the pool, what is in the slot came from it
-                assert torch.equal(of.pools[side][ids[side][slot]], mine[slot])
+                assert torch.equal(of.candidates[side][ids[side][slot]], mine[slot])
                 assert torch.equal(of.vectors(side)[slot], pools[side][of.ids[side][slot]])
             gone = {ids[side][slot] for slot in slots}
-            for i in set(range(of.pool)) - gone:
-                assert torch.equal(of.pools[side][i], pools[side][i])
+            for i in set(range(of.num_candidates)) - gone:
+                assert torch.equal(of.candidates[side][i], pools[side][i])
         error = (of.effective() - before).abs().max()
         assert float(error) < 1e-14 * max(1.0, float(before.norm()))
         for side in SIDES:
@@ -88,7 +88,7 @@ def test_the_gradient_of_what_is_exchanged_stays_and_its_partner_s_does_not():
 
     for side in SIDES:
         before = gradients()
-        slots = of.exchange(side, of.ring(side, 2), 5)
+        slots = of.switch(side, of.choose_in_order(side, 2), 5)
         after = gradients()
         assert torch.equal(before[side], after[side])
         changed = (before[other(side)] != after[other(side)]).any(dim=1).nonzero().flatten()
@@ -98,10 +98,10 @@ def test_the_gradient_of_what_is_exchanged_stays_and_its_partner_s_does_not():
 def test_a_vector_comes_back_as_it_was_trained():
     of = layer(6, 7, 4)
     of.vectors("a")[0] = 7.0
-    of.exchange("a", of.ring("a", 1))
+    of.switch("a", of.choose_in_order("a", 1))
     came = []
-    for _ in range(2 * of.pool):
-        (slot,) = of.exchange("a", of.ring("a", 1))
+    for _ in range(2 * of.num_candidates):
+        (slot,) = of.switch("a", of.choose_in_order("a", 1))
         came.append(bool((of.vectors("a")[slot] == 7.0).all()))
     assert any(came)
 
@@ -109,7 +109,7 @@ def test_a_vector_comes_back_as_it_was_trained():
 def test_what_is_in_a_slot_cannot_come_in():
     of = layer(6, 7, 4)
     with pytest.raises(ValueError, match=r"w: \[3\] are in slots"):
-        of.exchange("a", [3])
+        of.switch("a", [3])
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_planted_fault_compensation_in_half_precision(monkeypatch, dtype, low, h
     before = effective()
     for _ in range(250):
         for side in SIDES:
-            of.exchange(side, of.ring(side, 1))
+            of.switch(side, of.choose_in_order(side, 1))
     drift = float((effective() - before).norm() / before.norm())
     assert low <= drift <= high, drift
 
@@ -142,6 +142,6 @@ def test_state_goes_round():
     two.load({k: t.clone() for k, t in one.state().items()})
     for name, t in one.state().items():
         assert torch.equal(t, two.state()[name]), name
-    assert two.room() == one.room()
+    assert two.max_switches() == one.max_switches()
     with pytest.raises(ValueError, match="w: weight is"):
         layer(9, 7, 4).load(one.state())

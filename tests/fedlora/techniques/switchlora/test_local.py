@@ -19,7 +19,7 @@ from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.switchlora.controller import SwitchController
 from fedlora.techniques.switchlora.init import SIDES
 from fedlora.techniques.switchlora.optimizer import RowAdamW
-from fedlora.techniques.switchlora.peft import adapt, switched
+from fedlora.techniques.switchlora.peft import adapt, wrap_network
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from fedlora.training.loop import clip_and_step, learning_rates
 from strategies.switchlora import DENSE, SwitchLoRA
@@ -42,7 +42,7 @@ def population(modules) -> Setting:
 def alone(network, plan: LocalPlan, seed: int, turn: int = 0, first: int = 0, total: int = STEPS):
     """Stand-alone training on a client's data; what the weights then differ by."""
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
-    peft, controller = switched(network, 4, switching=OFTEN, total=total, seed=seed, alpha=2.0)
+    peft, controller = wrap_network(network, 4, switching=OFTEN, total=total, seed=seed, alpha=2.0)
     base = peft.get_base_model()
     optimizer = RowAdamW(controller.groups(), plan.lr, plan.betas, plan.eps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -137,7 +137,7 @@ def test_pools_are_drawn_anew_each_round(monkeypatch):
             super().__init__(*arguments)
             for layer in self.layers.values():
                 for side in SIDES:
-                    pool = layer.pools[side].clone()
+                    pool = layer.candidates[side].clone()
                     assert torch.equal(layer.vectors(side), pool[layer.ids[side]])
                     seen.append(pool)
 
@@ -173,12 +173,12 @@ def test_its_update_has_more_than_lora_s_rank():
     assert max(found[0]) > 8
 
 
-def test_local_exchanges_need_a_base_that_may_move():
+def test_local_switches_need_a_base_that_may_move():
     model = wrap(NETWORKS["llama"]())
     setting = population(model.info.modules)
     start = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=2, horizon=1)
     factors = start.client_start(start.init_state(setting), setting.clients[0]).factors
     job = TrainJob(SEED, 1, setting.clients[0], LowRankPayload(factors), PLAN)
     client = LoRAClient(model, FakeStore({0: examples(7)}), setting.clients[0], SEED)
-    with pytest.raises(TypeError, match="LowRankPayload is none; use strategy=switchlora"):
+    with pytest.raises(TypeError, match="LowRankPayload has no such base; use strategy=switchlora"):
         client.train(job)

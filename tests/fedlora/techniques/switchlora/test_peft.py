@@ -16,7 +16,7 @@ from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import (
     adapt,
     pretraining,
-    switched,
+    wrap_network,
 )
 from fedlora.techniques.switchlora.schedule import Switching
 from tests.fedlora.engine.world import exact
@@ -48,7 +48,7 @@ class Training:
 
     def __init__(self, kind: str = "llama", switching: Switching = OFTEN, rank: int = 4, **options):
         base = network(kind, options.pop("dtype", torch.float64))
-        self.peft, self.controller = switched(
+        self.peft, self.controller = wrap_network(
             base, rank, switching=switching, total=100, seed=1, **options
         )
         pretraining(self.peft)
@@ -96,7 +96,7 @@ def test_the_next_vectors_are_chosen_as_asked():
         for layer in training.controller.layers.values():
             ids, at = layer.ids["a"], layer.pointers["a"]
             turn = [*ids[at:], *ids[:at]]  # as they came in
-            steps.append({(b - a) % layer.pool for a, b in pairwise(turn)})
+            steps.append({(b - a) % layer.num_candidates for a, b in pairwise(turn)})
     half = len(steps) // 2
     assert all(found == {1} for found in steps[:half])
     assert any(found != {1} for found in steps[half:])
@@ -259,7 +259,7 @@ def test_pools_can_lie_in_files(tmp_path):
 def test_what_cannot_switch_is_refused(wrong, error, why):
     base = llama().to(wrong.get("dtype", torch.float32))
     with pytest.raises(error, match=why):
-        switched(
+        wrap_network(
             base,
             wrong.get("rank", 4),
             wrong.get("targets", "all-linear"),

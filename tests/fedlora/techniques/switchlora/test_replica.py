@@ -18,8 +18,8 @@ from fedlora.techniques.switchlora.replica import (
     News,
     Replica,
     Timetable,
+    extend_history,
     news,
-    remembered,
     residual,
 )
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
@@ -63,7 +63,7 @@ class Server:
     def round(self) -> dict[str, torch.Tensor]:
         result, done = trained(self.replica), self.replica.round
         self.replica.install(result)
-        self.history = remembered(self.replica.state() | self.history, done, result)
+        self.history = extend_history(self.replica.state() | self.history, done, result)
         return result
 
     def history_of(self, round: int) -> list[torch.Tensor]:
@@ -199,7 +199,7 @@ def test_an_exchange_between_rounds_changes_no_layer(choice):
     of = replica(switching=dataclasses.replace(OFTEN, choice=choice))
     for layer in of.layers.values():
         layer.weight, layer.a, layer.b = (t.double() for t in (layer.weight, layer.a, layer.b))
-        layer.pools = {side: pool.double() for side, pool in layer.pools.items()}
+        layer.candidates = {side: pool.double() for side, pool in layer.candidates.items()}
     moved = 0
     for _ in range(10):
         result = {k: t.double() for k, t in trained(of).items()}
