@@ -1,10 +1,10 @@
 """Consecutive parts of a causal language model, for participants that hold one each.
 
-A stage is a shallow copy of the network that keeps only what its participant owns: the same
-blocks (not copies of their weights), with a pseudo-block in front that puts hidden states in where
-the blocks below the cut stood, and one behind that takes them out. What an architecture does before
-its first block (position embeddings, scaling) and after its last one (norm, head, capping of logits)
-thus happens exactly once, in the stage that owns it, by the architecture's own code.
+A stage is a shallow copy of the network that keeps only what its participant owns: the same blocks
+(not copies of their weights), with a pseudo-block in front that puts hidden states in where the
+blocks below the cut stood, and one behind that takes them out. What an architecture does before
+its first block (position embeddings, scaling) and after its last one (norm, head, capping of
+logits) thus happens exactly once, in the stage that owns it, by the architecture's own code.
 """
 
 import copy
