@@ -150,7 +150,7 @@ def test_the_hash_ignores_what_cannot_matter():
             "strategy=spp federation.wire=bfloat16 strategy.mode=stack",
             "federation.wire=bfloat16 with strategy.mode=stack",
         ),
-        ("strategy=spp model.pattern=0", "pattern='0' must be the share of weights"),
+        ("strategy=spp model.pattern=0", "pattern='0' must be the fraction of weights"),
         ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
         (
             "client.technique=spp",
@@ -179,8 +179,8 @@ def test_the_hash_ignores_what_cannot_matter():
             "strategy=slora client/term=fedprox client.term.metric=product",
             "client.term.metric=product with strategy.stage1_rounds=5",
         ),
-        ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the share of weights"),
-        ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the share of weights"),
+        ("strategy=spp model.pattern=4:2", "pattern='4:2' must be the fraction of weights"),
+        ("strategy=spp model.pattern=1.5", "pattern='1.5' must be the fraction of weights"),
         ("strategy=spp model.calibration=null", "model.method=wanda needs text"),
         ("strategy=spp strategy.schedule=[alpha]", "must begin with beta"),
         (

@@ -67,7 +67,7 @@ def test_n_of_every_m_stay(n: int, m: int, compete: str) -> None:
     ],
 )
 def test_impossible_patterns_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"pattern=.* must be the share .* or N:M"):
+    with pytest.raises(ValueError, match=r"pattern=.* must be the fraction .* or N:M"):
         Pattern.parse(text)
 
 

@@ -109,7 +109,7 @@ def test_what_cannot_be_calibrated_is_refused(spec):
         replace(spec, samples=900).folder()
     with pytest.raises(ValueError, match=r"model.method=wanda needs text"):
         Pruned()
-    with pytest.raises(ValueError, match=r"pattern='4:2' must be the share"):
+    with pytest.raises(ValueError, match=r"pattern='4:2' must be the fraction"):
         replace(spec, pattern="4:2")
     split = Pruned(TinyGPT2().targets, base=TinyGPT2(split_qkv=True), method="magnitude")
     with pytest.raises(ModelError, match="split_qkv=false"):
@@ -125,7 +125,7 @@ def test_what_a_base_is_asked_for_in_vain_is_refused():
     Pruned(["q_proj"], base=Tiny(["q_proj"]), method="magnitude")
     with pytest.raises(ValueError, match=r"base.quantization=int8: quantised weights cannot"):
         Pruned(base=HuggingFace(path="x", quantization="int8"), method="magnitude")
-    with pytest.raises(ValueError, match=r"pattern='0' must be the share .* in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"pattern='0' must be the fraction .* in \(0, 1\)"):
         Pruned(method="magnitude", pattern="0")
     with pytest.raises(
         ModelError, match=r"pattern=1e-9 leaves .* without a zero \(28 of 28 layers"
