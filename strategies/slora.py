@@ -311,5 +311,5 @@ def _mask_state(state: State, density: float) -> SparseDelta:
 
 def _sparse_payload(update: Update) -> SparseDelta:
     if not isinstance(update.payload, SparseDelta):
-        raise TypeError(f"client {update.client.id} sent factors where a SparseDelta was due")
+        raise TypeError(f"client {update.client.id} sent factors where a SparseDelta is required")
     return update.payload

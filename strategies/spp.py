@@ -327,7 +327,7 @@ def _merged_numbers(state: State) -> int:
 def _scale_of(update: Update) -> MaskedScale:
     if not isinstance(update.payload, MaskedScale):
         kind = type(update.payload).__name__
-        raise TypeError(f"client {update.client.id} sent a {kind} where a MaskedScale was due")
+        raise TypeError(f"client {update.client.id} sent a {kind} where a MaskedScale is required")
     return update.payload
 
 

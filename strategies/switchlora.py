@@ -438,5 +438,5 @@ def _rest(path: str, left: Tensor, right: Tensor) -> dict[str, Tensor]:
 
 def _dense(update: Update) -> Rebased:
     if not isinstance(update.payload, Rebased):
-        raise TypeError(f"client {update.client.id} sent factors where a dense update was due")
+        raise TypeError(f"client {update.client.id} sent factors where a dense update is required")
     return update.payload

@@ -172,8 +172,10 @@ def plain_factors(payload: Payload) -> "Adapter | None":
 
 
 def mismatch(found: type[Payload], due: type[Payload]) -> str:
-    """That one kind came where another was due."""
-    return f"it holds {found.noun} where {due.noun} {'was' if due.noun[:2] == 'a ' else 'were'} due"
+    """The error of one kind that came where another is required."""
+    return (
+        f"it holds {found.noun} where {due.noun} {'is' if due.noun[:2] == 'a ' else 'are'} required"
+    )
 
 
 def target_of(cls: type) -> str:

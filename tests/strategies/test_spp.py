@@ -229,7 +229,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
             (replace(good, **{name: {"w": nan}}), "NaN or infinite"),
             (
                 LowRankPayload({"w": factors(M, N, 2, 1)}),
-                "it holds factors where a MaskedScale was due",
+                "it holds factors where a MaskedScale is required",
             ),
         ):
             with pytest.raises(RejectedUpdate, match=said):
@@ -372,5 +372,5 @@ def test_factors_of_another_kind_are_refused():
     method = SPP()
     state = method.init_state(population())
     client = population().clients[0]
-    with pytest.raises(TypeError, match="client 0 sent a dict where a MaskedScale was due"):
+    with pytest.raises(TypeError, match="client 0 sent a dict where a MaskedScale is required"):
         method.aggregate(state, [Update(client, {"w": factors(M, N, 8, 1)}, 3)])

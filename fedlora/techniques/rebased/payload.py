@@ -77,7 +77,7 @@ class Rebased(Payload):
         """Require a dense update of every module that the start has moved."""
         start = expected.start.base()
         if start is None or self.factors:
-            return "it holds factors where a dense update was due"
+            return "it holds factors where a dense update is required"
         wrong = wrong_names(self.shift.keys(), start.shift.keys())
         if wrong:
             return wrong

@@ -133,7 +133,7 @@ def test_what_was_not_asked_for_is_refused_by_name(u, words):
         (sparse(lengths=(4, 5)), f"{PATHS[1]}: values (5,), the mask has (6,)"),
         (sparse(lengths=(4,)), f"lacks {PATHS[1]}"),
         (sparse(value=math.inf), "4 of 4"),
-        (adapter(RANKS), "SparseDelta was due"),
+        (adapter(RANKS), "SparseDelta is required"),
     ],
 )
 def test_a_sparse_update_must_follow_the_mask(delta, words):
@@ -205,8 +205,8 @@ def test_from_a_moved_base_factors_come_back_or_what_became_of_it():
     ("payload", "plan", "why"),
     [
         (Rebased(shifts()), PLAIN, "a dense update where factors are required"),
-        (None, SWITCHES, "holds factors where a dense update was due"),
-        (MOVED, SWITCHES, "holds factors where a dense update was due"),
+        (None, SWITCHES, "holds factors where a dense update is required"),
+        (MOVED, SWITCHES, "holds factors where a dense update is required"),
         (Rebased(shifts(paths=PATHS[:2])), SWITCHES, "lacks layers.1.up"),
         (Rebased(shifts(d_out=4)), SWITCHES, "an update (4, 7), the layer is (5, 7)"),
         (Rebased(shifts(float("nan"))), SWITCHES, "entries that are NaN"),

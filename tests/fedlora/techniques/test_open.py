@@ -64,7 +64,7 @@ def test_its_update_is_validated():
     path = next(iter(start.a))
     a = start.a[path]
     faults = {
-        "where a MaskedOuter was due": LowRankPayload({}),
+        "where a MaskedOuter is required": LowRankPayload({}),
         "seed 4 and scale 0.5, not 3": replace(start, seed=4),
         f"{path}/a is": replace(start, a={**start.a, path: a[:-1]}),
         "entries that are NaN": replace(start, a={**start.a, path: a * torch.nan}),
