@@ -38,7 +38,7 @@ class Payload(ABC):
     keeps_zeros: ClassVar[bool] = False
     """Whether the zeros of a pruned base stay zero under it."""
     folder: ClassVar[str] = "adapter"
-    """Of a run folder, where the final one is exported to."""
+    """Subfolder of a run folder to which the final payload is exported."""
     alone: ClassVar[str] = "updates of another kind one by one"
     """The note of an engine that runs clients with this start one by one. Payloads with `low_rank`
     factors run together and need none."""

@@ -55,7 +55,8 @@ class ByteAccount:
 
 
 def _exchanged(result: Update, name: str) -> int:
-    """Bytes of a split round's other messages. What a rejected client claims may be no number: it
-    counts as nothing."""
-    value = result.metrics.get(name, 0.0)
-    return int(value) if math.isfinite(value) and value > 0 else 0
+    """Bytes of a split round's other messages; 0 if a rejected client claims what is no finite
+    number >= 0."""
+    value: object = result.metrics.get(name, 0.0)
+    known = isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return int(value) if known else 0  # type: ignore[call-overload]

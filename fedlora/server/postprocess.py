@@ -17,7 +17,7 @@ class Moment:
     """The seed and round of a postprocessor's action: its only source of randomness."""
 
     seed: int
-    """Of the run."""
+    """The run's seed."""
     round: int
     """Counted from 1."""
 
