@@ -278,7 +278,7 @@ def test_a_claim_is_respected_until_its_process_is_killed(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("text", ["", '{"pid": 1', "[]", '{"pid": 1}'])
-def test_a_torn_owner_s_file_holds_nobody(tmp_path, text):
+def test_a_torn_owner_file_gives_no_owner(tmp_path, text):
     (tmp_path / RUN_OWNER).write_text(text)
     (tmp_path / RUN_LOCK).touch()
     with claim(tmp_path):

@@ -1,4 +1,4 @@
-"""Whoever uses a name of an earlier version is told the new one; nothing has two names."""
+"""An error gives the new name of an old key or class; nothing has two names."""
 
 import re
 

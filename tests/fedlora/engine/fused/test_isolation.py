@@ -63,7 +63,7 @@ def variant(what: str, bad: TrainJob, store: FakeStore) -> TrainJob:
     "what", ["data", "lengths", "nan", "inf", "rank", "diverges", "lr", "gone"]
 )
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
-def test_a_client_changes_nobody_elses_result(what, layout, products):
+def test_a_client_changes_no_other_clients_result(what, layout, products):
     """Sequences of different length: attention has pads, and a NaN beside them."""
     held = {k: examples(6, k, longest=9 + 5 * k) for k in range(4)}
     jobs = [
@@ -92,7 +92,7 @@ def plain(update: Update) -> dict[str, float]:
     return {name: x for name, x in update.metrics.items() if name != "fused"}
 
 
-def test_who_raises_in_a_fused_step_costs_nobody_anything(monkeypatch, caplog):
+def test_a_client_that_raises_in_a_fused_step_changes_no_other_client(monkeypatch, caplog):
     """The rest of that step is trained one by one, and the engine says so."""
     store = FakeStore({k: examples(5, k) for k in range(6)})
     jobs = [job(start(resident("llama"), mixed, k), PLAN, k) for k in range(6)]

@@ -86,7 +86,7 @@ def test_the_model_is_left_as_it_was(on, layout, checkpoint):
 
 
 def test_two_streams_at_once_are_refused():
-    """One network: whoever mounts on top of another stream would train the wrong adapters."""
+    """One network: a second stream mounted on it would train the wrong adapters."""
     store = FakeStore({k: examples(5, k) for k in range(4)})
     jobs = [job(start(resident("llama"), 2, k), PLAN, k) for k in range(4)]
     fused = engine(store=store, slots=1)
