@@ -16,6 +16,7 @@ from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
 from fedlora.population.sampling import Roster, enroll, panel
 from fedlora.server.schedule import EvaluationSchedule
+from simulations.app.limits import check_model, check_rounds, check_tokens, cut_examples
 from simulations.app.parts import Parts
 
 
@@ -35,19 +36,24 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     """Describe the model, prepare the data and enrol the clients."""
     model = parts.model.resolved()
     info = model.describe()
+    check_model(parts, info)
     check_zeros_kept(parts.client, info, emit)
     pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
-    clients = TokenStore(folder).clients
+    store = TokenStore(folder)
+    check_tokens(store, info)
     roster = enroll(
-        parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
+        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
     )
     check_groups(parts.evaluate, roster)
+    check_rounds(parts.federation, roster, emit)
     emit(
         f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
         f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
         f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
     )
+    if cut := cut_examples(store):
+        emit(cut)
     worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
     return RunInputs(info, folder, roster, worker, pruned)
 
