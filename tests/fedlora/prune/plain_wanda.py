@@ -39,33 +39,43 @@ def masks(
     stages = [[p for p in layers if p.startswith(f"{b}.")] for b in blocks] or [list(layers)]
     found: dict[str, Tensor] = {}
     for stage in stages:
-        norms = {path: _norms(network, layers[path], batches) for path in stage}
+        norms = _norms(network, {path: layers[path] for path in stage}, batches)
         for path, norm in norms.items():
             layer = layers[path]
             weight = layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data
-            found[path] = torch.stack([_kept(row, norm, fraction, group) for row in weight])
+            found[path] = _kept(weight.abs() * norm, fraction, group)
             weight.mul_(found[path])
     return found
 
 
-def _norms(network: nn.Module, layer: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """``‖X_j‖₂`` of each input of one layer, ``[d_in]``, from forward passes of its own."""
-    inputs: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, x, y: inputs.append(x[0].flatten(0, -2)))
+def _norms(
+    network: nn.Module, layers: dict[str, nn.Module], batches: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """``‖X_j‖₂`` of each input of each layer, ``[d_in]`` by path."""
+    inputs: dict[str, list[Tensor]] = {path: [] for path in layers}
+    hooks = [
+        layer.register_forward_hook(lambda _, x, y, path=path: inputs[path].append(x[0]))
+        for path, layer in layers.items()
+    ]
     with torch.no_grad():
         for batch in batches:
             network(input_ids=batch)
-    hook.remove()
-    return torch.cat(inputs).norm(dim=0)
+    for hook in hooks:
+        hook.remove()
+    return {
+        path: torch.cat([x.flatten(0, -2) for x in seen]).norm(dim=0)
+        for path, seen in inputs.items()
+    }
 
 
-def _kept(row: Tensor, norm: Tensor, fraction: float, group: tuple[int, int] | None) -> Tensor:
-    score = row.abs() * norm
+def _kept(score: Tensor, fraction: float, group: tuple[int, int] | None) -> Tensor:
+    """The lowest scores of each row go, or of each group of a row. ``[d_out, d_in]`` bool."""
     stay = torch.ones_like(score, dtype=torch.bool)
     if group is None:
-        stay[score.argsort()[: int(len(row) * fraction)]] = False
-        return stay
+        lowest = score.argsort(dim=1)[:, : int(score.shape[1] * fraction)]
+        return stay.scatter(1, lowest, False)
     n, m = group
-    for at in range(0, len(row), m):
-        stay[at + score[at : at + m].argsort()[: m - n]] = False
+    for at in range(0, score.shape[1], m):
+        lowest = at + score[:, at : at + m].argsort(dim=1)[:, : m - n]
+        stay.scatter_(1, lowest, False)
     return stay
