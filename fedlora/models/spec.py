@@ -200,6 +200,13 @@ class ModelSpec(ABC):
         return {}
 
 
+def import_transformers() -> None:
+    """Import now what describing and loading a model needs: two seconds on an idle core."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_utils
+
+    assert AutoConfig and AutoModelForCausalLM and AutoTokenizer and modeling_utils
+
+
 def _context(config: Any) -> int:
     """Longest sequence; models whose positions are relative may not state any."""
     stated = getattr(config.get_text_config(), "max_position_embeddings", None)

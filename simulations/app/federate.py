@@ -44,6 +44,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     parts = build_parts(cfg)
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
+    emit("starting model and data")
     inputs = prepare_inputs(parts, emit)
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
@@ -57,6 +58,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
+                    emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
         finally:
