@@ -76,11 +76,12 @@ def one_run(overrides: list[str], began: float) -> int:
 def _in_process(cfg: DictConfig, emit: Callable[[str], None]) -> None:
     """The whole run in this process."""
     from simulations.app.client_app import app
-    from simulations.app.federate import run
+    from simulations.app.federate import check, run
     from simulations.app.grid import InProcessGrid
 
     if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.WARNING)
+    check(cfg)
     run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), emit)
     say("RUN COMPLETED")
 

@@ -62,9 +62,8 @@ def _import_and_check(cfg: DictConfig) -> None:
     """Import the app. A configuration that it refuses ends this process: the guard ends Ray."""
     try:
         from simulations.app import client_app, federate  # noqa: F401
-        from simulations.app.parts import build_parts
 
-        build_parts(cfg)
+        federate.check(cfg)
     except Exception as error:
         leave(failed(error))
 
