@@ -61,9 +61,11 @@ def failed(error: Exception) -> int:
 def _import_and_check(cfg: DictConfig) -> None:
     """Import the app. A configuration that it refuses ends this process: the guard ends Ray."""
     try:
+        from fedlora.models.spec import import_transformers
         from simulations.app import client_app, federate  # noqa: F401
 
         federate.check(cfg)
+        import_transformers()  # while Ray starts
     except Exception as error:
         leave(failed(error))
 
