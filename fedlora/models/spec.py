@@ -226,6 +226,12 @@ def _check_finite(network: Any, folder: Path) -> None:
         )
 
 
+def import_transformers() -> None:
+    """Import now what describing and loading a model needs: two seconds on an idle core."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.modeling_utils import PreTrainedModel  # noqa: F401
+
+
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers' bars out of the log of a worker that loads in a blink."""

@@ -2,6 +2,7 @@
 launcher's in-process runs, tests and notebooks.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,16 @@ from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 
 
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration before anything is loaded.
+
+    Raises:
+        ConfigError: for a value that is wrong, or that asks for more than this machine has.
+    """
+    runtime = build_parts(cfg).runtime
+    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
+
+
 def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
     """Execute the whole run and write a run folder.
 
@@ -46,6 +57,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     parts = build_parts(cfg)
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
+    emit("starting model and data")
     with disk_faults(place := absolute(parts.output_dir) / parts.name):
         inputs = prepare_inputs(parts, emit)
         folder = run_folder(parts)
@@ -62,6 +74,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
+                    emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
             finally:
