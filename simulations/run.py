@@ -9,12 +9,11 @@ fedlora run runtime=in_process                without Ray and Flower's SuperLink
 help, completion and ``--cfg`` answer without loading torch.
 """
 
-import logging
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,9 +24,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedlora.core import variables
+from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
+from simulations.app.alone import watch
+from simulations.app.attempts import FAILED_LINE, Attempt, complete
 from simulations.app.compose import CONF, load
 from simulations.app.launch import LaunchError, launch
+from simulations.app.runtime import Runtime
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -39,46 +42,47 @@ def say(line: str) -> None:
 
 
 def one_run(overrides: list[str]) -> int:
-    """Check the configuration, then run it; the exit code."""
-    try:
-        cfg = load(overrides)
-        from simulations.app.parts import build_parts
+    """Check the configuration, then do the run; the exit code. A failed run ends in one line."""
+    return guarded(lambda: _one_run(overrides))
 
-        parts = build_parts(cfg)
-        if parts.runtime.in_process:
-            _in_process(cfg)
-            return 0
-        return launch(overrides, parts.runtime, say)
+
+def _one_run(overrides: list[str]) -> int:
+    cfg = load(overrides)
+    runtime = build(cfg.runtime, Runtime, "runtime")
+    if runtime.in_process:  # another process loads torch, and may die of what clients do
+
+        def alone(words: Sequence[str], attempt: Attempt, _: Callable[[str], None]) -> None:
+            watch(words, attempt, cfg)
+
+        return complete(alone, overrides, runtime.restarts, say)
+    from simulations.app.parts import build_parts
+
+    build_parts(cfg)
+    return launch(overrides, runtime, say)
+
+
+def guarded(do: Callable[[], int]) -> int:
+    """Call, and turn whatever is raised into one line and an exit code."""
+    try:
+        return do()
     except (ConfigError, LaunchError) as error:
-        say(f"RUN FAILED: {error}")
+        say(f"{FAILED_LINE}{error}")
         return 2
     except KeyboardInterrupt:
-        say("interrupted: everything that this run started is being stopped")
+        say(f"{FAILED_LINE}interrupted; everything that this run started has been stopped")
         return INTERRUPTED
-    except Exception as error:
-        say(f"RUN FAILED: {type(error).__name__}: {error}")
+    except (Exception, SystemExit) as error:
+        say(f"{FAILED_LINE}{type(error).__name__}: {error}")
         if os.environ.get(variables.TRACEBACK):
             raise
         return 1
-
-
-def _in_process(cfg: DictConfig) -> None:
-    """The whole run in this process."""
-    from simulations.app.client_app import app
-    from simulations.app.federate import run
-    from simulations.app.grid import InProcessGrid
-
-    if not os.environ.get(variables.VERBOSE):
-        logging.getLogger("flwr").setLevel(logging.WARNING)
-    run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
-    say("RUN COMPLETED")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
     not keep the others from being done."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    with _sigterm_interrupts():
+    with interrupts():
         if not any(w.startswith("-") for w in words):
             return one_run(words)  # no sweep and no flag: nothing that Hydra's program would add
         with tempfile.TemporaryDirectory(prefix="fedlora-sweep-") as folder:
@@ -115,17 +119,22 @@ def _through_hydra(words: list[str], codes: Path) -> None:
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does: what it started is taken down first."""
+def interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a run as Ctrl-C does: what it started is taken down first."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {
+        s: signal.signal(s, interrupt)
+        for s in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(s) is not signal.SIG_IGN  # nohup
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 if __name__ == "__main__":

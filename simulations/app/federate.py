@@ -2,7 +2,8 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
+from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, prepare_inputs
@@ -26,13 +28,21 @@ from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 
 
-def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
+def run(
+    cfg: DictConfig,
+    grid_of: Callable[[Parts], Grid],
+    emit: Callable[[str], None],
+    *,
+    watched: bool = False,
+) -> Path:
     """Execute the whole run and write a run folder.
 
     Args:
         cfg: a composed configuration.
         grid_of: gives the Flower grid once the parts are known.
         emit: shows one line to the user.
+        watched: whether to write down what clients are at work, for a process that watches this one
+            (`simulations.app.alone`).
 
     Returns:
         The absolute run folder.
@@ -49,17 +59,18 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     session = new_session(parts, inputs, folder, emit)
     with claim(folder):
         emit(f"run folder: {folder}")
-        open_session(session, parts, inputs)
-        try:
-            with status_file(folder, session):
-                federated = FederatedRun(
-                    session, worker=inputs.worker.to_json(), source=source_hash()
-                )
-                if session.done < session.rounds.rounds or session.evaluation_missing():
-                    federated.start(grid_of(parts))
-                export(session, parts, inputs.info, inputs.worker.model)
-        finally:
-            session.tracker.close()
+        resume(session, parts)
+        with status_file(folder, session), closing_tracker(session):
+            open_session(session, parts, inputs)
+            federated = FederatedRun(
+                session,
+                worker=inputs.worker.to_json(),
+                source=source_hash(),
+                journal=folder / UNDER_WAY if watched else None,
+            )
+            if session.done < session.rounds.rounds or session.evaluation_missing():
+                federated.start(grid_of(parts))
+            export(session, parts, inputs.info, inputs.worker.model)
     if parts.report:
         _report(folder, emit)
     emit(f"run folder: {folder}")
@@ -107,24 +118,37 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
-    """Continue from the run's checkpoint if there is one, then write the run's first files.
+def resume(session: Session, parts: Parts) -> None:
+    """Continue from the run's checkpoint if there is one and the configuration asks for it.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
     """
-    folder, roster = session.folder, session.roster
     try:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
+        raise RunError(f"{error}{changed(session.folder, parts.resolved)}") from error
+
+
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
+    """Write the first files of the run and open its trackers."""
+    folder, roster = session.folder, session.roster
     write_start(parts, inputs, folder)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     session.tracker.config(parts.resolved | about)
     if inputs.pruned is not None and not session.done:
         session.tracker.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+
+
+@contextmanager
+def closing_tracker(session: Session) -> Iterator[None]:
+    """Close the run's tracker at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        session.tracker.close()
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
+from simulations.app.attempts import Attempt, complete
 from simulations.app.bundle import app_folder
 from simulations.app.guard import end
 from simulations.app.runtime import Runtime
@@ -36,15 +37,18 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 START_PATIENCE_S = 60.0
+ANSWER_PATIENCE_S = 300.0
 FOLDER = re.compile(r"^run folder: (.+)$")
 ROUTINE = re.compile(
     r"^(\x1b\[36m\(ClientAppActor pid=\d+(, ip=[\d.]+)?\)\x1b\[0m )?"
     r"(\x1b\[9[23]m(INFO|WARNING)|Using SuperLink|Successfully installed|$)"
 )
 EXPLAINED = re.compile(
-    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint)Error|^RUN FAILED: WorkerDied"
+    r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint)Error"
+    r"|WorkerDied|ClientsSuspected|SimulationEnded)\b)"
 )
-OURS = re.compile(r"^(RUN |run folder|report)")
+OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming)")
+TRACE = re.compile(r"^\x1b\[91mERROR")
 
 
 class LaunchError(RuntimeError):
@@ -55,31 +59,19 @@ def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) 
     """Do one run through Flower; its true exit code: 0 only if the run completed.
 
     A run that fails because a worker process died continues from its last checkpoint with new
-    workers, ``runtime.restarts`` times.
+    workers (`simulations.app.attempts`).
 
     Raises:
         LaunchError: if Flower does not start or refuses the app.
     """
-    attempt, words = 0, overrides
-    while True:
+
+    def attempt(words: Sequence[str], attempt: Attempt, show: Callable[[str], None]) -> None:
         with _superlink(runtime) as flwr:
-            status, folder = _run(flwr, words, runtime, emit)
-        if status == "finished:completed":
-            return 0
-        emit(f"Flower says: {status}")
-        if attempt == runtime.restarts or not _worker_died(folder):
-            return 1
-        attempt += 1
-        emit(f"starting again from the last checkpoint ({attempt} of {runtime.restarts})")
-        words = [*(w for w in overrides if not w.startswith("resume=")), f"resume='{folder}'"]
+            status = _run(flwr, words, runtime, attempt, show)
+        attempt.completed = status == "finished:completed"
+        attempt.reason = f"the process of the run is gone (Flower says: {status})"
 
-
-def _worker_died(folder: Path | None) -> bool:
-    try:
-        status = json.loads((folder / "status.json").read_text()) if folder else {}
-    except (OSError, ValueError):
-        return False
-    return status.get("kind") == "WorkerDied"
+    return complete(attempt, overrides, runtime.restarts, emit)
 
 
 class _Flower:
@@ -103,6 +95,7 @@ class _Flower:
             capture_output=True,
             text=True,
             check=False,
+            timeout=ANSWER_PATIENCE_S,
         )
         try:
             answer = json.loads(done.stdout[done.stdout.index("{") :])
@@ -178,9 +171,13 @@ def _wait_for(port: int, guard: "subprocess.Popen[bytes]", log: Path) -> None:
 
 
 def _run(
-    flwr: _Flower, overrides: list[str], runtime: Runtime, emit: Callable[[str], None]
-) -> tuple[str, Path | None]:
-    """Submit, stream the log, read the status. Returns it and the run folder."""
+    flwr: _Flower,
+    overrides: Sequence[str],
+    runtime: Runtime,
+    attempt: Attempt,
+    emit: Callable[[str], None],
+) -> str:
+    """Submit, stream the log, note the run folder in the attempt; the final status."""
     text = shlex.join(overrides)
     answer = flwr.ask(
         "run",
@@ -191,7 +188,7 @@ def _run(
         "--run-config",
         f"overrides={toml_string(text)}",
     )
-    run_id, folder = str(answer["run-id"]), None
+    run_id = str(answer["run-id"])
     stream = subprocess.Popen(
         flwr.command("log", run_id, "own", "--stream"),
         env=flwr.environment,
@@ -206,8 +203,8 @@ def _run(
         for line in filter_log(stream.stdout):
             emit(line)
             if match := FOLDER.match(line):
-                folder = Path(match[1])
-        return _status(flwr, run_id), folder
+                attempt.folder = Path(match[1])
+        return _status(flwr, run_id)
     finally:
         stream.terminate()
         stream.wait()
@@ -216,15 +213,25 @@ def _run(
 def filter_log(lines: Iterable[str]) -> Iterator[str]:
     """The lines of a run's log that a user needs: the app's own lines and all errors.
 
-    Flower's routine lines are left out, and so is the stack trace after a failure that explains
+    Flower's routine lines are left out, and so are the stack traces around a failure that explains
     itself. ``FEDLORA_VERBOSE=1`` shows everything.
     """
     everything, explained = bool(os.environ.get(variables.VERBOSE)), False
+    held: list[str] = []  # a trace, until the app's next line shows whether it is explained
     for line in lines:
         text = line.rstrip()
         explained = explained or bool(EXPLAINED.match(text))
-        if everything or not (ROUTINE.match(text) or (explained and not OURS.match(text))):
+        if everything:
             yield text
+        elif OURS.match(text):
+            yield from [] if explained else held
+            held = []
+            yield text
+        elif held or TRACE.match(text):
+            held.append(text)
+        elif not (ROUTINE.match(text) or explained):
+            yield text
+    yield from [] if explained else held
 
 
 def _status(flwr: _Flower, run_id: str) -> str:

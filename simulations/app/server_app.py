@@ -3,16 +3,21 @@
 import logging
 import os
 import sys
+import threading
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.exit import add_exit_handler
 from omegaconf import DictConfig
 
 from fedlora.core import variables
 from fedlora.core.config import build
+from fedlora.core.errors import RunError
 from simulations.app.compose import load, split_overrides
 from simulations.app.federate import run
 from simulations.app.runtime import Runtime
+from simulations.app.status import close_status
 
 app = ServerApp()
 
@@ -32,18 +37,61 @@ def federation_hint(cfg: DictConfig) -> str:
     return f'runtime.* would be --federation-config "{runtime.federation_config()}"'
 
 
+class SimulationEnded(RunError):
+    """Flower ends the process of the run while the run goes on."""
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run. An exception ends it as failed, after one clear line."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
+    ending = _Ending()
+    # Flower calls this when its simulation breaks (Ray does not start) or is stopped; this thread
+    # learns of neither.
+    add_exit_handler(ending.cut_off)
     try:
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
         if not os.environ.get(variables.CWD):  # not started by the launcher
             say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
-        run(cfg, lambda _: grid, say)
+        run(cfg, lambda _: grid, ending.say)
     except BaseException as error:
-        say(f"RUN FAILED: {type(error).__name__}: {error}")
-        raise
-    say("RUN COMPLETED")
+        ending.said(f"RUN FAILED: {type(error).__name__}: {error}")
+        if isinstance(error, Exception):
+            raise
+        # Flower takes what is no Exception (SystemExit) for the end of a completed run.
+        raise RunError(f"{type(error).__name__}: {error}") from error
+    ending.said("RUN COMPLETED")
+
+
+class _Ending:
+    """The last line of a run, said once: by its own thread, or by Flower's when that ends first."""
+
+    def __init__(self) -> None:
+        self._lock, self._over = threading.Lock(), False
+        self._folder: Path | None = None
+
+    def say(self, line: str) -> None:
+        """Show a line, and note the run folder that it may name."""
+        say(line)
+        if line.startswith("run folder: "):
+            self._folder = Path(line.removeprefix("run folder: "))
+
+    def said(self, line: str) -> None:
+        """Show the last line."""
+        with self._lock:
+            if not self._over:
+                say(line)
+            self._over = True
+
+    def cut_off(self) -> None:
+        """End a run that is still going on."""
+        if self._over:
+            return
+        error = SimulationEnded(
+            "Flower ended the simulation before the run was over: it was stopped, or Ray failed as "
+            "the lines above say"
+        )
+        self.said(f"RUN FAILED: SimulationEnded: {error}")
+        close_status(self._folder, error)
