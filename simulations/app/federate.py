@@ -23,7 +23,7 @@ from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, prepare_inputs
+from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 
@@ -57,6 +57,7 @@ def run(
     inputs = prepare_inputs(parts, emit)
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
+    emit(headline(inputs, parts.data.name, session))
     with claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts)
