@@ -30,8 +30,12 @@ from simulations.app.alone import watch
 from simulations.app.attempts import FAILED_LINE, Attempt, complete
 from simulations.app.compose import CONF, load
 from simulations.app.launch import LaunchError, launch
+from simulations.app.own_modules import find_own_modules
+from simulations.app.ray_setup import check_cluster
 from simulations.app.runtime import Runtime
+from simulations.app.words import SEARCH_PATH, absolute, readable, with_search_path
 
+SWEEP = ("-m", "--multirun")
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -57,7 +61,12 @@ def _one_run(overrides: list[str]) -> int:
         return complete(alone, overrides, runtime.restarts, say)
     from simulations.app.parts import build_parts
 
-    build_parts(cfg)
+    parts = build_parts(cfg)
+    if runtime.ray_address:
+        from simulations.app.run_folder import failing
+
+        with failing(parts):
+            check_cluster(runtime.ray_address)
     return launch(overrides, runtime, say)
 
 
@@ -81,16 +90,38 @@ def guarded(do: Callable[[], int]) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     """One run, or with ``-m`` one after another; the worst exit code. A failed run of a sweep does
     not keep the others from being done."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    sweep = not set(SWEEP).isdisjoint(given)
+    try:
+        words = readable(with_search_path(given), sweep=sweep)
+    except ConfigError as error:
+        say(f"{FAILED_LINE}{error}")
+        return 2
+    find_own_modules()
     with interrupts():
         if not any(w.startswith("-") for w in words):
             return one_run(words)  # no sweep and no flag: nothing that Hydra's program would add
-        with tempfile.TemporaryDirectory(prefix="fedlora-sweep-") as folder:
+        # Beside the runs: jobs of a sweep may be done on machines that share that folder alone.
+        place = _output_dir(words) if sweep else None
+        with tempfile.TemporaryDirectory(prefix=".fedlora-sweep-", dir=place) as folder:
             _through_hydra(words, Path(folder))
-            codes = [int(file.read_text()) for file in Path(folder).iterdir()]
+            codes = [int(file.read_text() or 1) for file in Path(folder).iterdir()]
+    if sweep and not codes:
+        say(f"{FAILED_LINE}no run of the sweep has left its exit code")
+        return 1
     if len(codes) > 1:
         say(f"{codes.count(0)} of {len(codes)} runs completed")
     return max(codes, default=0)
+
+
+def _output_dir(words: Sequence[str]) -> Path:
+    """The folder in which a sweep's runs make theirs, as far as the words say it."""
+    named = [w.partition("=")[2] for w in words if w.startswith("output_dir=") and "," not in w]
+    path = absolute(
+        named[-1].strip("'\"") if named else os.environ.get(variables.OUTPUT, "outputs")
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _through_hydra(words: list[str], codes: Path) -> None:
@@ -105,8 +136,12 @@ def _through_hydra(words: list[str], codes: Path) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(_: DictConfig) -> None:
         # Hydra has checked the overrides here; the run composes them again where it runs.
-        code = one_run(list(HydraConfig.get().overrides.task))
-        (codes / uuid4().hex).write_text(str(code))
+        given = HydraConfig.get().overrides
+        paths = [w for w in given.hydra if w.startswith(SEARCH_PATH)]
+        left = codes / uuid4().hex
+        left.touch()  # stays empty if this process dies
+        code = one_run([*paths, *given.task])
+        left.write_text(str(code))
         if code == INTERRUPTED:
             sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run
 

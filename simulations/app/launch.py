@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from fedlora.run.source_hash import ROOT
 from simulations.app.attempts import Attempt, complete
 from simulations.app.bundle import app_folder
 from simulations.app.guard import end
+from simulations.app.ray_setup import short_folder
 from simulations.app.runtime import Runtime
 
 QUIET = {
@@ -62,11 +63,12 @@ def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) 
     workers (`simulations.app.attempts`).
 
     Raises:
+        ConfigError: if Ray cannot be given a directory with a short name.
         LaunchError: if Flower does not start or refuses the app.
     """
 
     def attempt(words: Sequence[str], attempt: Attempt, show: Callable[[str], None]) -> None:
-        with _superlink(runtime) as flwr:
+        with short_folder(show) as ray, _superlink(runtime, ray) as flwr:
             status = _run(flwr, words, runtime, attempt, show)
         attempt.completed = status == "finished:completed"
         attempt.reason = f"the process of the run is gone (Flower says: {status})"
@@ -108,11 +110,18 @@ class _Flower:
 
 
 @contextmanager
-def _superlink(runtime: Runtime) -> Iterator[_Flower]:
-    """A SuperLink that lives as long as the block, with all it started, whatever happens."""
+def _superlink(runtime: Runtime, more: Mapping[str, str]) -> Iterator[_Flower]:
+    """A SuperLink that lives as long as the block, with all it started, whatever happens.
+
+    Args:
+        runtime: for the address of a Ray cluster.
+        more: further environment variables.
+    """
     home = Path(tempfile.mkdtemp(prefix="fedlora-flower-"))
     mark, port = uuid.uuid4().hex, _free_port()
-    environment = os.environ | QUIET | {"FLWR_HOME": str(home), variables.CWD: os.getcwd()}
+    environment = (
+        os.environ | QUIET | dict(more) | {"FLWR_HOME": str(home), variables.CWD: os.getcwd()}
+    )
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     environment.setdefault(variables.ROOT, str(ROOT))  # Flower's copy of the app lacks some files
     # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.

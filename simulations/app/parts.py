@@ -18,6 +18,8 @@ from fedlora.run.tracking import Tracking
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from simulations.app.compose import CONF
+from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
 from strategies.base import LoRAStrategy
@@ -66,7 +68,8 @@ def build_parts(cfg: DictConfig) -> Parts:
     known = {f.name for f in dataclasses.fields(Parts)} - {"resolved"} | {"rounds", "experiment"}
     for key, value in resolved.items():
         if key not in known:
-            raise ConfigError(f"unknown key {key!s}={value!r}; known: {sorted(known)}")
+            hint = meant(str(key), cfg, CONF)
+            raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
     parts = _build_groups(cfg, {str(k): v for k, v in resolved.items()})
     _check_strategy(parts, postprocess=[*cfg.postprocess])

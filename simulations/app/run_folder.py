@@ -11,10 +11,10 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
-from simulations.app.compose import absolute
 from simulations.app.inputs import RunInputs
 from simulations.app.parts import Parts
-from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, write_status
+from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, close_status, write_status
+from simulations.app.words import absolute
 from simulations.tools.base_model import FILE as MODEL
 
 
@@ -66,6 +66,18 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
         "groups": {name: len(ids) for name, ids in roster.groups.items()},
     }
     _write_json(folder / "population.json", population)
+
+
+@contextmanager
+def failing(parts: Parts) -> Iterator[None]:
+    """A run that fails in the block, before anything of it is written, leaves a status.json."""
+    try:
+        yield
+    except Exception as error:
+        folder = run_folder(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        close_status(folder, error)
+        raise
 
 
 @contextmanager

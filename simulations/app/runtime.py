@@ -29,7 +29,8 @@ class Runtime:
     in_process: bool = False
     """Run everything in one process, without Ray and Flower's SuperLink (for debugging)."""
     restarts: int = 1
-    """Maximum number of restarts from the last checkpoint after a worker died."""
+    """Continuations in a row from the last checkpoint after deaths of workers that named no client
+    (`fedlora.server.incidents`); 0: nothing is continued."""
 
     def __post_init__(self) -> None:
         at_least("runtime.nodes", self.nodes, 1)

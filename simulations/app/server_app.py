@@ -13,13 +13,16 @@ from omegaconf import DictConfig
 
 from fedlora.core import variables
 from fedlora.core.config import build
-from fedlora.core.errors import RunError
+from fedlora.core.errors import ConfigError, RunError
 from simulations.app.compose import load, split_overrides
 from simulations.app.federate import run
+from simulations.app.own_modules import find_own_modules
+from simulations.app.ray_setup import TMPDIR, check_cluster, too_long
 from simulations.app.runtime import Runtime
 from simulations.app.status import close_status
 
 app = ServerApp()
+find_own_modules()
 
 # Flower's message poller holds the interpreter lock in long slices; Ray's driver threads, which
 # hand out work, then wait up to the default 5 ms each time (measured: half the message rate).
@@ -41,6 +44,19 @@ class SimulationEnded(RunError):
     """Flower ends the process of the run while the run goes on."""
 
 
+def check_ray() -> None:
+    """Refuse what Ray would report minutes later, in stack traces, or not at all.
+
+    Raises:
+        ConfigError: one sentence with the remedy.
+    """
+    if problem := too_long():
+        raise ConfigError(f"{problem}: start the SuperLink with {TMPDIR}=/tmp")
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address not in ("", "local"):
+        check_cluster(address)
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run. An exception ends it as failed, after one clear line."""
@@ -55,6 +71,7 @@ def main(grid: Grid, context: Context) -> None:
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
         if not os.environ.get(variables.CWD):  # not started by the launcher
             say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
+            check_ray()
         run(cfg, lambda _: grid, ending.say)
     except BaseException as error:
         ending.said(f"RUN FAILED: {type(error).__name__}: {error}")
