@@ -59,9 +59,10 @@ def _one_run(overrides: list[str]) -> int:
             watch(words, attempt, cfg)
 
         return complete(alone, overrides, runtime.restarts, say)
-    from simulations.app.parts import build_parts
+    from simulations.app.parts import build_parts, check_machine
 
     parts = build_parts(cfg)
+    check_machine(runtime)
     if runtime.ray_address:
         from simulations.app.run_folder import failing
 

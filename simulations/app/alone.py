@@ -161,6 +161,7 @@ def _run(words: Sequence[str], note: Path) -> int:
     from simulations.app.compose import load
     from simulations.app.federate import run
     from simulations.app.grid import InProcessGrid
+    from simulations.app.parts import build_parts, check_machine
 
     def emit(line: str) -> None:
         print(line, flush=True)
@@ -169,7 +170,9 @@ def _run(words: Sequence[str], note: Path) -> int:
 
     if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.WARNING)
-    run(load(words), lambda p: InProcessGrid(app, p.runtime.nodes), emit, watched=True)
+    cfg = load(words)
+    check_machine(build_parts(cfg).runtime)
+    run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), emit, watched=True)
     print("RUN COMPLETED", flush=True)
     return 0
 

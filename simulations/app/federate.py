@@ -2,7 +2,7 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.source_hash import source_hash
-from fedlora.run.tracking import Trackers, track
+from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
@@ -58,20 +58,28 @@ def run(
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
+    if inputs.cut:
+        emit(inputs.cut)
     with claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts)
-        with status_file(folder, session), closing_tracker(session):
-            open_session(session, parts, inputs)
-            federated = FederatedRun(
-                session,
-                worker=inputs.worker.to_json(),
-                source=source_hash(),
-                journal=folder / UNDER_WAY if watched else None,
-            )
-            if session.done < session.rounds.rounds or session.evaluation_missing():
-                federated.start(grid_of(parts))
-            export(session, parts, inputs.info, inputs.worker.model)
+        with status_file(folder, session):
+            with closing_tracker(session):
+                trackers = open_session(session, parts, inputs)
+                federated = FederatedRun(
+                    session,
+                    worker=inputs.worker.to_json(),
+                    source=source_hash(),
+                    journal=folder / UNDER_WAY if watched else None,
+                )
+                if session.done < session.rounds.rounds or session.evaluation_missing():
+                    federated.start(grid_of(parts))
+                export(session, parts, inputs.info, inputs.worker.model)
+            if trackers.lost:
+                raise RunError(
+                    f"all {session.done} rounds are complete in {folder}, and tracking missed some "
+                    f"of them ({trackers.lost}). metrics.jsonl and clients.jsonl hold everything"
+                )
     if parts.report:
         _report(folder, emit)
     emit(f"run folder: {folder}")
@@ -109,7 +117,7 @@ def new_session(
             workers=parts.runtime.expected_workers,
             messages_per_worker=parts.engine.messages_per_worker,
             folder=folder,
-            tracker=Trackers(()),
+            tracker=Trackers([]),
             config_hash=parts.hash(inputs.store.name, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
@@ -132,15 +140,28 @@ def resume(session: Session, parts: Parts) -> None:
         raise RunError(f"{error}{changed(session.folder, parts.resolved)}") from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
-    """Write the first files of the run and open its trackers."""
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
+    """Write the first files of the run, and open its trackers and return them."""
     folder, roster = session.folder, session.roster
     write_start(parts, inputs, folder)
-    session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
+    session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
+    if lost := missing_rounds(folder / "metrics.jsonl", session.done):
+        session.emit(
+            f"metrics.jsonl has no record of {_listed(lost)}: reports lack them; the state of the "
+            f"run, from the checkpoint of round {session.done}, does not depend on records"
+        )
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
-    session.tracker.config(parts.resolved | about)
+    trackers.config(parts.resolved | about)
     if inputs.pruned is not None and not session.done:
-        session.tracker.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+        trackers.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+    return trackers
+
+
+def _listed(rounds: Sequence[int]) -> str:
+    """``round 3``, or ``rounds 2, 5, 6 and 9 more``."""
+    shown = ", ".join(map(str, rounds[:8]))
+    more = f" and {len(rounds) - 8} more" if len(rounds) > 8 else ""
+    return f"round{'s' if len(rounds) > 1 else ''} {shown}{more}"
 
 
 @contextmanager
