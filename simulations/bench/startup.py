@@ -182,11 +182,12 @@ def table(runs: Sequence[dict[str, Watched]]) -> str:
     wholes = [r["smoke"].cpu for r in runs]
     firsts = [w.cpu_to_first_step for w in steps]
     names = list(dict.fromkeys(name for cpu in wholes for name in cpu))
-    sums = [
-        (n, *(middle([c.get(n, 0.0) for c in cpus]) for cpus in (firsts, wholes))) for n in names
-    ]
-    total = ("all", sum(s[1] for s in sums), sum(s[2] for s in sums))
-    lines += [f"{name:<22}{first:>20.2f}{whole:>14.2f}" for name, first, whole in [*sums, total]]
+    sums: list[tuple[str, float, float]] = []
+    for name in names:
+        first, whole = (middle([c.get(name, 0.0) for c in cpus]) for cpus in (firsts, wholes))
+        sums.append((name, first, whole))
+    sums.append(("all", sum(row[1] for row in sums), sum(row[2] for row in sums)))
+    lines += [f"{name:<22}{first:>20.2f}{whole:>14.2f}" for name, first, whole in sums]
     return "\n".join(lines)
 
 
