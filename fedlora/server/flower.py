@@ -27,6 +27,7 @@ from fedlora.server.delivery import Delivery, Parcel, Phase
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.session import Session
+from fedlora.server.workers import check_workers
 from fedlora.wire.codec import decode_results, encode_jobs, glance
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class FederatedRun:
             len(session.roster.clients),
             session.roster.per_round,
         )
+        empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
+        check_workers(grid, nodes_of(grid), session.workers, empty, session.rounds.timeout_s)
         delivery = Delivery(
             grid,
             session.workers,

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
+from fedlora.core.reading import disk_faults
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
@@ -26,6 +27,7 @@ from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
+from simulations.app.words import absolute
 
 
 def run(
@@ -55,16 +57,17 @@ def run(
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
     emit("starting model and data")
-    inputs = prepare_inputs(parts, emit)
-    folder = run_folder(parts)
+    with disk_faults(place := absolute(parts.output_dir) / parts.name):
+        inputs = prepare_inputs(parts, emit)
+        folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
     if inputs.cut:
         emit(inputs.cut)
-    with claim(folder):
+    with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts)
-        with status_file(folder, session):
+        with status_file(folder, session), disk_faults(folder):
             with closing_tracker(session):
                 trackers = open_session(session, parts, inputs)
                 federated = FederatedRun(

@@ -39,7 +39,7 @@ ROUTINE = re.compile(
     r"((\x1b\[9[23]m)?(INFO|WARNING)[: ]|$)"
 )
 EXPLAINED = re.compile(
-    r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint)Error"
+    r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error"
     r"|WorkerDied|ClientsSuspected|SimulationEnded)\b)"
 )
 OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming|starting )")
