@@ -49,11 +49,11 @@ class ClientInfo:
     id: int
     category: str
     """The category of most of its examples."""
+    name: str
+    """What the source calls it."""
     num_train: int
     num_eval: int
     num_test: int
-    name: str
-    """What the source calls it."""
     train_tokens: int
     eval_tokens: int
     test_tokens: int
@@ -170,11 +170,10 @@ class TokenStore:
         lengths = self._sums(tokens).tolist()
         predicting = self._sums(tokens > 1)[:, 0].tolist()
         responding = self._sums(tokens > np.maximum(1, prompts))[:, 0].tolist()
+        rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
-            ClientInfo(k, category, *counts, name, *sums, predicting=full, responding=response)
-            for k, ((category, name), counts, sums, full, response) in enumerate(
-                zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
-            )
+            ClientInfo(k, category, name, n[0], n[1], n[2], t[0], t[1], t[2], full, response)
+            for k, ((category, name), n, t, full, response) in enumerate(rows)
         )
 
     def _sums(self, column: NDArray[Any]) -> NDArray[np.int64]:
@@ -187,6 +186,21 @@ class TokenStore:
     def categories(self) -> tuple[str, ...]:
         """The distinct categories in order of first appearance."""
         return tuple(dict.fromkeys(category for category, _ in self._meta["clients"] if category))
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of all clients and splits."""
+        return len(self._index)
+
+    @property
+    def cut_examples(self) -> int:
+        """How many of them are cut to ``Source.max_length``."""
+        return int(np.count_nonzero(self._index[:, 5] & TRUNCATED))
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token id of any example. Reads all tokens, at gigabytes per second."""
+        return int(self._tokens.max())
 
     @property
     def source(self) -> dict[str, Any]:
