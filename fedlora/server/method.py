@@ -311,29 +311,3 @@ class Method(ABC):
         module path to ``[d_out, d_in]``; whatever a server optimizer remembers starts anew.
         """
         raise TypeError(f"{type(self).__name__} cannot continue from an update it did not make")
-
-
-def require_ranks(method: Method, state: State, setting: Setting) -> None:
-    """Refuse a population of which a client would train a rank that its method cannot.
-
-    Args:
-        method: of the run.
-        state: before round 1.
-        setting: with the whole population.
-
-    Raises:
-        ValueError: naming the module, the rank, and what the method can train.
-    """
-    alike = {(c.ranks, c.tier): c for c in reversed(setting.clients)}
-    for client in alike.values():
-        ranks = method.enlist(state, client).ranks
-        for module in setting.modules:
-            low, high = method.rank_range(module)
-            rank = ranks.get(module.path, low)
-            if not low <= rank <= high:
-                tier = f"clients of tier {client.tier}" if client.tier else f"client {client.id}"
-                raise ValueError(
-                    f"{tier} would train rank {rank} of {module.path}, and "
-                    f"{type(method).__name__} can train {low} to {high} there: choose other ranks "
-                    "(ranks.tiers), or another strategy"
-                )

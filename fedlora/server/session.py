@@ -31,7 +31,7 @@ from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import combine
 from fedlora.server.evaluation_round import evaluation_jobs, evaluation_record
-from fedlora.server.method import Method, require_ranks
+from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
@@ -88,7 +88,6 @@ class Session:
 
     def __post_init__(self) -> None:
         self.state = self.method.init_state(self.setting)
-        require_ranks(self.method, self.state, self.setting)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
             self.workers, self.messages_per_worker, self.rounds.clients_per_message
