@@ -11,7 +11,6 @@ example lies, sorted by client, split and arrival.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import time
@@ -26,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
+from fedlora.core.reading import checksum, sealed
 from fedlora.data.encode import Encoder, Tokenizer
 from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source
@@ -34,7 +34,6 @@ FORMAT = 1  # of the folder: part of the key
 COLUMNS = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes", "flags")
 TRUNCATED, EMPTY_OUTPUT = 1, 2
 ARRAYS = ("tokens.npy", "references.utf8", "index.npy", "clients.npy")
-CHECKED = ("index.npy", "clients.npy")  # with a checksum: small, and the rest hangs on them
 _BATCH = 2048
 
 log = logging.getLogger(__name__)
@@ -143,7 +142,7 @@ def write_store(
             for k in range(clients)
         ],
     }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(sealed(meta)), encoding="utf-8")
     seconds = time.monotonic() - began
     log.info("data=%s: %d records in %.1f s", source.name, len(draft.homes), seconds)
 
@@ -176,12 +175,5 @@ def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None
     np.save(folder / "clients.npy", bounds.astype(np.int64))
 
 
-def _identity(path: Path) -> dict[str, int | str]:
-    size: dict[str, int | str] = {"bytes": path.stat().st_size}
-    return size | {"sha256": checksum(path)} if path.name in CHECKED else size
-
-
-def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _identity(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "crc32": checksum(path)}

@@ -23,10 +23,11 @@ from torch import Tensor
 from fedlora.core.checks import at_least
 from fedlora.core.errors import CheckpointError
 from fedlora.core.files import remove_drafts, whole_folder
+from fedlora.core.reading import is_intact, sealed
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 STRUCTURE = "structure"
 _NAME = re.compile(r"round_(\d{5,})")
 
@@ -140,7 +141,7 @@ def save(
     }
     with whole_folder(target) as draft:
         (draft / "state.safetensors").write_bytes(blob)
-        (draft / "meta.json").write_bytes(json.dumps(meta, indent=1, ensure_ascii=False).encode())
+        (draft / "meta.json").write_bytes(json.dumps(sealed(meta), indent=1).encode())
     _forget(folder, round, keep)
     return target
 
@@ -228,9 +229,13 @@ def _meta(path: Path) -> dict[str, Any]:
     written = meta.get("format") if isinstance(meta, dict) else None
     if written != FORMAT:
         raise CheckpointError(f"{file} has format {written!r}; this version reads {FORMAT}")
-    wrong = [key for key, kind in kinds.items() if not isinstance(meta.get(key), kind)]
+    wrong = [key for key, kind in kinds.items() if type(meta.get(key)) is not kind]
     if wrong:
         raise CheckpointError(f"{file} lacks {', '.join(wrong)} or has them in another type")
+    if (named := _NAME.fullmatch(path.name)) and int(named[1]) != meta["round"]:
+        raise CheckpointError(f"{file} is of round {meta['round']}, its folder is {path.name}")
+    if not is_intact(meta):
+        raise CheckpointError(f"{file} is damaged: it does not match its checksum")
     return dict(meta)
 
 

@@ -241,7 +241,7 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 log.warning("%s, line %d is not JSON and left out", file, number)
                 continue
-            if not isinstance(record, dict) or not is_round(record.get("round", 0)):
+            if not isinstance(record, dict) or not is_round(record.get("round")):
                 log.warning("%s, line %d is no record of a round and left out", file, number)
                 continue
             yield record
@@ -262,7 +262,7 @@ def _forget_after(file: Path, last: int) -> None:
     """Drop the records of later rounds, all at once or not at all."""
     if not file.exists():
         return
-    kept = [r for r in _records(file) if r.get("round", 0) <= last]
+    kept = [r for r in _records(file) if r["round"] <= last]
     write_file(file, _lines(kept))
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fedlora.run import checkpoint
 
@@ -37,8 +39,12 @@ def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
     file = folder / "config.yaml"
     if not file.is_file():
         return ""
-    before = OmegaConf.to_container(OmegaConf.load(file))
-    assert isinstance(before, dict)
+    try:
+        before = OmegaConf.to_container(OmegaConf.load(file))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
+        return f". What differs is not known: {file} cannot be read ({type(error).__name__})"
+    if not isinstance(before, dict):
+        return f". What differs is not known: {file} holds no mapping"
     old, new = (dict(_flat(values)) for values in (before, resolved))
     free = {*VOLATILE, *(f"{group}.{key}" for group, keys in ELSEWHERE.items() for key in keys)}
     found = [

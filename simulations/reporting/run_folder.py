@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fedlora.run.tracking import read_jsonl
 
@@ -122,6 +123,6 @@ def _json(file: Path) -> dict[str, Any]:
 def _yaml(file: Path) -> dict[str, Any]:
     try:
         found = OmegaConf.to_container(OmegaConf.load(file))
-    except (OSError, OmegaConfBaseException, ValueError):
+    except (OSError, OmegaConfBaseException, ValueError, YAMLError):
         return {}
     return {str(k): v for k, v in found.items()} if isinstance(found, dict) else {}

@@ -166,7 +166,7 @@ def _flip(path):
     ("harm", "file"),
     [(_cut, f) for f in FILES]
     + [(lambda p: p.unlink(), f) for f in FILES]
-    + [(_flip, f) for f in ("index.npy", "clients.npy", "meta.json")],
+    + [(_flip, f) for f in FILES],
 )
 def test_damage_is_noticed_and_repaired(harm, file, tokenizer, tmp_path, caplog):
     folder = prepare(Listed(rows=THREE), tokenizer, "t", tmp_path)

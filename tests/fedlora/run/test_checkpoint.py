@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedlora.core.errors import CheckpointError
+from fedlora.core.reading import sealed
 from fedlora.run.checkpoint import (
     config_hash,
     latest,
@@ -155,8 +156,26 @@ DAMAGE = {
     "other format": (edit(format=99), "format 99"),
     "not an object": (lambda p: (p / "meta.json").write_text("[]"), "format None"),
     "lost key": (edit(sha256=None), "lacks sha256"),
-    "other names": (edit(names=["w", "gone"]), "does not hold"),
+    "other names": (edit(names=["w", "gone"]), "does not match its checksum"),
+    "other hash of the configuration": (edit(config_hash="x"), "does not match its checksum"),
+    "an index of another client": (edit(extra={"a": 1}), "does not match its checksum"),
+    "another round": (edit(round=99), "is of round 99, its folder is round_00002"),
+    "a truth value as round": (edit(round=True), "lacks round"),
+    "a float as round": (edit(round=2.0), "lacks round"),
+    "a text as round": (edit(round="2"), "lacks round"),
+    "a number as hash": (edit(sha256=3), "lacks sha256"),
+    "a list as extra": (edit(extra=[]), "lacks extra"),
 }
+
+
+def test_names_that_the_state_does_not_hold_are_named(tmp_path):
+    """Even where the checksum was made to fit."""
+    path = save(tmp_path, 2, some_state(2), keep=3)
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["checksum"]
+    (path / "meta.json").write_text(json.dumps(sealed(meta | {"names": ["w", "gone"]})))
+    with pytest.raises(CheckpointError, match="does not hold"):
+        load(path)
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
