@@ -3,7 +3,7 @@
 fedlora run                                   one run of conf/config.yaml
 fedlora run strategy=fedit rounds=20          ... with overrides
 fedlora run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
-fedlora run runtime=in_process                without Ray and Flower's SuperLink
+fedlora run runtime=in_process                without Ray
 
 ``python -m simulations.run`` is the same command. What only a run needs is imported when it begins:
 help, completion and ``--cfg`` answer without loading torch.
@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ from types import FrameType
 from uuid import uuid4
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -29,10 +31,11 @@ from fedlora.core.errors import ConfigError
 from simulations.app.alone import watch
 from simulations.app.attempts import FAILED_LINE, Attempt, complete
 from simulations.app.compose import CONF, load
-from simulations.app.launch import LaunchError, launch
+from simulations.app.launch import launch
 from simulations.app.own_modules import find_own_modules
 from simulations.app.ray_setup import check_cluster
 from simulations.app.runtime import Runtime
+from simulations.app.startup import timed
 from simulations.app.words import SEARCH_PATH, absolute, readable, with_search_path
 
 SWEEP = ("-m", "--multirun")
@@ -45,37 +48,46 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def one_run(overrides: list[str]) -> int:
-    """Check the configuration, then do the run; the exit code. A failed run ends in one line."""
-    return guarded(lambda: _one_run(overrides))
+def one_run(overrides: list[str], began: float) -> int:
+    """Compose the configuration and run it; the exit code. A failed run ends in one line.
+
+    The process that imports PyTorch checks all groups before anything is loaded.
+
+    Args:
+        overrides: words of Hydra's grammar.
+        began: when the run was asked for, in seconds since the epoch.
+    """
+    return guarded(lambda: _one_run(overrides, began))
 
 
-def _one_run(overrides: list[str]) -> int:
+def _one_run(overrides: list[str], began: float) -> int:
+    emit = timed(say, began)
     cfg = load(overrides)
     runtime = build(cfg.runtime, Runtime, "runtime")
-    if runtime.in_process:  # another process loads torch, and may die of what clients do
+    emit("starting Python packages")
+    if runtime.in_process:  # in another process, which may die of what clients do
 
         def alone(words: Sequence[str], attempt: Attempt, _: Callable[[str], None]) -> None:
-            watch(words, attempt, cfg)
+            watch(words, attempt, cfg, began)
 
         return complete(alone, overrides, runtime.restarts, say)
-    from simulations.app.parts import build_parts, check_machine
-
-    parts = build_parts(cfg)
-    check_machine(runtime)
     if runtime.ray_address:
-        from simulations.app.run_folder import failing
-
-        with failing(parts):
+        try:
             check_cluster(runtime.ray_address)
-    return launch(overrides, runtime, say)
+        except ConfigError as error:
+            from simulations.app.parts import build_parts
+            from simulations.app.run_folder import leave_status
+
+            leave_status(build_parts(cfg), error)
+            raise
+    return launch(overrides, runtime, emit)
 
 
 def guarded(do: Callable[[], int]) -> int:
     """Call, and turn whatever is raised into one line and an exit code."""
     try:
         return do()
-    except (ConfigError, LaunchError) as error:
+    except ConfigError as error:
         say(f"{FAILED_LINE}{error}")
         return 2
     except KeyboardInterrupt:
@@ -101,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     find_own_modules()
     with interrupts():
         if not any(w.startswith("-") for w in words):
-            return one_run(words)  # no sweep and no flag: nothing that Hydra's program would add
+            # no sweep and no flag: nothing that Hydra's program would add
+            return one_run(words, psutil.Process().create_time())
         # Beside the runs: jobs of a sweep may be done on machines that share that folder alone.
         place = _output_dir(words) if sweep else None
         with tempfile.TemporaryDirectory(prefix=".fedlora-sweep-", dir=place) as folder:
@@ -141,7 +154,7 @@ def _through_hydra(words: list[str], codes: Path) -> None:
         paths = [w for w in given.hydra if w.startswith(SEARCH_PATH)]
         left = codes / uuid4().hex
         left.touch()  # stays empty if this process dies
-        code = one_run([*paths, *given.task])
+        code = one_run([*paths, *given.task], time.time())
         left.write_text(str(code))
         if code == INTERRUPTED:
             sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run

@@ -27,12 +27,15 @@ from fedlora.server.delivery import Delivery, Parcel, Phase
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.session import Session
+from fedlora.server.workers import check_workers
 from fedlora.wire.codec import decode_results, encode_jobs, glance
 
 log = logging.getLogger(__name__)
 
 Job: TypeAlias = TrainJob | EvaluateJob
 
+SETUP_PATIENCE_S = 600.0
+"""Seconds that workers have at least to load the model, however short the deadline of a message."""
 NODE_PATIENCE_S = 120.0
 """Seconds to wait for the first Flower node: on a busy machine Ray needs half a minute."""
 
@@ -67,6 +70,14 @@ class FederatedRun:
             type(session.method).__name__,
             len(session.roster.clients),
             session.roster.per_round,
+        )
+        empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
+        check_workers(
+            grid,
+            nodes_of(grid),
+            session.workers,
+            empty,
+            max(session.rounds.timeout_s, SETUP_PATIENCE_S),
         )
         delivery = Delivery(
             grid,

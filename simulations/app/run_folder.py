@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -68,16 +68,11 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     _write_json(folder / "population.json", population)
 
 
-@contextmanager
-def failing(parts: Parts) -> Iterator[None]:
-    """A run that fails in the block, before anything of it is written, leaves a status.json."""
-    try:
-        yield
-    except Exception as error:
-        folder = run_folder(parts)
-        folder.mkdir(parents=True, exist_ok=True)
-        close_status(folder, error)
-        raise
+def leave_status(parts: Parts, error: Exception) -> None:
+    """Write the status.json of a run that fails before anything else of it is written."""
+    folder = run_folder(parts)
+    folder.mkdir(parents=True, exist_ok=True)
+    close_status(folder, error)
 
 
 @contextmanager
@@ -87,7 +82,8 @@ def status_file(folder: Path, session: Session) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        write_status(folder, FAILED, session.done, error)
+        with suppress(OSError):  # a full disk is told by the error itself
+            write_status(folder, FAILED, session.done, error)
         raise
     write_status(folder, COMPLETED, session.done)
 

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context
@@ -11,7 +13,6 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.exit import add_exit_handler
 from omegaconf import DictConfig
 
-from fedlora.core import variables
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError, RunError
 from simulations.app.compose import load, split_overrides
@@ -59,27 +60,47 @@ def check_ray() -> None:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run. An exception ends it as failed, after one clear line."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
+    """One run of ``flwr run``."""
     ending = _Ending()
     # Flower calls this when its simulation breaks (Ray does not start) or is stopped; this thread
     # learns of neither.
     add_exit_handler(ending.cut_off)
-    try:
+    with last_line(ending.said):
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
-        if not os.environ.get(variables.CWD):  # not started by the launcher
-            say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
-            check_ray()
-        run(cfg, lambda _: grid, ending.say)
+        say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
+        check_ray()
+        _federate(cfg, grid, ending.say)
+
+
+def serve(cfg: DictConfig, grid: Grid) -> None:
+    """One run of a composed configuration."""
+    with last_line(say):
+        _federate(cfg, grid, say)
+
+
+def _federate(cfg: DictConfig, grid: Grid, emit: Callable[[str], None]) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
+    run(cfg, lambda _: grid, emit)
+
+
+@contextmanager
+def last_line(emit: Callable[[str], None]) -> Iterator[None]:
+    """End in one clear line; an exception ends the run as failed after it.
+
+    Raises:
+        RunError: in place of what is no Exception (a SystemExit), which Flower takes for the end of
+            a completed run.
+    """
+    try:
+        yield
     except BaseException as error:
-        ending.said(f"RUN FAILED: {type(error).__name__}: {error}")
+        emit(f"RUN FAILED: {type(error).__name__}: {error}")
         if isinstance(error, Exception):
             raise
-        # Flower takes what is no Exception (SystemExit) for the end of a completed run.
         raise RunError(f"{type(error).__name__}: {error}") from error
-    ending.said("RUN COMPLETED")
+    emit("RUN COMPLETED")
 
 
 class _Ending:

@@ -1,23 +1,15 @@
 """The launcher without Ray, and one whole run with it: words, exit codes, what is left running."""
 
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from flwr.common.config import parse_config_args
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from fedlora.core import variables
-from simulations.app.compose import split_overrides
 from simulations.app.guard import marked
-from simulations.app.launch import (
-    filter_log,
-    toml_string,
-)
+from simulations.app.launch import filter_log
 from tests.simulations.app.launched import (
     ROOT,
     SAME,
@@ -29,17 +21,6 @@ from tests.simulations.app.launched import (
 GUARD = ROOT / "simulations" / "app" / "guard.py"
 
 # ------------------------------------------------------------------------------------------ words
-
-WORDS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
-
-
-@given(WORDS)
-@example(["resume='/a folder/run'", 'name="it\'s"', r"data.path=C:\x", "a=[b,{c: 1}]"])
-def test_overrides_reach_the_server_as_they_were_typed(words):
-    line = f"overrides={toml_string(shlex.join(words))}"
-    received = parse_config_args([line])
-    assert set(received) == {"overrides"}
-    assert split_overrides("", received["overrides"]) == words
 
 
 def test_a_person_sees_the_apps_lines_and_no_routine():
