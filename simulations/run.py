@@ -49,37 +49,33 @@ def say(line: str) -> None:
 
 
 def one_run(overrides: list[str], began: float) -> int:
-    """Compose the configuration and run it; the exit code. A failed run ends in one line.
+    """Compose the configuration, then do the run; the exit code. A failed run ends in one line.
 
-    The process that imports PyTorch checks all groups before anything is loaded.
+    The process that imports PyTorch checks all groups, before anything is loaded.
 
     Args:
         overrides: words of Hydra's grammar.
         began: when the run was asked for, in seconds since the epoch.
     """
-    return guarded(lambda: _one_run(overrides, began))
+    return guarded(lambda: _one_run(overrides, timed(say, began)))
 
 
-def _one_run(overrides: list[str], began: float) -> int:
-    emit = timed(say, began)
+def _one_run(overrides: list[str], emit: Callable[[str], None]) -> int:
     cfg = load(overrides)
-    runtime = build(cfg.runtime, Runtime, "runtime")
     emit("starting Python packages")
-    if runtime.in_process:  # in another process, which may die of what clients do
+    runtime = build(cfg.runtime, Runtime, "runtime")
+    if runtime.in_process:  # another process loads torch, and may die of what clients do
 
         def alone(words: Sequence[str], attempt: Attempt, _: Callable[[str], None]) -> None:
-            watch(words, attempt, cfg, began)
+            watch(words, attempt, cfg)
 
         return complete(alone, overrides, runtime.restarts, say)
     if runtime.ray_address:
-        try:
-            check_cluster(runtime.ray_address)
-        except ConfigError as error:
-            from simulations.app.parts import build_parts
-            from simulations.app.run_folder import leave_status
+        from simulations.app.parts import build_parts
+        from simulations.app.run_folder import failing
 
-            leave_status(build_parts(cfg), error)
-            raise
+        with failing(build_parts(cfg)):
+            check_cluster(runtime.ray_address)
     return launch(overrides, runtime, emit)
 
 

@@ -72,13 +72,8 @@ class FederatedRun:
             session.roster.per_round,
         )
         empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
-        check_workers(
-            grid,
-            nodes_of(grid),
-            session.workers,
-            empty,
-            max(session.rounds.timeout_s, SETUP_PATIENCE_S),
-        )
+        patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
+        check_workers(grid, nodes_of(grid), session.workers, empty, patience)
         delivery = Delivery(
             grid,
             session.workers,

@@ -1,6 +1,6 @@
-"""A run in one process, without Ray and SuperLink, watched by the process that started it.
+"""A run in one process, without Ray, watched by the process that started it.
 
-    python -m simulations.app.alone NOTE OWNER BEGAN OVERRIDE...
+    python -m simulations.app.alone NOTE OWNER OVERRIDE...
 
 A client that ends the process takes the run with it. The watching process stays: it reads which
 message was being worked on, records it (`fedlora.server.incidents`), closes status.json and says
@@ -23,13 +23,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from omegaconf import DictConfig
 
 from fedlora.core import variables
 from fedlora.core.errors import RunError
 from fedlora.run.source_hash import ROOT
 from fedlora.server.incidents import DEADLINE, Incident, Incidents
-from simulations.app.attempts import REFUSED_OR_FAILED, Attempt
+from simulations.app.attempts import Attempt
 from simulations.app.startup import timed
 from simulations.app.status import RUNNING, close_status, read_status
 
@@ -37,24 +38,25 @@ UNDER_WAY = "under_way.json"
 """Names the message that is being worked on, in the run folder."""
 POLL_S = 0.5
 GRACE_S = 20.0
+KNOWN = (1, 2)
+"""Exit codes of a process that has said why the run failed."""
 
 
 # --- the watching process -------------------------------------------------------------------------
 
 
-def watch(words: Sequence[str], attempt: Attempt, cfg: DictConfig, began: float) -> None:
+def watch(words: Sequence[str], attempt: Attempt, cfg: DictConfig) -> None:
     """Make one attempt in a process of its own.
 
     Args:
         words: overrides.
         attempt: is filled in.
         cfg: the composed configuration.
-        began: when the run was asked for, in seconds since the epoch.
     """
     with tempfile.TemporaryDirectory(prefix="fedlora-alone-") as scratch:
         note, (ours, theirs) = Path(scratch) / "folder", os.pipe()
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", __name__, str(note), str(ours), str(began), *words]
+        command = [sys.executable, "-m", __name__, str(note), str(ours), *words]
         process = subprocess.Popen(command, pass_fds=[ours], env=os.environ | {"PYTHONPATH": path})
         os.close(ours)
         try:
@@ -66,11 +68,13 @@ def watch(words: Sequence[str], attempt: Attempt, cfg: DictConfig, began: float)
             _end(process)
             os.close(theirs)
             attempt.folder = _folder(note)
-    attempt.ended(process.returncode)
+    code = process.returncode
+    attempt.code = code if code in KNOWN else 1
+    attempt.completed, attempt.reason = code == 0, f"the process of the run {how_it_ended(code)}"
     if read_status(attempt.folder).get("status") == RUNNING:
         _explain(attempt, late)
     else:
-        attempt.said = process.returncode in REFUSED_OR_FAILED
+        attempt.said = code in KNOWN
 
 
 def _wait(process: "subprocess.Popen[bytes]", note: Path, timeout_s: float) -> bool:
@@ -117,6 +121,16 @@ def _explain(attempt: Attempt, late: bool) -> None:
     close_status(folder, error)
 
 
+def how_it_ended(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code} before the run did"
+    number = -code
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    hint = ": the machine may have run out of memory" if number == signal.SIGKILL else ""
+    return f"was ended by {name}{hint}"
+
+
 def _folder(note: Path) -> Path | None:
     return Path(note.read_text(encoding="utf-8")) if note.exists() else None
 
@@ -135,23 +149,24 @@ def main() -> int:
     """The whole run in this process; its exit code."""
     from simulations.run import INTERRUPTED, guarded, interrupts
 
-    note, owner, began, *words = sys.argv[1:]
-    threading.Thread(target=_end_with, args=[int(owner)], daemon=True).start()
+    note, owner, words = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+    threading.Thread(target=_end_with, args=[owner], daemon=True).start()
     with interrupts():
         try:
-            return guarded(lambda: _run(words, Path(note), float(began)))
+            return guarded(lambda: _run(words, note))
         except KeyboardInterrupt:
             return INTERRUPTED
 
 
-def _run(words: Sequence[str], note: Path, began: float) -> int:
+def _run(words: Sequence[str], note: Path) -> int:
     from simulations.app.client_app import app
     from simulations.app.compose import load
-    from simulations.app.federate import check, run
+    from simulations.app.federate import run
     from simulations.app.grid import InProcessGrid
+    from simulations.app.parts import build_parts, check_machine
     from simulations.run import say
 
-    show = timed(say, began)
+    show = timed(say, psutil.Process().create_time())
 
     def emit(line: str) -> None:
         show(line)
@@ -161,7 +176,7 @@ def _run(words: Sequence[str], note: Path, began: float) -> int:
     if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.WARNING)
     cfg = load(words)
-    check(cfg)
+    check_machine(build_parts(cfg).runtime)
     run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), emit, watched=True)
     say("RUN COMPLETED")
     return 0

@@ -1,6 +1,5 @@
 """Attempts at one run: what of it is continued after a death, and the line it ends with."""
 
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,8 +7,6 @@ from pathlib import Path
 from fedlora.core.errors import ClientsSuspected, RunError, WorkerDied
 from simulations.app.status import COMPLETED, close_status, read_status
 
-REFUSED_OR_FAILED = (1, 2)
-"""Exit codes of a process that has said why the run failed."""
 FAILED_LINE = "RUN FAILED: "
 
 
@@ -31,20 +28,6 @@ class Attempt:
     """Why not, if nothing else says it."""
     said: bool = False
     """Whether the user has been shown the line that says how it ended."""
-
-    def ended(self, code: int) -> None:
-        """Take the exit code of the process that made the attempt."""
-        self.completed, self.code = code == 0, code if code in REFUSED_OR_FAILED else 1
-        self.reason = f"the process of the run {_words(code)}"
-
-
-def _words(code: int) -> str:
-    """An exit code in words; a shell adds 128 to the number of a signal."""
-    number = -code if code < 0 else code - 128
-    if number not in {*signal.Signals}:
-        return f"ended with exit code {code} before the run did"
-    hint = ": the machine may have run out of memory" if number == signal.SIGKILL else ""
-    return f"was ended by {signal.Signals(number).name}{hint}"
 
 
 @dataclass

@@ -2,7 +2,6 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,16 +28,6 @@ from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 from simulations.app.words import absolute
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse a configuration before anything is loaded.
-
-    Raises:
-        ConfigError: for a value that is wrong, or that asks for more than this machine has.
-    """
-    runtime = build_parts(cfg).runtime
-    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def run(

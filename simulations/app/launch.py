@@ -19,8 +19,9 @@ from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
+from simulations.app.alone import KNOWN, how_it_ended
 from simulations.app.attempts import Attempt, complete
-from simulations.app.guard import end
+from simulations.app.guard import SIGNALLED, end
 from simulations.app.ray_setup import short_folder
 from simulations.app.runtime import Runtime
 
@@ -39,13 +40,13 @@ ROUTINE = re.compile(
 )
 EXPLAINED = re.compile(
     r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error"
-    r"|WorkerDied|ClientsSuspected)\b)"
+    r"|WorkerDied|ClientsSuspected|SimulationEnded)\b)"
 )
-OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming)")
-TRACE = re.compile(r"^(\x1b\[91m)?ERROR")
+OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming|starting )")
+TRACE = re.compile(r"^\x1b\[91mERROR")
 
 
-def launch(overrides: Sequence[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
+def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
     """Do one run through Flower and Ray; its exit code: 0 only if the run completed.
 
     A run that fails because a worker process died continues from its last checkpoint with new
@@ -56,22 +57,31 @@ def launch(overrides: Sequence[str], runtime: Runtime, emit: Callable[[str], Non
     """
 
     def attempt(words: Sequence[str], attempt: Attempt, show: Callable[[str], None]) -> None:
-        with short_folder(show) as ray, _process(words, environment(runtime) | ray) as process:
+        with short_folder(show) as ray, _process(words, runtime, ray) as process:
             assert process.stdout is not None
             for line in filter_log(process.stdout):
                 show(line)
                 if match := FOLDER.match(line):
                     attempt.folder = Path(match[1])
-            attempt.ended(process.wait())
+            code = process.wait()
+            code = SIGNALLED - code if code > SIGNALLED else code
+        attempt.completed, attempt.code = code == 0, code if code in KNOWN else 1
+        attempt.reason = f"the process of the run {how_it_ended(code)}"
 
     return complete(attempt, overrides, runtime.restarts, emit)
 
 
 @contextmanager
 def _process(
-    overrides: Sequence[str], environment: Mapping[str, str]
+    overrides: Sequence[str], runtime: Runtime, more: Mapping[str, str]
 ) -> Iterator["subprocess.Popen[str]"]:
-    """The run's process behind its guard; it and all it started end with the block."""
+    """The run's process behind its guard; it and all it started end with the block.
+
+    Args:
+        overrides: of the run.
+        runtime: of the run.
+        more: further environment variables.
+    """
     home, mark = Path(tempfile.mkdtemp(prefix="fedlora-run-")), uuid.uuid4().hex
     guard = [str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
     command = [sys.executable, "-m", "simulations.app.simulate", *overrides]
@@ -83,7 +93,7 @@ def _process(
         text=True,
         errors="replace",
         cwd=home,
-        env=environment,
+        env=environment(runtime) | dict(more),
         start_new_session=True,
     )
     try:

@@ -1,9 +1,11 @@
 """Builds checked values from a composed configuration, one per group, before anything is loaded."""
 
 import dataclasses
+import os
 import re
 from typing import Any, TypeVar
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.config import build
@@ -78,6 +80,11 @@ def build_parts(cfg: DictConfig) -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return parts
+
+
+def check_machine(runtime: Runtime) -> None:
+    """Refuse CPUs and GPUs that this machine does not have (`Runtime.check_machine`)."""
+    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def _check_plain_keys(cfg: DictConfig) -> None:

@@ -68,11 +68,16 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     _write_json(folder / "population.json", population)
 
 
-def leave_status(parts: Parts, error: Exception) -> None:
-    """Write the status.json of a run that fails before anything else of it is written."""
-    folder = run_folder(parts)
-    folder.mkdir(parents=True, exist_ok=True)
-    close_status(folder, error)
+@contextmanager
+def failing(parts: Parts) -> Iterator[None]:
+    """A run that fails in the block, before anything of it is written, leaves a status.json."""
+    try:
+        yield
+    except Exception as error:
+        folder = run_folder(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        close_status(folder, error)
+        raise
 
 
 @contextmanager

@@ -116,7 +116,7 @@ class Runtime:
                 "machine: use runtime.device=auto or cpu"
             )
         wanted = max(self.num_gpus, math.ceil(self.gpus_per_worker))
-        if wanted > gpus and self.device != "cpu":  # with it Ray's GPUs are only counted
+        if wanted > gpus and self.device != "cpu":  # on the CPU, Ray only counts them
             raise ConfigError(
                 f"runtime.num_gpus={self.num_gpus} with runtime.gpus_per_worker="
                 f"{self.gpus_per_worker} needs {wanted} GPUs, and PyTorch sees {gpus} on this "

@@ -4,8 +4,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from flwr.app import Context
@@ -61,54 +60,48 @@ def check_ray() -> None:
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """One run of ``flwr run``."""
-    ending = _Ending()
+    ending = Ending()
     # Flower calls this when its simulation breaks (Ray does not start) or is stopped; this thread
     # learns of neither.
     add_exit_handler(ending.cut_off)
-    with last_line(ending.said):
+    with ending:
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
         say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
         check_ray()
-        _federate(cfg, grid, ending.say)
+        federate(cfg, grid, ending.say)
 
 
-def serve(cfg: DictConfig, grid: Grid) -> None:
-    """One run of a composed configuration."""
-    with last_line(say):
-        _federate(cfg, grid, say)
-
-
-def _federate(cfg: DictConfig, grid: Grid, emit: Callable[[str], None]) -> None:
+def federate(cfg: DictConfig, grid: Grid, emit: Callable[[str], None]) -> None:
+    """The run of a composed configuration, in the thread that Flower gives a server."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
     run(cfg, lambda _: grid, emit)
 
 
-@contextmanager
-def last_line(emit: Callable[[str], None]) -> Iterator[None]:
-    """End in one clear line; an exception ends the run as failed after it.
+class Ending:
+    """The last line of a run, said once: by its own thread, or by Flower's when that ends first.
 
-    Raises:
-        RunError: in place of what is no Exception (a SystemExit), which Flower takes for the end of
-            a completed run.
+    As a context it says how the block ended, and lets no exception end a run as if it were done.
     """
-    try:
-        yield
-    except BaseException as error:
-        emit(f"RUN FAILED: {type(error).__name__}: {error}")
-        if isinstance(error, Exception):
-            raise
-        raise RunError(f"{type(error).__name__}: {error}") from error
-    emit("RUN COMPLETED")
-
-
-class _Ending:
-    """The last line of a run, said once: by its own thread, or by Flower's when that ends first."""
 
     def __init__(self) -> None:
         self._lock, self._over = threading.Lock(), False
         self._folder: Path | None = None
+
+    def __enter__(self) -> "Ending":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
+        if error is None:
+            self.said("RUN COMPLETED")
+            return
+        self.said(f"RUN FAILED: {type(error).__name__}: {error}")
+        if not isinstance(error, Exception):
+            # Flower takes what is no Exception (SystemExit) for the end of a completed run.
+            raise RunError(f"{type(error).__name__}: {error}") from error
 
     def say(self, line: str) -> None:
         """Show a line, and note the run folder that it may name."""
