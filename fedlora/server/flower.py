@@ -5,6 +5,7 @@ that serve virtual clients, and the `Session` decides everything but the transpo
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -13,6 +14,7 @@ from typing import TypeAlias
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.core.checks import one_line
 from fedlora.core.errors import RunError, WorkerDied
 from fedlora.core.types import (
     Client,
@@ -95,21 +97,19 @@ class FederatedRun:
     ) -> list[Sequence[Update | Evaluation | Failure]]:
         """One message per batch, dealt round-robin over the nodes; the results batch by batch.
 
-        Jobs whose message came back broken, or not at all, are failures.
+        Jobs whose message came back broken, or not at all, are failures. A reply repeats the nonce
+        of these messages: one of an earlier round answers for nobody.
         """
         if not batches:
             return []
-        nodes, wire = nodes_of(grid), self.session.rounds.wire
+        nodes, wire, nonce = nodes_of(grid), self.session.rounds.wire, secrets.token_hex(8)
+        described = {"worker": self.worker, "source": self.source, "wire": wire, "nonce": nonce}
         messages = [
-            Message(
-                encode_jobs(jobs, worker=self.worker, source=self.source, wire=wire),
-                nodes[i % len(nodes)],
-                kind,
-            )
+            Message(encode_jobs(jobs, **described), nodes[i % len(nodes)], kind)
             for i, jobs in enumerate(batches)
         ]
         return [
-            _read(reply, jobs)
+            _read(reply, jobs, wire, nonce)
             for jobs, reply in zip(batches, self.deliver(messages, grid), strict=True)
         ]
 
@@ -200,7 +200,9 @@ def _answer(reply: Message | None) -> RecordDict | str:
     return reply.content
 
 
-def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evaluation | Failure]:
+def _read(
+    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str
+) -> Sequence[Update | Evaluation | Failure]:
     """The results of one reply to these jobs, whatever it holds."""
     clients = {j.client.id: j.client for j in jobs}
     if reply is None:
@@ -210,9 +212,9 @@ def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evalu
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
         starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
-        return decode_results(reply.content, clients, starts)
+        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce)
     except Exception as error:  # a reply is foreign input: it must not end the run
-        why = f"its reply cannot be read: {type(error).__name__}: {error}"
+        why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
         return [Failure(c, "WorkerError", why) for c in clients.values()]
 
 

@@ -32,7 +32,13 @@ def answer(message: Message) -> Message:
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
     sys.stdout.flush()
-    content = encode_results(results, wire=envelope.wire, notes=engine.notes(), jobs=envelope.jobs)
+    content = encode_results(
+        results,
+        wire=envelope.wire,
+        notes=engine.notes(),
+        jobs=envelope.jobs,
+        nonce=envelope.nonce,
+    )
     return Message(content, reply_to=message)
 
 
