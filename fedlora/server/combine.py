@@ -19,7 +19,7 @@ from fedlora.server.method import Method
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.validation import absurd
 
-NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)
+NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Errors of an average whose numbers are beyond any use, such as an SVD that is not finite."""
 
 

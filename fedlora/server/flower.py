@@ -25,6 +25,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.server.method import ClientChannel, RoundOutcome
+from fedlora.server.norm_bound import COHORT
 from fedlora.server.session import Session
 from fedlora.wire.codec import decode_results, encode_jobs, glance
 
@@ -163,7 +164,9 @@ class FlowerChannel(ClientChannel):
     """The channel to the clients of one round: one message per node and action."""
 
     def __init__(self, run: FederatedRun, grid: Grid) -> None:
-        self.worker, self.source, self.wire = run.worker, run.source, run.session.rounds.wire
+        rounds = run.session.rounds
+        self.worker, self.source, self.wire = run.worker, run.source, rounds.wire
+        self.norm_factor = rounds.norm_factor if rounds.norm_bound == COHORT else 0.0
         self._run, self._grid = run, grid
         self._nodes: list[int] = []
 

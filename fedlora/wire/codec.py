@@ -525,8 +525,8 @@ def _decode_metric(name: str, fields: Sequence[Any]) -> Metric:
     value, weight, over_clients, interval = fields
     if not isinstance(interval, bool):
         raise ValueError(f"metric {name:.64}: interval={interval!r} is neither true nor false")
-    numbers = [real(f"metric {name:.64}", x) for x in (value, weight)]
-    return Metric(*numbers, str(over_clients), interval)
+    said = f"metric {name:.64}"
+    return Metric(real(said, value), real(said, weight), str(over_clients), interval)
 
 
 def failure_from(client: Client, texts: Any) -> Failure:

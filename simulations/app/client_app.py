@@ -74,4 +74,5 @@ def split(message: Message, context: Context) -> Message:
     request = decode_downs(message.content)
     check_source(request.source)
     answers = split_worker(request.worker).answer(request, context.state)
-    return Message(encode_ups(answers, wire=request.wire), reply_to=message)
+    content = encode_ups(answers, wire=request.wire, nonce=request.nonce)
+    return Message(content, reply_to=message)
