@@ -6,7 +6,6 @@ compared with the others of its round is the subject of `fedlora.server.norm_bou
 """
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -46,7 +45,6 @@ EVALUATION_FIELDS = frozenset(
 """The same for the record of an evaluation."""
 DERIVED = ("_weighted", "_low", "_high")
 """Endings of names that a summary gives (`fedlora.evaluation.summary`)."""
-_NAME = re.compile(r"[A-Za-z][\w./@-]*", re.ASCII)
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
@@ -142,10 +140,15 @@ def absurd(tensors: Iterable[tuple[str, Tensor]], largest: float = LARGEST) -> s
     return ""
 
 
-def wrong_metrics(metrics: Mapping[str, float]) -> str:
+def wrong_metrics(metrics: Mapping[str, float], reserved: frozenset[str] = TRAIN_FIELDS) -> str:
     """What is wrong with a client's training metrics; empty: nothing. Records and byte counts sum
-    metrics, and the server's own fields of a record are not theirs to write."""
-    wrong = _wrong_names(metrics, TRAIN_FIELDS)
+    metrics, and the server's own fields of a record are not theirs to write.
+
+    Args:
+        metrics: by name.
+        reserved: names that no metric may have.
+    """
+    wrong = _wrong_names(metrics, reserved)
     if wrong:
         return wrong
     for name, value in metrics.items():
@@ -161,10 +164,10 @@ def _wrong_names(metrics: Mapping[str, object], reserved: frozenset[str]) -> str
     if len(metrics) > MOST_METRICS:
         return f"it has {len(metrics)} metrics, at most {MOST_METRICS} are recorded"
     for name in metrics:
-        if not isinstance(name, str) or len(name) > LONGEST_NAME or not _NAME.fullmatch(name):
+        if not (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()):
             return (
-                f"its metric {name!r:.80} has a name that is not a letter followed by up to "
-                f"{LONGEST_NAME - 1} letters, digits and _ . / @ -"
+                f"its metric {name!r:.80} has a name that is not 1 to {LONGEST_NAME} printable "
+                "characters"
             )
         if name in reserved:
             return f"its metric {name} has the name of a field that the server writes"
