@@ -184,7 +184,6 @@ def read_init(i: int, header: Mapping[str, Any], found: Arrays) -> InitMessage:
 # time, and takes longer to build than a small client's step.
 
 
-@functools.lru_cache(maxsize=64)
 def _plan(text: str) -> LocalPlan:
     plan = plan_from_json(text)
     assert isinstance(plan, LocalPlan)

@@ -25,6 +25,7 @@ request asked for costs the client whose row it is, and nobody else.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -228,8 +229,9 @@ def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
     return json.dumps(describe(plan))
 
 
+@functools.lru_cache(maxsize=64)
 def plan_from_json(text: str) -> LocalPlan | EvaluatePlan:
-    """The inverse of `plan_to_json`."""
+    """The inverse of `plan_to_json`. Messages repeat their few plans, which take long to build."""
     plan = build(json.loads(text), object, "plan")
     return cast(LocalPlan | EvaluatePlan, plan)
 
