@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
+from fedlora.core.reading import disk_faults
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
@@ -20,6 +21,7 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
+from simulations.app.compose import absolute
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, headline, prepare_inputs
@@ -56,16 +58,17 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
     emit("starting model and data")
-    inputs = prepare_inputs(parts, emit)
-    folder = run_folder(parts)
+    with disk_faults(place := absolute(parts.output_dir) / parts.name):
+        inputs = prepare_inputs(parts, emit)
+        folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
     if inputs.cut:
         emit(inputs.cut)
-    with claim(folder):
+    with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         trackers = open_session(session, parts, inputs)
-        with status_file(folder, session):
+        with status_file(folder, session), disk_faults(folder):
             try:
                 federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()

@@ -37,7 +37,7 @@ ROUTINE = re.compile(
     r"((\x1b\[9[23]m)?(INFO|WARNING)[: ]|$)"
 )
 EXPLAINED = re.compile(
-    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint)Error|^RUN FAILED: WorkerDied"
+    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error|^RUN FAILED: WorkerDied"
 )
 OURS = re.compile(r"^(RUN |run folder|report)")
 
@@ -63,7 +63,7 @@ def _worker_died(folder: Path | None) -> bool:
         status = json.loads((folder / "status.json").read_text()) if folder else {}
     except (OSError, ValueError):
         return False
-    return status.get("kind") == "WorkerDied"
+    return isinstance(status, dict) and status.get("kind") == "WorkerDied"
 
 
 def _run(

@@ -67,8 +67,7 @@ class Stale(World):
 
     def answer(self, message: Message) -> Message:
         reply = super().answer(message)
-        (job,) = decode_jobs(message.content).jobs
-        if job.client.id != BAD:
+        if [j.client.id for j in decode_jobs(message.content).jobs] != [BAD]:
             return reply
         self.first = self.first or reply
         return Message(self.first.content, reply_to=message)

@@ -106,7 +106,7 @@ class World:
         session = Session(
             method=self.method,
             setting=population,
-            roster=Roster(population.clients, ids, {"seen": ids}, len(ids), shards),
+            roster=Roster(population.clients, ids, {"seen": ids}, len(ids), shards, 0),
             plan=plan,
             schedule=EvaluationSchedule(every=0),
             rounds=Rounds(rounds=rounds, **options),
@@ -137,7 +137,7 @@ class World:
     def answer(self, message: Message) -> Message:
         """All jobs of a message one after another, as a worker does them."""
         envelope = decode_jobs(message.content)
-        spoil, edit = self.attack(envelope.jobs[0].round)
+        spoil, edit = self.attack(envelope.jobs[0].round) if envelope.jobs else (honest, None)
         results: list[Result] = []
         for job in sorted(envelope.jobs, key=lambda j: j.client.id):
             assert isinstance(job, TrainJob)
