@@ -132,7 +132,13 @@ def test_a_dead_worker_stops_the_round_and_nothing_of_it_is_kept(tmp_path):
 
 def test_silence_is_a_failure(tmp_path):
     run, _, said, grid = served(tmp_path, add_one, rounds=1, min_success=0.1, timeout_s=0.2)
-    grid.pull_messages = lambda ids: []
+    answered = grid.pull_messages
+
+    def only_the_set_up(ids):
+        grid.pull_messages = lambda ids: []
+        return answered(ids)
+
+    grid.pull_messages = only_the_set_up
     with pytest.raises(ClientsSuspected, match="no worker process is left that answers"):
         run.start(grid)
     assert "no answer within 0.2 s" in "\n".join(said)
