@@ -39,7 +39,9 @@ class Example:
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
     prompt_tokens: int
-    """Token ids, with BOS if the template has it. The response is ``input_ids[prompt_tokens:]``."""
+    """Token ids before the last answer, with BOS if the template has it."""
+    responses: NDArray[np.bool_] | None = None
+    """``[tokens]``, which tokens belong to answers; None: ``input_ids[prompt_tokens:]``."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
         "source": [source.name, source.fingerprint(), source.max_length, source.truncation],
         "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "probe": [int(i) for i in probe["input_ids"][0]],  # a tokenizer that changed under its name
-        "template": source.template.version,
+        "template": source.encoder(tokenizer).version,
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -144,6 +146,8 @@ class TokenStore:
         self._index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
         self._bounds: list[int] = np.load(self.folder / "clients.npy").tolist()
         self._tokens: NDArray[Any] = np.load(self.folder / "tokens.npy", mmap_mode="r")
+        flags = np.load(self.folder / "responses.npy", mmap_mode="r")
+        self._responses: NDArray[np.bool_] | None = flags if len(flags) else None
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.folder,)
@@ -176,6 +180,11 @@ class TokenStore:
     def source(self) -> dict[str, Any]:
         """Name, fingerprint, ``cutoff`` (`Source.max_length`) and truncation of the source."""
         return dict(self._meta["source"])
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether an example has answers before its last one, or other tokens after it."""
+        return self._responses is not None
 
     def count(self, client: int, split: str) -> int:
         """How many examples a client's split has."""
@@ -219,7 +228,9 @@ class TokenStore:
 
     def _example(self, row: int) -> Example:
         start, tokens, prompt_tokens = self._index[row, :3].tolist()
-        return Example(self._tokens[start : start + tokens].astype(np.int32), prompt_tokens)
+        place = slice(start, start + tokens)
+        flags = None if self._responses is None else np.array(self._responses[place])
+        return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags)
 
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""

@@ -215,6 +215,8 @@ def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
         arrays[f"{i}/lengths"] = np.array(up.shape.lengths, dtype=np.int32)
     if up.labels is not None:
         arrays[f"{i}/labels/first"] = np.array(up.labels.first, dtype=np.int32)
+        if up.labels.gaps:
+            arrays[f"{i}/labels/gaps"] = np.array(up.labels.gaps, dtype=np.int32)
         arrays[f"{i}/labels/targets"] = up.labels.targets.numpy().astype(np.int32)
     if up.adapter is not None:
         header["adapter"] = _put_adapter(arrays, f"{i}/adapter", up.adapter, wire)
@@ -244,7 +246,8 @@ def _up(client: Client, h: Mapping[str, Any], found: Arrays) -> Answer:
 
 def _labels(arrays: Arrays) -> Labels:
     targets = torch.from_numpy(arrays["targets"].astype(np.int64))
-    return Labels(tuple(int(n) for n in arrays["first"]), targets)
+    gaps = arrays.get("gaps", np.zeros(0))
+    return Labels(tuple(int(n) for n in arrays["first"]), targets, tuple(int(n) for n in gaps))
 
 
 def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDict:

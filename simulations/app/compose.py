@@ -21,7 +21,8 @@ from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 
 CONF = ROOT / "conf"
-DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
+DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
+DATA_FILES += (".zip", ".gz", ".zst")
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
@@ -59,6 +60,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
                 parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
                 cfg.name = "-".join([*parts, f"s{cfg.seed}"])
             _anchor(cfg)
+            _train_answers(cfg, overrides)
         OmegaConf.to_container(cfg, resolve=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_sentence(error, overrides)) from error
@@ -95,6 +97,28 @@ def _anchor(cfg: DictConfig) -> None:
         file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
         if absolute(path).exists() or (group == "data" and file_like):
             node.path = str(absolute(path))
+    template = cfg.data.get("template")
+    if isinstance(template, str) and absolute(template).is_file():
+        cfg.data.template = str(absolute(template))
+
+
+def _train_answers(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Set the loss of a chat template: it is that of answers, whatever the default is.
+
+    Raises:
+        ConfigError: if the user asks for another one.
+    """
+    from fedlora.data.template import is_chat
+
+    template = cfg.data.get("template")
+    if not isinstance(template, str) or not is_chat(template) or cfg.client.loss == "response":
+        return
+    if any(word.lstrip("+").startswith("client.loss=") for word in overrides):
+        raise ConfigError(
+            f"client.loss={cfg.client.loss} with data.template={template}: a chat template has its "
+            "loss on answers only; leave client.loss out, or use data.template=ours"
+        )
+    cfg.client.loss = "response"
 
 
 def absolute(path: str) -> Path:

@@ -22,6 +22,7 @@ EOS = 0
 class FakeExample:
     input_ids: Any
     prompt_tokens: int
+    responses: None = None
 
 
 @dataclass

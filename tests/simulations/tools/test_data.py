@@ -73,7 +73,10 @@ def test_an_example_is_shown_as_the_model_sees_it(jsonl, tokenizer_folder, capsy
         (["data=dolly"], "e2e jsonl natural_instructions sotu"),
         (["data=jsonl"], "missing mandatory value: path"),
         (["data=sotu", "data.clients=many"], "clients='many'"),
-        (["data=sotu", "data.client=7"], "data has: _target_, clients, max_length, truncation"),
+        (
+            ["data=sotu", "data.client=7"],
+            "data has: _target_, clients, max_length, template, truncation",
+        ),
         (["data=sotu", "clients=7"], "Could not override 'clients'"),
         (["sotu"], "'sotu' missing EQUAL"),
         (["data=natural_instructions", "data.path=no/such/file"], "neither a folder nor a file"),
@@ -93,7 +96,8 @@ def test_a_folder_without_tokenizer_is_named(tmp_path, capsys):
 
 def test_the_words_are_those_of_a_run():
     words = ["data=jsonl", "data.path=/x", "data.partition=iid", "data.clients=12"]
-    source, folder = sources([*words, "client.lr=1"])
+    source, folder, loss = sources([*words, "client.lr=1"])
+    assert loss == "full"
     assert source == Jsonl(path="/x", partition="iid", clients=12)
     assert folder == find_assets("tiny")
 
@@ -110,7 +114,7 @@ def test_a_configuration_lists_every_option_with_its_default(file):
         node.path = "x"
     source = build(node, Source, "data")
     assert list(node)[1:] == sorted(
-        (f.name for f in fields(cls)), key=lambda n: n in ("max_length", "truncation")
+        (f.name for f in fields(cls)), key=lambda n: n in ("max_length", "truncation", "template")
     )
     assert source.name == file.stem
     required = {"path": source.path} if hasattr(source, "path") else {}
