@@ -26,7 +26,7 @@ from fedlora.data.values import SPLIT_NAMES
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 """Names of data files in a folder, but for a suffix of compression."""
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".zstd")
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FOREIGN = (  # how a file begins, what it is, what to do
@@ -192,7 +192,7 @@ def _from_csv(text: str, file: Path) -> Iterator[Row]:
     separator = max(",;\t|", key=lambda c: len(next(csv.reader([header], delimiter=c))))
     names = [name.strip() for name in next(csv.reader([header], delimiter=separator))]
     single = len(names) < 2 and names[0] not in CONVERSATIONS
-    if single or not all(names) or max(map(len, names)) > 80:
+    if single or not all(names[1:]) or max(map(len, names)) > 80:  # an index has no name
         raise DataError(f"{file} is plain text without a header of fields; records are {_FORMS}")
     for values, where in csv_rows(text, str(file), separator):
         yield Row({k: v or None for k, v in values.items()}, where)

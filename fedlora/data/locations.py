@@ -87,8 +87,8 @@ class Location:
         if not path.is_dir():
             found = (Path(p) for p in glob.glob(str(path), recursive=True))
             return sorted(p for p in found if p.is_file())
-        every = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        data = [p for p in every if p.suffix in files.SUFFIXES or _stem(p).suffix in files.SUFFIXES]
+        every = [p for p in sorted(path.rglob("*")) if p.is_file() and not _hidden(p, path)]
+        data = [p for p in every if _is_data(p)]
         if not data:
             names = ", ".join(p.name for p in every[:8]) or "nothing"
             raise DataError(
@@ -115,11 +115,23 @@ class Location:
         return [(label, "") for label in labels]
 
 
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a file has the name of a data file."""
+    suffixes = [s.lower() for s in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in files.COMPRESSED:
+        suffixes.pop()
+    return bool(suffixes) and suffixes[-1] in files.SUFFIXES
+
+
 def _stem(path: Path) -> Path:
     """A path without the suffixes of a data file."""
-    if path.suffix in files.COMPRESSED:
+    if path.suffix.lower() in files.COMPRESSED:
         path = path.with_suffix("")
-    return path.with_suffix("") if path.suffix in files.SUFFIXES else path
+    return path.with_suffix("") if path.suffix.lower() in files.SUFFIXES else path
 
 
 # --- data sets of the library `datasets` ----------------------------------------------------------

@@ -247,9 +247,18 @@ class TokenStore:
         flags = None if self._responses is None else np.array(self._responses[place])
         return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags)
 
+    def _answer_tokens(self) -> NDArray[np.int64]:
+        """``[examples]``: how many tokens of each belong to answers."""
+        starts, tokens, prompts = (self._index[:, c] for c in (0, 1, 2))
+        if self._responses is None:
+            return np.asarray(tokens - prompts)
+        running = np.concatenate([[0], np.cumsum(self._responses)])
+        return np.asarray(running[starts + tokens] - running[starts])
+
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""
-        tokens, prompts, flags = (self._index[:, c] for c in (1, 2, 5))
+        tokens, flags = (self._index[:, c] for c in (1, 5))
+        answers = self._answer_tokens()
         empty = (flags & EMPTY_OUTPUT) > 0
         held = np.diff(self._bounds).reshape(-1, len(SPLITS))
         owner = np.repeat(np.arange(self.num_clients), held.sum(axis=1))
@@ -269,12 +278,10 @@ class TokenStore:
             "tokens": int(tokens.sum()),
             "tokens_per_example": _spread(tokens),
             "tokens_by_split": {s: _spread(tokens[r]) for s, r in rows.items()},
-            "response_tokens_by_split": {
-                s: _spread((tokens - prompts)[r]) for s, r in rows.items()
-            },
-            "response_token_share": float((tokens - prompts).sum() / tokens.sum()),
+            "response_tokens_by_split": {s: _spread(answers[r]) for s, r in rows.items()},
+            "response_token_share": float(answers.sum() / tokens.sum()),
             "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
-            "without_response": int((tokens == prompts).sum()),
+            "without_response": int((answers == 0).sum()),
             "empty_outputs": int(empty.sum()),
             "clients_with_only_empty_outputs": np.flatnonzero(silent).tolist(),
             "clients_without_training_examples": np.flatnonzero(train == 0).tolist(),

@@ -21,8 +21,6 @@ from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 
 CONF = ROOT / "conf"
-DATA_FILES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-DATA_FILES += (".zip", ".gz", ".zst")
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
@@ -89,12 +87,15 @@ def _anchor(cfg: DictConfig) -> None:
 
     What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
     """
+    from fedlora.data.files import COMPRESSED, SUFFIXES
+
+    endings = (*SUFFIXES, *COMPRESSED, ".zip")
     for group in ("data", "model", "model.base"):
         node = OmegaConf.select(cfg, group)
         path = node.get("path") if isinstance(node, DictConfig) else None
         if not isinstance(path, str) or not path:
             continue
-        file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
+        file_like = any(c in path for c in "*?[") or path.endswith(endings)
         if absolute(path).exists() or (group == "data" and file_like):
             node.path = str(absolute(path))
     template = cfg.data.get("template")

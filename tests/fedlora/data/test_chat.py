@@ -307,6 +307,9 @@ def test_a_store_keeps_the_mask(tokenizer, tmp_path):
     store = TokenStore(prepare(source, tokenizer, "t", tmp_path))
     wanted = source.encoder(tokenizer).encode(rows)
     found = [*store.examples(0, "train"), *store.examples(1, "train")]
+    answers = store.statistics()["response_tokens_by_split"]["train"]
+    assert answers["max"] == max(sum(e.responses) for e in wanted)
+    assert answers["min"] == min(sum(e.responses) for e in wanted)
     for encoded, held in zip(wanted, found, strict=True):
         assert held.responses.tolist() == encoded.responses
         assert targets_of(held, "response").tolist() == np.flatnonzero(encoded.responses).tolist()

@@ -68,6 +68,7 @@ FORMS = {
     "array.json.zst": lambda _: compressed(json.dumps(ROWS).encode(), "zstd"),
     "t.csv": lambda f: table(f, lambda d, p: d.to_csv(p, index=False)),
     "index.csv": lambda f: table(f, lambda d, p: d.rename_axis("index").to_csv(p)),
+    "unnamed_index.csv": lambda f: table(f, lambda d, p: d.to_csv(p)),
     "bom.csv": lambda f: table(f, lambda d, p: d.to_csv(p, index=False, encoding="utf-8-sig")),
     "semicolon.csv": lambda f: table(f, lambda d, p: d.to_csv(p, index=False, sep=";")),
     "t.tsv": lambda f: table(f, lambda d, p: d.to_csv(p, index=False, sep="\t")),
@@ -89,12 +90,14 @@ def test_every_form_gives_the_same_records(name, tmp_path, wanted):
 
 def test_files_of_several_forms_are_one_data_set(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(ROWS[:10]))
-    pd.DataFrame(ROWS[10:20]).to_csv(tmp_path / "b.csv", index=False)
+    pd.DataFrame(ROWS[10:20]).to_csv(tmp_path / "b.CSV", index=False)
     pd.DataFrame(ROWS[20:]).to_parquet(tmp_path / "c.parquet")
     (tmp_path / "README.md").write_text("# About")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "old.json").write_text("[]")
     found = records(tmp_path, partition="iid", clients=3)
     assert sorted(r.instruction for r in found) == sorted(r["instruction"] for r in ROWS)
-    assert records(tmp_path / "*.[cjp]*", partition="iid", clients=3) == found
+    assert records(tmp_path / "*.[cCjp]*", partition="iid", clients=3) == found
 
 
 # --- a file per client ---------------------------------------------------------------------------
