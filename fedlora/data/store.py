@@ -51,14 +51,18 @@ class ClientInfo:
     id: int
     category: str
     """The category of most of its examples."""
+    name: str
+    """What the source calls it."""
     num_train: int
     num_eval: int
     num_test: int
-    name: str
-    """What the source calls it."""
     train_tokens: int
     eval_tokens: int
     test_tokens: int
+    predicting: int
+    """Training examples with more than one token."""
+    responding: int
+    """Training examples that keep a token of an answer."""
 
     def holds(self, split: str) -> tuple[int, int]:
         """How many examples of a split it has, and of how many tokens together."""
@@ -68,6 +72,11 @@ class ClientInfo:
             "test": (self.num_test, self.test_tokens),
         }
         return held[split]
+
+    def trains(self, loss: str) -> int:
+        """How many training examples have a token with a loss
+        (`fedlora.data.batches.supervised_tokens`)."""
+        return self.responding if loss == "response" else self.predicting
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
@@ -160,16 +169,22 @@ class TokenStore:
     @cached_property
     def clients(self) -> tuple[ClientInfo, ...]:
         """Every client, ``clients[k].id == k``."""
-        held = np.diff(self._bounds).reshape(-1, len(SPLITS)).tolist()
-        # Sums between bounds as differences of running sums: many splits are empty.
-        running = np.concatenate([[0], np.cumsum(self._index[:, 1])])
-        tokens = np.diff(running[self._bounds]).reshape(-1, len(SPLITS)).tolist()
+        tokens = np.array(self._index[:, 1])
+        held = self._sums(np.ones_like(tokens)).tolist()
+        lengths = self._sums(tokens).tolist()
+        predicting = self._sums(tokens > 1)[:, 0].tolist()
+        responding = self._sums(self._answer_tokens() > 0)[:, 0].tolist()
+        rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
-            ClientInfo(k, category, train, evals, tests, name, *lengths)
-            for k, ((category, name), (train, evals, tests), lengths) in enumerate(
-                zip(self._meta["clients"], held, tokens, strict=True)
-            )
+            ClientInfo(k, category, name, n[0], n[1], n[2], t[0], t[1], t[2], full, response)
+            for k, ((category, name), n, t, full, response) in enumerate(rows)
         )
+
+    def _sums(self, column: NDArray[Any]) -> NDArray[np.int64]:
+        """The sums of a column of the index by client and split, ``[clients, splits]``, as
+        differences of running sums: many splits are empty."""
+        running = np.concatenate([[0], np.cumsum(column)])
+        return np.diff(running[self._bounds]).reshape(-1, len(SPLITS))
 
     @cached_property
     def categories(self) -> tuple[str, ...]:
@@ -195,11 +210,6 @@ class TokenStore:
     def source(self) -> dict[str, Any]:
         """Name, fingerprint, ``cutoff`` (`Source.max_length`) and truncation of the source."""
         return dict(self._meta["source"])
-
-    @property
-    def has_gaps(self) -> bool:
-        """Whether an example has answers before its last one, or other tokens after it."""
-        return self._responses is not None
 
     def count(self, client: int, split: str) -> int:
         """How many examples a client's split has."""
@@ -248,12 +258,13 @@ class TokenStore:
         return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags)
 
     def _answer_tokens(self) -> NDArray[np.int64]:
-        """``[examples]``: how many tokens of each belong to answers."""
-        starts, tokens, prompts = (self._index[:, c] for c in (0, 1, 2))
+        """``[examples]``: how many tokens of each belong to answers, its first one apart
+        (`fedlora.data.batches.supervised_tokens`)."""
+        starts, tokens, prompts = (np.array(self._index[:, c]) for c in (0, 1, 2))
         if self._responses is None:
-            return np.asarray(tokens - prompts)
+            return np.maximum(0, tokens - np.maximum(1, prompts))
         running = np.concatenate([[0], np.cumsum(self._responses)])
-        return np.asarray(running[starts + tokens] - running[starts])
+        return running[starts + tokens] - running[starts + 1]
 
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""

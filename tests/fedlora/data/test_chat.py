@@ -307,6 +307,10 @@ def test_a_store_keeps_the_mask(tokenizer, tmp_path):
     store = TokenStore(prepare(source, tokenizer, "t", tmp_path))
     wanted = source.encoder(tokenizer).encode(rows)
     found = [*store.examples(0, "train"), *store.examples(1, "train")]
+    for k, info in enumerate(store.clients):
+        held = store.examples(k, "train")
+        for loss in ("full", "response"):
+            assert info.trains(loss) == sum(supervised_tokens(e, loss) > 0 for e in held)
     answers = store.statistics()["response_tokens_by_split"]["train"]
     assert answers["max"] == max(sum(e.responses) for e in wanted)
     assert answers["min"] == min(sum(e.responses) for e in wanted)
