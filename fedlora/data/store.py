@@ -264,7 +264,7 @@ class TokenStore:
         if self._responses is None:
             return np.maximum(0, tokens - np.maximum(1, prompts))
         running = np.concatenate([[0], np.cumsum(self._responses)])
-        return running[starts + tokens] - running[starts + 1]
+        return np.asarray(running[starts + tokens] - running[starts + 1])
 
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""
