@@ -144,7 +144,8 @@ def test_a_damaged_configuration_does_not_hide_a_refusal(whole, tmp_path, damage
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize(
-    "name", ["meta.json", "tokens.npy", "index.npy", "clients.npy", "references.utf8"]
+    "name",
+    ["meta.json", "tokens.npy", "responses.npy", "index.npy", "clients.npy", "references.utf8"],
 )
 def test_damaged_files_of_the_token_cache_are_made_again(whole, caplog, name, damage):
     """Whatever bit is flipped: another token in somebody's text would change results in silence."""
