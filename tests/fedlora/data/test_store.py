@@ -162,9 +162,17 @@ def _flip(path):
     path.write_bytes(data)
 
 
+def _noise(path):
+    path.write_bytes(bytes(range(256)))
+
+
+def _null(path):
+    path.write_text("null")
+
+
 @pytest.mark.parametrize(
     ("harm", "file"),
-    [(_cut, f) for f in FILES]
+    [(harm, f) for harm in (_cut, _noise, _null) for f in FILES]
     + [(lambda p: p.unlink(), f) for f in FILES]
     + [(_flip, f) for f in FILES],
 )
