@@ -21,6 +21,7 @@ COMMANDS = {
     "study": ("simulations.run", "every combination of values that commas separate"),
     "report": ("simulations.reporting.report", "a run, or several side by side, as one HTML page"),
     "merge": ("simulations.tools.merge", "the base model with a run's update added"),
+    "export": ("simulations.tools.export", "a run's adapter for PEFT, and its upload"),
     "generate": ("simulations.tools.generate", "texts of a run's model, and their scores"),
     "data": ("simulations.tools.data", "statistics and examples of a data set"),
     "pretrain": ("simulations.pretraining.pretrain", "a small base model from nothing"),

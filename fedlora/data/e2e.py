@@ -68,6 +68,7 @@ class E2E(Source):
     """The E2E NLG challenge from the official CSV files or a Parquet file."""
 
     name: ClassVar[str] = "e2e"
+    licence: ClassVar[str] = "CC BY-SA 4.0"
     template: ClassVar[Template] = CONTEXT
 
     path: str

@@ -25,6 +25,8 @@ class Source(ABC):
 
     name: ClassVar[str]
     """Short name for folders, run names and tables."""
+    licence: ClassVar[str] = ""
+    """Of the texts, for model cards; empty: not known."""
     template: ClassVar[Template] = INSTRUCTION
     """How its records become sequences of tokens."""
 

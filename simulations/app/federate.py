@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
-from fedlora.core.types import Setting
+from fedlora.models.export import remove_exports
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
@@ -55,9 +55,12 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                 federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
+                if session.done < session.rounds.rounds:
+                    remove_exports(folder)  # of the end that a continued run had before
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     federated.start(grid_of(parts))
-                export(session, parts, inputs.info, inputs.worker.model)
+                payload = session.global_payload(session.setting.max_ranks)
+                export(payload, folder, inputs.worker.model, parts.client.dropout, emit)
         finally:
             session.tracker.close()
     if parts.report:
@@ -75,21 +78,12 @@ def new_session(
         ConfigError: for ranks, cuts or a model that the method cannot do with.
     """
     info, roster = inputs.info, inputs.roster
-    setting = Setting(
-        info.modules,
-        info.parameters,
-        parts.ranks.alpha,
-        roster.clients,
-        parts.seed,
-        mask=info.mask,
-        density=inputs.pruned.density if inputs.pruned else 1.0,
-    )
     model = inputs.worker.model
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         return Session(
             method=parts.strategy,
-            setting=setting,
+            setting=inputs.setting(parts),
             roster=roster,
             plan=parts.client,
             schedule=parts.evaluate,
@@ -118,7 +112,8 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
+        now = changed(folder, parts.resolved, inputs.store.name, inputs.info.fingerprint)
+        raise RunError(f"{error}{now}") from error
     write_start(parts, inputs, folder)
     session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.core.types import LocalPlan
+from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.worker import WorkerSpec
 from fedlora.models.masks import load_masks
@@ -29,6 +29,18 @@ class RunInputs:
     worker: WorkerSpec
     pruned: PrunedBase | None = None
     """Facts of a pruned model; None: the model is dense."""
+
+    def setting(self, parts: Parts) -> Setting:
+        """What the method of the run is told."""
+        return Setting(
+            self.info.modules,
+            self.info.parameters,
+            parts.ranks.alpha,
+            self.roster.clients,
+            parts.seed,
+            mask=self.info.mask,
+            density=self.pruned.density if self.pruned else 1.0,
+        )
 
 
 def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:

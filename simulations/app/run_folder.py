@@ -12,9 +12,9 @@ from fedlora.core.files import write_file
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
 from simulations.app.compose import absolute
+from simulations.app.identity import MODEL
 from simulations.app.inputs import RunInputs
 from simulations.app.parts import Parts
-from simulations.tools.base_model import FILE as MODEL
 
 
 def run_folder(parts: Parts) -> Path:
@@ -56,8 +56,11 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
-    _write_json(folder / MODEL, model | {"folder": str(inputs.worker.model.folder())})
+    spec = inputs.worker.model
+    model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id}
+    _write_json(folder / MODEL, model)
     population = {
+        "fingerprint": inputs.store.name,
         "clients": len(roster.clients),
         "per_round": roster.per_round,
         "tiers": roster.tier_counts(),

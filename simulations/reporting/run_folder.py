@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlora.run.tracking import read_jsonl
+from simulations.app.identity import MODEL
 
 Record = Mapping[str, Any]
 
@@ -35,6 +36,7 @@ class Run:
     population: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """A metric of the rounds: round numbers and values; what is null or missing is left out."""
@@ -80,6 +82,7 @@ def read_run(folder: Path) -> Run:
         population=_json(folder / "population.json"),
         environment=_json(folder / "environment.json"),
         status=_json(folder / "status.json"),
+        model=_json(folder / MODEL),
     )
 
 

@@ -19,29 +19,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.config import build
 from fedlora.core.errors import CheckpointError, ConfigError, ModelError
 from fedlora.core.files import write_file
-from fedlora.core.payload import Payload
-from fedlora.core.types import Setting
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.worker import resolve_device
 from fedlora.evaluation.beam_search import Decoding, search
 from fedlora.evaluation.corpus_metrics import evaluate
 from fedlora.evaluation.metrics import Ids
-from fedlora.models.export import exported
-from fedlora.models.modules import ModelInfo
-from fedlora.run import checkpoint
 from fedlora.run.progress import clock
-from fedlora.techniques.lora.payload import LowRankPayload
-from simulations.app.inputs import prepare_inputs
-from simulations.app.parts import build_parts
 from simulations.tools.base_model import base_of
+from simulations.tools.final_payload import final_payload, run_config
 
 ADAPTERS = ("final", "none")
 SPLITS = ("test", "eval")
@@ -108,7 +99,7 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
         raise ConfigError(f"{run}: no client has an example in its {request.split} split")
     model = spec.load(resolve_device(request.device))
     final = request.adapter == "final"
-    adapter = final_adapter(run, config, model.info, emit) if final else None
+    adapter = final_payload(run, config, model.info, emit) if final else None
     model.mount(adapter)
     emit(f"{run.name}: {len(asked)} of {len(every)} contexts of the {request.split} split")
     began = time.monotonic()
@@ -140,45 +131,6 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
     write_file(run / f"{request.stem}.jsonl", "".join(lines))
     write_file(run / f"{request.stem}.json", json.dumps(record, indent=1) + "\n")
     return record
-
-
-def run_config(run: Path) -> DictConfig:
-    """The configuration that a run was made with.
-
-    Raises:
-        ConfigError: if the folder has none.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig) or not {"model", "data"} <= {str(k) for k in config}:
-        raise ConfigError(f"{file} is no configuration of a run: it lacks model or data")
-    return config
-
-
-def final_adapter(
-    run: Path, config: DictConfig, info: ModelInfo, emit: Callable[[str], object]
-) -> Payload:
-    """The final adapter of a run: ``adapter/``, or else the update of its last checkpoint at the
-    population's largest ranks (a run that was interrupted, or ended in a sparse stage).
-
-    Raises:
-        ConfigError: if the run left neither.
-    """
-    adapter = run / "adapter"
-    if adapter.is_dir():
-        return (exported(adapter) or LowRankPayload).load(adapter, info)
-    saved = checkpoint.latest(run / "checkpoints")
-    if saved is None:
-        raise ConfigError(f"{run} has no adapter/ and no checkpoint: its first round was not done")
-    emit(f"{run.name}: no adapter/; the checkpoint after round {saved.round} is taken")
-    parts = build_parts(config)
-    inputs = prepare_inputs(parts, lambda line: None)
-    found, clients = inputs.info, inputs.roster.clients
-    setting = Setting(found.modules, found.parameters, parts.ranks.alpha, clients, parts.seed)
-    last = parts.strategy.global_update(dict(saved.state), setting.max_ranks)
-    return parts.client.technique.payload(last)
 
 
 class Lines:
