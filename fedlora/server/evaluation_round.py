@@ -61,6 +61,37 @@ def evaluation_jobs(
     return jobs
 
 
+def evaluation_rows(
+    tag: str, found: Sequence[Evaluation | Failure], *, round: int
+) -> list[dict[str, object]]:
+    """One row per client for evaluations.jsonl, by client id.
+
+    ``metrics`` are the client's own values, ``weights`` what each is a mean over. A client that
+    failed has ``failure`` and ``message`` instead.
+    """
+    group, _, adapter = tag.partition(":")
+
+    def measured(result: Evaluation | Failure) -> dict[str, object]:
+        if isinstance(result, Failure):
+            return {"failure": result.kind, "message": result.message}
+        values = {name: m.scalar for name, m in result.metrics.items()}
+        return {"metrics": values, "weights": {n: m.weight for n, m in result.metrics.items()}}
+
+    return [
+        {
+            "round": round,
+            "group": group,
+            "adapter": adapter,
+            "client": r.client.id,
+            "tier": r.client.tier,
+            "rank": r.client.ranks.label,
+            "examples": r.client.num_examples,
+            **measured(r),
+        }
+        for r in sorted(found, key=lambda r: r.client.id)
+    ]
+
+
 def evaluation_record(
     tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
 ) -> dict[str, float | int | str]:

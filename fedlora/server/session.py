@@ -30,7 +30,12 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import combine
-from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
+from fedlora.server.evaluation_round import (
+    evaluated_clients,
+    evaluation_jobs,
+    evaluation_record,
+    evaluation_rows,
+)
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -311,5 +316,6 @@ class Session:
                 self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
             seconds = time.monotonic() - self._evaluation_started
             record = evaluation_record(tag, found, round=round, seconds=seconds)
+            self.tracker.evaluated(evaluation_rows(tag, found, round=round))
             self.tracker.round(record)
             self.emit(round_summary(record | {"rounds": self.rounds.rounds}))
