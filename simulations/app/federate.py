@@ -21,7 +21,7 @@ from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.export import export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, prepare_inputs
+from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 
@@ -47,6 +47,7 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     inputs = prepare_inputs(parts, emit)
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
+    emit(headline(inputs, parts.data.name, session))
     with claim(folder):
         emit(f"run folder: {folder}")
         open_session(session, parts, inputs)

@@ -3,6 +3,7 @@ has a folder, so that a mistake leaves nothing behind.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +15,10 @@ from fedlora.engine.worker import WorkerSpec
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
+from fedlora.population.ranks import rank_text
 from fedlora.population.sampling import Roster, enroll, panel
 from fedlora.server.schedule import EvaluationSchedule
+from fedlora.server.session import Session
 from simulations.app.parts import Parts
 
 
@@ -55,13 +58,42 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
         parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
     )
     check_groups(parts.evaluate, roster)
-    emit(
-        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
-        f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
-        f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
-    )
     worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
     return RunInputs(info, folder, roster, worker, pruned)
+
+
+def headline(inputs: RunInputs, data: str, session: Session) -> str:
+    """One line on the model, the data and the clients, with the ranks that they hold and, where the
+    method has them train others, those too.
+
+    Args:
+        inputs: of the run.
+        data: name of the data source.
+        session: before its first round.
+    """
+    info, roster = inputs.info, inputs.roster
+    counts = Counter((c.ranks, c.tier) for c in roster.clients)
+    first = {(c.ranks, c.tier): c for c in reversed(roster.clients)}
+    held, trained = Counter[str](), Counter[str]()
+    for alike, count in counts.items():
+        enlisted = session.method.enlist(session.state, first[alike])
+        held[rank_text(alike[0], info.modules)] += count
+        trained[rank_text(enlisted.ranks, info.modules)] += count
+    line = (
+        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
+        f"{data}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
+        f"{roster.per_round} per round; clients hold {_by_rank(held)}"
+    )
+    if trained == held:
+        return line
+    return f"{line}; under {type(session.method).__name__} they train {_by_rank(trained)}"
+
+
+def _by_rank(counts: Counter[str]) -> str:
+    """``rank 15 (1,280 clients), rank 2 (80 clients)``, most frequent first."""
+    if len(counts) == 1:
+        return f"rank {next(iter(counts))} (all clients)"
+    return ", ".join(f"rank {text} ({n:,} clients)" for text, n in counts.most_common())
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

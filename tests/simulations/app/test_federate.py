@@ -28,6 +28,18 @@ def test_every_strategy_runs_and_leaves_a_complete_folder(federate, strategy):
     assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in done.clients)
 
 
+def test_the_first_line_says_which_ranks_are_held_and_which_are_trained(federate):
+    """Where a method has clients train other ranks than they hold, both are said, in words."""
+    held = "rank 2 in attention modules and 15 in mlp modules (6 clients), rank 15 (6 clients)"
+    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[0]
+    assert held in smallest
+    assert smallest.endswith("; under FedIT they train rank 1 (all clients)")
+    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[0]
+    assert held in own
+    assert "under" not in own
+    assert "2/15" not in smallest + own
+
+
 def test_heterogeneity_is_real_on_the_wire(federate):
     sizes = {row["rank"]: row["bytes_down"] for row in federate().clients}
     assert len(sizes) >= 3
