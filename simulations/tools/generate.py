@@ -181,23 +181,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--adapter", choices=ADAPTERS, default="final", help="none: the base model as it is")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     asked = parser.add_argument_group("prompts, of one run").add_mutually_exclusive_group()
-    asked.add_argument("--prompt", metavar="TEXT", help="print the answer to one instruction")
-    asked.add_argument(
-        "--file", type=Path, help="answer a prompt a line (.jsonl: instruction, input)"
-    )
-    asked.add_argument(
-        "--chat", action="store_true", help="a conversation; /new forgets, /exit ends"
-    )
+    add = asked.add_argument
+    add("--prompt", metavar="TEXT", help="print the answer to one instruction")
+    add("--file", type=Path, help="a prompt a line; .jsonl: instruction, input")
+    add("--chat", action="store_true", help="a conversation; /new forgets, /exit ends")
     parser.add_argument("--input", default="", help="beside --prompt: what it is about")
     given = parser.add_argument_group("decoding", argument_default=argparse.SUPPRESS)
     add = given.add_argument
     add("--beams", type=int, help="1: greedy; default 10, for prompts 1")
     add("--length-penalty", type=float, help="default 0.8")
-    add(
-        "--no-repeat",
-        type=int,
-        help="size of n-grams generated once only; 0: off; default 4, for prompts 0",
-    )
+    add("--no-repeat", type=int, help="n-grams of this size once only; default 4, for prompts 0")
     add("--max-new-tokens", type=int, help="default 64, for prompts 128")
     add("--stop-ids", type=int, nargs="+", help="token ids that also end; the E2E code: 628")
     add("--batch-size", type=int, help="contexts at a time; default 8")
