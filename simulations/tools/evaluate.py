@@ -51,6 +51,11 @@ class Request:
         return "lm_eval.json" if self.adapter == "final" else "lm_eval-base.json"
 
 
+def installed() -> bool:
+    """Whether lm-evaluation-harness is there."""
+    return importlib.util.find_spec("lm_eval") is not None
+
+
 def evaluate_run(run: Path, request: Request) -> dict[str, Any]:
     """Evaluate one run and write its file; what it holds.
 
@@ -58,7 +63,7 @@ def evaluate_run(run: Path, request: Request) -> dict[str, Any]:
         ConfigError: if the harness is not installed, does not know a task or cannot read its data.
         CheckpointError, DataError, ModelError: if model or update cannot be read.
     """
-    if importlib.util.find_spec("lm_eval") is None:
+    if not installed():
         raise ConfigError(f"fedlora evaluate needs lm-evaluation-harness: {INSTALL}")
     from lm_eval.tasks import TaskManager
 

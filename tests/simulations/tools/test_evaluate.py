@@ -1,6 +1,5 @@
 """Tasks of lm-evaluation-harness on a run's model, on data that needs no network."""
 
-import importlib.util
 import json
 
 import pytest
@@ -12,7 +11,7 @@ from simulations.tools import evaluate
 from simulations.tools.evaluate import main, table
 
 needs_harness = pytest.mark.skipif(
-    importlib.util.find_spec("lm_eval") is None,
+    not evaluate.installed(),
     reason="lm-evaluation-harness is not installed: pip install -e '.[evaluate]'",
 )
 ROWS = [
@@ -88,7 +87,7 @@ def test_an_unknown_task_is_named_before_anything_is_loaded(federate, tasks, cap
 
 
 def test_without_the_harness_one_sentence_says_what_to_install(federate, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluate, "installed", lambda: False)
     assert main([str(federate().folder), "--tasks", "boolq"]) == 2
     assert "pip install 'fedlora[evaluate]'" in capsys.readouterr().err
 
