@@ -2,7 +2,7 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.source_hash import source_hash
-from fedlora.run.tracking import Trackers, track
+from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.export import export
@@ -48,11 +48,13 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
+    if inputs.cut:
+        emit(inputs.cut)
     with claim(folder):
         emit(f"run folder: {folder}")
-        open_session(session, parts, inputs)
-        try:
-            with status_file(folder, session):
+        trackers = open_session(session, parts, inputs)
+        with status_file(folder, session):
+            try:
                 federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
@@ -62,8 +64,13 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
                     federated.start(grid_of(parts))
                 payload = session.global_payload(session.setting.max_ranks)
                 export(payload, folder, inputs.worker.model, parts.client.dropout, emit)
-        finally:
-            session.tracker.close()
+            finally:
+                trackers.close()
+            if trackers.lost:
+                raise RunError(
+                    f"all {session.done} rounds are complete in {folder}, and tracking missed some "
+                    f"of them ({trackers.lost}). metrics.jsonl and clients.jsonl hold everything"
+                )
     if parts.report:
         _report(folder, emit)
     emit(f"run folder: {folder}")
@@ -92,7 +99,7 @@ def new_session(
             workers=parts.runtime.expected_workers,
             messages_per_worker=parts.engine.messages_per_worker,
             folder=folder,
-            tracker=Trackers(()),
+            tracker=Trackers([]),
             config_hash=parts.hash(inputs.store.name, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
@@ -102,8 +109,11 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
     """Continue from the run's checkpoint if there is one, then write the run's first files.
+
+    Returns:
+        The session's trackers.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
@@ -116,11 +126,24 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
         now = changed(folder, parts.resolved, inputs.store.name, inputs.info.fingerprint)
         raise RunError(f"{error}{now}") from error
     write_start(parts, inputs, folder)
-    session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
+    session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
+    if lost := missing_rounds(folder / "metrics.jsonl", session.done):
+        session.emit(
+            f"metrics.jsonl has no record of {_listed(lost)}: reports lack them; the state of the "
+            f"run, from the checkpoint of round {session.done}, does not depend on records"
+        )
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
-    session.tracker.config(parts.resolved | about)
+    trackers.config(parts.resolved | about)
     if inputs.pruned is not None and not session.done:
-        session.tracker.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+        trackers.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+    return trackers
+
+
+def _listed(rounds: Sequence[int]) -> str:
+    """``round 3``, or ``rounds 2, 5, 6 and 9 more``."""
+    shown = ", ".join(map(str, rounds[:8]))
+    more = f" and {len(rounds) - 8} more" if len(rounds) > 8 else ""
+    return f"round{'s' if len(rounds) > 1 else ''} {shown}{more}"
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:

@@ -19,6 +19,7 @@ from fedlora.population.ranks import rank_text
 from fedlora.population.sampling import Roster, enroll, panel
 from fedlora.server.schedule import EvaluationSchedule
 from fedlora.server.session import Session
+from simulations.app.limits import check_model, check_rounds, check_tokens, cut_examples
 from simulations.app.parts import Parts
 
 
@@ -32,6 +33,8 @@ class RunInputs:
     worker: WorkerSpec
     pruned: PrunedBase | None = None
     """Facts of a pruned model; None: the model is dense."""
+    cut: str = ""
+    """How many examples are cut to ``data.max_length``, in words; empty: none."""
 
     def setting(self, parts: Parts) -> Setting:
         """What the method of the run is told."""
@@ -50,16 +53,19 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     """Describe the model, prepare the data and enrol the clients."""
     model = parts.model.resolved()
     info = model.describe()
+    check_model(parts, info)
     check_zeros_kept(parts.client, info, emit)
     pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
-    clients = TokenStore(folder).clients
+    store = TokenStore(folder)
+    check_tokens(store, info)
     roster = enroll(
-        parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
+        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
     )
     check_groups(parts.evaluate, roster)
+    check_rounds(parts.federation, roster, emit)
     worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
-    return RunInputs(info, folder, roster, worker, pruned)
+    return RunInputs(info, folder, roster, worker, pruned, cut_examples(store))
 
 
 def headline(inputs: RunInputs, data: str, session: Session) -> str:

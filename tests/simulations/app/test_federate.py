@@ -8,6 +8,7 @@ import torch
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
 from fedlora.core.files import claim
 from fedlora.run import checkpoint
+from fedlora.run.tracking import Wandb, read_jsonl
 from fedlora.techniques.lora.peft import load_peft
 
 FIVE = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
@@ -382,3 +383,34 @@ def test_frozen_factors_are_not_sent(federate):
     whole, half = federate("rounds=1"), federate("rounds=1", "client.train_a=false")
     assert half.rounds[0]["wire/down_bytes"] == whole.rounds[0]["wire/down_bytes"]
     assert half.rounds[0]["wire/up_bytes"] < 0.7 * whole.rounds[0]["wire/up_bytes"]
+
+
+def test_lost_tracking_is_no_clean_success(federate, tmp_path, monkeypatch):
+    """All rounds are done and recorded in the folder; the end says what was lost."""
+
+    def refuse(*_):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(Wandb, "open", refuse)
+    with pytest.raises(RunError, match=r"all 1 rounds are complete .*the service is gone"):
+        federate("rounds=1", "tracking=wandb")
+    (folder,) = (tmp_path / "out").iterdir()
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert [r["round"] for r in read_jsonl(folder / "metrics.jsonl")] == [1]
+    assert (folder / "adapter").is_dir()
+
+
+def test_impossible_tracking_leaves_no_folder(federate, tmp_path):
+    with pytest.raises(ConfigError, match=r"tracking\.project='team/llm' contains /"):
+        federate("tracking=wandb", "tracking.project=team/llm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_records_are_mentioned_on_resume(federate):
+    done = federate("rounds=2")
+    file = done.folder / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    again = federate("rounds=3", "resume=auto")
+    assert "metrics.jsonl has no record of round 1" in again.said
+    assert [r["round"] for r in again.rounds] == [2, 3]
+    assert "has no record" not in federate("rounds=4", "resume=auto", output="out2").said
