@@ -10,6 +10,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from fedlora.core.errors import DiskError
 from fedlora.core.files import output_record
 from fedlora.models import read_back
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -61,7 +62,7 @@ def test_a_continued_run_leaves_no_export_of_its_earlier_end(federate, monkeypat
     with pytest.raises(Exception, match=r"holds left\.safetensors, which no earlier output"):
         federate("resume=auto", "rounds=3")
     (done.folder / "adapter/left.safetensors").unlink()
-    with pytest.raises(OSError, match="disk"):
+    with pytest.raises(DiskError, match="no space left"):
         federate("resume=auto", "rounds=3")
     assert not (done.folder / "adapter").exists()
     monkeypatch.undo()
