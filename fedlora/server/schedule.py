@@ -23,11 +23,15 @@ class EvaluationSchedule:
     adapters: tuple[str, ...] = ("full",)
     """``full``: the global update as exactly as it is known (for FlexLoRA the whole W: large for
     large models); ``largest``: at the population's largest ranks; ``own``: at the client's."""
+    seed: int | None = None
+    """Seed of the panels and of the examples that ``plan.max_examples`` leaves of each client;
+    None: the population's (`fedlora.population.sampling.Roster.seed`)."""
     plan: EvaluatePlan = field(default_factory=EvaluatePlan)
 
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)
         at_least("evaluate.clients", self.clients, 0)
+        at_least("evaluate.seed", self.seed or 0, 0)
         if self.every and not (self.groups and self.adapters):
             raise ValueError(
                 f"evaluate.groups={list(self.groups)} and evaluate.adapters={list(self.adapters)} "
@@ -71,7 +75,7 @@ class Rounds:
     """Whether the rounding error of a client's bfloat16 reply is stored and added to its next
     reply."""
     timeout_s: float = 3600.0
-    """Seconds that a round waits for its slowest client."""
+    """Seconds that a worker has for one message, before its clients are dropped from the round."""
     keep: int = 3
     """Checkpoints kept."""
     threads: int = 1
