@@ -14,8 +14,8 @@ import numpy as np
 
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
-from fedlora.data.encode import Encoder
-from fedlora.data.records import Record
+from fedlora.data.encode import RecordEncoder
+from fedlora.data.records import Record, Turn
 from fedlora.data.source import Source
 from fedlora.engine.worker import resolve_device
 from fedlora.evaluation.beam_search import Decoding, Hypothesis, search
@@ -43,12 +43,19 @@ class Answerer:
     """A model with what a prompt and an answer look like to it."""
 
     model: LanguageModel
-    encoder: Encoder
+    encoder: RecordEncoder
     decoding: Decoding
 
-    def prompt(self, question: Question) -> Ids:
-        """Everything that the model reads before it answers, ``[t]``."""
-        record = Record(0, "test", "", question.instruction, question.input, "")
+    def prompt(self, question: Question, before: Sequence[Turn] = ()) -> Ids:
+        """Everything that the model reads before it answers, ``[t]``.
+
+        Args:
+            question: the last one.
+            before: the conversation so far.
+        """
+        turns = (*before, Turn("user", question.instruction)) if before else ()
+        asked = Question("") if turns else question
+        record = Record(0, "test", "", asked.instruction, asked.input, "", turns=turns)
         (found,) = self.encoder.encode([record])
         return np.array(found.ids[: max(1, found.prompt_tokens)])
 
@@ -75,8 +82,7 @@ def answerer(
     model = load_model(run, adapter, device, emit)
     source = build(run_config(run).data, Source, "data")  # type: ignore[type-abstract]
     source = dataclasses.replace(source, max_length=max(32, model.info.context))
-    encoder = Encoder(model.tokenizer, source.max_length, source.truncation, source.template)
-    return Answerer(model, encoder, decoding)
+    return Answerer(model, source.encoder(model.tokenizer), decoding)
 
 
 def load_model(
@@ -136,25 +142,19 @@ def answer_file(answers: Answerer, file: Path, show: Callable[[str], object] = p
 
 
 def chat(answers: Answerer, lines: Iterator[str], show: Callable[[str], object] = print) -> None:
-    """Answer line after line; the exchanges so far come before each question.
-
-    Only the first begins with BOS, and every answer ends with EOS, as in a conversation of the
-    training data. What does not fit into the context loses its beginning.
-    """
-    history: list[int] = []
-    end = int(answers.model.tokenizer.eos_token_id)
+    """Answer line after line; the exchanges so far come before each question, as in a conversation
+    of the training data. What does not fit into the context loses its first exchanges."""
+    before: list[Turn] = []
     for line in lines:
         text = line.strip()
         if text == EXIT:
             return
+        if text == NEW:
+            before = []
         if text in ("", NEW):
-            history = history if not text else []
             continue
-        asked = answers.prompt(Question(text)).tolist()
-        begin = int(bool(history) and asked[0] == answers.model.tokenizer.bos_token_id)
-        history += asked[begin:]
-        (answer,) = answers.answer([np.array(history)])
-        history += [*answer.ids.tolist(), end]
+        (answer,) = answers.answer([answers.prompt(Question(text), before)])
+        before += [Turn("user", text), Turn("assistant", answer.text)]
         show(answer.text)
 
 

@@ -45,7 +45,8 @@ def test_a_conversation_is_read_from_its_beginning(parrot):
     chat(parrot, iter(["one", "", "two", "/new", "three", "/exit", "never"]), said.append)
     one, two, three = (parrot.prompt(Question(q)).tolist() for q in ("one", "two", "three"))
     end, bos = parrot.model.tokenizer.eos_token_id, parrot.model.tokenizer.bos_token_id
-    assert parrot.read == [one, [*one, len(one), end, *two[1:]], three]
+    answer = parrot.model.tokenizer(str(len(one)), add_special_tokens=False)["input_ids"]
+    assert parrot.read == [one, [*one, *answer, end, *two[1:]], three]
     assert [ids.count(bos) for ids in parrot.read] == [1, 1, 1]
     assert said == [str(len(ids)) for ids in parrot.read]
 
