@@ -6,11 +6,15 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fedlora.core.cache import cache_root
+from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import LocalPlan
 from fedlora.data.store import TokenStore, prepare
-from fedlora.engine.worker import WorkerSpec
+from fedlora.engine.base import EngineSpec
+from fedlora.engine.worker import WorkerSpec, resolve_device
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
@@ -48,8 +52,23 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
         f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
         f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
     )
-    worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
+    engine = settled_engine(parts, info, emit)
+    worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
     return RunInputs(info, folder, roster, worker, pruned)
+
+
+def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -> EngineSpec:
+    """The engine with everything decided that the configuration leaves to it, so that all workers
+    of a run, also after a resume, do the same. What was decided is shown."""
+    runtime, dtype = parts.runtime, getattr(torch, parts.model.dtype)
+    on_gpu = runtime.worker_device == "auto" and runtime.gpus_per_worker > 0
+    device = torch.device("cuda") if on_gpu else resolve_device(runtime.worker_device)
+    engine = parts.engine.settled(info, dtype, device)
+    given = describe(parts.engine)
+    for key, value in describe(engine).items():
+        if value != given[key]:
+            emit(f"engine.{key}={value}, decided from the model and the device")
+    return engine
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

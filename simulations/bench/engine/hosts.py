@@ -262,9 +262,7 @@ def _context() -> Any:
 def hosts(
     case: Case, counts: Mapping[str, int], sides: Mapping[str, EngineSpec] | None = None
 ) -> Iterator[dict[str, list[Host]]]:
-    """Processes by side, opened on a case and closed at the end.
-
-    They open one after another: an engine may measure the machine when it does.
+    """Processes by side, opened on a case one after another and closed at the end.
 
     Args:
         case: for all of them.
