@@ -45,6 +45,7 @@ def one_run(overrides: list[str]) -> int:
         from simulations.app.parts import build_parts
 
         parts = build_parts(cfg)
+        parts.runtime.check_machine(len(os.sched_getaffinity(0)), _gpus())
         if parts.runtime.in_process:
             _in_process(cfg)
             return 0
@@ -60,6 +61,13 @@ def one_run(overrides: list[str]) -> int:
         if os.environ.get(variables.TRACEBACK):
             raise
         return 1
+
+
+def _gpus() -> int:
+    """CUDA devices that PyTorch sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _in_process(cfg: DictConfig) -> None:

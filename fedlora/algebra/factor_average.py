@@ -106,9 +106,9 @@ def initial_state(setting: Setting, heterogeneous: str, optimizer: ServerOptimiz
     one_of("heterogeneous", heterogeneous, ("smallest", "refuse"))
     patterns = setting.rank_patterns
     if heterogeneous == "refuse" and len(patterns) > 1:
-        held = sorted({p.label for p in patterns})
+        held = "; ".join(p.text for p in patterns)
         raise ValueError(
-            f"averaging factors needs one rank for all clients, this population holds {held}: "
+            f"averaging factors needs one rank for all clients, these hold {held}: "
             "choose ranks=homogeneous, strategy.heterogeneous=smallest, or a method for unequal "
             "ranks"
         )

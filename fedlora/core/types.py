@@ -74,12 +74,18 @@ class Ranks(Mapping[str, int]):
 
     @property
     def label(self) -> str:
-        """Short text for logs and tables: ``8``, or ``30/200`` where modules differ.
+        """Short key for records and tables: ``8``, or ``30/200`` where modules differ.
 
         Ranks come in the order of the modules in which they first appear: 30 in attention and 200
         in the MLP is not 200 in attention and 30 in the MLP.
         """
         return "/".join(str(r) for r in dict.fromkeys(self._by_path.values()))
+
+    @property
+    def text(self) -> str:
+        """In words, for messages: ``rank 8``, or ``ranks 30 and 200`` where modules differ."""
+        *rest, last = [str(r) for r in dict.fromkeys(self._by_path.values())]
+        return f"ranks {', '.join(rest)} and {last}" if rest else f"rank {last}"
 
 
 @dataclass(frozen=True)

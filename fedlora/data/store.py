@@ -173,6 +173,21 @@ class TokenStore:
         return tuple(dict.fromkeys(category for category, _ in self._meta["clients"] if category))
 
     @property
+    def num_examples(self) -> int:
+        """Examples of all clients and splits."""
+        return len(self._index)
+
+    @property
+    def cut_examples(self) -> int:
+        """How many of them are cut to ``Source.max_length``."""
+        return int(np.count_nonzero(self._index[:, 5] & TRUNCATED))
+
+    @cached_property
+    def largest_token(self) -> int:
+        """The largest token id of any example. Reads all tokens, at gigabytes per second."""
+        return int(self._tokens.max())
+
+    @property
     def source(self) -> dict[str, Any]:
         """Name, fingerprint, ``cutoff`` (`Source.max_length`) and truncation of the source."""
         return dict(self._meta["source"])

@@ -29,6 +29,10 @@ class ModelInfo:
     """Layers that the model's files hold as one and this network computes in parts."""
     mask: str = ""
     """Identity of where a pruned model's weights are zero (`models.masks`); empty: dense."""
+    context_stated: bool = True
+    """Whether the model itself states ``context`` (`fedlora.models.context`)."""
+    vocabulary: int = 0
+    """Rows of the input embedding; 0: not known."""
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -20,6 +20,7 @@ import torch
 from fedlora.core.checks import one_of
 from fedlora.core.errors import ModelError
 from fedlora.models import folder as folders
+from fedlora.models.context import limits
 from fedlora.models.folder import find_assets
 from fedlora.models.masks import (
     check_network,
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from fedlora.models.language_model import LanguageModel
-
-CONTEXT_IF_UNSTATED = 2048
 
 
 @dataclass(frozen=True)
@@ -92,15 +91,17 @@ class ModelSpec(ABC):
         auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
             network = auto.from_config(config, **self._trust())
-        splits = self._split(network)
+        splits, found = self._split(network), limits(config, network)
         return ModelInfo(
             name=self.name,
             modules=find_modules(network, self.targets),
             parameters=sum(p.numel() for p in network.parameters()),
-            context=_context(config),
+            context=found.context,
             fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
             splits=splits,
             mask=mask_identity(folder),
+            context_stated=found.stated,
+            vocabulary=found.vocabulary,
         )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -198,12 +199,6 @@ class ModelSpec(ABC):
     def _placement(self, device: torch.device) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
         return {}
-
-
-def _context(config: Any) -> int:
-    """Longest sequence; models whose positions are relative may not state any."""
-    stated = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return int(stated) if stated else CONTEXT_IF_UNSTATED
 
 
 @contextmanager

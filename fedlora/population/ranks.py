@@ -11,7 +11,7 @@ fraction of the clients is in which tier. Four tiers, ordered by size:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,6 +209,23 @@ def module_ranks(tier: Tier, modules: Sequence[Module], *, clamp: bool) -> Ranks
             )
         ranks[m.path] = min(r, m.max_rank)
     return Ranks(ranks)
+
+
+def rank_text(ranks: Ranks, modules: Sequence[Module]) -> str:
+    """Ranks in words, by kind of module where they differ: ``15``, or ``2 in attention modules and
+    15 in mlp modules``; ``12 to 15`` where modules of one kind cannot all hold the tier's rank."""
+
+    def spread(found: Collection[int]) -> str:
+        low, high = min(found), max(found)
+        return f"{low}" if low == high else f"{low} to {high}"
+
+    if len(set(ranks.values())) == 1:
+        return spread(ranks.values())
+    by_kind: dict[str, list[int]] = {}
+    for m in modules:
+        if m.path in ranks:
+            by_kind.setdefault(m.kind, []).append(ranks[m.path])
+    return " and ".join(f"{spread(found)} in {kind} modules" for kind, found in by_kind.items())
 
 
 def quotas(fractions: Sequence[float], total: int) -> list[int]:

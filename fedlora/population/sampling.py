@@ -75,7 +75,7 @@ class Roster:
         return dict(sorted(Counter(c.tier for c in self.clients).items()))
 
     def rank_counts(self) -> dict[str, int]:
-        """Clients per rank label, for logs and reports."""
+        """Clients per label of the ranks that they hold, for records and reports."""
         return dict(Counter(c.ranks.label for c in self.clients).most_common())
 
 

@@ -128,12 +128,17 @@ class Pruned(ModelSpec):
 
     def _key(self, base: ModelSpec) -> str:
         """Identity of everything that decides the weights."""
-        text = None
+        text, info = None, base.describe()
         if self.method != "magnitude":
+            if info.context_stated and self.length > info.context:
+                raise ModelError(
+                    f"model.length={self.length} exceeds the {info.context} positions of "
+                    f"{info.name}: calibrate with model.length={info.context} or less"
+                )
             store = self._store(base)
             text = [store.name, self._calibrators(TokenStore(store)), self.samples, self.length]
         how = [self.method, self.pattern, self.sequential, self.dtype, self.targets]
-        parts = [VERSION, base.describe().fingerprint, how, text]
+        parts = [VERSION, info.fingerprint, how, text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def _store(self, base: ModelSpec) -> Path:

@@ -9,6 +9,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
+RANKS_OF = {"own": "cut to each client's ranks", "largest": "cut to the largest ranks"}
+"""How an evaluated adapter that is not the full update was made."""
+
 
 @dataclass
 class RoundProgress:
@@ -110,14 +113,14 @@ def _training(record: Mapping[str, Any]) -> list[str]:
         parts.append(f"{record['clients']} clients")
     parts += [f"{record[key]} {key}" for key in ("failed", "rejected") if record.get(key)]
     if "train/loss" in record:
-        first = record.get("train/loss_first")
-        before = f"{first:.3f} → " if first is not None else ""
-        parts.append(f"loss {before}{record['train/loss']:.3f}")
+        ends = [record.get(f"train/loss_{end}") for end in ("first", "last")]
+        steps = f" (first step {ends[0]:.3f}, last {ends[1]:.3f})" if None not in ends else ""
+        parts.append(f"loss {record['train/loss']:.3f}{steps}")
     if "aggregate/update_norm" in record:
         parts.append(f"‖ΔW‖ {record['aggregate/update_norm']:.3g}")
     if "wire/up_bytes" in record:
         down = record.get("wire/down_bytes", 0)
-        parts.append(f"up {size(record['wire/up_bytes'])}, down {size(down)}")
+        parts.append(f"sent {size(record['wire/up_bytes'])}, received {size(down)}")
     if "round/seconds" in record:
         parts.append(f"{record['round/seconds']:.1f} s")
     if "state/hash" in record:
@@ -127,22 +130,22 @@ def _training(record: Mapping[str, Any]) -> list[str]:
 
 def _evaluation(record: Mapping[str, Any]) -> list[str]:
     adapter = record.get("adapter", "full")
-    at = "" if adapter == "full" else f" ({adapter} rank)"
+    at = f" ({RANKS_OF[adapter]})" if adapter in RANKS_OF else ""
     parts = [f"evaluate {record.get('group', '')}".strip() + at]
     if "clients" in record:
         parts.append(f"{record['clients']} clients")
     if record.get("failed"):
         parts.append(f"{record['failed']} failed")
     for key, name in (
-        ("loss_response", "loss"),
+        ("loss_response", "response loss"),
         ("perplexity", "perplexity"),
-        ("accuracy", "accuracy"),
+        ("accuracy", "token accuracy"),
         ("exact_match", "exact match"),
     ):
         if key in record:
             parts.append(f"{name} {record[key]:.3f}")
     if "rouge_l" in record:
         bounds = [record.get("rouge_l_low"), record.get("rouge_l_high")]
-        interval = f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if None not in bounds else ""
+        interval = f" (95 %: {bounds[0]:.3f} to {bounds[1]:.3f})" if None not in bounds else ""
         parts.append(f"ROUGE-L {record['rouge_l']:.3f}{interval}")
     return parts

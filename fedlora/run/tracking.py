@@ -1,7 +1,7 @@
 """Where a run's metrics are written: JSON lines in its folder, and Weights & Biases on request.
 
 Weights & Biases is imported here alone and only when a run wants it. Nothing that happens to a
-tracker stops a run.
+tracker stops a run before its end; what was lost is then said (`Trackers.lost`).
 """
 
 import json
@@ -47,6 +47,9 @@ class Tracking(ABC):
     def open(self, folder: Path, name: str) -> Sequence[Tracker]:
         """Trackers for the run of this name; they may raise, the run goes on without them."""
 
+    def check(self, name: str) -> None:  # noqa: B027 - most trackers take every name
+        """Raise a ValueError for what the tracker would refuse of a run of this name."""
+
 
 @dataclass(frozen=True)
 class Silent(Tracking):
@@ -81,6 +84,34 @@ class Wandb(Tracking):
     def open(self, folder: Path, name: str) -> Sequence[Tracker]:
         return () if self.mode == "disabled" else (WandbTracker(self, folder, name),)
 
+    def check(self, name: str) -> None:
+        """Raise a ValueError for what W&B refuses: by its own rules, which it applies when it is
+        initialised, and by those that only its service applies.
+
+        Characters of an entity are those of a project: both are parts of an address.
+        """
+        if self.mode == "disabled":
+            return
+        for key, text in (("project", self.project), ("entity", self.entity)):
+            if found := sorted(set(text) & set(_NOT_IN_ADDRESSES)):
+                raise ValueError(
+                    f"tracking.{key}={text!r} contains {' '.join(found)}, which W&B does not allow "
+                    f"(none of {_NOT_IN_ADDRESSES}); a team goes into tracking.entity"
+                )
+        if not self.project:
+            raise ValueError("tracking.project='' must be the name of a W&B project")
+        for key, text in (
+            ("tracking.project", self.project),
+            ("tracking.entity", self.entity),
+            ("tracking.group", self.group),
+            ("name", name),
+        ):
+            if len(text) > _LONGEST_NAME:
+                raise ValueError(
+                    f"{key}={text!r} has {len(text)} characters; W&B allows {_LONGEST_NAME}"
+                )
+        _validate_settings(run_tags=self.tags, project=self.project)
+
 
 def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) -> "Trackers":
     """All trackers of a run behind one. Only the run folder's own records may raise (a full disk).
@@ -92,12 +123,12 @@ def track(tracking: Tracking, folder: Path, name: str, after_round: int = -1) ->
         after_round: when resuming, the last complete round; records of later rounds are dropped.
             -1 for a new run: whatever an earlier run left is dropped.
     """
-    trackers: list[Tracker] = [JsonlTracker(folder, after_round)]
+    trackers = Trackers([JsonlTracker(folder, after_round)])
     try:
-        trackers.extend(tracking.open(folder, name))
-    except Exception:
-        log.exception("%s could not be opened, the run goes on without it", tracking)
-    return Trackers(trackers)
+        trackers.trackers.extend(tracking.open(folder, name))
+    except Exception as error:
+        trackers.lose(type(tracking).__name__, error)
+    return trackers
 
 
 @dataclass
@@ -105,8 +136,21 @@ class Trackers:
     """Passes everything on. A tracker that raises is logged once and the run goes on; only the run
     folder's own records must be written."""
 
-    trackers: Sequence[Tracker]
-    _failed: set[int] = field(default_factory=set, init=False)
+    trackers: list[Tracker]
+    _lost: dict[str, str] = field(default_factory=dict, init=False)
+    """Tracker -> its first error."""
+
+    @property
+    def lost(self) -> str:
+        """Which trackers missed something, and why; empty: none."""
+        return "; ".join(f"{name}: {error}" for name, error in self._lost.items())
+
+    def lose(self, name: str, error: Exception) -> None:
+        """Note that a tracker missed something."""
+        if name not in self._lost:
+            self._lost[name] = f"{type(error).__name__}: {error}"
+            log.error("%s failed, the run goes on without it: %s", name, self._lost[name])
+        log.debug("%s failed", name, exc_info=error)
 
     def config(self, values: Mapping[str, Any]) -> None:
         self._each("config", values)
@@ -121,17 +165,13 @@ class Trackers:
         self._each("close")
 
     def _each(self, method: str, *values: Any) -> None:
-        for i, tracker in enumerate(self.trackers):
+        for tracker in self.trackers:
             try:
                 getattr(tracker, method)(*values)
             except Exception as error:
                 if isinstance(tracker, JsonlTracker):
                     raise  # a round without a record would be a round that cannot be cited
-                if i not in self._failed:
-                    log.exception("%s failed, the run goes on", type(tracker).__name__)
-                    self._failed.add(i)
-                else:
-                    log.debug("%s failed again: %s", type(tracker).__name__, error)
+                self.lose(type(tracker).__name__, error)
 
 
 # --- JSON lines -----------------------------------------------------------------------------------
@@ -201,21 +241,56 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 log.warning("%s, line %d is not JSON and left out", file, number)
                 continue
-            if isinstance(record, dict):
-                yield record
+            if not isinstance(record, dict) or not is_round(record.get("round", 0)):
+                log.warning("%s, line %d is no record of a round and left out", file, number)
+                continue
+            yield record
+
+
+def is_round(value: object) -> bool:
+    """Whether a value is the number of a round: a whole number >= 0, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def missing_rounds(file: Path, last: int) -> list[int]:
+    """The rounds from 1 to ``last`` of which a ``metrics.jsonl`` has no record."""
+    found = {r.get("round") for r in read_jsonl(file) if r.get("kind") == "round"}
+    return [n for n in range(1, last + 1) if n not in found]
 
 
 def _forget_after(file: Path, last: int) -> None:
     """Drop the records of later rounds, all at once or not at all."""
     if not file.exists():
         return
-    kept = [r for r in _records(file) if int(r.get("round", 0)) <= last]
+    kept = [r for r in _records(file) if r.get("round", 0) <= last]
     write_file(file, _lines(kept))
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------
 
 DATA_DIR = "WANDB_DATA_DIR"
+_NOT_IN_ADDRESSES = "/\\#?%:"
+"""Characters that W&B refuses in the name of a project."""
+_LONGEST_NAME = 128
+"""Characters of a project, entity, group or run that W&B accepts."""
+
+
+def _validate_settings(**values: Any) -> None:
+    """Raise a ValueError with W&B's own words for settings that it refuses."""
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError(f"tracking=wandb needs wandb (pip install wandb): {error}") from error
+    for name, value in values.items():
+        try:
+            wandb.Settings(**{name: value})
+        except ValueError as error:  # pydantic's, with the words of W&B's in its last-but-one line
+            said: list[dict[str, Any]] = getattr(error, "errors", list)()
+            reason = said[0]["msg"] if said else str(error)
+            key = name.removeprefix("run_")
+            raise ValueError(f"tracking.{key}={value!r}: {reason}") from error
+        except wandb.errors.UsageError as error:
+            raise ValueError(f"tracking.{name}={value!r}: {error}") from error
 
 
 class WandbTracker:

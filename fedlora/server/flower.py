@@ -59,10 +59,9 @@ class FederatedRun:
         """
         session = self.session
         log.info(
-            "%s: %d clients (%s), %d per round",
-            session.method,
+            "%s: %d clients, %d per round",
+            type(session.method).__name__,
             len(session.roster.clients),
-            ", ".join(f"rank {r}: {n}" for r, n in session.roster.rank_counts().items()),
             session.roster.per_round,
         )
         if session.evaluation_missing():

@@ -169,7 +169,7 @@ def require_enough(
     for f in failures[:5]:
         tier = f"{f.client.tier}, " if f.client.tier else ""
         emit(
-            f"round {current.round}: client {f.client.id} ({tier}rank {f.client.ranks.label}) "
+            f"round {current.round}: client {f.client.id} ({tier}{f.client.ranks.text}) "
             f"failed: {f.kind}: {f.message}"
         )
         if f.traceback:

@@ -17,8 +17,8 @@ are our own.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from fedlora.models.modules import find_modules
@@ -92,8 +92,16 @@ class Block:
         return sum(x.rank * (x.d_out + x.d_in) for x in self.linears)
 
     def width(self, what: Reads) -> int:
-        """Scalars per token of what some of its layers read."""
-        return next(x.d_in for x in self.linears if x.reads == what)
+        """Scalars per token of what some of its layers read.
+
+        Raises:
+            ValueError: if none reads it, as in a mixture of experts, whose MLPs are no linear
+                layers.
+        """
+        for x in self.linears:
+            if x.reads == what:
+                return x.d_in
+        raise ValueError(f"no linear layer of a block reads the {what}: no formula covers it")
 
     def flops(self, length: int, *, first: bool) -> Flops:
         """Operations per token in a sequence of ``length``.
@@ -216,16 +224,11 @@ def client_part(network: Any, ranks: Mapping[str, int], cut: Cut) -> ClientPart:
     if cut.first + max(0, cut.tail) > total:
         raise ValueError(f"a cut of {cut.first} and {max(0, cut.tail)} of {total} blocks")
     config, (sizes, embedding, final) = network.config, _parameters(network)
-    blocks = (
-        Block(
-            tuple(linears[i]),
-            int(config.num_attention_heads),
-            sizes[i],
-            _activation(linears[i], config),
-        )
-        for i in sorted(linears)
-        if cut.owns(i, total)
-    )
+    blocks = []
+    for i in sorted(linears):
+        if cut.owns(i, total):
+            block = Block(tuple(linears[i]), int(config.num_attention_heads), sizes[i], 0)
+            blocks.append(replace(block, activation=_activation(block, config)))
     hidden, vocabulary = int(config.hidden_size), int(config.vocab_size)
     return ClientPart(cut, tuple(blocks), hidden, vocabulary, embedding, final)
 
@@ -256,9 +259,9 @@ def _parameters(network: Any) -> tuple[dict[int, int], int, int]:
     return blocks, embedding, final
 
 
-def _activation(linears: Sequence[Linear], config: Any) -> int:
-    inner = next(x.d_in for x in linears if x.reads == "inner")
-    if sum(x.d_out for x in linears if x.reads == "middle") == 2 * inner:
+def _activation(block: Block, config: Any) -> int:
+    middle = sum(x.d_out for x in block.linears if x.reads == "middle")
+    if middle == 2 * block.width("inner"):
         return 3
     name = getattr(config, "activation_function", None) or getattr(config, "hidden_act", "")
     return 4 if name == "gelu_new" else 1

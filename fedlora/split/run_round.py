@@ -2,6 +2,7 @@
 averages adapters within it, and builds the next state.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -33,6 +34,8 @@ from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import learning_rates
+
+log = logging.getLogger(__name__)
 
 SERVER, MEMORY, COPIES = "server/", "memory/", "copies/"
 """Parts of the server's state: its own adapters, optimizer states, adapters per client."""
@@ -134,7 +137,8 @@ class SplitRound:
 
     def _costs(self, i: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """The cost of the round for a real client, by formula (`fedlora.split.cost`): operations
-        and bytes of memory. Empty for architectures that the formulas do not cover."""
+        and bytes of memory. Empty for architectures that the formulas do not cover: an estimate
+        never ends a round."""
         cut, rows = self.cuts[i], metrics["exchanged_tokens"]
         ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
@@ -145,7 +149,8 @@ class SplitRound:
             widest = int(metrics["step_tokens"])
             supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
             held = part.memory(widest, dropout=dropout, supervised=supervised)
-        except ValueError:
+        except Exception as error:
+            log.debug("no cost of client %d: %s: %s", i, type(error).__name__, error)
             return {}
         return {
             "client_flops": rows * (work.forward + work.backward),

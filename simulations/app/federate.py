@@ -2,7 +2,7 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,12 +16,12 @@ from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.source_hash import source_hash
-from fedlora.run.tracking import Trackers, track
+from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.export import export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, prepare_inputs
+from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 
@@ -47,19 +47,27 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     inputs = prepare_inputs(parts, emit)
     folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
+    emit(headline(inputs, parts.data.name, session))
+    if inputs.cut:
+        emit(inputs.cut)
     with claim(folder):
         emit(f"run folder: {folder}")
-        open_session(session, parts, inputs)
-        try:
-            with status_file(folder, session):
+        trackers = open_session(session, parts, inputs)
+        with status_file(folder, session):
+            try:
                 federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
-        finally:
-            session.tracker.close()
+            finally:
+                trackers.close()
+            if trackers.lost:
+                raise RunError(
+                    f"all {session.done} rounds are complete in {folder}, and tracking missed some "
+                    f"of them ({trackers.lost}). metrics.jsonl and clients.jsonl hold everything"
+                )
     if parts.report:
         _report(folder, emit)
     emit(f"run folder: {folder}")
@@ -97,7 +105,7 @@ def new_session(
             workers=parts.runtime.expected_workers,
             messages_per_worker=parts.engine.messages_per_worker,
             folder=folder,
-            tracker=Trackers(()),
+            tracker=Trackers([]),
             config_hash=parts.hash(inputs.store.name, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
@@ -107,8 +115,11 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
     """Continue from the run's checkpoint if there is one, then write the run's first files.
+
+    Returns:
+        The session's trackers.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
@@ -120,11 +131,24 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> None:
     except RunError as error:
         raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
     write_start(parts, inputs, folder)
-    session.tracker = track(parts.tracking, folder, parts.name, session.done or -1)
+    session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
+    if lost := missing_rounds(folder / "metrics.jsonl", session.done):
+        session.emit(
+            f"metrics.jsonl has no record of {_listed(lost)}: reports lack them; the state of the "
+            f"run, from the checkpoint of round {session.done}, does not depend on records"
+        )
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
-    session.tracker.config(parts.resolved | about)
+    trackers.config(parts.resolved | about)
     if inputs.pruned is not None and not session.done:
-        session.tracker.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+        trackers.round(_base_record(inputs.pruned, inputs.worker.model.folder()))
+    return trackers
+
+
+def _listed(rounds: Sequence[int]) -> str:
+    """``round 3``, or ``rounds 2, 5, 6 and 9 more``."""
+    shown = ", ".join(map(str, rounds[:8]))
+    more = f" and {len(rounds) - 8} more" if len(rounds) > 8 else ""
+    return f"round{'s' if len(rounds) > 1 else ''} {shown}{more}"
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:

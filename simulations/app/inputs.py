@@ -3,6 +3,7 @@ has a folder, so that a mistake leaves nothing behind.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import LocalPlan
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.base import EngineSpec
-from fedlora.engine.worker import WorkerSpec, resolve_device
+from fedlora.engine.worker import WorkerSpec
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
+from fedlora.population.ranks import rank_text
 from fedlora.population.sampling import Roster, enroll, panel
 from fedlora.server.schedule import EvaluationSchedule
+from fedlora.server.session import Session
+from simulations.app.limits import check_model, check_rounds, check_tokens, cut_examples
 from simulations.app.parts import Parts
 
 
@@ -33,37 +37,72 @@ class RunInputs:
     worker: WorkerSpec
     pruned: PrunedBase | None = None
     """Facts of a pruned model; None: the model is dense."""
+    cut: str = ""
+    """How many examples are cut to ``data.max_length``, in words; empty: none."""
 
 
 def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     """Describe the model, prepare the data and enrol the clients."""
     model = parts.model.resolved()
     info = model.describe()
+    check_model(parts, info)
     check_zeros_kept(parts.client, info, emit)
     pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
-    clients = TokenStore(folder).clients
+    store = TokenStore(folder)
+    check_tokens(store, info)
     roster = enroll(
-        parts.population, parts.ranks, clients, info.modules, info.parameters, parts.seed
+        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
     )
     check_groups(parts.evaluate, roster)
-    emit(
-        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
-        f"{parts.data.name}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
-        f"{roster.per_round} per round; clients by rank {roster.rank_counts()}"
-    )
+    check_rounds(parts.federation, roster, emit)
     engine = settled_engine(parts, info, emit)
     worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
-    return RunInputs(info, folder, roster, worker, pruned)
+    return RunInputs(info, folder, roster, worker, pruned, cut_examples(store))
+
+
+def headline(inputs: RunInputs, data: str, session: Session) -> str:
+    """One line on the model, the data and the clients, with the ranks that they hold and, where the
+    method has them train others, those too.
+
+    Args:
+        inputs: of the run.
+        data: name of the data source.
+        session: before its first round.
+    """
+    info, roster = inputs.info, inputs.roster
+    counts = Counter((c.ranks, c.tier) for c in roster.clients)
+    first = {(c.ranks, c.tier): c for c in reversed(roster.clients)}
+    held, trained = Counter[str](), Counter[str]()
+    for alike, count in counts.items():
+        enlisted = session.method.enlist(session.state, first[alike])
+        held[rank_text(alike[0], info.modules)] += count
+        trained[rank_text(enlisted.ranks, info.modules)] += count
+    line = (
+        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
+        f"{data}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
+        f"{roster.per_round} per round; clients hold {_by_rank(held)}"
+    )
+    if trained == held:
+        return line
+    return f"{line}; under {type(session.method).__name__} they train {_by_rank(trained)}"
+
+
+def _by_rank(counts: Counter[str]) -> str:
+    """``rank 15 (1,280 clients), rank 2 (80 clients)``, most frequent first."""
+    if len(counts) == 1:
+        return f"rank {next(iter(counts))} (all clients)"
+    return ", ".join(f"rank {text} ({n:,} clients)" for text, n in counts.most_common())
 
 
 def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -> EngineSpec:
     """The engine with everything decided that the configuration leaves to it, so that all workers
     of a run, also after a resume, do the same. What was decided is shown."""
     runtime, dtype = parts.runtime, getattr(torch, parts.model.dtype)
-    on_gpu = runtime.worker_device == "auto" and runtime.gpus_per_worker > 0
-    device = torch.device("cuda") if on_gpu else resolve_device(runtime.worker_device)
-    engine = parts.engine.settled(info, dtype, device)
+    name = runtime.worker_device
+    if name == "auto":
+        name = "cuda" if runtime.gpus_per_worker or torch.cuda.is_available() else "cpu"
+    engine = parts.engine.settled(info, dtype, torch.device(name))
     given = describe(parts.engine)
     for key, value in describe(engine).items():
         if value != given[key]:

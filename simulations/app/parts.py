@@ -70,6 +70,10 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_plain_keys(cfg)
     parts = _build_groups(cfg, {str(k): v for k, v in resolved.items()})
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    try:
+        parts.tracking.check(parts.name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return parts
 
 

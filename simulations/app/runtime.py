@@ -1,10 +1,12 @@
 """The machine resources of a run: Flower nodes, Ray workers, CPUs and GPUs."""
 
+import math
 import os
 import re
 from dataclasses import dataclass
 
 from fedlora.core.checks import at_least
+from fedlora.core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,41 @@ class Runtime:
         if self.device == "auto" and not self.gpus_per_worker and not self.in_process:
             return "cpu"
         return self.device
+
+    def check_machine(self, cpus: int, gpus: int) -> None:
+        """Refuse what this machine does not have: Ray would wait for it, or do without in silence.
+
+        A cluster's resources are not known here, and are not checked.
+
+        Args:
+            cpus: cores that this process may use.
+            gpus: CUDA devices that it sees.
+
+        Raises:
+            ConfigError: naming what is asked for and what is there.
+        """
+        if self.ray_address:
+            return
+        if self.device.startswith("cuda") and not gpus:
+            raise ConfigError(
+                f"runtime.device={self.device}, but this machine has no CUDA device that PyTorch "
+                "sees: use runtime.device=auto or cpu"
+            )
+        if self.in_process:
+            return
+        wanted = max(self.num_gpus, math.ceil(self.gpus_per_worker))
+        if wanted > gpus:
+            raise ConfigError(
+                f"runtime.num_gpus={self.num_gpus} with runtime.gpus_per_worker="
+                f"{self.gpus_per_worker} needs {wanted} GPUs, and PyTorch sees {gpus} on this "
+                "machine: set runtime.num_gpus to what it has, or use runtime=laptop"
+            )
+        have = self.num_cpus or cpus
+        if self.cpus_per_worker > have:
+            raise ConfigError(
+                f"runtime.cpus_per_worker={self.cpus_per_worker} exceeds the {have} CPUs that Ray "
+                "may use: no worker would ever start"
+            )
 
     def federation_config(self) -> str:
         """The ``--federation-config`` of ``flwr run``."""

@@ -52,6 +52,7 @@ from fedlora.population.sampling import (
 )
 from fedlora.training.loop import optimise
 from simulations.app.compose import load
+from simulations.app.limits import check_length, check_tokens
 from simulations.centralized.baselines import (
     METHODS,
     Start,
@@ -121,7 +122,9 @@ def finetune(options: argparse.Namespace, emit: Callable[[str], None]) -> dict[s
     population = build(cfg.population, Population, "population")
     if plan.dropout and method.startswith("masked"):
         raise ConfigError(f"client.dropout={plan.dropout} with --method {method}, which has none")
+    check_length(source, info := spec.describe())
     store = TokenStore(prepare(source, spec.tokenizer(), spec.tokenizer_id(), cache_root()))
+    check_tokens(store, info)
     train, held = texts(store, population, cfg.seed, options.held)
     model = spec.load(torch.device("cpu"))
     masks = load_masks(spec.folder()) if model.info.mask else {}

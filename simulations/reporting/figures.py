@@ -193,7 +193,8 @@ def ranks(run: Run) -> Figure | None:
         return None
 
     def draw(ax: Axes) -> None:
-        shown = [(c, n) for c, n in ((held, "population"), (took, "participations")) if c]
+        both = ((held, "held by clients"), (took, "trained by participants"))
+        shown = [(counts, name) for counts, name in both if counts]
         width = 0.8 / len(shown)
         for i, (counts, name) in enumerate(shown):
             at = [j + (i - (len(shown) - 1) / 2) * width for j in range(len(labels))]
@@ -207,7 +208,7 @@ def ranks(run: Run) -> Figure | None:
         _categories(ax, labels)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_title("Clients by LoRA rank")
-        ax.set_xlabel("rank (smallest/largest where modules differ)")
+        ax.set_xlabel("rank (in the order of the modules where they differ)")
 
     return _figure(draw)
 

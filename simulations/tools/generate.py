@@ -107,6 +107,11 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
     if not asked:
         raise ConfigError(f"{run}: no client has an example in its {request.split} split")
     model = spec.load(resolve_device(request.device))
+    if request.decoding.max_new_tokens >= model.info.context:
+        raise ConfigError(
+            f"--max-new-tokens {request.decoding.max_new_tokens} leaves no room for a prompt in "
+            f"the {model.info.context} positions of {model.info.name}"
+        )
     final = request.adapter == "final"
     adapter = final_adapter(run, config, model.info, emit) if final else None
     model.mount(adapter)

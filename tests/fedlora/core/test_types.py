@@ -49,6 +49,12 @@ def test_labels_say_which_modules_are_larger() -> None:
     assert Ranks({"q": 2, "up": 1, "v": 2}).label == "2/1"
 
 
+def test_ranks_in_words_are_no_fraction():
+    assert Ranks({"q": 8, "up": 8}).text == "rank 8"
+    assert Ranks({"q": 2, "up": 15, "v": 2}).text == "ranks 2 and 15"
+    assert Ranks({"q": 2, "up": 15, "down": 7}).text == "ranks 2, 15 and 7"
+
+
 @given(st.floats(-5, 5), st.floats(-5, 5), st.booleans())
 def test_a_bound_is_a_bound(value: float, low: float, strict: bool) -> None:
     if value > low or (value == low and not strict):

@@ -236,15 +236,17 @@ def test_the_measured_part_of_a_client_is_the_same_in_every_round():
     assert one["examples"] == 3
     assert one == measure(resident, HELD, None, plan, seed=1, client=0)
     assert one["loss_full"] != measure(resident, HELD, None, plan, seed=2, client=0)["loss_full"]
+    assert one["loss_full"] != measure(resident, HELD, None, plan, seed=1, client=1)["loss_full"]
 
 
 def test_references_follow_the_drawn_examples():
-    resident = ready()
-    prompts = [e.input_ids[: e.prompt_tokens] for e in HELD]
-    texts = generate(resident, prompts, PLAN)
+    texts = [f"of example {i}" for i in range(len(HELD))]
     plan = dataclasses.replace(PLAN, max_examples=4)
-    got = measure(resident, HELD, texts, plan, seed=1, client=0)
-    assert (got["exact_match"], got["rouge_l"]) == (1.0, 1.0)
+    panel = evaluate.select_panel(HELD, texts, plan, seed=1, client=0)
+    drawn = [i for i, e in enumerate(HELD) if any(e is chosen for chosen in panel.examples)]
+    assert len(drawn) == 4
+    assert drawn != list(range(4))
+    assert panel.references == [texts[i] for i in drawn]
 
 
 def test_generation_without_references_is_refused():

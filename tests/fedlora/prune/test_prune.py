@@ -18,7 +18,10 @@ from fedlora.prune.statistics import (
     windows,
 )
 from tests.fedlora.models.networks import NETWORKS, wrap
+from tests.fedlora.prune import plain_wanda
 from tests.fedlora.prune.text import batches
+
+_GPT2_BLOCKS = ("transformer.h.0", "transformer.h.1")
 
 
 def model(name: str = "llama"):
@@ -39,6 +42,27 @@ def test_wanda_by_hand() -> None:
             if pair[0] < pair[1]
         }
         assert set((~keep).nonzero().flatten().tolist()) == set(min(costs, key=costs.__getitem__))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("pattern", ["0.5", "0.3", "2:4", "1:4"])
+@pytest.mark.parametrize("sequential", [True, False])
+def test_masks_of_every_layer_are_those_of_plain_wanda(
+    name: str, pattern: str, sequential: bool
+) -> None:
+    """Each layer by its own inputs: measured with plain hooks on an unwrapped model."""
+    network, paths = model(name)
+    found = prune(network, paths, Pruning("wanda", pattern, sequential), batches())
+    plain = NETWORKS[name]().double().eval()
+    blocks = ("model.layers.0", "model.layers.1") if name == "llama" else _GPT2_BLOCKS
+    n, colon, m = pattern.partition(":")
+    how = {"group": (int(n), int(m))} if colon else {"fraction": float(pattern)}
+    judged = plain_wanda.masks(plain, batches(), blocks=blocks if sequential else (), **how)
+    assert list(found) == list(judged)
+    for path, mask in judged.items():
+        assert torch.equal(found[path], mask), path
+        pruned = dense_weight(linear_layers(network, [path])[path])
+        assert torch.equal(pruned, dense_weight(plain.get_submodule(path))), path
 
 
 def test_equal_activations_leave_the_order_of_magnitudes() -> None:
@@ -165,6 +189,23 @@ def test_sparsegpt_makes_up_for_what_goes(pattern: str) -> None:
     assert (new[:, 3] == 0).all()
     plain = w * wanda(w, x.square().sum(0), p)
     assert output_error(w, new, x) < 0.8 * output_error(w, plain, x)
+
+
+def test_blocks_of_columns_change_the_rounding_of_sparsegpt_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Groups are decided one by one, so what a block leaves to later ones is all that it lost."""
+    g = torch.Generator().manual_seed(6)
+    x = torch.randn(200, 48, generator=g, dtype=torch.float64)
+    x = x @ torch.randn(48, 48, generator=g, dtype=torch.float64)
+    w = torch.randn(5, 48, generator=g, dtype=torch.float64)
+    found = []
+    for block in (48, 16, 4):
+        monkeypatch.setattr("fedlora.prune.methods.BLOCK", block)
+        found.append(sparsegpt(w, x.T @ x, len(x), Pattern.parse("2:4")))
+    for kept, new in found[1:]:
+        assert torch.equal(kept, found[0][0])
+        torch.testing.assert_close(new, found[0][1], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "0.3", "2:4", "1:4", "2:8"])

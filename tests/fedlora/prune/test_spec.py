@@ -6,10 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
+from fedlora.core.cache import cache_root
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ModelError
 from fedlora.data.jsonl import Jsonl
+from fedlora.data.store import TokenStore, prepare
 from fedlora.models.export import merge
 from fedlora.models.masks import (
     density,
@@ -24,6 +27,7 @@ from fedlora.prune.spec import (
     prune_federated,
 )
 from tests.fedlora.models.networks import NETWORKS, wrap
+from tests.fedlora.prune import plain_wanda
 from tests.fedlora.prune.text import batches
 
 CPU = torch.device("cpu")
@@ -80,6 +84,34 @@ def test_it_is_made_once_and_is_what_it_says(spec):
     assert Tiny().describe().mask == ""
     other = replace(spec, pattern="0.5")
     assert other.folder() != folder
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_the_folder_holds_what_plain_wanda_leaves(spec, sequential):
+    """End to end: the first tokens of the calibrating clients' training text, through the plain
+    base model."""
+    folder = replace(spec, sequential=sequential).folder()
+    about = json.loads((folder / "pruning.json").read_text())
+    base = Tiny()
+    plain = AutoModelForCausalLM.from_pretrained(base.folder(), dtype=torch.float32).eval()
+    store = TokenStore(
+        prepare(spec.calibration, base.tokenizer(), base.tokenizer_id(), cache_root())
+    )
+    texts = [_calibration_text(store, c, spec.length) for c in about["calibration_clients"]]
+    blocks = [f"model.layers.{i}" for i in range(plain.config.num_hidden_layers)]
+    judged = plain_wanda.masks(plain, texts, group=(2, 4), blocks=blocks if sequential else ())
+    assert {p: m.tolist() for p, m in load_masks(folder).items()} == {
+        p: m.tolist() for p, m in judged.items()
+    }
+    stored = load_file(folder / "model.safetensors")
+    for path in judged:
+        assert torch.equal(stored[f"{path}.weight"], plain.get_submodule(path).weight), path
+
+
+def _calibration_text(store: TokenStore, client: int, length: int) -> torch.Tensor:
+    """The first tokens of a client's training examples end to end, ``[1, length]``."""
+    tokens = [int(t) for e in store.examples(client, "train") for t in e.input_ids]
+    return torch.tensor([tokens[:length]])
 
 
 def test_a_kept_weight_is_the_bases_own(spec):

@@ -91,12 +91,13 @@ def test_the_summary_of_a_round_is_one_line():
     record = {
         "kind": "round", "round": 3, "rounds": 20, "clients": 80, "failed": 1, "rejected": 0,
         "train/loss": 3.2,
-        "train/loss_first": 3.456, "wire/up_bytes": 2**20, "wire/down_bytes": 2**21,
+        "train/loss_first": 3.456, "train/loss_last": 3.1,
+        "wire/up_bytes": 2**20, "wire/down_bytes": 2**21,
         "round/seconds": 6.61, "state/hash": "0123456789abcdef",
     }  # fmt: skip
     assert round_summary(record) == (
-        "round 3/20  done  80 clients  1 failed  loss 3.456 → 3.200  up 1.0 MiB, down 2.0 MiB  "
-        "6.6 s  state 0123456789ab"
+        "round 3/20  done  80 clients  1 failed  loss 3.200 (first step 3.456, last 3.100)  "
+        "sent 1.0 MiB, received 2.0 MiB  6.6 s  state 0123456789ab"
     )
 
 
@@ -106,14 +107,14 @@ def test_the_summary_of_an_evaluation_names_its_group():
         "perplexity": 12.2, "rouge_l": 0.3, "rouge_l_low": 0.28, "rouge_l_high": 0.32,
     }  # fmt: skip
     assert round_summary(record) == (
-        "round 5  evaluate seen  160 clients  loss 2.500  perplexity 12.200  "
-        "ROUGE-L 0.300 [0.280, 0.320]"
+        "round 5  evaluate seen  160 clients  response loss 2.500  perplexity 12.200  "
+        "ROUGE-L 0.300 (95 %: 0.280 to 0.320)"
     )
 
 
 def test_an_evaluation_at_the_clients_own_ranks_says_so():
     record = {"kind": "evaluate", "round": 5, "group": "seen", "adapter": "own", "failed": 2}
-    assert round_summary(record) == "round 5  evaluate seen (own rank)  2 failed"
+    assert round_summary(record) == "round 5  evaluate seen (cut to each client's ranks)  2 failed"
 
 
 def test_what_is_missing_or_null_is_left_out():

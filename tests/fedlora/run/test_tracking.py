@@ -22,6 +22,7 @@ from fedlora.run.tracking import (
     Wandb,
     distributions,
     flat_metrics,
+    missing_rounds,
     read_jsonl,
     track,
 )
@@ -100,6 +101,27 @@ def test_a_line_torn_by_a_kill_costs_only_itself(tmp_path, torn):
     assert [r["round"] for r in lines(tmp_path)] == [1, 1, 2, 2, 3, 3]
 
 
+@pytest.mark.parametrize("forged", ["true", "-1", '"2"', "null", "[1]", "1.5", "{}"])
+def test_a_record_whose_round_is_no_number_is_left_out(tmp_path, caplog, forged):
+    """It would be sorted into no round, or end the next resume with a TypeError."""
+    play(JsonlTracker(tmp_path), [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write(f'{{"kind": "round", "round": {forged}}}\n')
+    assert [r["round"] for r in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2]
+    assert "line 5 is no record of a round" in caplog.text
+    play(JsonlTracker(tmp_path, 2), [3])
+    assert [r["round"] for r in lines(tmp_path)] == [1, 1, 2, 2, 3, 3]
+
+
+def test_lost_rounds_are_found(tmp_path):
+    play(JsonlTracker(tmp_path), [1, 2, 3, 4])
+    file = tmp_path / "metrics.jsonl"
+    assert missing_rounds(file, 4) == []
+    file.write_text("".join(line for line in file.open() if '"round": 2' not in line))
+    assert missing_rounds(file, 5) == [2, 5]
+    assert missing_rounds(tmp_path / "absent.jsonl", 2) == [1, 2]
+
+
 def test_a_missing_file_holds_no_records(tmp_path):
     assert read_jsonl(tmp_path / "absent.jsonl") == []
 
@@ -133,11 +155,15 @@ def test_a_tracker_that_raises_is_named_once_and_stops_nobody(tmp_path, caplog):
     errors = [r for r in caplog.records if r.levelname == "ERROR"]
     assert len(errors) == 1
     assert "Broken failed" in errors[0].getMessage()
+    assert tracker.lost == "Broken: RuntimeError: the disk is gone"
 
 
 def test_a_tracker_that_cannot_be_opened_stops_nobody(tmp_path, caplog):
-    play(track(Unopenable(), tmp_path, "run"), [1])
+    tracker = track(Unopenable(), tmp_path, "run")
+    play(tracker, [1])
     assert len(lines(tmp_path)) == 2
+    assert tracker.lost == "Unopenable: OSError: no room"
+    assert track(Silent(), tmp_path / "other", "run").lost == ""
     assert "Unopenable" in caplog.text
 
 
@@ -161,6 +187,44 @@ def test_an_unknown_mode_is_refused_with_what_is_allowed():
 
 def test_disabled_opens_nothing(tmp_path):
     assert Wandb("disabled").open(tmp_path, "run") == ()
+
+
+REFUSED = {
+    "project with a slash": ({"project": "team/llm"}, "tracking.project='team/llm' contains /"),
+    "project with others": ({"project": "a#b?c"}, "contains # ?"),
+    "project too long": ({"project": "p" * 129}, "has 129 characters; W&B allows 128"),
+    "no project": ({"project": ""}, "tracking.project='' must be"),
+    "entity with a slash": ({"entity": "org/team"}, "tracking.entity='org/team' contains /"),
+    "long tag": ({"tags": ("fine", "t" * 65)}, "between 1 and 64 characters"),
+    "empty tag": ({"tags": ("",)}, "between 1 and 64 characters"),
+    "long group": ({"group": "g" * 129}, "tracking.group="),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_wandb_would_refuse_is_refused_first(case):
+    fields, message = REFUSED[case]
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        Wandb(**fields).check("run")
+    assert message in str(caught.value)
+    Wandb("disabled", **fields).check("run")
+    Silent().check("run")
+
+
+def test_a_name_that_wandb_would_refuse():
+    Wandb(project="p" * 128, tags=("t" * 64,), entity="team-a", group="g").check("n" * 128)
+    with pytest.raises(ValueError, match=r"name=.*129 characters"):
+        Wandb().check("n" * 129)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"project": "a/b"}, {"project": "p" * 129}, {"run_tags": ("t" * 65,)}]
+)
+def test_the_rules_are_those_of_wandb(fields):
+    """What `Wandb.check` refuses, W&B refuses too."""
+    wandb = pytest.importorskip("wandb")
+    with pytest.raises((ValueError, wandb.errors.UsageError)):
+        wandb.Settings(**fields)
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------

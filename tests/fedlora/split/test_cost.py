@@ -266,3 +266,10 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
         y, z = layer(x), layer(x)
     assert saved.bytes == 7 * 5 * 4 + 5 * 5 * 4
     assert y.requires_grad and z.requires_grad
+
+
+def test_a_mixture_of_experts_is_covered_by_no_formula_and_trains_all_the_same():
+    """Its MLPs are no linear layers: a ValueError, never a StopIteration."""
+    network = family("mixtral")
+    with pytest.raises(ValueError, match="no linear layer of a block reads the inner"):
+        client_part(network, {}, Cut(1))

@@ -8,6 +8,7 @@ import torch
 from fedlora.core.errors import CheckpointError, ConfigError, RunError, RunFolderError
 from fedlora.core.files import claim
 from fedlora.run import checkpoint
+from fedlora.run.tracking import Wandb, read_jsonl
 from fedlora.techniques.lora.peft import load_peft
 
 FIVE = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
@@ -26,6 +27,18 @@ def test_every_strategy_runs_and_leaves_a_complete_folder(federate, strategy):
     assert any(f.delta().abs().sum() > 0 for f in adapter.values())
     assert len(done.clients) == 12
     assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in done.clients)
+
+
+def test_the_first_line_says_which_ranks_are_held_and_which_are_trained(federate):
+    """Where a method has clients train other ranks than they hold, both are said, in words."""
+    held = "rank 2 in attention modules and 15 in mlp modules (6 clients), rank 15 (6 clients)"
+    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[0]
+    assert held in smallest
+    assert smallest.endswith("; under FedIT they train rank 1 (all clients)")
+    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[0]
+    assert held in own
+    assert "under" not in own
+    assert "2/15" not in smallest + own
 
 
 def test_heterogeneity_is_real_on_the_wire(federate):
@@ -370,3 +383,34 @@ def test_frozen_factors_are_not_sent(federate):
     whole, half = federate("rounds=1"), federate("rounds=1", "client.train_a=false")
     assert half.rounds[0]["wire/down_bytes"] == whole.rounds[0]["wire/down_bytes"]
     assert half.rounds[0]["wire/up_bytes"] < 0.7 * whole.rounds[0]["wire/up_bytes"]
+
+
+def test_lost_tracking_is_no_clean_success(federate, tmp_path, monkeypatch):
+    """All rounds are done and recorded in the folder; the end says what was lost."""
+
+    def refuse(*_):
+        raise RuntimeError("the service is gone")
+
+    monkeypatch.setattr(Wandb, "open", refuse)
+    with pytest.raises(RunError, match=r"all 1 rounds are complete .*the service is gone"):
+        federate("rounds=1", "tracking=wandb")
+    (folder,) = (tmp_path / "out").iterdir()
+    assert json.loads((folder / "status.json").read_text())["status"] == "failed"
+    assert [r["round"] for r in read_jsonl(folder / "metrics.jsonl")] == [1]
+    assert (folder / "adapter").is_dir()
+
+
+def test_impossible_tracking_leaves_no_folder(federate, tmp_path):
+    with pytest.raises(ConfigError, match=r"tracking\.project='team/llm' contains /"):
+        federate("tracking=wandb", "tracking.project=team/llm")
+    assert not (tmp_path / "out").exists()
+
+
+def test_lost_records_are_mentioned_on_resume(federate):
+    done = federate("rounds=2")
+    file = done.folder / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    again = federate("rounds=3", "resume=auto")
+    assert "metrics.jsonl has no record of round 1" in again.said
+    assert [r["round"] for r in again.rounds] == [2, 3]
+    assert "has no record" not in federate("rounds=4", "resume=auto", output="out2").said

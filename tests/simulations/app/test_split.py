@@ -62,3 +62,16 @@ def test_unequal_cuts_and_ranks_end_in_one_adapter_that_peft_loads(federate):
         torch.testing.assert_close(theirs(input_ids=ids).logits, ours, rtol=1e-4, atol=1e-4)
     state = checkpoint.latest(done.folder / "checkpoints").state
     assert state["cuts"].tolist() == [1, 2, 4]
+
+
+def test_an_estimate_that_fails_costs_only_itself(federate, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no formula")
+
+    words = ("strategy=splitlora", "rounds=1", "ranks=homogeneous", "ranks.rank=2")
+    whole = federate(*words, output="whole")
+    monkeypatch.setattr("fedlora.split.run_round.client_part", broken)
+    bare = federate(*words, output="bare")
+    assert bare.hash == whole.hash
+    assert all("client_flops" in row for row in whole.clients)
+    assert not any("client_flops" in row for row in bare.clients)

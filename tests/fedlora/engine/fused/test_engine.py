@@ -1,6 +1,5 @@
 """Evaluation, configuration, notes and choices of the fused engine."""
 
-
 import pytest
 import torch
 

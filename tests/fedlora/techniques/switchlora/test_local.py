@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fedlora.models.forward import supervised_logits
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.switchlora.controller import SwitchController
 from fedlora.techniques.switchlora.init import SIDES
+from fedlora.techniques.switchlora.layer import begin
 from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import adapt, wrap_network
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
@@ -42,7 +44,11 @@ def population(modules) -> Setting:
 def alone(network, plan: LocalPlan, seed: int, turn: int = 0, first: int = 0, total: int = STEPS):
     """Stand-alone training on a client's data; what the weights then differ by."""
     before = {n: p.detach().clone() for n, p in network.named_parameters()}
-    peft, controller = wrap_network(network, 4, switching=OFTEN, total=total, seed=seed, alpha=2.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedlora.techniques.switchlora.peft.begin", partial(begin, turn=turn))
+        peft, controller = wrap_network(
+            network, 4, switching=OFTEN, total=total, seed=seed, alpha=2.0
+        )
     base = peft.get_base_model()
     optimizer = RowAdamW(controller.groups(), plan.lr, plan.betas, plan.eps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -87,6 +93,42 @@ def test_one_client_and_one_round_is_stand_alone_training():
     assert update.metrics["delta_norm"] == pytest.approx(
         sum(float(w.square().sum()) for w in wanted.values()) ** 0.5, rel=1e-6
     )
+
+
+def test_two_rounds_are_stand_alone_training_twice_on_one_schedule():
+    """Each round from candidate vectors of its own, the switches as frequent as the run's step
+    says, on the weights that the round before has moved."""
+    method = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=STEPS, horizon=2)
+    state, _ = rounds(wrap(NETWORKS["llama"]()), method, 2)
+    got = dense(method.global_update(state))
+    network = NETWORKS["llama"]()
+    wanted = {path: torch.zeros_like(w) for path, w in got.items()}
+    for turn in range(2):
+        moved = copy.deepcopy(network)
+        with torch.no_grad():
+            for path, w in wanted.items():
+                moved.get_submodule(path).weight += w
+        for path, w in alone(moved, PLAN, SEED, turn, turn * STEPS, 2 * STEPS).items():
+            wanted[path] += w
+    for path, w in wanted.items():
+        torch.testing.assert_close(got[path], w, rtol=0, atol=1e-12)
+
+
+def test_training_leaves_its_start_to_the_other_clients():
+    model = wrap(NETWORKS["llama"]())
+    method = SwitchLoRA(mode=DENSE, switching=OFTEN, steps=STEPS, horizon=2)
+    setting = population(model.info.modules)
+    (client,), state = setting.clients, method.init_state(setting)
+    start = method.client_start(state, client)
+    job = TrainJob(SEED, 1, client, start, method.plan(state, client, PLAN))
+    before = copy.deepcopy(start)
+    trainer = LoRAClient(model, FakeStore({0: examples(7)}), client, SEED)
+    one, again = trainer.train(job), trainer.train(job)
+    for path, t in before.shift.items():
+        assert torch.equal(start.shift[path], t), path
+        assert torch.equal(one.payload.shift[path], again.payload.shift[path]), path
+    for path, f in before.factors.items():
+        assert torch.equal(start.factors[path].a, f.a) and torch.equal(start.factors[path].b, f.b)
 
 
 def test_alternating_rounds_without_exchanges_are_alternating_lora():
