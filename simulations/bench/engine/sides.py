@@ -224,7 +224,18 @@ def arguments(plan: LocalPlan, count: int) -> TrainingArguments:
     )
 
 
-REFERENCES: Mapping[str, Callable[[World], Side]] = {"peft loop": PeftLoop, "trainer": TrainerSide}
+def _pfl(world: World) -> Side:
+    # an optional package
+    from simulations.bench.engine.pfl_side import PflSide
+
+    return PflSide(world)
+
+
+REFERENCES: Mapping[str, Callable[[World], Side]] = {
+    "peft loop": PeftLoop,
+    "trainer": TrainerSide,
+    "pfl": _pfl,
+}
 
 
 def open_side(side: str | EngineSpec, world: World) -> Side:
