@@ -3,7 +3,7 @@
 fedlora run                                   one run of conf/config.yaml
 fedlora run strategy=fedit rounds=20          ... with overrides
 fedlora run -m strategy=fedit,flexlora seed=0,1,2      a sweep, one run after another
-fedlora run runtime=in_process                without Ray and Flower's SuperLink
+fedlora run runtime=in_process                without Ray
 
 ``python -m simulations.run`` is the same command. What only a run needs is imported when it begins:
 help, completion and ``--cfg`` answer without loading torch.
@@ -14,20 +14,25 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from uuid import uuid4
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fedlora.core import variables
+from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from simulations.app.compose import CONF, load
-from simulations.app.launch import LaunchError, launch
+from simulations.app.launch import launch
+from simulations.app.runtime import Runtime
+from simulations.app.startup import timed
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
@@ -38,19 +43,24 @@ def say(line: str) -> None:
     print(line, flush=True)
 
 
-def one_run(overrides: list[str]) -> int:
-    """Check the configuration, then run it; the exit code."""
+def one_run(overrides: list[str], began: float) -> int:
+    """Compose the configuration and run it; the exit code. The process that imports PyTorch checks
+    all groups before anything is loaded.
+
+    Args:
+        overrides: words of Hydra's grammar.
+        began: when the run was asked for, in seconds since the epoch.
+    """
+    emit = timed(say, began)
     try:
         cfg = load(overrides)
-        from simulations.app.parts import build_parts
-
-        parts = build_parts(cfg)
-        parts.runtime.check_machine(len(os.sched_getaffinity(0)), _gpus())
-        if parts.runtime.in_process:
-            _in_process(cfg)
+        runtime = build(cfg.runtime, Runtime, "runtime")
+        emit("starting Python packages")
+        if runtime.in_process:
+            _in_process(cfg, emit)
             return 0
-        return launch(overrides, parts.runtime, say)
-    except (ConfigError, LaunchError) as error:
+        return launch(overrides, runtime, emit)
+    except ConfigError as error:
         say(f"RUN FAILED: {error}")
         return 2
     except KeyboardInterrupt:
@@ -63,22 +73,16 @@ def one_run(overrides: list[str]) -> int:
         return 1
 
 
-def _gpus() -> int:
-    """CUDA devices that PyTorch sees."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _in_process(cfg: DictConfig) -> None:
+def _in_process(cfg: DictConfig, emit: Callable[[str], None]) -> None:
     """The whole run in this process."""
     from simulations.app.client_app import app
-    from simulations.app.federate import run
+    from simulations.app.federate import check, run
     from simulations.app.grid import InProcessGrid
 
     if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.WARNING)
-    run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), say)
+    check(cfg)
+    run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), emit)
     say("RUN COMPLETED")
 
 
@@ -88,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with _sigterm_interrupts():
         if not any(w.startswith("-") for w in words):
-            return one_run(words)  # no sweep and no flag: nothing that Hydra's program would add
+            # no sweep and no flag: nothing that Hydra's program would add
+            return one_run(words, psutil.Process().create_time())
         with tempfile.TemporaryDirectory(prefix="fedlora-sweep-") as folder:
             _through_hydra(words, Path(folder))
             codes = [int(file.read_text()) for file in Path(folder).iterdir()]
@@ -109,7 +114,7 @@ def _through_hydra(words: list[str], codes: Path) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def task(_: DictConfig) -> None:
         # Hydra has checked the overrides here; the run composes them again where it runs.
-        code = one_run(list(HydraConfig.get().overrides.task))
+        code = one_run(list(HydraConfig.get().overrides.task), time.time())
         (codes / uuid4().hex).write_text(str(code))
         if code == INTERRUPTED:
             sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run

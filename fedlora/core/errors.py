@@ -17,6 +17,10 @@ class RunError(RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
 
 
+class DiskError(RunError):
+    """A disk that refused: one sentence with the file and what to set (`fedlora.core.reading`)."""
+
+
 class WorkerDied(RunError):
     """A worker process is gone. The run can go on from its checkpoint with new workers."""
 

@@ -163,14 +163,11 @@ def _encodable(record: Record) -> Record:
 
 
 def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None:
-    tokens = np.lib.format.open_memmap(
-        folder / "tokens.npy", mode="w+", dtype=dtype, shape=(draft.token_count,)
-    )
-    at = 0
-    for chunk in draft.tokens:
-        tokens[at : at + len(chunk)] = chunk
-        at += len(chunk)
-    tokens.flush()
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (draft.token_count,)}
+    with (folder / "tokens.npy").open("wb") as file:  # a full disk kills who writes to a mapping
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in draft.tokens:
+            file.write(chunk.tobytes())
     homes = np.frombuffer(draft.homes, dtype=np.int64)
     order = np.argsort(homes, kind="stable")
     rows = np.frombuffer(draft.rows, dtype=np.int64).reshape(-1, len(COLUMNS))

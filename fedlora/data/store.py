@@ -49,14 +49,18 @@ class ClientInfo:
     id: int
     category: str
     """The category of most of its examples."""
+    name: str
+    """What the source calls it."""
     num_train: int
     num_eval: int
     num_test: int
-    name: str
-    """What the source calls it."""
     train_tokens: int
     eval_tokens: int
     test_tokens: int
+    predicting: int
+    """Training examples with more than one token."""
+    responding: int
+    """Training examples that keep a token of the response."""
 
     def holds(self, split: str) -> tuple[int, int]:
         """How many examples of a split it has, and of how many tokens together."""
@@ -66,6 +70,11 @@ class ClientInfo:
             "test": (self.num_test, self.test_tokens),
         }
         return held[split]
+
+    def trains(self, loss: str) -> int:
+        """How many training examples have a token with a loss
+        (`fedlora.data.batches.supervised_tokens`)."""
+        return self.responding if loss == "response" else self.predicting
 
 
 def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
@@ -156,16 +165,22 @@ class TokenStore:
     @cached_property
     def clients(self) -> tuple[ClientInfo, ...]:
         """Every client, ``clients[k].id == k``."""
-        held = np.diff(self._bounds).reshape(-1, len(SPLITS)).tolist()
-        # Sums between bounds as differences of running sums: many splits are empty.
-        running = np.concatenate([[0], np.cumsum(self._index[:, 1])])
-        tokens = np.diff(running[self._bounds]).reshape(-1, len(SPLITS)).tolist()
+        tokens, prompts = np.array(self._index[:, 1]), np.array(self._index[:, 2])
+        held = self._sums(np.ones_like(tokens)).tolist()
+        lengths = self._sums(tokens).tolist()
+        predicting = self._sums(tokens > 1)[:, 0].tolist()
+        responding = self._sums(tokens > np.maximum(1, prompts))[:, 0].tolist()
+        rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
-            ClientInfo(k, category, train, evals, tests, name, *lengths)
-            for k, ((category, name), (train, evals, tests), lengths) in enumerate(
-                zip(self._meta["clients"], held, tokens, strict=True)
-            )
+            ClientInfo(k, category, name, n[0], n[1], n[2], t[0], t[1], t[2], full, response)
+            for k, ((category, name), n, t, full, response) in enumerate(rows)
         )
+
+    def _sums(self, column: NDArray[Any]) -> NDArray[np.int64]:
+        """The sums of a column of the index by client and split, ``[clients, splits]``, as
+        differences of running sums: many splits are empty."""
+        running = np.concatenate([[0], np.cumsum(column)])
+        return np.diff(running[self._bounds]).reshape(-1, len(SPLITS))
 
     @cached_property
     def categories(self) -> tuple[str, ...]:

@@ -31,6 +31,9 @@ class Shard(Protocol):
     def holds(self, split: str) -> tuple[int, int]:
         """How many examples of a split it has, and of how many tokens together."""
 
+    def trains(self, loss: str) -> int:
+        """How many training examples have a token with a loss (`LocalPlan.loss`)."""
+
 
 @dataclass(frozen=True)
 class Population:
@@ -47,13 +50,21 @@ class Population:
     """Fraction of the clients that never trains: ``unseen_random``."""
     unseen_categories: tuple[str, ...] = ()
     """Categories (such as tasks) whose clients never train: ``unseen_task``."""
+    seed: int | None = None
+    """Seed of the tiers and of ``unseen_random``; None: the run's. A study that fixes it compares
+    runs of several seeds on the same clients."""
 
     def __post_init__(self) -> None:
+        at_least("population.seed", self.seed or 0, 0)
         at_least("population.clients", self.clients, 0)
         at_least("population.per_round", self.per_round, 0)
         fraction("population.unseen_fraction", self.unseen_fraction)
         if not 0 < self.fraction <= 1:
             raise ValueError(f"population.fraction={self.fraction!r} must lie in (0, 1]")
+
+    def drawn_by(self, seed: int) -> int:
+        """The seed of its draws in a run of a seed."""
+        return seed if self.seed is None else self.seed
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,8 @@ class Roster:
     per_round: int
     shards: tuple[Shard, ...]
     """What the clients hold, ``shards[i].id == i``: tells how long they will work."""
+    seed: int
+    """By which tiers and held-out clients were drawn; panels are too, unless told otherwise."""
 
     def tier_counts(self) -> dict[str, int]:
         """Clients per tier, for logs and reports."""
@@ -86,8 +99,18 @@ def enroll(
     modules: Sequence[Module],
     model_parameters: int,
     seed: int,
+    loss: str = "full",
 ) -> Roster:
     """Give every client its tier, and set apart those who never train.
+
+    Args:
+        population: the rules.
+        ranks: of the tiers.
+        shards: of all clients that the data has.
+        modules: that carry adapters.
+        model_parameters: parameters of the base model.
+        seed: of the run; ``population.seed`` is used instead where it is given.
+        loss: which tokens have a loss (`LocalPlan.loss`): a client that has none never trains.
 
     Raises:
         ValueError: if more clients are asked for than the data has, a category does not exist, or
@@ -97,17 +120,21 @@ def enroll(
     total = len(shards)
     tiers = ranks.resolve(modules, model_parameters)
     patterns = {t.name: module_ranks(t, modules, clamp=ranks.clamp) for t in tiers}
-    names = _assign([t.name for t in tiers], [t.fraction for t in tiers], total, ranks.quotas, seed)
+    drawn_by = population.drawn_by(seed)
+    fractions = [t.fraction for t in tiers]
+    names = _assign([t.name for t in tiers], fractions, total, ranks.quotas, drawn_by)
     clients = tuple(
         Client(s.id, patterns[name], s.num_train, name)
         for s, name in zip(shards, names, strict=True)
     )
     task, unseen = held_out(population, shards, seed)
-    trainable = tuple(c.id for c in clients if c.num_examples and c.id not in task | unseen)
+    apart = task | unseen
+    trainable = tuple(s.id for s in shards if s.id not in apart and s.trains(loss))
     if not trainable:
         raise ValueError(
             f"no client is left to train: of {total}, {len(task)} are held out by category, "
-            f"{len(unseen)} by population.unseen_fraction={population.unseen_fraction}"
+            f"{len(unseen)} by population.unseen_fraction={population.unseen_fraction}, and the "
+            f"others hold no training example with a token that has a loss (client.loss={loss})"
         )
     wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
     if wanted > len(trainable) and population.per_round:
@@ -119,7 +146,8 @@ def enroll(
         "unseen_random": tuple(sorted(unseen)),
         "unseen_task": tuple(sorted(task)),
     }
-    return Roster(clients, trainable, groups, min(wanted, len(trainable)), tuple(shards))
+    per_round = min(wanted, len(trainable))
+    return Roster(clients, trainable, groups, per_round, tuple(shards), drawn_by)
 
 
 def members(population: Population, shards: Sequence[Shard]) -> Sequence[Shard]:
@@ -137,21 +165,25 @@ def members(population: Population, shards: Sequence[Shard]) -> Sequence[Shard]:
 def held_out(
     population: Population, shards: Sequence[Shard], seed: int
 ) -> tuple[set[int], set[int]]:
-    """Ids of those who never train: by category, and drawn at random.
+    """Ids of those who never train: by category, and drawn at random from those who can be
+    evaluated, which hold examples of the eval or the test split (where no client does, from all).
 
     Args:
         population: the rules.
         shards: of its `members`.
-        seed: of the run.
+        seed: of the run; ``population.seed`` is used instead where it is given.
 
     Raises:
         ValueError: for a category that does not exist.
     """
     task = _in_categories(shards, population.unseen_categories)
-    rest = np.array([s.id for s in shards if s.id not in task], dtype=int)
-    held = round(population.unseen_fraction * len(shards)) if len(rest) else 0
-    drawn = generator(seed, "unseen").choice(len(rest), min(held, len(rest)), replace=False)
-    return task, {int(rest[i]) for i in drawn}
+    others = [s for s in shards if s.id not in task]
+    judged = [s.id for s in others if s.holds("test")[0] or s.holds("eval")[0]]
+    rest = judged or [s.id for s in others]
+    held = round(population.unseen_fraction * len(shards))
+    random = generator(population.drawn_by(seed), "unseen")
+    drawn = random.choice(len(rest), min(held, len(rest)), replace=False)
+    return task, {rest[i] for i in drawn.tolist()}
 
 
 def _assign(
@@ -189,15 +221,22 @@ def cohort(roster: Roster, seed: int, round: int) -> list[Client]:
     return [roster.clients[roster.trainable[i]] for i in sorted(chosen)]
 
 
-def panel(roster: Roster, group: str, size: int, seed: int) -> list[Client]:
-    """A fixed evaluation cohort of one group (all of it if ``size`` is 0), by id.
+def panel(roster: Roster, group: str, size: int, seed: int, split: str) -> list[Client]:
+    """A fixed evaluation cohort of one group, by id.
+
+    Args:
+        roster: the population.
+        group: a key of ``roster.groups``.
+        size: how many clients; 0: all that can be evaluated.
+        seed: of the draw.
+        split: whose examples are measured; clients without any are not drawn.
 
     Raises:
         ValueError: for an unknown group.
     """
     if group not in roster.groups:
         raise ValueError(f"evaluation group {group!r} is not one of {sorted(roster.groups)}")
-    ids = roster.groups[group]
+    ids = tuple(i for i in roster.groups[group] if roster.shards[i].holds(split)[0])
     if 0 < size < len(ids):
         chosen = generator(seed, "panel", sorted(roster.groups).index(group)).choice(
             len(ids), size, replace=False

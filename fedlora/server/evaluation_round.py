@@ -4,20 +4,10 @@ from collections.abc import Callable, Hashable, Sequence
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.payload import Payload
-from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Setting
+from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
-from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.server.method import Method
 from fedlora.server.training_round import variant_key
-
-
-def evaluated_clients(
-    roster: Roster, group: str, size: int, *, seed: int, round: int
-) -> list[Client]:
-    """The clients of a group: a fixed panel, or the cohort of the next round."""
-    if group == "participants":
-        return cohort(roster, seed, round + 1)
-    return panel(roster, group, size, seed)
 
 
 def evaluation_jobs(
@@ -27,7 +17,8 @@ def evaluation_jobs(
     adapter: str,
     plan: EvaluatePlan,
     *,
-    setting: Setting,
+    max_ranks: Ranks,
+    seed: int,
     round: int,
     kept: Callable[[int], Kept | None] = lambda _: None,
 ) -> list[EvaluateJob]:
@@ -40,11 +31,12 @@ def evaluation_jobs(
         adapter: ``full``, ``largest`` or ``own`` (`fedlora.server.schedule.EvaluationSchedule`);
             clients of one variant that keep nothing share their ``own``.
         plan: what is measured.
-        setting: for the population's largest ranks, and the seed.
+        max_ranks: of the population, for ``largest``.
+        seed: of the draw of each client's examples.
         round: the round before the evaluation.
         kept: returns what a client of this id keeps.
     """
-    whole = {"full": None, "largest": setting.max_ranks}
+    whole = {"full": None, "largest": max_ranks}
     shared = dict[Hashable, Payload]()
     jobs = []
     for client in clients:
@@ -57,7 +49,7 @@ def evaluation_jobs(
                 if adapter == "own"
                 else method.global_update(state, whole[adapter])
             )
-        jobs.append(EvaluateJob(setting.seed, round, enlisted, shared[key], plan))
+        jobs.append(EvaluateJob(seed, round, enlisted, shared[key], plan))
     return jobs
 
 

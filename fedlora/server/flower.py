@@ -24,6 +24,7 @@ from fedlora.core.types import (
 )
 from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.session import Session
+from fedlora.server.workers import check_workers
 from fedlora.wire.codec import decode_results, encode_jobs, glance
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ class FederatedRun:
             len(session.roster.clients),
             session.roster.per_round,
         )
+        empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
+        check_workers(grid, nodes_of(grid), session.workers, empty, session.rounds.timeout_s)
         if session.evaluation_missing():
             self._evaluate(session.done, grid)
         for round in range(session.done + 1, session.rounds.rounds + 1):

@@ -23,11 +23,15 @@ class EvaluationSchedule:
     adapters: tuple[str, ...] = ("full",)
     """``full``: the global update as exactly as it is known (for FlexLoRA the whole W: large for
     large models); ``largest``: at the population's largest ranks; ``own``: at the client's."""
+    seed: int | None = None
+    """Seed of the panels and of the examples that ``plan.max_examples`` leaves of each client;
+    None: the population's (`fedlora.population.sampling.Roster.seed`)."""
     plan: EvaluatePlan = field(default_factory=EvaluatePlan)
 
     def __post_init__(self) -> None:
         at_least("evaluate.every", self.every, 0)
         at_least("evaluate.clients", self.clients, 0)
+        at_least("evaluate.seed", self.seed or 0, 0)
         if self.every and not (self.groups and self.adapters):
             raise ValueError(
                 f"evaluate.groups={list(self.groups)} and evaluate.adapters={list(self.adapters)} "

@@ -23,14 +23,14 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
-from fedlora.population.sampling import Roster, cohort
+from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import combine
-from fedlora.server.evaluation_round import evaluated_clients, evaluation_jobs, evaluation_record
+from fedlora.server.evaluation_round import evaluation_jobs, evaluation_record
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -281,17 +281,21 @@ class Session:
         return batches
 
     def _evaluation_jobs(self, round: int, group: str, adapter: str) -> list[EvaluateJob]:
-        schedule = self.schedule
-        clients = evaluated_clients(
-            self.roster, group, schedule.clients, seed=self.setting.seed, round=round
-        )
+        schedule, roster, split = self.schedule, self.roster, self.schedule.plan.split
+        seed = roster.seed if schedule.seed is None else schedule.seed
+        if group == "participants":
+            drawn = cohort(roster, self.setting.seed, round + 1)
+            clients = [c for c in drawn if roster.shards[c.id].holds(split)[0]]
+        else:
+            clients = panel(roster, group, schedule.clients, seed, split)
         return evaluation_jobs(
             self.method,
             self.state,
             clients,
             adapter,
             schedule.plan,
-            setting=self.setting,
+            max_ranks=self.setting.max_ranks,
+            seed=seed,
             round=round,
             kept=self.client_store.get,
         )

@@ -2,6 +2,7 @@
 launcher's in-process runs, tests and notebooks.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
+from fedlora.core.reading import disk_faults
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
@@ -19,11 +21,22 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
+from simulations.app.compose import absolute
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a configuration before anything is loaded.
+
+    Raises:
+        ConfigError: for a value that is wrong, or that asks for more than this machine has.
+    """
+    runtime = build_parts(cfg).runtime
+    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
@@ -44,21 +57,24 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     parts = build_parts(cfg)
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
-    inputs = prepare_inputs(parts, emit)
-    folder = run_folder(parts)
+    emit("starting model and data")
+    with disk_faults(place := absolute(parts.output_dir) / parts.name):
+        inputs = prepare_inputs(parts, emit)
+        folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
     if inputs.cut:
         emit(inputs.cut)
-    with claim(folder):
+    with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         trackers = open_session(session, parts, inputs)
-        with status_file(folder, session):
+        with status_file(folder, session), disk_faults(folder):
             try:
                 federated = FederatedRun(
                     session, worker=inputs.worker.to_json(), source=source_hash()
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
+                    emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
             finally:

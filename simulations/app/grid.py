@@ -1,4 +1,4 @@
-"""A Flower grid inside one process: no Ray and no SuperLink, but the same messages and bitwise
+"""A Flower grid inside one process: no Ray, but the same messages and bitwise
 identical results."""
 
 from collections.abc import Iterable

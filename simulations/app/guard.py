@@ -51,8 +51,11 @@ def _send(process: psutil.Process, what: signal.Signals) -> None:
         process.send_signal(what)
 
 
-def main() -> None:
-    """Start the command, wait for the owner or the command to end, then leave nothing running."""
+def main() -> int:
+    """Start the command, wait for the owner or the command to end, then leave nothing running.
+
+    Returns the command's exit code.
+    """
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)  # the owner decides; it closes our input
     mark, scratch, command = sys.argv[1], sys.argv[2], sys.argv[3:]
@@ -77,7 +80,8 @@ def main() -> None:
     end(mark)
     if alone.is_set():  # else the owner may want to read what went wrong
         shutil.rmtree(scratch, ignore_errors=True)
+    return child.wait()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -52,7 +52,13 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     store = TokenStore(folder)
     check_tokens(store, info)
     roster = enroll(
-        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
+        parts.population,
+        parts.ranks,
+        store.clients,
+        info.modules,
+        info.parameters,
+        parts.seed,
+        parts.client.loss,
     )
     check_groups(parts.evaluate, roster)
     check_rounds(parts.federation, roster, emit)
@@ -111,16 +117,24 @@ def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
-    """Refuse to evaluate a group that has no clients.
+    """Refuse to evaluate a group that has no clients, or none with examples to evaluate.
 
     Raises:
         ConfigError: naming the group and how to fill it.
     """
-    for group in schedule.groups:
-        if schedule.every and group != "participants" and not panel(roster, group, 1, 0):
+    split = schedule.plan.split
+    for group in schedule.groups if schedule.every else ():
+        name = "seen" if group == "participants" else group
+        if not roster.groups[name]:
             raise ConfigError(
                 f"evaluate.groups: {group} has no clients; set population.unseen_fraction or "
                 "population.unseen_categories, or leave the group out"
+            )
+        if not panel(roster, name, 1, 0, split):
+            raise ConfigError(
+                f"evaluate.groups: none of the {len(roster.groups[name])} clients of {group} has "
+                f"examples in the {split} split; use another evaluate.plan.split, data with such a "
+                "split (data.test_fraction, data.eval_fraction), or evaluate=none"
             )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -88,7 +88,8 @@ def status_file(folder: Path, session: Session) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        write("failed", error)
+        with suppress(OSError):  # a full disk is told by the error itself
+            write("failed", error)
         raise
     write("completed")
 

@@ -3,7 +3,9 @@
 import math
 import os
 import re
+import sys
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.core.checks import at_least
 from fedlora.core.errors import ConfigError
@@ -29,7 +31,7 @@ class Runtime:
     """Address of a running Ray cluster, ``host:port``; empty: Ray is started for the run."""
     device: str = "auto"
     in_process: bool = False
-    """Run everything in one process, without Ray and Flower's SuperLink (for debugging)."""
+    """Run everything in one process, without Ray (for debugging)."""
     restarts: int = 1
     """Maximum number of restarts from the last checkpoint after a worker died."""
 
@@ -88,7 +90,7 @@ class Runtime:
         if self.in_process:
             return
         wanted = max(self.num_gpus, math.ceil(self.gpus_per_worker))
-        if wanted > gpus:
+        if wanted > gpus and self.device != "cpu":  # with it Ray's GPUs are only counted
             raise ConfigError(
                 f"runtime.num_gpus={self.num_gpus} with runtime.gpus_per_worker="
                 f"{self.gpus_per_worker} needs {wanted} GPUs, and PyTorch sees {gpus} on this "
@@ -100,6 +102,47 @@ class Runtime:
                 f"runtime.cpus_per_worker={self.cpus_per_worker} exceeds the {have} CPUs that Ray "
                 "may use: no worker would ever start"
             )
+
+    def describe(self) -> str:
+        """What Ray will start, for the person who waits for it."""
+        each = f"{self.cpus_per_worker} CPU"
+        each += f", {self.gpus_per_worker:g} GPU" if self.gpus_per_worker else ""
+        if self.ray_address:
+            return f"workers of {each} on the Ray cluster at {self.ray_address}"
+        return f"Ray with {self.expected_workers} workers of {each}"
+
+    def ray_init(self) -> dict[str, Any]:
+        """Arguments of ``ray.init`` beside those that are the same for every run."""
+        if self.ray_address:  # its nodes inherit nothing from this process
+            paths = os.pathsep.join(filter(None, sys.path))
+            return {
+                "address": self.ray_address,
+                "runtime_env": {"env_vars": {"PYTHONPATH": paths}},
+            }
+        # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.
+        words: dict[str, Any] = {"address": "local"}
+        if self.num_cpus:
+            words["num_cpus"] = self.num_cpus
+        if self.num_gpus:
+            words["num_gpus"] = self.num_gpus
+        return words
+
+    def ray_environment(self) -> dict[str, str]:
+        """Environment variables of a Ray that is started for the run.
+
+        Ray starts one worker process per CPU before anybody asks for one. That is what is wanted
+        where each worker has one CPU; else they would be more than are used.
+        """
+        as_many = self.cpus_per_worker == 1 and not self.gpus_per_worker
+        return {
+            "RAY_preload_python_modules": "simulations.app.preload",
+            "RAY_prestart_worker_first_driver": "true" if as_many else "false",
+        }
+
+    def backend(self) -> dict[str, dict[str, Any]]:
+        """``backend_config`` of Flower's simulation engine."""
+        resources = {"num_cpus": self.cpus_per_worker, "num_gpus": float(self.gpus_per_worker)}
+        return {"client_resources": resources}
 
     def federation_config(self) -> str:
         """The ``--federation-config`` of ``flwr run``."""

@@ -1,14 +1,14 @@
 """The Flower ServerApp: compose, federate, and end with one clear line."""
 
 import logging
-import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from omegaconf import DictConfig
 
-from fedlora.core import variables
 from fedlora.core.config import build
 from simulations.app.compose import load, split_overrides
 from simulations.app.federate import run
@@ -34,15 +34,31 @@ def federation_hint(cfg: DictConfig) -> str:
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """One run. An exception ends it as failed, after one clear line."""
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
-    logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
-    try:
+    """One run of ``flwr run``."""
+    with last_line():
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
-        if not os.environ.get(variables.CWD):  # not started by the launcher
-            say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
-        run(cfg, lambda _: grid, say)
+        say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
+        _federate(cfg, grid)
+
+
+def serve(cfg: DictConfig, grid: Grid) -> None:
+    """One run of a composed configuration."""
+    with last_line():
+        _federate(cfg, grid)
+
+
+def _federate(cfg: DictConfig, grid: Grid) -> None:
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    logging.getLogger("flwr").propagate = False  # else every Flower line appears twice
+    run(cfg, lambda _: grid, say)
+
+
+@contextmanager
+def last_line() -> Iterator[None]:
+    """End in one clear line; an exception ends the run as failed after it."""
+    try:
+        yield
     except BaseException as error:
         say(f"RUN FAILED: {type(error).__name__}: {error}")
         raise

@@ -59,7 +59,7 @@ def served(folder, app, **rounds):
     session = Session(
         method=Mean(rank=2),
         setting=Setting(MODULES, 1000, 12.0, CLIENTS, 3),
-        roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6, SHARDS),
+        roster=Roster(CLIENTS, tuple(range(8)), {"seen": tuple(range(8))}, 6, SHARDS, 3),
         plan=LocalPlan(),
         schedule=EvaluationSchedule(every=0),
         rounds=Rounds(**{"rounds": 2, "clients_per_message": 2, **rounds}),

@@ -95,7 +95,7 @@ class World:
         session = Session(
             method=method,
             setting=setting,
-            roster=Roster(setting.clients, ids, {"seen": ids}, 3, tuple(Shard(i) for i in ids)),
+            roster=Roster(setting.clients, ids, {"seen": ids}, 3, tuple(Shard(i) for i in ids), 3),
             plan=self.plan,
             schedule=EvaluationSchedule(every=0),
             rounds=Rounds(**{"rounds": rounds, "min_success": 0.1, **self.rounds}),

@@ -11,13 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import MovedBase, Payload
+from fedlora.core.reading import tensors_in
 from fedlora.core.types import Adapter, Client, Expected
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate
@@ -159,7 +159,7 @@ class Rebased(Payload):
         file = folder / UPDATE
         if not file.is_file():
             raise ModelError(f"{folder} lacks {UPDATE}")
-        with safe_open(file, framework="pt") as stored:
+        with tensors_in(file, "the update") as stored:
             made_for = (stored.metadata() or {}).get("base", "")
             if made_for != info.fingerprint:
                 raise ModelError(f"{file} is of another base model ({made_for[:12]})")

@@ -214,9 +214,8 @@ def _configured(world: World) -> tuple[Store, list[TrainJob]]:
     model, method = parts.model.resolved(), parts.strategy
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     store, info = TokenStore(folder), model.describe()
-    roster = enroll(
-        parts.population, parts.ranks, store.clients, info.modules, info.parameters, parts.seed
-    )
+    whole, loss = (info.modules, info.parameters), parts.client.loss
+    roster = enroll(parts.population, parts.ranks, store.clients, *whole, parts.seed, loss)
     setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
     state = method.init_state(setting)
     clients, plan = cohort(roster, parts.seed, 1), replace(parts.client, dropout=case.plan.dropout)

@@ -364,7 +364,6 @@ def test_categories_name_what_the_partition_is_about(source):
         ({"partition": "by_mr", "clients": 41}, r"data\.clients=41 is more than the 40 MRs"),
         ({"partition": "restaurant", "clients": 8}, r"data\.clients=8 is more than the 7 rest"),
         ({"partition": "dirichlet", "clients": 101}, r"clients=101 is more than the 100 records"),
-        ({"partition": "dirichlet", "clients": 90, "alpha": 0.01}, "clients=90, alpha=0.01"),
         (
             {"partition": "dirichlet", "by": "price"},
             r"data\.by='price' is no attribute of the MRs, which are \['food', 'name', 'priceRange",

@@ -191,10 +191,12 @@ def test_more_clients_than_records_are_refused(partition, tmp_path):
         list(write(tmp_path, rows(), partition=partition, clients=61).records())
 
 
-def test_shares_that_cannot_be_drawn_are_refused(tmp_path):
-    source = write(tmp_path, rows(), partition="dirichlet", clients=30, alpha=0.01, min_examples=2)
-    with pytest.raises(DataError, match=r"clients=30, alpha=0\.01, min_examples=2: The max number"):
-        list(source.records())
+def test_only_more_examples_than_there_are_cannot_be_drawn(tmp_path):
+    uneven = {"partition": "dirichlet", "clients": 30, "alpha": 0.01}
+    found = Counter(r.client for r in write(tmp_path, rows(), **uneven, min_examples=2).records())
+    assert set(found.values()) == {2}
+    with pytest.raises(DataError, match=r"needs 90 records, and there are 60"):
+        list(write(tmp_path, rows(), **uneven, min_examples=3).records())
 
 
 def test_no_files_and_no_records_are_refused(tmp_path):

@@ -1,11 +1,14 @@
+import contextlib
+from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
-from fedlora.data.partition import balanced, dirichlet, iid, natural
+from fedlora.data.partition import _complete, balanced, dirichlet, iid, natural
 
 LAW = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -31,20 +34,103 @@ def test_dealing_depends_on_seed_and_purpose():
     assert all(dealt[i] != dealt[j] for i in range(4) for j in range(i))
 
 
-def test_a_partitioner_gives_every_example_to_one_client():
-    pytest.importorskip("flwr_datasets")
-    labels = ["b", "a", "c", "a", "b", "b", "a"] * 3
-    assert natural(labels)[1] == [i for i, label in enumerate(labels) if label == "b"]
-    for parts in (natural(labels), iid(21, 4, 0), dirichlet(labels, 4, 1.0, 2, 0)):
-        assert sorted(chain(*parts)) == list(range(21))
-    assert {len(part) for part in iid(21, 4, 0)} == {5, 6}
-    assert min(len(part) for part in dirichlet(labels, 4, 1.0, 2, 0)) >= 2
+LABELS = st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=120)
+
+
+def by_flwr(labels, partitioner):
+    """The same division by `flwr-datasets`, and whether it gave up."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"row": list(range(len(labels))), "label": list(labels)}
+    partitioner.dataset = datasets.Dataset.from_dict(rows)
+    return [partitioner.load_partition(k)["row"][:] for k in range(partitioner.num_partitions)]
+
+
+@pytest.mark.filterwarnings("ignore:The specified min_partition_size")
+@settings(LAW, max_examples=10)
+@given(labels=LABELS, clients=st.integers(1, 8), seed=st.integers(0, 3))
+def test_flwr_datasets_divides_alike(labels, clients, seed):
+    flwr = pytest.importorskip("flwr_datasets.partitioner")
+    clients = min(clients, len(labels))
+    natural_ids = flwr.NaturalIdPartitioner(partition_by="label")
+    assert natural(labels) == by_flwr(labels, natural_ids)
+    shuffled = [str(i) for i in np.random.default_rng(seed).permutation(len(labels))]
+    cut = by_flwr(shuffled, flwr.IidPartitioner(num_partitions=clients))
+    assert iid(len(labels), clients, seed) == [[int(shuffled[i]) for i in part] for part in cut]
+    drawn = flwr.DirichletPartitioner(clients, "label", 5.0, min_partition_size=1, seed=seed)
+    with contextlib.suppress(ValueError):  # it gives up where this project completes a draw
+        assert dirichlet(labels, clients, 5.0, 1, seed) == by_flwr(labels, drawn)
+
+
+@LAW
+@given(
+    labels=LABELS,
+    clients=st.integers(1, 40),
+    alpha=st.sampled_from([1e-9, 0.01, 0.1, 1.0, 100.0]),
+    least=st.integers(1, 4),
+    seed=st.integers(0, 5),
+)
+def test_a_dirichlet_partition_is_a_partition_at_any_alpha(labels, clients, alpha, least, seed):
+    """Every example exactly once, no client with less than it must have, the same for a seed."""
+    if clients * least > len(labels):
+        with pytest.raises(DataError, match=r"data\.clients=|data\.min_examples="):
+            dirichlet(labels, clients, alpha, least, seed)
+        return
+    parts = dirichlet(labels, clients, alpha, least, seed)
+    assert len(parts) == clients
+    assert sorted(chain(*parts)) == list(range(len(labels)))
+    assert min(map(len, parts)) >= least
+    assert parts == dirichlet(labels, clients, alpha, least, seed)
+
+
+@pytest.mark.parametrize(
+    ("clients", "labels", "alpha"),
+    [(20, 3, 0.1), (20, 3, 0.01), (30, 77, 0.01), (100, 3, 0.01), (100, 3, 0.1)],
+)
+def test_uneven_draws_are_completed_and_stay_uneven(clients, labels, alpha):
+    """What `flwr-datasets` gives up: nearly all examples of a label stay with a few clients, and a
+    client that was short holds examples of one label."""
+    names = [f"l{i % labels}" for i in range(40 * clients)]
+    parts = dirichlet(names, clients, alpha, 2, 0)
+    assert min(map(len, parts)) >= 2
+    shares = [max(Counter(names[i] for i in part).values()) / len(part) for part in parts]
+    even = [
+        max(Counter(names[i] for i in part).values()) / 40 for part in iid(len(names), clients, 0)
+    ]
+    assert np.mean(shares) > 2 * np.mean(even) or np.mean(shares) > 0.9
+
+
+def test_completing_moves_no_more_than_what_is_missing():
+    """The clients that had enough before keep what they had, but for what the others lack."""
+    labels = np.repeat([0, 1, 2], [50, 30, 20])
+    owner = np.repeat([0, 1, 2], [50, 30, 20])
+    before, sizes = owner.copy(), np.bincount(owner, minlength=12).tolist()
+    _complete(owner, labels, sizes, 3, np.random.default_rng(0))
+    assert (owner != before).sum() == 9 * 3
+    assert np.bincount(owner, minlength=12).tolist() == sizes
+    assert all(len(set(labels[owner == k])) == 1 for k in range(12))
+
+
+@LAW
+@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=6), clients=st.integers(1, 12))
+def test_in_the_limit_of_large_alpha_all_clients_have_the_labels_frequencies(counts, clients):
+    labels = [f"l{y}" for y, n in enumerate(counts) for _ in range(n)]
+    if clients > len(labels):
+        return
+    short = max(0, clients - min(counts))  # those may be short, and the others give
+    for part in dirichlet(labels, clients, 1e12, 1, 0):
+        held = Counter(labels[i] for i in part)
+        for y, n in enumerate(counts):
+            assert abs(held[f"l{y}"] - n / clients) <= 1 + short
 
 
 @pytest.mark.parametrize(
     "divide", [lambda: iid(3, 4, 0), lambda: dirichlet(["a"] * 3, 4, 1.0, 1, 0)]
 )
 def test_more_clients_than_records_are_refused(divide):
-    pytest.importorskip("flwr_datasets")
     with pytest.raises(DataError, match=r"data\.clients=4 is more than the 3 records"):
         divide()
+
+
+def test_more_clients_than_the_records_suffice_for_are_refused():
+    with pytest.raises(DataError, match=r"needs 12 records, and there are 10"):
+        dirichlet(["a", "b"] * 5, 4, 1.0, 3, 0)

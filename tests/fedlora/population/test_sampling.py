@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
 from fedlora.core.types import Module
@@ -19,6 +19,7 @@ from fedlora.population.sampling import (
     cohort,
     deal,
     enroll,
+    held_out,
     panel,
 )
 
@@ -47,6 +48,9 @@ class Shard:
 
     def holds(self, split):
         return self.num_train, 20 * self.num_train
+
+    def trains(self, loss):
+        return self.num_train
 
 
 def shards(n):
@@ -125,8 +129,8 @@ def test_holdouts_are_disjoint_and_never_train():
     assert 3 not in seen  # it has no training examples
     for t in range(30):
         assert {c.id for c in cohort(r, 1, t)} <= seen
-    assert [c.id for c in panel(r, "unseen_task", 7, 1)] == sorted(
-        c.id for c in panel(r, "unseen_task", 7, 1)
+    assert [c.id for c in panel(r, "unseen_task", 7, 1, "test")] == sorted(
+        c.id for c in panel(r, "unseen_task", 7, 1, "test")
     )
 
 
@@ -220,9 +224,73 @@ def test_tiers_that_nobody_is_in_are_not_asked_for():
         (lambda: roster(9, Population(per_round=9)), "only 7 clients can train"),
         (lambda: roster(9, Population(unseen_categories=("zz",))), "not in the data"),
         (lambda: Population(fraction=0), "fraction=0 must lie in"),
-        (lambda: panel(roster(9), "old", 0, 0), "'old' is not one of"),
+        (lambda: panel(roster(9), "old", 0, 0, "test"), "'old' is not one of"),
     ],
 )
 def test_impossible_wishes_are_refused(make, message):
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         make()
+
+
+@dataclass
+class Uneven:
+    """A client's examples by split, and how many of the training ones keep a response."""
+
+    id: int
+    num_train: int
+    responding: int
+    evals: int
+    tests: int
+    category: str = "a"
+
+    def holds(self, split):
+        examples = {"train": self.num_train, "eval": self.evals, "test": self.tests}[split]
+        return examples, 20 * examples
+
+    def trains(self, loss):
+        return self.responding if loss == "response" else self.num_train
+
+
+UNEVEN = st.lists(
+    st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 1), st.integers(0, 1)),
+    min_size=3,
+    max_size=30,
+)
+
+
+@laws
+@given(UNEVEN, st.sampled_from(["full", "response"]), st.integers(0, 3))
+def test_nobody_is_drawn_for_what_it_cannot_do(rows, loss, seed):
+    """No cohort holds a client without a token to learn from, no panel one without examples of its
+    split, and nobody is held out for evaluation who cannot be evaluated, if others can."""
+    held = [Uneven(i, n, min(n, r), e, t) for i, (n, r, e, t) in enumerate(rows)]
+    rules = Population(fraction=0.5, unseen_fraction=0.3)
+    try:
+        drawn = enroll(rules, RankDistribution(), held, SMOLLM2, PARAMETERS, seed, loss)
+    except ValueError:
+        reject()  # no client is left to train
+    assert all(held[c.id].trains(loss) for r in range(3) for c in cohort(drawn, seed, r))
+    for group in drawn.groups:
+        for split in ("train", "eval", "test"):
+            for size in (0, 2):
+                found = panel(drawn, group, size, seed, split)
+                able = [i for i in drawn.groups[group] if held[i].holds(split)[0]]
+                assert len(found) == (min(size, len(able)) if size else len(able))
+                assert all(c.id in able for c in found)
+    if any(s.evals or s.tests for s in held):
+        assert all(held[i].evals or held[i].tests for i in drawn.groups["unseen_random"])
+
+
+def test_a_fixed_population_does_not_depend_on_the_seed_of_the_run():
+    """Runs of several seeds are compared on the same clients, tiers and panels; unless told so, the
+    run's seed draws them."""
+
+    def people(population, seed):
+        r = roster(400, population, seed=seed)
+        panels = [[c.id for c in panel(r, g, 9, r.seed, "test")] for g in r.groups]
+        return r.clients, r.groups, panels
+
+    fixed = Population(seed=7)
+    assert people(fixed, 1) == people(fixed, 2) == people(Population(), 7)
+    assert people(Population(), 1) != people(Population(), 2)
+    assert held_out(fixed, shards(400), 1) == held_out(fixed, shards(400), 2)

@@ -37,6 +37,9 @@ class Held:
     def holds(self, split: str) -> tuple[int, int]:
         return self.examples, self.tokens
 
+    def trains(self, loss: str) -> int:
+        return self.examples
+
 
 @laws
 @given(st.integers(1, 40), PLANS)

@@ -69,7 +69,7 @@ def session(folder: Path, method: Mean, rounds: int = 4, keep: int = 2) -> Sessi
     return Session(
         method=method,
         setting=Setting(MODULES, 1000, 12.0, CLIENTS, 3),
-        roster=Roster(CLIENTS, IDS, {"seen": IDS}, 3, tuple(Held(4, 20) for _ in IDS)),
+        roster=Roster(CLIENTS, IDS, {"seen": IDS}, 3, tuple(Held(4, 20) for _ in IDS), 3),
         plan=LocalPlan(),
         schedule=EvaluationSchedule(
             groups=("seen",), adapters=("own",), clients=0, plan=EvaluatePlan()

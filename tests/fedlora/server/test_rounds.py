@@ -67,7 +67,14 @@ def test_clients_are_evaluated_with_their_own_variant():
     state = method.init_state(SETTING)
     found = {
         kind: evaluation_jobs(
-            method, state, CLIENTS, kind, EvaluatePlan(), setting=SETTING, round=1
+            method,
+            state,
+            CLIENTS,
+            kind,
+            EvaluatePlan(),
+            max_ranks=SETTING.max_ranks,
+            seed=0,
+            round=1,
         )
         for kind in ("own", "full", "largest")
     }

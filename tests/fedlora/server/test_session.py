@@ -1,6 +1,6 @@
 """What a session deals out: messages of even work, none too large, whoever is asked."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hypothesis import given, settings
@@ -33,7 +33,7 @@ def session(held, workers=2, folder=Path("unused"), clients_per_message=0, **giv
     return Session(
         method=Mean(rank=2),
         setting=Setting(MODULES, 1000, 12.0, clients, 3),
-        roster=Roster(clients, ids, {"seen": ids}, n, tuple(held)),
+        roster=Roster(clients, ids, {"seen": ids}, n, tuple(held), 3),
         plan=LocalPlan(batch_size=2, max_examples=6),
         schedule=schedule,
         rounds=rounds,
@@ -125,3 +125,19 @@ def test_a_note_is_said_once_and_recorded_where_it_came(tmp_path):
     assert [line for line in said if line.startswith("engine")] == ["engine: b", "engine: a"]
     assert [r.get("engine") for r in records] == ["a; b", "b", None]
     assert [r.get("engine/fused_share") for r in records] == [None, 1.0, None]
+
+
+def test_panels_and_their_examples_follow_the_populations_seed_not_the_runs():
+    held = [Held(4, 20) for _ in range(6)]
+
+    def judged(run_seed, population_seed, **schedule):
+        run = session(held)
+        run.setting = replace(run.setting, seed=run_seed)
+        run.roster = replace(run.roster, seed=population_seed)
+        run.schedule = replace(run.schedule, clients=2, **schedule)
+        jobs = [job for _, jobs in run.evaluate_cohorts(1) for job in jobs]
+        return [(job.client.id, job.seed) for job in jobs]
+
+    assert judged(1, 7) == judged(2, 7) == judged(3, 5, seed=7)
+    assert {seed for _, seed in judged(1, 7)} == {7}
+    assert len({tuple(judged(1, seed)) for seed in range(9)}) == 9

@@ -29,16 +29,44 @@ def test_every_strategy_runs_and_leaves_a_complete_folder(federate, strategy):
     assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in done.clients)
 
 
-def test_the_first_line_says_which_ranks_are_held_and_which_are_trained(federate):
-    """Where a method has clients train other ranks than they hold, both are said, in words."""
+def test_the_headline_says_which_ranks_are_held_and_which_are_trained(federate):
+    """Where a method has clients train other ranks than they hold, both are said, in words, after
+    the line that says that model and data are read."""
     held = "rank 2 in attention modules and 15 in mlp modules (6 clients), rank 15 (6 clients)"
-    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[0]
+    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[1]
     assert held in smallest
     assert smallest.endswith("; under FedIT they train rank 1 (all clients)")
-    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[0]
+    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[1]
     assert held in own
     assert "under" not in own
     assert "2/15" not in smallest + own
+
+
+def examples(tmp_path, counts, **fields):
+    """A file with so many short records of each client."""
+    row = {"instruction": "Say it.", "output": "It is said.", **fields}
+    lines = [json.dumps(row | {"client": f"c{k}"}) for k, n in enumerate(counts) for _ in range(n)]
+    path = tmp_path / "examples.jsonl"
+    path.write_text("\n".join(lines))
+    return "data=jsonl", f"data.path={path}", "population.clients=0"
+
+
+def test_clients_too_small_for_a_test_split_are_not_drawn_to_be_evaluated(federate, tmp_path):
+    data = examples(tmp_path, [2, 10] * 8)
+    panels = "evaluate.groups=[seen,unseen_random,participants]"
+    done = federate(*data, "evaluate=loss", panels, "population.unseen_fraction=0.3", "rounds=1")
+    judged = [r for r in done.records if r["kind"] == "evaluate"]
+    assert {r["group"] for r in judged} == {"seen", "unseen_random", "participants"}
+    assert all(r["failed"] == 0 and r["clients"] > 0 for r in judged)
+
+
+def test_an_evaluation_that_no_client_can_do_is_refused_before_there_is_a_folder(
+    federate, tmp_path
+):
+    data = examples(tmp_path, [6] * 8)
+    with pytest.raises(ConfigError, match=r"none of the 7 clients of seen has examples in the tes"):
+        federate(*data, "evaluate=loss", "evaluate.groups=[seen]", "data.test_fraction=0")
+    assert not (tmp_path / "out").exists()
 
 
 def test_heterogeneity_is_real_on_the_wire(federate):
