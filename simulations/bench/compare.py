@@ -63,7 +63,9 @@ def table(record: Mapping[str, Any]) -> str:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 if sides disagree."""
     parser = argparse.ArgumentParser("fedlora bench compare", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", help="of the configuration: data=..., client.lr=...")
+    parser.add_argument(
+        "overrides", nargs="*", help="of the configuration: data=..., client.lr=..."
+    )
     parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
     parser.add_argument("--clients", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=3)

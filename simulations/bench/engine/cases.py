@@ -103,6 +103,8 @@ class Case:
     """Of that experiment; without one, of the default configuration."""
     repeats: int = 5
     """Of a full measurement."""
+    device: str = "cpu"
+    """Where the base lies."""
 
     def missing(self) -> str:
         """What this machine lacks for the case, or an empty text."""
@@ -168,9 +170,11 @@ class World:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.network = base_network(case)
+        self.network = base_network(case).to(case.device)
         self.modules = find_modules(self.network, "all-linear")
-        self.store, self.jobs = (_configured if case.experiment or case.overrides else _random)(self)
+        self.store, self.jobs = (_configured if case.experiment or case.overrides else _random)(
+            self
+        )
 
     @cached_property
     def model(self) -> LanguageModel:

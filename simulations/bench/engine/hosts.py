@@ -123,8 +123,17 @@ def answer(connection: Connection, opened: Opened, before: float) -> None:
         function, arguments = content
         connection.send(function(opened, *arguments))
     else:
-        peak = resident("VmHWM")
-        connection.send((peak - before, peak))
+        connection.send(peaks(opened.world.network.device, before))
+
+
+def peaks(device: torch.device, before: float) -> tuple[float, float]:
+    """MB: growth of the peak beyond ``before``, and the peak itself; on an accelerator the peak of
+    its own memory, base included."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e6
+        return peak, peak
+    peak = resident("VmHWM")
+    return peak - before, peak
 
 
 def notes_of(opened: Opened) -> tuple[str, ...]:

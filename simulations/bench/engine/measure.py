@@ -120,19 +120,19 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
 
     A side that does not train what the PEFT loop trains is not timed; its entries say so.
     """
-    world = World(case)
+    world = World(replace(case, device="cpu"))
     everyone, few = cohort_of(world), cohort_of(world, effort.trainer_clients)
     work = flop(measure_shape(world.model), everyone.jobs, world.store)
     cohorts = {e.label: few if e.side == "trainer" else everyone for e in entries}
     counts: dict[str, int] = {}
     for e in entries:
         counts[e.side] = max(counts.get(e.side, 0), e.processes)
-    peaks = [gemm_peak(case.dtype)]
+    peaks = [gemm_peak(case.dtype, case.device)]
     with hosts(case, counts) as opened:
         checked = check(case, opened, {e.side: cohorts[e.label] for e in entries})
         timed = [e for e in entries if not checked[e.side]["error"]]
         runs = repeat(timed, opened, cohorts, effort.repeats)
-        peaks.append(gemm_peak(case.dtype))
+        peaks.append(gemm_peak(case.dtype, case.device))
         memory = {e.label: Group(opened[e.side][: e.processes]).memory() for e in timed}
     found: dict[str, Any] = {}
     for e in entries:
