@@ -75,7 +75,7 @@ class Rounds:
     """Whether the rounding error of a client's bfloat16 reply is stored and added to its next
     reply."""
     timeout_s: float = 3600.0
-    """Seconds that a round waits for its slowest client."""
+    """Seconds that a worker has for one message, before its clients are dropped from the round."""
     keep: int = 3
     """Checkpoints kept."""
     threads: int = 1

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -90,7 +91,7 @@ class LocalLink:
                 if up.adapter is None
                 else replace(up, adapter=pass_through_wire(up.adapter, self.wire))
             )
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             return failure_of(init.client, error)
 
 
@@ -101,7 +102,7 @@ def pass_through_wire(adapter: Adapter, wire: str) -> Adapter:
     return found
 
 
-def failure_of(client: Client, error: Exception) -> Failure:
+def failure_of(client: Client, error: BaseException) -> Failure:
     """An exception as a record that can travel."""
     return Failure(client, type(error).__name__, str(error), traceback.format_exc())
 

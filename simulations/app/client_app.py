@@ -15,8 +15,10 @@ from fedlora.wire.codec import (
     decode_jobs,
     encode_results,
 )
+from simulations.app.own_modules import find_own_modules
 
 app = ClientApp()
+find_own_modules()
 
 
 def answer(message: Message) -> Message:

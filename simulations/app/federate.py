@@ -2,8 +2,8 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,31 +21,30 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
-from simulations.app.compose import absolute
+from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
+from simulations.app.words import absolute
 
 
-def check(cfg: DictConfig) -> None:
-    """Refuse a configuration before anything is loaded.
-
-    Raises:
-        ConfigError: for a value that is wrong, or that asks for more than this machine has.
-    """
-    runtime = build_parts(cfg).runtime
-    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
-
-
-def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
+def run(
+    cfg: DictConfig,
+    grid_of: Callable[[Parts], Grid],
+    emit: Callable[[str], None],
+    *,
+    watched: bool = False,
+) -> Path:
     """Execute the whole run and write a run folder.
 
     Args:
         cfg: a composed configuration.
         grid_of: gives the Flower grid once the parts are known.
         emit: shows one line to the user.
+        watched: whether to write down what clients are at work, for a process that watches this one
+            (`simulations.app.alone`).
 
     Returns:
         The absolute run folder.
@@ -67,18 +66,20 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
         emit(inputs.cut)
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
-        trackers = open_session(session, parts, inputs)
+        resume(session, parts)
         with status_file(folder, session), disk_faults(folder):
-            try:
+            with closing_tracker(session):
+                trackers = open_session(session, parts, inputs)
                 federated = FederatedRun(
-                    session, worker=inputs.worker.to_json(), source=source_hash()
+                    session,
+                    worker=inputs.worker.to_json(),
+                    source=source_hash(),
+                    journal=folder / UNDER_WAY if watched else None,
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
-            finally:
-                trackers.close()
             if trackers.lost:
                 raise RunError(
                     f"all {session.done} rounds are complete in {folder}, and tracking missed some "
@@ -131,21 +132,22 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
-    """Continue from the run's checkpoint if there is one, then write the run's first files.
-
-    Returns:
-        The session's trackers.
+def resume(session: Session, parts: Parts) -> None:
+    """Continue from the run's checkpoint if there is one and the configuration asks for it.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
     """
-    folder, roster = session.folder, session.roster
     try:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
+        raise RunError(f"{error}{changed(session.folder, parts.resolved)}") from error
+
+
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
+    """Write the first files of the run, and open its trackers and return them."""
+    folder, roster = session.folder, session.roster
     write_start(parts, inputs, folder)
     session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
     if lost := missing_rounds(folder / "metrics.jsonl", session.done):
@@ -165,6 +167,15 @@ def _listed(rounds: Sequence[int]) -> str:
     shown = ", ".join(map(str, rounds[:8]))
     more = f" and {len(rounds) - 8} more" if len(rounds) > 8 else ""
     return f"round{'s' if len(rounds) > 1 else ''} {shown}{more}"
+
+
+@contextmanager
+def closing_tracker(session: Session) -> Iterator[None]:
+    """Close the run's tracker at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        session.tracker.close()
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:

@@ -20,6 +20,8 @@ import psutil
 
 VARIABLE = "FEDLORA_RUN"  # `fedlora.core.variables.RUN`; this file runs by itself
 GRACE_S = 5.0
+SIGNALLED = 128
+"""Exit code of a command that a signal ended, less the signal's number, as in shells."""
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -54,7 +56,8 @@ def _send(process: psutil.Process, what: signal.Signals) -> None:
 def main() -> int:
     """Start the command, wait for the owner or the command to end, then leave nothing running.
 
-    Returns the command's exit code.
+    Returns:
+        The command's exit code.
     """
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)  # the owner decides; it closes our input
@@ -80,7 +83,8 @@ def main() -> int:
     end(mark)
     if alone.is_set():  # else the owner may want to read what went wrong
         shutil.rmtree(scratch, ignore_errors=True)
-    return child.wait()
+    code = child.wait()
+    return code if code >= 0 else SIGNALLED - code
 
 
 if __name__ == "__main__":

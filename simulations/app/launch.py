@@ -5,7 +5,6 @@ an empty directory, so that workers import nothing that happens to lie where the
 under a guard that leaves nothing running, whatever becomes of this process.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,13 +13,16 @@ import sys
 import sysconfig
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
-from simulations.app.guard import end
+from simulations.app.alone import KNOWN, how_it_ended
+from simulations.app.attempts import Attempt, complete
+from simulations.app.guard import SIGNALLED, end
+from simulations.app.ray_setup import short_folder
 from simulations.app.runtime import Runtime
 
 QUIET = {
@@ -37,52 +39,49 @@ ROUTINE = re.compile(
     r"((\x1b\[9[23]m)?(INFO|WARNING)[: ]|$)"
 )
 EXPLAINED = re.compile(
-    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error|^RUN FAILED: WorkerDied"
+    r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error"
+    r"|WorkerDied|ClientsSuspected|SimulationEnded)\b)"
 )
-OURS = re.compile(r"^(RUN |run folder|report)")
+OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming|starting )")
+TRACE = re.compile(r"^\x1b\[91mERROR")
 
 
 def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
     """Do one run through Flower and Ray; its exit code: 0 only if the run completed.
 
     A run that fails because a worker process died continues from its last checkpoint with new
-    workers, ``runtime.restarts`` times.
+    workers (`simulations.app.attempts`).
+
+    Raises:
+        ConfigError: if Ray cannot be given a directory with a short name.
     """
-    attempt, words = 0, overrides
-    while True:
-        code, folder = _run(words, runtime, emit)
-        if code == 0 or attempt == runtime.restarts or not _worker_died(folder):
-            return code
-        attempt += 1
-        emit(f"starting again from the last checkpoint ({attempt} of {runtime.restarts})")
-        words = [*(w for w in overrides if not w.startswith("resume=")), f"resume='{folder}'"]
 
+    def attempt(words: Sequence[str], attempt: Attempt, show: Callable[[str], None]) -> None:
+        with short_folder(show) as ray, _process(words, runtime, ray) as process:
+            assert process.stdout is not None
+            for line in filter_log(process.stdout):
+                show(line)
+                if match := FOLDER.match(line):
+                    attempt.folder = Path(match[1])
+            code = process.wait()
+            code = SIGNALLED - code if code > SIGNALLED else code
+        attempt.completed, attempt.code = code == 0, code if code in KNOWN else 1
+        attempt.reason = f"the process of the run {how_it_ended(code)}"
 
-def _worker_died(folder: Path | None) -> bool:
-    try:
-        status = json.loads((folder / "status.json").read_text()) if folder else {}
-    except (OSError, ValueError):
-        return False
-    return isinstance(status, dict) and status.get("kind") == "WorkerDied"
-
-
-def _run(
-    overrides: Sequence[str], runtime: Runtime, emit: Callable[[str], None]
-) -> tuple[int, Path | None]:
-    """One attempt: show its log. Returns its exit code and the run folder."""
-    folder = None
-    with _process(overrides, runtime) as process:
-        assert process.stdout is not None
-        for line in filter_log(process.stdout):
-            emit(line)
-            if match := FOLDER.match(line):
-                folder = Path(match[1])
-        return process.wait(), folder
+    return complete(attempt, overrides, runtime.restarts, emit)
 
 
 @contextmanager
-def _process(overrides: Sequence[str], runtime: Runtime) -> Iterator["subprocess.Popen[str]"]:
-    """The run's process behind its guard; it and all it started end with the block."""
+def _process(
+    overrides: Sequence[str], runtime: Runtime, more: Mapping[str, str]
+) -> Iterator["subprocess.Popen[str]"]:
+    """The run's process behind its guard; it and all it started end with the block.
+
+    Args:
+        overrides: of the run.
+        runtime: of the run.
+        more: further environment variables.
+    """
     home, mark = Path(tempfile.mkdtemp(prefix="fedlora-run-")), uuid.uuid4().hex
     guard = [str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
     command = [sys.executable, "-m", "simulations.app.simulate", *overrides]
@@ -94,7 +93,7 @@ def _process(overrides: Sequence[str], runtime: Runtime) -> Iterator["subprocess
         text=True,
         errors="replace",
         cwd=home,
-        env=environment(runtime),
+        env=environment(runtime) | dict(more),
         start_new_session=True,
     )
     try:
@@ -123,12 +122,22 @@ def environment(runtime: Runtime) -> dict[str, str]:
 def filter_log(lines: Iterable[str]) -> Iterator[str]:
     """The lines of a run's log that a user needs: the app's own lines and all errors.
 
-    Flower's routine lines are left out, and so is the stack trace after a failure that explains
+    Flower's routine lines are left out, and so are the stack traces around a failure that explains
     itself. ``FEDLORA_VERBOSE=1`` shows everything.
     """
     everything, explained = bool(os.environ.get(variables.VERBOSE)), False
+    held: list[str] = []  # a trace, until the app's next line shows whether it is explained
     for line in lines:
         text = line.rstrip()
         explained = explained or bool(EXPLAINED.match(text))
-        if everything or not (ROUTINE.match(text) or (explained and not OURS.match(text))):
+        if everything:
             yield text
+        elif OURS.match(text):
+            yield from [] if explained else held
+            held = []
+            yield text
+        elif held or TRACE.match(text):
+            held.append(text)
+        elif not (ROUTINE.match(text) or explained):
+            yield text
+    yield from [] if explained else held

@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 import ray
@@ -63,8 +64,9 @@ def _import_and_check(cfg: DictConfig) -> None:
     try:
         from fedlora.models.spec import import_transformers
         from simulations.app import client_app, federate  # noqa: F401
+        from simulations.app.parts import build_parts, check_machine
 
-        federate.check(cfg)
+        check_machine(build_parts(cfg).runtime)
         import_transformers()  # while Ray starts
     except Exception as error:
         leave(failed(error))
@@ -80,21 +82,18 @@ def _simulate(cfg: DictConfig, runtime: Runtime) -> int:
 
     if not os.environ.get(variables.VERBOSE):
         logging.getLogger("flwr").setLevel(logging.ERROR)
-    server, ended, completed = ServerApp(), threading.Event(), threading.Event()
+    server, ending, completed = ServerApp(), server_app.Ending(), threading.Event()
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        try:
-            server_app.serve(cfg, grid)
+        with ending:
+            server_app.federate(cfg, grid, ending.say)
             completed.set()
-        finally:
-            ended.set()
 
-    try:
+    # The server's exceptions arrive here too, after it has said them.
+    with suppress(Exception):
         run_simulation(server, client_app.app, runtime.nodes, backend_config=runtime.backend())
-    except Exception:
-        if not ended.is_set():  # else the server has said why
-            raise
+    ending.cut_off()  # unless it has ended
     return 0 if completed.is_set() else FAILED
 
 

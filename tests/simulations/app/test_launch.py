@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.core import variables
-from simulations.app import launch as launcher
 from simulations.app.guard import marked
-from simulations.app.launch import filter_log, launch
-from simulations.app.runtime import Runtime
+from simulations.app.launch import filter_log
 from tests.simulations.app.launched import (
     ROOT,
     SAME,
@@ -33,52 +31,18 @@ def test_a_person_sees_the_apps_lines_and_no_routine():
     assert list(filter_log(lines)) == seen
 
 
+def test_traces_before_a_failure_that_explains_itself_are_left_out():
+    trace = ["\x1b[91mERROR \x1b[0m: An exception was raised", "Traceback", "  File a.py"]
+    ended = "RUN FAILED: WorkerDied: round 1"
+    assert list(filter_log(["round 1", *trace, ended])) == ["round 1", ended]
+    assert list(filter_log([*trace, "round 2/3  done"])) == [*trace, "round 2/3  done"]
+    assert list(filter_log(trace)) == trace, "nothing explains it"
+
+
 def test_a_failure_that_explains_itself_needs_no_stack_trace():
     lines = ["RUN FAILED: RunError: too few", "Traceback (most recent call last):", "  File a.py"]
     assert list(filter_log(lines)) == lines[:1]
     assert list(filter_log(["Traceback", *lines[2:]])) == ["Traceback", *lines[2:]]
-
-
-# ------------------------------------------------------------------------------------- restarting
-
-
-@pytest.fixture
-def attempts(monkeypatch, tmp_path):
-    """The run's process replaced by a list of endings; the overrides of each attempt."""
-
-    def play(*endings: tuple[int, str], restarts: int) -> tuple[int, list[list[str]]]:
-        asked: list[list[str]] = []
-
-        def run(overrides, runtime, emit):
-            code, kind = endings[len(asked)]
-            asked.append(list(overrides))
-            (tmp_path / "status.json").write_text(f'{{"kind": "{kind}"}}')
-            return code, tmp_path
-
-        monkeypatch.setattr(launcher, "_run", run)
-        words = ["rounds=3", "resume=auto"]
-        return launch(words, Runtime(restarts=restarts), lambda line: None), asked
-
-    return play
-
-
-DIED, FAILED, DONE = (1, "WorkerDied"), (1, "RunError"), (0, "")
-
-
-def test_a_dead_worker_is_a_reason_to_go_on_in_the_same_folder(attempts, tmp_path):
-    code, asked = attempts(DIED, DIED, DONE, restarts=2)
-    assert code == 0
-    assert asked == [["rounds=3", "resume=auto"], *2 * [["rounds=3", f"resume='{tmp_path}'"]]]
-
-
-def test_not_for_ever(attempts):
-    code, asked = attempts(DIED, DIED, DONE, restarts=1)
-    assert (code, len(asked)) == (1, 2)
-
-
-def test_other_failures_are_no_reason(attempts):
-    code, asked = attempts(FAILED, DONE, restarts=3)
-    assert (code, len(asked)) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------ guard
