@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 from simulations.app.hints import QUOTING, sentence
+from simulations.app.naming import run_name
 from simulations.app.words import absolute, readable, with_search_path
 
 CONF = ROOT / "conf"
@@ -41,7 +42,7 @@ def split_overrides(experiment: str, overrides: str) -> list[str]:
 def load(overrides: Sequence[str]) -> DictConfig:
     """The whole configuration with every interpolation still in place.
 
-    ``name`` is set to ``<strategy>-<ranks>-<data>-<model>-s<seed>`` where it is empty.
+    ``name`` is set where it is empty (`simulations.app.naming`).
 
     Raises:
         ConfigError: one sentence for a misspelt or renamed group, option, key or value.
@@ -55,8 +56,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
             with open_dict(cfg):
                 cfg.pop("hydra")
                 if not cfg.name:
-                    parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
-                    cfg.name = "-".join([*parts, f"s{cfg.seed}"])
+                    cfg.name = run_name(cfg, choices, words)
                 _anchor(cfg)
             OmegaConf.to_container(cfg, resolve=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
