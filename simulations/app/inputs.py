@@ -104,10 +104,9 @@ def _by_rank(counts: Counter[str]) -> str:
 def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -> EngineSpec:
     """The engine with everything decided that the configuration leaves to it, so that all workers
     of a run, also after a resume, do the same. What was decided is shown."""
-    runtime, dtype = parts.runtime, getattr(torch, parts.model.dtype)
-    name = runtime.worker_device
+    name, dtype = parts.runtime.worker_device, getattr(torch, parts.model.dtype)
     if name == "auto":
-        name = "cuda" if runtime.gpus_per_worker or torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     engine = parts.engine.settled(info, dtype, torch.device(name))
     given = describe(parts.engine)
     for key, value in describe(engine).items():
