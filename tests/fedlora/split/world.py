@@ -192,7 +192,7 @@ class FakeChannel(ClientChannel):
         asked = decode_downs(request)
         worker = self.workers[self.turn(self.served) % len(self.workers)]
         self.served += 1
-        reply = encode_ups(worker.answer(asked, state), wire=asked.wire)
+        reply = encode_ups(worker.answer(asked, state), wire=asked.wire, nonce=asked.nonce)
         self.records += [request, reply]
         return reply
 
