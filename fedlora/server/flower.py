@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 Job: TypeAlias = TrainJob | EvaluateJob
 
+SETUP_PATIENCE_S = 600.0
+"""Seconds that workers have at least to load the model, however short the deadline of a message."""
 NODE_PATIENCE_S = 120.0
 """Seconds to wait for the first Flower node: on a busy machine Ray needs half a minute."""
 
@@ -73,7 +75,8 @@ class FederatedRun:
             session.roster.per_round,
         )
         empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
-        check_workers(grid, nodes_of(grid), session.workers, empty, session.rounds.timeout_s)
+        patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
+        check_workers(grid, nodes_of(grid), session.workers, empty, patience)
         delivery = Delivery(
             grid,
             session.workers,

@@ -242,6 +242,8 @@ def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
         arrays[f"{i}/lengths"] = np.array(up.shape.lengths, dtype=np.int32)
     if up.labels is not None:
         arrays[f"{i}/labels/first"] = np.array(up.labels.first, dtype=np.int32)
+        if up.labels.gaps:
+            arrays[f"{i}/labels/gaps"] = np.array(up.labels.gaps, dtype=np.int32)
         arrays[f"{i}/labels/targets"] = up.labels.targets.numpy().astype(np.int32)
     if up.adapter is not None:
         header["adapter"] = _put_adapter(arrays, f"{i}/adapter", up.adapter, wire)
@@ -271,7 +273,8 @@ def _up(client: Client, h: Mapping[str, Any], found: Arrays, wire: str) -> Answe
 
 def _labels(arrays: Arrays) -> Labels:
     targets = torch.tensor(_integers("targets", arrays["targets"]), dtype=torch.int64)
-    return Labels(_integers("first", arrays["first"]), targets)
+    gaps = _integers("gaps", arrays.get("gaps", np.zeros(0, dtype=np.int32)))
+    return Labels(_integers("first", arrays["first"]), targets, gaps)
 
 
 def _integers(name: str, array: NDArray[Any]) -> tuple[int, ...]:
