@@ -52,7 +52,8 @@ def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
 
 
 def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
-    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    """The files that say what the run is: its configuration, environment, model, population, and
+    what its workers are told."""
     info, roster = inputs.info, inputs.roster
     write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
@@ -60,6 +61,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     spec = inputs.worker.model
     model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id}
     _write_json(folder / MODEL, model)
+    write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {
         "fingerprint": inputs.store.name,
         "clients": len(roster.clients),
