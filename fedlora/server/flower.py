@@ -5,6 +5,7 @@ that serve virtual clients, and the `Session` decides everything but the transpo
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ from typing import TypeAlias
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedlora.core.checks import one_line
 from fedlora.core.errors import RunError
 from fedlora.core.types import (
     Client,
@@ -26,6 +28,7 @@ from fedlora.core.types import (
 from fedlora.server.delivery import Delivery, Parcel, Phase
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
+from fedlora.server.norm_bound import COHORT
 from fedlora.server.session import Session
 from fedlora.server.workers import check_workers
 from fedlora.wire.codec import decode_results, encode_jobs, glance
@@ -34,6 +37,8 @@ log = logging.getLogger(__name__)
 
 Job: TypeAlias = TrainJob | EvaluateJob
 
+SETUP_PATIENCE_S = 600.0
+"""Seconds that workers have at least to load the model, however short the deadline of a message."""
 NODE_PATIENCE_S = 120.0
 """Seconds to wait for the first Flower node: on a busy machine Ray needs half a minute."""
 
@@ -70,7 +75,8 @@ class FederatedRun:
             session.roster.per_round,
         )
         empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
-        check_workers(grid, nodes_of(grid), session.workers, empty, session.rounds.timeout_s)
+        patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
+        check_workers(grid, nodes_of(grid), session.workers, empty, patience)
         delivery = Delivery(
             grid,
             session.workers,
@@ -126,20 +132,22 @@ class FederatedRun:
         """A message per batch, and one for each client that is sent its own; dealt round-robin over
         the nodes. The results batch by batch, without clients that are left out.
 
-        Jobs whose message came back broken, or not at all, are failures.
+        Jobs whose message came back broken, or not at all, are failures. A reply repeats the nonce
+        of these messages: one of an earlier round answers for nobody.
         """
         parts = [(i, part) for i, jobs in enumerate(batches) for part in self._parts(jobs, phase)]
         if not parts:
             return [[] for _ in batches]
         nodes, wire = nodes_of(delivery.grid), self.session.rounds.wire
+        nonce = secrets.token_hex(8)
+        described = {"worker": self.worker, "source": self.source, "wire": wire, "nonce": nonce}
         parcels = []
         for n, (_, jobs) in enumerate(parts):
-            content = encode_jobs(jobs, worker=self.worker, source=self.source, wire=wire)
-            message = Message(content, nodes[n % len(nodes)], kind)
+            message = Message(encode_jobs(jobs, **described), nodes[n % len(nodes)], kind)
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
-            found[i] += _read(reply, jobs)
+            found[i] += _read(reply, jobs, wire, nonce)
         return found
 
     def _parts(self, jobs: Sequence[Job], phase: Phase) -> list[list[Job]]:
@@ -166,7 +174,9 @@ class FlowerChannel(ClientChannel):
     """The channel to the clients of one round: one message per node and action."""
 
     def __init__(self, run: FederatedRun, delivery: Delivery, phase: Phase) -> None:
-        self.worker, self.source, self.wire = run.worker, run.source, run.session.rounds.wire
+        rounds = run.session.rounds
+        self.worker, self.source, self.wire = run.worker, run.source, rounds.wire
+        self.norm_factor = rounds.norm_factor if rounds.norm_bound == COHORT else 0.0
         self._run, self._delivery, self._phase = run, delivery, phase
         self._nodes: list[int] = []
 
@@ -213,7 +223,9 @@ def _answer(reply: Message | None) -> RecordDict | str:
     return reply.content
 
 
-def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evaluation | Failure]:
+def _read(
+    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str
+) -> Sequence[Update | Evaluation | Failure]:
     """The results of one reply to these jobs, whatever it holds."""
     clients = {j.client.id: j.client for j in jobs}
     if reply is None:
@@ -223,9 +235,9 @@ def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evalu
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
         starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
-        return decode_results(reply.content, clients, starts)
+        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce)
     except Exception as error:  # a reply is foreign input: it must not end the run
-        why = f"its reply cannot be read: {type(error).__name__}: {error}"
+        why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
         return [Failure(c, "WorkerError", why) for c in clients.values()]
 
 

@@ -16,10 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from fedlora.core.errors import ConfigError
 from fedlora.run.source_hash import ROOT
 from simulations.app.hints import QUOTING, sentence
+from simulations.app.naming import run_name
 from simulations.app.words import absolute, readable, with_search_path
 
 CONF = ROOT / "conf"
-DATA_FILES = (".json", ".jsonl", ".parquet", ".zip")
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
@@ -41,7 +41,7 @@ def split_overrides(experiment: str, overrides: str) -> list[str]:
 def load(overrides: Sequence[str]) -> DictConfig:
     """The whole configuration with every interpolation still in place.
 
-    ``name`` is set to ``<strategy>-<ranks>-<data>-<model>-s<seed>`` where it is empty.
+    ``name`` is set where it is empty (`simulations.app.naming`).
 
     Raises:
         ConfigError: one sentence for a misspelt or renamed group, option, key or value.
@@ -55,13 +55,13 @@ def load(overrides: Sequence[str]) -> DictConfig:
             with open_dict(cfg):
                 cfg.pop("hydra")
                 if not cfg.name:
-                    parts = [choices[g] for g in ("strategy", "ranks", "data", "model")]
-                    cfg.name = "-".join([*parts, f"s{cfg.seed}"])
+                    cfg.name = run_name(cfg, choices, words)
                 _anchor(cfg)
             OmegaConf.to_container(cfg, resolve=True)
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise ConfigError(sentence(error, overrides, CONF)) from error
     assert isinstance(cfg, DictConfig)
+    _train_answers(cfg, words)
     return cfg
 
 
@@ -70,11 +70,36 @@ def _anchor(cfg: DictConfig) -> None:
 
     What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
     """
+    from fedlora.data.files import COMPRESSED, SUFFIXES
+
+    endings = (*SUFFIXES, *COMPRESSED, ".zip")
     for group in ("data", "model", "model.base"):
         node = OmegaConf.select(cfg, group)
         path = node.get("path") if isinstance(node, DictConfig) else None
         if not isinstance(path, str) or not path:
             continue
-        file_like = any(c in path for c in "*?[") or path.endswith(DATA_FILES)
+        file_like = any(c in path for c in "*?[") or path.endswith(endings)
         if absolute(path).exists() or (group == "data" and file_like):
             node.path = str(absolute(path))
+    template = cfg.data.get("template")
+    if isinstance(template, str) and absolute(template).is_file():
+        cfg.data.template = str(absolute(template))
+
+
+def _train_answers(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Set the loss of a chat template: it is that of answers, whatever the default is.
+
+    Raises:
+        ConfigError: if the user asks for another one.
+    """
+    from fedlora.data.template import is_chat
+
+    template = cfg.data.get("template")
+    if not isinstance(template, str) or not is_chat(template) or cfg.client.loss == "response":
+        return
+    if any(word.lstrip("+").startswith("client.loss=") for word in overrides):
+        raise ConfigError(
+            f"client.loss={cfg.client.loss} with data.template={template}: a chat template has its "
+            "loss on answers only; leave client.loss out, or use data.template=ours"
+        )
+    cfg.client.loss = "response"

@@ -246,11 +246,11 @@ def test_two_runs_in_one_folder(federate, tmp_path):
 
 
 def test_another_configuration_may_not_resume(federate):
-    federate()
+    federate("name=one")
     with pytest.raises(
         RunError, match=r"another configuration.*differs: client\.lr=0\.5, was 0\.[0-9]+$"
     ):
-        federate("resume=auto", "client.lr=0.5", "name=flexlora-uniform-sotu-tiny-s0")
+        federate("resume=auto", "client.lr=0.5", "name=one")
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate):
@@ -338,10 +338,10 @@ def test_only_a_run_folder_can_be_resumed(federate, tmp_path):
 
 
 def test_a_refused_resume_changes_nothing(federate):
-    done = federate()
+    done = federate("name=one")
     before = {p: p.read_bytes() for p in done.folder.glob("*.*") if p.name != "status.json"}
     with pytest.raises(RunError, match="another configuration"):
-        federate("resume=auto", "client.lr=0.5", "rounds=3")
+        federate("resume=auto", "client.lr=0.5", "rounds=3", "name=one")
     assert {p: p.read_bytes() for p in before} == before
 
 
