@@ -28,6 +28,7 @@ COMMANDS = {
         "simulations.centralized.finetune",
         "the same data on one machine, for comparison",
     ),
+    "bench": ("simulations.bench.__main__", "how fast the engines are, beside others"),
 }
 """Module and purpose of each command."""
 

@@ -196,7 +196,7 @@ def imported(path: Path) -> set[str]:
 def test_everything_imported_is_declared():
     known = {
         canonicalize_name(r.name)
-        for r in [*declared(), *extras("smollm2", "quantization", "privacy", "meteor")]
+        for r in [*declared(), *extras("smollm2", "quantization", "privacy", "meteor", "pfl")]
     } | {"ray"}  # flwr[simulation] pins it
     distributions = packages_distributions()
     third_party = {

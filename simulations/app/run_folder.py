@@ -52,12 +52,14 @@ def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
 
 
 def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
-    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    """The files that say what the run is: its configuration, environment, model, population, and
+    what its workers are told."""
     info, roster = inputs.info, inputs.roster
     write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
     _write_json(folder / MODEL, model | {"folder": str(inputs.worker.model.folder())})
+    write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {
         "clients": len(roster.clients),
         "per_round": roster.per_round,
