@@ -74,7 +74,7 @@ bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
 
 lock:  ## renew constraints.txt from the newest versions that pyproject.toml and requirements.in allow
 	$(PYTHON) -m venv --clear build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,smollm2]'
+	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,smollm2,joblib,slurm]'
 	( sed '/^$$/q' constraints.txt; \
 	  build/lock/bin/python -m pip freeze --all --exclude fedlora --exclude pip \
 	  | sed -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d' -e 's/+[a-z0-9.]*$$//' ) > build/constraints.txt

@@ -174,7 +174,7 @@ def test_the_source_distribution_can_build_itself(checkout, tmp_path):
 
 def test_the_lock_pins_everything_that_is_declared_and_obeys_its_bounds():
     pins = {canonicalize_name(r.name): r.specifier for r in requirements(ROOT / "constraints.txt")}
-    for requirement in [*declared(), *extras("dev", "notebooks", "smollm2")]:
+    for requirement in [*declared(), *extras("dev", "notebooks", "smollm2", "joblib", "slurm")]:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in constraints.txt"
         (pin,) = pins[name]

@@ -7,8 +7,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from fedlora.run import checkpoint
-
 MODEL = "model.json"
 """The file of a run folder that describes the base model and its location."""
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
@@ -29,6 +27,8 @@ def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
         data: key of the token store: the content of the data, wherever it lies.
         model: fingerprint of the base model, wherever it lies.
     """
+    from fedlora.run import checkpoint  # torch, which help and names of runs do without
+
     stable = {k: v for k, v in resolved.items() if k not in VOLATILE}
     for group, keys in ELSEWHERE.items():
         stable[group] = {k: v for k, v in resolved[group].items() if k not in keys}
