@@ -95,9 +95,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def call(command: str, words: Sequence[str]) -> int:
-    """Import the module of a command and run its ``main``."""
+    """Import the module of a command and run its ``main``; a disk that refuses is one sentence."""
     module = importlib.import_module(COMMANDS[command][0])
-    return int(module.main(words))
+    try:
+        return int(module.main(words))
+    except OSError as error:
+        from fedlora.core.reading import sentence
+
+        print(f"fedlora {command}: {sentence(error)}", file=sys.stderr)
+        return 2
 
 
 def usage() -> str:

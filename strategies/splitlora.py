@@ -410,7 +410,6 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
 
         Raises:
             ModelError: if the model cannot be cut there.
-            FloatingPointError: if the server's loss is not finite.
         """
         return SplitRound(
             config=self,

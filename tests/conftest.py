@@ -1,5 +1,6 @@
 """What holds for every test: laws are checked on the same examples each time, on one thread."""
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -12,3 +13,8 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The laws of strategies for a method outside the checkout (docs/own_method.md)."""
+    parser.addoption("--config-dir", help="a folder with strategy/<name>.yaml of your own")

@@ -19,9 +19,7 @@ from flwr.cli.build import build_fab_from_disk
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedlora.run import source_hash
 from fedlora.run.source_hash import NOT_SHIPPED
-from simulations.app import bundle as bundle_of
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")
@@ -241,29 +239,6 @@ def elsewhere(bin_folder: Path, folder: Path, *words: str) -> subprocess.Complet
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "FEDLORA_ROOT")}
     command = [bin_folder / "fedlora", *words]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def test_flowers_table_of_an_installed_package_is_that_of_the_checkout():
-    installed = tomllib.loads(bundle_of.PROJECT.format(version=PROJECT["project"]["version"]))
-    for key in ("publisher", "components", "config"):
-        assert installed["tool"]["flwr"]["app"][key] == PROJECT["tool"]["flwr"]["app"][key]
-    for key in ("name", "version", "license"):
-        assert installed["project"][key] == PROJECT["project"][key]
-
-
-def test_an_installed_package_is_bundled_from_a_copy(bundle, checkout, tmp_path, monkeypatch):
-    monkeypatch.setattr(bundle_of, "ROOT", checkout)
-    assert bundle_of.app_folder(tmp_path / "scratch") == checkout
-    stranger = tmp_path / "site-packages"
-    shutil.copytree(checkout, stranger)
-    (stranger / "pyproject.toml").write_text('[project]\nname = "somebody-else"\n')
-    (stranger / "another_package").mkdir()
-    (stranger / "another_package" / "module.py").touch()
-    for module in (bundle_of, source_hash):
-        monkeypatch.setattr(module, "ROOT", stranger)
-    with zipfile.ZipFile(BytesIO(build_fab_from_disk(bundle_of.app_folder(tmp_path)))) as fab:
-        shipped = set(fab.namelist())
-    assert shipped == files_below(bundle, ".") - {"LICENSE"}
 
 
 @pytest.mark.slow

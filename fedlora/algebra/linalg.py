@@ -230,7 +230,7 @@ def _thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     finite = torch.isfinite(matrix)
     if not bool(finite.all()):
         bad = int((~finite).sum())
-        raise ValueError(f"SVD of {tuple(matrix.shape)}: {bad} entries are not finite")
+        raise FloatingPointError(f"SVD of {tuple(matrix.shape)}: {bad} entries are not finite")
     if not bool(matrix.any()):  # empty, or zero as in the first round: LAPACK would take its time
         k, (m, n) = 0, matrix.shape
         return matrix.new_zeros(m, k), matrix.new_zeros(k), matrix.new_zeros(k, n)

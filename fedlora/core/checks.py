@@ -2,9 +2,27 @@
 
 import math
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 T = TypeVar("T")
+
+
+def is_real(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number as JSON has them; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def real(name: str, value: object) -> float:
+    """A value as a float; raise a ValueError unless it is a number: text is not read as one."""
+    if not is_real(value):
+        raise ValueError(f"{name} is {value!r:.80}, expected a number")
+    return float(value)
+
+
+def one_line(text: object, length: int = 300) -> str:
+    """Foreign text for a log line: without control characters, of bounded length."""
+    plain = "".join(c if c.isprintable() else " " for c in str(text)[: 4 * length])
+    return plain if len(plain) <= length else f"{plain[: length - 1]}…"
 
 
 def one_of(name: str, value: T, allowed: Iterable[T]) -> None:
@@ -29,9 +47,12 @@ def fraction(name: str, value: float) -> None:
 
 def wrong_names(found: Iterable[str], due: Iterable[str]) -> str:
     """What is wrong with the modules that something names; empty if they are those that are due."""
-    names, wanted = set(found), set(due)
-    if names == wanted:
+    ordered, first = list(found), list(due)
+    if ordered == first:
         return ""
+    names, wanted = set(ordered), set(first)
+    if names == wanted:
+        return "it names its modules in another order than it was sent"
     missing, extra = sorted(wanted - names), sorted(names - wanted)
     parts = [f"lacks {missing[0]}"] if missing else []
     parts += [f"has the unknown {extra[0]}"] if extra else []

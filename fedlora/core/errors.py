@@ -1,5 +1,10 @@
 """What can go wrong, as exceptions whose messages are one sentence for the person concerned."""
 
+from asyncio import CancelledError
+
+CLIENT_ERRORS = (Exception, SystemExit, CancelledError, BaseExceptionGroup)
+"""All that a client's work can raise as a failure of its own. A KeyboardInterrupt is the user's."""
+
 
 class ConfigError(ValueError):
     """A mistake in the configuration: one sentence for the person who typed it."""
@@ -17,8 +22,16 @@ class RunError(RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
 
 
+class DiskError(RunError):
+    """A disk that refused: one sentence with the file and what to set (`fedlora.core.reading`)."""
+
+
 class WorkerDied(RunError):
     """A worker process is gone. The run can go on from its checkpoint with new workers."""
+
+
+class ClientsSuspected(WorkerDied):
+    """Workers died again, and the next attempt sends or leaves out clients accordingly."""
 
 
 class RunFolderError(RuntimeError):

@@ -6,6 +6,7 @@ that it leaves behind is removed by the process that next makes the same folder 
 it lies in.
 """
 
+import errno
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from fedlora.core.errors import RunFolderError
 
@@ -31,6 +33,26 @@ _DRAFT = ".unfinished_"
 # --- files and folders ----------------------------------------------------------------------------
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an OSError of the block, such as that of a full disk, the path it lacks.
+
+    Raises:
+        OSError: what was raised, with a file name; also for safetensors' own error of a write.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:  # such as NumPy's "1024 requested and 512 written"
+            raise OSError(errno.EIO, str(error), str(path)) from error
+        if error.filename is None or _DRAFT in str(error.filename):
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        full = "os error 28" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a file, text as UTF-8, that other processes see whole: the old content or the new.
 
@@ -38,16 +60,17 @@ def write_file(path: Path, content: str | bytes) -> None:
         OSError: from the file system; the old file is then as it was.
     """
     draft = _draft(path)
-    try:
-        with draft.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    _flush(path.parent)
+    with naming(path):
+        try:
+            with draft.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
 
 
 @contextmanager
@@ -73,7 +96,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Yields:
         The draft; if the block raises, it is removed and the target stays as it was.
     """
-    with draft_folder(target) as draft:
+    with naming(target), draft_folder(target) as draft:
         yield draft
         for path in draft.rglob("*"):
             if not path.is_symlink():
@@ -150,6 +173,8 @@ def locked(path: Path) -> Iterator[None]:
     lock = FileLock(path)
     try:
         lock.acquire()
+    except PermissionError:
+        raise  # what the lock is for could not be written either
     except (NotImplementedError, OSError) as error:
         log.warning("no lock on %s (%s): start one process first", path, error)
     try:

@@ -66,6 +66,12 @@ class Payload(ABC):
             KeyError, ValueError: if a tensor is missing, or tensors contradict each other.
         """
 
+    def copy(self) -> "Payload":
+        """A payload whose trained tensors are its own, so that whoever writes into them changes no
+        other. A moved base may be shared."""
+        own = {name: t.clone() for name, t in self.tensors()}
+        return self.from_header(self.header(), own)
+
     def floats(self) -> int:
         """Scalars that are sent to or by a real client."""
         return sum(t.numel() for _, t in self.tensors())
@@ -96,6 +102,10 @@ class Payload(ABC):
         Raises:
             TypeError: if the two have no common change.
         """
+
+    def aligned(self, start: "Payload") -> "Payload":
+        """What its change is measured against: the start, or its leading block if ranks shrink."""
+        return start
 
     def answer(self) -> type["Payload"]:
         """What a client sends back that starts from it and trains without more ado."""

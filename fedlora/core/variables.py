@@ -1,6 +1,6 @@
 """Environment variables of fedlora: all that it reads or sets, by name.
 
-A user sets the first nine. ``conf`` reads the five of them that name files; the launcher and its
+A user sets the first ten. ``conf`` reads the five of them that name files; the launcher and its
 workers set the rest for what they start.
 """
 
@@ -23,9 +23,9 @@ TRACEBACK = "FEDLORA_TRACEBACK"
 """Not empty: a traceback where a configuration is refused."""
 ASSETS = "FEDLORA_ASSETS"
 """Folder of the models that ship with fedlora, where they lie apart from its packages."""
-
 ROOT = "FEDLORA_ROOT"
 """Folder that holds the packages with all their files, also those that Flower's bundle lacks."""
+
 CWD = "FEDLORA_CWD"
 """The user's working directory, to which relative paths refer."""
 RUN = "FEDLORA_RUN"

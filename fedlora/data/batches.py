@@ -31,7 +31,11 @@ class TokenExample(Protocol):
 
     @property
     def prompt_tokens(self) -> int:
-        """How many leading tokens are prompt, BOS included."""
+        """How many tokens go before the last answer, BOS included."""
+
+    @property
+    def responses(self) -> NDArray[np.bool_] | None:
+        """``[t]``, which tokens belong to answers; None: all from `prompt_tokens` on."""
 
 
 E = TypeVar("E", bound=TokenExample)
@@ -64,12 +68,24 @@ class Batch:
 
 
 def first_target(example: TokenExample, loss: str) -> int:
-    """Index of the first token with a loss: after BOS for ``full``, else of the response."""
+    """Index of the first token that may have a loss: after BOS for ``full``, else of the answer.
+
+    Of the last answer, if there are several: the one that is evaluated.
+    """
     return max(1, example.prompt_tokens) if loss == "response" else 1
+
+
+def targets_of(example: TokenExample, loss: str) -> NDArray[np.int64]:
+    """Indices of the tokens with a loss: of all answers for ``response``."""
+    if loss == "response" and example.responses is not None:
+        return np.flatnonzero(example.responses[1:]) + 1
+    return np.arange(first_target(example, loss), len(example.input_ids))
 
 
 def supervised_tokens(example: TokenExample, loss: str) -> int:
     """How many tokens of an example have a loss."""
+    if loss == "response" and example.responses is not None:
+        return int(np.count_nonzero(example.responses[1:]))
     return max(0, len(example.input_ids) - first_target(example, loss))
 
 
@@ -84,11 +100,10 @@ def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
     inputs = np.full((len(examples), width), PAD, dtype=np.int64)
     positions, targets = [], []
     for row, example in enumerate(examples):
-        ids = example.input_ids
-        first, last = first_target(example, loss), len(ids)
-        inputs[row, : last - 1] = ids[:-1]
-        positions.append(np.arange(row * width + first - 1, row * width + last - 1))
-        targets.append(ids[first:])
+        ids, chosen = example.input_ids, targets_of(example, loss)
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        positions.append(row * width + chosen - 1)
+        targets.append(ids[chosen])
     return Batch(
         torch.from_numpy(inputs),
         torch.from_numpy(np.concatenate(positions)),

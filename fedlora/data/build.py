@@ -4,13 +4,14 @@ Tokens and references lie in the order in which the source gave them; the index 
 example lies, sorted by client, split and arrival.
 
     tokens.npy       uint16 or uint32 [tokens]
+    responses.npy    bool [tokens], which tokens belong to answers; [0]: in every example those from
+                     its prompt_tokens on
     references.utf8  the response texts, end to end
     index.npy        int64 [examples, 6], columns `COLUMNS`
     clients.npy      int64 [3 * clients + 1], first row of the index of each (client, split)
     meta.json        names, versions, file sizes, checksums
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -26,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.errors import DataError
-from fedlora.data.encode import Encoder, Tokenizer
+from fedlora.data.encode import RecordEncoder, Tokenizer
 from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source
 
-FORMAT = 1  # of the folder: part of the key
+FORMAT = 2  # of the folder: part of the key
 COLUMNS = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes", "flags")
 TRUNCATED, EMPTY_OUTPUT = 1, 2
-ARRAYS = ("tokens.npy", "references.utf8", "index.npy", "clients.npy")
+ARRAYS = ("tokens.npy", "responses.npy", "references.utf8", "index.npy", "clients.npy")
 CHECKED = ("index.npy", "clients.npy")  # with a checksum: small, and the rest hangs on them
 _BATCH = 2048
 
@@ -45,6 +46,8 @@ class Draft:
     """What is gathered while records stream by: about 60 bytes and the tokens of each."""
 
     tokens: list[NDArray[Any]] = field(default_factory=list)
+    responses: list[tuple[int, list[bool]]] = field(default_factory=list)
+    """First token and flags of each example whose answers are not all that follows its prompt."""
     rows: "array[int]" = field(default_factory=lambda: array("q"))
     homes: "array[int]" = field(default_factory=lambda: array("q"))
     """``3 * client + split`` of each row."""
@@ -54,7 +57,9 @@ class Draft:
     reference_bytes: int = 0
     empty: int = 0
 
-    def add(self, batch: list[Record], encoder: Encoder, references: BinaryIO, dtype: type) -> None:
+    def add(
+        self, batch: list[Record], encoder: RecordEncoder, references: BinaryIO, dtype: type
+    ) -> None:
         """Tokenise a batch, write its references and note where everything lies."""
         flat: list[int] = []
         for record, encoded in zip(batch, encoder.encode(batch), strict=True):
@@ -66,6 +71,9 @@ class Draft:
             self.rows.extend((self.reference_bytes, len(reference), flags))
             self.reference_bytes += len(reference)
             self.empty += not record.output
+            own = encoded.responses
+            if own is not None and not _follow(own, encoded.prompt_tokens):
+                self.responses.append((start, own))
             flat += encoded.ids
             self._note_client(record)
         self.tokens.append(np.array(flat, dtype=dtype))
@@ -102,6 +110,11 @@ class Draft:
         return clients
 
 
+def _follow(responses: list[bool], prompt_tokens: int) -> bool:
+    """Whether the flags are true from the prompt's end on and nowhere else."""
+    return not any(responses[:prompt_tokens]) and all(responses[prompt_tokens:])
+
+
 def write_store(
     source: Source, tokenizer: Tokenizer, tokenizer_id: str, folder: Path, key: str
 ) -> None:
@@ -110,7 +123,7 @@ def write_store(
     Raises:
         DataError: if the source cannot be read or makes no sense.
     """
-    encoder = Encoder(tokenizer, source.max_length, source.truncation, source.template)
+    encoder = source.encoder(tokenizer)
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     draft = Draft()
     began = time.monotonic()
@@ -133,7 +146,7 @@ def write_store(
             "truncation": source.truncation,
         },
         "tokenizer": {"id": tokenizer_id, "size": len(tokenizer)},
-        "template": source.template.version,
+        "template": encoder.version,
         "files": {name: _identity(folder / name) for name in ARRAYS},
         "clients": [
             [
@@ -150,33 +163,38 @@ def write_store(
 
 def _encodable(record: Record) -> Record:
     """The record without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    turns = "".join(turn.text for turn in record.turns)
     try:
-        f"{record.instruction}{record.input}{record.output}".encode()
+        f"{record.instruction}{record.input}{record.output}{turns}".encode()
     except UnicodeEncodeError:
-        return dataclasses.replace(
-            record,
-            instruction=record.instruction.encode(errors="replace").decode(),
-            input=record.input.encode(errors="replace").decode(),
-            output=record.output.encode(errors="replace").decode(),
-        )
+        return record.map_texts(lambda text: text.encode(errors="replace").decode())
     return record
 
 
 def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None:
-    tokens = np.lib.format.open_memmap(
-        folder / "tokens.npy", mode="w+", dtype=dtype, shape=(draft.token_count,)
-    )
-    at = 0
-    for chunk in draft.tokens:
-        tokens[at : at + len(chunk)] = chunk
-        at += len(chunk)
-    tokens.flush()
+    header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (draft.token_count,)}
+    with (folder / "tokens.npy").open("wb") as file:  # a full disk kills who writes to a mapping
+        np.lib.format.write_array_header_1_0(file, header)
+        for chunk in draft.tokens:
+            file.write(chunk.tobytes())
     homes = np.frombuffer(draft.homes, dtype=np.int64)
     order = np.argsort(homes, kind="stable")
     rows = np.frombuffer(draft.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
     np.save(folder / "index.npy", rows[order])
+    np.save(folder / "responses.npy", _responses(draft, rows))
     bounds = np.searchsorted(homes[order], np.arange(len(SPLITS) * clients + 1))
     np.save(folder / "clients.npy", bounds.astype(np.int64))
+
+
+def _responses(draft: Draft, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The flags of all tokens, or none where they follow from the index."""
+    flags = np.zeros(draft.token_count if draft.responses else 0, dtype=np.bool_)
+    if draft.responses:
+        for start, tokens, prompt_tokens in rows[:, :3].tolist():
+            flags[start + prompt_tokens : start + tokens] = True
+        for start, own in draft.responses:
+            flags[start : start + len(own)] = own
+    return flags
 
 
 def _identity(path: Path) -> dict[str, int | str]:

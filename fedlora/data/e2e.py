@@ -17,29 +17,27 @@ Contexts come out as the authors' on all of the official validation and test row
 98.4 % and 99.1 % of them.
 """
 
-import csv
-import io
 import json
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.errors import DataError
 from fedlora.data import partition
 from fedlora.data.batches import subset
+from fedlora.data.fields import required
+from fedlora.data.files import csv_rows, parquet_rows
 from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source, file_identity
-from fedlora.data.tables import open_parquet, require
-from fedlora.data.template import CONTEXT, Template
+from fedlora.data.values import split_name, text
 
 COLUMNS = ("split", "mr_orig", "ref")
 FILES = {"train": "trainset.csv", "eval": "devset.csv", "test": "testset_w_refs.csv"}
 PARTITIONS = ("iid", "by_mr", "restaurant", "dirichlet")
-_SPLITS = {"train": "train", "valid": "eval", "test": "test"}
 _NAMES = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 _ATTRIBUTE = re.compile(r"([^\[\],]+)\[([^\[\]]*)\]")
 _VERSION = 1  # of the rules above and of the dealing below: part of the fingerprint
@@ -68,8 +66,6 @@ class E2E(Source):
     """The E2E NLG challenge from the official CSV files or a Parquet file."""
 
     name: ClassVar[str] = "e2e"
-    template: ClassVar[Template] = CONTEXT
-
     path: str
     """A folder, or the official zip file, with ``trainset.csv``, ``devset.csv`` and
     ``testset_w_refs.csv``; or a Parquet file with the columns ``split`` (``train``, ``valid``,
@@ -93,6 +89,7 @@ class E2E(Source):
     """MRs of the test split, likewise."""
     seed: int = 0
     """Seed of partition and draws; not the seed of the run, so that runs share their data."""
+    template: str = "context"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,11 +138,11 @@ class E2E(Source):
         packed = path.is_dir() or zipfile.is_zipfile(path)
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         read: dict[str, tuple[dict[str, str], str]] = {}
-        for text in _from_csv(path) if packed else _from_parquet(path):
-            if text.mr not in read:
-                found = attributes(text.mr, text.where)
-                read[text.mr] = found, context(found)
-            rows[text.split].append(Row(*read[text.mr], sentence(text.reference)))
+        for pair in _from_csv(path) if packed else _from_parquet(path):
+            if pair.mr not in read:
+                found = attributes(pair.mr, pair.where)
+                read[pair.mr] = found, context(found)
+            rows[pair.split].append(Row(*read[pair.mr], sentence(pair.reference)))
         for split, held in rows.items():
             if not held:
                 raise DataError(f"data.path={self.path!r} has no rows of the {split} split")
@@ -242,20 +239,13 @@ def _from_csv(path: Path) -> Iterator[Text]:
     """Rows of the three official files in a folder or zip file."""
     for split, name in FILES.items():
         where = f"{path}/{name}"
-        reader = csv.reader(io.StringIO(_content(path, name), newline=""))
-        try:
-            header = next(reader, [])
-            require(header, ("mr", "ref"), where)
-            mr, reference = header.index("mr"), header.index("ref")
-            for row in reader:
-                if not row:
-                    continue
-                at = f"{where}:{reader.line_num}"
-                if len(row) != len(header):
-                    raise DataError(f"{at} has {len(row)} fields, not {len(header)} as the header")
-                yield Text(split, row[mr], row[reference], at)
-        except csv.Error as error:
-            raise DataError(f"{where}:{reader.line_num} is not CSV: {error}") from error
+        for row, at in csv_rows(_content(path, name), where, needed=("mr", "ref")):
+            cells = {column: cell or None for column, cell in row.items()}
+            yield Text(split, _text(cells, "mr", at), _text(cells, "ref", at), at)
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    return text(required(row, name, where), name, where)
 
 
 def _content(path: Path, name: str) -> str:
@@ -275,13 +265,7 @@ def _content(path: Path, name: str) -> str:
 
 
 def _from_parquet(path: Path) -> Iterator[Text]:
-    number = 0
-    for batch in open_parquet(path, COLUMNS).iter_batches(4096, columns=list(COLUMNS)):
-        for split, mr, reference in zip(*(batch[c].to_pylist() for c in COLUMNS), strict=True):
-            where = f"{path}, row {number}"
-            if split not in _SPLITS:
-                raise DataError(f"{where}: split={split!r} is not one of {list(_SPLITS)}")
-            if mr is None or reference is None:
-                raise DataError(f"{where}: mr_orig={mr!r} and ref={reference!r} must be texts")
-            yield Text(_SPLITS[split], str(mr), str(reference), where)
-            number += 1
+    for i, row in enumerate(parquet_rows(path, COLUMNS)):
+        where = f"{path}, row {i}"
+        split = split_name(row["split"], "split", where)
+        yield Text(split, _text(row, "mr_orig", where), _text(row, "ref", where), where)

@@ -1,11 +1,11 @@
 """Records to tokens by a template, cut to a length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fedlora.core.errors import DataError
-from fedlora.data.records import Record
+from fedlora.data.records import Record, Turn
 from fedlora.data.template import INSTRUCTION, Template
 
 _CHARACTERS_PER_TOKEN = 16
@@ -32,8 +32,21 @@ class Encoded:
 
     ids: list[int]
     prompt_tokens: int
-    """Token ids with BOS and mark. The response is ``ids[prompt_tokens:]``."""
+    """Token ids before the last answer, with BOS and mark."""
     truncated: bool
+    responses: list[bool] | None = None
+    """Which tokens belong to answers, one flag per id; None: those from `prompt_tokens` on."""
+
+
+class RecordEncoder(Protocol):
+    """Turns records into tokens by one template."""
+
+    @property
+    def version(self) -> int | str:
+        """Equal versions make equal tokens: part of the token cache's key."""
+
+    def encode(self, records: Sequence[Record]) -> list[Encoded]:
+        """Tokenise a batch."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +69,46 @@ class Encoder:
                 f"last line alone has {mark} tokens"
             )
 
+    @property
+    def version(self) -> int | str:
+        """That of the template."""
+        return self.template.version
+
     def encode(self, records: Sequence[Record]) -> list[Encoded]:
         """Tokenise a batch."""
+        single = iter(self._encode_single([r for r in records if not r.turns]))
+        return [self._encode_turns(r) if r.turns else next(single) for r in records]
+
+    def _encode_turns(self, record: Record) -> Encoded:
+        """A conversation: its exchanges one after another, each laid out like a record."""
+        parts, shortened = self._exchanges(exchanges(record)), False
+        while self.truncation == "input" and sum(len(p.ids) for p in parts) > self.max_length:
+            shorter = record.without_first_exchange()
+            if shorter is None:
+                break
+            record, shortened = shorter, True
+            parts = self._exchanges(exchanges(record))
+        ids = [i for part in parts for i in part.ids]
+        responses = [n >= part.prompt_tokens for part in parts for n in range(len(part.ids))]
+        cut = len(ids) > self.max_length
+        prompt = min(len(ids) - len(parts[-1].ids) + parts[-1].prompt_tokens, self.max_length)
+        truncated = shortened or cut or any(part.truncated for part in parts)
+        return Encoded(ids[: self.max_length], prompt, truncated, responses[: self.max_length])
+
+    def _exchanges(self, records: Sequence[Record]) -> list[Encoded]:
+        """Exchanges of one conversation; only the first begins with BOS."""
+        begin = len(self._begin())
+        return [
+            part
+            if i == 0
+            else Encoded(part.ids[begin:], part.prompt_tokens - begin, part.truncated)
+            for i, part in enumerate(self._encode_single(records))
+        ]
+
+    def _encode_single(self, records: Sequence[Record]) -> list[Encoded]:
+        """Tokenise records of one question each."""
+        if not records:
+            return []
         limit = _CHARACTERS_PER_TOKEN * self.max_length
         texts = [(r.instruction[:limit], r.input[:limit], r.output[:limit]) for r in records]
         shortened = [
@@ -137,3 +188,26 @@ def prompt_room(prompt: int, response: int, max_length: int) -> int:
     than the other half; then the response is cut too.
     """
     return min(prompt, max(max_length - response, max_length // 2))
+
+
+def exchanges(record: Record) -> list[Record]:
+    """A conversation as question and answer pairs; system messages go before the next question.
+
+    Raises:
+        DataError: for a message of a tool, which has no place in such a pair.
+    """
+    found: list[Record] = []
+    asked: list[str] = []
+    for role, text in (*record.turns, Turn("assistant", record.output)):
+        if role == "tool":
+            raise DataError(
+                "a conversation has a message of a tool, for which this template has no place: use "
+                "data.template=chat or a Jinja file"
+            )
+        if role == "assistant":
+            question = "\n\n".join(asked)
+            asked = []
+            found.append(replace(record, instruction=question, output=text, turns=()))
+        else:
+            asked.append(text)
+    return found

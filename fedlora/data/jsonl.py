@@ -1,11 +1,10 @@
-"""Your own instruction records: JSON lines, divided over clients by a key or by a partitioner."""
+"""Your own records in the forms people have, divided over clients by a key or by a partitioner."""
 
-import glob
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fedlora.core.checks import (
     at_least,
@@ -15,22 +14,32 @@ from fedlora.core.checks import (
 from fedlora.core.errors import DataError
 from fedlora.core.seeding import generator
 from fedlora.data import partition
-from fedlora.data.records import SPLITS, Record
-from fedlora.data.source import Source, file_identity
+from fedlora.data.fields import Entry, Fields, Row, mapping
+from fedlora.data.locations import Location
+from fedlora.data.records import Record
+from fedlora.data.source import Source
+from fedlora.data.values import check_spellings
 
 PARTITIONS = ("natural", "iid", "dirichlet")
-_SPLIT_NAMES = {s: s for s in SPLITS} | {"validation": "eval", "valid": "eval", "dev": "eval"}
-_VERSION = 1  # of the reading below: part of the fingerprint
+_VERSION = 2  # of the reading below: part of the fingerprint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Source):
-    """Alpaca-style records from JSON-lines files."""
+    """Alpaca-style records and conversations from files, folders and data sets of `datasets`."""
 
     name: ClassVar[str] = "jsonl"
 
     path: str
-    """A file or a pattern such as ``data/*.jsonl``; ``**`` descends into folders."""
+    """A file, a pattern such as ``data/*.jsonl`` (``**`` descends into folders), a folder of files
+    or one that `datasets` saved to disk, or a hub id ``owner/name``. Files hold JSON lines, a JSON
+    array, CSV, TSV, Parquet or Arrow, and may be compressed by gzip or zstd."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+    subset: str | None = None
+    """Which one, of a hub data set that has several (its "config")."""
     instruction_field: str = "instruction"
     input_field: str = "input"
     """May be missing in a record."""
@@ -38,15 +47,16 @@ class Jsonl(Source):
     category_field: str = "category"
     """May be missing in a record."""
     split_field: str = ""
-    """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: records
-    are drawn at random by the two fractions."""
+    """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: the names
+    of a folder's files or the splits of a data set decide; where these say nothing, records are
+    drawn at random by the two fractions."""
     eval_fraction: float = 0.1
     test_fraction: float = 0.1
     """Fraction of each client's records, at least one record if the client has three or more."""
     partition: str = "natural"
-    """``natural``: one client per value of `key`. ``iid``: `clients` equal random parts.
-    ``dirichlet``: `clients` parts; their fractions of each value of `by` are drawn from
-    Dir(`alpha`)."""
+    """``natural``: one client per value of `key`, or per file if no record has it. ``iid``:
+    `clients` equal random parts. ``dirichlet``: `clients` parts; their fractions of each value of
+    `by` are drawn from Dir(`alpha`)."""
     key: str = "client"
     clients: int = 100
     alpha: float = 0.5
@@ -73,89 +83,85 @@ class Jsonl(Source):
 
     def fingerprint(self) -> str:
         """Every option but the path, and the content of every file."""
-        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "path"}
-        files = [file_identity(f) for f in self._files()]
-        return json.dumps([_VERSION, options, files], sort_keys=True)
+        left_out = ("path", "max_length", "truncation", "template")  # of the store's key anyway
+        options = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in left_out}
+        return json.dumps([_VERSION, options, self._location().identity()], sort_keys=True)
 
     def records(self) -> Iterator[Record]:
-        """Records by client, each client's in random order (in file order with `split_field`)."""
-        rows = [self._checked(row, where) for row, where in self._rows()]
+        """Records by client, each client's in random order (in file order with given splits)."""
+        rows = list(self._location().rows())
         if not rows:
             raise DataError(f"data.path={self.path!r}: the files have no records")
-        for client, (name, members) in enumerate(self._partition(rows)):
-            for i, split in self._splits(client, rows, members):
-                row = rows[i]
-                category = row.get(self.category_field)
-                yield Record(
-                    client,
-                    split,
-                    "" if category is None else str(category),
-                    _text(row.get(self.instruction_field)),
-                    _text(row.get(self.input_field)),
-                    _text(row.get(self.output_field)),
-                    name,
-                )
+        by_file = self.partition == "natural" and self._is_by_file(rows)
+        entries = [self._fields(by_file).read(row) for row in rows]
+        given = [entry.split != "" for entry in entries]
+        if any(given) and not all(given):
+            where = entries[given.index(False)].where
+            raise DataError(f"{where} has no split, unlike others: name a field, data.split_field")
+        groups = [row.client for row in rows] if by_file else [e.group for e in entries]
+        check_spellings(zip(groups, (e.where for e in entries), strict=True), self._group())
+        for client, (name, members) in enumerate(self._partition(groups)):
+            for i, split in self._splits(client, entries, members):
+                e = entries[i]
+                texts = (e.instruction, e.input, e.output)
+                yield Record(client, split, e.category, *texts, name, e.turns)
 
-    def _files(self) -> list[Path]:
-        pattern = str(Path(self.path).expanduser())
-        found = sorted(Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file())
-        if not found:
-            raise DataError(f"data.path={self.path!r} matches no file (from {Path.cwd()})")
-        return found
+    def _location(self) -> Location:
+        return Location(self.path, self.revision, self.subset)
 
-    def _rows(self) -> Iterator[tuple[Any, str]]:
-        for file in self._files():
-            with file.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    where = f"{file}:{number}"
-                    if not line.strip():
-                        continue
-                    try:
-                        yield json.loads(line), where
-                    except ValueError as error:  # also bytes that are not UTF-8
-                        raise DataError(f"{where} is not JSON: {error}") from error
-
-    def _checked(self, row: Any, where: str) -> dict[str, Any]:
-        """The row, if it has what this configuration reads."""
-        if not isinstance(row, dict):
-            raise DataError(f"{where} must be an object, not {type(row).__name__}")
-        needed = [self.instruction_field, self.output_field]
-        needed += {"natural": [self.key], "iid": [], "dirichlet": [self.by]}[self.partition]
-        needed += [self.split_field] if self.split_field else []
-        for name in needed:
-            if row.get(name) is None:
-                raise DataError(f"{where} has no field {name!r}; found {sorted(row)}")
-        for name in (self.instruction_field, self.input_field, self.output_field):
-            if not isinstance(row.get(name, ""), str | int | float | None):
-                kind = type(row[name]).__name__
-                raise DataError(f"{where}: {name!r} must be a text or a number, not {kind}")
-        if self.split_field and str(row[self.split_field]) not in _SPLIT_NAMES:
+    def _is_by_file(self, rows: Sequence[Row]) -> bool:
+        """Whether each file is a client: no record has the key, and there are several names."""
+        if any(self.key in mapping(row) for row in rows):
+            return False
+        names = {row.client for row in rows}
+        if len(names) < 2:
             raise DataError(
-                f"{where}: {self.split_field}={row[self.split_field]!r} is not one of "
-                f"{sorted(_SPLIT_NAMES)}"
+                f"{rows[0].where} has no field {self.key!r}; found {sorted(rows[0].values)}: name "
+                "the field that holds the client by data.key, give a folder with a file per "
+                "client, or divide the records by data.partition=iid data.clients=10"
             )
-        return row
+        log.info("data.path=%s: each file is one client, %d in all", self.path, len(names))
+        return True
 
-    def _partition(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[int]]]:
-        """Name and row indices of each client."""
+    def _group(self) -> str:
+        """The field by which records are divided; empty: by none."""
+        return {"natural": self.key, "iid": "", "dirichlet": self.by}[self.partition]
+
+    def _fields(self, by_file: bool) -> Fields:
+        """What is read of a row under this configuration."""
+        return Fields(
+            self.instruction_field,
+            self.input_field,
+            self.output_field,
+            self.category_field,
+            self.split_field,
+            "" if by_file else self._group(),
+        )
+
+    def _partition(self, groups: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+        """Name and row indices of each client.
+
+        Args:
+            groups: client or label of each row.
+        """
         if self.partition == "natural":
-            for members in partition.natural([str(row[self.key]) for row in rows]):
-                yield str(rows[members[0]][self.key]), members
+            for members in partition.natural(groups):
+                yield groups[members[0]], members
             return
         if self.partition == "iid":
-            parts = partition.iid(len(rows), self.clients, self.seed)
+            parts = partition.iid(len(groups), self.clients, self.seed)
         else:
-            labels = [str(row[self.by]) for row in rows]
             parts = partition.dirichlet(
-                labels, self.clients, self.alpha, self.min_examples, self.seed
+                groups, self.clients, self.alpha, self.min_examples, self.seed
             )
         yield from (("", members) for members in parts)
 
     def _splits(
-        self, client: int, rows: Sequence[Mapping[str, Any]], members: Sequence[int]
+        self, client: int, entries: Sequence[Entry], members: Sequence[int]
     ) -> Iterator[tuple[int, str]]:
-        if self.split_field:
-            yield from ((i, _SPLIT_NAMES[str(rows[i][self.split_field])]) for i in members)
+        """Each member with its split."""
+        if entries[members[0]].split:
+            yield from ((i, entries[i].split) for i in members)
             return
         n = len(members)
         evals, tests = (
@@ -167,7 +173,3 @@ class Jsonl(Source):
         for position, i in enumerate(order):
             held_out = "eval" if position < train + evals else "test"
             yield members[i], "train" if position < train else held_out
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)

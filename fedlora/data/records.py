@@ -1,8 +1,19 @@
 """What every source of data yields: an instruction record that belongs to one client's split."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 SPLITS = ("train", "eval", "test")
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    text: str
 
 
 @dataclass(frozen=True)
@@ -22,3 +33,27 @@ class Record:
     """May be empty: the model then learns to answer with EOS at once."""
     client_name: str = ""
     """What the source itself calls the client; empty: its id."""
+    turns: tuple[Turn, ...] = ()
+    """A conversation up to its last answer, which is `output`; instruction and input are then
+    empty. Empty: instruction and input are the only question."""
+
+    def map_texts(self, change: Callable[[str], str]) -> "Record":
+        """The record with every text that a model sees changed."""
+        return dataclasses.replace(
+            self,
+            instruction=change(self.instruction),
+            input=change(self.input),
+            output=change(self.output),
+            turns=tuple(Turn(t.role, change(t.text)) for t in self.turns),
+        )
+
+    def without_first_exchange(self) -> "Record | None":
+        """The conversation from its second question on; None: it has only one.
+
+        System messages at its beginning stay.
+        """
+        body = next((i for i, t in enumerate(self.turns) if t.role != "system"), 0)
+        for i in range(body + 1, len(self.turns)):
+            if self.turns[i].role == "user" and self.turns[i - 1].role != "user":
+                return dataclasses.replace(self, turns=self.turns[:body] + self.turns[i:])
+        return None

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedlora.core.checks import at_least, one_of
+from fedlora.data.chat import ChatEncoder, chat_template
+from fedlora.data.encode import Encoder, RecordEncoder, Tokenizer
 from fedlora.data.records import Record
-from fedlora.data.template import INSTRUCTION, Template
+from fedlora.data.template import CHAT, TEMPLATES
 
 TRUNCATIONS = ("input", "right")
 _HASHED_BYTES = 64 * 2**20  # up to here a file is identified by its content: at most 0.1 s
@@ -25,19 +27,39 @@ class Source(ABC):
 
     name: ClassVar[str]
     """Short name for folders, run names and tables."""
-    template: ClassVar[Template] = INSTRUCTION
-    """How its records become sequences of tokens."""
-
     max_length: int = 512
     """Tokens per example, with BOS and EOS."""
     truncation: str = "input"
     """What gives way in a longer example. ``input``: the end of the record's input, so that the
     response survives. ``right``: the end of the sequence, as in the FlexLoRA code; about a tenth of
-    Natural Instructions then keeps no response token."""
+    Natural Instructions then keeps no response token. Of a conversation that is too long, ``input``
+    drops the first exchanges whole."""
+    template: str = "ours"
+    """How records become sequences: ``ours`` (Task, Input, Answer), ``alpaca``, ``context`` (E2E),
+    ``chat`` (the tokenizer's own chat template) or a Jinja file in the form of a chat template,
+    which also sees ``instruction``, ``input`` and ``output``."""
 
     def __post_init__(self) -> None:
+        if self.template != CHAT and not Path(self.template).expanduser().is_file():
+            known = [*TEMPLATES, CHAT]
+            if self.template not in known:
+                raise ValueError(
+                    f"data.template={self.template!r} is not one of {known}, nor a Jinja file"
+                )
         one_of("data.truncation", self.truncation, TRUNCATIONS)
         at_least("data.max_length", self.max_length, 32)
+
+    def encoder(self, tokenizer: Tokenizer) -> RecordEncoder:
+        """What turns the records into tokens of a model.
+
+        Raises:
+            DataError: if the tokenizer lacks what the template needs.
+        """
+        if self.template in TEMPLATES:
+            laid_out = TEMPLATES[self.template]
+            return Encoder(tokenizer, self.max_length, self.truncation, laid_out)
+        text = chat_template(self.template, tokenizer)
+        return ChatEncoder(tokenizer, self.max_length, self.truncation, self.template, text)
 
     @abstractmethod
     def fingerprint(self) -> str:

@@ -39,7 +39,9 @@ class Example:
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
     prompt_tokens: int
-    """Token ids, with BOS if the template has it. The response is ``input_ids[prompt_tokens:]``."""
+    """Token ids before the last answer, with BOS if the template has it."""
+    responses: NDArray[np.bool_] | None = None
+    """``[tokens]``, which tokens belong to answers; None: ``input_ids[prompt_tokens:]``."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class ClientInfo:
     predicting: int
     """Training examples with more than one token."""
     responding: int
-    """Training examples that keep a token of the response."""
+    """Training examples that keep a token of an answer."""
 
     def holds(self, split: str) -> tuple[int, int]:
         """How many examples of a split it has, and of how many tokens together."""
@@ -85,7 +87,7 @@ def store_key(source: Source, tokenizer: Tokenizer, tokenizer_id: str) -> str:
         "source": [source.name, source.fingerprint(), source.max_length, source.truncation],
         "tokenizer": [tokenizer_id, tokenizer.bos_token_id, tokenizer.eos_token_id],
         "probe": [int(i) for i in probe["input_ids"][0]],  # a tokenizer that changed under its name
-        "template": source.template.version,
+        "template": source.encoder(tokenizer).version,
         "format": FORMAT,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -153,6 +155,8 @@ class TokenStore:
         self._index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
         self._bounds: list[int] = np.load(self.folder / "clients.npy").tolist()
         self._tokens: NDArray[Any] = np.load(self.folder / "tokens.npy", mmap_mode="r")
+        flags = np.load(self.folder / "responses.npy", mmap_mode="r")
+        self._responses: NDArray[np.bool_] | None = flags if len(flags) else None
 
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.folder,)
@@ -165,11 +169,11 @@ class TokenStore:
     @cached_property
     def clients(self) -> tuple[ClientInfo, ...]:
         """Every client, ``clients[k].id == k``."""
-        tokens, prompts = np.array(self._index[:, 1]), np.array(self._index[:, 2])
+        tokens = np.array(self._index[:, 1])
         held = self._sums(np.ones_like(tokens)).tolist()
         lengths = self._sums(tokens).tolist()
         predicting = self._sums(tokens > 1)[:, 0].tolist()
-        responding = self._sums(tokens > np.maximum(1, prompts))[:, 0].tolist()
+        responding = self._sums(self._answer_tokens() > 0)[:, 0].tolist()
         rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
             ClientInfo(k, category, name, n[0], n[1], n[2], t[0], t[1], t[2], full, response)
@@ -249,11 +253,23 @@ class TokenStore:
 
     def _example(self, row: int) -> Example:
         start, tokens, prompt_tokens = self._index[row, :3].tolist()
-        return Example(self._tokens[start : start + tokens].astype(np.int32), prompt_tokens)
+        place = slice(start, start + tokens)
+        flags = None if self._responses is None else np.array(self._responses[place])
+        return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags)
+
+    def _answer_tokens(self) -> NDArray[np.int64]:
+        """``[examples]``: how many tokens of each belong to answers, its first one apart
+        (`fedlora.data.batches.supervised_tokens`)."""
+        starts, tokens, prompts = (np.array(self._index[:, c]) for c in (0, 1, 2))
+        if self._responses is None:
+            return np.maximum(0, tokens - np.maximum(1, prompts))
+        running = np.concatenate([[0], np.cumsum(self._responses)])
+        return np.asarray(running[starts + tokens] - running[starts + 1])
 
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""
-        tokens, prompts, flags = (self._index[:, c] for c in (1, 2, 5))
+        tokens, flags = (self._index[:, c] for c in (1, 5))
+        answers = self._answer_tokens()
         empty = (flags & EMPTY_OUTPUT) > 0
         held = np.diff(self._bounds).reshape(-1, len(SPLITS))
         owner = np.repeat(np.arange(self.num_clients), held.sum(axis=1))
@@ -273,12 +289,10 @@ class TokenStore:
             "tokens": int(tokens.sum()),
             "tokens_per_example": _spread(tokens),
             "tokens_by_split": {s: _spread(tokens[r]) for s, r in rows.items()},
-            "response_tokens_by_split": {
-                s: _spread((tokens - prompts)[r]) for s, r in rows.items()
-            },
-            "response_token_share": float((tokens - prompts).sum() / tokens.sum()),
+            "response_tokens_by_split": {s: _spread(answers[r]) for s, r in rows.items()},
+            "response_token_share": float(answers.sum() / tokens.sum()),
             "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
-            "without_response": int((tokens == prompts).sum()),
+            "without_response": int((answers == 0).sum()),
             "empty_outputs": int(empty.sum()),
             "clients_with_only_empty_outputs": np.flatnonzero(silent).tolist(),
             "clients_without_training_examples": np.flatnonzero(train == 0).tolist(),

@@ -2,7 +2,8 @@
 
 The usual one is an instruction prompt with the fields of the Alpaca prompt (instruction, optional
 input, response), own wording, and short, because most tokens of a Natural Instructions client are
-prompt. A source whose authors trained on another form names its own (`Source.template`).
+prompt. `data.template` names another one. A tokenizer's own chat template, and a user's file, are
+not among these: `fedlora.data.chat`.
 """
 
 from collections.abc import Callable
@@ -53,3 +54,25 @@ def _context(instruction: str, input: str) -> str:
 
 CONTEXT = Template("context 1", _context, lead=" ", bos=False)
 """``context EOS | " " completion EOS``, as the LoRA and SplitLoRA code lay out E2E for GPT-2."""
+
+
+def _alpaca(instruction: str, input: str) -> str:
+    about = ", paired with an input that provides further context" if input else ""
+    text = (
+        f"Below is an instruction that describes a task{about}. Write a response that "
+        f"appropriately completes the request.\n\n### Instruction:\n{instruction}"
+    )
+    return f"{text}\n\n### Input:\n{input}" if input else text
+
+
+ALPACA = Template("alpaca 1", _alpaca, "\n\n### Response:")
+"""The prompt of Stanford Alpaca (``train.py`` of tatsu-lab/stanford_alpaca), word for word."""
+
+TEMPLATES = {"ours": INSTRUCTION, "alpaca": ALPACA, "context": CONTEXT}
+"""What `data.template` can name, beside ``chat`` and a file."""
+CHAT = "chat"
+
+
+def is_chat(name: str) -> bool:
+    """Whether a template is a tokenizer's chat template or a file: only answers are trained."""
+    return name not in TEMPLATES

@@ -13,6 +13,16 @@ from fedlora.core.errors import DataError
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _GPT2_BORDER = "<|endoftext|>"
 """Begins and ends a text where GPT-2's own files name no tokens: its class in transformers does."""
+_SPECIAL = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+"""What a chat template may use by name."""
 
 
 class FolderTokenizer:
@@ -36,26 +46,53 @@ class FolderTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         named = _read(folder / "tokenizer_config.json")
+        self.chat_template = _chat_template(named, folder)
         border = _GPT2_BORDER if _is_gpt2(named, folder) else None
         self.bos_token_id = self._id(named.get("bos_token", border))
         self.eos_token_id = self._id(named.get("eos_token", border))
+        texts = {name: _content(token) for name, token in named.items() if name in _SPECIAL}
+        self.special_tokens_map = {name: text for name, text in texts.items() if text is not None}
 
     def _id(self, token: str | dict[str, Any] | None) -> int | None:
-        content = token["content"] if isinstance(token, dict) else token
+        content = _content(token)
         return None if content is None else self._tokenizer.token_to_id(content)
 
     def __len__(self) -> int:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def __call__(
-        self, text: list[str], *, add_special_tokens: bool = False, verbose: bool = False
-    ) -> dict[str, list[list[int]]]:
-        encodings = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
-        return {"input_ids": [e.ids for e in encodings]}
+        self,
+        text: list[str],
+        *,
+        add_special_tokens: bool = False,
+        verbose: bool = False,
+        return_offsets_mapping: bool = False,
+    ) -> dict[str, list[Any]]:
+        if not return_offsets_mapping:
+            quick = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
+            return {"input_ids": [e.ids for e in quick]}
+        found = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+        places = [e.offsets for e in found]
+        return {"input_ids": [e.ids for e in found], "offset_mapping": places}
 
     def decode(self, ids: list[int]) -> str:
         """Tokens to text, special tokens included."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _content(token: str | dict[str, Any] | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _chat_template(named: dict[str, Any], folder: Path) -> str | None:
+    """The template that transformers would use: a file of its own before the configuration's."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    found = named.get("chat_template")
+    if isinstance(found, list):  # several, by name
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found
 
 
 def _is_gpt2(named: dict[str, Any], folder: Path) -> bool:

@@ -52,7 +52,7 @@ class EngineSpec:
         """The engine on this model and these data."""
 
 
-def failure(client: Client, error: Exception) -> Failure:
+def failure(client: Client, error: BaseException) -> Failure:
     """An exception as a record that can travel."""
     text = "".join(traceback.format_exception(error))
     return Failure(client, type(error).__name__, str(error), text)

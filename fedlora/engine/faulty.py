@@ -4,15 +4,21 @@ Which clients fail depends only on the job's seed, round and client, so a test c
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
-from fedlora.core.checks import at_least, fraction
+from fedlora.core.checks import at_least, fraction, one_of
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import generator
 from fedlora.core.types import (
+    Client,
     EvaluateJob,
     Evaluation,
     Failure,
@@ -20,7 +26,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine, EngineSpec
+from fedlora.engine.base import Engine, EngineSpec, failure
 from fedlora.engine.sequential import Sequential
 from fedlora.models.language_model import LanguageModel
 
@@ -41,11 +47,20 @@ class Faulty(EngineSpec):
     kill_marker: str = ""
     """File that records the kill, so that a restarted worker is not killed again. Required with
     ``kill_round``."""
+    deadly: tuple[int, ...] = ()
+    """Ids of clients that end or block their worker process, every time."""
+    deadly_way: str = "exit"
+    """How: ``exit`` (`os._exit`), ``segfault``, ``abort``, ``kill`` (SIGKILL, as the kernel does
+    when memory is short), ``system_exit`` (the exception) or ``hang``."""
+    deadly_in: str = "train"
+    """When: ``train`` or ``evaluate``."""
 
     def __post_init__(self) -> None:
         for name in ("raise_fraction", "nan_fraction", "shape_fraction"):
             fraction(f"engine.{name}", getattr(self, name))
         at_least("engine.kill_round", self.kill_round, 0)
+        one_of("engine.deadly_way", self.deadly_way, _WAYS)
+        one_of("engine.deadly_in", self.deadly_in, ("train", "evaluate"))
         if self.kill_round and not self.kill_marker:
             raise ValueError(
                 f"engine.kill_round={self.kill_round} needs engine.kill_marker: a file that does "
@@ -69,6 +84,9 @@ class _FaultyEngine:
         for job in jobs:
             if job.round == self._spec.kill_round and _first(self._spec.kill_marker):
                 os._exit(9)
+            if (ended := self._deadly("train", job.client)) is not None:
+                yield ended
+                continue
             fault = self._fault(job)
             if fault == "raise":
                 yield Failure(job.client, "PlantedFault", f"client {job.client.id} gave up")
@@ -77,10 +95,24 @@ class _FaultyEngine:
                 yield _spoil(result, fault) if isinstance(result, Update) else result
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
-        return self._inner.evaluate(jobs)
+        for job in jobs:
+            if (ended := self._deadly("evaluate", job.client)) is not None:
+                yield ended
+                continue
+            yield from self._inner.evaluate([job])
 
     def notes(self) -> tuple[str, ...]:
         return self._inner.notes()
+
+    def _deadly(self, phase: str, client: Client) -> Failure | None:
+        """End or block this process for a client that does so; its failure if it only raised."""
+        if self._spec.deadly_in != phase or client.id not in self._spec.deadly:
+            return None
+        try:
+            _WAYS[self._spec.deadly_way]()
+        except CLIENT_ERRORS as error:
+            return failure(client, error)
+        return None
 
     def _fault(self, job: TrainJob) -> str:
         draw = generator(job.seed, "fault", job.round, job.client.id).random()
@@ -89,6 +121,16 @@ class _FaultyEngine:
             if draw < 0:
                 return name
         return ""
+
+
+_WAYS: dict[str, Callable[[], object]] = {
+    "exit": lambda: os._exit(9),
+    "segfault": partial(signal.raise_signal, signal.SIGSEGV),
+    "abort": os.abort,
+    "kill": partial(signal.raise_signal, signal.SIGKILL),
+    "system_exit": lambda: sys.exit(9),
+    "hang": lambda: time.sleep(1e6),
+}
 
 
 def _first(marker: str) -> bool:

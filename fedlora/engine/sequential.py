@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fedlora.core.checks import at_least
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
@@ -53,14 +54,14 @@ class SequentialEngine:
         for job in jobs:
             try:
                 yield self._client(job).train(job)
-            except Exception as error:
+            except CLIENT_ERRORS as error:
                 yield failure(job.client, error)
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         for job in jobs:
             try:
                 yield self._client(job).evaluate_job(job)
-            except Exception as error:
+            except CLIENT_ERRORS as error:
                 yield failure(job.client, error)
 
     def notes(self) -> tuple[str, ...]:

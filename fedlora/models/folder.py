@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.core.errors import ModelError
+from fedlora.core.reading import fault, json_in, pointer, tensors_in
 from fedlora.run.package import places
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -71,10 +72,40 @@ def check(folder: Path, *, weights: bool = True) -> None:
         missing.append("weights (*.safetensors)")
     if not any((folder / name).is_file() for name in TOKENIZER):
         missing.append("a tokenizer (tokenizer.json)")
+    missing += _absent_shards(folder) if weights else []
     if missing:
         there = sorted(p.name for p in folder.iterdir())
         listing = ", ".join(there[:20]) + (", ..." if len(there) > 20 else "") or "nothing"
         raise ModelError(f"model folder {folder} lacks {', '.join(missing)}; it has: {listing}")
+    for file in weight_files(folder) if weights else []:
+        check_weights(file)
+
+
+def check_weights(file: Path) -> None:
+    """Refuse a file that cannot hold weights: a Git LFS pointer, one that is cut short.
+
+    Reads headers alone; values are looked at when they are loaded.
+
+    Raises:
+        ModelError: naming the file and what is wrong with it.
+    """
+    if file.suffix == ".safetensors":
+        with tensors_in(file, "the weights of the base model"):
+            return
+    if not file.stat().st_size or pointer(file):
+        why = "it is empty" if not file.stat().st_size else fault(file, ValueError())
+        raise ModelError(f"the weights of the base model {file} cannot be read: {why}")
+
+
+def _absent_shards(folder: Path) -> list[str]:
+    """The files that an index of weights names and the folder does not have."""
+    found: set[str] = set()
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        named = json_in(index, "the index of the base model's weights").get("weight_map")
+        if not isinstance(named, dict):
+            raise ModelError(f"{index} has no weight_map: it is damaged")
+        found |= {str(name) for name in named.values()}
+    return sorted(name for name in found if not (folder / name).is_file())
 
 
 def tokenizer_id(folder: Path) -> str:

@@ -12,11 +12,11 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
+from fedlora.core.reading import tensors_in
 from fedlora.models.folder import MASKS
 from fedlora.models.layers import dense_weight
 from fedlora.models.modules import linear_layers
@@ -122,7 +122,7 @@ def mask_identity(folder: Path) -> str:
     """Identity of the masks in a model folder; empty: it has none. Reads a header."""
     if not (folder / MASKS).is_file():
         return ""
-    with safe_open(folder / MASKS, framework="pt") as file:
+    with tensors_in(folder / MASKS, "the masks of a pruned model") as file:
         return str((file.metadata() or {}).get("identity", ""))
 
 
@@ -134,7 +134,7 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
     """
     if not (folder / MASKS).is_file():
         raise ModelError(f"{folder} holds no {MASKS}: it is no pruned model")
-    with safe_open(folder / MASKS, framework="pt") as file:
+    with tensors_in(folder / MASKS, "the masks of a pruned model") as file:
         metadata = file.metadata() or {}
         shapes = json.loads(metadata.get("shapes", "{}"))
         masks = {p: unpack(file.get_tensor(p), tuple(shape)) for p, shape in shapes.items()}
@@ -187,7 +187,7 @@ def load_sparse(file: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: if the file is no such file, or its masks are not those of its identity.
     """
-    with safe_open(file, framework="pt") as opened:
+    with tensors_in(file, "the weights of a pruned model") as opened:
         about = opened.metadata() or {}
         found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     if not {"identity", "shapes", "turned"} <= about.keys():

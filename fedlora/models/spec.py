@@ -115,7 +115,7 @@ class ModelSpec(ABC):
                 folder, local_files_only=True, **self._trust()
             )
         except Exception as error:
-            raise ModelError(f"the tokenizer in {folder} cannot be loaded: {error}") from error
+            raise ModelError(_unloadable("the tokenizer", folder, error)) from error
         if loaded.pad_token is None:
             loaded.pad_token = loaded.eos_token
         return loaded
@@ -149,17 +149,19 @@ class ModelSpec(ABC):
                     dtype=getattr(torch, self.dtype),
                     local_files_only=True,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are refused below, by name
                     **placement,
                     **self._trust(),
                 )
         except Exception as error:
-            raise ModelError(f"the weights in {folder} cannot be loaded: {error}") from error
+            raise ModelError(_unloadable("the weights", folder, error)) from error
         absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
         if absent:
             raise ModelError(
                 f"the weights in {folder} lack {absent[:4]} ({len(absent)} tensors) or have them "
                 "in other shapes: they would be random"
             )
+        _check_finite(network, folder)
         if not placement:
             network.to(device)
         if info.mask:
@@ -199,6 +201,35 @@ class ModelSpec(ABC):
     def _placement(self, device: torch.device) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
         return {}
+
+
+def _unloadable(what: str, folder: Path, error: Exception) -> str:
+    """A library's error on one line, with what was being loaded."""
+    said = " ".join(str(error).split())[:600] or type(error).__name__
+    return f"{what} in {folder} cannot be loaded: {said}"
+
+
+def _check_finite(network: Any, folder: Path) -> None:
+    """Raise a ModelError unless all weights are finite: the sum of a tensor is not if one is not.
+
+    Reads all weights once, as the first forward pass would.
+    """
+    broken = [
+        name
+        for name, weight in network.named_parameters()
+        if weight.is_floating_point() and not weight.detach().sum().isfinite()
+    ]
+    if broken:
+        raise ModelError(
+            f"the weights in {folder} hold NaN or infinity in {broken[:4]} ({len(broken)} "
+            "tensors): the model is broken, or was converted to too narrow a number format"
+        )
+
+
+def import_transformers() -> None:
+    """Import now what describing and loading a model needs: two seconds on an idle core."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+    from transformers.modeling_utils import PreTrainedModel  # noqa: F401
 
 
 @contextmanager

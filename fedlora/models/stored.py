@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
 from torch import Tensor
 
 from fedlora.core.errors import ModelError
+from fedlora.core.reading import tensors_in
 from fedlora.models.folder import weight_files
 from fedlora.models.masks import (
     Masks,
@@ -75,6 +75,6 @@ def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is no safetensors file: convert the model first")
-        with safe_open(path, framework="pt") as file:
+        with tensors_in(path, "the weights of the base model") as file:
             for key in file.keys():  # noqa: SIM118
                 yield key, file.get_tensor(key)

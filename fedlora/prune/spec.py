@@ -16,6 +16,7 @@ from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least
 from fedlora.core.errors import ModelError
 from fedlora.core.files import made_once, write_file
+from fedlora.core.reading import json_in
 from fedlora.core.seeding import generator
 from fedlora.data.source import Source
 from fedlora.data.store import ClientInfo, TokenStore, prepare
@@ -191,8 +192,7 @@ def read_about(folder: Path) -> dict[str, Any]:
     file = folder / ABOUT
     if not file.is_file():
         return {}
-    about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return about
+    return json_in(file, "the record of a pruned model")
 
 
 def calibrators(

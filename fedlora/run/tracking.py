@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.files import write_file
+from fedlora.core.files import naming, write_file
 
 log = logging.getLogger(__name__)
 
@@ -222,7 +222,7 @@ def plain(value: Any) -> Any:
 
 
 def _append(file: Path, records: Sequence[Record]) -> None:
-    with file.open("a", encoding="utf-8") as f:
+    with naming(file), file.open("a", encoding="utf-8") as f:
         f.write(_lines(records))
         f.flush()
         os.fsync(f.fileno())

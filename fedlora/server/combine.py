@@ -8,6 +8,8 @@ postprocessors       x_k ← each(adds(state, start_k, update_k))
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
@@ -15,6 +17,10 @@ from fedlora.core.payload import Payload
 from fedlora.core.types import Update
 from fedlora.server.method import Method
 from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.server.validation import absurd
+
+NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+"""Errors of an average whose numbers are beyond any use, such as an SVD that is not finite."""
 
 
 def combine(
@@ -53,6 +59,22 @@ def combine(
     for p in postprocessors:
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)
+
+
+def unusable(method: Method, state: State) -> str:
+    """Why no client could go on from a state; empty: they can.
+
+    Its tensors and those of the global model must be finite and of a size that weights have.
+    """
+    wrong = absurd(state.items())
+    if wrong:
+        return f"the server's {wrong}"
+    try:
+        payload = method.technique.payload(method.global_update(state))
+    except NUMERICAL as error:
+        return f"there is no global model: {error}"
+    wrong = absurd(payload.tensors())
+    return f"the global model's {wrong}" if wrong else ""
 
 
 def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:

@@ -1,6 +1,7 @@
 """One evaluation of the global model: its clients, its adapters and its record."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.payload import Payload
@@ -8,6 +9,10 @@ from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Fa
 from fedlora.evaluation.summary import summarise
 from fedlora.server.method import Method
 from fedlora.server.training_round import Shared, same_payload, variant_key
+from fedlora.server.validation import check_evaluation
+
+REJECTED = "RejectedEvaluation"
+"""The kind of a failure whose metrics were refused."""
 
 
 def evaluation_jobs(
@@ -54,6 +59,43 @@ def evaluation_jobs(
     return jobs
 
 
+def validate_evaluations(found: Iterable[Evaluation | Failure]) -> list[Evaluation | Failure]:
+    """The results, with a failure in the place of each evaluation whose metrics cannot be combined
+    with those of the others.
+
+    How a metric is combined over clients is what most clients say of it.
+    """
+    results = [_checked(r) for r in found]
+    said = defaultdict[str, Counter[tuple[str, bool]]](Counter)
+    for result in results:
+        if isinstance(result, Evaluation):
+            for name, m in result.metrics.items():
+                said[name][m.over_clients, m.interval] += 1
+    agreed = {name: kinds.most_common(1)[0][0] for name, kinds in said.items()}
+    return [_agreeing(r, agreed) for r in results]
+
+
+def _checked(result: Evaluation | Failure) -> Evaluation | Failure:
+    wrong = check_evaluation(result) if isinstance(result, Evaluation) else ""
+    return Failure(result.client, REJECTED, wrong) if wrong else result
+
+
+def _agreeing(
+    result: Evaluation | Failure, agreed: Mapping[str, tuple[str, bool]]
+) -> Evaluation | Failure:
+    if isinstance(result, Failure):
+        return result
+    for name, m in result.metrics.items():
+        if (m.over_clients, m.interval) != agreed[name]:
+            over_clients, interval = agreed[name]
+            why = (
+                f"its metric {name} is combined as {m.over_clients} (interval={m.interval}), that "
+                f"of most clients as {over_clients} (interval={interval})"
+            )
+            return Failure(result.client, REJECTED, why)
+    return result
+
+
 def evaluation_record(
     tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
 ) -> dict[str, float | int | str]:
@@ -68,11 +110,11 @@ def evaluation_record(
     group, _, adapter = tag.partition(":")
     good = sorted((r for r in found if isinstance(r, Evaluation)), key=lambda r: r.client.id)
     return {
+        **(summarise(good) if good else {"clients": 0.0}),
         "kind": "evaluate",
         "round": round,
         "group": group,
         "adapter": adapter,
         "failed": len(found) - len(good),
         "round/evaluate_seconds": seconds,
-        **(summarise(good) if good else {"clients": 0.0}),
     }

@@ -5,15 +5,18 @@ that serve virtual clients, and the `Session` decides everything but the transpo
 """
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeAlias
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedlora.core.errors import RunError, WorkerDied
+from fedlora.core.checks import one_line
+from fedlora.core.errors import RunError
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -22,19 +25,22 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.server.delivery import Delivery, Parcel, Phase
+from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
+from fedlora.server.norm_bound import COHORT
 from fedlora.server.session import Session
+from fedlora.server.workers import check_workers
 from fedlora.wire.codec import decode_results, encode_jobs, glance
 
 log = logging.getLogger(__name__)
 
 Job: TypeAlias = TrainJob | EvaluateJob
 
+SETUP_PATIENCE_S = 600.0
+"""Seconds that workers have at least to load the model, however short the deadline of a message."""
 NODE_PATIENCE_S = 120.0
 """Seconds to wait for the first Flower node: on a busy machine Ray needs half a minute."""
-DEATH = ("ActorDied", "ActorUnavailable", "WorkerCrashed", "OutOfMemoryError: Task was killed")
-"""Texts in the errors of a dead worker process. Flower never replaces it, and every further message
-to it would fail, so the run stops and continues from its checkpoint with new workers."""
 
 
 class FederatedRun:
@@ -44,18 +50,22 @@ class FederatedRun:
         session: the run's method, state and records.
         worker: JSON description of what a worker process has to build.
         source: hash of this process's sources; workers with others refuse to work.
+        journal: see `fedlora.server.delivery.Delivery`.
     """
 
-    def __init__(self, session: Session, *, worker: str, source: str) -> None:
+    def __init__(
+        self, session: Session, *, worker: str, source: str, journal: Path | None = None
+    ) -> None:
         self.session, self.worker, self.source = session, worker, source
-        self._dead = ""
-        """Why a worker process died; empty: none did."""
+        self.incidents = Incidents(session.folder)
+        self._journal = journal
 
     def start(self, grid: Grid) -> None:
         """Run the remaining rounds, and first the evaluation before them if it is due.
 
         Raises:
             RunError: if the run cannot go on. Completed rounds stay on disk.
+            WorkerDied: as soon as a worker process died; a launcher can continue with new workers.
         """
         session = self.session
         log.info(
@@ -64,106 +74,110 @@ class FederatedRun:
             len(session.roster.clients),
             session.roster.per_round,
         )
+        empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
+        patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
+        check_workers(grid, nodes_of(grid), session.workers, empty, patience)
+        delivery = Delivery(
+            grid,
+            session.workers,
+            self.incidents,
+            self._show,
+            session.safe,
+            session.emit,
+            self._journal,
+        )
         if session.evaluation_missing():
-            self._evaluate(session.done, grid)
+            self._evaluate(session.done, delivery)
         for round in range(session.done + 1, session.rounds.rounds + 1):
-            self._train(round, grid)
-            self._evaluate(round, grid)
+            self._train(round, delivery)
+            self._evaluate(round, delivery)
 
-    def _train(self, round: int, grid: Grid) -> None:
-        session = self.session
+    def phase(self, round: int, name: str) -> Phase:
+        """Where messages are sent now."""
+        return Phase(round, name, self.session.rounds.timeout_s)
+
+    def _train(self, round: int, delivery: Delivery) -> None:
+        session, phase = self.session, self.phase(round, TRAIN)
         cohorts = session.train_cohorts(round)
-        jobs = sorted((job for jobs in cohorts for job in jobs), key=lambda job: job.client.id)
-        outcome = session.method.run_round(session.state, jobs, FlowerChannel(self, grid))
+        out = self._left_out([job for jobs in cohorts for job in jobs], phase)
+        jobs = [job for jobs in cohorts for job in jobs if job.client.id not in out]
+        jobs.sort(key=lambda job: job.client.id)
+        channel = FlowerChannel(self, delivery, phase)
+        outcome = session.method.run_round(session.state, jobs, channel) if jobs else None
         if outcome is None:
-            found = self._results(cohorts, MessageType.TRAIN, grid)
+            found = self._results(cohorts, MessageType.TRAIN, delivery, phase)
             results = [r for part in found for r in part if not isinstance(r, Evaluation)]
             outcome = RoundOutcome(session.state, results)
-        session.finish_training(outcome.results, outcome.state)
+        session.finish_training([*outcome.results, *out.values()], outcome.state)
 
-    def _evaluate(self, round: int, grid: Grid) -> None:
+    def _evaluate(self, round: int, delivery: Delivery) -> None:
+        phase = self.phase(round, EVALUATE)
         batches = self.session.evaluate_cohorts(round)
-        found = self._results([jobs for _, jobs in batches], MessageType.EVALUATE, grid)
+        found = self._results([jobs for _, jobs in batches], MessageType.EVALUATE, delivery, phase)
         results: dict[str, list[Evaluation | Failure]] = {tag: [] for tag, _ in batches}
-        for (tag, _), part in zip(batches, found, strict=True):
+        for (tag, jobs), part in zip(batches, found, strict=True):
             results[tag] += [r for r in part if not isinstance(r, Update)]
+            results[tag] += self._left_out(jobs, phase).values()
         self.session.finish_evaluation(round, results)
 
+    def _left_out(self, jobs: Sequence[Job], phase: Phase) -> dict[int, Failure]:
+        """The clients of these jobs that are not sent anything, as failures."""
+        out = self.incidents.left_out(phase.name, phase.round)
+        clients = {job.client.id: job.client for job in jobs}
+        return {i: Failure(c, "LeftOut", out[i]) for i, c in clients.items() if i in out}
+
     def _results(
-        self, batches: Sequence[Sequence[Job]], kind: str, grid: Grid
-    ) -> list[Sequence[Update | Evaluation | Failure]]:
-        """One message per batch, dealt round-robin over the nodes; the results batch by batch.
+        self, batches: Sequence[Sequence[Job]], kind: str, delivery: Delivery, phase: Phase
+    ) -> list[list[Update | Evaluation | Failure]]:
+        """A message per batch, and one for each client that is sent its own; dealt round-robin over
+        the nodes. The results batch by batch, without clients that are left out.
 
-        Jobs whose message came back broken, or not at all, are failures.
+        Jobs whose message came back broken, or not at all, are failures. A reply repeats the nonce
+        of these messages: one of an earlier round answers for nobody.
         """
-        if not batches:
-            return []
-        nodes, wire = nodes_of(grid), self.session.rounds.wire
-        messages = [
-            Message(
-                encode_jobs(jobs, worker=self.worker, source=self.source, wire=wire),
-                nodes[i % len(nodes)],
-                kind,
-            )
-            for i, jobs in enumerate(batches)
-        ]
-        return [
-            _read(reply, jobs)
-            for jobs, reply in zip(batches, self.deliver(messages, grid), strict=True)
-        ]
+        parts = [(i, part) for i, jobs in enumerate(batches) for part in self._parts(jobs, phase)]
+        if not parts:
+            return [[] for _ in batches]
+        nodes, wire = nodes_of(delivery.grid), self.session.rounds.wire
+        nonce = secrets.token_hex(8)
+        described = {"worker": self.worker, "source": self.source, "wire": wire, "nonce": nonce}
+        parcels = []
+        for n, (_, jobs) in enumerate(parts):
+            message = Message(encode_jobs(jobs, **described), nodes[n % len(nodes)], kind)
+            parcels.append(self.parcel(message, [job.client for job in jobs], phase))
+        found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
+        for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
+            found[i] += _read(reply, jobs, wire, nonce)
+        return found
 
-    def deliver(self, messages: Sequence[Message], grid: Grid) -> list[Message | None]:
-        """Send messages and wait; the reply to each in their order, ``None`` where none came.
+    def _parts(self, jobs: Sequence[Job], phase: Phase) -> list[list[Job]]:
+        """A batch without the clients that are left out; those that are sent one to a message are
+        parts of their own."""
+        out = self.incidents.left_out(phase.name, phase.round)
+        single = self.incidents.one_by_one(phase.name, phase.round)
+        crowd = [job for job in jobs if job.client.id not in single | out.keys()]
+        own = [[job] for job in jobs if job.client.id in single - out.keys()]
+        return [part for part in (crowd, *own) if part]
 
-        Raises:
-            RunError: if Flower did not take all of them.
-            WorkerDied: as soon as a worker process died; a launcher can continue with new workers.
-        """
-        ids = list(grid.push_messages(messages))
-        if len(ids) != len(messages):
-            raise RunError(f"Flower took {len(ids)} of {len(messages)} messages")
-        replies: dict[str, Message] = {}
-        pending = set(ids)
-        deadline = time.monotonic() + self.session.rounds.timeout_s
-        while pending and time.monotonic() < deadline:
-            arrived = list(grid.pull_messages(pending))
-            for reply in arrived:
-                key = reply.metadata.reply_to_message_id
-                if key not in pending:
-                    log.warning("a reply to a message that is not under way was left out: %s", key)
-                    continue
-                pending.discard(key)
-                replies[key] = reply
-                self._notice(reply)
-            self._raise_if_dead()
-            if pending and not arrived:
-                time.sleep(0.05)
-        return [replies.get(i) for i in ids]
+    def parcel(self, message: Message, clients: Sequence[Client], phase: Phase) -> Parcel:
+        """The message to some clients, sent alone if one of them may end its worker."""
+        ids = tuple(client.id for client in clients)
+        single = self.incidents.one_by_one(phase.name, phase.round)
+        return Parcel(message, ids, alone=not single.isdisjoint(ids))
 
-    def _notice(self, reply: Message) -> None:
-        """Handle a reply when it arrives: show progress, or note the death of a worker."""
-        if not reply.has_error():
-            with suppress(Exception):  # errors in it are reported when it is decoded
-                self.session.on_reply(glance(reply.content))
-            return
-        reason = reply.error.reason or ""
-        if any(mark in reason for mark in DEATH):
-            self._dead = essence(reason)
-
-    def _raise_if_dead(self) -> None:
-        if self._dead:
-            raise WorkerDied(
-                f"a worker process died ({self._dead}) and Flower does not replace it. "
-                f"{self.session.safe()}; the same command with resume=auto continues"
-            )
+    def _show(self, reply: Message) -> None:
+        with suppress(Exception):  # errors in it are reported when it is decoded
+            self.session.on_reply(glance(reply.content))
 
 
 class FlowerChannel(ClientChannel):
     """The channel to the clients of one round: one message per node and action."""
 
-    def __init__(self, run: FederatedRun, grid: Grid) -> None:
-        self.worker, self.source, self.wire = run.worker, run.source, run.session.rounds.wire
-        self._run, self._grid = run, grid
+    def __init__(self, run: FederatedRun, delivery: Delivery, phase: Phase) -> None:
+        rounds = run.session.rounds
+        self.worker, self.source, self.wire = run.worker, run.source, rounds.wire
+        self.norm_factor = rounds.norm_factor if rounds.norm_bound == COHORT else 0.0
+        self._run, self._delivery, self._phase = run, delivery, phase
         self._nodes: list[int] = []
 
     def say(self, line: str) -> None:
@@ -181,14 +195,24 @@ class FlowerChannel(ClientChannel):
         content: Callable[[Sequence[Client]], RecordDict],
     ) -> list[tuple[Sequence[Client], RecordDict | str]]:
         """See `ClientChannel.exchange`: client ``i`` lives on node ``i`` modulo their number."""
-        self._nodes = self._nodes or nodes_of(self._grid)
-        by_node: dict[int, list[Client]] = {}
-        for client in clients:
-            by_node.setdefault(self._nodes[client.id % len(self._nodes)], []).append(client)
+        self._nodes = self._nodes or nodes_of(self._delivery.grid)
+        incidents, phase = self._run.incidents, self._phase
+        single = incidents.one_by_one(phase.name, phase.round)
+        out = incidents.left_out(phase.name, phase.round)
+        groups: dict[tuple[int, int | None], list[Client]] = {}
+        for client in (c for c in clients if c.id not in out):
+            node = self._nodes[client.id % len(self._nodes)]
+            own = client.id if client.id in single else None
+            groups.setdefault((node, own), []).append(client)
         kind = f"{MessageType.TRAIN}.{action}"
-        messages = [Message(content(who), node, kind) for node, who in by_node.items()]
-        replies = self._run.deliver(messages, self._grid)
-        return [(w, _answer(r)) for w, r in zip(by_node.values(), replies, strict=True)]
+        parcels = [
+            self._run.parcel(Message(content(who), node, kind), who, phase)
+            for (node, _), who in groups.items()
+        ]
+        replies = self._delivery.send(parcels, phase)
+        answers = [_answer(reply) for reply in replies]
+        dropped = [((c,), out[c.id]) for c in clients if c.id in out]
+        return [*zip(groups.values(), answers, strict=True), *dropped]
 
 
 def _answer(reply: Message | None) -> RecordDict | str:
@@ -199,19 +223,21 @@ def _answer(reply: Message | None) -> RecordDict | str:
     return reply.content
 
 
-def _read(reply: Message | None, jobs: Sequence[Job]) -> Sequence[Update | Evaluation | Failure]:
+def _read(
+    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str
+) -> Sequence[Update | Evaluation | Failure]:
     """The results of one reply to these jobs, whatever it holds."""
     clients = {j.client.id: j.client for j in jobs}
     if reply is None:
-        return [Failure(c, "NoReply", "timeout") for c in clients.values()]
+        return [Failure(c, "NoReply", "no reply came in time") for c in clients.values()]
     if reply.has_error():
         reason = reply.error.reason or f"error code {reply.error.code}"
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
         starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
-        return decode_results(reply.content, clients, starts)
+        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce)
     except Exception as error:  # a reply is foreign input: it must not end the run
-        why = f"its reply cannot be read: {type(error).__name__}: {error}"
+        why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
         return [Failure(c, "WorkerError", why) for c in clients.values()]
 
 

@@ -69,6 +69,9 @@ class ClientChannel(ABC):
     """Hash of the server's sources."""
     wire: str
     """Number format of adapters in messages."""
+    norm_factor: float = 0.0
+    """How many medians of the clients' changes an average takes in (`fedlora.server.norm_bound`);
+    0: any."""
 
     @abstractmethod
     def say(self, line: str) -> None:

@@ -17,10 +17,11 @@ that serves many virtual clients.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from flwr.app import (
     Array,
@@ -35,6 +36,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from fedlora.algebra.state import State
+from fedlora.core.checks import is_real, one_line
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
@@ -48,11 +50,12 @@ from fedlora.core.types import (
     Setting,
     Update,
 )
-from fedlora.server.combine import combine
+from fedlora.server.combine import NUMERICAL, combine, unusable
 from fedlora.server.flower import essence, nodes_of
 from fedlora.server.method import Method
+from fedlora.server.norm_bound import Move, compare, furthest, move
 from fedlora.server.postprocess import Moment
-from fedlora.server.validation import check_update
+from fedlora.server.validation import LARGEST_METRIC, check_update, wrong_metrics
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +81,8 @@ def from_arrays(arrays: ArrayRecord, alpha: float) -> dict[str, Factors]:
     """The inverse of `to_arrays`, in the order of the record.
 
     Raises:
-        ValueError: naming the first array that is no factor, or has no partner that fits.
+        ValueError: naming the first array that is no factor, is not float32, or has no partner that
+            fits.
     """
     found: dict[str, dict[str, torch.Tensor]] = {}
     for name, array in arrays.items():
@@ -88,7 +92,10 @@ def from_arrays(arrays: ArrayRecord, alpha: float) -> dict[str, Factors]:
                 f"array {name!r} is no LoRA factor: names are {PREFIX}<module path>{A} and "
                 f"...{B}, as PEFT's get_peft_model_state_dict gives them"
             )
-        tensor = torch.tensor(array.numpy(), dtype=torch.float32)
+        values = array.numpy()
+        if values.dtype != np.float32:
+            raise ValueError(f"array {name!r} is {values.dtype}, factors travel as float32")
+        tensor = torch.from_numpy(np.array(values))
         found.setdefault(name[len(PREFIX) : -len(part)], {})[part] = tensor
     if not found:
         raise ValueError("there are no arrays: an adapter has lora_A and lora_B of some module")
@@ -114,13 +121,24 @@ class PlainFlower(Strategy):
         seed: seed of the method's random values, such as the first A.
         min_nodes: number of accepted answers below which a round fails.
         max_update_norm: bound on the change of the effective weights, Frobenius; 0: none.
+        norm_factor: medians of a round's changes up to which an answer is averaged
+            (`fedlora.server.norm_bound`; how many steps a node takes is not known); 0: any.
+        max_examples: up to which a node's claim to examples counts; 0: as it claims.
     """
 
     def __init__(
-        self, method: Method, *, seed: int = 0, min_nodes: int = 1, max_update_norm: float = 0.0
+        self,
+        method: Method,
+        *,
+        seed: int = 0,
+        min_nodes: int = 1,
+        max_update_norm: float = 0.0,
+        norm_factor: float = 50.0,
+        max_examples: int = 0,
     ) -> None:
         self.method, self.seed, self.min_nodes = method, seed, min_nodes
-        self.max_update_norm = max_update_norm
+        self.max_update_norm, self.norm_factor = max_update_norm, norm_factor
+        self.max_examples = max_examples
         self.state: State = {}
         self._modules: tuple[Module, ...] = ()
         self._alpha = 0.0
@@ -163,28 +181,72 @@ class PlainFlower(Strategy):
         Raises:
             RunError: if fewer than ``min_nodes`` sent something that can be averaged.
         """
-        updates: dict[int, Update] = {}
+        moves: dict[int, Move] = {}
         refused: list[str] = []
+        answered: set[int] = set()
+
+        def refuse(node: int, why: object) -> None:
+            refused.append(one_line(f"node {node}: {why}"))
+            log.warning("round %d: %s", server_round, refused[-1])
+
         for reply in replies:
             node = reply.metadata.src_node_id
+            if node in answered:
+                refuse(node, "it has answered before; its first answer counts")
+                continue
+            answered.add(node)
             try:
-                updates[node] = self._accept(node, reply)
-            except (ValueError, KeyError) as error:
-                refused.append(f"node {node}: {error}")
-                log.warning("round %d: %s", server_round, refused[-1])
-        if len(updates) < self.min_nodes:
-            first = f"; first: {refused[0]}" if refused else "; no reply came"
-            raise RunError(
-                f"round {server_round}: {len(updates)} nodes sent an update that can be averaged, "
-                f"min_nodes={self.min_nodes}{first}"
-            )
-        for node, update in updates.items():
-            self._clients[node] = update.client
-        ordered = sorted(updates.values(), key=lambda u: u.client.id)
+                moves[node] = self._accept(node, reply)
+            except Exception as error:  # an answer is foreign input: it must not end the run
+                refuse(node, error)
+        nodes = {m.update.client.id: node for node, m in moves.items()}
+        if self.norm_factor:
+            for cid, why in compare(list(moves.values()), self.norm_factor).refused.items():
+                del moves[nodes[cid]]
+                refuse(nodes[cid], why)
+        self._aggregate(server_round, moves, refused, refuse)
+        for node, accepted in moves.items():
+            self._clients[node] = accepted.update.client
+        return to_arrays(self._global(self._largest)), _weighted(_updates(moves))
+
+    def _aggregate(
+        self,
+        server_round: int,
+        moves: dict[int, Move],
+        refused: Sequence[str],
+        refuse: Callable[[int, object], None],
+    ) -> None:
+        """Average what was accepted; answers that would spoil the model are taken out of it.
+
+        Args:
+            server_round: counted from 1.
+            moves: by node.
+            refused: what was said of answers that were left out.
+            refuse: says it of one more.
+
+        Raises:
+            RunError: if fewer than ``min_nodes`` are left.
+        """
         starts = {asked.client.id: asked.start for asked in self._asked.values()}
         now = Moment(self.seed, server_round)
-        self.state = combine(self.method, self.state, ordered, now, starts=starts)
-        return to_arrays(self._global(self._largest)), _weighted(ordered)
+        while len(moves) >= max(1, self.min_nodes):
+            try:
+                after = combine(self.method, self.state, _updates(moves), now, starts=starts)
+                wrong = unusable(self.method, after)
+            except NUMERICAL as error:
+                wrong = f"the average cannot be computed: {error}"
+            if not wrong:
+                self.state = after
+                return
+            far = furthest(list(moves.values()))
+            node = next(n for n, m in moves.items() if m is far)
+            del moves[node]
+            refuse(node, f"with it, {wrong}; of all updates it moved furthest")
+        first = f"; first: {refused[0]}" if refused else "; no reply came"
+        raise RunError(
+            f"round {server_round}: {len(moves)} nodes sent an update that can be averaged, "
+            f"min_nodes={self.min_nodes}{first}"
+        )
 
     # --- evaluation ---------------------------------------------------------------------------
 
@@ -202,16 +264,15 @@ class PlainFlower(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Means over the examples that nodes say they hold."""
-        found = []
+        found: dict[int, tuple[dict[str, float], int]] = {}
         for reply in replies:
+            node = reply.metadata.src_node_id
             try:
-                metrics, examples = _metrics(reply)
-            except (ValueError, KeyError) as error:
-                node = reply.metadata.src_node_id
-                log.warning("round %d: evaluation of node %d: %s", server_round, node, error)
-                continue
-            found.append((metrics, examples))
-        return _mean(found)
+                found.setdefault(node, _metrics(reply))
+            except Exception as error:  # as in training
+                why = one_line(error)
+                log.warning("round %d: evaluation of node %d: %s", server_round, node, why)
+        return _mean(list(found.values()))
 
     # --- inside -------------------------------------------------------------------------------
 
@@ -265,8 +326,8 @@ class PlainFlower(Strategy):
         update = self.method.global_update(self.state, ranks)
         return self._factors(self._plan.technique.payload(update))
 
-    def _accept(self, node: int, reply: Message) -> Update:
-        """A reply as an update that may be averaged.
+    def _accept(self, node: int, reply: Message) -> Move:
+        """A reply as an update that may be averaged, with how far it has moved.
 
         Raises:
             ValueError: saying what is wrong with it.
@@ -274,14 +335,18 @@ class PlainFlower(Strategy):
         if node not in self._asked:
             raise ValueError("it was not asked in this round")
         asked = self._asked[node]
-        metrics, examples = _metrics(reply)
-        factors = from_arrays(_only(reply.content.array_records, "arrays"), self._alpha)
+        metrics, claimed = _metrics(reply)
+        examples = min(claimed, self.max_examples or claimed)
+        found = from_arrays(_only(reply.content.array_records, "arrays"), self._alpha)
+        factors = {p: found[p] for p in self._largest if p in found} | found  # in our order
         ranks = Ranks({path: f.rank for path, f in factors.items()})
         client = replace(asked.client, ranks=ranks, num_examples=examples)
         expected = self._expected(asked, client)
         update = Update(client, asked.start.trained(factors), examples, metrics)
-        check_update(update, expected, self.max_update_norm)
-        return update
+        check_update(replace(update, metrics={}), expected, self.max_update_norm)
+        # A claim to many examples, which nobody can check, gives no room for a longer way.
+        unknown = replace(expected.client, num_examples=1)
+        return move(update, replace(expected, client=unknown))
 
     def _expected(self, asked: _Asked, client: Client) -> Expected:
         """What an answer is held against: a start of its own rank, where ranks may differ.
@@ -326,10 +391,17 @@ def _metrics(reply: Message) -> tuple[dict[str, float], int]:
         raise ValueError(essence(reply.error.reason or f"error code {reply.error.code}"))
     record = _only(reply.content.metric_records, "metrics")
     examples = record.get(EXAMPLES)
-    if not isinstance(examples, int | float) or examples < 1 or examples != int(examples):
+    if not is_real(examples) or not 1 <= examples <= LARGEST_METRIC or examples != int(examples):
         raise ValueError(f"metrics[{EXAMPLES!r}]={examples!r} must be a whole number >= 1")
-    numbers = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
-    return {k: v for k, v in numbers.items() if k != EXAMPLES}, int(examples)
+    numbers = {k: float(v) for k, v in record.items() if is_real(v) and k != EXAMPLES}
+    if wrong := wrong_metrics(numbers, reserved=frozenset()):
+        raise ValueError(wrong)
+    return numbers, int(examples)
+
+
+def _updates(moves: Mapping[int, Move]) -> list[Update]:
+    """The updates by client id."""
+    return sorted((m.update for m in moves.values()), key=lambda u: u.client.id)
 
 
 def _weighted(updates: Iterable[Update]) -> MetricRecord | None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.types import EvaluatePlan, LocalPlan
+from fedlora.server.norm_bound import COHORT, OFF
 from fedlora.wire.codec import ROUNDING, WIRE_BYTES
 
 
@@ -64,7 +65,13 @@ class Rounds:
     """Fraction of a round's clients that must succeed; otherwise the run stops."""
     min_clients: int = 1
     max_update_norm: float = 0.0
-    """Updates with a larger change (Frobenius norm) are rejected; 0: no bound."""
+    """Updates with a larger change (Frobenius norm) are rejected; 0: no absolute bound but
+    `fedlora.server.validation.LARGEST`."""
+    norm_bound: str = COHORT
+    """``cohort``: updates that move much further than those of most clients of their round are
+    rejected (`fedlora.server.norm_bound`); ``off``: they are averaged."""
+    norm_factor: float = 50.0
+    """How many medians of the round's changes are still averaged."""
     clients_per_message: int = 0
     """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
     a worker's share of the round), and no more than `fedlora.server.packing.MOST_PER_MESSAGE`."""
@@ -75,7 +82,7 @@ class Rounds:
     """Whether the rounding error of a client's bfloat16 reply is stored and added to its next
     reply."""
     timeout_s: float = 3600.0
-    """Seconds that a round waits for its slowest client."""
+    """Seconds that a worker has for one message, before its clients are dropped from the round."""
     keep: int = 3
     """Checkpoints kept."""
     threads: int = 1
@@ -89,6 +96,8 @@ class Rounds:
         fraction("min_success", self.min_success)
         at_least("min_clients", self.min_clients, 1)
         at_least("max_update_norm", self.max_update_norm, 0)
+        one_of("norm_bound", self.norm_bound, (COHORT, OFF))
+        at_least("norm_factor", self.norm_factor, 1)
         at_least("clients_per_message", self.clients_per_message, 0)
         at_least("timeout_s", self.timeout_s, 0, strict=True)
         at_least("keep", self.keep, 1)

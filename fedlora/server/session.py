@@ -29,8 +29,12 @@ from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import combine
-from fedlora.server.evaluation_round import evaluation_jobs, evaluation_record
+from fedlora.server.combine import NUMERICAL, combine, unusable
+from fedlora.server.evaluation_round import (
+    evaluation_jobs,
+    evaluation_record,
+    validate_evaluations,
+)
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -42,12 +46,14 @@ from fedlora.server.training_round import (
     begin,
     client_rows,
     collect,
+    enough,
     require_enough,
     stage_kept,
     training_jobs,
     validate,
     with_residuals,
 )
+from fedlora.server.validation import absurd
 from fedlora.wire.codec import Glance
 
 log = logging.getLogger(__name__)
@@ -193,22 +199,48 @@ class Session:
         current, arrived = self._current, time.monotonic()
         assert current is not None
         replies = validate(current, collect(current, results), self.rounds, self.setting)
+        if state is not self.state and (wrong := absurd(state.items())):
+            raise RunError(
+                f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
+            )
+        after, replies = self._aggregate(current, replies, state)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        before = self.state
-        self.state = combine(
-            self.method,
-            state,
-            replies.updates,
-            Moment(self.setting.seed, current.round),
-            starts={i: job.start for i, job in current.jobs.items()},
-            postprocessors=self.postprocess,
-        )
+        before, self.state = self.state, after
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
         self._checkpoint(current, record)
         return record
+
+    def _aggregate(
+        self, current: TrainingRound, replies: Replies, state: State
+    ) -> tuple[State, Replies]:
+        """The next state, from which clients can go on, and the replies without those that would
+        have spoiled it; the state as it was if too few are left.
+
+        Args:
+            current: the round.
+            replies: its results, validated.
+            state: into which they are aggregated.
+        """
+        while enough(current, replies, self.rounds):
+            try:
+                after = combine(
+                    self.method,
+                    state,
+                    replies.updates,
+                    Moment(self.setting.seed, current.round),
+                    starts={i: job.start for i, job in current.jobs.items()},
+                    postprocessors=self.postprocess,
+                )
+                wrong = unusable(self.method, after)
+            except NUMERICAL as error:
+                wrong = f"the average cannot be computed: {error}"
+            if not wrong:
+                return after, replies
+            replies = replies.without_furthest(wrong)
+        return state, replies
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.
@@ -222,6 +254,8 @@ class Session:
         training = arrived - current.started
         record = training_record(current.round, updates, replies.failures, training)
         record |= engine_record(updates, self._notes)
+        if replies.bound.median:
+            record["round/median_change_norm"] = replies.bound.median
         record |= current.account.record(replies.by_client)
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
@@ -304,7 +338,8 @@ class Session:
         self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]
     ) -> None:
         """Summarise tagged results: one record per tag, ``<group>:<adapter>``."""
-        for tag, found in results.items():
+        for tag, arrived in results.items():
+            found = validate_evaluations(arrived)
             failed = [r for r in found if isinstance(r, Failure)]
             for f in failed[:3]:
                 self.emit(

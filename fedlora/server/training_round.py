@@ -9,14 +9,16 @@ from typing import Generic, TypeVar
 import torch
 
 from fedlora.algebra.state import Kept, State
+from fedlora.core.checks import one_line
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
 from fedlora.server.client_state import WIRE, ClientStore
 from fedlora.server.method import Method
+from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move
 from fedlora.server.schedule import Rounds
-from fedlora.server.validation import check_update
+from fedlora.server.validation import absurd, check_update
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +41,46 @@ class Replies:
 
     by_client: Mapping[int, Update | Failure]
     """One per job, as it arrived."""
-    updates: Sequence[Update]
-    """Accepted."""
+    moves: Sequence[Move]
+    """Accepted updates, and how far each has moved."""
     failures: Sequence[Failure]
     """All other clients."""
+    bound: NormBound
+    """What the accepted ones were compared with."""
+
+    @property
+    def updates(self) -> list[Update]:
+        """The accepted updates."""
+        return [m.update for m in self.moves]
+
+    def without(self, refused: Mapping[int, str]) -> "Replies":
+        """The replies after some accepted updates have been refused.
+
+        Args:
+            refused: client id -> why.
+        """
+        kept = [m for m in self.moves if m.update.client.id not in refused]
+        more = [
+            _rejected(m.update.client, refused[m.update.client.id])
+            for m in self.moves
+            if m.update.client.id in refused
+        ]
+        return replace(self, moves=kept, failures=[*self.failures, *more])
+
+    def without_furthest(self, why: str) -> "Replies":
+        """The replies without the update that moved furthest.
+
+        Args:
+            why: what is wrong with the model that all of them give.
+        """
+        culprit = furthest(self.moves)
+        return self.without(
+            {
+                culprit.update.client.id: (
+                    f"with it, {why}; of all updates it moved furthest (norm {culprit.weights:.4g})"
+                )
+            }
+        )
 
 
 def training_jobs(
@@ -161,8 +199,11 @@ def begin(
 def collect(
     current: TrainingRound, results: Iterable[Update | Failure]
 ) -> dict[int, Update | Failure]:
-    """One result for each job, by client id; clients without a reply have failed."""
-    found = {r.client.id: r for r in results}
+    """One result for each job, by client id; clients without a reply have failed, and of several
+    results of a client the first counts."""
+    found = dict[int, Update | Failure]()
+    for result in results:
+        found.setdefault(result.client.id, result)
     return {
         i: found[i] if i in found else Failure(job.client, "NoReply", "no reply came")
         for i, job in sorted(current.jobs.items())
@@ -175,8 +216,9 @@ def validate(
     rounds: Rounds,
     setting: Setting,
 ) -> Replies:
-    """Check every update; a rejected update becomes a failure."""
-    updates, failures = [], []
+    """Check every update by itself, then all against each other; a rejected update becomes a
+    failure."""
+    moves, failures = [], []
     for i, result in by_client.items():
         job = current.jobs[i]
         if isinstance(result, Failure):
@@ -185,31 +227,65 @@ def validate(
         try:
             expected = Expected(job.client, job.start, job.plan, setting.density)
             check_update(result, expected, rounds.max_update_norm)
-            updates.append(result)
+            _check_residual(result, job)
+            moves.append(move(result, expected))
         except RejectedUpdate as error:
-            failures.append(Failure(job.client, "RejectedUpdate", error.reason))
-    return Replies(by_client, updates, failures)
+            failures.append(_rejected(job.client, error.reason))
+    replies = Replies(by_client, moves, failures, NormBound({}))
+    if rounds.norm_bound != COHORT:
+        return replies
+    bound = compare(moves, rounds.norm_factor)
+    return replace(replies.without(bound.refused), bound=bound)
+
+
+def _rejected(client: Client, reason: str) -> Failure:
+    return Failure(client, "RejectedUpdate", one_line(reason, 1000))
+
+
+def _check_residual(update: Update, job: TrainJob) -> None:
+    """Refuse a rounding error that was not asked for, or fits nothing that was sent: it is stored
+    and sent to the client again."""
+    residual = update.residual
+    if residual is None:
+        return
+    before = job.residual
+    reason = "" if before is not None else "it holds a rounding error that nobody asked for"
+    known = (*job.start.tensors(), *(before or {}).items(), *update.payload.tensors())
+    shapes = {name: t.shape for name, t in known}
+    for name, t in residual.items():
+        if shapes.get(name) != t.shape:
+            reason = reason or f"its rounding error {name} fits no tensor"
+    if reason := reason or absurd(residual.items()):
+        raise RejectedUpdate(job.client.id, reason)
 
 
 def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, object]]:
-    """One row per client for clients.jsonl, accepted clients first."""
+    """One row per client for clients.jsonl, accepted clients first. What the server knows wins over
+    what a client says."""
 
-    def row(client: Client) -> dict[str, object]:
+    def row(client: Client, said: Mapping[str, object]) -> dict[str, object]:
         reply = replies.by_client[client.id]
-        return {
+        return {"round": current.round, "examples": client.num_examples, **said} | {
             "round": current.round,
             "client": client.id,
             "tier": client.tier,
             "rank": client.ranks.label,
-            "examples": client.num_examples,
             "bytes_down": current.account.down(reply),
             "bytes_up": current.account.up(reply),
         }
 
-    rows = [row(u.client) | dict(u.metrics) for u in replies.updates]
-    return rows + [
-        row(f.client) | {"failure": f.kind, "message": f.message} for f in replies.failures
+    rows = [
+        row(m.update.client, m.update.metrics) | {"change_norm": m.weights} for m in replies.moves
     ]
+    return rows + [
+        row(f.client, {}) | {"failure": f.kind, "message": f.message} for f in replies.failures
+    ]
+
+
+def enough(current: TrainingRound, replies: Replies, rounds: Rounds) -> bool:
+    """Whether as many clients succeeded as a round needs."""
+    needed = max(rounds.min_clients, rounds.min_success * len(current.jobs), 1)
+    return len(replies.moves) >= needed
 
 
 def require_enough(
@@ -238,8 +314,7 @@ def require_enough(
             log.debug("client %d: %s", f.client.id, f.traceback)
     if len(failures) > 5:
         emit(f"round {current.round}: and {len(failures) - 5} more, see clients.jsonl")
-    needed = max(rounds.min_clients, rounds.min_success * len(current.jobs))
-    if len(updates) < needed or not updates:
+    if not enough(current, replies, rounds):
         first = f"; first failure: {failures[0].kind}: {failures[0].message}" if failures else ""
         raise RunError(
             f"round {current.round}: only {len(updates)} of {len(current.jobs)} clients succeeded "

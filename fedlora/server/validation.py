@@ -1,12 +1,50 @@
-"""Checks of an update before it is averaged. Nothing is repaired."""
+"""Checks of a reply before anything is made of it. Nothing is repaired.
+
+What one client sends can cost that client its round and no more: each check names the first thing
+wrong, and an error within a check is the fault of the reply. How far an update may move the model
+compared with the others of its round is the subject of `fedlora.server.norm_bound`.
+"""
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
+from fedlora.core.checks import is_real
 from fedlora.core.errors import RejectedUpdate
+from fedlora.core.metric import TOTAL, Metric
 from fedlora.core.payload import Payload, mismatch
-from fedlora.core.types import Client, Expected, Update
+from fedlora.core.types import Client, Evaluation, Expected, Update
+
+LARGEST = 1e6
+"""No entry of an update and no norm of a change may be larger: the weights of a pretrained model
+are below 100, and all of them together have a norm of some thousands. Products, squares and sums of
+such numbers are finite in float32."""
+MOST_METRICS, LONGEST_NAME = 64, 64
+LARGEST_METRIC = 1e15
+"""Whole numbers up to here are exact, and sums over any population are finite."""
+COUNTS = frozenset(
+    (
+        *("examples", "tokens", "steps", "seconds", "cpu_seconds", "grad_norm", "delta_norm"),
+        *("fused", "dropped_steps", "step_tokens", "client_flops", "client_memory"),
+        *("exchanged_up", "exchanged_down", "exchanged_tokens"),
+    )
+)
+"""Training metrics that cannot be negative."""
+TRAIN_FIELDS = frozenset(
+    (
+        *("kind", "round", "client", "tier", "rank", "bytes_down", "bytes_up", "change_norm"),
+        *("failure", "message"),
+    )
+)
+"""Fields of a client's record that the server writes: no metric may have such a name."""
+EVALUATION_FIELDS = frozenset(
+    ["kind", "round", "rounds", "group", "adapter", "failed", "clients", "round/evaluate_seconds"]
+)
+"""The same for the record of an evaluation."""
+DERIVED = ("_weighted", "_low", "_high")
+"""Endings of names that a summary gives (`fedlora.evaluation.summary`)."""
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
@@ -16,41 +54,123 @@ def check_update(update: Update, expected: Expected, max_norm: float) -> None:
         update: the received update.
         expected: the job that it must fit.
         max_norm: bound on the Frobenius norm of the change of the effective weights,
-            ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound. A payload that
-            scales its weights (SPP) measures the change of the scale.
+            ``||ΔW_update - ΔW_start||`` over all modules together; 0: no bound but `LARGEST`. A
+            payload that scales its weights (SPP) measures the change of the scale.
 
     Raises:
         RejectedUpdate: naming the client, the first thing wrong, and what was expected.
     """
+    try:
+        reason = _wrong_update(update, expected, max_norm)
+    except Exception as error:  # a check met something that no check had thought of
+        reason = f"it cannot be checked: {type(error).__name__}: {error}"
+    if reason:
+        raise RejectedUpdate(expected.client.id, reason)
+
+
+def _wrong_update(update: Update, expected: Expected, max_norm: float) -> str:
     payload = update.payload
     reason = (
         _wrong_sender(update, expected.client)
         or _wrong_type(payload, expected)
         or payload.check(update.client, expected)
+        or _wrong_ranks(update.client, expected.client)
         or _wrong_dtype(payload)
-        or not_finite(payload)
-        or _wrong_metrics(update)
+        or absurd(payload.tensors())
+        or wrong_metrics(update.metrics)
     )
-    if not reason and max_norm:
-        norm = payload.change_norm(expected.start)
-        if not norm <= max_norm:
-            reason = f"the change of its weights has norm {norm:.6g}, above {max_norm:g}"
     if reason:
-        raise RejectedUpdate(expected.client.id, reason)
+        return reason
+    norm, bound = payload.change_norm(expected.start), max_norm or LARGEST
+    if not norm <= bound:
+        return f"the change of its weights has norm {norm:.6g}, above {bound:g}"
+    return ""
+
+
+def check_evaluation(evaluation: Evaluation) -> str:
+    """What is wrong with the metrics of an evaluation; empty: nothing.
+
+    A mean may be NaN or infinite, as for a model that has diverged, and is left out of summaries.
+    Counts and weights are summed: they are finite and not negative.
+    """
+    wrong = _wrong_names(evaluation.metrics, EVALUATION_FIELDS)
+    for name, metric in evaluation.metrics.items():
+        wrong = wrong or _wrong_metric(name, metric)
+    return wrong
+
+
+def _wrong_metric(name: str, metric: Metric) -> str:
+    if name.endswith(DERIVED):
+        return f"its metric {name} has an ending that summaries use ({', '.join(DERIVED)})"
+    if metric.over_clients == TOTAL and not 0 <= metric.value <= LARGEST_METRIC:
+        return f"its metric {name} counts {metric.value!r}, expected 0 to {LARGEST_METRIC:g}"
+    if not 0 <= metric.weight <= LARGEST_METRIC:
+        return f"its metric {name} has weight {metric.weight!r}, expected 0 to {LARGEST_METRIC:g}"
+    if math.isfinite(metric.value) and abs(metric.value) > LARGEST_METRIC:
+        return f"its metric {name} is {metric.value!r}, expected at most {LARGEST_METRIC:g}"
+    return ""
 
 
 def not_finite(payload: Payload) -> str:
-    """The first tensor with NaN or infinite entries and how many it has; empty if there is none.
+    """The first tensor with NaN or infinite entries and how many it has; empty if there is none."""
+    return absurd(payload.tensors(), largest=math.inf)
 
-    A sum is finite only if every term is, so one sum usually settles a whole payload.
+
+def absurd(tensors: Iterable[tuple[str, Tensor]], largest: float = LARGEST) -> str:
+    """The first tensor with entries that are NaN, infinite or beyond any use; empty: there is none.
+
+    Args:
+        tensors: by name; integers are not looked at.
+        largest: absolute value that an entry may have.
     """
-    tensors = list(payload.tensors())
-    if tensors and math.isfinite(float(torch.cat([t.reshape(-1) for _, t in tensors]).sum())):
+    named = [(name, t) for name, t in tensors if t.is_floating_point() and t.numel()]
+    if not named:
         return ""
-    for name, t in tensors:
+    # The largest entry is NaN if any is: one maximum for all usually settles it.
+    tops = torch.stack([t.detach().abs().amax().to("cpu", torch.float64) for _, t in named])
+    if bool((tops <= largest).all()) and bool(torch.isfinite(tops).all()):
+        return ""
+    for name, t in named:
         bad = t.numel() - int(torch.isfinite(t).sum())
         if bad:
             return f"{name} has {bad} of {t.numel()} entries that are NaN or infinite"
+        top = float(t.abs().amax())
+        if top > largest:
+            return f"{name} has an entry of size {top:.3g}, above {largest:g}"
+    return ""
+
+
+def wrong_metrics(metrics: Mapping[str, float], reserved: frozenset[str] = TRAIN_FIELDS) -> str:
+    """What is wrong with a client's training metrics; empty: nothing. Records and byte counts sum
+    metrics, and the server's own fields of a record are not theirs to write.
+
+    Args:
+        metrics: by name.
+        reserved: names that no metric may have.
+    """
+    wrong = _wrong_names(metrics, reserved)
+    if wrong:
+        return wrong
+    for name, value in metrics.items():
+        if not is_real(value) or not math.isfinite(value):
+            return f"its metric {name} is {value!r:.80}, expected a finite number"
+        lowest = 0 if name in COUNTS else -LARGEST_METRIC
+        if not lowest <= value <= LARGEST_METRIC:
+            return f"its metric {name} is {value!r}, expected {lowest:g} to {LARGEST_METRIC:g}"
+    return ""
+
+
+def _wrong_names(metrics: Mapping[str, object], reserved: frozenset[str]) -> str:
+    if len(metrics) > MOST_METRICS:
+        return f"it has {len(metrics)} metrics, at most {MOST_METRICS} are recorded"
+    for name in metrics:
+        if not (isinstance(name, str) and 0 < len(name) <= LONGEST_NAME and name.isprintable()):
+            return (
+                f"its metric {name!r:.80} has a name that is not 1 to {LONGEST_NAME} printable "
+                "characters"
+            )
+        if name in reserved:
+            return f"its metric {name} has the name of a field that the server writes"
     return ""
 
 
@@ -59,9 +179,16 @@ def _wrong_sender(update: Update, expected: Client) -> str:
     if update.client.id != expected.id:
         return f"it says it comes from client {update.client.id}"
     if not isinstance(n, int) or isinstance(n, bool):
-        return f"it claims {n!r} examples, which is no whole number"
+        return f"it claims {n!r:.80} examples, which is no whole number"
     if not 0 < n <= expected.num_examples:
         return f"it claims {n} examples, the client has {expected.num_examples}"
+    return ""
+
+
+def _wrong_ranks(sender: Client, expected: Client) -> str:
+    """States hold ranks by position."""
+    if list(sender.ranks) != list(expected.ranks):
+        return "it states ranks of other modules, or in another order"
     return ""
 
 
@@ -69,14 +196,6 @@ def _wrong_type(payload: Payload, expected: Expected) -> str:
     """Compare the class of a payload with the class that the technique sends."""
     due = expected.plan.technique.sends(expected.start)
     return "" if type(payload) is due else mismatch(type(payload), due)
-
-
-def _wrong_metrics(update: Update) -> str:
-    """Find the first metric that is not a finite number: records and byte counts sum metrics."""
-    for name, value in update.metrics.items():
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return f"its metric {name} is {value!r}, expected a finite number"
-    return ""
 
 
 def _wrong_dtype(payload: Payload) -> str:

@@ -37,7 +37,7 @@ from fedlora.data.batches import (
     Batch,
     TokenExample,
     collate,
-    first_target,
+    targets_of,
 )
 
 ROUND = 1
@@ -85,23 +85,34 @@ class Labels:
     """The targets of a loss: the tokens that follow each row's supervised positions."""
 
     first: tuple[int, ...]
-    """First supervised position of each row; all later ones have a loss too."""
+    """First supervised position of each row; later ones have a loss too, but for the gaps."""
     targets: Tensor
     """``[n]`` int64, row by row."""
+    gaps: tuple[int, ...] = ()
+    """Positions without a loss between answers, ascending: counted over all rows, each from its
+    first supervised position on."""
 
     def positions(self, shape: Shape, width: int = 0) -> Tensor:
         """``[n]`` int64: supervised positions in the padded batch ``[b * width]``."""
         width = width or shape.width
         rows = zip(self.first, shape.lengths, strict=True)
-        return torch.cat(
+        places = torch.cat(
             [torch.arange(r * width + first, r * width + n) for r, (first, n) in enumerate(rows)]
         )
+        if not self.gaps:
+            return places
+        supervised = torch.ones_like(places, dtype=torch.bool)
+        supervised[list(self.gaps)] = False
+        return places[supervised]
 
     def check(self, shape: Shape, vocabulary: int) -> None:
         """Raise a ValueError unless the labels fit the rows and the vocabulary."""
-        # Row r has lengths[r] - first[r] labels; all of them together are the targets.
+        # Row r has lengths[r] - first[r] labels; all of them but the gaps are the targets.
         counts = [n - f for f, n in zip(self.first, shape.lengths, strict=True)]
-        if min(self.first) < 0 or min(counts) < 0 or sum(counts) != self.targets.numel():
+        labels, last = sum(counts) - len(self.gaps), -1
+        for gap in self.gaps:
+            labels, last = labels if last < gap < sum(counts) else -1, gap
+        if min(self.first) < 0 or min(counts) < 0 or labels != self.targets.numel():
             raise ValueError(
                 f"{self.targets.numel()} labels do not fit rows of {list(shape.lengths)} tokens "
                 f"supervised from {list(self.first)} on"
@@ -126,9 +137,13 @@ def step_of(examples: Sequence[TokenExample], indices: Sequence[int], plan: Loca
     """Examples as a padded batch, with the shape and labels that cross the cut."""
     chosen = [examples[i] for i in indices]
     lengths = tuple(max(0, len(e.input_ids) - 1) for e in chosen)
-    first = tuple(first_target(e, plan.loss) - 1 for e in chosen)
     batch = collate(chosen, plan.loss)
-    return Step(batch, Shape(lengths), Labels(first, batch.targets))
+    places = [targets_of(e, plan.loss) - 1 for e in chosen]
+    first = tuple(int(at[0]) if len(at) else n for at, n in zip(places, lengths, strict=True))
+    within = zip(places, first, lengths, strict=True)
+    has_loss = np.concatenate([np.isin(np.arange(start, n), at) for at, start, n in within])
+    gaps = tuple(np.flatnonzero(~has_loss).tolist())
+    return Step(batch, Shape(lengths), Labels(first, batch.targets, gaps))
 
 
 def pack(hidden: Tensor, shape: Shape) -> Tensor:

@@ -23,7 +23,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.core.checks import one_line, real
 from fedlora.core.config import build, describe
+from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -38,6 +40,7 @@ from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.codec import (
     decode_payload,
     encode_payload,
+    failure_from,
     plan_from_json,
     plan_to_json,
 )
@@ -54,6 +57,8 @@ class Request:
     source: str
     wire: str
     """Number format of adapters."""
+    nonce: str
+    """Identifies the exchange; the answers repeat it."""
     downs: Mapping[int, Down]
     inits: Mapping[int, InitMessage]
     """Messages to clients that begin the round with this exchange."""
@@ -66,13 +71,14 @@ def encode_downs(
     worker: str,
     source: str,
     wire: str,
+    nonce: str = "",
 ) -> RecordDict:
     """Encode the messages to a node's clients in one exchange.
 
     Args:
         downs: by client.
         inits: for clients that begin the round with this exchange.
-        worker, source, wire: as in `fedlora.wire.codec.encode_jobs`.
+        worker, source, wire, nonce: as in `fedlora.wire.codec.encode_jobs`.
     """
     arrays: Arrays = {}
     header = {}
@@ -80,7 +86,7 @@ def encode_downs(
         header[str(i)] = _down_header(i, down, arrays, wire)
         if i in inits:
             header[str(i)]["init"] = init_header(i, inits[i], arrays, wire)
-    return _content(header, arrays, worker=worker, source=source, wire=wire)
+    return _content(header, arrays, worker=worker, source=source, wire=wire, nonce=nonce)
 
 
 def decode_downs(content: RecordDict) -> Request:
@@ -92,6 +98,7 @@ def decode_downs(content: RecordDict) -> Request:
         worker=str(config["worker"]),
         source=str(config["source"]),
         wire=str(config["wire"]),
+        nonce=str(config["nonce"]),
         downs={int(i): _down(int(i), h, found) for i, h in header.items()},
         inits={
             int(i): read_init(int(i), h["init"], found) for i, h in header.items() if "init" in h
@@ -99,31 +106,52 @@ def decode_downs(content: RecordDict) -> Request:
     )
 
 
-def encode_ups(answers: Mapping[int, Answer], *, wire: str) -> RecordDict:
-    """Encode the answers of a node's clients."""
+def encode_ups(answers: Mapping[int, Answer], *, wire: str, nonce: str = "") -> RecordDict:
+    """Encode the answers of a node's clients. An answer that cannot be sent is a failure."""
     arrays: Arrays = {}
-    return _content({str(i): _up_header(i, a, arrays, wire) for i, a in answers.items()}, arrays)
+    header = {}
+    for i, answer in answers.items():
+        try:
+            header[str(i)] = _up_header(i, answer, arrays, wire)
+        except Exception as error:  # whatever a client answered, it costs that client alone
+            why = f"its answer cannot be sent: {type(error).__name__}: {error}"
+            header[str(i)] = {"failure": ["RejectedUpdate", why, ""]}
+    return _content(header, arrays, nonce=nonce)
 
 
-def decode_ups(content: RecordDict, clients: Mapping[int, Client]) -> dict[int, Answer]:
+def decode_ups(
+    content: RecordDict, clients: Mapping[int, Client], *, wire: str = "", nonce: str = ""
+) -> dict[int, Answer]:
     """The inverse of `encode_ups`. A client whose answer cannot be read has failed.
 
     Args:
         content: of a reply.
         clients: those that were asked, by id; answers of others are left out.
+        wire: number format of adapters that is due; empty: any.
+        nonce: of the request; a reply to another one answers for no client.
+
+    Raises:
+        ValueError, KeyError: if nothing in it can be read.
     """
-    header, found = json.loads(str(content.config_records["split"]["header"])), _found(content)
+    config = content.config_records["split"]
+    if config.get("nonce", "") != nonce:
+        raise ValueError("it answers another message than this exchange's")
+    header = json.loads(str(config["header"]))
     answers: dict[int, Answer] = {}
     for i, client in clients.items():
         if str(i) not in header:
             answers[i] = Failure(client, "NoReply", "the reply says nothing of it")
             continue
         try:
-            answers[i] = _up(client, header[str(i)], found)
+            answers[i] = _up(client, header[str(i)], _found(content, f"{i}/"), wire)
         except Exception as error:  # a reply is foreign input
-            why = f"its reply cannot be read: {type(error).__name__}: {error}"
-            answers[i] = Failure(client, "RejectedUpdate", why)
+            answers[i] = Failure(client, "RejectedUpdate", unreadable(error))
     return answers
+
+
+def unreadable(error: Exception) -> str:
+    """Why a reply, or a part of it, was left out."""
+    return one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
 
 
 def init_header(i: int, init: InitMessage, arrays: Arrays, wire: str) -> dict[str, Any]:
@@ -156,7 +184,6 @@ def read_init(i: int, header: Mapping[str, Any], found: Arrays) -> InitMessage:
 # time, and takes longer to build than a small client's step.
 
 
-@functools.lru_cache(maxsize=64)
 def _plan(text: str) -> LocalPlan:
     plan = plan_from_json(text)
     assert isinstance(plan, LocalPlan)
@@ -215,6 +242,8 @@ def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
         arrays[f"{i}/lengths"] = np.array(up.shape.lengths, dtype=np.int32)
     if up.labels is not None:
         arrays[f"{i}/labels/first"] = np.array(up.labels.first, dtype=np.int32)
+        if up.labels.gaps:
+            arrays[f"{i}/labels/gaps"] = np.array(up.labels.gaps, dtype=np.int32)
         arrays[f"{i}/labels/targets"] = up.labels.targets.numpy().astype(np.int32)
     if up.adapter is not None:
         header["adapter"] = _put_adapter(arrays, f"{i}/adapter", up.adapter, wire)
@@ -222,29 +251,42 @@ def _up_header(i: int, up: Answer, arrays: Arrays, wire: str) -> dict[str, Any]:
     return header
 
 
-def _up(client: Client, h: Mapping[str, Any], found: Arrays) -> Answer:
+def _up(client: Client, h: Mapping[str, Any], found: Arrays, wire: str) -> Answer:
     i = client.id
     if "failure" in h:
-        return Failure(client, *(str(text) for text in h["failure"]))
+        return failure_from(client, h["failure"])
     step, loss, tokens, grad_norm = h["numbers"]
     labels = _get(found, f"{i}/labels")
     lengths = found.get(f"{i}/lengths")
     return Up(
-        step=int(step),
-        loss=float(loss),
-        tokens=int(tokens),
-        grad_norm=float(grad_norm),
+        step=_whole("step", step),
+        loss=real("loss", loss),
+        tokens=_whole("tokens", tokens),
+        grad_norm=real("grad_norm", grad_norm),
         hidden=_get(found, f"{i}/hidden") if h["hidden"] else None,
-        shape=None if lengths is None else Shape(tuple(int(n) for n in lengths)),
+        shape=None if lengths is None else Shape(_integers("lengths", lengths)),
         labels=_labels(labels) if labels else None,
-        adapter=_adapter(found, f"{i}/adapter", h["adapter"]) if "adapter" in h else None,
+        adapter=_adapter(found, f"{i}/adapter", h["adapter"], wire) if "adapter" in h else None,
         optimizer_state=_state(found, i) if "adapter" in h else None,
     )
 
 
 def _labels(arrays: Arrays) -> Labels:
-    targets = torch.from_numpy(arrays["targets"].astype(np.int64))
-    return Labels(tuple(int(n) for n in arrays["first"]), targets)
+    targets = torch.tensor(_integers("targets", arrays["targets"]), dtype=torch.int64)
+    gaps = _integers("gaps", arrays.get("gaps", np.zeros(0, dtype=np.int32)))
+    return Labels(_integers("first", arrays["first"]), targets, gaps)
+
+
+def _integers(name: str, array: NDArray[Any]) -> tuple[int, ...]:
+    if array.dtype != np.int32 or array.ndim != 1:
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, int32 [n] is due")
+    return tuple(array.tolist())
+
+
+def _whole(name: str, value: object) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{name} is {value!r:.80}, expected a whole number")
+    return value
 
 
 def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDict:
@@ -253,8 +295,10 @@ def _content(header: Mapping[str, Any], arrays: Arrays, **more: str) -> RecordDi
     return RecordDict({"split": config, "arrays": ArrayRecord(records)})
 
 
-def _found(content: RecordDict) -> Arrays:
-    return {name: a.numpy() for name, a in content.array_records["arrays"].items()}
+def _found(content: RecordDict, prefix: str = "") -> Arrays:
+    """The arrays whose names begin with the prefix; others are not even decoded."""
+    arrays = content.array_records["arrays"].items()
+    return {name: a.numpy() for name, a in arrays if name.startswith(prefix)}
 
 
 def _put(arrays: Arrays, prefix: str, parts: Mapping[str, NDArray[Any]]) -> None:
@@ -272,9 +316,11 @@ def _put_adapter(arrays: Arrays, name: str, adapter: Adapter, wire: str) -> str:
     return header
 
 
-def _adapter(found: Arrays, name: str, header: str) -> Adapter:
-    factors = decode_payload(found[name], header, trusted=False).low_rank()
-    assert factors is not None
+def _adapter(found: Arrays, name: str, header: str, wire: str = "") -> Adapter:
+    payload = decode_payload(found[name], header, trusted=False, wire=wire)
+    factors = plain_factors(payload)
+    if factors is None:
+        raise ValueError(f"it holds {payload.noun} where factors are required")
     return factors
 
 

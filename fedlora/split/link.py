@@ -1,12 +1,13 @@
 """A round's exchanges through Flower messages."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 
 from flwr.app import RecordDict
 
 from fedlora.core.types import Client, Failure
 from fedlora.server.method import ClientChannel
-from fedlora.split.codec import decode_ups, encode_downs
+from fedlora.split.codec import decode_ups, encode_downs, unreadable
 from fedlora.split.protocol import Down, InitMessage, Up
 
 
@@ -30,12 +31,19 @@ class MessageLink:
     def exchange(self, downs: Mapping[int, Down]) -> Mapping[int, Up | Failure]:
         """Send and wait. If a node does not answer, all its clients have failed."""
 
+        nonce = secrets.token_hex(8)
+
         def content(who: Sequence[Client]) -> RecordDict:
             new = {c.id: self.inits[c.id] for c in who if c.id not in self._opened}
             mine = {c.id: downs[c.id] for c in who}
             channel = self.channel
             return encode_downs(
-                mine, new, worker=channel.worker, source=channel.source, wire=channel.wire
+                mine,
+                new,
+                worker=channel.worker,
+                source=channel.source,
+                wire=channel.wire,
+                nonce=nonce,
             )
 
         found: dict[int, Up | Failure] = {}
@@ -44,6 +52,10 @@ class MessageLink:
             if isinstance(answer, str):
                 found |= {c.id: Failure(c, "WorkerError", answer) for c in who}
                 continue
-            found |= decode_ups(answer, {c.id: c for c in who})
+            asked = {c.id: c for c in who}
+            try:
+                found |= decode_ups(answer, asked, wire=self.wire, nonce=nonce)
+            except Exception as error:  # a reply is foreign input: it must not end the run
+                found |= {c.id: Failure(c, "WorkerError", unreadable(error)) for c in who}
         self._opened |= {i for i, up in found.items() if isinstance(up, Up)}
         return found

@@ -174,6 +174,12 @@ class ClientProgress:
             line += " and is out for the round"
         return f"{line}: {failure.kind}: {failure.message}"
 
+    def refuse(self, reason: str) -> str:
+        """Take the client out of the round for what it answered; a log line."""
+        self.phase = Phase.LOST
+        self.failure = Failure(self.client, "RejectedUpdate", reason)
+        return f"client {self.client.id} is out for the round: {reason}"
+
     def on_step(self, gradient: Gradient, loss: float, tokens: int) -> None:
         """Record a step that the server has trained on."""
         self.gradient = gradient

@@ -132,8 +132,10 @@ def parts_bytes(parts: Parts | None) -> int:
 
 
 def label_bytes(up: Up) -> int:
-    """Bytes of a step's row lengths, each row's first supervised position and labels: int32."""
+    """Bytes of a step's row lengths, first supervised positions, gaps and labels: all int32."""
     if up.shape is None:
         return 0
     rows = len(up.shape.lengths)
-    return 4 * (rows if up.labels is None else 2 * rows + int(up.labels.targets.numel()))
+    if up.labels is None:
+        return 4 * rows
+    return 4 * (2 * rows + len(up.labels.gaps) + int(up.labels.targets.numel()))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -24,12 +25,13 @@ from fedlora.core.types import (
 )
 from fedlora.data.batches import TokenExample
 from fedlora.models.stages import Stages
+from fedlora.server.norm_bound import compare, move
 from fedlora.server.validation import check_update
 from fedlora.split.client import SplitClient
 from fedlora.split.progress import ClientProgress, Gradient, Phase
 from fedlora.split.protocol import Down, InitMessage, Up, parts_bytes
-from fedlora.split.server import Answer, SplitServer
-from fedlora.split.trainable import OptimizerState
+from fedlora.split.server import Answer, SplitServer, SpoiledStep
+from fedlora.split.trainable import OptimizerState, check_optimizer_state
 from fedlora.techniques.lora.payload import LowRankPayload, factor_tensors
 from fedlora.wire.codec import (
     decode_payload,
@@ -90,7 +92,7 @@ class LocalLink:
                 if up.adapter is None
                 else replace(up, adapter=pass_through_wire(up.adapter, self.wire))
             )
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             return failure_of(init.client, error)
 
 
@@ -101,7 +103,7 @@ def pass_through_wire(adapter: Adapter, wire: str) -> Adapter:
     return found
 
 
-def failure_of(client: Client, error: Exception) -> Failure:
+def failure_of(client: Client, error: BaseException) -> Failure:
     """An exception as a record that can travel."""
     return Failure(client, type(error).__name__, str(error), traceback.format_exc())
 
@@ -122,6 +124,9 @@ class RoundPlan:
     """The clients' learning rate at each step of the round."""
     average_after: frozenset[int] = frozenset()
     """Steps of the round (counted from 1) after which adapters are averaged; never the last."""
+    norm_factor: float = 0.0
+    """How many medians of the clients' changes such an average takes in
+    (`fedlora.server.norm_bound`); 0: any."""
 
     @property
     def length(self) -> int:
@@ -164,9 +169,6 @@ def run_exchanges(
 
     Returns:
         For every client of the plan, its result or why there is none.
-
-    Raises:
-        FloatingPointError: naming the client, if the server's loss is not finite.
     """
     return _Round(link, server, plan, average, say, on_step).run()
 
@@ -266,10 +268,16 @@ class _Round:
         of all clients."""
         if up.adapter is None:
             raise ValueError(f"client {i} was asked for its adapters and sent none")
+        check_update(self._update(i, up.adapter), self._expected(i), max_norm=0)
+        check_optimizer_state(up.optimizer_state or {}, up.adapter, self.server.plan)
+
+    def _update(self, i: int, adapter: Adapter) -> Update:
         client = self.clients[i].client
-        update = Update(client, LowRankPayload(up.adapter), client.num_examples)
+        return Update(client, LowRankPayload(adapter), client.num_examples)
+
+    def _expected(self, i: int) -> Expected:
         start = LowRankPayload(self.plan.starts[i])
-        check_update(update, Expected(client, start, self.server.plan), max_norm=0)
+        return Expected(self.clients[i].client, start, self.server.plan)
 
     # --- a step of the server -------------------------------------------------------------------
 
@@ -290,13 +298,27 @@ class _Round:
             self.on_step(self.k + 1, mean)
 
     def _turn(self, ups: Mapping[int, Up]) -> dict[int, Answer]:
-        """One optimizer step of the server; with a U-shape, an exchange with the tails within."""
-        rate = self.plan.server_rates[self.k]
-        if not any(self.clients[i].u_shaped for i in ups):
-            return self.server.learn(ups, rate)
-        middles = self.server.middle(ups)
-        downs = {i: Down(step=ups[i].step, middle=m) for i, m in middles.items()}
-        return self.server.finish(ups, self._exchange(downs), rate)
+        """One optimizer step of the server; with a U-shape, an exchange with the tails within.
+
+        A client whose numbers would spoil the step is out, and the others take it without that
+        client.
+        """
+        left, tails = dict(ups), dict[int, Up]()
+        asked = not any(self.clients[i].u_shaped for i in ups)  # no tails to be asked
+        while left:
+            try:
+                if not any(self.clients[i].u_shaped for i in left):
+                    return self.server.learn(left, self.plan.server_rates[self.k])
+                middles = self.server.middle(left)
+                if not asked:
+                    downs = {i: Down(step=left[i].step, middle=m) for i, m in middles.items()}
+                    tails, asked = self._exchange(downs), True
+                found = {i: tails[i] for i in left if i in tails}
+                return self.server.finish(left, found, self.plan.server_rates[self.k])
+            except SpoiledStep as error:
+                del left[error.client]
+                self.say(self.clients[error.client].refuse(str(error)))
+        return {}
 
     # --- adapters -------------------------------------------------------------------------------
 
@@ -312,7 +334,7 @@ class _Round:
         too.
         """
         self._fetch_adapters()
-        there = {i: c for i, c in sorted(self.clients.items()) if c.phase is Phase.RETURNED}
+        there = self._comparable()
         if not there:
             return
         averages = self.average({i: client.adapter for i, client in there.items()})
@@ -323,6 +345,17 @@ class _Round:
             else:
                 assert client.answer is not None
                 client.answer = replace(client.answer, adapter=averages[i])
+
+    def _comparable(self) -> dict[int, ClientProgress]:
+        """The clients whose adapters have arrived and did not move too far."""
+        there = {i: c for i, c in sorted(self.clients.items()) if c.phase is Phase.RETURNED}
+        if not self.plan.norm_factor:
+            return there
+        moves = [move(self._update(i, c.adapter), self._expected(i)) for i, c in there.items()]
+        refused = compare(moves, self.plan.norm_factor).refused
+        for i, reason in refused.items():
+            self.say(there[i].refuse(reason))
+        return {i: c for i, c in there.items() if i not in refused}
 
     def _returned_bytes(self, client: ClientProgress) -> int:
         """Bytes of adapters sent within the round; those at its end are counted as the update."""

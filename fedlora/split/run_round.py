@@ -106,11 +106,7 @@ class SplitRound:
         self.server = self._server()
 
     def run(self) -> RoundOutcome:
-        """Run all steps.
-
-        Raises:
-            FloatingPointError: if the server's loss is not finite.
-        """
+        """Run all steps."""
         round_plan = self._round_plan()
         if not int(self.state["steps"]):
             self._announce()
@@ -243,6 +239,7 @@ class SplitRound:
             server_rates=self._rates(length, replace(plan, lr=self.config.server_lr or plan.lr)),
             client_rates=of_clients,
             average_after=frozenset(range(every, length, every)) if every else frozenset(),
+            norm_factor=self.channel.norm_factor,
         )
 
     def _rates(self, length: int, plan: LocalPlan) -> list[float]:

@@ -80,6 +80,15 @@ class Answer:
     tokens: int
 
 
+class SpoiledStep(FloatingPointError):
+    """A step of the server that one client's numbers have made useless: without it the others can
+    take it again."""
+
+    def __init__(self, client: int, reason: str) -> None:
+        super().__init__(reason)
+        self.client = client
+
+
 @dataclass
 class _Pass:
     """A forward pass of the server's blocks over the rows of some clients."""
@@ -149,7 +158,7 @@ class SplitServer:
                 f"client {i} says that {up.tokens} of its tokens have a loss; it sent {supervised} "
                 f"{'tokens' if up.labels is None else 'labels'}"
             )
-        self._leaves[i] = z.to(self.model.device, self.model.network.dtype).requires_grad_()
+        self._leaves[i] = z.to(self.model.device, self.model.network.dtype)
 
     def receive_tail(self, i: int, up: Up) -> None:
         """Check the answer of a client's tail: the gradient of its loss.
@@ -159,8 +168,11 @@ class SplitServer:
                 not finite.
         """
         asked = self._asked[i]
-        if up.hidden is None or up.tokens < 1 or not math.isfinite(up.loss):
-            raise ValueError(f"client {i} sent no gradient, or a loss of {up.loss}")
+        if up.hidden is None or not 1 <= up.tokens <= asked[0] or not math.isfinite(up.loss):
+            raise ValueError(
+                f"client {i} sent no gradient, or a loss of {up.loss} over {up.tokens} of "
+                f"{asked[0]} tokens"
+            )
         gradient = self.terms.gradients.decode(up.hidden)
         if tuple(gradient.shape) != asked:
             raise ValueError(
@@ -184,7 +196,8 @@ class SplitServer:
         The activations of all these clients have been stored (`receive`).
 
         Raises:
-            FloatingPointError: naming a client whose loss or gradient is not finite.
+            SpoiledStep: naming a client whose loss or gradient is not finite. Nothing has changed:
+                the turn can be taken again without it.
         """
         answers: dict[int, Answer] = {}
         self._begin(ups)
@@ -198,7 +211,7 @@ class SplitServer:
         """The first half of a turn with a U-shape: hidden states for the clients' tails.
 
         Raises:
-            FloatingPointError: naming a client whose hidden states are not finite.
+            SpoiledStep: naming a client whose hidden states are not finite.
         """
         self._begin(ups)
         self._passes = []
@@ -221,7 +234,8 @@ class SplitServer:
         the others.
 
         Raises:
-            FloatingPointError: naming a client whose gradient is not finite.
+            SpoiledStep: naming a client whose gradient is not finite. Nothing has changed: after
+                `middle` without it the turn can be finished.
         """
         answers: dict[int, Answer] = {}
         weights = self._weights({i: ups[i] for i in tails})
@@ -285,7 +299,7 @@ class SplitServer:
         # x [rows, width, d] runs through the server's stages. In front of each stage the padded
         # rows of the clients whose cut lies there are appended.
         trainable = self._trainables({ids[0]: ups[ids[0]]})[0]
-        leaves = {i: self._leaves.pop(i) for i in ids}
+        leaves = {i: self._leaves[i].detach().requires_grad_() for i in ids}
         width = max(_shape(ups[i]).width for i in ids)
         x: Tensor | None = None
         present: list[int] = []
@@ -419,12 +433,20 @@ class SplitServer:
         try:
             return wire.encode(x, self._generator(what, i, ups))
         except ValueError as error:
-            raise FloatingPointError(f"the server's {what} for client {i}: {error}") from error
+            raise SpoiledStep(i, f"the server's {what} for client {i}: {error}") from error
 
     def _step(self, ups: Mapping[int, Up], rate: float) -> None:
-        if ups:
-            for trainable in self._trainables(ups):
-                trainable.step(rate)
+        if not ups:
+            return
+        trainables = self._trainables(ups)
+        for trainable in trainables:
+            if not all(bool(torch.isfinite(g).all()) for g in trainable.flat.grads):
+                largest = max(ups, key=lambda i: float(self._leaves[i].abs().amax()))
+                raise SpoiledStep(largest, "the server's gradient is not finite")
+        for trainable in trainables:
+            trainable.step(rate)
+        for i in ups:
+            del self._leaves[i]
 
     def _generator(self, purpose: str, i: int, ups: Mapping[int, Up]) -> torch.Generator:
         seed = torch_seed(self.terms.seed, f"split {purpose}", i, ups[i].step)
@@ -456,4 +478,4 @@ def _widen(bits: Tensor, rows: int, width: int) -> Tensor:
 def _check_finite(losses: Mapping[int, Loss]) -> None:
     for i, loss in losses.items():
         if not torch.isfinite(loss.nll):
-            raise FloatingPointError(f"the server's loss on client {i} is {float(loss.nll)}")
+            raise SpoiledStep(i, f"the server's loss on client {i} is {float(loss.nll)}")

@@ -15,6 +15,7 @@ from fedlora.core.types import (
     Factors,
     LocalPlan,
 )
+from fedlora.server.validation import absurd
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.training.flat import FlatParameters
 from fedlora.training.loop import clip_and_step, optimizer_for
@@ -106,6 +107,34 @@ class TrainableStage:
                     f"{buffer.numel()}"
                 )
             self.optimizer.state[buffer][key] = value.to(buffer.device, copy=True)
+
+
+def check_optimizer_state(state: OptimizerState, adapter: Adapter, plan: LocalPlan) -> None:
+    """Raise a ValueError unless a client's optimizer state is one of these adapters: it is stored
+    and sent to the client again.
+
+    Args:
+        state: as received; empty: the client has not stepped.
+        adapter: what the client trains.
+        plan: optimizer, and which factors train.
+    """
+    sides = ("a",) * plan.train_a + ("b",) * plan.train_b
+    size = sum(getattr(f, side).numel() for f in adapter.values() for side in sides)
+    due = {"0/exp_avg": size, "0/exp_avg_sq": size, "0/step": 1}
+    if plan.optimizer == "sgd":
+        due = {"0/momentum_buffer": size}
+    if state and state.keys() != due.keys():
+        raise ValueError(f"optimizer state {sorted(state)[:4]}, expected {sorted(due)}")
+    for name, t in state.items():
+        if not t.is_floating_point() or t.numel() != due[name]:
+            raise ValueError(
+                f"the optimizer's {name[2:]} is {t.numel()} scalars of {t.dtype}, expected "
+                f"{due[name]} floats"
+            )
+        if name != "0/exp_avg" and name != "0/momentum_buffer" and bool((t < 0).any()):
+            raise ValueError(f"the optimizer's {name[2:]} is negative")
+    if wrong := absurd((f"the optimizer's {n[2:]}", t) for n, t in state.items()):
+        raise ValueError(wrong)
 
 
 def _on_cpu(f: Factors) -> Factors:

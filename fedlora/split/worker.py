@@ -17,6 +17,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     Client,
     Failure,
@@ -56,12 +57,12 @@ class SplitWorker:
         live = self._live.pop(i, None)
         try:
             client = self._open(began) if began else self._recall(i, down, state, live)
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             return failure_of(began.client if began else _client_of(i, state), error)
         answer: Up | Failure
         try:
             answer = client.receive(down)
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             answer = failure_of(client.init.client, error)
         stamp = _store(state, i, client)
         if client.init.terms.keep_graphs and client.pending >= 0:

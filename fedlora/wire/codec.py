@@ -11,17 +11,21 @@ them, and one row per job. Layout of a request (`RecordDict`):
 
     starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
     residuals ArrayRecord by client id, float32: what rounding has withheld of its replies so far
-    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source (hash), wire
+    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source, wire, nonce
 
 and of a reply:
 
     payloads ArrayRecord  the flat array of each update, by client id
     residuals ArrayRecord by client id: what rounding has withheld after this reply
     results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
-                          the engine
+                          the engine; nonce: that of the request
+
+A reply is foreign input. Nothing in it is cast: what has another type, shape or format than the
+request asked for costs the client whose row it is, and nobody else.
 """
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -36,6 +40,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.core.checks import is_real, one_line, one_of, real
 from fedlora.core.config import build, describe
 from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload, payload_class, target_of
@@ -57,10 +62,16 @@ log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
+_ARRAYS = {"float32": np.float32, "bfloat16": np.uint16, "float64": np.float64}
+"""The NumPy type of an array of each wire dtype."""
 ROUNDING = ("bfloat16",)
 """Wire dtypes that lose digits of what clients compute in."""
 VALUE, CHANGE = "value", "change"
 """What the scalars of a payload on the wire are: its values, or changes of the start."""
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16)
+"""The types that models and adapters are held in."""
+MOST_NOTES = 16
+"""Notes of one reply that are read."""
 
 Flat: TypeAlias = NDArray[Any]
 Job: TypeAlias = TrainJob | EvaluateJob
@@ -71,7 +82,8 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     """A payload as one flat array and the JSON header that `decode_payload` needs.
 
     Raises:
-        ValueError: for a wire dtype other than float32, bfloat16 or float64.
+        ValueError: for a wire dtype other than float32, bfloat16 or float64, or a tensor of a type
+            that no payload has: they would be cast in silence.
     """
     return _encoded(payload, dict(payload.tensors()), dtype, VALUE)
 
@@ -92,6 +104,7 @@ def encode_reply(
     """
     if dtype not in ROUNDING:
         return *encode_payload(payload, dtype), residual
+    _require_floats(dict(payload.tensors()))
     moved = change.change(_on_cpu(payload), _on_cpu(start))
     if residual is None:
         return *_encoded(payload, moved, dtype, CHANGE), None
@@ -101,7 +114,12 @@ def encode_reply(
 
 
 def decode_payload(
-    array: Flat, header: str, *, trusted: bool = True, start: Payload | None = None
+    array: Flat,
+    header: str,
+    *,
+    trusted: bool = True,
+    start: Payload | None = None,
+    wire: str = "",
 ) -> Payload:
     """The inverse of `encode_payload` and `encode_reply`. Tensors are fresh (float32, or float64 if
     sent so).
@@ -111,25 +129,33 @@ def decode_payload(
         header: JSON.
         trusted: whether the header may have modules imported for it; what clients send may not.
         start: what a change is added to, as this end holds it.
+        wire: the wire dtype that is due; empty: any.
 
     Raises:
-        ValueError: if the array's length is not what the header promises, its class is none that
-            may travel, or it is a change and there is no start.
+        ValueError: if the array is not what the header promises, its class is none that may travel,
+            it is a change and there is no start, or it is in another wire dtype than is due.
     """
     h = json.loads(header)
+    if wire and h["dtype"] != wire:
+        raise ValueError(f"it is sent as {h['dtype']!r}, federation.wire={wire} is due")
     kind = payload_class(h["_target_"], load=trusted)
     named = _named(array, h)
+    one_of("of", h["of"], (VALUE, CHANGE))
     if h["of"] == CHANGE:
         if start is None:
             raise ValueError("it is a change from a start that is not known here")
         named = change.restored(named, _on_cpu(start))
-    return kind.from_header(h["header"], named)
+    payload = kind.from_header(h["header"], named)
+    if unread := sorted(named.keys() - {name for name, _ in payload.tensors()}):
+        raise ValueError(f"it holds {unread[0]}, which is no tensor of {payload.noun}")
+    return payload
 
 
 def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Flat, str]:
     """Tensors in the place of a payload's own: the value of each, or its change."""
     if dtype not in WIRE_BYTES:
         raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
+    _require_floats(tensors)
     header = {
         "_target_": target_of(type(payload)),
         "dtype": dtype,
@@ -138,6 +164,13 @@ def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Fla
         "header": payload.header(),
     }
     return _flat(tensors, dtype), json.dumps(header)
+
+
+def _require_floats(tensors: Named) -> None:
+    """Raise a ValueError that names a tensor of a type that no payload has."""
+    for name, t in tensors.items():
+        if t.dtype not in _FLOATS:
+            raise ValueError(f"{name} is {t.dtype}, expected one of {_FLOATS}")
 
 
 def _shapes(tensors: Named) -> list[list[Any]]:
@@ -157,8 +190,15 @@ def _named(array: Flat, header: Mapping[str, Any]) -> dict[str, Tensor]:
     """The inverse of `_flat`: fresh tensors of the header's ``dtype``, names and shapes.
 
     Raises:
-        ValueError: if the array's length is not what the header promises.
+        ValueError: if the array's type or length is not what the header promises.
     """
+    one_of("dtype", header["dtype"], WIRE_BYTES)
+    due = np.dtype(_ARRAYS[header["dtype"]])
+    if array.dtype != due or array.ndim != 1:
+        raise ValueError(
+            f"payload is an array of {array.dtype} and shape {array.shape}, {header['dtype']} "
+            f"travels as one flat array of {due}"
+        )
     dtype = torch.float64 if header["dtype"] == "float64" else torch.float32
     flat = torch.from_numpy(np.array(array))  # a writable copy: messages own their memory
     flat = (flat.view(torch.bfloat16) if header["dtype"] == "bfloat16" else flat).to(dtype)
@@ -189,8 +229,9 @@ def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:
     return json.dumps(describe(plan))
 
 
+@functools.lru_cache(maxsize=64)
 def plan_from_json(text: str) -> LocalPlan | EvaluatePlan:
-    """The inverse of `plan_to_json`."""
+    """The inverse of `plan_to_json`. Messages repeat their few plans, which take long to build."""
     plan = build(json.loads(text), object, "plan")
     return cast(LocalPlan | EvaluatePlan, plan)
 
@@ -205,6 +246,10 @@ class Envelope:
     """Hash of the server's sources; a worker with other sources refuses."""
     wire: str
     jobs: list[Job]
+    """No two jobs share a tensor that is trained: a client that writes into its start changes no
+    other client's."""
+    nonce: str = ""
+    """Identifies the request; the reply repeats it."""
 
 
 class _Distinct:
@@ -221,7 +266,9 @@ class _Distinct:
         return self.index[key]
 
 
-def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> RecordDict:
+def encode_jobs(
+    jobs: Sequence[Job], *, worker: str, source: str, wire: str, nonce: str = ""
+) -> RecordDict:
     """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
@@ -250,6 +297,7 @@ def encode_jobs(jobs: Sequence[Job], *, worker: str, source: str, wire: str) -> 
             "worker": worker,
             "source": source,
             "wire": wire,
+            "nonce": nonce,
         }
     )
     starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
@@ -271,7 +319,7 @@ def decode_jobs(content: RecordDict) -> Envelope:
         payload = None if start < 0 else payloads[start]
         local = plans[plan]
         if isinstance(local, LocalPlan):
-            begun = cast(Payload, payload)
+            begun = cast(Payload, payload).copy()
             jobs.append(TrainJob(seed, round_, client, begun, local, residuals.get(cid)))
         else:
             jobs.append(EvaluateJob(seed, round_, client, payload, local))
@@ -280,6 +328,7 @@ def decode_jobs(content: RecordDict) -> Envelope:
         source=str(config["source"]),
         wire=str(config["wire"]),
         jobs=jobs,
+        nonce=str(config["nonce"]),
     )
 
 
@@ -297,52 +346,87 @@ def _take_residuals(content: RecordDict, shapes: Mapping[str, Any]) -> dict[int,
 
 
 def encode_results(
-    results: Sequence[Result], *, wire: str, notes: Sequence[str] = (), jobs: Sequence[Job] = ()
+    results: Sequence[Result],
+    *,
+    wire: str,
+    notes: Sequence[str] = (),
+    jobs: Sequence[Job] = (),
+    nonce: str = "",
 ) -> RecordDict:
     """Results of a cohort, and what its engine says of itself, as the content of one reply.
+
+    A result that cannot be sent is its client's failure. Of several results of one client the first
+    is sent.
 
     Args:
         results: one per job.
         wire: number format of updates.
         notes: of the engine.
         jobs: as they were received; updates of a format that rounds are changes from their starts.
+        nonce: of the request (`Envelope`).
     """
     trained = {j.client.id: j for j in jobs if isinstance(j, TrainJob)}
-    arrays: dict[str, Array] = {}
-    residuals: dict[str, Named] = {}
-    rows = []
+    reply = _Reply({}, {})
+    rows: dict[int, str] = {}
     for result in results:
-        row: dict[str, Any] = {"client": result.client.id}
-        if isinstance(result, Update):
-            job, key = trained.get(result.client.id), str(result.client.id)
-            if job is None:
-                array, header = encode_payload(result.payload, wire)
-                left = None
-            else:
-                array, header, left = encode_reply(result.payload, wire, job.start, job.residual)
-            arrays[key] = Array(array)
-            if left is not None:
-                residuals[key] = left
-                row["residual"] = _shapes(left)
-            row |= {
-                "payload": header,
-                "ranks": dict(result.client.ranks),
-                "num_examples": result.num_examples,
-                "metrics": dict(result.metrics),
-            }
-        elif isinstance(result, Evaluation):
-            row["evaluation"] = {n: dataclasses.astuple(m) for n, m in result.metrics.items()}
-        else:
-            row["failure"] = [result.kind, result.message, result.traceback]
-        rows.append(row)
-    config = ConfigRecord({"rows": json.dumps(rows), "notes": json.dumps(list(notes))})
+        who = result.client
+        if who.id in rows:
+            log.warning("client %d has a second result, which is left out", who.id)
+            continue
+        try:
+            rows[who.id] = json.dumps(_encode_row(result, wire, trained.get(who.id), reply))
+        except Exception as error:  # whatever a client returned, it costs that client alone
+            why = f"its result cannot be sent: {type(error).__name__}: {error}"
+            failure = Failure(who, "RejectedUpdate", why)
+            rows[who.id] = json.dumps(_encode_row(failure, wire, None, reply))
+    config = ConfigRecord(
+        {
+            "rows": f"[{', '.join(rows.values())}]",
+            "notes": json.dumps(list(notes)),
+            "nonce": nonce,
+        }
+    )
     return RecordDict(
         {
-            "payloads": ArrayRecord(arrays),
-            "residuals": _put_residuals(residuals),
+            "payloads": ArrayRecord(reply.arrays),
+            "residuals": _put_residuals(reply.residuals),
             "results": config,
         }
     )
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """The arrays of a reply that is being written, by client id."""
+
+    arrays: dict[str, Array]
+    residuals: dict[str, Named]
+
+
+def _encode_row(result: Result, wire: str, job: TrainJob | None, reply: _Reply) -> dict[str, Any]:
+    """One result as JSON; its arrays are added to the reply."""
+    row: dict[str, Any] = {"client": result.client.id}
+    if isinstance(result, Failure):
+        return row | {"failure": [result.kind, result.message, result.traceback]}
+    if isinstance(result, Evaluation):
+        measured = {n: dataclasses.astuple(m) for n, m in result.metrics.items()}
+        return row | {"evaluation": measured}
+    left: Named | None = None
+    if job is None:
+        array, header = encode_payload(result.payload, wire)
+    else:
+        array, header, left = encode_reply(result.payload, wire, job.start, job.residual)
+    key = str(result.client.id)
+    reply.arrays[key] = Array(array)
+    if left is not None:
+        reply.residuals[key] = left
+        row["residual"] = _shapes(left)
+    return row | {
+        "payload": header,
+        "ranks": dict(result.client.ranks),
+        "num_examples": result.num_examples,
+        "metrics": dict(result.metrics),
+    }
 
 
 @dataclass(frozen=True)
@@ -352,7 +436,7 @@ class Glance:
     clients: int
     failed: int
     losses: list[float]
-    """Training losses of the updates in it."""
+    """Finite training losses of the updates in it."""
     notes: tuple[str, ...] = ()
     """What the engine says of itself."""
 
@@ -361,39 +445,54 @@ def glance(content: RecordDict) -> Glance:
     """Look at a reply for progress alone: costs nothing that grows with the adapters."""
     results = content.config_records["results"]
     rows = json.loads(str(results["rows"]))
-    notes = tuple(str(note) for note in json.loads(str(results.get("notes", "[]"))))
+    notes = json.loads(str(results.get("notes", "[]")))[:MOST_NOTES]
     found = (row.get("metrics", {}).get("loss") for row in rows)
-    losses = [float(x) for x in found if isinstance(x, int | float)]
+    losses = [float(x) for x in found if is_real(x) and math.isfinite(x)]
     failed = sum("failure" in row for row in rows)
-    return Glance(len(rows), failed, losses, notes)
+    return Glance(len(rows), failed, losses, tuple(one_line(note) for note in notes))
 
 
 def decode_results(
     content: RecordDict,
     clients: Mapping[int, Client],
     starts: Mapping[int, Payload] = MappingProxyType({}),
+    *,
+    wire: str = "",
+    nonce: str = "",
 ) -> list[Result]:
     """The inverse of `encode_results`.
 
     A row that cannot be read becomes a `Failure` of kind ``RejectedUpdate`` of its client, so that
-    one bad client costs its own work alone. Clients that were asked and not answered for are
-    failures too; rows of clients that were not asked are left out.
+    one bad client costs its own work alone. Of several rows of one client the first counts. Clients
+    that were asked and not answered for are failures too; rows of clients that were not asked are
+    left out.
 
     Args:
         content: of a reply.
         clients: those that were asked, by id.
         starts: what they were to train from, by client id, as it is here: changes are added to it.
+        wire: the wire dtype that is due; empty: any.
+        nonce: of the request; a reply to another one answers for no client.
+
+    Raises:
+        ValueError: if the reply answers another request.
     """
+    record = content.config_records["results"]
+    if record.get("nonce", "") != nonce:
+        raise ValueError("it answers another message than this round's")
     results: dict[int, Result] = {}
-    for row in json.loads(str(content.config_records["results"]["rows"])):
-        client = clients.get(row.get("client"))
-        if client is None:
-            log.warning("reply of client %r, which was not asked", row.get("client"))
+    for row in json.loads(str(record["rows"])):
+        cid = row.get("client") if isinstance(row, dict) else None
+        client = clients.get(cid) if type(cid) is int else None
+        if client is None or client.id in results:
+            why = "a second time" if client else "which was not asked"
+            log.warning("a reply says something of client %.40r, %s: left out", cid, why)
             continue
         try:
-            results[client.id] = _decode_row(row, client, content, starts.get(client.id))
+            start = starts.get(client.id)
+            results[client.id] = _decode_row(row, client, content, start, wire)
         except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
-            why = f"its reply cannot be read: {type(error).__name__}: {error}"
+            why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
             results[client.id] = Failure(client, "RejectedUpdate", why)
     for cid in clients.keys() - results.keys():
         results[cid] = Failure(clients[cid], "NoReply", "the reply says nothing of it")
@@ -401,16 +500,20 @@ def decode_results(
 
 
 def _decode_row(
-    row: Mapping[str, Any], client: Client, content: RecordDict, start: Payload | None
+    row: Mapping[str, Any],
+    client: Client,
+    content: RecordDict,
+    start: Payload | None,
+    wire: str,
 ) -> Result:
     if "failure" in row:
-        return Failure(client, *(str(text) for text in row["failure"]))
+        return failure_from(client, row["failure"])
     if "evaluation" in row:
         measured = row["evaluation"].items()
-        return Evaluation(client, {str(name): _decode_metric(m) for name, m in measured})
-    metrics = {str(k): float(v) for k, v in row["metrics"].items()}
+        return Evaluation(client, {name: _decode_metric(name, m) for name, m in measured})
+    metrics = {name: real(f"its metric {name:.64}", v) for name, v in row["metrics"].items()}
     array = content.array_records["payloads"][str(client.id)].numpy()
-    payload = decode_payload(array, row["payload"], trusted=False, start=start)
+    payload = decode_payload(array, row["payload"], trusted=False, start=start, wire=wire)
     residual = None
     if "residual" in row:
         residual = _take_residuals(content, {str(client.id): row["residual"]})[client.id]
@@ -420,6 +523,15 @@ def _decode_row(
     return Update(sender, payload, row["num_examples"], metrics, residual)
 
 
-def _decode_metric(fields: Sequence[Any]) -> Metric:
+def _decode_metric(name: str, fields: Sequence[Any]) -> Metric:
     value, weight, over_clients, interval = fields
-    return Metric(float(value), float(weight), str(over_clients), bool(interval))
+    if not isinstance(interval, bool):
+        raise ValueError(f"metric {name:.64}: interval={interval!r} is neither true nor false")
+    said = f"metric {name:.64}"
+    return Metric(real(said, value), real(said, weight), str(over_clients), interval)
+
+
+def failure_from(client: Client, texts: Any) -> Failure:
+    """A failure as a worker reports it: its texts are foreign, so each is cut to some length."""
+    kind, message, trace = (str(text) for text in texts)
+    return Failure(client, one_line(kind, 80), one_line(message, 1000), trace[-20_000:])

@@ -15,8 +15,10 @@ from fedlora.wire.codec import (
     decode_jobs,
     encode_results,
 )
+from simulations.app.own_modules import find_own_modules
 
 app = ClientApp()
+find_own_modules()
 
 
 def answer(message: Message) -> Message:
@@ -32,7 +34,13 @@ def answer(message: Message) -> Message:
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
     sys.stdout.flush()
-    content = encode_results(results, wire=envelope.wire, notes=engine.notes(), jobs=envelope.jobs)
+    content = encode_results(
+        results,
+        wire=envelope.wire,
+        notes=engine.notes(),
+        jobs=envelope.jobs,
+        nonce=envelope.nonce,
+    )
     return Message(content, reply_to=message)
 
 
@@ -68,4 +76,5 @@ def split(message: Message, context: Context) -> Message:
     request = decode_downs(message.content)
     check_source(request.source)
     answers = split_worker(request.worker).answer(request, context.state)
-    return Message(encode_ups(answers, wire=request.wire), reply_to=message)
+    content = encode_ups(answers, wire=request.wire, nonce=request.nonce)
+    return Message(content, reply_to=message)

@@ -2,7 +2,8 @@
 launcher's in-process runs, tests and notebooks.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
+from fedlora.core.reading import disk_faults
 from fedlora.core.types import Setting
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
@@ -19,20 +21,30 @@ from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
+from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
+from simulations.app.words import absolute
 
 
-def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str], None]) -> Path:
+def run(
+    cfg: DictConfig,
+    grid_of: Callable[[Parts], Grid],
+    emit: Callable[[str], None],
+    *,
+    watched: bool = False,
+) -> Path:
     """Execute the whole run and write a run folder.
 
     Args:
         cfg: a composed configuration.
         grid_of: gives the Flower grid once the parts are known.
         emit: shows one line to the user.
+        watched: whether to write down what clients are at work, for a process that watches this one
+            (`simulations.app.alone`).
 
     Returns:
         The absolute run folder.
@@ -44,25 +56,30 @@ def run(cfg: DictConfig, grid_of: Callable[[Parts], Grid], emit: Callable[[str],
     parts = build_parts(cfg)
     # The server's linear algebra: its last bits must not depend on the number of cores.
     torch.set_num_threads(parts.federation.threads)
-    inputs = prepare_inputs(parts, emit)
-    folder = run_folder(parts)
+    emit("starting model and data")
+    with disk_faults(place := absolute(parts.output_dir) / parts.name):
+        inputs = prepare_inputs(parts, emit)
+        folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
     if inputs.cut:
         emit(inputs.cut)
-    with claim(folder):
+    with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
-        trackers = open_session(session, parts, inputs)
-        with status_file(folder, session):
-            try:
+        resume(session, parts)
+        with status_file(folder, session), disk_faults(folder):
+            with closing_tracker(session):
+                trackers = open_session(session, parts, inputs)
                 federated = FederatedRun(
-                    session, worker=inputs.worker.to_json(), source=source_hash()
+                    session,
+                    worker=inputs.worker.to_json(),
+                    source=source_hash(),
+                    journal=folder / UNDER_WAY if watched else None,
                 )
                 if session.done < session.rounds.rounds or session.evaluation_missing():
+                    emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
                 export(session, parts, inputs.info, inputs.worker.model)
-            finally:
-                trackers.close()
             if trackers.lost:
                 raise RunError(
                     f"all {session.done} rounds are complete in {folder}, and tracking missed some "
@@ -115,21 +132,22 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
-    """Continue from the run's checkpoint if there is one, then write the run's first files.
-
-    Returns:
-        The session's trackers.
+def resume(session: Session, parts: Parts) -> None:
+    """Continue from the run's checkpoint if there is one and the configuration asks for it.
 
     Raises:
         RunError: if the checkpoint was written under another configuration, naming what differs.
     """
-    folder, roster = session.folder, session.roster
     try:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        raise RunError(f"{error}{changed(folder, parts.resolved)}") from error
+        raise RunError(f"{error}{changed(session.folder, parts.resolved)}") from error
+
+
+def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
+    """Write the first files of the run, and open its trackers and return them."""
+    folder, roster = session.folder, session.roster
     write_start(parts, inputs, folder)
     session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
     if lost := missing_rounds(folder / "metrics.jsonl", session.done):
@@ -149,6 +167,15 @@ def _listed(rounds: Sequence[int]) -> str:
     shown = ", ".join(map(str, rounds[:8]))
     more = f" and {len(rounds) - 8} more" if len(rounds) > 8 else ""
     return f"round{'s' if len(rounds) > 1 else ''} {shown}{more}"
+
+
+@contextmanager
+def closing_tracker(session: Session) -> Iterator[None]:
+    """Close the run's tracker at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        session.tracker.close()
 
 
 def _base_record(pruned: PrunedBase, folder: Path) -> dict[str, float | int | str]:

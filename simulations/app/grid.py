@@ -1,4 +1,4 @@
-"""A Flower grid inside one process: no Ray and no SuperLink, but the same messages and bitwise
+"""A Flower grid inside one process: no Ray, but the same messages and bitwise
 identical results."""
 
 from collections.abc import Iterable
@@ -9,6 +9,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedlora.core.errors import CLIENT_ERRORS
 
 
 class InProcessGrid(Grid):
@@ -78,7 +80,7 @@ class InProcessGrid(Grid):
         message = self._queue.pop(key)
         try:
             return [self._app(message, self._contexts[message.metadata.dst_node_id])]
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             return [Message(Error(code=0, reason=repr(error)), reply_to=message)]
 
     def send_and_receive(

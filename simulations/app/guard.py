@@ -20,6 +20,8 @@ import psutil
 
 VARIABLE = "FEDLORA_RUN"  # `fedlora.core.variables.RUN`; this file runs by itself
 GRACE_S = 5.0
+SIGNALLED = 128
+"""Exit code of a command that a signal ended, less the signal's number, as in shells."""
 
 
 def marked(mark: str) -> list[psutil.Process]:
@@ -51,8 +53,12 @@ def _send(process: psutil.Process, what: signal.Signals) -> None:
         process.send_signal(what)
 
 
-def main() -> None:
-    """Start the command, wait for the owner or the command to end, then leave nothing running."""
+def main() -> int:
+    """Start the command, wait for the owner or the command to end, then leave nothing running.
+
+    Returns:
+        The command's exit code.
+    """
     for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(s, signal.SIG_IGN)  # the owner decides; it closes our input
     mark, scratch, command = sys.argv[1], sys.argv[2], sys.argv[3:]
@@ -77,7 +83,9 @@ def main() -> None:
     end(mark)
     if alone.is_set():  # else the owner may want to read what went wrong
         shutil.rmtree(scratch, ignore_errors=True)
+    code = child.wait()
+    return code if code >= 0 else SIGNALLED - code
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,250 +1,143 @@
-"""Runs the app through Flower on this machine, in its own SuperLink, and returns its exit status.
+"""Runs the app on this machine in processes of its own, and returns its exit status.
 
-``flwr run`` returns 0 whatever becomes of the run, leaves its SuperLink running for ever, and lets
-workers import whatever lies in the directory where that was started. This launcher starts a
-SuperLink with a home and a port of its own from a neutral directory, streams the run's log, reads
-the run's status, and takes everything down again. It is the only module that knows how.
+A run is one process, `simulations.app.simulate`, and the Ray processes that it starts. They live in
+an empty directory, so that workers import nothing that happens to lie where the user works, and
+under a guard that leaves nothing running, whatever becomes of this process.
 """
 
-import json
 import os
 import re
-import shlex
 import shutil
-import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
-import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.run.source_hash import ROOT
-from simulations.app.bundle import app_folder
-from simulations.app.guard import end
+from simulations.app.alone import KNOWN, how_it_ended
+from simulations.app.attempts import Attempt, complete
+from simulations.app.guard import SIGNALLED, end
+from simulations.app.ray_setup import short_folder
 from simulations.app.runtime import Runtime
 
 QUIET = {
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # Ray's announced future behaviour, silently
     "RAY_DEDUP_LOGS": "0",
     "PYTHONUNBUFFERED": "1",
 }
-START_PATIENCE_S = 60.0
 FOLDER = re.compile(r"^run folder: (.+)$")
 ROUTINE = re.compile(
     r"^(\x1b\[36m\(ClientAppActor pid=\d+(, ip=[\d.]+)?\)\x1b\[0m )?"
-    r"(\x1b\[9[23]m(INFO|WARNING)|Using SuperLink|Successfully installed|$)"
+    r"((\x1b\[9[23]m)?(INFO|WARNING)[: ]|$)"
 )
 EXPLAINED = re.compile(
-    r"^RUN FAILED: (Config|Data|Model|Run|RunFolder|Checkpoint)Error|^RUN FAILED: WorkerDied"
+    r"^RUN FAILED: (((Config|Data|Model|Run|RunFolder|Checkpoint|Disk)Error"
+    r"|WorkerDied|ClientsSuspected|SimulationEnded)\b)"
 )
-OURS = re.compile(r"^(RUN |run folder|report)")
-
-
-class LaunchError(RuntimeError):
-    """Flower could not be started or asked; the message holds what it said."""
+OURS = re.compile(r"^(RUN |run folder|report|round \d|engine: |resuming|starting )")
+TRACE = re.compile(r"^\x1b\[91mERROR")
 
 
 def launch(overrides: list[str], runtime: Runtime, emit: Callable[[str], None]) -> int:
-    """Do one run through Flower; its true exit code: 0 only if the run completed.
+    """Do one run through Flower and Ray; its exit code: 0 only if the run completed.
 
     A run that fails because a worker process died continues from its last checkpoint with new
-    workers, ``runtime.restarts`` times.
+    workers (`simulations.app.attempts`).
 
     Raises:
-        LaunchError: if Flower does not start or refuses the app.
+        ConfigError: if Ray cannot be given a directory with a short name.
     """
-    attempt, words = 0, overrides
-    while True:
-        with _superlink(runtime) as flwr:
-            status, folder = _run(flwr, words, runtime, emit)
-        if status == "finished:completed":
-            return 0
-        emit(f"Flower says: {status}")
-        if attempt == runtime.restarts or not _worker_died(folder):
-            return 1
-        attempt += 1
-        emit(f"starting again from the last checkpoint ({attempt} of {runtime.restarts})")
-        words = [*(w for w in overrides if not w.startswith("resume=")), f"resume='{folder}'"]
 
+    def attempt(words: Sequence[str], attempt: Attempt, show: Callable[[str], None]) -> None:
+        with short_folder(show) as ray, _process(words, runtime, ray) as process:
+            assert process.stdout is not None
+            for line in filter_log(process.stdout):
+                show(line)
+                if match := FOLDER.match(line):
+                    attempt.folder = Path(match[1])
+            code = process.wait()
+            code = SIGNALLED - code if code > SIGNALLED else code
+        attempt.completed, attempt.code = code == 0, code if code in KNOWN else 1
+        attempt.reason = f"the process of the run {how_it_ended(code)}"
 
-def _worker_died(folder: Path | None) -> bool:
-    try:
-        status = json.loads((folder / "status.json").read_text()) if folder else {}
-    except (OSError, ValueError):
-        return False
-    return status.get("kind") == "WorkerDied"
-
-
-class _Flower:
-    """The ``flwr`` command of this environment against one SuperLink."""
-
-    def __init__(self, home: Path, port: int, environment: dict[str, str]) -> None:
-        self.home, self.port = home, port
-        self.environment = environment | {"FLWR_HOME": str(home)}
-        # `flwr` itself needs no mark: it ends by itself, and is ours to end.
-        self.environment.pop(variables.RUN, None)
-
-    def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "flwr.cli.app", *words]
-
-    def ask(self, *words: str) -> dict[str, object]:
-        """Run a ``flwr`` command that answers in JSON."""
-        done = subprocess.run(
-            self.command(*words, "--format", "json"),
-            env=self.environment,
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        try:
-            answer = json.loads(done.stdout[done.stdout.index("{") :])
-        except ValueError:
-            answer = {"success": False, "error-message": (done.stdout + done.stderr).strip()}
-        if not answer.get("success", True) or done.returncode:
-            raise LaunchError(f"flwr {words[0]}: {answer.get('error-message', answer)}")
-        assert isinstance(answer, dict)
-        return answer
+    return complete(attempt, overrides, runtime.restarts, emit)
 
 
 @contextmanager
-def _superlink(runtime: Runtime) -> Iterator[_Flower]:
-    """A SuperLink that lives as long as the block, with all it started, whatever happens."""
-    home = Path(tempfile.mkdtemp(prefix="fedlora-flower-"))
-    mark, port = uuid.uuid4().hex, _free_port()
-    environment = os.environ | QUIET | {"FLWR_HOME": str(home), variables.CWD: os.getcwd()}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment.setdefault(variables.ROOT, str(ROOT))  # Flower's copy of the app lacks some files
-    # "local": else Ray joins whatever cluster `ray start` has left a note of on this machine.
-    environment["RAY_ADDRESS"] = runtime.ray_address or "local"
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "own"\n\n[superlink.own]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-    )
-    command = ["--insecure", "--simulation", "--disable-runtime-dependency-installation"]
-    command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
-    superlink = shutil.which("flower-superlink", path=environment["PATH"])
-    if superlink is None:
-        raise LaunchError(f"there is no flower-superlink on {environment['PATH']}: install flwr")
-    log = (home / "superlink.log").open("w")
-    guarded = [sys.executable, str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
-    guard = subprocess.Popen(
-        [*guarded, superlink, *command],
+def _process(
+    overrides: Sequence[str], runtime: Runtime, more: Mapping[str, str]
+) -> Iterator["subprocess.Popen[str]"]:
+    """The run's process behind its guard; it and all it started end with the block.
+
+    Args:
+        overrides: of the run.
+        runtime: of the run.
+        more: further environment variables.
+    """
+    home, mark = Path(tempfile.mkdtemp(prefix="fedlora-run-")), uuid.uuid4().hex
+    guard = [str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
+    command = [sys.executable, "-m", "simulations.app.simulate", *overrides]
+    process = subprocess.Popen(
+        [sys.executable, *guard, *command],
         stdin=subprocess.PIPE,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        cwd=home,
-        env=environment,
-        start_new_session=True,
-    )
-    try:
-        _wait_for(port, guard, home / "superlink.log")
-        yield _Flower(home, port, environment)
-    finally:
-        assert guard.stdin is not None
-        guard.stdin.close()
-        try:
-            guard.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            guard.kill()
-            end(mark)
-        log.close()
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def _wait_for(port: int, guard: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + START_PATIENCE_S
-    while time.monotonic() < deadline and guard.poll() is None:
-        with socket.socket() as s:
-            s.settimeout(0.2)
-            if s.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-    raise LaunchError(f"the SuperLink did not start on port {port}:\n{tail}")
-
-
-def _run(
-    flwr: _Flower, overrides: list[str], runtime: Runtime, emit: Callable[[str], None]
-) -> tuple[str, Path | None]:
-    """Submit, stream the log, read the status. Returns it and the run folder."""
-    text = shlex.join(overrides)
-    answer = flwr.ask(
-        "run",
-        str(app_folder(flwr.home)),
-        "own",
-        "--federation-config",
-        runtime.federation_config(),
-        "--run-config",
-        f"overrides={toml_string(text)}",
-    )
-    run_id, folder = str(answer["run-id"]), None
-    stream = subprocess.Popen(
-        flwr.command("log", run_id, "own", "--stream"),
-        env=flwr.environment,
-        cwd=flwr.home,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        cwd=home,
+        env=environment(runtime) | dict(more),
+        start_new_session=True,
     )
     try:
-        assert stream.stdout is not None
-        for line in filter_log(stream.stdout):
-            emit(line)
-            if match := FOLDER.match(line):
-                folder = Path(match[1])
-        return _status(flwr, run_id), folder
+        yield process
     finally:
-        stream.terminate()
-        stream.wait()
+        assert process.stdin is not None
+        process.stdin.close()
+        try:
+            process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            end(mark)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def environment(runtime: Runtime) -> dict[str, str]:
+    """The environment of the run's process, and of the Ray workers that inherit it."""
+    own = QUIET | runtime.ray_environment()
+    own[variables.CWD] = os.getcwd()
+    if Path(sysconfig.get_path("purelib")) != ROOT:  # a checkout, found through the directory
+        paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        own["PYTHONPATH"] = os.pathsep.join(paths)
+    return os.environ | own
 
 
 def filter_log(lines: Iterable[str]) -> Iterator[str]:
     """The lines of a run's log that a user needs: the app's own lines and all errors.
 
-    Flower's routine lines are left out, and so is the stack trace after a failure that explains
+    Flower's routine lines are left out, and so are the stack traces around a failure that explains
     itself. ``FEDLORA_VERBOSE=1`` shows everything.
     """
     everything, explained = bool(os.environ.get(variables.VERBOSE)), False
+    held: list[str] = []  # a trace, until the app's next line shows whether it is explained
     for line in lines:
         text = line.rstrip()
         explained = explained or bool(EXPLAINED.match(text))
-        if everything or not (ROUTINE.match(text) or (explained and not OURS.match(text))):
+        if everything:
             yield text
-
-
-def _status(flwr: _Flower, run_id: str) -> str:
-    """The final status of the run; the log may close a moment before it is final."""
-    deadline = time.monotonic() + START_PATIENCE_S
-    while True:
-        answer = flwr.ask("list", "own", "--run-id", run_id)
-        runs = answer["runs"]
-        assert isinstance(runs, list)
-        status = str(runs[0]["status"])
-        if status.startswith("finished") or time.monotonic() > deadline:
-            return status
-        time.sleep(0.3)
-
-
-def toml_string(text: str) -> str:
-    """Text as a value of ``--run-config``: TOML on one line.
-
-    Flower ends a value at the next quote, escaped or not, so a quote inside is written by its
-    number; so is whatever else is not plainly printable.
-    """
-    plain = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
-    return '"' + "".join(plain) + '"'
+        elif OURS.match(text):
+            yield from [] if explained else held
+            held = []
+            yield text
+        elif held or TRACE.match(text):
+            held.append(text)
+        elif not (ROUTINE.match(text) or explained):
+            yield text
+    yield from [] if explained else held

@@ -1,9 +1,11 @@
 """Builds checked values from a composed configuration, one per group, before anything is loaded."""
 
 import dataclasses
+import os
 import re
 from typing import Any, TypeVar
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.config import build
@@ -18,6 +20,8 @@ from fedlora.run.tracking import Tracking
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from simulations.app.compose import CONF
+from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
 from strategies.base import LoRAStrategy
@@ -66,7 +70,8 @@ def build_parts(cfg: DictConfig) -> Parts:
     known = {f.name for f in dataclasses.fields(Parts)} - {"resolved"} | {"rounds", "experiment"}
     for key, value in resolved.items():
         if key not in known:
-            raise ConfigError(f"unknown key {key!s}={value!r}; known: {sorted(known)}")
+            hint = meant(str(key), cfg, CONF)
+            raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
     parts = _build_groups(cfg, {str(k): v for k, v in resolved.items()})
     _check_strategy(parts, postprocess=[*cfg.postprocess])
@@ -75,6 +80,11 @@ def build_parts(cfg: DictConfig) -> Parts:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return parts
+
+
+def check_machine(runtime: Runtime) -> None:
+    """Refuse CPUs and GPUs that this machine does not have (`Runtime.check_machine`)."""
+    runtime.check_machine(len(os.sched_getaffinity(0)), torch.cuda.device_count())
 
 
 def _check_plain_keys(cfg: DictConfig) -> None:

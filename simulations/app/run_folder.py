@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -11,9 +11,10 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
-from simulations.app.compose import absolute
 from simulations.app.inputs import RunInputs
 from simulations.app.parts import Parts
+from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, close_status, write_status
+from simulations.app.words import absolute
 from simulations.tools.base_model import FILE as MODEL
 
 
@@ -25,10 +26,10 @@ def run_folder(parts: Parts) -> Path:
     """
     if parts.resume not in ("never", "auto"):
         folder = absolute(parts.resume)
-        if not (folder / "status.json").is_file():
+        if not (folder / FILE).is_file():
             raise ConfigError(
                 f"resume={parts.resume!r} is neither never, auto nor a run folder: there is no "
-                f"{folder / 'status.json'}"
+                f"{folder / FILE}"
             )
         return folder
     base = absolute(parts.output_dir) / parts.name
@@ -68,27 +69,28 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
 
 
 @contextmanager
+def failing(parts: Parts) -> Iterator[None]:
+    """A run that fails in the block, before anything of it is written, leaves a status.json."""
+    try:
+        yield
+    except Exception as error:
+        folder = run_folder(parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        close_status(folder, error)
+        raise
+
+
+@contextmanager
 def status_file(folder: Path, session: Session) -> Iterator[None]:
     """Keep status.json up to date with how the run ends (``running`` if the process is killed)."""
-
-    def write(status: str, error: BaseException | None = None) -> None:
-        _write_json(
-            folder / "status.json",
-            {
-                "status": status,
-                "rounds_done": session.done,
-                "kind": type(error).__name__ if error else "",
-                "message": str(error) if error else "",
-            },
-        )
-
-    write("running")
+    write_status(folder, RUNNING, session.done)
     try:
         yield
     except BaseException as error:
-        write("failed", error)
+        with suppress(OSError):  # a full disk is told by the error itself
+            write_status(folder, FAILED, session.done, error)
         raise
-    write("completed")
+    write_status(folder, COMPLETED, session.done)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -5,7 +5,7 @@
 
 Both sides are whole runs, started as a person starts them, one after the other and in turns:
 
-    flower   `python -m simulations.run`: SuperLink, ServerApp, Ray workers
+    flower   `python -m simulations.run`: Flower's simulation engine, Ray workers
     pool     `python -m simulations.bench.pool`: the same session and a `multiprocessing` pool
 
 They send the same jobs (client, start adapter, plan) to the same engine with the same model and

@@ -61,6 +61,7 @@ class Window:
 
     input_ids: NDArray[np.int64]
     prompt_tokens: int = 1
+    responses: None = None
 
 
 @dataclass(frozen=True)

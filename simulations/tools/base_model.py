@@ -1,7 +1,6 @@
 """The base model of a finished run, found again: an adapter is valid only for its own base."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from omegaconf import DictConfig
 
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
+from fedlora.core.reading import json_in
 from fedlora.models.spec import ModelSpec
 from fedlora.prune.spec import ABOUT, Pruned
 
@@ -33,7 +33,7 @@ def base_of(
     """
     spec = build(model, ModelSpec, "model")  # type: ignore[type-abstract]
     file = run / FILE
-    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    about = json_in(file, "the description of the run's base model") if file.is_file() else {}
     mask = about.get("mask", "")
     if mask and isinstance(spec, Pruned) and not spec.path:
         there = Path(about["folder"])

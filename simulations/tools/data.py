@@ -8,8 +8,11 @@ fedlora data stats data=e2e model=gpt2                 with another model's toke
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from fedlora.core.cache import cache_root
 from fedlora.core.config import build
@@ -20,6 +23,7 @@ from fedlora.data import (
     TokenStore,
     prepare,
 )
+from fedlora.data.batches import targets_of
 from fedlora.data.tokenizer import FolderTokenizer
 from fedlora.models.folder import tokenizer_id
 from fedlora.models.spec import ModelSpec
@@ -31,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a mistake in the data or the options is one line and exit code 2."""
     options = _parser().parse_intermixed_args(arguments)
     try:
-        source, folder = sources(options.words)
+        source, folder, loss = sources(options.words)
         tokenizer = FolderTokenizer(folder)
         store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache_root()))
         if options.command == "stats":
             lines = statistics_lines(store.statistics())
         else:
-            lines = example_lines(store, tokenizer, options.client, options.split, options.index)
+            at = (options.client, options.split, options.index)
+            lines = example_lines(store, tokenizer, *at, loss)
         for line in lines:
             sys.stdout.write(line + "\n")
     except (ValueError, IndexError, ModelError) as error:
@@ -64,8 +69,18 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def sources(words: Sequence[str]) -> tuple[Source, Path]:
-    """The data of a run with these words, and the folder that holds its tokenizer.
+class Sources(NamedTuple):
+    """What of a run decides which tokens it trains on."""
+
+    data: Source
+    tokenizer: Path
+    """The folder that holds it."""
+    loss: str
+    """``full`` or ``response``: `client.loss`."""
+
+
+def sources(words: Sequence[str]) -> Sources:
+    """The data of a run with these words, its tokenizer and its loss.
 
     Raises:
         ConfigError: for a word that a run would refuse too.
@@ -75,7 +90,7 @@ def sources(words: Sequence[str]) -> tuple[Source, Path]:
     source = build(cfg.data, Source, "data")  # type: ignore[type-abstract]
     model = build(cfg.model, ModelSpec, "model")  # type: ignore[type-abstract]
     base = model.base if isinstance(model, Pruned) else model  # pruning leaves the tokenizer alone
-    return source, base.folder()
+    return Sources(source, base.folder(), str(cfg.client.loss))
 
 
 def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
@@ -117,20 +132,27 @@ def _ids_text(ids: Sequence[int]) -> str:
 
 
 def example_lines(
-    store: TokenStore, tokenizer: FolderTokenizer, client: int, split: str, index: int
+    store: TokenStore, tokenizer: FolderTokenizer, client: int, split: str, index: int, loss: str
 ) -> Iterator[str]:
-    """One example as the model sees it."""
+    """One example as the model sees it: its parts, and how many tokens of each have a loss."""
     example = store.example(client, split, index)
     info = store.clients[client]
-    ids, border = example.input_ids.tolist(), example.prompt_tokens
+    ids = example.input_ids
+    trained = np.zeros(len(ids), dtype=np.bool_)
+    trained[targets_of(example, loss)] = True
     yield (
         f"client {client} ({info.name}, {info.category}): train {info.num_train}, "
         f"eval {info.num_eval}, test {info.num_test}"
     )
-    yield f"--- prompt, {border} tokens"
-    yield tokenizer.decode(ids[:border])
-    yield f"--- response, {len(ids) - border} tokens"
-    yield tokenizer.decode(ids[border:])
+    yield f"client.loss={loss}: {trained.sum()} of {len(ids)} tokens have a loss"
+    is_response = example.responses
+    if is_response is None:
+        is_response = np.arange(len(ids)) >= example.prompt_tokens
+    borders = [0, *(np.flatnonzero(np.diff(is_response)) + 1).tolist(), len(ids)]
+    for start, end in pairwise(borders):
+        part = "response" if is_response[start] else "prompt"
+        yield f"--- {part}, {end - start} tokens, {trained[start:end].sum()} with a loss"
+        yield tokenizer.decode(ids[start:end].tolist())
     yield "--- reference"
     yield store.references(client, split)[index]
 

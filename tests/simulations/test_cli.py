@@ -105,7 +105,7 @@ def runs(monkeypatch):
     """Runs that only leave a note; ``seed=1`` fails, ``seed=9`` is interrupted."""
     done: list[list[str]] = []
 
-    def one(overrides):
+    def one(overrides, began):
         done.append(overrides)
         return 1 if "seed=1" in overrides else 130 if "seed=9" in overrides else 0
 

@@ -7,7 +7,7 @@ import torch
 from flwr.app import ConfigRecord, Error, Message
 from flwr.serverapp.strategy import Strategy
 
-from fedlora.core.errors import RunError, WorkerDied
+from fedlora.core.errors import ClientsSuspected, RunError, WorkerDied
 from fedlora.core.types import Client, Factors, Failure, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.population.sampling import Roster
 from fedlora.run.tracking import Trackers
@@ -40,7 +40,7 @@ SHARDS = tuple(Shard(i) for i in range(8))
 
 def add_one(message: Message) -> Message:
     """Every client adds one to its factors."""
-    jobs = decode_jobs(message.content).jobs
+    envelope = decode_jobs(message.content)
     updates = [
         Update(
             j.client,
@@ -48,9 +48,10 @@ def add_one(message: Message) -> Message:
             j.client.num_examples,
             {"loss": 1.0, "tokens": 4.0},
         )
-        for j in jobs
+        for j in envelope.jobs
     ]
-    return Message(encode_results(updates, wire="float32"), reply_to=message)
+    content = encode_results(updates, wire="float32", nonce=envelope.nonce)
+    return Message(content, reply_to=message)
 
 
 def served(folder, app, **rounds):
@@ -131,17 +132,24 @@ def test_a_dead_worker_stops_the_round_and_nothing_of_it_is_kept(tmp_path):
 
 def test_silence_is_a_failure(tmp_path):
     run, _, said, grid = served(tmp_path, add_one, rounds=1, min_success=0.1, timeout_s=0.2)
-    grid.pull_messages = lambda ids: []
-    with pytest.raises(RunError, match="only 0 of 6 clients succeeded"):
+    answered = grid.pull_messages
+
+    def only_the_set_up(ids):
+        grid.pull_messages = lambda ids: []
+        return answered(ids)
+
+    grid.pull_messages = only_the_set_up
+    with pytest.raises(ClientsSuspected, match="no worker process is left that answers"):
         run.start(grid)
-    assert "NoReply" in "\n".join(said)
+    assert "no answer within 0.2 s" in "\n".join(said)
 
 
 def test_too_few_successes_stop_the_run(tmp_path):
     def app(message):
-        jobs = decode_jobs(message.content).jobs
-        failures = [Failure(j.client, "ValueError", "no") for j in jobs]
-        return Message(encode_results(failures, wire="float32"), reply_to=message)
+        envelope = decode_jobs(message.content)
+        failures = [Failure(j.client, "ValueError", "no") for j in envelope.jobs]
+        content = encode_results(failures, wire="float32", nonce=envelope.nonce)
+        return Message(content, reply_to=message)
 
     run, *_, grid = served(tmp_path, app)
     with pytest.raises(RunError, match=r"only 0 of 6 .* first failure: ValueError: no"):

@@ -66,6 +66,19 @@ OPTIONS = [
 CHOICES = [[f"strategy={name}"] for name in NAMES] + OPTIONS
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """With ``--config-dir``, strategies of that folder are tested in place of ours."""
+    if "strategy" not in metafunc.fixturenames:
+        return
+    choices, folder = CHOICES, metafunc.config.getoption("config_dir")
+    if folder:
+        own = Path(folder).resolve()
+        names = sorted(path.stem for path in (own / "strategy").glob("*.yaml"))
+        choices = [[f"strategy={n}", f"hydra.searchpath=['file://{own}']"] for n in names]
+    ids = [",".join(c for c in o if "hydra" not in c).replace("strategy", "s") for o in choices]
+    metafunc.parametrize("strategy", choices, ids=ids, indirect=True, scope="module")
+
+
 @cache
 def composed(*overrides: str) -> LoRAStrategy:
     with initialize_config_dir(str(CONF), version_base=None):
@@ -73,7 +86,7 @@ def composed(*overrides: str) -> LoRAStrategy:
     return build(node, LoRAStrategy, "strategy")
 
 
-@pytest.fixture(scope="module", params=CHOICES, ids=lambda o: ",".join(o).replace("strategy", "s"))
+@pytest.fixture(scope="module")
 def strategy(request: pytest.FixtureRequest) -> LoRAStrategy:
     return composed(*request.param)
 

@@ -77,7 +77,9 @@ class World:
                 self.broken(request)
             n = next(served)
             answers = workers[n * n // 3 % 2].answer(request, context.state)
-            return Message(encode_ups(answers, wire=request.wire), reply_to=message)
+            return Message(
+                encode_ups(answers, wire=request.wire, nonce=request.nonce), reply_to=message
+            )
 
         self.app = app
 

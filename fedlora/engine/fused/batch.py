@@ -15,7 +15,7 @@ has a loss on responses, client 1 on all tokens:
 
 >>> from types import SimpleNamespace
 >>> def sequence(*ids, prompt=1):
-...     return SimpleNamespace(input_ids=np.array(ids), prompt_tokens=prompt)
+...     return SimpleNamespace(input_ids=np.array(ids), prompt_tokens=prompt, responses=None)
 >>> layout = Layout(paths=(), parts=(), a_size=0, size=0)
 >>> client_0 = [sequence(11, 12, 13, 14, prompt=2), sequence(21, 22)]
 >>> client_1 = [sequence(31, 32, 33, 34, 35, 36)]
@@ -44,7 +44,7 @@ from fedlora.data.batches import (
     PAD,
     Batch,
     TokenExample,
-    first_target,
+    targets_of,
 )
 from fedlora.engine.fused.bank import Layout
 from fedlora.models.layers import threshold
@@ -313,7 +313,7 @@ def _find_supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tu
     """Row and lane of every token with a loss, ``[n]`` each.
 
     Input token ``t`` predicts token ``t + 1``, so the first supervised one is the token in front of
-    the first target: 12 for the response 13 14 of client 0's first sequence.
+    the first target: 12 for the answer 13 14 of client 0's first sequence.
 
     >>> held = _sequences(lanes)
     >>> for values in _find_supervised(lanes, held, _ragged_rows(held)):
@@ -323,10 +323,10 @@ def _find_supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tu
     """
     losses = [lanes[k].loss for k in held.lane.tolist()]
     pairs = zip(held.examples, losses, strict=True)
-    first = np.array([first_target(e, loss) - 1 for e, loss in pairs])  # [S]
-    chosen = held.within >= np.repeat(first, held.length)  # [T]
-    lane = np.repeat(held.lane, held.length)  # [T]
-    return rows.of_token[chosen], lane[chosen]
+    within = [targets_of(e, loss) - 1 for e, loss in pairs]  # [S] of places in their sequence
+    counts = np.array([len(places) for places in within])  # [S]
+    chosen = np.concatenate(within) + np.repeat(_starts(held.length), counts)  # [n]
+    return rows.of_token[chosen], np.repeat(held.lane, counts)
 
 
 # --- stacks of lanes -----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
     Adapter,
@@ -92,20 +93,20 @@ class FusedEvaluator:
         for job in jobs:
             try:
                 tasks.append(self._task(job, slots[id(job.adapter)]))
-            except Exception as error:
+            except CLIENT_ERRORS as error:
                 yield failure(job.client, error)
         if not tasks:
             return
         try:
             self._run(tasks)
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             log.warning("a fused evaluation failed: %s: %s", type(error).__name__, error)
             self.rescue += [task.job for task in tasks]
             return
         for task in tasks:
             try:
                 yield task.result(self._fused)
-            except Exception as error:
+            except CLIENT_ERRORS as error:
                 yield failure(task.job.client, error)
 
     def _task(self, job: EvaluateJob, slot: int) -> Task:

@@ -32,6 +32,7 @@ QUICK_S = 0.7
 class _Example:
     input_ids: NDArray[np.int64]
     prompt_tokens: int
+    responses: None = None
 
 
 class Prober:

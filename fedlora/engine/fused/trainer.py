@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
 from fedlora.core.types import (
@@ -85,7 +86,7 @@ class Planner:
         for job in jobs:
             try:
                 yield self._chain(job, starts)
-            except Exception as error:
+            except CLIENT_ERRORS as error:
                 yield failure(job.client, error)
 
     def _chain(self, job: TrainJob, starts: dict[int, tuple[Layout, Tensor]]) -> Chain:
@@ -327,13 +328,13 @@ class FusedTrainer:
                 for who, slot in step.admitted:
                     try:
                         residents[who] = self._admit(bank, chains[who], slot)
-                    except Exception as error:
+                    except CLIENT_ERRORS as error:
                         schedule.drop(who)
                         yield failure(chains[who].job.client, error)
                 active = [(w, index) for w, _, index in step.active if w in residents]
                 try:
                     self._step([(residents[who], index) for who, index in active])
-                except Exception as error:
+                except CLIENT_ERRORS as error:
                     log.warning("a fused step failed: %s: %s", type(error).__name__, error)
                     for who, _ in active:
                         self.rescue.append(residents.pop(who).chain.job)
@@ -368,5 +369,5 @@ class FusedTrainer:
         job = resident.chain.job
         try:
             return resident.update(self._store.count(job.client.id, "train"))
-        except Exception as error:
+        except CLIENT_ERRORS as error:
             return failure(job.client, error)

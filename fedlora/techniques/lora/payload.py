@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fedlora.core.checks import wrong_names
+from fedlora.core.checks import real, wrong_names
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.types import Adapter, Client, Expected, Factors, LocalPlan
 from fedlora.models.language_model import LanguageModel
@@ -79,6 +79,18 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
                 return f"{path}: it states rank {stated} and sends rank {f.rank}"
         return ""
 
+    def aligned(self, start: Payload) -> Payload:
+        """The leading block of the start at these ranks, whose scale follows the rank: a client
+        that prunes its ranks is not taken for one that has moved."""
+        before = start.low_rank()
+        if before is None or all(f.rank >= before[p].rank for p, f in self.items()):
+            return start
+        cut = {
+            p: Factors(before[p].a[: f.rank], before[p].b[:, : f.rank], before[p].alpha)
+            for p, f in self.items()
+        }
+        return LowRankPayload(cut)
+
     def change_norm(self, start: Payload) -> float:
         """Norm of the change of ``(alpha / r) B A``, without a dense ``ΔW``, over the same base.
 
@@ -139,7 +151,10 @@ def factor_tensors(factors: Adapter) -> Iterator[tuple[str, Tensor]]:
 
 def factors_from(alphas: Mapping[str, float], tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
     """The inverse of `factor_tensors`, with every module's ``alpha``."""
-    return {p: Factors(tensors[f"{p}/a"], tensors[f"{p}/b"], float(x)) for p, x in alphas.items()}
+    return {
+        p: Factors(tensors[f"{p}/a"], tensors[f"{p}/b"], real(f"alpha of {p:.80}", x))
+        for p, x in alphas.items()
+    }
 
 
 def live_factors(updates: Mapping[str, LinearUpdate]) -> LowRankPayload:
@@ -166,4 +181,5 @@ def _wrong_factors(f: Factors, start: Factors, rank: int, shrink: bool) -> str:
 def _squared_change(start: Factors, end: Factors) -> float:
     b = torch.cat([end.b.double() * end.scale, start.b.double() * -start.scale], dim=1)
     a = torch.cat([end.a.double(), start.a.double()])
-    return max(0.0, float(((b.T @ b) * (a @ a.T)).sum()))
+    squared = float(((b.T @ b) * (a @ a.T)).sum())
+    return 0.0 if squared < 0 else squared  # rounding; NaN stays

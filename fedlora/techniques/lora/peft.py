@@ -5,7 +5,6 @@ values that differ from ``r`` and ``lora_alpha``, so PEFT can hold any of our ad
 """
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -14,11 +13,11 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.errors import ModelError
+from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Factors
 from fedlora.models.export import exported, forget
 from fedlora.models.modules import ModelInfo, check_adapter
@@ -125,9 +124,9 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
         if not (folder / name).is_file():
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
             raise ModelError(f"adapter folder {folder} lacks {name}; it has: {there}")
-    config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+    config = json_in(folder / CONFIG, "the adapter's configuration")
     _check(config, folder)
-    with safe_open(folder / WEIGHTS, framework="pt") as file:
+    with tensors_in(folder / WEIGHTS, "the adapter") as file:
         halves = _halves({key: file.get_tensor(key) for key in file.keys()}, folder)  # noqa: SIM118
     adapter = {
         path: Factors(a=pair["A"], b=pair["B"], alpha=_alpha(config, path, pair["A"].shape[0]))

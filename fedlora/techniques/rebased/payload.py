@@ -11,14 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import MovedBase, Payload
-from fedlora.core.types import Adapter, Client, Expected
+from fedlora.core.reading import tensors_in
+from fedlora.core.types import Adapter, Client, Expected, Factors
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate
 from fedlora.models.modules import ModelInfo, check_adapter, check_paths
@@ -72,6 +72,11 @@ class Rebased(Payload):
         """The inverse of `header` and `tensors`."""
         shift = {path: tensors[f"{path}/shift"] for path in header["shift"]}
         return cls(shift, factors_from(header["alpha"], tensors), str(header["version"]))
+
+    def copy(self) -> "Rebased":
+        """Factors of its own over the same base: a copy of that for each client would not fit."""
+        factors = {p: Factors(f.a.clone(), f.b.clone(), f.alpha) for p, f in self.factors.items()}
+        return Rebased(self.shift, factors, self.base().version)
 
     def check(self, sender: Client, expected: Expected) -> str:
         """Require a dense update of every module that the start has moved."""
@@ -159,7 +164,7 @@ class Rebased(Payload):
         file = folder / UPDATE
         if not file.is_file():
             raise ModelError(f"{folder} lacks {UPDATE}")
-        with safe_open(file, framework="pt") as stored:
+        with tensors_in(file, "the update") as stored:
             made_for = (stored.metadata() or {}).get("base", "")
             if made_for != info.fingerprint:
                 raise ModelError(f"{file} is of another base model ({made_for[:12]})")

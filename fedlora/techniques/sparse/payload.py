@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from fedlora.core.checks import fraction, wrong_names
+from fedlora.core.checks import fraction, real, wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.seeding import mask_noise
@@ -54,7 +54,7 @@ class SparseDelta(Payload):
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `header` and `tensors`."""
         values = {path: tensors[f"{path}/values"] for path in header["order"]}
-        return cls(int(header["seed"]), float(header["density"]), values)
+        return cls(header["seed"], real("density", header["density"]), values)
 
     def check(self, sender: Client, expected: Expected) -> str:
         """Require the mask, the modules and the lengths of values of the start."""

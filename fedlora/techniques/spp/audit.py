@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from fedlora.core.errors import ModelError, RunError
 from fedlora.core.payload import Payload
+from fedlora.core.reading import tensors_in
 from fedlora.models.folder import weight_files
 from fedlora.models.masks import (
     Masks,
@@ -85,14 +85,14 @@ def _files(folder: Path) -> dict[str, Callable[[], Tensor]]:
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
             raise ModelError(f"{path} is no safetensors file: convert the model first")
-        with safe_open(path, framework="pt") as file:
+        with tensors_in(path, "the weights of the base model") as file:
             found |= {key: _reader(path, key) for key in file.keys()}  # noqa: SIM118
     return found
 
 
 def _reader(path: Path, key: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        with safe_open(path, framework="pt") as file:
+        with tensors_in(path, "the weights of the base model") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor
 

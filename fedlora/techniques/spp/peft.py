@@ -19,12 +19,12 @@ from typing import Any
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraVariant
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
+from fedlora.core.reading import tensors_in
 from fedlora.core.types import Factors
 from fedlora.models.export import remember
 from fedlora.models.masks import (
@@ -165,9 +165,11 @@ def load_spp(folder: Path) -> MaskedScale:
     """
     if not (folder / SPP).is_file():
         raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
-    with safe_open(folder / SPP, framework="pt") as file:
-        about = json.loads((file.metadata() or {})["spp"])
+    with tensors_in(folder / SPP, "the adapter") as file:
+        about = json.loads((file.metadata() or {}).get("spp", "{}"))
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= about.keys():
+        raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
     order = about["order"]
     return MaskedScale(
         mask=about["mask"],

@@ -31,9 +31,9 @@ from fedlora.core.types import (
     TrainJob,
 )
 from fedlora.data.batches import (
-    first_target,
     sample_examples,
     step_indices,
+    supervised_tokens,
 )
 from fedlora.data.store import Example, TokenStore, prepare
 from fedlora.models.language_model import LanguageModel
@@ -251,7 +251,7 @@ def fed(job: TrainJob, store: Any) -> list[list[Fed]]:
 
 def _fed(example: Example, loss: str) -> Fed:
     n = len(example.input_ids)
-    return Fed(n - 1, n - first_target(example, loss))
+    return Fed(n - 1, supervised_tokens(example, loss))
 
 
 def real_tokens(job: TrainJob, store: Any) -> int:

@@ -26,7 +26,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
-from fedlora.data.batches import first_target
+from fedlora.data.batches import targets_of
 from fedlora.data.store import Example
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import Fused
@@ -265,8 +265,8 @@ def collate(batch: Sequence[Example], loss: str) -> dict[str, Tensor]:
         tokens = torch.from_numpy(example.input_ids)
         ids[i, : len(tokens)] = tokens
         mask[i, : len(tokens)] = 1
-        first = first_target(example, loss)
-        labels[i, first : len(tokens)] = tokens[first:]
+        chosen = torch.from_numpy(targets_of(example, loss))
+        labels[i, chosen] = tokens[chosen].long()
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

@@ -149,7 +149,7 @@ def test_another_tokenizer_has_another_key_even_under_the_same_name(tokenizer):
     assert len(keys) == 4
 
 
-FILES = ("tokens.npy", "references.utf8", "index.npy", "clients.npy", "meta.json")
+FILES = ("tokens.npy", "responses.npy", "references.utf8", "index.npy", "clients.npy", "meta.json")
 
 
 def _cut(path):

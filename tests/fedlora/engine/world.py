@@ -22,6 +22,7 @@ EOS = 0
 class FakeExample:
     input_ids: Any
     prompt_tokens: int
+    responses: Any = None
 
 
 @dataclass
@@ -54,6 +55,13 @@ def examples(n: int, seed: int = 0, longest: int = 12) -> list[FakeExample]:
         ids = [1, *rng.integers(1, VOCABULARY, length - 2).tolist(), EOS]
         found.append(example(ids, int(rng.integers(1, length - 1))))
     return found
+
+
+def conversation(of: FakeExample, seed: int = 0) -> FakeExample:
+    """The same tokens with several answers: some have a loss, the last one's first among them."""
+    answers = np.random.default_rng(seed).random(len(of.input_ids)) < 0.5
+    answers[of.prompt_tokens] = True
+    return FakeExample(of.input_ids, of.prompt_tokens, answers)
 
 
 def exact(network: Any) -> Any:

@@ -13,7 +13,8 @@ from fedlora.models.stages import Span, Stages
 from fedlora.split import batches
 from fedlora.split.batches import ROUND, Labels, Order, Seeds, Shape, pack, pad, step_of
 from tests import doctests
-from tests.fedlora.engine.world import examples
+from tests.fedlora.engine.world import conversation, examples
+from tests.fedlora.models.networks import VOCABULARY
 from tests.fedlora.split.world import MODELS
 
 LENGTHS = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)
@@ -59,6 +60,26 @@ def test_labels_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         Labels(first, torch.tensor(targets)).check(Shape((2, 3)), 40)
+
+
+@given(st.integers(1, 5), st.integers(0, 99), st.sampled_from(["full", "response"]))
+def test_labels_of_conversations_lie_where_their_batch_has_a_loss(
+    n: int, seed: int, loss: str
+) -> None:
+    held = [conversation(e, seed + i) if i % 2 else e for i, e in enumerate(examples(n, seed))]
+    step = step_of(held, range(n), LocalPlan(loss=loss))
+    step.labels.check(step.shape, VOCABULARY)
+    assert torch.equal(step.labels.positions(step.shape), step.batch.positions)
+    assert torch.equal(step.labels.targets, step.batch.targets)
+    if loss == "full" or n == 1:
+        assert not step.labels.gaps
+
+
+@pytest.mark.parametrize("gaps", [(5,), (-1,), (1, 1), (2, 1), (0, 1)])
+def test_gaps_that_do_not_fit_are_refused(gaps: tuple[int, ...]) -> None:
+    Labels((0, 0), torch.tensor([1, 2, 3, 4]), (1,)).check(Shape((2, 3)), 40)
+    with pytest.raises(ValueError, match="do not fit rows"):
+        Labels((0, 0), torch.tensor([1, 2, 3, 4]), gaps).check(Shape((2, 3)), 40)
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 2), (3, -1), (33,)])

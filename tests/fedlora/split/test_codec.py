@@ -60,7 +60,7 @@ def test_what_is_sent_down_arrives() -> None:
 
 
 def test_what_is_sent_up_arrives() -> None:
-    labels = Labels((0, 2), torch.tensor([5, 6, 7]))
+    labels = Labels((0, 1), torch.tensor([5, 6, 7]), gaps=(2,))
     ups = {
         4: Up(3, PARTS, Shape((2, 3)), labels, 1.5, 3, 0.25, ADAPTER, MEMORY),
         12: Failure(CLIENTS[12], "KeyError", "no such", "a traceback"),
@@ -71,7 +71,7 @@ def test_what_is_sent_up_arrives() -> None:
     assert (up.step, up.shape, up.loss, up.tokens, up.grad_norm) == (3, Shape((2, 3)), 1.5, 3, 0.25)
     same_parts(up.hidden, PARTS)
     assert up.labels is not None and up.adapter is not None and up.optimizer_state is not None
-    assert up.labels.first == labels.first
+    assert (up.labels.first, up.labels.gaps) == (labels.first, labels.gaps)
     assert torch.equal(up.labels.targets, labels.targets)
     assert_same(up.adapter, ADAPTER)
     assert_same_state(up.optimizer_state, MEMORY)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
+import torch
 
 from fedlora.core.types import Adapter, Factors, Failure, LocalPlan
 from fedlora.split.batches import Labels, Shape
@@ -220,6 +221,66 @@ def test_a_lost_last_gradient_leaves_what_came_before() -> None:
     assert f.said == ["client 1 loses the gradient of step 0: MemoryError: no room"]
     assert outcome.client(BAD).metrics["grad_norm"] == 0
     assert outcome.client(BAD).metrics["steps"] == 1
+
+
+def fill(value: float) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda values: np.full_like(values, value)
+
+
+@pytest.mark.parametrize("update", ["concat", "sequential", "per_client"])
+@pytest.mark.parametrize("cut", [Cut(2), Cut(1, 1)], ids=str)
+def test_numbers_that_spoil_the_servers_step_cost_their_client_alone(update: str, cut: Cut) -> None:
+    """Finite activations whose squares are not: the others take the step without that client."""
+    f = federation(cuts=dict.fromkeys((0, 1, 2), cut), rule=Rule(update))
+    outcome = spoiled(f, hidden(fill(3e38)), lambda _, down: down.forward)
+    assert isinstance(outcome.found[BAD], Failure)
+    assert re.search("client 1 is out for the round: .*client 1", "\n".join(f.said))
+    without = replace(f, clients=(0, 2)).play()
+    for i in (0, 2):
+        assert_same(outcome.client(i).adapter, without.client(i).adapter)
+    for key, trainable in without.server.trainables.items():
+        assert_same(outcome.server.trainables[key].adapter(), trainable.adapter())
+
+
+STATES: dict[str, Callable[[Mapping[str, torch.Tensor]], Mapping[str, torch.Tensor]]] = {
+    "NaN": lambda s: {n: t * float("nan") for n, t in s.items()},
+    "1e30": lambda s: {n: t + 1e30 for n, t in s.items()},
+    "negative": lambda s: {n: -1 - t.abs() for n, t in s.items()},
+    "int64": lambda s: {n: t.to(torch.int64) for n, t in s.items()},
+    "short": lambda s: {n: t.reshape(-1)[:0] for n, t in s.items()},
+    "another name": lambda s: {f"{n}/x": t for n, t in s.items()},
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_an_optimizer_state_that_is_none_is_not_stored(kind: str) -> None:
+    def fault(up: Up) -> Up:
+        assert up.optimizer_state is not None
+        return replace(up, optimizer_state=STATES[kind](up.optimizer_state))
+
+    outcome = spoiled(federation(), fault, lambda _, down: down.upload)
+    assert isinstance(outcome.found[BAD], Failure)
+    assert not isinstance(outcome.found[0], Failure)
+
+
+def test_a_far_move_does_not_reach_an_average_within_the_round() -> None:
+    """Of three clients one sends its change a thousandfold."""
+    f = federation(average_after=frozenset({2}), norm_factor=50.0)
+    starts = f.init(BAD).adapter
+
+    def fault(up: Up) -> Up:
+        assert up.adapter is not None
+        far = {
+            p: Factors(x.a + 1e3 * (x.a - starts[p].a), x.b + 1e3 * (x.b - starts[p].b), x.alpha)
+            for p, x in up.adapter.items()
+        }
+        return replace(up, adapter=far)
+
+    outcome = spoiled(f, fault, lambda _, down: down.upload)
+    failure = outcome.found[BAD]
+    assert isinstance(failure, Failure)
+    assert failure.kind == "RejectedUpdate"
+    assert "the median of its round" in failure.message
 
 
 def spoil(adapter: Adapter | None, kind: str) -> Adapter:

@@ -83,6 +83,7 @@ class Federation:
     adapters: Mapping[int, Adapter] = field(default_factory=dict)
     """Of clients and servers where they differ from `whole`; see `optimizer_states`."""
     average_after: frozenset[int] = frozenset()
+    norm_factor: float = 0.0
     said: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -140,7 +141,7 @@ class Federation:
         rates = learning_rates(max(steps.values()), self.plan)
         done = {i: self.done.get(i, 0) for i in self.clients}
         starts = {i: self.init(i).adapter for i in self.clients}
-        return RoundPlan(starts, done, steps, rates, rates, self.average_after)
+        return RoundPlan(starts, done, steps, rates, rates, self.average_after, self.norm_factor)
 
     def play(self, link: Link | None = None) -> "Outcome":
         server = self.server()
@@ -192,7 +193,7 @@ class FakeChannel(ClientChannel):
         asked = decode_downs(request)
         worker = self.workers[self.turn(self.served) % len(self.workers)]
         self.served += 1
-        reply = encode_ups(worker.answer(asked, state), wire=asked.wire)
+        reply = encode_ups(worker.answer(asked, state), wire=asked.wire, nonce=asked.nonce)
         self.records += [request, reply]
         return reply
 

@@ -29,13 +29,14 @@ def test_every_strategy_runs_and_leaves_a_complete_folder(federate, strategy):
     assert all(row["bytes_up"] > 0 and row["bytes_down"] > 0 for row in done.clients)
 
 
-def test_the_first_line_says_which_ranks_are_held_and_which_are_trained(federate):
-    """Where a method has clients train other ranks than they hold, both are said, in words."""
+def test_the_headline_says_which_ranks_are_held_and_which_are_trained(federate):
+    """Where a method has clients train other ranks than they hold, both are said, in words, after
+    the line that says that model and data are read."""
     held = "rank 2 in attention modules and 15 in mlp modules (6 clients), rank 15 (6 clients)"
-    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[0]
+    smallest = federate("strategy=fedit", "rounds=1").said.splitlines()[1]
     assert held in smallest
     assert smallest.endswith("; under FedIT they train rank 1 (all clients)")
-    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[0]
+    own = federate("strategy=flexlora", "rounds=1").said.splitlines()[1]
     assert held in own
     assert "under" not in own
     assert "2/15" not in smallest + own
@@ -245,11 +246,11 @@ def test_two_runs_in_one_folder(federate, tmp_path):
 
 
 def test_another_configuration_may_not_resume(federate):
-    federate()
+    federate("name=one")
     with pytest.raises(
         RunError, match=r"another configuration.*differs: client\.lr=0\.5, was 0\.[0-9]+$"
     ):
-        federate("resume=auto", "client.lr=0.5", "name=flexlora-uniform-sotu-tiny-s0")
+        federate("resume=auto", "client.lr=0.5", "name=one")
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate):
@@ -337,10 +338,10 @@ def test_only_a_run_folder_can_be_resumed(federate, tmp_path):
 
 
 def test_a_refused_resume_changes_nothing(federate):
-    done = federate()
+    done = federate("name=one")
     before = {p: p.read_bytes() for p in done.folder.glob("*.*") if p.name != "status.json"}
     with pytest.raises(RunError, match="another configuration"):
-        federate("resume=auto", "client.lr=0.5", "rounds=3")
+        federate("resume=auto", "client.lr=0.5", "rounds=3", "name=one")
     assert {p: p.read_bytes() for p in before} == before
 
 

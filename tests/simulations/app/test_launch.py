@@ -1,26 +1,15 @@
 """The launcher without Ray, and one whole run with it: words, exit codes, what is left running."""
 
-import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from flwr.common.config import parse_config_args
-from hypothesis import example, given
-from hypothesis import strategies as st
 
 from fedlora.core import variables
-from simulations.app import launch as launcher
-from simulations.app.compose import split_overrides
 from simulations.app.guard import marked
-from simulations.app.launch import (
-    filter_log,
-    launch,
-    toml_string,
-)
-from simulations.app.runtime import Runtime
+from simulations.app.launch import filter_log
 from tests.simulations.app.launched import (
     ROOT,
     SAME,
@@ -33,17 +22,6 @@ GUARD = ROOT / "simulations" / "app" / "guard.py"
 
 # ------------------------------------------------------------------------------------------ words
 
-WORDS = st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1))
-
-
-@given(WORDS)
-@example(["resume='/a folder/run'", 'name="it\'s"', r"data.path=C:\x", "a=[b,{c: 1}]"])
-def test_overrides_reach_the_server_as_they_were_typed(words):
-    line = f"overrides={toml_string(shlex.join(words))}"
-    received = parse_config_args([line])
-    assert set(received) == {"overrides"}
-    assert split_overrides("", received["overrides"]) == words
-
 
 def test_a_person_sees_the_apps_lines_and_no_routine():
     routine = "\x1b[92mINFO [0m:      Starting"
@@ -53,61 +31,18 @@ def test_a_person_sees_the_apps_lines_and_no_routine():
     assert list(filter_log(lines)) == seen
 
 
+def test_traces_before_a_failure_that_explains_itself_are_left_out():
+    trace = ["\x1b[91mERROR \x1b[0m: An exception was raised", "Traceback", "  File a.py"]
+    ended = "RUN FAILED: WorkerDied: round 1"
+    assert list(filter_log(["round 1", *trace, ended])) == ["round 1", ended]
+    assert list(filter_log([*trace, "round 2/3  done"])) == [*trace, "round 2/3  done"]
+    assert list(filter_log(trace)) == trace, "nothing explains it"
+
+
 def test_a_failure_that_explains_itself_needs_no_stack_trace():
     lines = ["RUN FAILED: RunError: too few", "Traceback (most recent call last):", "  File a.py"]
     assert list(filter_log(lines)) == lines[:1]
     assert list(filter_log(["Traceback", *lines[2:]])) == ["Traceback", *lines[2:]]
-
-
-# ------------------------------------------------------------------------------------- restarting
-
-
-@pytest.fixture
-def attempts(monkeypatch, tmp_path):
-    """Flower replaced by a list of endings; the overrides of each attempt."""
-
-    class NoFlower:
-        def __enter__(self):
-            return None
-
-        def __exit__(self, *ended):
-            return None
-
-    def play(*endings: tuple[str, str], restarts: int) -> tuple[int, list[list[str]]]:
-        asked: list[list[str]] = []
-
-        def run(flwr, overrides, runtime, emit):
-            status, kind = endings[len(asked)]
-            asked.append(list(overrides))
-            (tmp_path / "status.json").write_text(f'{{"kind": "{kind}"}}')
-            return status, tmp_path
-
-        monkeypatch.setattr(launcher, "_superlink", lambda runtime: NoFlower())
-        monkeypatch.setattr(launcher, "_run", run)
-        words = ["rounds=3", "resume=auto"]
-        return launch(words, Runtime(restarts=restarts), lambda line: None), asked
-
-    return play
-
-
-DIED, FAILED = ("finished:failed", "WorkerDied"), ("finished:failed", "RunError")
-DONE = ("finished:completed", "")
-
-
-def test_a_dead_worker_is_a_reason_to_go_on_in_the_same_folder(attempts, tmp_path):
-    code, asked = attempts(DIED, DIED, DONE, restarts=2)
-    assert code == 0
-    assert asked == [["rounds=3", "resume=auto"], *2 * [["rounds=3", f"resume='{tmp_path}'"]]]
-
-
-def test_not_for_ever(attempts):
-    code, asked = attempts(DIED, DIED, DONE, restarts=1)
-    assert (code, len(asked)) == (1, 2)
-
-
-def test_other_failures_are_no_reason(attempts):
-    code, asked = attempts(FAILED, DONE, restarts=3)
-    assert (code, len(asked)) == (1, 1)
 
 
 # ------------------------------------------------------------------------------------------ guard

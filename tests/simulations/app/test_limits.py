@@ -91,8 +91,10 @@ def test_a_learning_rate_that_never_decays_is_mentioned(federate):
     [
         (Runtime(gpus_per_worker=0.5), 2, 0, "PyTorch sees 0"),
         (Runtime(gpus_per_worker=0.5, num_gpus=4), 2, 1, "needs 4 GPUs, and PyTorch sees 1"),
-        (Runtime(device="cuda:0"), 2, 0, "no CUDA device"),
-        (Runtime(device="cuda", in_process=True), 2, 0, "no CUDA device"),
+        (Runtime(device="cuda:0"), 2, 0, "sees 0 CUDA devices"),
+        (Runtime(device="cuda", in_process=True), 2, 0, "sees 0 CUDA devices"),
+        (Runtime(device="cuda:1", gpus_per_worker=0.5), 2, 1, "sees 1 CUDA devices"),
+        (Runtime(gpus_per_worker=0.5, in_process=True), 2, 0, "PyTorch sees 0"),
         (Runtime(cpus_per_worker=3), 2, 0, "exceeds the 2 CPUs"),
         (Runtime(cpus_per_worker=3, num_cpus=2), 8, 0, "exceeds the 2 CPUs"),
     ],
@@ -108,12 +110,34 @@ def test_what_the_machine_does_not_have_is_refused(runtime, cpus, gpus, message)
     [
         Runtime(),
         Runtime(gpus_per_worker=0.5, num_gpus=1),
+        Runtime(gpus_per_worker=0.5, num_gpus=2, device="cpu"),
         Runtime(gpus_per_worker=0.5, in_process=True),
         Runtime(cpus_per_worker=64, gpus_per_worker=1.0, ray_address="host:6379"),
     ],
 )
 def test_what_it_has_is_not(runtime):
     runtime.check_machine(2, 1)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_gpus": 4},
+        {"gpus_per_worker": 1.5, "num_gpus": 3},
+        {"in_process": True, "num_gpus": 4, "gpus_per_worker": 0.5},
+        {"in_process": True, "ray_address": "auto"},
+    ],
+)
+def test_settings_without_effect_are_refused(fields):
+    with pytest.raises(ValueError, match="runtime"):
+        Runtime(**fields)
+
+
+def test_a_worker_that_was_given_a_gpu_never_falls_back():
+    assert Runtime(gpus_per_worker=0.5, num_gpus=1).worker_device == "cuda"
+    assert Runtime(gpus_per_worker=0.5, device="cpu").worker_device == "cpu"
+    assert Runtime().worker_device == "cpu"
+    assert Runtime(in_process=True).worker_device == "auto"
 
 
 def test_a_recorded_runtime_is_checked_where_it_runs():

@@ -32,6 +32,7 @@ TRAINED = [name for name, mount in METHODS.items() if mount]
 class Text:
     input_ids: NDArray[np.int64]
     prompt_tokens: int = 1
+    responses: None = None
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -17,6 +17,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.data import Jsonl, Source
 from fedlora.data.tokenizer import FolderTokenizer
 from fedlora.models.folder import find_assets
+from simulations.app.compose import load
 from simulations.tools.data import main, sources
 
 CONF = Path(__file__).parents[3] / "conf" / "data"
@@ -67,13 +68,65 @@ def test_an_example_is_shown_as_the_model_sees_it(jsonl, tokenizer_folder, capsy
     assert capsys.readouterr().err == "error: client 2 is not in 0..1\n"
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.role == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_conversation_is_shown_with_the_loss_of_each_part(tmp_path, tokenizer_folder, capsys):
+    turns = [("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "So long")]
+    rows = [{"client": 1, "messages": [{"role": r, "content": t} for r, t in turns]}] * 3
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "own.jinja").write_text(CHAT)
+    words = ["data=jsonl", f"data.path={tmp_path}/rows.json", *tokens_of(tokenizer_folder)]
+    assert main(["show", *words, f"data.template={tmp_path}/own.jinja"]) == 0
+    shown = capsys.readouterr().out
+    parts = re.findall(r"^--- (\w+), (\d+) tokens, (\d+) with a loss$", shown, re.MULTILINE)
+    assert [name for name, _, _ in parts] == ["prompt", "response"] * 2
+    for name, tokens, trained in parts:
+        assert trained == (tokens if name == "response" else "0")
+    trained, tokens = (sum(int(part[i]) for part in parts) for i in (2, 1))
+    assert f"client.loss=response: {trained} of {tokens} tokens have a loss" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "loss"),
+    [
+        ([], "full"),
+        (["data.template=alpaca"], "full"),
+        (["data.template=chat"], "response"),
+        (["data.template=chat", "client.loss=response"], "response"),
+        (["data.template=alpaca", "client.loss=response"], "response"),
+    ],
+)
+def test_a_chat_template_has_its_loss_on_answers(words, loss):
+    assert load(words).client.loss == loss
+
+
+def test_a_chat_template_with_a_loss_on_all_tokens_is_refused():
+    with pytest.raises(ConfigError, match=r"client\.loss=full with data\.template=chat: a chat"):
+        load(["data.template=chat", "client.loss=full"])
+
+
+def test_the_file_of_a_template_is_found_from_any_directory(tmp_path, monkeypatch):
+    (tmp_path / "own.jinja").write_text(CHAT)
+    monkeypatch.chdir(tmp_path)
+    cfg = load(["data.template=own.jinja"])
+    assert (cfg.data.template, cfg.client.loss) == (str(tmp_path / "own.jinja"), "response")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["data=dolly"], "e2e jsonl natural_instructions sotu"),
         (["data=jsonl"], "missing mandatory value: path"),
         (["data=sotu", "data.clients=many"], "clients='many'"),
-        (["data=sotu", "data.client=7"], "data has: _target_, clients, max_length, truncation"),
+        (
+            ["data=sotu", "data.client=7"],
+            "data has: _target_, clients, max_length, template, truncation",
+        ),
         (["data=sotu", "clients=7"], "Could not override 'clients'"),
         (["sotu"], "'sotu' missing EQUAL"),
         (["data=natural_instructions", "data.path=no/such/file"], "neither a folder nor a file"),
@@ -93,7 +146,8 @@ def test_a_folder_without_tokenizer_is_named(tmp_path, capsys):
 
 def test_the_words_are_those_of_a_run():
     words = ["data=jsonl", "data.path=/x", "data.partition=iid", "data.clients=12"]
-    source, folder = sources([*words, "client.lr=1"])
+    source, folder, loss = sources([*words, "client.lr=1"])
+    assert loss == "full"
     assert source == Jsonl(path="/x", partition="iid", clients=12)
     assert folder == find_assets("tiny")
 
@@ -110,7 +164,7 @@ def test_a_configuration_lists_every_option_with_its_default(file):
         node.path = "x"
     source = build(node, Source, "data")
     assert list(node)[1:] == sorted(
-        (f.name for f in fields(cls)), key=lambda n: n in ("max_length", "truncation")
+        (f.name for f in fields(cls)), key=lambda n: n in ("max_length", "truncation", "template")
     )
     assert source.name == file.stem
     required = {"path": source.path} if hasattr(source, "path") else {}

@@ -13,7 +13,7 @@ from fedlora.engine.fused import batch as batches
 from fedlora.engine.fused.bank import Layouts
 from fedlora.engine.fused.batch import Lane, padded_batch, ragged_batch
 from tests import doctests
-from tests.fedlora.engine.world import example
+from tests.fedlora.engine.world import conversation, example
 
 MODULES = (Module("w", "attention", 5, 6),)
 LAYOUTS = Layouts(MODULES)
@@ -35,7 +35,8 @@ def lane_lists(draw):
         for _ in range(draw(st.integers(1, 3))):
             length = draw(st.integers(2, 9))
             prompt = draw(st.integers(0, length - 1))
-            held.append(example(list(range(token, token + length)), prompt))
+            plain = example(list(range(token, token + length)), prompt)
+            held.append(conversation(plain, token) if draw(st.booleans()) else plain)
             token += length
         lanes.append(
             Lane(

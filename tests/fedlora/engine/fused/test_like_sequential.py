@@ -28,6 +28,7 @@ from tests.fedlora.engine.fused.harness import (
 )
 from tests.fedlora.engine.world import (
     FakeStore,
+    conversation,
     distance,
     example,
     examples,
@@ -61,7 +62,8 @@ PLANS = st.builds(
 
 @st.composite
 def populations(draw):
-    """Jobs and data: some clients alike, some with one-token sequences, some without modules."""
+    """Jobs and data: some clients alike, some with one-token sequences or several answers, some
+    without modules."""
     on, few = (
         draw(st.sampled_from(["llama", "gpt2"])),
         draw(st.lists(PLANS, min_size=1, max_size=3)),
@@ -70,6 +72,8 @@ def populations(draw):
     for k in range(draw(st.integers(1, 6))):
         longest = draw(st.sampled_from([4, 8, 31]))
         held[k] = examples(draw(st.integers(1, 5)), draw(st.integers(0, 9)), longest)
+        if draw(st.booleans()):
+            held[k] = [conversation(e, k) for e in held[k]]
         if draw(st.booleans()):
             held[k].append(example([1, draw(st.integers(0, VOCABULARY - 1))]))
         begin = start(resident(on), draw(st.sampled_from([1, 3, mixed])), seed=k)

@@ -1,0 +1,67 @@
+"""Metrics of evaluations are foreign input: a client that forges them is left out and named."""
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fedlora.core.metric import EXP_MEAN, TOTAL, Metric, count
+from fedlora.core.types import Client, Evaluation, Failure, Ranks
+from fedlora.server.evaluation_round import evaluation_record, validate_evaluations
+
+CLIENTS = [Client(i, Ranks({"w": 2}), 10) for i in range(4)]
+METRICS = {
+    "examples": count(5),
+    "loss_full": Metric(2.0, 40.0),
+    "perplexity": Metric(2.0, 40.0, EXP_MEAN),
+    "rouge_l": Metric(0.5, 5.0, interval=True),
+}
+BAD = 1
+
+
+def cohort(**more: Metric):
+    found = [Evaluation(c, METRICS) for c in CLIENTS]
+    found[BAD] = replace(found[BAD], metrics={**METRICS, **more})
+    return found
+
+
+FORGED = {
+    "a NaN count": {"examples": Metric(math.nan, over_clients=TOTAL)},
+    "an infinite count": {"examples": Metric(math.inf, over_clients=TOTAL)},
+    "a negative count": {"examples": Metric(-1.0, over_clients=TOTAL)},
+    "a huge value": {"loss_full": Metric(1e300, 40.0)},
+    "a NaN weight": {"loss_full": Metric(2.0, math.nan)},
+    "an infinite weight": {"loss_full": Metric(2.0, math.inf)},
+    "a negative weight": {"loss_full": Metric(2.0, -40.0)},
+    "another way to combine": {"loss_full": Metric(2.0, 40.0, TOTAL)},
+    "an interval": {"loss_full": Metric(2.0, 40.0, interval=True)},
+    "the round": {"round": Metric(99.0)},
+    "the kind": {"kind": Metric(1.0)},
+    "the clients": {"clients": count(1000)},
+    "a summary's name": {"loss_full_weighted": Metric(0.0)},
+    "a long name": {"k" * 10**4: Metric(0.0)},
+    "a name with an escape": {"\x1b[2J": Metric(0.0)},
+    "too many": {f"m{i}": Metric(0.0) for i in range(100)},
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_the_record_is_that_without_the_client(kind):
+    found = validate_evaluations(cohort(**FORGED[kind]))
+    failure = found[BAD]
+    assert isinstance(failure, Failure)
+    assert failure.kind == "RejectedEvaluation"
+    assert failure.message.startswith("its metric") or failure.message.startswith("it has")
+    without: list[Evaluation | Failure] = list(cohort())
+    without[BAD] = Failure(CLIENTS[BAD], "PlantedFault", "no")
+    records = [evaluation_record("seen:full", r, round=3, seconds=1.0) for r in (found, without)]
+    assert records[0] == records[1]
+    assert records[0]["round"] == 3
+    assert records[0]["failed"] == 1
+
+
+def test_a_model_that_diverged_is_no_fault():
+    """Means that are no numbers are left out of a summary, as before."""
+    found = validate_evaluations(cohort(loss_full=Metric(math.nan, 40.0)))
+    assert not any(isinstance(r, Failure) for r in found)
+    assert evaluation_record("seen:full", found, round=1, seconds=0.0)["loss_full"] == 2.0
