@@ -1,14 +1,14 @@
 """One evaluation of the global model: its clients, its adapters and its record."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
 from fedlora.server.method import Method
-from fedlora.server.training_round import variant_key
+from fedlora.server.training_round import Shared, same_payload, variant_key
 from fedlora.server.validation import check_evaluation
 
 REJECTED = "RejectedEvaluation"
@@ -42,19 +42,20 @@ def evaluation_jobs(
         kept: returns what a client of this id keeps.
     """
     whole = {"full": None, "largest": max_ranks}
-    shared = dict[Hashable, Payload]()
+    check = adapter == "own" and round.bit_count() <= 1
+    shared = Shared[Payload](same_payload, check)
     jobs = []
     for client in clients:
         enlisted = method.enlist(state, client)
         mine = kept(client.id) if adapter == "own" else None
         key = variant_key(method, state, enlisted, mine) if adapter == "own" else None
-        if key not in shared:
-            shared[key] = method.technique.payload(
-                method.personal_update(state, client, mine)
-                if adapter == "own"
-                else method.global_update(state, whole[adapter])
-            )
-        jobs.append(EvaluateJob(seed, round, enlisted, shared[key], plan))
+
+        def made(client: Client = client, mine: Kept | None = mine) -> Payload:
+            if adapter == "own":
+                return method.technique.payload(method.personal_update(state, client, mine))
+            return method.technique.payload(method.global_update(state, whole[adapter]))
+
+        jobs.append(EvaluateJob(seed, round, enlisted, shared.get(key, client, made), plan))
     return jobs
 
 
