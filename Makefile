@@ -9,7 +9,7 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test regression check lint types smoke notebooks smollm2 results bench lines \
+.PHONY: help setup run test regression check lint types smoke notebooks smollm2 results bench gpu-check lines \
         lock clean
 
 help:  ## this list
@@ -59,18 +59,22 @@ smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 results: setup  ## the tables of recorded results in README and docs/
 	$(PY) -m simulations.reporting.results
 
+gpu-check: setup  ## on a machine with a GPU: what can only be checked there, in ten minutes
+	$(PY) -m simulations.bench.gpu
+
 lines:  ## lines by room, comments, longest functions
 	$(PY) -m tests.lines
 
 bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
-	@set -e; for script in $$(grep -l '^def main' simulations/bench/*.py simulations/bench/*/__main__.py); do \
+	@set -e; for script in $$(grep -l '^def main' simulations/bench/*.py simulations/bench/*/__main__.py \
+	        | grep -v -e /gpu.py -e bench/__main__.py); do \
 	    module=$$(tr / . <<< "$${script%.py}"); module=$${module%.__main__}; \
 	    echo "== $$module"; $(PY) -m $$module $(ARGS); \
 	done
 
 lock:  ## renew constraints.txt from the newest versions that pyproject.toml and requirements.in allow
 	$(PYTHON) -m venv --clear build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,smollm2]'
+	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,smollm2,joblib,slurm]'
 	( sed '/^$$/q' constraints.txt; \
 	  build/lock/bin/python -m pip freeze --all --exclude fedlora --exclude pip \
 	  | sed -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d' -e 's/+[a-z0-9.]*$$//' ) > build/constraints.txt

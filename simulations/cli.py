@@ -21,13 +21,16 @@ COMMANDS = {
     "study": ("simulations.run", "every combination of values that commas separate"),
     "report": ("simulations.reporting.report", "a run, or several side by side, as one HTML page"),
     "merge": ("simulations.tools.merge", "the base model with a run's update added"),
-    "generate": ("simulations.tools.generate", "texts of a run's model, and their scores"),
+    "export": ("simulations.tools.export", "a run's adapter for PEFT, and its upload"),
+    "generate": ("simulations.tools.generate", "answers of a run's model, or texts with scores"),
+    "evaluate": ("simulations.tools.evaluate", "a run's model on lm-evaluation-harness tasks"),
     "data": ("simulations.tools.data", "statistics and examples of a data set"),
     "pretrain": ("simulations.pretraining.pretrain", "a small base model from nothing"),
     "finetune": (
         "simulations.centralized.finetune",
         "the same data on one machine, for comparison",
     ),
+    "bench": ("simulations.bench.__main__", "how fast the engines are, beside others"),
 }
 """Module and purpose of each command."""
 

@@ -23,6 +23,7 @@ from fedlora.core.payload import Payload
 from fedlora.core.seeding import torch_seed
 from fedlora.core.types import Client, Factors, Ranks, Setting, Update
 from fedlora.techniques.rebased.payload import Rebased
+from fedlora.wire.codec import WIRE_BYTES
 from strategies.base import LoRAStrategy
 
 SHIFT = "shift/"
@@ -81,6 +82,12 @@ class FLoRA(LoRAStrategy):
 
     def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
         return Rebased(_shift(state))
+
+    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+        """The bytes of ``g``: a client draws the round's ``A`` from the seed, and ``B`` is zero. In
+        the first round ``g`` is zero too."""
+        scalars = sum(g.numel() for g in _shift(state).values()) if int(state["round"]) else 0
+        return scalars * WIRE_BYTES[wire]
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)

@@ -174,7 +174,7 @@ def test_the_source_distribution_can_build_itself(checkout, tmp_path):
 
 def test_the_lock_pins_everything_that_is_declared_and_obeys_its_bounds():
     pins = {canonicalize_name(r.name): r.specifier for r in requirements(ROOT / "constraints.txt")}
-    for requirement in [*declared(), *extras("dev", "notebooks", "smollm2")]:
+    for requirement in [*declared(), *extras("dev", "notebooks", "smollm2", "joblib", "slurm")]:
         name = canonicalize_name(requirement.name)
         assert name in pins, f"{name} is not in constraints.txt"
         (pin,) = pins[name]
@@ -196,7 +196,10 @@ def imported(path: Path) -> set[str]:
 def test_everything_imported_is_declared():
     known = {
         canonicalize_name(r.name)
-        for r in [*declared(), *extras("smollm2", "quantization", "privacy", "meteor")]
+        for r in [
+            *declared(),
+            *extras("smollm2", "quantization", "privacy", "meteor", "pfl", "evaluate"),
+        ]
     } | {"ray"}  # flwr[simulation] pins it
     distributions = packages_distributions()
     third_party = {

@@ -7,6 +7,6 @@ from fedlora.core import variables
 
 
 def cache_root() -> Path:
-    """``$FEDLORA_CACHE``, else ``~/.cache/fedlora``: token stores, models, tuning."""
+    """``$FEDLORA_CACHE``, else ``~/.cache/fedlora``: token stores and models."""
     root = os.environ.get(variables.CACHE)
     return Path(root).expanduser().absolute() if root else Path.home() / ".cache" / "fedlora"

@@ -13,20 +13,23 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from fedlora.core.errors import RunFolderError
+from fedlora.core.errors import ConfigError, RunFolderError
 
 log = logging.getLogger(__name__)
 
 RUN_LOCK = "run.lock"
 RUN_OWNER = "run.owner.json"
+RECORD = "fedlora.json"
+"""What an output folder is and which files belong to it (`output_folder`)."""
 _DRAFT = ".unfinished_"
 
 
@@ -91,16 +94,21 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
     A folder that already has the name is replaced. A kill between the two renames of a replacement
     leaves no folder of that name: keep another one (`fedlora.run.checkpoint` keeps earlier rounds)
-    or make it again (`made_once`).
+    or make it again (`made_once`). Files get the mode that the process's umask gives to new ones;
+    safetensors writes them for their owner alone.
 
     Yields:
         The draft; if the block raises, it is removed and the target stays as it was.
     """
     with naming(target), draft_folder(target) as draft:
         yield draft
+        mode = draft.stat().st_mode & 0o666  # the draft is new: umask and defaults are in it
         for path in draft.rglob("*"):
-            if not path.is_symlink():
-                _flush(path)
+            if path.is_symlink():
+                continue
+            if path.is_file():
+                path.chmod(mode)
+            _flush(path)
         _flush(draft)
         if target.exists():
             with draft_folder(target) as replaced:
@@ -109,6 +117,66 @@ def whole_folder(target: Path) -> Iterator[Path]:
         else:
             draft.rename(target)
     _flush(target.parent)
+
+
+@contextmanager
+def output_folder(target: Path, about: Mapping[str, Any]) -> Iterator[Path]:
+    """`whole_folder` for a place that a user has named: only earlier output is replaced.
+
+    Args:
+        target: missing, empty, or with nothing in it but what an earlier call wrote there.
+        about: JSON values for `RECORD`, read at the end of the block; the names of the files are
+            added to them.
+
+    Raises:
+        ConfigError: at once, if the target holds anything else.
+    """
+    require_own(target)
+    with whole_folder(target) as draft:
+        yield draft
+        names = sorted(_files(draft) | {RECORD})
+        text = json.dumps({**about, "files": names}, indent=1, ensure_ascii=False)
+        write_file(draft / RECORD, text + "\n")
+
+
+def require_own(target: Path) -> None:
+    """Refuse a place for output that holds anything that no earlier output left there.
+
+    Raises:
+        ConfigError: naming one such file.
+    """
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file: name a new folder")
+    found = _files(target) if target.exists() else set()
+    foreign = sorted(found - set(output_record(target).get("files", ())) - {RECORD})
+    if foreign:
+        raise ConfigError(
+            f"{target} holds {foreign[0]}, which no earlier output of fedlora left there "
+            f"({len(foreign)} files): name a new folder, or empty this one"
+        )
+
+
+def output_record(folder: Path) -> dict[str, Any]:
+    """What `output_folder` noted of a folder; empty: it was not made by it.
+
+    Raises:
+        ConfigError: if the note cannot be read.
+    """
+    file = folder / RECORD
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("files"), list):
+        raise ConfigError(f"{file} is damaged: it lists no files")
+    return found
+
+
+def _files(folder: Path) -> set[str]:
+    """Every file below a folder, by its path in it."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
 
 
 def made_once(

@@ -38,7 +38,8 @@ class Payload(ABC):
     keeps_zeros: ClassVar[bool] = False
     """Whether the zeros of a pruned base stay zero under it."""
     folder: ClassVar[str] = "adapter"
-    """Subfolder of a run folder to which the final payload is exported."""
+    """Subfolder of a run folder to which the final payload is exported: ``adapter`` or ``update``;
+    empty: no format can hold it."""
     alone: ClassVar[str] = "updates of another kind one by one"
     """The note of an engine that runs clients with this start one by one. Payloads with `low_rank`
     factors run together and need none."""
@@ -156,14 +157,30 @@ class Payload(ABC):
         """Write it for others, in a standard format where there is one.
 
         Args:
-            folder: made if it does not exist; what is there is replaced.
+            folder: an empty one.
             info: `fedlora.models.modules.ModelInfo` of the base.
             base_name: folder or hub id of the base.
             dropout: what further training would use.
 
         Returns:
-            What a user should know of it, if anything. Nothing is written where nothing can be.
+            What a user should know of it, if anything. Nothing is written without `folder`.
         """
+
+    def reader(self, folder: Path) -> str | None:
+        """The other program, with its version, that reads what `export` wrote; None: no one."""
+        return None
+
+    def read_elsewhere(self, folder: Path, network: Any) -> Any:
+        """The plain base with the exported folder on it, as that program mounts it.
+
+        Args:
+            folder: written by `export`.
+            network: a ``PreTrainedModel`` of the base as its files have it; may be changed.
+
+        Returns:
+            What computes as ``network`` does.
+        """
+        raise TypeError(f"no other program reads {self.noun}")
 
     @classmethod
     @abstractmethod

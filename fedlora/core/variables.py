@@ -5,7 +5,7 @@ workers set the rest for what they start.
 """
 
 CACHE = "FEDLORA_CACHE"
-"""Folder of token stores, converted and pruned models, tuning and interrupted pre-training; default
+"""Folder of token stores, converted and pruned models, and interrupted pre-training; default
 ``~/.cache/fedlora``."""
 OUTPUT = "FEDLORA_OUTPUT"
 """Folder in which run folders are made; ``output_dir``."""

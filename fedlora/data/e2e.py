@@ -66,6 +66,8 @@ class E2E(Source):
     """The E2E NLG challenge from the official CSV files or a Parquet file."""
 
     name: ClassVar[str] = "e2e"
+    licence: ClassVar[str] = "CC BY-SA 4.0"
+
     path: str
     """A folder, or the official zip file, with ``trainset.csv``, ``devset.csv`` and
     ``testset_w_refs.csv``; or a Parquet file with the columns ``split`` (``train``, ``valid``,

@@ -46,6 +46,7 @@ class NaturalInstructions(Source):
     """Natural Instructions from a folder, a Parquet file or the hub."""
 
     name: ClassVar[str] = "natural_instructions"
+    licence: ClassVar[str] = "Apache-2.0"
 
     path: str
     """A folder with ``local_{training,eval,test}_{i}.json``, a Parquet file with the columns

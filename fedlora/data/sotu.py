@@ -46,6 +46,7 @@ class Sotu(Source):
     """State of the Union addresses from 1901 on, in runs of consecutive passages."""
 
     name: ClassVar[str] = "sotu"
+    licence: ClassVar[str] = "public domain (works of the US government)"
 
     clients: int = 1600
     """How many; each is one president's. The text of presidents too small for a client of their

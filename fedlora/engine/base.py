@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -20,6 +22,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.modules import ModelInfo
 
 
 class Engine(Protocol):
@@ -46,6 +49,17 @@ class EngineSpec:
         """The number of messages per worker in a round. A few large messages suit an engine that
         works on many jobs at once; many small messages keep workers evenly busy."""
         return 4
+
+    def settled(self, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> "EngineSpec":
+        """The same with everything decided that a run leaves to the engine. A server asks once per
+        run, records the answer and sends it to all workers.
+
+        Args:
+            info: the base model.
+            dtype: the type that it computes in.
+            device: the workers' kind of device.
+        """
+        return self
 
     @abstractmethod
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:

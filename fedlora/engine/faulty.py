@@ -29,6 +29,7 @@ from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, EngineSpec, failure
 from fedlora.engine.sequential import Sequential
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.modules import ModelInfo
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,10 @@ class Faulty(EngineSpec):
     @property
     def messages_per_worker(self) -> int:
         return self.inner.messages_per_worker
+
+    def settled(self, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> "Faulty":
+        """The same around a settled inner engine."""
+        return replace(self, inner=self.inner.settled(info, dtype, device))
 
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The inner engine behind the faults."""

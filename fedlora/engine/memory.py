@@ -19,13 +19,3 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):  # another C library, or Windows
         return False
     return bool(mallopt(_M_MMAP_THRESHOLD, _BLOCK)) and bool(mallopt(_M_TRIM_THRESHOLD, _KEEP))
-
-
-def return_freed_memory() -> bool:
-    """Ask the C library to return free memory to the system, so that the size of the process is the
-    memory in use; whether it supports that (only glibc does)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return False
-    return True

@@ -1,15 +1,16 @@
 """What a run leaves: its final payload in a folder, and the base model with an update merged in."""
 
-import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fedlora.core.errors import ModelError
+from fedlora.core.files import RECORD, output_folder, output_record, require_own
 from fedlora.core.payload import Payload, payload_class, target_of
-from fedlora.models.folder import MASKS
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
 from fedlora.models.masks import (
@@ -20,42 +21,31 @@ from fedlora.models.masks import (
     save_masks,
 )
 from fedlora.models.modules import ModelInfo
+from fedlora.models.spec import no_progress_bar
 
-KIND = "payload.json"
-"""Which class can read a folder."""
+SUBFOLDERS = ("adapter", "update")
+"""Of a run folder, for its final payload (`Payload.folder`)."""
+TARGET, BASE = "_target_", "base"
+"""Keys of an exported folder's record: the class that can read it, and its base's fingerprint."""
 
 
-def export(
-    payload: Payload, run: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
-) -> str:
-    """Write a run's final payload into the subfolder of its kind.
+def about(kind: type[Payload], info: ModelInfo) -> dict[str, Any]:
+    """What the record of a folder with a payload says (`fedlora.core.files.output_folder`)."""
+    return {TARGET: target_of(kind), BASE: info.fingerprint, "base_name": info.name}
 
-    Args:
-        payload: to be written.
-        run: the run's folder.
-        info: of the base model.
-        base_name: folder or hub id of the base model.
-        dropout: what further training would use.
 
-    Returns:
-        What a user should know of it, if anything.
+def remove_exports(run: Path, keep: str = "") -> None:
+    """Remove the payloads that a run has exported, but for one subfolder: they are of an earlier
+    end of the run.
+
+    Raises:
+        ConfigError: if one of them holds anything else.
     """
-    folder = run / payload.folder
-    said = payload.export(folder, info, base_name, dropout)
-    if folder.is_dir():
-        remember(folder, type(payload))
-    return said
-
-
-def remember(folder: Path, kind: type[Payload]) -> None:
-    """Note which class can read a folder."""
-    text = json.dumps({"_target_": target_of(kind)})
-    (folder / KIND).write_text(text + "\n", encoding="utf-8")
-
-
-def forget(folder: Path) -> None:
-    """The inverse: a folder in somebody else's format."""
-    (folder / KIND).unlink(missing_ok=True)
+    for name in SUBFOLDERS:
+        require_own(run / name)
+    for name in SUBFOLDERS:
+        if name != keep:
+            shutil.rmtree(run / name, ignore_errors=True)
 
 
 def exported(folder: Path) -> type[Payload] | None:
@@ -64,13 +54,13 @@ def exported(folder: Path) -> type[Payload] | None:
     Raises:
         ModelError: if that is no payload class.
     """
-    file = folder / KIND
-    if not file.is_file():
+    record = output_record(folder)
+    if TARGET not in record:
         return None
     try:
-        return payload_class(json.loads(file.read_text(encoding="utf-8"))["_target_"], load=True)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: {error}") from error
+        return payload_class(record[TARGET], load=True)
+    except ValueError as error:
+        raise ModelError(f"{folder / RECORD}: {error}") from error
 
 
 def load(run: Path, info: ModelInfo, otherwise: type[Payload]) -> Payload:
@@ -84,16 +74,47 @@ def load(run: Path, info: ModelInfo, otherwise: type[Payload]) -> Payload:
     Raises:
         ModelError: if there is none, or it is of another base.
     """
-    for name in ("adapter", "update"):
-        kind = exported(run / name)
-        if kind is not None:
-            return kind.load(run / name, info)
-    return otherwise.load(run / otherwise.folder, info)
+    found = [run / name for name in SUBFOLDERS if exported(run / name) is not None]
+    return read(found[0] if found else run / otherwise.folder, info, otherwise)
+
+
+def read(folder: Path, info: ModelInfo, otherwise: type[Payload]) -> Payload:
+    """The payload in an exported folder.
+
+    Raises:
+        ModelError: if there is none, or it was trained on another base.
+    """
+    require_base(folder, info)
+    return (exported(folder) or otherwise).load(folder, info)
+
+
+def require_base(folder: Path, info: ModelInfo) -> None:
+    """Refuse a payload on a base that it was not trained on; one that names no base may go on any.
+
+    Raises:
+        ModelError: naming both bases.
+    """
+    record = output_record(folder)
+    if record.get(BASE, info.fingerprint) != info.fingerprint:
+        raise ModelError(
+            f"{folder} was trained on the base {record.get('base_name')} ({record[BASE]}), and "
+            f"{info.name} is another ({info.fingerprint}): an update is valid on its own base only"
+        )
 
 
 def merge(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
+    """`write_merged` into a folder of its own; an earlier merged model there is replaced.
+
+    Raises:
+        ConfigError: if the folder holds anything else.
+    """
+    with output_folder(folder, {BASE: model.info.fingerprint}) as draft:
+        write_merged(model, payload, draft)
+
+
+def write_merged(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
     """Write the base with an update added to its weights (``None``: as it is), in Hugging Face's
-    layout of a plain model.
+    layout of a plain model, into an empty folder; transformers then reads every tensor back.
 
     What is mounted on the model does not matter and is not changed. Sums are rounded once to the
     type in which the base is held. A pruned base's masks go along while its zeros are where they
@@ -102,7 +123,7 @@ def merge(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
     Raises:
         TypeError: if the base is quantised.
         ModelError: if an update that keeps zeros would move one of its pruned base, or make a
-            weight infinite.
+            weight infinite; if transformers reads another tensor than was written.
     """
     merged = model.base_state(payload)
     masks = _masks(model) if model.info.mask else {}
@@ -121,8 +142,27 @@ def merge(model: LanguageModel, payload: Payload | None, folder: Path) -> None:
     model.tokenizer.save_pretrained(str(folder))
     if masks:
         save_masks(masks, folder)
-    else:
-        (folder / MASKS).unlink(missing_ok=True)
+    _check_read_back(model, merged, folder)
+
+
+def _check_read_back(model: LanguageModel, merged: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse a folder of which transformers reads other tensors than those that were written."""
+    kind: Any = type(model.network)
+    with no_progress_bar():
+        network, report = kind.from_pretrained(
+            folder, dtype=model.network.dtype, local_files_only=True, output_loading_info=True
+        )
+    if report["missing_keys"] or report["unexpected_keys"] or report["mismatched_keys"]:
+        wrong = sorted({*report["missing_keys"], *report["unexpected_keys"]})
+        raise ModelError(f"merging {model.info.name}: transformers reads its files without {wrong}")
+    found = network.state_dict()
+    for name, tensor in merged.items():
+        if name not in found or not torch.equal(found[name], tensor.to("cpu", found[name].dtype)):
+            raise ModelError(
+                f"merging {model.info.name}: transformers reads another {name} than was written "
+                "(a weight that is tied to another cannot be updated alone): choose other "
+                "model.targets, or use the adapter"
+            )
 
 
 def _masks(model: LanguageModel) -> Masks:

@@ -1,7 +1,8 @@
 """Which linear layers of a causal language model carry an adapter, and what they are."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,16 @@ from fedlora.core.errors import ModelError
 from fedlora.core.types import Adapter, Module
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
+
+_SCAN = ("dt_proj", "x_proj", "out_proj")
+WEIGHT_READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"mamba": _SCAN, "falcon_mamba": _SCAN, "jamba": ("dt_proj",)}
+    | dict.fromkeys(
+        ("mamba2", "nemotron_h", "bamba", "granitemoehybrid", "zamba2", "falcon_h1"), ("out_proj",)
+    )
+)
+"""Model type -> ends of linear layers that some kernel does not call: it reads their weight, and an
+adapter beside the weight would be ignored. Found in the modelling files of transformers 5.23."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +72,39 @@ def kind(path: str) -> Literal["attention", "mlp"]:
     return "attention" if any("attn" in p or "attention" in p for p in parts) else "mlp"
 
 
+def text_part(network: Any) -> str:
+    """The path of the language model within a network that also takes images or sounds, with a dot
+    at its end; empty: the whole network is one.
+
+    Clients train on text, which never passes through the other parts.
+    """
+    if network.config.get_text_config() is network.config:
+        return ""
+    decoder = network.get_decoder()
+    paths = [path for path, module in network.named_modules() if module is decoder]
+    return f"{paths[0]}." if paths and paths[0] else ""
+
+
 def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ...]:
     """The linear layers that ``targets`` names, in the order of ``named_modules()``.
 
     Args:
         network: a ``PreTrainedModel``, on any device (``meta`` too).
         targets: ``all-linear`` (every linear layer except the output embedding, as in PEFT), or
-            ends of module paths such as ``q_proj`` or ``layers.0.mlp.up_proj``.
+            ends of module paths such as ``q_proj`` or ``layers.0.mlp.up_proj``. Of a network that
+            also takes images or sounds, only layers of its language model (`text_part`).
+            Layers whose weight is read past them (`WEIGHT_READ`) are left out.
 
     Raises:
         ModelError: if a target matches no linear layer.
     """
-    head = network.get_output_embeddings()
+    head, inside = network.get_output_embeddings(), text_part(network)
+    read = WEIGHT_READ.get(network.config.get_text_config().model_type, ())
     linear = {
         path: layer
         for path, layer in network.named_modules()
-        if is_linear(layer) and layer is not head
+        if is_linear(layer) and layer is not head and path.startswith(inside)
+        if path.rpartition(".")[2] not in read
     }
     if targets == "all-linear":
         chosen = set(linear)

@@ -61,6 +61,11 @@ class ModelSpec(ABC):
     def name(self) -> str:
         """Short, for run names and tables."""
 
+    @property
+    def hub_id(self) -> str:
+        """What others load it by; empty: it is a folder of this machine."""
+        return ""
+
     @abstractmethod
     def folder(self) -> Path:
         """The absolute folder of the model, fetched or converted if need be.
@@ -136,14 +141,26 @@ class ModelSpec(ABC):
             ModelError: if weights are missing or do not fit the configuration, or a pruned model's
                 zeros are not where its masks say.
         """
-        from transformers import AutoModelForCausalLM
-
         from fedlora.models.language_model import LanguageModel
 
-        info, folder, placement = self.describe(), self.folder(), self._placement(device)
+        info, folder, network = self.describe(), self.folder(), self.network(device)
+        if info.mask:
+            check_network(load_masks(folder), network, str(folder))
+        self._split(network)
+        return LanguageModel(network, self.tokenizer(), info, folder)
+
+    def network(self, device: torch.device) -> Any:
+        """The ``PreTrainedModel`` as transformers makes it of the files, nothing split or wrapped.
+
+        Raises:
+            ModelError: if weights are missing or do not fit the configuration.
+        """
+        from transformers import AutoModelForCausalLM
+
+        folder, placement = self.folder(), self._placement(device)
         auto: Any = AutoModelForCausalLM
         try:
-            with _no_progress_bar():
+            with no_progress_bar():
                 network, report = auto.from_pretrained(
                     folder,
                     dtype=getattr(torch, self.dtype),
@@ -164,10 +181,7 @@ class ModelSpec(ABC):
         _check_finite(network, folder)
         if not placement:
             network.to(device)
-        if info.mask:
-            check_network(load_masks(folder), network, str(folder))
-        self._split(network)
-        return LanguageModel(network, self.tokenizer(), info, folder)
+        return network
 
     def _config(self, folder: Path) -> "PretrainedConfig":
         """The configuration of a complete folder that holds a causal language model."""
@@ -233,7 +247,7 @@ def import_transformers() -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Keep transformers' bars out of the log of a worker that loads in a blink."""
     from transformers.utils import logging as transformers_logging
 
@@ -344,6 +358,10 @@ class HuggingFace(ModelSpec):
         return Path(self.path).name
 
     @property
+    def hub_id(self) -> str:
+        return "" if self.is_local else self.path
+
+    @property
     def is_local(self) -> bool:
         """Whether ``path`` is a folder rather than a hub id."""
         return Path(self.path).expanduser().is_dir()
@@ -382,10 +400,10 @@ class HuggingFace(ModelSpec):
             self, revision=self._found().name
         )  # snapshots are named by commit
 
-    def load(self, device: torch.device) -> "LanguageModel":
+    def network(self, device: torch.device) -> Any:
         if self.quantization != "none":
             _require_bitsandbytes(self.quantization)
-        return super().load(device)
+        return super().network(device)
 
     def _trust(self) -> dict[str, Any]:
         return {"trust_remote_code": self.trust_remote_code}

@@ -139,7 +139,7 @@ class Pruned(ModelSpec):
             store = self._store(base)
             text = [store.name, self._calibrators(TokenStore(store)), self.samples, self.length]
         how = [self.method, self.pattern, self.sequential, self.dtype, self.targets]
-        parts = [VERSION, info.fingerprint, how, text]
+        parts = [VERSION, info.fingerprint, base.tokenizer_id(), how, text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def _store(self, base: ModelSpec) -> Path:
@@ -157,7 +157,7 @@ class Pruned(ModelSpec):
 
     def _make(self, base: ModelSpec, draft: Path) -> None:
         """Prune, and write the model into a folder."""
-        from fedlora.models.export import merge  # PEFT: seconds that a description need not wait
+        from fedlora.models.export import write_merged
 
         model = base.load(torch.device("cpu"))
         if model.info.splits:
@@ -180,7 +180,7 @@ class Pruned(ModelSpec):
                 f"model.pattern={self.pattern} leaves {whole[0]} without a zero ({len(whole)} of "
                 f"{len(masks)} layers): choose a larger fraction"
             )
-        merge(model, None, draft)
+        write_merged(model, None, draft)
         about |= {"mask": save_masks(masks, draft), "density": density(masks)}
         about |= {"base": self.base.name, "method": self.method, "pattern": self.pattern}
         about |= {"sequential": self.sequential, "calibration_clients": list(texts)}

@@ -36,6 +36,9 @@ class Tracker(Protocol):
     def clients(self, rows: Sequence[Record]) -> None:
         """One row per client of a finished round."""
 
+    def evaluated(self, rows: Sequence[Record]) -> None:
+        """One row per client of a finished evaluation of one group and adapter."""
+
     def close(self) -> None:
         """The run is over."""
 
@@ -161,6 +164,9 @@ class Trackers:
     def clients(self, rows: Sequence[Record]) -> None:
         self._each("clients", rows)
 
+    def evaluated(self, rows: Sequence[Record]) -> None:
+        self._each("evaluated", rows)
+
     def close(self) -> None:
         self._each("close")
 
@@ -178,7 +184,8 @@ class Trackers:
 
 
 class JsonlTracker:
-    """``metrics.jsonl`` and ``clients.jsonl``, on the disk before the next round begins.
+    """``metrics.jsonl``, ``clients.jsonl`` and ``evaluations.jsonl``, on the disk before the next
+    round begins.
 
     NaN and infinities are written as null: JSON has no word for them.
     """
@@ -187,8 +194,10 @@ class JsonlTracker:
         folder.mkdir(parents=True, exist_ok=True)
         self.metrics_file = folder / "metrics.jsonl"
         self.clients_file = folder / "clients.jsonl"
-        for file in (self.metrics_file, self.clients_file):
+        self.evaluations_file = folder / "evaluations.jsonl"
+        for file in (self.metrics_file, self.clients_file, self.evaluations_file):
             _forget_after(file, after_round)
+        _forget_unfinished(self.evaluations_file, self.metrics_file)
 
     def config(self, values: Mapping[str, Any]) -> None:
         """Nothing: ``config.yaml`` lies beside the records."""
@@ -198,6 +207,9 @@ class JsonlTracker:
 
     def clients(self, rows: Sequence[Record]) -> None:
         _append(self.clients_file, rows)
+
+    def evaluated(self, rows: Sequence[Record]) -> None:
+        _append(self.evaluations_file, rows)
 
     def close(self) -> None:
         """Nothing: every record is already on the disk."""
@@ -264,6 +276,18 @@ def _forget_after(file: Path, last: int) -> None:
         return
     kept = [r for r in _records(file) if r["round"] <= last]
     write_file(file, _lines(kept))
+
+
+def _forget_unfinished(rows: Path, metrics: Path) -> None:
+    """Drop the rows of clients whose evaluation has no record: a resumed run repeats it."""
+    if not rows.exists():
+        return
+    keys = ("round", "group", "adapter")
+    whole = {
+        tuple(r.get(k) for k in keys) for r in read_jsonl(metrics) if r.get("kind") == "evaluate"
+    }
+    kept = [r for r in _records(rows) if tuple(r.get(k) for k in keys) in whole]
+    write_file(rows, _lines(kept))
 
 
 # --- Weights & Biases -----------------------------------------------------------------------------
@@ -333,6 +357,9 @@ class WandbTracker:
                 columns=columns, data=data, allow_mixed_types=True
             )
         self._run.log(histograms, step=step)
+
+    def evaluated(self, rows: Sequence[Record]) -> None:
+        """Nothing: the means are in the record, the clients in ``evaluations.jsonl``."""
 
     def close(self) -> None:
         self._run.finish()

@@ -1,14 +1,14 @@
 """One evaluation of the global model: its clients, its adapters and its record."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
 from fedlora.server.method import Method
-from fedlora.server.training_round import variant_key
+from fedlora.server.training_round import Shared, same_payload, variant_key
 from fedlora.server.validation import check_evaluation
 
 REJECTED = "RejectedEvaluation"
@@ -42,20 +42,52 @@ def evaluation_jobs(
         kept: returns what a client of this id keeps.
     """
     whole = {"full": None, "largest": max_ranks}
-    shared = dict[Hashable, Payload]()
+    check = adapter == "own" and round.bit_count() <= 1
+    shared = Shared[Payload](same_payload, check)
     jobs = []
     for client in clients:
         enlisted = method.enlist(state, client)
         mine = kept(client.id) if adapter == "own" else None
         key = variant_key(method, state, enlisted, mine) if adapter == "own" else None
-        if key not in shared:
-            shared[key] = method.technique.payload(
-                method.personal_update(state, client, mine)
-                if adapter == "own"
-                else method.global_update(state, whole[adapter])
-            )
-        jobs.append(EvaluateJob(seed, round, enlisted, shared[key], plan))
+
+        def made(client: Client = client, mine: Kept | None = mine) -> Payload:
+            if adapter == "own":
+                return method.technique.payload(method.personal_update(state, client, mine))
+            return method.technique.payload(method.global_update(state, whole[adapter]))
+
+        jobs.append(EvaluateJob(seed, round, enlisted, shared.get(key, client, made), plan))
     return jobs
+
+
+def evaluation_rows(
+    tag: str, found: Sequence[Evaluation | Failure], *, round: int
+) -> list[dict[str, object]]:
+    """One row per client for evaluations.jsonl, by client id.
+
+    ``metrics`` are the client's own values, ``weights`` what each is a mean over. A client that
+    failed has ``failure`` and ``message`` instead.
+    """
+    group, _, adapter = tag.partition(":")
+
+    def measured(result: Evaluation | Failure) -> dict[str, object]:
+        if isinstance(result, Failure):
+            return {"failure": result.kind, "message": result.message}
+        values = {name: m.scalar for name, m in result.metrics.items()}
+        return {"metrics": values, "weights": {n: m.weight for n, m in result.metrics.items()}}
+
+    return [
+        {
+            "round": round,
+            "group": group,
+            "adapter": adapter,
+            "client": r.client.id,
+            "tier": r.client.tier,
+            "rank": r.client.ranks.label,
+            "examples": r.client.num_examples,
+            **measured(r),
+        }
+        for r in sorted(found, key=lambda r: r.client.id)
+    ]
 
 
 def validate_evaluations(found: Iterable[Evaluation | Failure]) -> list[Evaluation | Failure]:

@@ -153,7 +153,8 @@ class Method(ABC):
         """A key: enlisted clients with equal variants start from the same payload and have the same
         plan. The default is the client's ranks.
 
-        A method that gives each client a start of its own returns ``client.id``.
+        A method that gives each client a start of its own returns ``client.id``. A run compares two
+        clients of each variant in rounds 1, 2, 4, 8 and so on, and ends if they differ.
         """
         return client.ranks
 

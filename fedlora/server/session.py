@@ -33,6 +33,7 @@ from fedlora.server.combine import NUMERICAL, combine, unusable
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
     evaluation_record,
+    evaluation_rows,
     validate_evaluations,
 )
 from fedlora.server.method import Method
@@ -350,5 +351,6 @@ class Session:
                 self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
             seconds = time.monotonic() - self._evaluation_started
             record = evaluation_record(tag, found, round=round, seconds=seconds)
+            self.tracker.evaluated(evaluation_rows(tag, found, round=round))
             self.tracker.round(record)
             self.emit(round_summary(record | {"rounds": self.rounds.rounds}))

@@ -4,6 +4,9 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
+
+import torch
 
 from fedlora.algebra.state import Kept, State
 from fedlora.core.checks import one_line
@@ -102,16 +105,75 @@ def training_jobs(
         seed: of the run.
         round: counted from 1.
         kept: what a client of this id keeps.
+
+    Raises:
+        RunError: if clients of one variant would start differently; looked at in rounds 1, 2, 4, 8
+            and so on.
     """
-    jobs, shared = [], dict[Hashable, tuple[Payload, LocalPlan]]()
+    jobs, shared = [], Shared[tuple[Payload, LocalPlan]](_alike_jobs, check=round.bit_count() == 1)
     for client in [method.enlist(state, c) for c in clients]:
         mine = kept(client.id)
-        key = variant_key(method, state, client, mine)
-        if key not in shared:
+
+        def made(client: Client = client, mine: Kept | None = mine) -> tuple[Payload, LocalPlan]:
             start = method.technique.payload(method.client_start(state, client, mine))
-            shared[key] = start, method.plan(state, client, plan)
-        jobs.append(TrainJob(seed, round, client, *shared[key]))
+            return start, method.plan(state, client, plan)
+
+        key = variant_key(method, state, client, mine)
+        jobs.append(TrainJob(seed, round, client, *shared.get(key, client, made)))
     return jobs
+
+
+V = TypeVar("V")
+
+
+@dataclass
+class Shared(Generic[V]):
+    """What clients of one variant share, made once.
+
+    With ``check``, it is made a second time for the second client of each variant and compared: a
+    method whose starts depend on the client and whose `Method.variant` does not would have all
+    clients but the first train from what is meant for another.
+    """
+
+    alike: Callable[[V, V], bool]
+    check: bool
+
+    def __post_init__(self) -> None:
+        self._made: dict[Hashable, tuple[V, int, bool]] = {}
+
+    def get(self, key: Hashable, client: Client, make: Callable[[], V]) -> V:
+        """The value of a variant.
+
+        Args:
+            key: of the variant.
+            client: whose it is.
+            make: makes it for this client.
+
+        Raises:
+            RunError: if this client's is another than that of the first client of the variant.
+        """
+        if key not in self._made:
+            self._made[key] = make(), client.id, not self.check
+        value, first, checked = self._made[key]
+        if not checked and client.id != first:
+            if not self.alike(value, make()):
+                raise RunError(
+                    f"the method gives clients {first} and {client.id} different starts, plans or "
+                    "adapters under one variant: its variant(state, client) must return what they "
+                    "depend on (client.id, if each client has its own)"
+                )
+            self._made[key] = value, first, True
+        return value
+
+
+def same_payload(one: Payload, other: Payload) -> bool:
+    """Whether two payloads hold the same tensors, bit for bit."""
+    a, b = dict(one.tensors()), dict(other.tensors())
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+def _alike_jobs(one: tuple[Payload, LocalPlan], other: tuple[Payload, LocalPlan]) -> bool:
+    return one[1] == other[1] and same_payload(one[0], other[0])
 
 
 def variant_key(method: Method, state: State, client: Client, kept: Kept | None) -> Hashable:

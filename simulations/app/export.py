@@ -1,19 +1,48 @@
 """Export of a finished run for other programs: its final payload, in a standard format."""
 
-from fedlora.core.files import naming
-from fedlora.models import export as exports
-from fedlora.models.modules import ModelInfo
+from collections.abc import Callable
+from pathlib import Path
+
+from fedlora.core.files import output_folder, write_file
+from fedlora.core.payload import Payload
+from fedlora.models.export import about, remove_exports
+from fedlora.models.read_back import read_back
 from fedlora.models.spec import ModelSpec
-from fedlora.server.session import Session
-from simulations.app.parts import Parts
+from simulations.reporting.card import CARD, adapter_card
+
+READ_BACK = "read_back"
+"""Key of an exported folder's record: whether the program that it is for computes the same."""
 
 
-def export(session: Session, parts: Parts, info: ModelInfo, model: ModelSpec) -> None:
-    """The global update at the population's largest ranks: ``adapter/`` in PEFT's format, or the
-    format of another payload."""
-    payload = session.global_payload(session.setting.max_ranks)
-    base, dropout = str(model.folder()), parts.client.dropout
-    with naming(session.folder / payload.folder):
-        said = exports.export(payload, session.folder, info, base, dropout)
+def export(
+    payload: Payload, run: Path, model: ModelSpec, dropout: float, emit: Callable[[str], object]
+) -> None:
+    """Write a run's final payload into the subfolder of its kind, with tokenizer and model card.
+
+    What an earlier end of the run left is removed. Whether the program that the folder is for
+    computes the same from it stands in its record and its card, and is said if it does not.
+
+    Args:
+        payload: the global update at the population's largest ranks.
+        run: the run's folder.
+        model: its base.
+        dropout: what further training would use.
+        emit: shows one line to the user.
+    """
+    remove_exports(run, keep=payload.folder)
+    info, base = model.describe(), model.hub_id or str(model.folder())
+    if not payload.folder:
+        emit(payload.export(run, info, base, dropout))
+        return
+    record = about(type(payload), info)
+    with output_folder(run / payload.folder, record) as draft:
+        said = payload.export(draft, info, base, dropout)
+        model.tokenizer().save_pretrained(str(draft))
+        found = read_back(payload, draft, model)
+        if found is not None:
+            record[READ_BACK] = found.record()
+        write_file(draft / CARD, adapter_card(run, payload, found))
     if said:
-        session.emit(said)
+        emit(said)
+    if found is not None and not found.agrees:
+        emit(f"WARNING: {payload.folder}/: {found.sentence()}")

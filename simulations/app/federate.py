@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
-from fedlora.core.types import Setting
+from fedlora.models.export import remove_exports
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
@@ -66,7 +66,7 @@ def run(
         emit(inputs.cut)
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
-        resume(session, parts)
+        resume(session, parts, inputs)
         with status_file(folder, session), disk_faults(folder):
             with closing_tracker(session):
                 trackers = open_session(session, parts, inputs)
@@ -79,7 +79,8 @@ def run(
                 if session.done < session.rounds.rounds or session.evaluation_missing():
                     emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
-                export(session, parts, inputs.info, inputs.worker.model)
+                payload = session.global_payload(session.setting.max_ranks)
+                export(payload, folder, inputs.worker.model, parts.client.dropout, emit)
             if trackers.lost:
                 raise RunError(
                     f"all {session.done} rounds are complete in {folder}, and tracking missed some "
@@ -100,21 +101,12 @@ def new_session(
         ConfigError: for ranks, cuts or a model that the method cannot do with.
     """
     info, roster = inputs.info, inputs.roster
-    setting = Setting(
-        info.modules,
-        info.parameters,
-        parts.ranks.alpha,
-        roster.clients,
-        parts.seed,
-        mask=info.mask,
-        density=inputs.pruned.density if inputs.pruned else 1.0,
-    )
     model = inputs.worker.model
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         return Session(
             method=parts.strategy,
-            setting=setting,
+            setting=inputs.setting(parts),
             roster=roster,
             plan=parts.client,
             schedule=parts.evaluate,
@@ -132,7 +124,7 @@ def new_session(
         raise ConfigError(str(error)) from error
 
 
-def resume(session: Session, parts: Parts) -> None:
+def resume(session: Session, parts: Parts, inputs: RunInputs) -> None:
     """Continue from the run's checkpoint if there is one and the configuration asks for it.
 
     Raises:
@@ -142,12 +134,16 @@ def resume(session: Session, parts: Parts) -> None:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        raise RunError(f"{error}{changed(session.folder, parts.resolved)}") from error
+        data, model = inputs.store.name, inputs.info.fingerprint
+        differs = changed(session.folder, parts.resolved, data, model)
+        raise RunError(f"{error}{differs}") from error
 
 
 def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
     """Write the first files of the run, and open its trackers and return them."""
     folder, roster = session.folder, session.roster
+    if session.done < session.rounds.rounds:
+        remove_exports(folder)  # of the end that a continued run had before
     write_start(parts, inputs, folder)
     session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
     if lost := missing_rounds(folder / "metrics.jsonl", session.done):

@@ -1,5 +1,6 @@
 """The identity of a run: the configuration keys that its results depend on."""
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fedlora.run import checkpoint
-
+MODEL = "model.json"
+"""The file of a run folder that describes the base model and its location."""
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
 """Keys that may change between a run and its continuation: results do not depend on them."""
 ELSEWHERE = {
@@ -28,14 +29,23 @@ def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
         data: key of the token store: the content of the data, wherever it lies.
         model: fingerprint of the base model, wherever it lies.
     """
+    from fedlora.run import checkpoint  # torch, which help and names of runs do without
+
     stable = {k: v for k, v in resolved.items() if k not in VOLATILE}
     for group, keys in ELSEWHERE.items():
         stable[group] = {k: v for k, v in resolved[group].items() if k not in keys}
     return checkpoint.config_hash(stable | {"_data": data, "_model": model})
 
 
-def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
-    """A sentence with the identity keys whose values differ from a run folder's config.yaml."""
+def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) -> str:
+    """A sentence with what differs from a run folder's files: identity keys, data and base model.
+
+    Args:
+        folder: the run folder.
+        resolved: the configuration now.
+        data: key of the token store now.
+        model: fingerprint of the base model now.
+    """
     file = folder / "config.yaml"
     if not file.is_file():
         return ""
@@ -52,7 +62,19 @@ def changed(folder: Path, resolved: Mapping[str, Any]) -> str:
         for key in dict.fromkeys([*old, *new])
         if key.split(".")[0] not in free and key not in free and old.get(key) != new.get(key)
     ]
+    for what, name, now in (("data", "population.json", data), ("base model", MODEL, model)):
+        then = _identity(folder / name)
+        if then not in ("", now):
+            found.append(f"the {what} ({now}, was {then})")
     return f". What differs: {'; '.join(found)}" if found else ""
+
+
+def _identity(file: Path) -> str:
+    """The fingerprint that a run folder's file states; empty: none."""
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8")).get("fingerprint", ""))
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

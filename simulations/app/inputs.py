@@ -7,10 +7,14 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from fedlora.core.cache import cache_root
+from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
-from fedlora.core.types import LocalPlan
+from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, prepare
+from fedlora.engine.base import EngineSpec
 from fedlora.engine.worker import WorkerSpec
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
@@ -36,6 +40,18 @@ class RunInputs:
     cut: str = ""
     """How many examples are cut to ``data.max_length``, in words; empty: none."""
 
+    def setting(self, parts: Parts) -> Setting:
+        """What the method of the run is told."""
+        return Setting(
+            self.info.modules,
+            self.info.parameters,
+            parts.ranks.alpha,
+            self.roster.clients,
+            parts.seed,
+            mask=self.info.mask,
+            density=self.pruned.density if self.pruned else 1.0,
+        )
+
 
 def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     """Describe the model, prepare the data and enrol the clients."""
@@ -58,7 +74,8 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     )
     check_groups(parts.evaluate, roster)
     check_rounds(parts.federation, roster, emit)
-    worker = WorkerSpec(model, folder, parts.engine, parts.runtime.worker_device)
+    engine = settled_engine(parts, info, emit)
+    worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
     return RunInputs(info, folder, roster, worker, pruned, cut_examples(store))
 
 
@@ -94,6 +111,20 @@ def _by_rank(counts: Counter[str]) -> str:
     if len(counts) == 1:
         return f"rank {next(iter(counts))} (all clients)"
     return ", ".join(f"rank {text} ({n:,} clients)" for text, n in counts.most_common())
+
+
+def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -> EngineSpec:
+    """The engine with everything decided that the configuration leaves to it, so that all workers
+    of a run, also after a resume, do the same. What was decided is shown."""
+    name, dtype = parts.runtime.worker_device, getattr(torch, parts.model.dtype)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    engine = parts.engine.settled(info, dtype, torch.device(name))
+    given = describe(parts.engine)
+    for key, value in describe(engine).items():
+        if value != given[key]:
+            emit(f"engine.{key}={value}, decided from the model and the device")
+    return engine
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

@@ -11,11 +11,11 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
+from simulations.app.identity import MODEL
 from simulations.app.inputs import RunInputs
 from simulations.app.parts import Parts
 from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, close_status, write_status
 from simulations.app.words import absolute
-from simulations.tools.base_model import FILE as MODEL
 
 
 def run_folder(parts: Parts) -> Path:
@@ -52,13 +52,18 @@ def _numbered(base: Path, endless: bool = False) -> Iterator[Path]:
 
 
 def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
-    """config.yaml, environment.json, model.json and population.json of the run folder."""
+    """The files that say what the run is: its configuration, environment, model, population, and
+    what its workers are told."""
     info, roster = inputs.info, inputs.roster
     write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
     model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
-    _write_json(folder / MODEL, model | {"folder": str(inputs.worker.model.folder())})
+    spec = inputs.worker.model
+    model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id}
+    _write_json(folder / MODEL, model)
+    write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {
+        "fingerprint": inputs.store.name,
         "clients": len(roster.clients),
         "per_round": roster.per_round,
         "tiers": roster.tier_counts(),

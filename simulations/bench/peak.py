@@ -26,6 +26,7 @@ from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.bench.engine.cases import Fed, fed
 
 SIZES = (1024, 2048)
+ACCELERATOR_SIZES = (4096, 8192)
 
 
 @dataclass(frozen=True)
@@ -118,19 +119,23 @@ def flop(of: Shape, jobs: Sequence[TrainJob], store: Any) -> int:
     return sum(of.step(batch, job.client.ranks) for job in jobs for batch in fed(job, store))
 
 
-def gemm_peak(dtype: str = "float32", repeats: int = 4) -> float:
+def gemm_peak(dtype: str = "float32", device: str = "cpu", repeats: int = 4) -> float:
     """FLOP per second of the best large matrix product in this process with one thread.
 
-    By CPU time: others who use the core must not lower the limit.
+    On a CPU by CPU time: others who use the core must not lower the limit.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    best = 0.0
-    for n in SIZES:
-        a, b, out = (torch.ones(n, n, dtype=getattr(torch, dtype)) for _ in range(3))
+    best, on_cpu = 0.0, device == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter
+    for n in SIZES if on_cpu else ACCELERATOR_SIZES:
+        kind = {"dtype": getattr(torch, dtype), "device": device}
+        a, b, out = (torch.ones(n, n, **kind) for _ in range(3))
         for _ in range(repeats):
-            began = time.process_time()
+            began = clock()
             torch.mm(a, b, out=out)
-            best = max(best, 2 * n**3 / (time.process_time() - began))
+            if not on_cpu:
+                torch.cuda.synchronize(device)
+            best = max(best, 2 * n**3 / (clock() - began))
     torch.set_num_threads(threads)
     return best

@@ -70,6 +70,7 @@ def watch(side: str, overrides: list[str]) -> Watched:
         mark, stamp, log = uuid.uuid4().hex, Path(home) / "stamp", Path(home) / "log"
         module = "simulations.run" if side == "flower" else "simulations.bench.pool"
         words = [*overrides, f"output_dir={home}/out", f"+engine.stamp={stamp}"]
+        words.append("engine=sequential")
         words.append("engine._target_=simulations.bench.pool.Stamped")
         watched, began = Watched(), time.time()
         with log.open("w") as file:

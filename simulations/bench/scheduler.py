@@ -34,7 +34,6 @@ from simulations.bench.engine.measure import (
     agreement,
     cohort_of,
     padding,
-    tune,
 )
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
@@ -82,7 +81,6 @@ def measure(case: Case, sides: Mapping[str, EngineSpec], repeats: int) -> dict[s
         RuntimeError: if one does not train what the first one trains.
     """
     cohort = cohort_of(World(case))
-    tune(case, cohort, sides)
     names, results = list(sides), dict[str, Result]()
     with hosts(case, dict.fromkeys(names, 1), sides) as opened:
         reference: Run | None = None
@@ -142,7 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clients", type=int, default=CASE.clients)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=0, help="budget of a step; 0: autotuned")
+    parser.add_argument("--tokens", type=int, default=0, help="budget of a step; 0: from the model")
     parser.add_argument("--slots", type=int, default=0, help="resident clients; 0: automatic")
     parser.add_argument("--out", type=Path, default=RESULTS / f"scheduler-{machine()}.json")
     args = parser.parse_args()

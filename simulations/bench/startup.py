@@ -50,7 +50,12 @@ PHASES = (
     ("ray::", "Ray"),
 )
 """A part of a command line, and the phase of the process that has it; the first that fits."""
-STAMP = ("evaluate=none", "+engine.stamp={}", "engine._target_=simulations.bench.pool.Stamped")
+STAMP = (
+    "evaluate=none",
+    "engine=sequential",
+    "+engine.stamp={}",
+    "engine._target_=simulations.bench.pool.Stamped",
+)
 """Overrides that leave the time of the first training step in a file."""
 INTERVAL_S = 0.05
 

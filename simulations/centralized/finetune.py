@@ -31,11 +31,12 @@ from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError, DataError, ModelError
+from fedlora.core.files import output_folder, write_file
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import TokenExample
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
-from fedlora.models.export import merge
+from fedlora.models.export import write_merged
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.masks import (
     Masks,
@@ -139,20 +140,22 @@ def finetune(options: argparse.Namespace, emit: Callable[[str], None]) -> dict[s
         optimise(model, parameters, train, plan, seed=cfg.seed, round=1, client=0)
     bake(model)
     record["perplexity_after"] = math.exp(loss_of(model, held, plan.loss))
-    record["mask"] = write(model, {} if method == "lora" else masks, options.target)
-    (options.target / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write(model, {} if method == "lora" else masks, options.target, record)
     return record
 
 
-def write(model: LanguageModel, masks: Masks, target: Path) -> str:
-    """The model as a folder, with its masks if its zeros are where they say; their identity.
+def write(model: LanguageModel, masks: Masks, target: Path, record: dict[str, Any]) -> None:
+    """The model as a folder, with its masks if its zeros are where they say, and its record, to
+    which the identity of the masks is added.
 
     Raises:
         ModelError: if a zero has moved; nothing is written then.
     """
     check_network(masks, model.network, "after training")
-    merge(model, None, target)
-    return mask_identity(target)
+    with output_folder(target, {"trained_on": model.info.fingerprint}) as draft:
+        write_merged(model, None, draft)
+        record["mask"] = mask_identity(draft)
+        write_file(draft / RECORD, json.dumps(record, indent=1) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

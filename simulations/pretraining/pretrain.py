@@ -1,9 +1,9 @@
 """Pre-train `model=tiny` and `model=tiny_gpt2`, which fedlora ships, from text anyone can install.
 
-    python -m simulations.pretraining.pretrain --output fedlora/models/assets/tiny \\
+    python -m simulations.pretraining.pretrain --output out/tiny \\
         --tokens 14000000 --seed 0
     python -m simulations.pretraining.pretrain --arch gpt2 \\
-        --output fedlora/models/assets/tiny_gpt2 \\
+        --output out/tiny_gpt2 \\
         --intermediate 512 --positions 512 --batch 4 --tokens 3400000 --save-every 2000 --seed 0
 
 or compare ways to train from nothing (`simulations.pretraining.learner`), by a folder each:
@@ -42,7 +42,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import CheckpointError, RunFolderError
-from fedlora.core.files import claim, draft_folder, write_file
+from fedlora.core.files import claim, output_folder, require_own
 from fedlora.data.template import prompt
 from fedlora.run import checkpoint
 from fedlora.techniques.switchlora.schedule import CHOICES
@@ -181,21 +181,14 @@ def announce(progress: Progress, recipe: Recipe, speed: float) -> None:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def publish(source: Path, output: Path) -> None:
-    """Put every file of `source` in place of those of `output`, each atomically."""
-    output.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.iterdir()):
-        write_file(output / path.name, path.read_bytes())
-
-
 def save(
     model: Network,
     tokenizer: PreTrainedTokenizerFast,
     report: dict[str, Any],
     output: Path,
 ) -> None:
-    """Write model, tokenizer and training.json, never leaving half a file."""
-    with draft_folder(output) as draft:
+    """Write model, tokenizer and training.json in place of what an earlier call wrote there."""
+    with output_folder(output, {"trained_from": "nothing"}) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         special = {"pad_token": SPECIALS[PAD], "bos_token": SPECIALS[BOS]}
@@ -203,7 +196,6 @@ def save(
         for file, content in (("special_tokens_map", special), ("training", report)):
             text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
             (draft / f"{file}.json").write_text(text, encoding="utf-8")
-        publish(draft, output)
 
 
 def state_folder(recipe: Recipe, method: Method) -> Path:
@@ -376,11 +368,13 @@ def pretrain(
     """Build, train, evaluate and save; returns what training.json holds.
 
     Raises:
-        ValueError: for a recipe and a method that do not go together, before any text is read.
+        ValueError: for a recipe and a method that do not go together, or an output folder that
+            holds anything else, before any text is read.
         FloatingPointError: if the loss is not finite.
     """
     method = method or Method()
     require(recipe, method)
+    require_own(output)
     run = Run(recipe, text or build_text(recipe), output, command, save_every, method)
     print(json.dumps(run.text.counts), flush=True)
     with own_pools(recipe, method) as mine:

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedlora.run.tracking import read_jsonl
+from simulations.app.identity import MODEL
 
 Record = Mapping[str, Any]
 
@@ -36,6 +37,7 @@ class Run:
     population: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """A metric of the rounds: round numbers and values; what is null or missing is left out."""
@@ -81,6 +83,7 @@ def read_run(folder: Path) -> Run:
         population=_json(folder / "population.json"),
         environment=_json(folder / "environment.json"),
         status=_json(folder / "status.json"),
+        model=_json(folder / MODEL),
     )
 
 

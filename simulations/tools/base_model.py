@@ -12,9 +12,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.reading import json_in
 from fedlora.models.spec import ModelSpec
 from fedlora.prune.spec import ABOUT, Pruned
-
-FILE = "model.json"
-"""The file of a run folder that describes the base model and its location."""
+from simulations.app.identity import MODEL
 
 
 def base_of(
@@ -28,11 +26,11 @@ def base_of(
         emit: shows one line if a pruned base has to be made again.
 
     Raises:
-        ConfigError: if it is pruned elsewhere than it was then.
+        ConfigError: if its weights are others, or pruned elsewhere, than they were then.
         ModelError, DataError: if it is gone and cannot be made again.
     """
     spec = build(model, ModelSpec, "model")  # type: ignore[type-abstract]
-    file = run / FILE
+    file = run / MODEL
     about = json_in(file, "the description of the run's base model") if file.is_file() else {}
     mask = about.get("mask", "")
     if mask and isinstance(spec, Pruned) and not spec.path:
@@ -48,5 +46,11 @@ def base_of(
             f"{run} was trained on a base pruned with the mask {mask or '(none: dense)'}, and "
             f"{spec.folder()} has {found}: bring back the folder of then ({about['folder']}), or "
             f"set model.path in {run / 'config.yaml'}"
+        )
+    if about and about.get("fingerprint", info.fingerprint) != info.fingerprint:
+        raise ConfigError(
+            f"{run} was trained on the base {about.get('name')} ({about['fingerprint']}), and "
+            f"{spec.folder()} holds another ({info.fingerprint}): bring back the folder of then "
+            f"({about.get('folder')}), or set model.path in {run / 'config.yaml'}"
         )
     return spec

@@ -1,9 +1,11 @@
-"""Generate with beam search after every context of a run's data, and score with the E2E metrics.
+"""Texts of a run's model: answers to prompts, or after every context of the run's data with scores.
 
+python -m simulations.tools.generate outputs/RUN --prompt "Name three trees."   # or --file, --chat
 python -m simulations.tools.generate outputs/RUN   # test split, final adapter, 10 beams
 python -m simulations.tools.generate outputs/RUN --adapter none     # the base model
 python -m simulations.tools.generate outputs/A outputs/B --limit 50 # one table of several runs
 
+Without a prompt: beam search and the E2E metrics.
 Writes nlg.json (scores, settings) and nlg.jsonl (context, hypothesis, references) into each run
 folder; nlg-base.* for the base model. Examples of one prompt are one context, decoded once, with
 all their responses as references, whichever clients hold them.
@@ -19,29 +21,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
 from fedlora.core.cache import cache_root
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.config import build
 from fedlora.core.errors import CheckpointError, ConfigError, ModelError
 from fedlora.core.files import write_file
-from fedlora.core.payload import Payload
-from fedlora.core.types import Setting
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.worker import resolve_device
 from fedlora.evaluation.beam_search import Decoding, search
 from fedlora.evaluation.corpus_metrics import evaluate
 from fedlora.evaluation.metrics import Ids
-from fedlora.models.export import exported
-from fedlora.models.modules import ModelInfo
-from fedlora.run import checkpoint
 from fedlora.run.progress import clock
-from fedlora.techniques.lora.payload import LowRankPayload
-from simulations.app.inputs import prepare_inputs
-from simulations.app.parts import build_parts
 from simulations.tools.base_model import base_of
+from simulations.tools.final_payload import final_payload, run_config
+from simulations.tools.prompts import GREEDY, Question, answer_file, answerer, chat, typed
 
 ADAPTERS = ("final", "none")
 SPLITS = ("test", "eval")
@@ -113,7 +107,7 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
             f"the {model.info.context} positions of {model.info.name}"
         )
     final = request.adapter == "final"
-    adapter = final_adapter(run, config, model.info, emit) if final else None
+    adapter = final_payload(run, config, model.info, emit) if final else None
     model.mount(adapter)
     emit(f"{run.name}: {len(asked)} of {len(every)} contexts of the {request.split} split")
     began = time.monotonic()
@@ -145,45 +139,6 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
     write_file(run / f"{request.stem}.jsonl", "".join(lines))
     write_file(run / f"{request.stem}.json", json.dumps(record, indent=1) + "\n")
     return record
-
-
-def run_config(run: Path) -> DictConfig:
-    """The configuration that a run was made with.
-
-    Raises:
-        ConfigError: if the folder has none.
-    """
-    file = run / "config.yaml"
-    if not file.is_file():
-        raise ConfigError(f"{run} is not a run folder: it has no config.yaml")
-    config = OmegaConf.load(file)
-    if not isinstance(config, DictConfig) or not {"model", "data"} <= {str(k) for k in config}:
-        raise ConfigError(f"{file} is no configuration of a run: it lacks model or data")
-    return config
-
-
-def final_adapter(
-    run: Path, config: DictConfig, info: ModelInfo, emit: Callable[[str], object]
-) -> Payload:
-    """The final adapter of a run: ``adapter/``, or else the update of its last checkpoint at the
-    population's largest ranks (a run that was interrupted, or ended in a sparse stage).
-
-    Raises:
-        ConfigError: if the run left neither.
-    """
-    adapter = run / "adapter"
-    if adapter.is_dir():
-        return (exported(adapter) or LowRankPayload).load(adapter, info)
-    saved = checkpoint.latest(run / "checkpoints")
-    if saved is None:
-        raise ConfigError(f"{run} has no adapter/ and no checkpoint: its first round was not done")
-    emit(f"{run.name}: no adapter/; the checkpoint after round {saved.round} is taken")
-    parts = build_parts(config)
-    inputs = prepare_inputs(parts, lambda line: None)
-    found, clients = inputs.info, inputs.roster.clients
-    setting = Setting(found.modules, found.parameters, parts.ranks.alpha, clients, parts.seed)
-    last = parts.strategy.global_update(dict(saved.state), setting.max_ranks)
-    return parts.client.technique.payload(last)
 
 
 class Lines:
@@ -230,23 +185,57 @@ def _parser() -> argparse.ArgumentParser:
     add("--limit", type=int, default=0, help="the first so many contexts; 0: all")
     add("--adapter", choices=ADAPTERS, default="final", help="none: the base model as it is")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    asked = parser.add_argument_group("prompts, of one run").add_mutually_exclusive_group()
+    add = asked.add_argument
+    add("--prompt", metavar="TEXT", help="print the answer to one instruction")
+    add("--file", type=Path, help="a prompt a line; .jsonl: instruction, input")
+    add("--chat", action="store_true", help="a conversation; /new forgets, /exit ends")
+    parser.add_argument("--input", default="", help="beside --prompt: what it is about")
     given = parser.add_argument_group("decoding", argument_default=argparse.SUPPRESS)
     add = given.add_argument
-    add("--beams", type=int, help="1: greedy; default 10")
+    add("--beams", type=int, help="1: greedy; default 10, for prompts 1")
     add("--length-penalty", type=float, help="default 0.8")
-    add("--no-repeat", type=int, help="size of n-grams generated once only; 0: off; default 4")
-    add("--max-new-tokens", type=int, help="default 64")
+    add("--no-repeat", type=int, help="n-grams of this size once only; default 4, for prompts 0")
+    add("--max-new-tokens", type=int, help="default 64, for prompts 128")
     add("--stop-ids", type=int, nargs="+", help="token ids that also end; the E2E code: 628")
     add("--batch-size", type=int, help="contexts at a time; default 8")
     return parser
 
 
 def _request(options: argparse.Namespace) -> Request:
-    plain = ("split", "limit", "adapter", "device")
-    decoding = {k: v for k, v in vars(options).items() if k not in (*plain, "runs")}
-    if "stop_ids" in decoding:
-        decoding["stop_ids"] = tuple(decoding["stop_ids"])
-    return Request(**{k: getattr(options, k) for k in plain}, decoding=Decoding(**decoding))
+    plain = {k: getattr(options, k) for k in ("split", "limit", "adapter", "device")}
+    names = {f.name for f in dataclasses.fields(Decoding)}
+    given = {k: v for k, v in vars(options).items() if k in names}
+    if "stop_ids" in given:
+        given["stop_ids"] = tuple(given["stop_ids"])
+    usual = GREEDY if _asks(options) else Decoding()
+    return Request(**plain, decoding=dataclasses.replace(usual, **given))
+
+
+def _asks(options: argparse.Namespace) -> bool:
+    """Whether there are prompts to answer, and no data to score."""
+    return options.chat or options.prompt is not None or options.file is not None
+
+
+def _answer(options: argparse.Namespace, request: Request, emit: Callable[[str], object]) -> None:
+    """Answer the prompts of the options on the standard output.
+
+    Raises:
+        ConfigError: for several runs, or an empty prompt.
+    """
+    if len(options.runs) > 1:
+        raise ConfigError("prompts are answered by one run: name one run folder")
+    if options.prompt is not None and not options.prompt.strip():
+        raise ConfigError("--prompt is empty")
+    (run,) = options.runs
+    answers = answerer(run, request.adapter, request.device, request.decoding, emit)
+    if options.chat:
+        chat(answers, typed())
+    elif options.file is not None:
+        answer_file(answers, options.file)
+    else:
+        asked = answers.prompt(Question(options.prompt, options.input))
+        print(answers.answer([asked])[0].text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -261,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         request = _request(options)
+        if _asks(options):
+            _answer(options, request, emit)
+            return 0
         records = [score_run(run, request, emit) for run in options.runs]
     except (ModelError, CheckpointError, ValueError) as error:  # of data and configuration too
         print(error, file=sys.stderr)

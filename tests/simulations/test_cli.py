@@ -97,6 +97,38 @@ def test_answers_that_need_no_model_load_no_torch(words):
     assert done.returncode == 0
 
 
+NEVER_AT_START = (
+    "peft",
+    "datasets",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "wandb",
+    "nltk",
+    "sacrebleu",
+)
+"""What takes seconds to import and is needed late, or by no worker."""
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("simulations.cli", ("hydra", "torch", "flwr", "ray", "transformers")),
+        ("simulations.run", ("torch", "flwr", "ray", "transformers")),
+        ("simulations.app.simulate", ("torch", "flwr", "transformers")),
+        ("simulations.app.federate", ("ray", "transformers")),
+        ("simulations.app.preload", ("ray", "hydra")),
+    ],
+)
+def test_a_process_imports_only_what_its_start_needs(module, absent):
+    names = (*absent, *NEVER_AT_START)
+    code = f"import sys, {module}; print(*[n for n in {names} if n in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cli.ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
+
+
 # ---------------------------------------------------------------------------------------- sweeps
 
 

@@ -1,11 +1,9 @@
 """The fused engine, and the engine that chooses between fused and sequential training."""
 
 import logging
-import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from fedlora.core.checks import at_least, one_of
@@ -19,21 +17,18 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import EngineSpec
-from fedlora.engine.fused import cost
 from fedlora.engine.fused.check import why_not_ragged
+from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
-from fedlora.engine.fused.probe import Prober
 from fedlora.engine.fused.schedule import POLICIES, Schedule, policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.modules import ModelInfo
 
 log = logging.getLogger(__name__)
-
-USUAL_TOKENS = 1024
-"""Tokens of a forward pass if they are neither configured nor measured yet."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +40,8 @@ class Fused(EngineSpec):
     reuse_memory: bool = True
     """Keep up to 512 MiB of freed memory in the process, where glibc allows."""
     tokens: int = 0
-    """Tokens of one fused step; 0: measured once per machine and model, and kept in the cache.
-    Results depend on it in their last bits."""
+    """Tokens of one fused step; 0: from the model's shape and the kind of device
+    (`fedlora.engine.fused.cost`). Results depend on it in their last bits."""
     slots: int = 0
     """Clients in training at a time; 0: 1.5 times as many as fill a step."""
     policy: str = "refill"
@@ -56,8 +51,8 @@ class Fused(EngineSpec):
     can (tried when it is opened)."""
     checkpoint: bool = False
     """Compute activations again in the backward pass instead of keeping them."""
-    memory: float = 0.5
-    """Steps and slots may take this fraction of the memory that is free when training begins."""
+    memory: float = 0.25
+    """Steps and slots may take this fraction of the memory of the machine or accelerator."""
 
     def __post_init__(self) -> None:
         at_least("engine.threads", self.threads, 0)
@@ -73,6 +68,15 @@ class Fused(EngineSpec):
         """Two: a message holds enough clients to fill steps, and a worker that is done early can
         take a second one."""
         return 2
+
+    def settled(self, info: ModelInfo, dtype: torch.dtype, device: torch.device) -> "Fused":
+        """The same with the token budget decided: the one of the cost model, halved until half of
+        the engine's memory holds a step."""
+        if self.tokens:
+            return self
+        model = CostModel.of(info, dtype)
+        budget = model.fitting(model.budget(device), self.memory / 2 * total_memory(device))
+        return replace(self, tokens=budget)
 
     def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
         """The engine on this model and these data.
@@ -102,7 +106,9 @@ class FusedEngine:
     """
 
     def __init__(self, spec: Fused, model: LanguageModel, store: TokenStore) -> None:
-        self.spec, self.model, self.store = spec, model, store
+        self.spec = spec.settled(model.info, model.network.dtype, model.device)
+        self.model, self.store = model, store
+        self._cost = CostModel.of(model.info, model.network.dtype)
         self._alone = SequentialEngine(model, store)
         self._notes: dict[str, None] = {}  # since training last began
         reason = "" if spec.layout == "padded" else why_not_ragged(model)
@@ -145,8 +151,9 @@ class FusedEngine:
 
     def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:
         """Chains of one base."""
-        limits = self._choice(chains)
-        if limits is None:
+        limits = self._limits(chains)
+        if not self._worth_fusing(chains, limits):
+            self._note("sequential")
             yield from self._alone.train([c.job for c in chains])
             return
         layout = "ragged" if self._ragged else "padded"
@@ -163,7 +170,7 @@ class FusedEngine:
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         self.fused.require_free()
         alone = [j for j in jobs if not _plain(j)]
-        evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens or USUAL_TOKENS)
+        evaluator = FusedEvaluator(self.fused, self.store, self.spec.tokens)
         yield from evaluator.evaluate([j for j in jobs if _plain(j)])
         if evaluator.rescue:
             self._note("clients of fused evaluations that failed one by one")
@@ -175,51 +182,27 @@ class FusedEngine:
     def _note(self, text: str) -> None:
         self._notes.setdefault(text)
 
-    def _choice(self, chains: Sequence[Chain]) -> Limits | None:
-        """The limits of fused steps; None: train one by one, with a note that says why."""
-        try:
-            limits = self._limits(chains)
-            if self._worth_fusing(chains, limits):
-                return limits
-        except Exception as error:  # the limits may come from a measured step
-            log.warning("a fused step cannot be measured", exc_info=error)
-            self._note(f"sequential, for a fused step failed ({type(error).__name__}: {error})")
-            return None
-        self._note("sequential")
-        return None
-
     def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
         """Whether to fuse at all: this engine always does."""
         return True
 
     def _limits(self, chains: Sequence[Chain]) -> Limits:
-        """The limits of fused steps: as configured, else as measured on this machine."""
-        # Tokens: the best measured budget. The probe has the client with the largest row, and
-        # memory must hold as many rows as fill a step of a usual size.
+        """The limits of fused steps: as configured, else from the cost model."""
+        # A slot holds four rows: parameters, gradients and Adam's two moments. Slots get the memory
+        # that a step leaves.
         spec, works = self.spec, [c.work for c in chains]
-        memory = spec.memory * _free_memory(self.model.device)
-        tokens, model = spec.tokens, None
-        if not tokens:
-            model = self.cost_model(max(chains, key=lambda c: c.layout.size))
-            typical = statistics.median(f.tokens for w in works for f in w.forwards)
-            residents = max(1, min(len(chains), round(cost.SPARE * USUAL_TOKENS / typical)))
-            tokens = cost.best_budget(model, memory, residents)
-
-        # Slots: enough clients to fill steps of that many tokens, within memory.
-        slots = spec.slots or cost.slots_for(tokens, works, model, memory, not self._ragged)
-        return Limits(policy(spec.policy), tokens, slots)
-
-    def cost_model(self, chain: Chain) -> cost.CostModel:
-        """The cost of steps of clients like this one, measured once per machine and model."""
-        return Prober(self.fused, chain).cost_model(self.spec.threads)
+        row = 4.0 * self.model.dtype.itemsize * max(c.layout.size for c in chains)
+        left = spec.memory * total_memory(self.model.device) - self._cost.memory(spec.tokens)
+        slots = spec.slots or slots_for(spec.tokens, works, left, row, not self._ragged)
+        return Limits(policy(spec.policy), spec.tokens, slots)
 
 
 @dataclass(frozen=True)
 class Auto(Fused):
     """The fused engine if it is expected to be faster, else the sequential one.
 
-    It decides for each cohort by the measured cost of steps and tokens: fusing always saves steps,
-    but if a model needs padding, the padding may cost more than the saved steps.
+    It decides for each cohort by the cost of steps and tokens: fusing always saves steps, but if a
+    model needs padding, the padding may cost more than the saved steps.
     """
 
     def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
@@ -232,26 +215,14 @@ class AutoEngine(FusedEngine):
     """The engine of `Auto`: it decides for each cohort whether to fuse."""
 
     def _worth_fusing(self, chains: Sequence[Chain], limits: Limits) -> bool:
-        """Compare the predicted time of this schedule with that of clients one by one."""
+        """Compare the predicted cost of this schedule with that of clients one by one."""
         if self._ragged:  # the same tokens without padding, in fewer steps
             return True
-
-        # Padded: a step of all clients costs its rows times the largest width, a client's own
-        # forward pass costs its rows times its own width.
-        model = self.cost_model(max(chains, key=lambda c: c.layout.size))
         works = [c.work for c in chains]
         schedule = Schedule(works, limits.policy, limits.tokens, limits.slots, padded=True)
-        alone = sum(model.seconds(f.rows * f.width, 1) for w in works for f in w.forwards)
-        return model.predict(schedule) < alone
+        return self._cost.predict(schedule) < self._cost.one_by_one(works)
 
 
 def _plain(job: EvaluateJob) -> bool:
     """Whether a job evaluates factors over the model's own base, or the base alone."""
     return job.adapter is None or plain_factors(job.adapter) is not None
-
-
-def _free_memory(device: torch.device) -> float:
-    """Bytes that this process could still take."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    return float(psutil.virtual_memory().available)

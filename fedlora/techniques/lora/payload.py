@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -129,10 +130,24 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
     ) -> str:
         """Write PEFT's files."""
-        from fedlora.techniques.lora.peft import save_peft  # importing PEFT takes seconds
+        from fedlora.techniques.lora.peft import write_peft  # importing PEFT takes seconds
 
-        save_peft(self, info, folder, base_name, dropout)
+        write_peft(self, info, folder, base_name, dropout)
         return ""
+
+    def reader(self, folder: Path) -> str:
+        """PEFT."""
+        return f"PEFT {metadata.version('peft')}"
+
+    def read_elsewhere(self, folder: Path, network: Any) -> Any:
+        """A ``PeftModel``.
+
+        Raises:
+            ModelError: if PEFT does not find the factors of a module of its own list.
+        """
+        from fedlora.techniques.lora.peft import mount_by_peft
+
+        return mount_by_peft(network, folder)
 
     @classmethod
     def load(cls, folder: Path, info: ModelInfo) -> "LowRankPayload":

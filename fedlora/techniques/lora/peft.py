@@ -6,20 +6,23 @@ values that differ from ``r`` and ``lora_alpha``, so PEFT can hold any of our ad
 
 import dataclasses
 import math
+import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.errors import ModelError
+from fedlora.core.files import output_folder
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Factors
-from fedlora.models.export import exported, forget
+from fedlora.models.export import about, exported, require_base
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -57,6 +60,19 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
 def save_peft(
     adapter: Adapter, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
+    """`write_peft` into a folder of its own; an earlier payload there is replaced.
+
+    Raises:
+        ConfigError: if the folder holds anything else.
+        ValueError: as `write_peft`.
+    """
+    with output_folder(folder, about(LowRankPayload, info)) as draft:
+        write_peft(adapter, info, draft, base_name, dropout)
+
+
+def write_peft(
+    adapter: Adapter, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
+) -> None:
     """Write an adapter for ``PeftModel.from_pretrained``, whatever its ranks and scales.
 
     Factors of a split layer's parts are written as those of the whole layer, since PEFT mounts them
@@ -65,7 +81,7 @@ def save_peft(
     Args:
         adapter: factors of the modules it updates, at least one.
         info: of the base model; what does not fit it is refused.
-        folder: made if it does not exist; an adapter that is there is replaced.
+        folder: an empty one.
         base_name: folder or hub id of the base model, which PEFT's automatic classes look up.
         dropout: what further training with PEFT would use.
 
@@ -76,7 +92,6 @@ def save_peft(
         raise ValueError(f"an adapter without modules cannot be saved to {folder}")
     check_adapter(adapter, info)
     adapter = join_adapter(adapter, info.splits)
-    folder.mkdir(parents=True, exist_ok=True)
     ranks = {path: f.rank for path, f in adapter.items()}
     alphas = {path: _number(f.alpha) for path, f in adapter.items()}
     rank, alpha = _commonest(ranks), _commonest(alphas)
@@ -97,7 +112,6 @@ def save_peft(
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = f.a.detach().cpu().contiguous()
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = f.b.detach().cpu().contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    forget(folder)
 
 
 def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
@@ -112,7 +126,8 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
     ``sqrt(r)``, so that ``Factors.scale`` is right.
 
     Raises:
-        ModelError: if files are missing, or the adapter is more than two factors per linear layer.
+        ModelError: if files are missing, the adapter is more than two factors per linear layer, or
+            it was trained on another base.
     """
     kind = exported(folder)
     if kind is not None and not issubclass(kind, LowRankPayload):
@@ -120,6 +135,8 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
             f"{folder} holds {kind.noun}, which is more than LoRA's two factors per layer: read it "
             "with fedlora.models.export.load"
         )
+    if info is not None:
+        require_base(folder, info)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
@@ -133,6 +150,26 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
         for path, pair in halves.items()
     }
     return LowRankPayload(split_adapter(adapter, info.splits) if info else adapter)
+
+
+def mount_by_peft(network: Any, folder: Path, config: PeftConfig | None = None) -> Any:
+    """A plain network with an adapter on it, as PEFT reads the folder, in evaluation mode.
+
+    Args:
+        network: changed in place.
+        folder: in PEFT's format.
+        config: in place of the folder's own.
+
+    Raises:
+        ModelError: if PEFT finds no factors for a layer that it adapts.
+    """
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mounted = PeftModel.from_pretrained(network, str(folder), config=config)
+    lost = [re.search(r"missing adapter keys.*?'([^']+)'", str(w.message)) for w in said]
+    if first := next(filter(None, lost), None):
+        raise ModelError(f"it adapts layers that the folder has no factors for ({first[1]})")
+    return mounted.eval()
 
 
 def _number(alpha: float) -> Any:

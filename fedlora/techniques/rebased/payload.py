@@ -147,15 +147,14 @@ class Rebased(Payload):
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
     ) -> str:
         """The dense change of every adapted layer, ``<path>: [d_out, d_in]``, as safetensors."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for path, shift in self.shift.items():
             f = self.factors.get(path)
             tensors[path] = (shift if f is None else shift + f.delta()).detach().cpu().contiguous()
         save_file(tensors, folder / UPDATE, metadata={"base": info.fingerprint})
         return (
-            "update/ instead of adapter/: the update is of full rank; simulations.tools.merge adds "
-            "it to the model"
+            "update/ instead of adapter/: the update is of full rank; fedlora merge adds it to "
+            "the model"
         )
 
     @classmethod

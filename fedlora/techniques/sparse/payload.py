@@ -31,6 +31,7 @@ class SparseDelta(Payload):
     """
 
     noun = "a SparseDelta"
+    folder = ""
     alone = "sparse updates one by one"
 
     seed: int

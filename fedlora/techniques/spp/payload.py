@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -168,10 +169,22 @@ class MaskedScale(Payload):
     ) -> str:
         """Write the whole payload, and PEFT's files if they can hold it
         (`fedlora.techniques.spp.peft`)."""
-        from fedlora.techniques.spp.peft import save_spp  # importing PEFT takes seconds
+        from fedlora.techniques.spp.peft import write_spp  # importing PEFT takes seconds
 
-        save_spp(self, info, folder, base_name, dropout)
+        write_spp(self, info, folder, base_name, dropout)
         return ""
+
+    def reader(self, folder: Path) -> str | None:
+        """PEFT with our layer, where PEFT's files could be written."""
+        from fedlora.techniques.lora.peft import CONFIG
+
+        return f"PEFT {metadata.version('peft')}" if (folder / CONFIG).is_file() else None
+
+    def read_elsewhere(self, folder: Path, network: Any) -> Any:
+        """A ``PeftModel`` with `fedlora.techniques.spp.peft.SppLinear`."""
+        from fedlora.techniques.spp.peft import mount_spp
+
+        return mount_spp(network, folder)
 
     @classmethod
     def load(cls, folder: Path, info: ModelInfo) -> "MaskedScale":

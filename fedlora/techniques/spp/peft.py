@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
+from fedlora.core.files import output_folder
 from fedlora.core.reading import tensors_in
 from fedlora.core.types import Factors
-from fedlora.models.export import remember
+from fedlora.models.export import about
 from fedlora.models.masks import (
     check_zeros,
 )
 from fedlora.models.modules import ModelInfo
-from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, save_peft
+from fedlora.techniques.lora.peft import WEIGHTS, mount_by_peft, write_peft
 from fedlora.techniques.spp.layer import scaled_branch
 from fedlora.techniques.spp.payload import MaskedScale, alpha_of, check_scale
 from fedlora.techniques.spp.scale import factor, repeat_rows, scaled_weight
@@ -117,7 +118,27 @@ def spp_config(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def mount_spp(network: Any, folder: Path) -> Any:
+    """The pruned base with an SPP adapter on it, as PEFT reads the folder."""
+    config = LoraConfig.from_pretrained(str(folder))
+    config.fan_in_fan_out = any(isinstance(layer, Conv1D) for layer in network.modules())
+    return mount_by_peft(network, folder, spp_config(config))
+
+
 def save_spp(
+    payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
+) -> None:
+    """`write_spp` into a folder of its own; an earlier payload there is replaced.
+
+    Raises:
+        ConfigError: if the folder holds anything else.
+        ValueError: as `write_spp`.
+    """
+    with output_folder(folder, about(MaskedScale, info)) as draft:
+        write_spp(payload, info, draft, base_name, dropout)
+
+
+def write_spp(
     payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
     """Write an SPP adapter: ``spp.safetensors`` holds the whole payload.
@@ -129,7 +150,7 @@ def save_spp(
     Args:
         payload: scales at least one module.
         info: describes the pruned base; a payload that does not fit it is refused.
-        folder: made if it does not exist; an adapter that is there is replaced.
+        folder: an empty one.
         base_name: folder or hub id of the pruned base.
         dropout: what further training with PEFT would use.
 
@@ -139,22 +160,18 @@ def save_spp(
     check_scale(payload, info)
     alpha = {p: alpha_of(payload, p) for p in payload.beta}
     whole = replace(payload, alpha=alpha, tied={}, change={}, trains="both", seed=-1)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, WEIGHTS):
-        (folder / name).unlink(missing_ok=True)
     if not whole.merges and min(payload.blocks[p] for p in alpha) > 1:
         rows = {p: repeat_rows(a, payload.blocks[p]) for p, a in alpha.items()}
         factors = {
             p: Factors(rows[p], beta[:, None].expand(-1, len(rows[p])), payload.lora_alpha)
             for p, beta in payload.beta.items()
         }
-        save_peft(factors, info, folder, base_name, dropout)
+        write_peft(factors, info, folder, base_name, dropout)
         _write_peft(replace(whole, alpha=rows), folder)
     tensors = {name: t.detach().cpu().clone().contiguous() for name, t in whole.tensors()}
-    about = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
-    about |= {"order": list(whole.beta), "merges": len(whole.merges)}
-    save_file(tensors, folder / SPP, metadata={"spp": json.dumps(about)})
-    remember(folder, MaskedScale)
+    stated = {"mask": whole.mask, "lora_alpha": whole.lora_alpha, "blocks": dict(whole.blocks)}
+    stated |= {"order": list(whole.beta), "merges": len(whole.merges)}
+    save_file(tensors, folder / SPP, metadata={"spp": json.dumps(stated)})
 
 
 def load_spp(folder: Path) -> MaskedScale:
@@ -166,20 +183,20 @@ def load_spp(folder: Path) -> MaskedScale:
     if not (folder / SPP).is_file():
         raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
     with tensors_in(folder / SPP, "the adapter") as file:
-        about = json.loads((file.metadata() or {}).get("spp", "{}"))
+        stated = json.loads((file.metadata() or {}).get("spp", "{}"))
         found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= about.keys():
+    if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= stated.keys():
         raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
-    order = about["order"]
+    order = stated["order"]
     return MaskedScale(
-        mask=about["mask"],
-        lora_alpha=about["lora_alpha"],
-        blocks=about["blocks"],
+        mask=stated["mask"],
+        lora_alpha=stated["lora_alpha"],
+        blocks=stated["blocks"],
         alpha={p: found[f"{p}/alpha"] for p in order},
         beta={p: found[f"{p}/beta"] for p in order},
         merges=tuple(
             {p: (found[f"{p}/merges/{i}/alpha"], found[f"{p}/merges/{i}/beta"]) for p in order}
-            for i in range(about["merges"])
+            for i in range(stated["merges"])
         ),
     )
 

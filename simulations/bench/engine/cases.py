@@ -100,9 +100,11 @@ class Case:
     experiment: str = ""
     """Clients, ranks and data of the first round of this experiment instead of random ones."""
     overrides: tuple[str, ...] = ()
-    """Of that experiment."""
+    """Of that experiment; without one, of the default configuration."""
     repeats: int = 5
     """Of a full measurement."""
+    device: str = "cpu"
+    """Where the base lies."""
 
     def missing(self) -> str:
         """What this machine lacks for the case, or an empty text."""
@@ -168,9 +170,11 @@ class World:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        self.network = base_network(case)
+        self.network = base_network(case).to(case.device)
         self.modules = find_modules(self.network, "all-linear")
-        self.store, self.jobs = (_experiment if case.experiment else _random)(self)
+        self.store, self.jobs = (_configured if case.experiment or case.overrides else _random)(
+            self
+        )
 
     @cached_property
     def model(self) -> LanguageModel:
@@ -206,10 +210,11 @@ def _factors(module: Module, rank: int) -> Factors:
     return Factors(initial_a(SEED, module, rank), b, ALPHA)
 
 
-def _experiment(world: World) -> tuple[Store, list[TrainJob]]:
-    """The first cohort of an experiment, as `fedlora.server.session.Session` would send it."""
+def _configured(world: World) -> tuple[Store, list[TrainJob]]:
+    """The first cohort of a configured run, as `fedlora.server.session.Session` would send it."""
     case = world.case
-    parts = build_parts(load([f"experiment={case.experiment}", *case.overrides]))
+    experiment = [f"experiment={case.experiment}"] if case.experiment else []
+    parts = build_parts(load([*experiment, *case.overrides]))
     model, method = parts.model.resolved(), parts.strategy
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     store, info = TokenStore(folder), model.describe()

@@ -123,8 +123,17 @@ def answer(connection: Connection, opened: Opened, before: float) -> None:
         function, arguments = content
         connection.send(function(opened, *arguments))
     else:
-        peak = resident("VmHWM")
-        connection.send((peak - before, peak))
+        connection.send(peaks(opened.world.network.device, before))
+
+
+def peaks(device: torch.device, before: float) -> tuple[float, float]:
+    """MB: growth of the peak beyond ``before``, and the peak itself; on an accelerator the peak of
+    its own memory, base included."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / 1e6
+        return peak, peak
+    peak = resident("VmHWM")
+    return peak - before, peak
 
 
 def notes_of(opened: Opened) -> tuple[str, ...]:
@@ -262,9 +271,7 @@ def _context() -> Any:
 def hosts(
     case: Case, counts: Mapping[str, int], sides: Mapping[str, EngineSpec] | None = None
 ) -> Iterator[dict[str, list[Host]]]:
-    """Processes by side, opened on a case and closed at the end.
-
-    They open one after another: an engine may measure the machine when it does.
+    """Processes by side, opened on a case one after another and closed at the end.
 
     Args:
         case: for all of them.

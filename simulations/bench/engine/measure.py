@@ -10,7 +10,6 @@ import numpy as np
 
 from fedlora.core.config import describe
 from fedlora.core.types import TrainJob
-from fedlora.engine.base import EngineSpec
 from fedlora.wire.codec import encode_payload
 from simulations.bench.engine.cases import (
     Case,
@@ -121,20 +120,19 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
 
     A side that does not train what the PEFT loop trains is not timed; its entries say so.
     """
-    world = World(case)
+    world = World(replace(case, device="cpu"))
     everyone, few = cohort_of(world), cohort_of(world, effort.trainer_clients)
     work = flop(measure_shape(world.model), everyone.jobs, world.store)
     cohorts = {e.label: few if e.side == "trainer" else everyone for e in entries}
     counts: dict[str, int] = {}
     for e in entries:
         counts[e.side] = max(counts.get(e.side, 0), e.processes)
-    tune(case, everyone, {e.side: ENGINES[e.side] for e in entries if e.side in ENGINES})
-    peaks = [gemm_peak(case.dtype)]
+    peaks = [gemm_peak(case.dtype, case.device)]
     with hosts(case, counts) as opened:
         checked = check(case, opened, {e.side: cohorts[e.label] for e in entries})
         timed = [e for e in entries if not checked[e.side]["error"]]
         runs = repeat(timed, opened, cohorts, effort.repeats)
-        peaks.append(gemm_peak(case.dtype))
+        peaks.append(gemm_peak(case.dtype, case.device))
         memory = {e.label: Group(opened[e.side][: e.processes]).memory() for e in timed}
     found: dict[str, Any] = {}
     for e in entries:
@@ -154,14 +152,6 @@ def measure(case: Case, entries: Sequence[Entry], effort: Effort) -> dict[str, A
         "gemm_peaks": peaks,
         "entries": found,
     }
-
-
-def tune(case: Case, cohort: Cohort, sides: Mapping[str, EngineSpec]) -> None:
-    """Let engines measure this machine once, in processes that end: nothing of it is counted."""
-    largest = max(range(len(cohort.jobs)), key=lambda i: cohort.jobs[i].start.floats())
-    with hosts(case, dict.fromkeys(sides, 1), sides) as opened:
-        for group in opened.values():
-            Group(group).train([cohort.jobs[largest]], [cohort.weights[largest]])
 
 
 def check(

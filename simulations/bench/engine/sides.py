@@ -164,7 +164,7 @@ class PeftLoop:
         for batch in batches:
             optimizer.zero_grad()
             rows = collate(batch, plan.loss)
-            loss = self.model(**rows).loss
+            loss = self.model(**{k: v.to(self.network.device) for k, v in rows.items()}).loss
             loss.backward()
             if plan.max_grad_norm > 0:
                 torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
@@ -224,7 +224,18 @@ def arguments(plan: LocalPlan, count: int) -> TrainingArguments:
     )
 
 
-REFERENCES: Mapping[str, Callable[[World], Side]] = {"peft loop": PeftLoop, "trainer": TrainerSide}
+def _pfl(world: World) -> Side:
+    # an optional package
+    from simulations.bench.engine.pfl_side import PflSide
+
+    return PflSide(world)
+
+
+REFERENCES: Mapping[str, Callable[[World], Side]] = {
+    "peft loop": PeftLoop,
+    "trainer": TrainerSide,
+    "pfl": _pfl,
+}
 
 
 def open_side(side: str | EngineSpec, world: World) -> Side:
@@ -284,4 +295,4 @@ def summary(losses: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
 def row(trained: Sequence[Tensor]) -> NDArray[np.float32]:
     """Parameters as one row of numbers."""
     flat = torch.cat([p.detach().reshape(-1) for p in trained])
-    return np.asarray(flat.float().numpy(), dtype=np.float32)
+    return np.asarray(flat.float().cpu().numpy(), dtype=np.float32)

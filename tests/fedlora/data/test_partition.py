@@ -1,4 +1,5 @@
 import contextlib
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -134,3 +135,33 @@ def test_more_clients_than_records_are_refused(divide):
 def test_more_clients_than_the_records_suffice_for_are_refused():
     with pytest.raises(DataError, match=r"needs 12 records, and there are 10"):
         dirichlet(["a", "b"] * 5, 4, 1.0, 3, 0)
+
+
+@pytest.mark.parametrize(
+    "divide",
+    [
+        lambda n: natural([f"c{i % (n // 2)}" for i in range(n)]),
+        lambda n: iid(n, n // 2, 0),
+        lambda n: dirichlet([f"l{i % 3}" for i in range(n)], n // 2, 0.1, 1, 0),
+    ],
+)
+def test_dividing_over_many_clients_is_linear_in_calls(divide):
+    """A population of 100,000 clients starts: no table, scan or sort for each of them."""
+
+    def calls(n):
+        count = 0
+
+        def on_event(frame, event, arg):
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(on_event)
+        try:
+            divide(n)
+        finally:
+            sys.setprofile(None)
+        return count
+
+    divide(10)  # what is imported and cached on the first call
+    assert calls(4000) < 5 * calls(1000)
+    assert calls(4000) < 60 * 4000

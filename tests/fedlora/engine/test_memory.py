@@ -3,12 +3,11 @@
 import ctypes
 import platform
 
-import psutil
 import pytest
 import torch
 
 from fedlora.core.types import LocalPlan
-from fedlora.engine.memory import keep_freed_memory, return_freed_memory
+from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.sequential import Sequential
 from tests.fedlora.engine.world import FakeStore, examples, job, model, start, vector
 
@@ -21,7 +20,7 @@ def test_glibc_can_be_asked():
 
 def test_another_c_library_is_no_error(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    assert not keep_freed_memory() and not return_freed_memory()
+    assert not keep_freed_memory()
 
 
 def test_numbers_do_not_change():
@@ -33,14 +32,3 @@ def test_numbers_do_not_change():
         (update,) = engine.train([job(start(engine.model), LocalPlan(epochs=2))])
         found.append(vector(update.payload))
     assert torch.equal(*found)
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has malloc_trim")
-def test_freed_memory_goes_back_when_asked_for():
-    keep_freed_memory()
-    process = psutil.Process()
-    block = torch.ones(16 << 20)
-    held = process.memory_info().rss
-    del block
-    assert return_freed_memory()
-    assert process.memory_info().rss < held - 48e6

@@ -1,5 +1,7 @@
 """Whole runs of every strategy: the fused engine gives the sequential one's curves."""
 
+import json
+
 import pytest
 
 OFTEN, SELDOM = ["flexlora"], ["fedavg", "fedit", "heterolora", "slora"]
@@ -44,3 +46,13 @@ def test_strategies_run_unchanged_on_the_fused_engine(federate, strategy):
     assert [r["clients"] for r in fused.rounds] == [r["clients"] for r in alone.rounds]
     ranks = [[(c["round"], c["client"], c["rank"]) for c in r.clients] for r in (fused, alone)]
     assert sorted(ranks[0]) == sorted(ranks[1])
+
+
+def test_a_run_has_one_token_budget_that_it_records(federate):
+    run = federate("engine=auto")
+    engine = json.loads((run.folder / "worker.json").read_text())["engine"]
+    assert engine["tokens"] > 0
+    assert {r["engine"] for r in run.rounds} == {
+        f"fused, ragged, {engine['tokens']} tokens per step"
+    }
+    assert f"engine.tokens={engine['tokens']}, decided from" in run.said

@@ -1,7 +1,5 @@
 """Evaluation, configuration, notes and choices of the fused engine."""
 
-import functools
-
 import pytest
 import torch
 
@@ -12,9 +10,8 @@ from fedlora.core.types import (
     Evaluation,
     Factors,
 )
-from fedlora.engine.fused import Auto, Fused, cost
-from fedlora.engine.fused.cost import CostModel, Sample
-from fedlora.engine.fused.engine import AutoEngine
+from fedlora.engine.fused import Auto, Fused
+from fedlora.engine.fused.cost import CostModel
 from fedlora.evaluation import metrics as evaluate
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -37,7 +34,6 @@ from tests.fedlora.engine.world import (
     start,
     vector,
 )
-from tests.fedlora.models.networks import same
 
 # --- evaluation ----------------------------------------------------------------------------------
 
@@ -138,24 +134,19 @@ def test_checkpointing_that_the_model_cannot_do_is_refused_at_once():
         Fused(tokens=60, checkpoint=True, reuse_memory=False).open(on, FakeStore({}))
 
 
-def costs(step_seconds: float, token_seconds: float) -> CostModel:
-    samples = (Sample(256, 2, 256, step_seconds + 256 * token_seconds, 1.0),)
-    return CostModel(step_seconds, token_seconds, 0.0, 0.0, 0.0, 0.0, 1.0, samples)
-
-
 @pytest.mark.parametrize(
     ("predicted", "layout", "fuses"),
     [
-        (costs(1.0, 1e-9), "padded", True),  # steps cost, tokens do not
-        (costs(1e-9, 1.0), "padded", False),  # padding costs, steps do not
-        (costs(1e-9, 1.0), "ragged", True),
+        (CostModel(1.0, 1e-9, 0.0), "padded", True),  # steps cost, tokens do not
+        (CostModel(1e-9, 1.0, 0.0), "padded", False),  # padding costs, steps do not
+        (CostModel(1e-9, 1.0, 0.0), "ragged", True),
     ],
 )
 def test_auto_fuses_where_that_is_predicted_to_be_faster(monkeypatch, predicted, layout, fuses):
-    monkeypatch.setattr(AutoEngine, "cost_model", lambda self, chain: predicted)
+    monkeypatch.setattr(CostModel, "of", lambda info, dtype: predicted)
     store = FakeStore({k: examples(4, k, longest=5 + 6 * k) for k in range(4)})
     jobs = [job(start(resident("llama"), 2, k), PLAN, k) for k in range(4)]
-    fused = engine(store=store, kind=Auto, layout=layout, tokens=0, slots=0)
+    fused = engine(store=store, kind=Auto, layout=layout, tokens=256, slots=0)
     updates, wanted = by_client(fused.train(jobs)), alone(jobs, store)
     assert all(("fused" in u.metrics) == fuses for u in updates.values())
     assert fused.notes() == (
@@ -165,17 +156,15 @@ def test_auto_fuses_where_that_is_predicted_to_be_faster(monkeypatch, predicted,
         assert distance(updates[k].adapter, wanted[k].adapter) <= 1e-11
 
 
-def test_what_is_not_configured_is_measured_once(monkeypatch, tmp_path):
-    monkeypatch.setattr("fedlora.engine.fused.cost.cache_root", lambda: tmp_path)
-    few = functools.partial(cost.load_or_measure, candidates=(16, 64))
-    monkeypatch.setattr("fedlora.engine.fused.probe.load_or_measure", few)
-    store = FakeStore({k: examples(4, k) for k in range(4)})
-    jobs = [job(start(resident("llama"), 2, k), PLAN, k) for k in range(4)]
-    first = by_client(engine(store=store, tokens=0, slots=0).train(jobs))
-    files = {f: f.read_text() for f in tmp_path.rglob("*.json")}
-    again = by_client(engine(store=store, tokens=0, slots=0).train(jobs))
-    assert len(files) == 1
-    assert {f: f.read_text() for f in tmp_path.rglob("*.json")} == files
-    assert all(same(first[k].adapter, again[k].adapter) for k in range(4))
-    for k, wanted in alone(jobs, store).items():
-        assert_equal(first[k], wanted)
+def test_what_is_not_configured_is_decided_before_anything_runs(monkeypatch):
+    """A server that decides, a worker that opens the answer, and one that decides for itself do
+    the same; clocks and free memory do not enter."""
+    monkeypatch.setattr("time.perf_counter", None)
+    monkeypatch.setattr("time.process_time", None)
+    on = resident("llama")
+    opened = [Fused(reuse_memory=False).open(on, FakeStore({})) for _ in range(2)]
+    told = Fused(reuse_memory=False).settled(on.info, on.network.dtype, on.device)
+    opened.append(told.open(on, FakeStore({})))
+    assert {e.spec for e in opened} == {told} and told.tokens > 0
+    assert told.settled(on.info, on.network.dtype, on.device) == told
+    assert Fused(tokens=7).settled(on.info, on.network.dtype, on.device).tokens == 7

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from fedlora.core.errors import ModelError
-from fedlora.models.export import KIND, merge
+from fedlora.core.files import RECORD
+from fedlora.models.export import merge
 from fedlora.techniques.lora.peft import CONFIG, load_peft
 from fedlora.techniques.spp.peft import (
     SPP,
@@ -126,7 +127,7 @@ def test_what_an_earlier_save_left_is_no_part_of_the_adapter(tmp_path):
     assert (tmp_path / CONFIG).exists()
     past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
     save_spp(replace(payload, merges=(past,)), model.info, tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {SPP, KIND}
+    assert {p.name for p in tmp_path.iterdir()} == {SPP, RECORD}
 
 
 @pytest.mark.parametrize("rank", [1, 2])

@@ -39,12 +39,6 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _cache(tmp_path, monkeypatch):
-    """What engines measure of this machine is not the user's."""
-    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path))
-
-
 def outcomes(side, case):
     world = World(case)
     return list(open_side(side, world).train(world.jobs))
@@ -58,7 +52,7 @@ def outcomes(side, case):
 def test_trains_what_the_peft_loop_trains(side, case):
     engine = ENGINES.get(side)
     if isinstance(engine, Fused):
-        engine = replace(engine, tokens=64)  # no need to measure the machine
+        engine = replace(engine, tokens=64)  # several steps
     world = World(case)
     found = list(open_side(engine or side, world).train(world.jobs))
     loss, adapter = differences(world.jobs, found, outcomes("peft loop", case))
