@@ -87,7 +87,7 @@ def _go_on(whole, target):
     said = []
     session = new_session(parts, inputs, target, said.append)
     with disk_faults(target), claim(target):
-        resume(session, parts)
+        resume(session, parts, inputs)
         open_session(session, parts, inputs).close()
     return session, "\n".join(said)
 
@@ -102,7 +102,8 @@ CASES = [
 @pytest.mark.parametrize(("name", "damage"), CASES)
 def test_damaged_files_of_a_run(whole, tmp_path, caplog, name, damage):
     target = shutil.copytree(whole[0], tmp_path / "one")
-    (target / name).touch()  # run.lock and run.owner.json are there only while a run is
+    if not (target / name).exists():  # run.lock and run.owner.json are there only during a run
+        (target / name).write_text("{}")
     DAMAGE[damage](target / name)
     if TABLE[name, damage] == "refused":
         with pytest.raises((DiskError, RunError, CheckpointError)) as caught:
