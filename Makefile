@@ -13,7 +13,7 @@ STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
         lock clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## install everything into .venv (or the active environment), once
 

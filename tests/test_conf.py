@@ -216,6 +216,6 @@ def test_workers_without_a_gpu_share_are_told_to_use_the_cpu():
         return build_parts(load(list(words))).runtime.worker_device
 
     assert device() == "cpu"
-    assert device("runtime=one_gpu") == "auto"
+    assert device("runtime=one_gpu") == "cuda"
     assert device("runtime=in_process") == "auto"
     assert device("runtime.device=cuda:1") == "cuda:1"

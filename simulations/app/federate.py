@@ -24,7 +24,7 @@ from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, headline, prepare_inputs
+from simulations.app.inputs import RunInputs, as_it_began, headline, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 from simulations.app.words import absolute
@@ -67,6 +67,8 @@ def run(
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts, inputs)
+        if session.done:
+            inputs = as_it_began(inputs, parts, folder, emit)
         with status_file(folder, session), disk_faults(folder):
             with closing_tracker(session):
                 trackers = open_session(session, parts, inputs)

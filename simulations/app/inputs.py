@@ -6,12 +6,14 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fedlora.core.cache import cache_root
 from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.reading import json_in
 from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.base import EngineSpec
@@ -125,6 +127,28 @@ def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -
         if value != given[key]:
             emit(f"engine.{key}={value}, decided from the model and the device")
     return engine
+
+
+def as_it_began(
+    inputs: RunInputs, parts: Parts, folder: Path, emit: Callable[[str], None]
+) -> RunInputs:
+    """The inputs of a run that goes on: what its first start decided for the engine still holds,
+    even on another machine. What the configuration decides is the same, or it could not go on.
+
+    Raises:
+        ModelError: if the run folder's record of its workers cannot be read.
+    """
+    file = folder / "worker.json"
+    if not file.is_file():
+        return inputs
+    before: dict[str, Any] = json_in(file, "what the run's workers were told,").get("engine", {})
+    asked, now = describe(parts.engine), describe(inputs.worker.engine)
+    decided = {key for key, value in now.items() if value != asked.get(key)}
+    changed = {key: before[key] for key in decided if before.get(key, now[key]) != now[key]}
+    for key, value in changed.items():
+        emit(f"engine.{key}={value}, as decided when this run began")
+    engine = dataclasses.replace(inputs.worker.engine, **changed)
+    return dataclasses.replace(inputs, worker=dataclasses.replace(inputs.worker, engine=engine))
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

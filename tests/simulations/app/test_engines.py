@@ -56,3 +56,17 @@ def test_a_run_has_one_token_budget_that_it_records(federate):
         f"fused, ragged, {engine['tokens']} tokens per step"
     }
     assert f"engine.tokens={engine['tokens']}, decided from" in run.said
+
+
+def test_a_resumed_run_keeps_the_budget_that_it_began_with(federate):
+    """Also on a machine of another memory, which would decide otherwise."""
+    words = ["engine=auto", "name=one"]
+    began = federate(*words, "rounds=1")
+    file = began.folder / "worker.json"
+    worker = json.loads(file.read_text())
+    worker["engine"]["tokens"] = 4096
+    file.write_text(json.dumps(worker))
+    resumed = federate(*words, "rounds=2", "resume=auto")
+    assert resumed.rounds[-1]["engine"] == "fused, ragged, 4096 tokens per step"
+    assert "engine.tokens=4096, as decided when this run began" in resumed.said
+    assert json.loads(file.read_text())["engine"]["tokens"] == 4096
