@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import Message, MessageType
 
 import fedlora.split.run_round
 from fedlora.algebra.state import Kept, State, unpack
@@ -30,6 +30,7 @@ from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.wire.codec import encode_results
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
@@ -72,6 +73,8 @@ class World:
         served = iter(range(10**6))
 
         def app(message: Message, context: Any) -> Message:
+            if message.metadata.message_type == MessageType.TRAIN:  # no jobs: set the worker up
+                return Message(encode_results([], wire="float32"), reply_to=message)
             request = decode_downs(message.content)
             if self.broken is not None:
                 self.broken(request)
