@@ -120,12 +120,13 @@ def tokenizer_id(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """Identity of configuration and weights, in milliseconds.
 
-    Of each file of weights, and of a pruned model's masks, it reads size, header and evenly spaced
-    samples: enough to tell two models or two trainings apart, not to detect a flipped bit.
+    Of each file of weights it reads size, header and evenly spaced samples: enough to tell two
+    models or two trainings apart, not to detect a flipped bit. Of a pruned model's masks it reads
+    their identity: their file holds the same masks in several ways.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    masks = [folder / MASKS] if (folder / MASKS).is_file() else []
-    for path in sorted([*weight_files(folder), *masks]):
+    digest.update(mask_identity(folder).encode())
+    for path in sorted(weight_files(folder)):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}".encode())
         with path.open("rb") as file:
@@ -133,3 +134,11 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()[:16]
+
+
+def mask_identity(folder: Path) -> str:
+    """Identity of the masks in a model folder; empty: it has none. Reads a header."""
+    if not (folder / MASKS).is_file():
+        return ""
+    with tensors_in(folder / MASKS, "the masks of a pruned model") as file:
+        return str((file.metadata() or {}).get("identity", ""))

@@ -118,14 +118,6 @@ def save_masks(masks: Masks, folder: Path) -> str:
     return name
 
 
-def mask_identity(folder: Path) -> str:
-    """Identity of the masks in a model folder; empty: it has none. Reads a header."""
-    if not (folder / MASKS).is_file():
-        return ""
-    with tensors_in(folder / MASKS, "the masks of a pruned model") as file:
-        return str((file.metadata() or {}).get("identity", ""))
-
-
 def load_masks(folder: Path) -> dict[str, Tensor]:
     """The masks in a model folder.
 

@@ -21,11 +21,10 @@ from fedlora.core.checks import one_of
 from fedlora.core.errors import ModelError
 from fedlora.models import folder as folders
 from fedlora.models.context import limits
-from fedlora.models.folder import find_assets
+from fedlora.models.folder import find_assets, mask_identity
 from fedlora.models.masks import (
     check_network,
     load_masks,
-    mask_identity,
 )
 from fedlora.models.modules import ModelInfo as ModelInfo
 from fedlora.models.modules import find_modules

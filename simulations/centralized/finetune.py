@@ -37,12 +37,12 @@ from fedlora.data.batches import TokenExample
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore, prepare
 from fedlora.models.export import write_merged
+from fedlora.models.folder import mask_identity
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.masks import (
     Masks,
     check_network,
     load_masks,
-    mask_identity,
 )
 from fedlora.models.spec import ModelSpec
 from fedlora.models.stored import require_masked

@@ -74,7 +74,9 @@ def scored(words: Sequence[str], where: Path, cut: int) -> Outcome:
     folder = _federate(words, where, cut)
     _done(generate.main([str(folder), "--max-new-tokens", "5", "--beams", "2", "--device", "cpu"]))
     found = _of_folder(folder)
-    found["exports"]["nlg.jsonl"] = digest(read_jsonl(folder / "nlg.jsonl"))
+    found["exports"]["nlg.jsonl"] = digest(
+        [json.loads(line) for line in (folder / "nlg.jsonl").read_text().splitlines()]
+    )
     score = _flat(_read(folder / "nlg.json")) | {"kind": "scores"}
     found["metrics"] |= columns([score])
     return found

@@ -14,11 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Factors
 from fedlora.models.export import merge
-from fedlora.models.folder import MASKS
+from fedlora.models.folder import MASKS, mask_identity
 from fedlora.models.masks import (
     check_network,
     load_masks,
-    mask_identity,
 )
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, load_peft, save_peft

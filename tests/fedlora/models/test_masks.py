@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fedlora.core.errors import ModelError
+from fedlora.models.folder import fingerprint, mask_identity
 from fedlora.models.layers import dense_weight
 from fedlora.models.masks import (
     as_stored,
@@ -18,7 +19,6 @@ from fedlora.models.masks import (
     identity,
     load_masks,
     load_sparse,
-    mask_identity,
     pack,
     save_masks,
     save_sparse,
@@ -147,3 +147,17 @@ def test_what_is_not_finite_is_refused() -> None:
         weight = torch.tensor([[1.0, 0.0, value]])
         with pytest.raises(ModelError, match="here: 1 weights of 3 of w are not finite"):
             check_zeros({"w": mask}, lambda _, w=weight: w, "here")
+
+
+def test_a_models_identity_holds_that_of_its_masks_and_not_the_bytes_of_their_file(tmp_path):
+    """The header of a safetensors file may list its metadata in any order."""
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    dense = fingerprint(tmp_path)
+    mask = {"w": torch.tensor([[True, False], [False, True]])}
+    found = set()
+    for _ in range(8):
+        save_masks(mask, tmp_path)
+        found.add(fingerprint(tmp_path))
+    save_masks({"w": ~mask["w"]}, tmp_path)
+    assert len(found | {dense, fingerprint(tmp_path)}) == 3

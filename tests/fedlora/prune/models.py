@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 
 from fedlora.algebra.init import initial_a
+from fedlora.models.folder import mask_identity
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
-from fedlora.models.masks import identity, mask_identity
+from fedlora.models.masks import identity
 from fedlora.prune.prune import Pruning, prune
 from fedlora.techniques.spp.payload import MaskedScale
 from tests.fedlora.models.networks import NETWORKS, wrap

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.models.compact import compact
+from fedlora.models.folder import mask_identity
 from fedlora.models.masks import (
     load_masks,
-    mask_identity,
     save_sparse,
 )
 from fedlora.models.spec import HuggingFace, TinyGPT2

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from fedlora.evaluation.corpus_metrics import evaluate
-from fedlora.run.tracking import read_jsonl
 from simulations.tools.generate import (
     Lines,
     contexts,
@@ -46,6 +45,11 @@ def trained(federate, restaurants):
     return federate(*restaurants, *words, "rounds=1").folder
 
 
+def scored(run):
+    """What a run generated, context by context."""
+    return [json.loads(line) for line in (run / "nlg.jsonl").read_text().splitlines()]
+
+
 def test_contexts_are_the_distinct_prompts_with_the_references_of_all_clients():
     store = FakeStore(
         {0: [example([1, 5, 6, 9], 3), example([1, 5, 9], 2)], 1: [example([1, 5, 6, 8], 3)]},
@@ -62,7 +66,7 @@ def test_contexts_are_the_distinct_prompts_with_the_references_of_all_clients():
 def test_a_run_is_scored_on_its_contexts(trained, capsys):
     assert main([str(trained), *FAST]) == 0
     said = capsys.readouterr()
-    rows = read_jsonl(trained / "nlg.jsonl")
+    rows = scored(trained)
     assert len(rows) == 3
     for row, meaning in zip(rows, MEANINGS, strict=True):
         assert meaning in row["context"]
@@ -86,7 +90,7 @@ def test_a_run_is_scored_on_its_contexts(trained, capsys):
     assert main([str(trained), *FAST, "--adapter", "none", "--split", "eval", "--limit", "1"]) == 0
     base = json.loads((trained / "nlg-base.json").read_text())
     assert (base["contexts"], base["contexts_in_split"], base["adapter"]) == (1, 2, "none")
-    assert len(read_jsonl(trained / "nlg.jsonl")) == 3
+    assert len(scored(trained)) == 3
 
 
 def test_without_an_adapter_folder_the_last_checkpoint_is_taken(trained, tmp_path, capsys):
