@@ -68,8 +68,8 @@ class Payload(ABC):
         """
 
     def copy(self) -> "Payload":
-        """A payload whose trained tensors are its own, so that whoever writes into them changes no
-        other. A moved base may be shared."""
+        """A copy with its own trained tensors: writing into them changes no other payload. A moved
+        base may be shared."""
         own = {name: t.clone() for name, t in self.tensors()}
         return self.from_header(self.header(), own)
 

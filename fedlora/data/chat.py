@@ -72,7 +72,7 @@ class ChatEncoder:
     max_length: int
     truncation: str
     name: str
-    """Of the template, for messages."""
+    """The template's name, for messages."""
     template: str
 
     def __post_init__(self) -> None:

@@ -39,12 +39,14 @@ def conversation(value: Any, system: str, where: str) -> tuple[tuple[Turn, ...],
         where: of the record.
 
     Raises:
-        DataError: if it is no such list or nobody answers.
+        DataError: if it is no such list or has no answer of the assistant.
     """
     turns = [_turn(m, f"{where}, message {i}") for i, m in enumerate(_messages(value, where), 1)]
     answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
-        raise DataError(f"{where}: nobody answers in its {len(turns)} messages: leave it out")
+        raise DataError(
+            f"{where}: no answer of the assistant in its {len(turns)} messages: leave it out"
+        )
     start = [Turn("system", system)] if system else []
     return (*start, *turns[: answers[-1]]), turns[answers[-1]].text
 

@@ -1,4 +1,4 @@
-"""Exported files are read back by the program that they are for, before anybody relies on them.
+"""Exported files are read back by the program that they are for, before they are used.
 
 The program computes the logits of a small text from the exported folder, and they are compared with
 our own for the same payload. What cannot be checked is said, never passed over.

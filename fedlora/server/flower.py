@@ -133,7 +133,7 @@ class FederatedRun:
         the nodes. The results batch by batch, without clients that are left out.
 
         Jobs whose message came back broken, or not at all, are failures. A reply repeats the nonce
-        of these messages: one of an earlier round answers for nobody.
+        of these messages: one of an earlier round is no reply.
         """
         parts = [(i, part) for i, jobs in enumerate(batches) for part in self._parts(jobs, phase)]
         if not parts:

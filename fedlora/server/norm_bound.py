@@ -11,8 +11,8 @@ of factors. ``T`` are the local steps that a client's examples give, ``r`` its s
 * The scale ``alpha / r`` of a small rank is large. With AdamW the change of the weights grows as
   ``1 / sqrt(r)``, with SGD as ``1 / r``.
 
-Whoever has more steps or a smaller rank than most is given that much more room, and nobody less
-than ``factor`` medians. What is left for ``factor`` is how unlike clients' texts are.
+A client with more steps or a smaller rank than most is given that much more room, and every client
+at least ``factor`` medians. What is left for ``factor`` is how unlike clients' texts are.
 
 The median is the upper one of those who moved at all. A minority can therefore neither raise it
 above what honest clients send nor push it below. One or two clients have no majority: they are not

@@ -344,7 +344,7 @@ class PlainFlower(Strategy):
         expected = self._expected(asked, client)
         update = Update(client, asked.start.trained(factors), examples, metrics)
         check_update(replace(update, metrics={}), expected, self.max_update_norm)
-        # A claim to many examples, which nobody can check, gives no room for a longer way.
+        # A claim to many examples cannot be checked, so it gives no room for a larger change.
         unknown = replace(expected.client, num_examples=1)
         return move(update, replace(expected, client=unknown))
 

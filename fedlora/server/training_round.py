@@ -249,7 +249,7 @@ def _check_residual(update: Update, job: TrainJob) -> None:
     if residual is None:
         return
     before = job.residual
-    reason = "" if before is not None else "it holds a rounding error that nobody asked for"
+    reason = "" if before is not None else "it holds a rounding error that was not asked for"
     known = (*job.start.tensors(), *(before or {}).items(), *update.payload.tensors())
     shapes = {name: t.shape for name, t in known}
     for name, t in residual.items():

@@ -21,7 +21,7 @@ and of a reply:
                           the engine; nonce: that of the request
 
 A reply is foreign input. Nothing in it is cast: what has another type, shape or format than the
-request asked for costs the client whose row it is, and nobody else.
+request asked for costs only the client whose row it is.
 """
 
 import dataclasses

@@ -28,7 +28,7 @@ def check_cluster(address: str) -> None:
         address: ``host:port``, or ``auto`` for the one that `ray start` has begun on this machine.
 
     Raises:
-        ConfigError: if the address is none, nobody listens there, or what listens is no Ray.
+        ConfigError: if the address is none, no process listens there, or what listens is no Ray.
     """
     where = f"runtime.ray_address={address!r}"
     if address == "auto":

@@ -320,7 +320,7 @@ ROWS: Mapping[str, Edit] = {
     "client as a list": row(lambda r: r.update(client=[BAD])),
     "client 999": row(lambda r: r.update(client=999)),
     "the name of its neighbour, later": neighbours_row,
-    "a residual nobody asked for": residual,
+    "a residual that was not asked for": residual,
 }
 HARMLESS: Mapping[str, Spoil] = {
     "a second reply": twice,

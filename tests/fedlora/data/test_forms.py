@@ -279,8 +279,8 @@ def test_conversations_in_tables(tmp_path):
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "nobody answers in its 0 messages"),
-        (chat(TALK[:2]), "nobody answers in its 2 messages"),
+        ([], "no answer of the assistant in its 0 messages"),
+        (chat(TALK[:2]), "no answer of the assistant in its 2 messages"),
         ("[1", "the conversation is a text that is not JSON"),
         ("Hi", "the conversation is a text that is not JSON"),
         (3, "must be a list of messages, not int"),
