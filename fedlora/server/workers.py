@@ -48,7 +48,7 @@ def check_workers(
     if pending:
         raise RunError(
             f"{len(pending)} of {len(messages)} workers were not set up within {timeout_s:g} s "
-            "(federation.timeout_s)"
+            "(federation.timeout_s, but at least 600)"
         )
 
 
