@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import generator
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -33,7 +33,7 @@ def iid(count: int, clients: int, seed: int) -> list[list[int]]:
     """`count` examples in random order, cut into `clients` parts; sizes differ by at most one.
 
     Raises:
-        DataError: if there are more clients than examples.
+        ConfigError: if there are more clients than examples.
     """
     enough(count, clients, "records")
     order = np.random.default_rng(seed).permutation(count)
@@ -60,11 +60,11 @@ def dirichlet(
         seed: of the draws.
 
     Raises:
-        DataError: if there are too few examples to give every client `min_examples`.
+        ConfigError: if there are too few examples to give every client `min_examples`.
     """
     enough(len(labels), clients, "records")
     if clients * min_examples > len(labels):
-        raise DataError(
+        raise ConfigError(
             f"data.min_examples={min_examples} for each of data.clients={clients} needs "
             f"{clients * min_examples} records, and there are {len(labels)}: lower one of the two"
         )
@@ -189,4 +189,4 @@ def balanced(sizes: Sequence[int], clients: int, seed: int, purpose: str) -> lis
 def enough(count: int, clients: int, what: str) -> None:
     """Refuse more clients than there are things to give them."""
     if clients > count:
-        raise DataError(f"data.clients={clients} is more than the {count} {what}")
+        raise ConfigError(f"data.clients={clients} is more than the {count} {what} of the data")

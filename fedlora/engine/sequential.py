@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fedlora.core.checks import at_least
+from fedlora.core.checks import MOST_THREADS, within
 from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     EvaluateJob,
@@ -33,7 +33,7 @@ class Sequential(EngineSpec):
     faster on CPU, bitwise identical results."""
 
     def __post_init__(self) -> None:
-        at_least("engine.threads", self.threads, 0)
+        within("engine.threads", self.threads, 0, MOST_THREADS)
 
     def open(self, model: LanguageModel, store: TokenStore) -> "SequentialEngine":
         if self.threads:

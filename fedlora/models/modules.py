@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import Adapter, Module
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
@@ -96,7 +96,7 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
             Layers whose weight is read past them (`WEIGHT_READ`) are left out.
 
     Raises:
-        ModelError: if a target matches no linear layer.
+        ConfigError: if a target matches no linear layer.
     """
     head, inside = network.get_output_embeddings(), text_part(network)
     read = WEIGHT_READ.get(network.config.get_text_config().model_type, ())
@@ -115,7 +115,7 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
             matches = {p for p in linear if p == target or p.endswith(f".{target}")}
             if not matches:
                 ends = list(dict.fromkeys(p.rpartition(".")[2] for p in linear))
-                raise ModelError(
+                raise ConfigError(
                     f"model.targets: {target!r} is the end of no adaptable linear layer of "
                     f"{type(network).__name__}; allowed: 'all-linear' or ends such as {ends}"
                 )

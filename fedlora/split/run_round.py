@@ -18,7 +18,7 @@ from fedlora.algebra.state import (
     under,
     unpack,
 )
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan, TrainJob, Update
 from fedlora.data.batches import num_steps
 from fedlora.server.method import ClientChannel, Method, RoundOutcome
@@ -213,7 +213,7 @@ class SplitRound:
         """Steps, learning rates and averages of the round.
 
         Raises:
-            ValueError: if the averages do not fit into the round.
+            ConfigError: if the averages do not fit into the round.
         """
         plan, seed, every = self.plan, self.terms.seed, self.config.average_every
         steps = {}
@@ -225,7 +225,7 @@ class SplitRound:
             steps[i] = num_steps(held, plan)
         length = max(steps.values())
         if every and length % every:
-            raise ValueError(
+            raise ConfigError(
                 f"strategy.average_every={every} does not divide the round's {length} steps "
                 "(client.steps): a round ends with an average"
             )

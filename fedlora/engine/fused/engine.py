@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedlora.core.checks import at_least, one_of
+from fedlora.core.checks import MOST_THREADS, at_least, one_of, within
 from fedlora.core.payload import plain_factors
 from fedlora.core.types import (
     EvaluateJob,
@@ -55,7 +55,7 @@ class Fused(EngineSpec):
     """Steps and slots may take this fraction of the memory of the machine or accelerator."""
 
     def __post_init__(self) -> None:
-        at_least("engine.threads", self.threads, 0)
+        within("engine.threads", self.threads, 0, MOST_THREADS)
         at_least("engine.tokens", self.tokens, 0)
         at_least("engine.slots", self.slots, 0)
         one_of("engine.policy", self.policy, POLICIES)

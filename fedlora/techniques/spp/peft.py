@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
 from fedlora.core.files import output_folder
-from fedlora.core.reading import tensors_in
+from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Factors
 from fedlora.models.export import about
 from fedlora.models.masks import (
@@ -183,22 +183,25 @@ def load_spp(folder: Path) -> MaskedScale:
     if not (folder / SPP).is_file():
         raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
     with tensors_in(folder / SPP, "the adapter") as file:
-        stated = json.loads((file.metadata() or {}).get("spp", "{}"))
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= stated.keys():
-        raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
-    order = stated["order"]
-    return MaskedScale(
-        mask=stated["mask"],
-        lora_alpha=stated["lora_alpha"],
-        blocks=stated["blocks"],
-        alpha={p: found[f"{p}/alpha"] for p in order},
-        beta={p: found[f"{p}/beta"] for p in order},
-        merges=tuple(
-            {p: (found[f"{p}/merges/{i}/alpha"], found[f"{p}/merges/{i}/beta"]) for p in order}
-            for i in range(stated["merges"])
-        ),
-    )
+        text = (file.metadata() or {}).get("spp", "{}")
+        stated = json_in(folder / SPP, "the adapter", text=text)
+        if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= stated.keys():
+            raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
+        order, tensor = stated["order"], file.get_tensor
+        return MaskedScale(
+            mask=stated["mask"],
+            lora_alpha=stated["lora_alpha"],
+            blocks=stated["blocks"],
+            alpha={p: tensor(f"{p}/alpha") for p in order},
+            beta={p: tensor(f"{p}/beta") for p in order},
+            merges=tuple(
+                {
+                    p: (tensor(f"{p}/merges/{i}/alpha"), tensor(f"{p}/merges/{i}/beta"))
+                    for p in order
+                }
+                for i in range(stated["merges"])
+            ),
+        )
 
 
 def _write_peft(payload: MaskedScale, folder: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError
 from fedlora.data.partition import _complete, balanced, dirichlet, iid, natural
 
 LAW = settings(derandomize=True, deadline=None, max_examples=50)
@@ -73,7 +73,7 @@ def test_flwr_datasets_divides_alike(labels, clients, seed):
 def test_a_dirichlet_partition_is_a_partition_at_any_alpha(labels, clients, alpha, least, seed):
     """Every example exactly once, no client with less than it must have, the same for a seed."""
     if clients * least > len(labels):
-        with pytest.raises(DataError, match=r"data\.clients=|data\.min_examples="):
+        with pytest.raises(ConfigError, match=r"data\.clients=|data\.min_examples="):
             dirichlet(labels, clients, alpha, least, seed)
         return
     parts = dirichlet(labels, clients, alpha, least, seed)
@@ -128,12 +128,12 @@ def test_in_the_limit_of_large_alpha_all_clients_have_the_labels_frequencies(cou
     "divide", [lambda: iid(3, 4, 0), lambda: dirichlet(["a"] * 3, 4, 1.0, 1, 0)]
 )
 def test_more_clients_than_records_are_refused(divide):
-    with pytest.raises(DataError, match=r"data\.clients=4 is more than the 3 records"):
+    with pytest.raises(ConfigError, match=r"data\.clients=4 is more than the 3 records"):
         divide()
 
 
 def test_more_clients_than_the_records_suffice_for_are_refused():
-    with pytest.raises(DataError, match=r"needs 12 records, and there are 10"):
+    with pytest.raises(ConfigError, match=r"needs 12 records, and there are 10"):
         dirichlet(["a", "b"] * 5, 4, 1.0, 3, 0)
 
 

@@ -81,9 +81,9 @@ def test_a_split_projection_is_described_and_loaded_alike(tmp_path):
     torch.testing.assert_close(
         logits(model.network), logits(whole.load(CPU).network), rtol=1e-6, atol=1e-6
     )
-    with pytest.raises(ModelError, match=r"'q_attn' is the end of no .*c_attn"):
+    with pytest.raises(ConfigError, match=r"'q_attn' is the end of no .*c_attn"):
         HuggingFace(path=str(tmp_path), targets=["q_attn"]).describe()
-    with pytest.raises(ModelError, match=r"'c_attn' is the end of no .*q_attn"):
+    with pytest.raises(ConfigError, match=r"'c_attn' is the end of no .*q_attn"):
         HuggingFace(path=str(tmp_path), targets=["c_attn"], split_qkv=True).describe()
 
 

@@ -151,7 +151,7 @@ DAMAGE = {
     "truncated state": (cut("state.safetensors", 20), "is damaged"),
     "empty state": (cut("state.safetensors", 0), "is damaged"),
     "no state": (lambda p: (p / "state.safetensors").unlink(), "cannot read"),
-    "truncated meta": (cut("meta.json", 17), "is not JSON"),
+    "truncated meta": (cut("meta.json", 17), "cannot be read: .*cut short or damaged"),
     "no meta": (lambda p: (p / "meta.json").unlink(), "cannot read"),
     "other format": (edit(format=99), "format 99"),
     "not an object": (lambda p: (p / "meta.json").write_text("[]"), "format None"),
