@@ -40,7 +40,7 @@ def at_least(name: str, value: float, low: float, *, strict: bool = False) -> No
 
 
 MOST_THREADS = 1024
-"""Threads of one process: OpenMP ends a process for which it cannot start all that are asked for."""
+"""Threads of one process: OpenMP ends a process for which it cannot start them all."""
 
 
 def within(name: str, value: int, low: int, high: int) -> None:

@@ -46,7 +46,9 @@ class FolderTokenizer:
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the Rust library has no class of its own
-            raise ModelError(f"the tokenizer {file} cannot be read: {fault(file, error)}") from error
+            raise ModelError(
+                f"the tokenizer {file} cannot be read: {fault(file, error)}"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         named = _read(folder / "tokenizer_config.json")

@@ -27,11 +27,7 @@ from fedlora.data.batches import sample_examples
 from fedlora.data.store import Example, TokenStore
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.language_model import LanguageModel
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    plan_from_json,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, plan_from_json
 
 Scalars: TypeAlias = dict[str, Any]
 """Flower's config and metrics: str, int, float, bool or bytes by name."""

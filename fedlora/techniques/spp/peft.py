@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
-from fedlora.core.files import output_folder
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Factors
-from fedlora.models.export import about
 from fedlora.models.masks import (
     check_zeros,
 )
@@ -125,19 +123,6 @@ def mount_spp(network: Any, folder: Path) -> Any:
     return mount_by_peft(network, folder, spp_config(config))
 
 
-def save_spp(
-    payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
-) -> None:
-    """`write_spp` into a folder of its own; an earlier payload there is replaced.
-
-    Raises:
-        ConfigError: if the folder holds anything else.
-        ValueError: as `write_spp`.
-    """
-    with output_folder(folder, about(MaskedScale, info)) as draft:
-        write_spp(payload, info, draft, base_name, dropout)
-
-
 def write_spp(
     payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
@@ -175,7 +160,7 @@ def write_spp(
 
 
 def load_spp(folder: Path) -> MaskedScale:
-    """The inverse of `save_spp`.
+    """The inverse of `write_spp`.
 
     Raises:
         ModelError: if the folder holds no SPP adapter.

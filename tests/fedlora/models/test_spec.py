@@ -117,7 +117,7 @@ def test_targets_choose_layers_in_model_order(saved):
 
 @pytest.mark.parametrize("target", ["q_porj", "lm_head", "embed_tokens", "proj"])
 def test_a_target_that_names_nothing_is_refused_by_name(saved, target):
-    with pytest.raises(ModelError, match=rf"model\.targets: '{target}'.*q_proj"):
+    with pytest.raises(ConfigError, match=rf"model\.targets: '{target}'.*q_proj"):
         HuggingFace(path=str(saved), targets=[target]).describe()
 
 
