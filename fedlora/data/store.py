@@ -41,6 +41,8 @@ class Example:
     """Token ids before the last answer, with BOS if the template has it."""
     responses: NDArray[np.bool_] | None = None
     """``[tokens]``, which tokens belong to answers; None: ``input_ids[prompt_tokens:]``."""
+    label: int = -1
+    """Index of its class in the store's labels; -1: it has none."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which linear layers of a causal language model carry an adapter, and what they are."""
+"""Which linear layers of a base model carry an adapter, and what they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,8 +9,12 @@ from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Adapter, Module
+from fedlora.models.head import HeadTensor
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
+
+CAUSAL_LM, CLASSIFICATION = "causal_lm", "classification"
+"""What a base model predicts: the next token, or the label of a text."""
 
 _SCAN = ("dt_proj", "x_proj", "out_proj")
 WEIGHT_READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -44,6 +48,19 @@ class ModelInfo:
     """Whether the model itself states ``context`` (`fedlora.models.context`)."""
     vocabulary: int = 0
     """Rows of the input embedding; 0: not known."""
+    task: str = CAUSAL_LM
+    """``causal_lm`` or ``classification``."""
+    labels: tuple[str, ...] = ()
+    """Class names of a classifier, in the order of their index."""
+    head_modules: tuple[str, ...] = ()
+    """Paths of the modules of a classifier's head (`fedlora.models.head`)."""
+    head: tuple[HeadTensor, ...] = ()
+    """Their parameters."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it predicts labels rather than tokens."""
+        return self.task == CLASSIFICATION
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -85,7 +102,9 @@ def text_part(network: Any) -> str:
     return f"{paths[0]}." if paths and paths[0] else ""
 
 
-def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ...]:
+def find_modules(
+    network: Any, targets: str | Sequence[str], *, outside: Sequence[str] = ()
+) -> tuple[Module, ...]:
     """The linear layers that ``targets`` names, in the order of ``named_modules()``.
 
     Args:
@@ -94,6 +113,7 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
             ends of module paths such as ``q_proj`` or ``layers.0.mlp.up_proj``. Of a network that
             also takes images or sounds, only layers of its language model (`text_part`).
             Layers whose weight is read past them (`WEIGHT_READ`) are left out.
+        outside: paths of modules none of whose layers is adapted: the head of a classifier.
 
     Raises:
         ModelError: if a target matches no linear layer.
@@ -105,6 +125,7 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
         for path, layer in network.named_modules()
         if is_linear(layer) and layer is not head and path.startswith(inside)
         if path.rpartition(".")[2] not in read
+        and not f"{path}.".startswith(tuple(f"{x}." for x in outside))
     }
     if targets == "all-linear":
         chosen = set(linear)
