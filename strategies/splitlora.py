@@ -147,8 +147,8 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             mine = _within(setting, part)
             if not mine.modules:
                 raise ValueError(
-                    f"strategy.cut: no layer of blocks {part.start}..{part.stop - 1}, which clients "
-                    "hold, carries an adapter, and every client of a split trains: choose "
+                    f"strategy.cut: no layer of blocks {part.start}..{part.stop - 1}, which "
+                    "clients hold, carries an adapter, and every client of a split trains: choose "
                     "model.layers or model.targets among them"
                 )
             nested = self.aggregator.init_state(mine)
