@@ -20,6 +20,7 @@ import torch
 from fedlora.core.checks import one_of
 from fedlora.core.errors import ModelError
 from fedlora.models import folder as folders
+from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
 from fedlora.models.folder import find_assets, mask_identity
 from fedlora.models.head import (
@@ -51,6 +52,10 @@ class ModelSpec(ABC):
     targets: Any = "all-linear"
     """``all-linear`` (all but the output embedding, as in PEFT) or a tuple of ends of module paths,
     in YAML a list such as ``[q_proj, v_proj]``."""
+    layers: Any = "all"
+    """The transformer blocks whose layers carry adapters: ``all`` (layers outside the blocks too),
+    ``top:k`` (the k blocks next to the output) or a list of indices, as PEFT's
+    ``layers_to_transform``."""
     dtype: str = "float32"
     """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
     case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
@@ -65,6 +70,7 @@ class ModelSpec(ABC):
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_layers(self.layers)
         one_of("model.task", self.task, (CAUSAL_LM, CLASSIFICATION))
         one_of("model.head", self.head, ("frozen",))
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
@@ -112,8 +118,8 @@ class ModelSpec(ABC):
         """Modules and size, from the configuration alone: no weight is loaded.
 
         Raises:
-            ModelError: if the folder is incomplete, holds no model for the task, or a target
-                matches none of its layers.
+            ModelError: if the folder is incomplete, holds no model for the task, a target matches
+                none of its layers, or ``layers`` none of its blocks.
         """
         folder = self.folder()
         config = self._config(folder)
@@ -121,9 +127,11 @@ class ModelSpec(ABC):
             network = self._auto().from_config(config, **self._trust())
         splits, found = self._split(network), limits(config, network)
         head = head_modules(network) if self.classifies else ()
+        modules = find_modules(network, self.targets, self.layers, outside=head)
+        blocks, adapted = adapted_blocks(network, [m.path for m in modules])
         return ModelInfo(
             name=self.name,
-            modules=find_modules(network, self.targets, outside=head),
+            modules=modules,
             parameters=sum(p.numel() for p in network.parameters()),
             context=found.context,
             fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
@@ -131,6 +139,8 @@ class ModelSpec(ABC):
             mask=mask_identity(folder),
             context_stated=found.stated,
             vocabulary=found.vocabulary,
+            blocks=blocks,
+            adapted=adapted,
             task=self.task,
             labels=self.labels,
             head_modules=head,
@@ -188,7 +198,8 @@ class ModelSpec(ABC):
         folder, placement = self.folder(), self._placement(device)
         config = {"config": self._config(folder)} if self.classifies else {}
         try:
-            with no_progress_bar():
+            # That a head is not in the checkpoint, of which transformers warns, is as it should be.
+            with no_progress_bar(warnings=not self.classifies):
                 network, report = self._auto().from_pretrained(
                     folder,
                     **config,
@@ -300,16 +311,23 @@ def import_transformers() -> None:
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bars out of the log of a worker that loads in a blink."""
+def no_progress_bar(warnings: bool = True) -> Iterator[None]:
+    """Keep transformers' bars out of the log of a worker that loads in a blink.
+
+    Args:
+        warnings: whether to leave it its warnings.
+    """
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not warnings:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

@@ -22,8 +22,9 @@ def padded(held: Sequence[Labelled], types: bool) -> dict[str, Tensor]:
     mask = [[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in held]
     batch = {"input_ids": rows, "attention_mask": mask, "labels": [e.label for e in held]}
     if types:
-        second = [[int(e.prompt_tokens <= t < len(e.input_ids)) for t in range(width)] for e in held]
-        batch["token_type_ids"] = second
+        batch["token_type_ids"] = [
+            [int(e.prompt_tokens <= t < len(e.input_ids)) for t in range(width)] for e in held
+        ]
     return {name: torch.tensor(np.array(values)) for name, values in batch.items()}
 
 

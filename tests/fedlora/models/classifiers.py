@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification as Auto
 from transformers import (
     BertConfig,
     DebertaV2Config,
@@ -21,7 +22,6 @@ from transformers import (
     Qwen2Config,
     RobertaConfig,
 )
-from transformers import AutoModelForSequenceClassification as Auto
 
 from fedlora.models.classifier import Classifier, configured
 from fedlora.models.head import draw_head, head_modules, head_parameters, head_tensors
