@@ -137,14 +137,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 f"strategy.cut: a client cannot hold the first {cuts[-1]} and the last "
                 f"{max(self.tail, 0)} of {blocks} blocks (strategy.cut, tier_cuts, tail)"
             )
-        tail = blocks - max(self.tail, 0)
-        for cut in cuts:
-            if not any(b < cut or b >= tail for b in blocks_of(setting.modules).values()):
-                raise ValueError(
-                    f"strategy.cut: a client that holds the first {cut} of {blocks} blocks has no "
-                    "adapter to train: let it hold more (strategy.cut, tier_cuts, tail), or adapt "
-                    "modules of its blocks (model.targets)"
-                )
+        if cuts[0] + max(self.tail, 0) == 0:
+            raise ValueError(
+                f"strategy.cut: a client that holds none of the {blocks} blocks has nothing to "
+                "train; let it hold one or more (strategy.cut, tier_cuts, tail)"
+            )
         top = setting.max_ranks
         if self.server_rank:
             top = Ranks({m.path: min(self.server_rank, m.max_rank) for m in setting.modules})
@@ -158,6 +155,12 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         } | {f"{MODULES}{path}/r": integers(r) for path, r in top.items()}
         for part in self._parts(state):
             mine = _within(setting, part)
+            if not mine.modules:
+                raise ValueError(
+                    f"strategy.cut: no layer of blocks {part.start}..{part.stop - 1}, which "
+                    "clients hold, carries an adapter, and every client of a split trains: choose "
+                    "model.layers or model.targets among them"
+                )
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
             if not isinstance(self.aggregator.client_start(nested, first), Mapping):

@@ -11,13 +11,16 @@ from fedlora.algebra.state import State
 from fedlora.core.payload import plain_factors
 from fedlora.core.types import Failure, TrainJob, Update
 from fedlora.server.method import Method
-from fedlora.wire.codec import WIRE_BYTES, update_bytes
+from fedlora.wire.codec import WIRE_BYTES
 
 
 @dataclass(frozen=True)
 class ByteAccount:
     """Bytes of one round, by client."""
 
+    method: Method
+    state: State
+    """From which the round began."""
     jobs: Mapping[int, TrainJob]
     starts: Mapping[int, int]
     """Client id -> bytes that it receives before it trains."""
@@ -34,14 +37,15 @@ class ByteAccount:
             j.client.id: method.bytes_down(state, j.client, j.start, wire) - drawn[id(j.start)]
             for j in jobs
         }
-        return cls({j.client.id: j for j in jobs}, down, wire)
+        return cls(method, state, {j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:
         """The bytes that a client sent, accepted or not; 0 for a failed client."""
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
-        return update_bytes(result.payload, plan, self.wire) + _exchanged(result, "exchanged_up")
+        sent = self.method.bytes_up(self.state, result, plan, self.wire)
+        return sent + _exchanged(result, "exchanged_up")
 
     def down(self, result: Update | Failure) -> int:
         """The bytes that a client received: its start and, in a split round, all later messages."""

@@ -27,7 +27,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
-from fedlora.wire.codec import payload_bytes
+from fedlora.wire.codec import payload_bytes, update_bytes
 
 StateAudit = Callable[[State], Mapping[str, float | int | str]]
 """A check of the server's state after a round, for the round's record."""
@@ -118,6 +118,9 @@ class Method(ABC):
 
     technique: ClassVar[type[Technique]]
     """The technique of its clients, whose results it averages."""
+    shares: ClassVar[bool] = True
+    """Whether what a client trains reaches others. A method that shares nothing is a bound for the
+    others; its `aggregate` leaves the state as it is."""
 
     def check(self, setup: Setup) -> None:
         """Refuse a combination before anything is loaded.
@@ -126,6 +129,11 @@ class Method(ABC):
             ValueError: one sentence that says why and what to use instead.
         """
         nested = getattr(self, "aggregator", None)
+        if isinstance(nested, Method) and not nested.shares:
+            raise ValueError(
+                f"strategy.aggregator={type(nested).__name__} averages nothing, and "
+                f"{type(self).__name__} needs an average: use another aggregator, such as fedit"
+            )
         if isinstance(nested, Method) and nested.technique is not self.technique:
             raise ValueError(
                 f"strategy.aggregator={type(nested).__name__} averages "
@@ -185,6 +193,17 @@ class Method(ABC):
             wire: number format.
         """
         return payload_bytes(start, wire)
+
+    def bytes_up(self, state: State, update: Update, plan: LocalPlan, wire: str) -> int:
+        """The bytes that a real client sends after it has trained.
+
+        Args:
+            state: from which the round began.
+            update: of the client, accepted or not.
+            plan: of the client's round.
+            wire: number format.
+        """
+        return update_bytes(update.payload, plan, wire)
 
     def run_round(
         self, state: State, jobs: Sequence[TrainJob], channel: ClientChannel

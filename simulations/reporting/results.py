@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import ConfigError
+from fedlora.core.package import ROOT
 from fedlora.core.reading import json_in
-from fedlora.run.source_hash import ROOT
 from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
 from simulations.reporting.tables import TABLES, Records

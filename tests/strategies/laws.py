@@ -720,16 +720,26 @@ LAWS: Sequence[Law] = (
 )
 
 
+def _shares(strategy: LoRAStrategy) -> str:
+    return "" if strategy.shares else "its clients share nothing"
+
+
 def _any_share(strategy: LoRAStrategy) -> str:
+    if not strategy.shares:
+        return ""
     found = weights(strategy, round=2)
     return "" if found in ("examples", "examples_sparsity") else f"its weights={found} ignore n_k"
 
 
 def _no_share(strategy: LoRAStrategy) -> str:
+    if not strategy.shares:
+        return _shares(strategy)
     return "" if _any_share(strategy) else f"its weights={weights(strategy, round=2)} follow n_k"
 
 
 def _examples(strategy: LoRAStrategy) -> str:
+    if not strategy.shares:
+        return _shares(strategy)
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -764,6 +774,8 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
+    a_lone_client_gets_its_update_back: _shares,
+    training_is_not_forgotten: _shares,
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
     examples_are_what_is_averaged: _examples,

@@ -223,7 +223,7 @@ def test_tiers_that_nobody_is_in_are_not_asked_for():
         (lambda: roster(4, Population(unseen_fraction=1.0)), "no client is left to train"),
         (
             lambda: roster(9, Population(per_round=9)),
-            "per_round=9 must be at most 8: of the 9 clients, 1 are held out",
+            "per_round=9 must be at most 7: of the 9 clients, 1 are held out",
         ),
         (lambda: roster(9, Population(unseen_categories=("zz",))), "not in the data"),
         (lambda: Population(fraction=0), "fraction=0 must lie in"),

@@ -164,10 +164,10 @@ def test_a_recorded_runtime_is_checked_where_it_runs():
         (["engine.threads=1025"], "engine.threads=1025 must lie in 0..1,024"),
         (["runtime.nodes=65537"], "runtime.nodes=65537 must lie in 1..65,536"),
         (["evaluate=fast", "evaluate.groups=[seen,seen]"], "lists seen more than once"),
-        (["strategy=splitlora", "strategy.cut=0"], "the first 0 of 4 blocks has no adapter"),
+        (["strategy=splitlora", "strategy.cut=0"], "a client that holds none of the 4 blocks"),
         (
             ["strategy=splitlora", "model.targets=[layers.3.self_attn.q_proj]"],
-            "the first 1 of 4 blocks has no adapter",
+            "no layer of blocks 0..0, which clients hold, carries an adapter",
         ),
         (["strategy=splitlora", "strategy.average_every=3"], "average_every=3 does not divide"),
         (
