@@ -102,26 +102,21 @@ class WorkerEngine(EngineSpec):
         if self.reuse_memory:
             keep_freed_memory()
 
-    def with_states(self, model: LanguageModel, store: TokenStore) -> "Data":
-        """The data of an engine on this model: with a prefix, examples that bring their states.
+    def with_states(
+        self, model: LanguageModel, store: TokenStore
+    ) -> tuple[TokenStore, Callable[[], tuple[str, ...]]]:
+        """The store of an engine on this model, and what is to be said of it: with a prefix its
+        examples bring their states.
 
         Only ``on`` has one: what ``auto`` means is decided before an engine is opened.
         """
         if self.prefix != "on":
-            return Data(store)
+            return store, tuple
         reason = why_not_prefix(model)
         if reason:
-            return Data(store, lambda: (f"no prefix, for {reason}",))
+            return store, lambda: (f"no prefix, for {reason}",)
         cache = PrefixCache(model, store, self.prefix_dtype, 1e9 * self.prefix_gb)
-        return Data(store.with_states(cache.attach), cache.notes)
-
-
-@dataclass(frozen=True)
-class Data:
-    """A token store, and what is to be said of the states of its examples."""
-
-    store: TokenStore
-    notes: Callable[[], tuple[str, ...]] = tuple
+        return store.with_states(cache.attach), cache.notes
 
 
 def failure(client: Client, error: BaseException) -> Failure:

@@ -26,7 +26,6 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedlora.core.cache import cache_root
-from fedlora.core.errors import ModelError
 from fedlora.core.files import write_file
 from fedlora.core.seeding import torch_generator
 from fedlora.data.store import Example, TokenStore
@@ -65,6 +64,7 @@ def why_not_prefix(model: LanguageModel) -> str:
             whole = model.logits(model.collate(examples, "full").to(model.device))
             given = [replace(e, states=h) for e, h in zip(examples, states, strict=True)]
             batch = model.collate(given, "full").to(model.device)
+            assert batch.states is not None
             with prefix.replaced(batch.states):
                 found = model.logits(batch)
     except Exception as error:
@@ -165,7 +165,10 @@ class PrefixCache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, save({"states": states}, self._about(key, examples, states)))
         except OSError as error:
-            self._full = f"the prefix cache cannot be written ({error}): examples without it run whole"
+            self._full = (
+                f"the prefix cache cannot be written ({error}): examples without states run "
+                "through all blocks"
+            )
             return None
         return list(states.split(lengths))
 
