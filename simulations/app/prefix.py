@@ -55,7 +55,7 @@ def settled_prefix(
         return replace(engine, prefix="off")
     visits = _visits(parts, roster)
     size = visits.computed * info.width * _bytes(parts, engine) / 1e9
-    takes = f"their states take about {size:.2g} GB"
+    takes = f"the states of all examples take about {size:.2g} GB"
     if engine.prefix == "on":
         if size > engine.prefix_gb:
             raise ConfigError(

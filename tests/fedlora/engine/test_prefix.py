@@ -1,5 +1,6 @@
 """States that are computed once per example give the results of whole forward passes."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load
 
 from fedlora.core.types import EvaluateJob, EvaluatePlan, Failure, LocalPlan, Update
+from fedlora.data.batches import padded_states
 from fedlora.engine import prefix as prefixes
-from fedlora.engine.fused import Fused
+from fedlora.engine.fused import Fused, batch
 from fedlora.engine.prefix import cache_key, why_not_prefix
 from fedlora.engine.sequential import Sequential
 from fedlora.models.prefix import Prefix
@@ -21,6 +23,7 @@ from tests.fedlora.engine.world import FakeStore, client, distance, exact, examp
 from tests.fedlora.models import classifiers
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import adapter, gpt2, llama, wrap
+from tests.planted import planted
 
 PLAN = LocalPlan(epochs=2, batch_size=3, micro_batch_size=2, lr=1e-2, dropout=0.2)
 MEASURED = EvaluatePlan(max_new_tokens=4)
@@ -208,6 +211,7 @@ def test_models_layers_and_data_share_no_states(cache):
         ]
         assert_same(found, wanted)
     assert len(list(cache.glob("prefix/*"))) == 4
+    shutil.rmtree(cache / "prefix")
 
 
 def reseeded(name, layers, fingerprint):
@@ -317,3 +321,27 @@ def test_examples_without_inputs_have_empty_states():
     wanted, _ = results(Sequential(), world(), held)
     found, _ = results(Sequential(prefix="on"), world(), held)
     assert_same(found, wanted)
+
+
+FAULTS = {
+    "keyed without the layer": (cache_key, "info.frozen_blocks", "0"),
+    "keyed without the model": (cache_key, "info.fingerprint", "0"),
+    "keyed without the network's class": (cache_key, "type(network).__name__", "0"),
+    "of another example": (prefixes._states, "states[row,", "states[0,"),
+    "of another token": (prefixes._states, ": lengths[i]]", ": lengths[i]].flip(0)"),
+    "of the block before": (Prefix.__init__, "found[blocks]", "found[blocks - 1]"),
+    "a row too far": (padded_states, "row[: len(states)]", "row[-len(states) :]"),
+    "rows of pads": (batch._states, "rows.of_token", "np.arange(len(tokens))"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_noticed(fault, cache):
+    """Wrong states change results, which the laws above compare."""
+
+    def laws():
+        test_models_layers_and_data_share_no_states(cache)
+        test_a_round_is_that_without_states("llama", "padded", cache)
+
+    with planted(*FAULTS[fault]), pytest.raises((AssertionError, RuntimeError)):
+        laws()
