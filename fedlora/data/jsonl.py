@@ -224,7 +224,8 @@ class Jsonl(Source):
         """The training rows of each client, as positions in ``groups``."""
         n = self.clients
         if self.partition == "dirichlet":
-            return partition.dirichlet(groups, n, self.alpha, self.min_examples, self.seed)
+            options = (n, self.alpha, self.min_examples, self.seed)
+            return partition.dirichlet(groups, *options, nearest=self.labelled)
         if self.partition == "pathological":
             parts = partition.pathological(groups, n, self.classes_per_client, self.seed)
         elif self.partition == "domain":
