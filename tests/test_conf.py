@@ -27,6 +27,7 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    "data=intents": ["model.task=classification"],
 }
 
 

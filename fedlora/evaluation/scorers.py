@@ -9,6 +9,7 @@
     ExactMatch          exact_match                fraction of generations that equal the reference
     TeacherForcedRouge  rouge_l_teacher_forced     ROUGE-L of the argmax of every next token, given
                                                    the true ones before
+    Classification      loss, accuracy             of predicted labels (``model.task``)
 
 The last is what the FlexLoRA code reports. Nine tenths of its tokens are prompt, so it tells how
 predictable the instructions are; it is never called ROUGE-L here.
@@ -94,14 +95,30 @@ class TeacherForcedRouge(Scorer):
         return {"rouge_l_teacher_forced": Metric(mean, outputs.examples)}
 
 
-DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch())
+@dataclass(frozen=True)
+class Classification(Scorer):
+    """Mean negative log-likelihood of the true labels, and the fraction predicted right."""
+
+    reads_labels: ClassVar[bool] = True
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        n = outputs.examples
+        loss = math.fsum(float(nll) for nll in outputs.nll)
+        pairs = zip(outputs.tokens, outputs.best, strict=True)
+        hits = sum(int(true[0]) == int(best[0]) for true, best in pairs)
+        return {"loss": Metric(loss / n, n), "accuracy": Metric(hits / n, n, interval=True)}
+
+
+DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch(), Classification())
 """The scorers of conf/evaluate/metrics/default.yaml."""
 
 
-def scorers_of(plan: EvaluatePlan) -> list[Scorer]:
-    """What a plan measures, without what it could not: scores of texts need generation."""
+def scorers_of(plan: EvaluatePlan, classifies: bool) -> list[Scorer]:
+    """What a plan measures, without what it could not: scores of texts need generation, scores of
+    labels a classifier."""
     named = DEFAULT if plan.metrics is None else plan.metrics
-    return [s for s in named if plan.generate or not s.needs_texts]
+    fitting = [s for s in named if s.reads_labels == classifies]
+    return [s for s in fitting if plan.generate or not s.needs_texts]
 
 
 def texts_mean(outputs: Outputs, score: Callable[[str, str], float]) -> float:

@@ -136,10 +136,12 @@ def _evaluation(record: Mapping[str, Any]) -> list[str]:
         parts.append(f"{record['clients']} clients")
     if record.get("failed"):
         parts.append(f"{record['failed']} failed")
+    unit = "token accuracy" if "tokens_response" in record else "accuracy"
     for key, name in (
+        ("loss", "loss"),
         ("loss_response", "response loss"),
         ("perplexity", "perplexity"),
-        ("accuracy", "token accuracy"),
+        ("accuracy", unit),
         ("exact_match", "exact match"),
     ):
         if key in record:
