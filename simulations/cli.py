@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from textwrap import fill
 
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 
 CONF = ROOT / "conf"
 

@@ -145,6 +145,12 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         } | {f"{MODULES}{path}/r": integers(r) for path, r in top.items()}
         for part in self._parts(state):
             mine = _within(setting, part)
+            if not mine.modules:
+                raise ValueError(
+                    f"strategy.cut: no layer of blocks {part.start}..{part.stop - 1}, which "
+                    "clients hold, carries an adapter, and every client of a split trains: choose "
+                    "model.layers or model.targets among them"
+                )
             nested = self.aggregator.init_state(mine)
             first = self.aggregator.enlist(nested, mine.clients[0])
             if not isinstance(self.aggregator.client_start(nested, first), Mapping):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.core.errors import ConfigError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from fedlora.techniques.spp.technique import Scaling
 from simulations.app.compose import load, split_overrides
 from simulations.app.parts import build_parts

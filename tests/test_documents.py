@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.core.errors import ConfigError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from simulations.app.compose import load
 from simulations.reporting import results
 from simulations.reporting.results import ALL, main, outdated, written

@@ -24,7 +24,7 @@ from fedlora.run.source_hash import NOT_SHIPPED
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-ASSETS = ("fedlora/models/assets", "simulations/reporting/templates")
+ASSETS = ("fedlora/data/assets", "fedlora/models/assets", "simulations/reporting/templates")
 """What is neither code nor configuration: not in the bundle, and in everything else."""
 
 # What Flower's SuperLink does in an installed bundle before every run.

@@ -2,6 +2,7 @@
 
 from fedlora.core.errors import DataError
 from fedlora.data.e2e import E2E
+from fedlora.data.intents import Intents
 from fedlora.data.jsonl import Jsonl
 from fedlora.data.natural_instructions import NaturalInstructions, task_group
 from fedlora.data.records import SPLITS, Record
@@ -15,6 +16,7 @@ __all__ = [
     "ClientInfo",
     "DataError",
     "Example",
+    "Intents",
     "Jsonl",
     "NaturalInstructions",
     "Record",

@@ -7,7 +7,7 @@ example lies, sorted by client, split and arrival.
     responses.npy    bool [tokens], which tokens belong to answers; [0]: in every example those from
                      its prompt_tokens on
     references.utf8  the response texts, end to end
-    index.npy        int64 [examples, 6], columns `COLUMNS`
+    index.npy        int64 [examples, 7], columns `COLUMNS`; without a label -1
     clients.npy      int64 [3 * clients + 1], first row of the index of each (client, split)
     meta.json        names, versions, file sizes, checksums
 """
@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 from fedlora.core.errors import DataError
 from fedlora.core.reading import checksum, sealed
 from fedlora.data.encode import RecordEncoder, Tokenizer
+from fedlora.data.labels import LabelDraft
 from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source
 
-FORMAT = 2  # of the folder: part of the key
-COLUMNS = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes", "flags")
-TRUNCATED, EMPTY_OUTPUT = 1, 2
+FORMAT = 3  # of the folder: part of the key
+_PLACES = ("start", "tokens", "prompt_tokens", "reference_start", "reference_bytes")
+COLUMNS = (*_PLACES, "flags", "label")
+TRUNCATED, EMPTY_OUTPUT, MOVED = 1, 2, 4
 ARRAYS = ("tokens.npy", "responses.npy", "references.utf8", "index.npy", "clients.npy")
 _BATCH = 2048
 
@@ -52,9 +54,11 @@ class Draft:
     """``3 * client + split`` of each row."""
     categories: dict[int, Counter[str]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    labels: LabelDraft = field(default_factory=LabelDraft)
     token_count: int = 0
     reference_bytes: int = 0
     empty: int = 0
+    moved: int = 0
 
     def add(
         self, batch: list[Record], encoder: RecordEncoder, references: BinaryIO, dtype: type
@@ -65,11 +69,13 @@ class Draft:
             reference = record.output.encode()
             references.write(reference)
             start, flags = self.token_count + len(flat), TRUNCATED * encoded.truncated
-            flags += EMPTY_OUTPUT * (not record.output)
+            flags += EMPTY_OUTPUT * (not record.output) + MOVED * record.moved
             self.rows.extend((start, len(encoded.ids), encoded.prompt_tokens))
             self.rows.extend((self.reference_bytes, len(reference), flags))
+            self.rows.append(self.labels.add(record))
             self.reference_bytes += len(reference)
             self.empty += not record.output
+            self.moved += record.moved
             own = encoded.responses
             if own is not None and not _follow(own, encoded.prompt_tokens):
                 self.responses.append((start, own))
@@ -134,7 +140,8 @@ def write_store(
             if len(draft.tokens) % 10 == 0:
                 log.info("data=%s: %d records tokenised", source.name, len(draft.homes))
     clients = draft.clients(source.name)
-    _write_arrays(draft, clients, folder, dtype)
+    labels, numbers = draft.labels.names(source.name) if source.labelled else ([], None)
+    _write_arrays(draft, clients, folder, dtype, numbers)
     meta = {
         "format": FORMAT,
         "key": key,
@@ -146,6 +153,7 @@ def write_store(
         },
         "tokenizer": {"id": tokenizer_id, "size": len(tokenizer)},
         "template": encoder.version,
+        "labels": labels,
         "files": {name: _identity(folder / name) for name in ARRAYS},
         "clients": [
             [
@@ -158,6 +166,16 @@ def write_store(
     (folder / "meta.json").write_text(json.dumps(sealed(meta)), encoding="utf-8")
     seconds = time.monotonic() - began
     log.info("data=%s: %d records in %.1f s", source.name, len(draft.homes), seconds)
+    if draft.moved:
+        log.info("data=%s: %s", source.name, moved_text(draft.moved, len(draft.homes)))
+
+
+def moved_text(moved: int, examples: int) -> str:
+    """What a partition did so that no client has less than it must have."""
+    return (
+        f"{moved:,} of {examples:,} examples were moved to clients that the draw left with less "
+        "than data.min_examples"
+    )
 
 
 def _encodable(record: Record) -> Record:
@@ -170,7 +188,18 @@ def _encodable(record: Record) -> Record:
     return record
 
 
-def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None:
+def _write_arrays(
+    draft: Draft, clients: int, folder: Path, dtype: type, numbers: NDArray[np.int64] | None
+) -> None:
+    """Write tokens and index.
+
+    Args:
+        draft: all that was gathered.
+        clients: how many there are.
+        folder: the store's.
+        dtype: of the tokens.
+        numbers: ``[labels]``, the label index of each number in the draft; None: without labels.
+    """
     header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (draft.token_count,)}
     with (folder / "tokens.npy").open("wb") as file:  # a full disk kills who writes to a mapping
         np.lib.format.write_array_header_1_0(file, header)
@@ -178,7 +207,8 @@ def _write_arrays(draft: Draft, clients: int, folder: Path, dtype: type) -> None
             file.write(chunk.tobytes())
     homes = np.frombuffer(draft.homes, dtype=np.int64)
     order = np.argsort(homes, kind="stable")
-    rows = np.frombuffer(draft.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+    rows = np.array(draft.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+    rows[:, -1] = -1 if numbers is None else numbers[rows[:, -1]]
     np.save(folder / "index.npy", rows[order])
     np.save(folder / "responses.npy", _responses(draft, rows))
     bounds = np.searchsorted(homes[order], np.arange(len(SPLITS) * clients + 1))

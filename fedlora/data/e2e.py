@@ -164,7 +164,7 @@ class E2E(Source):
                     f"data.by={self.by!r} is no attribute of the MRs, which are {known}"
                 )
             labels = [row.attributes.get(self.by, "") for row in rows]
-            return partition.dirichlet(labels, self.clients, self.alpha, 1, self.seed)
+            return partition.dirichlet(labels, self.clients, self.alpha, 1, self.seed).parts
         by_mr = self.partition == "by_mr"
         groups = _groups([r.context if by_mr else r.attributes["name"] for r in rows])
         partition.enough(len(groups), self.clients, "MRs" if by_mr else "restaurants")

@@ -8,7 +8,7 @@ from fedlora.core.errors import DataError
 from fedlora.data.records import Record, Turn
 from fedlora.data.template import INSTRUCTION, Template
 
-_CHARACTERS_PER_TOKEN = 16
+CHARACTERS_PER_TOKEN = 16
 """No text is read further than so many characters per token of `max_length`: the longest inputs of
 Natural Instructions have 300,000 characters, of which a model sees two thousand."""
 
@@ -21,7 +21,12 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
     def __call__(
-        self, text: list[str], *, add_special_tokens: bool = ..., verbose: bool = ...
+        self,
+        text: list[str],
+        text_pair: list[str] | None = ...,
+        *,
+        add_special_tokens: bool = ...,
+        verbose: bool = ...,
     ) -> Any:
         """``{"input_ids": [[...], ...]}``; not verbose, as long texts are cut here anyway."""
 
@@ -32,7 +37,8 @@ class Encoded:
 
     ids: list[int]
     prompt_tokens: int
-    """Token ids before the last answer, with BOS and mark."""
+    """Token ids before the last answer, with BOS and mark; of texts with a label, those before the
+    second text."""
     truncated: bool
     responses: list[bool] | None = None
     """Which tokens belong to answers, one flag per id; None: those from `prompt_tokens` on."""
@@ -109,7 +115,7 @@ class Encoder:
         """Tokenise records of one question each."""
         if not records:
             return []
-        limit = _CHARACTERS_PER_TOKEN * self.max_length
+        limit = CHARACTERS_PER_TOKEN * self.max_length
         texts = [(r.instruction[:limit], r.input[:limit], r.output[:limit]) for r in records]
         shortened = [
             any(len(text) > limit for text in (r.instruction, r.input, r.output)) for r in records

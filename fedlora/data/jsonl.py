@@ -153,7 +153,7 @@ class Jsonl(Source):
         else:
             parts = partition.dirichlet(
                 groups, self.clients, self.alpha, self.min_examples, self.seed
-            )
+            ).parts
         yield from (("", members) for members in parts)
 
     def _splits(

@@ -7,7 +7,7 @@ written in NumPy because those build a table per client: seconds for a few thous
 
 import heapq
 from collections.abc import Mapping, Sequence, Sized
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,15 @@ Indices: TypeAlias = NDArray[np.int64]
 
 DRAWS = 11
 """How often `dirichlet` draws before it moves examples, as in `flwr-datasets`."""
+
+
+class Division(NamedTuple):
+    """Examples divided over clients."""
+
+    parts: list[list[int]]
+    """The examples of each client."""
+    moved: frozenset[int] = frozenset()
+    """Those that a client was given only so that it has examples enough."""
 
 
 def natural(labels: Sequence[str]) -> list[list[int]]:
@@ -42,7 +51,7 @@ def iid(count: int, clients: int, seed: int) -> list[list[int]]:
 
 def dirichlet(
     labels: Sequence[str], clients: int, alpha: float, min_examples: int, seed: int
-) -> list[list[int]]:
+) -> Division:
     """Each client's fraction of every label is drawn from Dir(`alpha`).
 
     A draw in which some client has less than `min_examples` is drawn again. For small `alpha` no
@@ -70,19 +79,20 @@ def dirichlet(
         )
     names, of = np.unique(np.array(labels), return_inverse=True)
     rng = np.random.default_rng(seed)
+    moved: list[int] = []
     for _ in range(DRAWS):
         owner = _draw(of, len(names), clients, alpha, rng)
         sizes = np.bincount(owner, minlength=clients)
         if sizes.min() >= min_examples:
             break
     else:
-        _complete(owner, of, sizes.tolist(), min_examples, rng)
+        moved = _complete(owner, of, sizes.tolist(), min_examples, rng)
     order = np.lexsort((of, owner))  # by client, then label, then place in the data
     ends = np.cumsum(np.bincount(owner, minlength=clients))[:-1]
     parts = [part.tolist() for part in np.split(order, ends)]
     for part in parts:
         rng.shuffle(part)
-    return parts
+    return Division(parts, frozenset(moved))
 
 
 def _draw(
@@ -109,8 +119,8 @@ def _draw(
 
 def _complete(
     owner: Indices, labels: Indices, sizes: list[int], least: int, rng: np.random.Generator
-) -> None:
-    """Give examples to clients that hold less than ``least``.
+) -> list[int]:
+    """Give examples to clients that hold less than ``least``, and return which.
 
     Such a client takes what it lacks one by one: of the label of which it holds most (without any,
     of a random one, by the labels' frequencies), from the client that then holds most of that
@@ -131,6 +141,7 @@ def _complete(
     for k, own in enumerate(held):
         for y, members in own.items():
             heapq.heappush(givers[y], (-len(members), k))
+    moved: list[int] = []
     for k in [k for k, size in enumerate(sizes) if size < least]:
         own_counts = [len(held[k].get(y, ())) for y in range(len(frequency))]
         tie = rng.exponential(size=len(frequency)) / frequency
@@ -139,9 +150,11 @@ def _complete(
         while sizes[k] < least:
             while (source := _giver(givers[y], held, y, sizes, least)) is None:
                 y = next(order)
-            owner[held[source][y].pop()] = k
+            moved.append(held[source][y].pop())
+            owner[moved[-1]] = k
             sizes[k], sizes[source] = sizes[k] + 1, sizes[source] - 1
             heapq.heappush(givers[y], (-len(held[source][y]), source))
+    return moved
 
 
 def _giver(
@@ -184,6 +197,118 @@ def balanced(sizes: Sequence[int], clients: int, seed: int, purpose: str) -> lis
         heapq.heapreplace(load, (held + sizes[i], k))
         parts[k].append(i)
     return [sorted(part) for part in parts]
+
+
+def pathological(
+    labels: Sequence[str], clients: int, classes_per_client: int, seed: int
+) -> list[list[int]]:
+    """Each client holds examples of ``classes_per_client`` labels and of no other.
+
+    Clients choose one after another, at random among the labels chosen least so far, so that every
+    label has nearly equally many holders; its examples are divided evenly over them.
+
+    Raises:
+        DataError: if there are fewer labels, if some would be on no client, or if a label has fewer
+            examples than holders and one of them holds nothing else.
+    """
+    names, of = np.unique(np.array(labels), return_inverse=True)
+    if not 1 <= classes_per_client <= len(names):
+        raise DataError(
+            f"data.classes_per_client={classes_per_client} must lie between 1 and the "
+            f"{len(names)} labels of the data"
+        )
+    if clients * classes_per_client < len(names):
+        raise DataError(
+            f"data.clients={clients} with data.classes_per_client={classes_per_client} can hold "
+            f"{clients * classes_per_client} of the {len(names)} labels: raise one of the two"
+        )
+    rng = generator(seed, "pathological")
+    holders: list[list[int]] = [[] for _ in names]
+    for k in range(clients):
+        rank = np.lexsort((rng.random(len(names)), np.array([len(h) for h in holders])))
+        for y in rank[:classes_per_client].tolist():
+            holders[y].append(k)
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for y, own in enumerate(holders):
+        members = rng.permutation(np.flatnonzero(of == y))
+        order = rng.permutation(own).tolist()
+        for k, part in zip(order, np.array_split(members, len(order)), strict=True):
+            parts[k] += part.tolist()
+    if not all(parts):
+        raise DataError(
+            f"data.clients={clients} with data.classes_per_client={classes_per_client} leaves "
+            f"client {parts.index([])} without examples: its labels have too few; lower "
+            "data.clients or raise data.classes_per_client"
+        )
+    return parts
+
+
+def by_group(groups: Sequence[str], clients: int, seed: int) -> list[list[int]]:
+    """Each client holds examples of one group, a random part of them; with fewer clients than
+    groups, each holds whole groups.
+
+    Clients are given to groups one by one, to the one whose clients are then largest.
+
+    Raises:
+        DataError: if there are more clients than examples.
+    """
+    enough(len(groups), clients, "records")
+    members = natural(groups)
+    if clients <= len(members):
+        parts = balanced([len(m) for m in members], clients, seed, "groups")
+        return [[i for group in part for i in members[group]] for part in parts]
+    queue = [(-len(m), y, 1) for y, m in enumerate(members)]  # (-size of a part, group, parts)
+    heapq.heapify(queue)
+    for _ in range(clients - len(members)):
+        _, y, n = queue[0]
+        heapq.heapreplace(queue, (-(len(members[y]) // (n + 1)), y, n + 1))
+    rng = generator(seed, "groups")
+    return [
+        part.tolist()
+        for _, y, n in sorted(queue, key=lambda entry: entry[1])
+        for part in np.array_split(rng.permutation(members[y]), n)
+    ]
+
+
+def follow(
+    labels: Sequence[str],
+    like: Sequence[str],
+    parts: Sequence[Sequence[int]],
+    seed: int,
+    purpose: str,
+) -> list[list[int]]:
+    """Divide further examples, so that each client's labels are in the proportions that it has.
+
+    The examples of a label go to clients in proportion to how many of ``like`` with that label each
+    holds, rounded to whole ones by largest remainders; of a label that no client holds, in
+    proportion to all that they hold.
+
+    Args:
+        labels: of the examples to divide.
+        like: labels of those that are divided already.
+        parts: positions in ``like``, by client.
+        seed: draws which example goes where, and equal remainders.
+        purpose: keeps draws of one seed apart, as in `fedlora.core.seeding.generator`.
+
+    Returns:
+        Positions in ``labels`` by client, ascending.
+    """
+    sizes = np.array([len(part) for part in parts])
+    weights = {label: np.zeros(len(parts), dtype=np.int64) for label in set(like)}
+    for k, part in enumerate(parts):
+        for i in part:
+            weights[like[i]][k] += 1
+    rng = generator(seed, purpose)
+    divided: list[list[int]] = [[] for _ in parts]
+    for members in natural(labels):
+        weight = weights.get(labels[members[0]], sizes)
+        counts, rest = np.divmod(weight * len(members), weight.sum())
+        left = len(members) - int(counts.sum())
+        counts[np.lexsort((rng.random(len(parts)), -rest))[:left]] += 1
+        ends = np.cumsum(counts)[:-1]
+        for own, given in zip(divided, np.split(rng.permutation(members), ends), strict=True):
+            own += given.tolist()
+    return [sorted(own) for own in divided]
 
 
 def enough(count: int, clients: int, what: str) -> None:

@@ -36,6 +36,13 @@ class Record:
     turns: tuple[Turn, ...] = ()
     """A conversation up to its last answer, which is `output`; instruction and input are then
     empty. Empty: instruction and input are the only question."""
+    label: str = ""
+    """The class to predict, which is also `output`; instruction and input are then the first and
+    the second text. Empty: the data has no classes."""
+    where: str = ""
+    """The place where it was read, for messages."""
+    moved: bool = False
+    """Whether a partition gave it to this client only so that the client has examples enough."""
 
     def map_texts(self, change: Callable[[str], str]) -> "Record":
         """The record with every text that a model sees changed."""
@@ -45,6 +52,7 @@ class Record:
             input=change(self.input),
             output=change(self.output),
             turns=tuple(Turn(t.role, change(t.text)) for t in self.turns),
+            label=change(self.label),
         )
 
     def without_first_exchange(self) -> "Record | None":

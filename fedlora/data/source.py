@@ -14,6 +14,7 @@ from typing import ClassVar
 from fedlora.core.checks import at_least, one_of
 from fedlora.data.chat import ChatEncoder, chat_template
 from fedlora.data.encode import Encoder, RecordEncoder, Tokenizer
+from fedlora.data.labels import LabelledEncoder
 from fedlora.data.records import Record
 from fedlora.data.template import CHAT, TEMPLATES
 
@@ -51,6 +52,17 @@ class Source(ABC):
                 )
         one_of("data.truncation", self.truncation, TRUNCATIONS)
         at_least("data.max_length", self.max_length, 32)
+        for field in ("template", "truncation") if self.labelled else ():
+            if (value := getattr(self, field)) != getattr(Source, field):
+                raise ValueError(
+                    f"data.{field}={value!r} has no effect on texts with labels: their tokens are "
+                    "laid out as the tokenizer does for one or two texts, the longer text is cut"
+                )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether every record has a `Record.label`: data for classification."""
+        return False
 
     def encoder(self, tokenizer: Tokenizer) -> RecordEncoder:
         """What turns the records into tokens of a model.
@@ -58,6 +70,8 @@ class Source(ABC):
         Raises:
             DataError: if the tokenizer lacks what the template needs.
         """
+        if self.labelled:
+            return LabelledEncoder(tokenizer, self.max_length)
         if self.template in TEMPLATES:
             laid_out = TEMPLATES[self.template]
             return Encoder(tokenizer, self.max_length, self.truncation, laid_out)

@@ -19,6 +19,7 @@ from fedlora.data.build import (
     ARRAYS,
     EMPTY_OUTPUT,
     FORMAT,
+    MOVED,
     TRUNCATED,
     write_store,
 )
@@ -38,9 +39,12 @@ class Example:
     input_ids: NDArray[np.int32]
     """``[tokens]``"""
     prompt_tokens: int
-    """Token ids before the last answer, with BOS if the template has it."""
+    """Token ids before the last answer, with BOS if the template has it; of an example with a
+    label, those before its second text (all, if it has one text)."""
     responses: NDArray[np.bool_] | None = None
     """``[tokens]``, which tokens belong to answers; None: ``input_ids[prompt_tokens:]``."""
+    label: int = -1
+    """Index into `TokenStore.labels`; -1: the data has none."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,8 @@ class ClientInfo:
     predicting: int
     """Training examples with more than one token."""
     responding: int
-    """Training examples that keep a token of an answer."""
+    """Training examples that keep a token of an answer. Of data with labels these are all, as
+    `predicting`."""
 
     def holds(self, split: str) -> tuple[int, int]:
         """How many examples of a split it has, and of how many tokens together."""
@@ -174,7 +179,7 @@ class TokenStore:
         tokens = np.array(self._index[:, 1])
         held = self._sums(np.ones_like(tokens)).tolist()
         lengths = self._sums(tokens).tolist()
-        predicting = self._sums(tokens > 1)[:, 0].tolist()
+        predicting = self._sums((tokens > 1) | bool(self.labels))[:, 0].tolist()
         responding = self._sums(self._answer_tokens() > 0)[:, 0].tolist()
         rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
@@ -187,6 +192,24 @@ class TokenStore:
         differences of running sums: many splits are empty."""
         running = np.concatenate([[0], np.cumsum(column)])
         return np.diff(running[self._bounds]).reshape(-1, len(SPLITS))
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels by index, of data for classification: whole numbers by value, else
+        by name, whatever the order of the records. Empty: the data has none."""
+        return tuple(self._meta["labels"])
+
+    def label_counts(self, split: str) -> NDArray[np.int64]:
+        """``[clients, labels]``: how many examples of a split each client holds of each label.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        counts = np.zeros((self.num_clients, len(self.labels)), dtype=np.int64)
+        for client in range(self.num_clients if self.labels else 0):
+            held = self._index[slice(*self._rows(client, split)), -1]
+            counts[client] = np.bincount(held, minlength=len(self.labels))
+        return counts
 
     @cached_property
     def categories(self) -> tuple[str, ...]:
@@ -254,14 +277,16 @@ class TokenStore:
         return self._bounds[home], self._bounds[home + 1]
 
     def _example(self, row: int) -> Example:
-        start, tokens, prompt_tokens = self._index[row, :3].tolist()
+        start, tokens, prompt_tokens, _, _, _, label = self._index[row].tolist()
         place = slice(start, start + tokens)
         flags = None if self._responses is None else np.array(self._responses[place])
-        return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags)
+        return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags, label)
 
     def _answer_tokens(self) -> NDArray[np.int64]:
         """``[examples]``: how many tokens of each belong to answers, its first one apart
-        (`fedlora.data.batches.supervised_tokens`)."""
+        (`fedlora.data.batches.supervised_tokens`); with labels one answer, the label."""
+        if self.labels:
+            return np.ones(self.num_examples, dtype=np.int64)
         starts, tokens, prompts = (np.array(self._index[:, c]) for c in (0, 1, 2))
         if self._responses is None:
             return np.maximum(0, tokens - np.maximum(1, prompts))
@@ -296,6 +321,11 @@ class TokenStore:
             "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
             "without_response": int((answers == 0).sum()),
             "empty_outputs": int(empty.sum()),
+            "moved_examples": int(((flags & MOVED) > 0).sum()),
+            "labels": list(self.labels),
+            "labels_per_client": _spread((self.label_counts("train") > 0).sum(axis=1))
+            if self.labels
+            else None,
             "clients_with_only_empty_outputs": np.flatnonzero(silent).tolist(),
             "clients_without_training_examples": np.flatnonzero(train == 0).tolist(),
             "categories": len(self.categories),

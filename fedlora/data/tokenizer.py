@@ -63,15 +63,17 @@ class FolderTokenizer:
     def __call__(
         self,
         text: list[str],
+        text_pair: list[str] | None = None,
         *,
         add_special_tokens: bool = False,
         verbose: bool = False,
         return_offsets_mapping: bool = False,
     ) -> dict[str, list[Any]]:
+        inputs = text if text_pair is None else list(zip(text, text_pair, strict=True))
         if not return_offsets_mapping:
-            quick = self._tokenizer.encode_batch_fast(text, add_special_tokens=add_special_tokens)
+            quick = self._tokenizer.encode_batch_fast(inputs, add_special_tokens=add_special_tokens)
             return {"input_ids": [e.ids for e in quick]}
-        found = self._tokenizer.encode_batch(text, add_special_tokens=add_special_tokens)
+        found = self._tokenizer.encode_batch(inputs, add_special_tokens=add_special_tokens)
         places = [e.offsets for e in found]
         return {"input_ids": [e.ids for e in found], "offset_mapping": places}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.core.errors import ModelError
+from fedlora.core.package import places
 from fedlora.core.reading import fault, json_in, pointer, tensors_in
-from fedlora.run.package import places
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 MASKS = "masks.safetensors"

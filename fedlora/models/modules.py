@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Adapter, Module
+from fedlora.models.blocks import adaptable_parts, text_part
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
 
@@ -44,6 +45,15 @@ class ModelInfo:
     """Whether the model itself states ``context`` (`fedlora.models.context`)."""
     vocabulary: int = 0
     """Rows of the input embedding; 0: not known."""
+    blocks: int = 0
+    """Transformer blocks; 0: they cannot be found."""
+    adapted: tuple[int, ...] = ()
+    """Indices of the blocks that carry adapters; empty: some module lies outside the blocks."""
+
+    @property
+    def frozen_blocks(self) -> int:
+        """How many blocks next to the input carry no adapter, and nothing before them does."""
+        return min(self.adapted, default=0)
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -72,20 +82,9 @@ def kind(path: str) -> Literal["attention", "mlp"]:
     return "attention" if any("attn" in p or "attention" in p for p in parts) else "mlp"
 
 
-def text_part(network: Any) -> str:
-    """The path of the language model within a network that also takes images or sounds, with a dot
-    at its end; empty: the whole network is one.
-
-    Clients train on text, which never passes through the other parts.
-    """
-    if network.config.get_text_config() is network.config:
-        return ""
-    decoder = network.get_decoder()
-    paths = [path for path, module in network.named_modules() if module is decoder]
-    return f"{paths[0]}." if paths and paths[0] else ""
-
-
-def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ...]:
+def find_modules(
+    network: Any, targets: str | Sequence[str], layers: Any = "all"
+) -> tuple[Module, ...]:
     """The linear layers that ``targets`` names, in the order of ``named_modules()``.
 
     Args:
@@ -94,17 +93,19 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
             ends of module paths such as ``q_proj`` or ``layers.0.mlp.up_proj``. Of a network that
             also takes images or sounds, only layers of its language model (`text_part`).
             Layers whose weight is read past them (`WEIGHT_READ`) are left out.
+        layers: the blocks that they lie in (`fedlora.models.blocks.adaptable_parts`).
 
     Raises:
-        ModelError: if a target matches no linear layer.
+        ModelError: if a target matches no linear layer, or there is no such block.
     """
     head, inside = network.get_output_embeddings(), text_part(network)
+    parts = adaptable_parts(network, layers)
     read = WEIGHT_READ.get(network.config.get_text_config().model_type, ())
     linear = {
         path: layer
         for path, layer in network.named_modules()
         if is_linear(layer) and layer is not head and path.startswith(inside)
-        if path.rpartition(".")[2] not in read
+        if path.rpartition(".")[2] not in read and path.startswith(parts)
     }
     if targets == "all-linear":
         chosen = set(linear)
@@ -117,13 +118,20 @@ def find_modules(network: Any, targets: str | Sequence[str]) -> tuple[Module, ..
                 ends = list(dict.fromkeys(p.rpartition(".")[2] for p in linear))
                 raise ModelError(
                     f"model.targets: {target!r} is the end of no adaptable linear layer of "
-                    f"{type(network).__name__}; allowed: 'all-linear' or ends such as {ends}"
+                    f"{type(network).__name__}{_in(layers)}; allowed: 'all-linear' or ends such as "
+                    f"{ends}"
                 )
             chosen |= matches
     found = tuple(Module(p, kind(p), *shape(layer)) for p, layer in linear.items() if p in chosen)
     if not found:
-        raise ModelError(f"{type(network).__name__} has no linear layer that could be adapted")
+        raise ModelError(
+            f"{type(network).__name__} has no linear layer that could be adapted{_in(layers)}"
+        )
     return found
+
+
+def _in(layers: Any) -> str:
+    return "" if layers == "all" else f" in the blocks of model.layers={layers}"
 
 
 def check_paths(paths: Iterable[str], info: ModelInfo) -> None:
@@ -132,7 +140,8 @@ def check_paths(paths: Iterable[str], info: ModelInfo) -> None:
     for path in sorted(set(paths) - set(known)):
         raise ValueError(
             f"the payload updates {path!r}, which is not an adapted module of {info.name} "
-            f"(model.targets decides); it has {known[:4]}, ... ({len(known)} modules)"
+            "(model.targets and model.layers decide); it has "
+            f"{known[:4]}, ... ({len(known)} modules)"
         )
 
 

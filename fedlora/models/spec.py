@@ -20,6 +20,7 @@ import torch
 from fedlora.core.checks import one_of
 from fedlora.core.errors import ModelError
 from fedlora.models import folder as folders
+from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
 from fedlora.models.folder import find_assets, mask_identity
 from fedlora.models.masks import (
@@ -43,12 +44,17 @@ class ModelSpec(ABC):
     targets: Any = "all-linear"
     """``all-linear`` (all but the output embedding, as in PEFT) or a tuple of ends of module paths,
     in YAML a list such as ``[q_proj, v_proj]``."""
+    layers: Any = "all"
+    """The transformer blocks whose layers carry adapters: ``all`` (layers outside the blocks too),
+    ``top:k`` (the k blocks next to the output) or a list of indices, as PEFT's
+    ``layers_to_transform``."""
     dtype: str = "float32"
     """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
     case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        check_layers(self.layers)
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             raise ValueError(
                 f"model.targets={self.targets!r} must be 'all-linear' or a list of ends of module "
@@ -85,8 +91,8 @@ class ModelSpec(ABC):
         """Modules and size, from the configuration alone: no weight is loaded.
 
         Raises:
-            ModelError: if the folder is incomplete, not a causal language model, or a target
-                matches none of its layers.
+            ModelError: if the folder is incomplete, not a causal language model, a target matches
+                none of its layers, or ``layers`` none of its blocks.
         """
         from transformers import AutoModelForCausalLM
 
@@ -96,9 +102,11 @@ class ModelSpec(ABC):
         with torch.device("meta"):
             network = auto.from_config(config, **self._trust())
         splits, found = self._split(network), limits(config, network)
+        modules = find_modules(network, self.targets, self.layers)
+        blocks, adapted = adapted_blocks(network, [m.path for m in modules])
         return ModelInfo(
             name=self.name,
-            modules=find_modules(network, self.targets),
+            modules=modules,
             parameters=sum(p.numel() for p in network.parameters()),
             context=found.context,
             fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
@@ -106,6 +114,8 @@ class ModelSpec(ABC):
             mask=mask_identity(folder),
             context_stated=found.stated,
             vocabulary=found.vocabulary,
+            blocks=blocks,
+            adapted=adapted,
         )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Module
 from fedlora.data.batches import Batch
+from fedlora.models.blocks import find_blocks
 from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
 
@@ -234,18 +235,14 @@ def _blocks(network: Any) -> tuple[str, nn.ModuleList]:
     Raises:
         ModelError: if there is none.
     """
-    count = getattr(network.config, "num_hidden_layers", None)
+    prefix = network.base_model_prefix
     if network.base_model is network:
         raise ModelError(
             f"{type(network).__name__} cannot be cut: it has no base model of its own under "
-            f"{network.base_model_prefix!r}"
+            f"{prefix!r}"
         )
-    for path, module in network.base_model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return path, module
-    raise ModelError(
-        f"{type(network).__name__} has no list of num_hidden_layers={count} blocks to cut"
-    )
+    path, blocks = find_blocks(network)
+    return path.removeprefix(f"{prefix}."), blocks
 
 
 @dataclass(frozen=True)

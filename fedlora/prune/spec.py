@@ -45,7 +45,8 @@ to be those of all their text."""
 
 @dataclass(frozen=True)
 class Pruned(ModelSpec):
-    """Another base model, pruned. Its targets are what is pruned, and what carries updates.
+    """Another base model, pruned. Its targets are what is pruned, in all blocks, and what carries
+    updates, in those of `layers`.
 
     Calibration is federated: `clients` of a source each send the input statistics of their own
     text (`fedlora.prune.statistics.Activations`), and the server prunes by their sum, which equals
@@ -103,6 +104,11 @@ class Pruned(ModelSpec):
             raise ValueError(
                 f"model.base.targets={_listed(self.base.targets)} says nothing: what is pruned is "
                 f"model.targets={_listed(self.targets)}; set that one"
+            )
+        if self.base.layers != "all":
+            raise ValueError(
+                f"model.base.layers={_listed(self.base.layers)} says nothing: all blocks are "
+                "pruned, and model.layers chooses those that carry updates; set that one"
             )
 
     @property
@@ -238,7 +244,7 @@ def _training_text(store: TokenStore, client: int) -> Iterator[list[int]]:
 
 
 def _listed(targets: Any) -> str:
-    return targets if isinstance(targets, str) else f"[{', '.join(targets)}]"
+    return targets if isinstance(targets, str) else f"[{', '.join(map(str, targets))}]"
 
 
 def prune_federated(

@@ -9,8 +9,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-"""The folder that holds the packages and conf/: a checkout or Flower's copy of the app."""
+from fedlora.core.package import ROOT
 
 NOT_SHIPPED = ("simulations/bench/", "simulations/pretraining/", "simulations/study/")
 """Not in Flower's bundle (``fab-exclude``): no worker runs it, and editing it stops none."""

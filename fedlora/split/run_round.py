@@ -94,8 +94,8 @@ class SplitRound:
         if config.tail > 0 and blocks != self.context.stages.blocks:
             raise ModelError(
                 f"strategy.tail={config.tail}: the last adapter of the model lies in block "
-                f"{blocks - 1} of {self.context.stages.blocks}; a U-shape needs model.targets in "
-                "the last block"
+                f"{blocks - 1} of {self.context.stages.blocks}; a U-shape needs model.targets "
+                "and model.layers in the last block"
             )
         self.inits = {i: self._init(i) for i in self.jobs}
         self.copies = {

@@ -28,7 +28,7 @@ from omegaconf import DictConfig
 
 from fedlora.core import variables
 from fedlora.core.errors import RunError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from fedlora.server.incidents import DEADLINE, Incident, Incidents
 from simulations.app.attempts import Attempt
 from simulations.app.startup import timed

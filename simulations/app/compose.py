@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from fedlora.core.errors import ConfigError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from simulations.app.hints import QUOTING, sentence
 from simulations.app.naming import run_name
 from simulations.app.words import absolute, readable, with_search_path

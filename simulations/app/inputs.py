@@ -99,13 +99,22 @@ def headline(inputs: RunInputs, data: str, session: Session) -> str:
         held[rank_text(alike[0], info.modules)] += count
         trained[rank_text(enlisted.ranks, info.modules)] += count
     line = (
-        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules; "
+        f"{info.name}: {info.parameters:,} parameters, {len(info.modules)} adapted modules"
+        f"{_in_blocks(info)}; "
         f"{data}: {len(roster.clients):,} clients, {len(roster.trainable):,} train, "
         f"{roster.per_round} per round; clients hold {_by_rank(held)}"
     )
     if trained == held:
         return line
     return f"{line}; under {type(session.method).__name__} they train {_by_rank(trained)}"
+
+
+def _in_blocks(info: ModelInfo) -> str:
+    """Where the adapted modules are, if some blocks have none: `` in blocks 28, 29 of 0..29``."""
+    if not info.adapted or len(info.adapted) == info.blocks:
+        return ""
+    numbers = ", ".join(map(str, info.adapted))
+    return f" in block{'s' * (len(info.adapted) > 1)} {numbers} of 0..{info.blocks - 1}"
 
 
 def _by_rank(counts: Counter[str]) -> str:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedlora.core import variables
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from simulations.app.alone import KNOWN, how_it_ended
 from simulations.app.attempts import Attempt, complete
 from simulations.app.guard import SIGNALLED, end

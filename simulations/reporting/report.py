@@ -20,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
-from fedlora.run.package import places
+from fedlora.core.package import places
 from simulations.reporting import figures, run_tables
 from simulations.reporting.run_folder import RecordError, Run, read_run
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.errors import ConfigError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
 from simulations.reporting.tables import TABLES, Records

@@ -434,6 +434,15 @@ def test_a_tail_without_adapters_is_refused(world: Any) -> None:
         m.run_round(state, jobs, channel)
 
 
+def test_a_client_part_without_adapters_is_refused(world: Any) -> None:
+    setting = world().setting
+    modules = tuple(x for x in setting.modules if block_of(x.path) == BLOCKS - 1)
+    top = Ranks({x.path: 2 for x in modules})
+    clients = tuple(replace(c, ranks=top) for c in setting.clients)
+    with pytest.raises(ValueError, match=r"no layer of blocks 0\.\.0, .* choose model\.layers"):
+        method(cut=1).init_state(replace(setting, modules=modules, clients=clients))
+
+
 def test_rates_run_over_rounds(world: Any) -> None:
     """A schedule over the run's steps; a server's peak of its own; clients at a constant rate."""
     from fedlora.split.run_round import SplitRound

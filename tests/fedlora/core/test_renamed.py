@@ -7,7 +7,7 @@ import pytest
 from fedlora.core import renamed
 from fedlora.core.config import build, locate
 from fedlora.core.errors import ConfigError
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 from simulations.app.compose import load
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -3,7 +3,7 @@
 import re
 
 from fedlora.core import variables
-from fedlora.run.source_hash import ROOT
+from fedlora.core.package import ROOT
 
 DOCUMENT = ROOT / "docs" / "configuration.md"
 

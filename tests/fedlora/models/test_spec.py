@@ -13,13 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 import fedlora
-from fedlora.core import variables
+from fedlora.core import package, variables
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.models.folder import find_assets
 from fedlora.models.modules import kind
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny, TinyGPT2
-from fedlora.run import package
 from simulations.app.compose import load
 from tests.fedlora.models.mapped import pages, ranges, use
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jinja2 import TemplateNotFound
 
-from fedlora.core import variables
+from fedlora.core import package, variables
 from fedlora.core.metric import Metric, count
 from fedlora.core.types import (
     Client,
@@ -18,7 +18,6 @@ from fedlora.core.types import (
     Ranks,
 )
 from fedlora.evaluation.summary import summarise
-from fedlora.run import package
 from fedlora.run.tracking import JsonlTracker
 from simulations.reporting import figures
 from simulations.reporting.report import (

@@ -1,4 +1,4 @@
-"""Files of the package that Flower's bundle leaves out: weights, tokenizers, templates.
+"""Files of the package that Flower's bundle leaves out: weights, tokenizers, texts, templates.
 
 Flower ships an app as .py, .toml, .md, .yaml and .json files alone. Code that needs another file
 looks where the package was installed from, or into.
@@ -12,7 +12,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 from fedlora.core import variables
-from fedlora.run.source_hash import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
+"""The folder that holds the packages and conf/: a checkout or Flower's copy of the app."""
 
 
 def places(inside: str) -> Iterator[Path]:
