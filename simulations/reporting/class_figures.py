@@ -1,5 +1,6 @@
 """The figures of a classification: accuracy over rounds and over clients, labels of clients."""
 
+import itertools
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -10,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from simulations.reporting.drawing import (
+    COLOURS,
     by_round,
-    distribution,
     framed,
     group_names,
     line,
@@ -38,7 +39,7 @@ def accuracy(runs: Sequence[Run]) -> Figure | None:
                 if group in worst and worst[group][0] == x and (i == 0 or len(runs) == 1):
                     ax.fill_between(x, worst[group][1], y, color=pen(i)["color"], alpha=0.14, lw=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        by_round(ax, "Accuracy", "all examples; band: down to the worst tenth")
+        by_round(ax, "Accuracy", "of all examples")
 
     return framed(draw) if runs else None
 
@@ -49,9 +50,18 @@ def client_accuracy(run: Run) -> Figure | None:
     for group, rows in run.last_clients().items() if run.classifies else ():
         values = [v for r in rows if (v := number(r["metrics"].get("accuracy"))) is not None]
         if values:
-            shown[group] = [100 * v for v in values]
-    title = "Accuracy by client, last evaluation"
-    return distribution(shown, title, "% of the client's examples") if shown else None
+            shown[group] = values
+
+    def draw(ax: Axes) -> None:
+        for (group, values), colour in zip(shown.items(), itertools.cycle(COLOURS), strict=False):
+            ax.ecdf(values, label=f"{group} ({len(values):,})", color=colour)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0))
+        ax.set_title("Accuracy by client, last evaluation")
+        ax.set_xlabel("accuracy")
+        ax.set_ylabel("clients with at most this")
+
+    return framed(draw) if shown else None
 
 
 def label_counts(run: Run) -> Figure | None:

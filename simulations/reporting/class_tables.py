@@ -1,6 +1,6 @@
 """The tables of a classification: distribution over clients, tiers, the worst classes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from fedlora.core.confusion import ClassScore, Confusion, added
 from fedlora.core.metric import TIER
@@ -30,32 +30,36 @@ def spread_table(run: Run) -> Table | None:
                 rows.append(cells)
     names = [Cell("group"), Cell("metric"), *(Cell(n, "n") for n in ("mean", *_SPREAD.values()))]
     note = "Over the clients of the last evaluation; the worst tenth has at least one of them."
-    return Table("Clients apart", rows, names, note) if rows else None
+    return Table("Spread over clients", rows, names, note) if rows else None
 
 
 def tier_table(run: Run) -> Table | None:
     """The last evaluation of every group by tier."""
     last = {label: records[-1] for label, records in run.groups().items()}
-    found = {label: dict(_by_tier(record)) for label, record in last.items()}
-    metrics = list(dict.fromkeys(m for tiers in found.values() for v in tiers.values() for m in v))
+    found = {label: _by_tier(record) for label, record in last.items()}
+    held = [values for tiers in found.values() for values in tiers.values()]
+    metrics = [m for m in dict.fromkeys(m for values in held for m in values) if m != "clients"]
     order = list(run.population.get("tiers", {}))
     rows = []
     for label, tiers in found.items():
         for tier in sorted(tiers, key=lambda t: order.index(t) if t in order else len(order)):
-            values = [Cell(show(tiers[tier].get(m)), "n") for m in metrics]
-            rows.append([Cell(label, "key"), Cell(tier), *values])
-    names = [Cell("group"), Cell("tier"), *(Cell(MEASURES.get(m, m), "n") for m in metrics)]
+            values = tiers[tier]
+            clients = f"{values.pop('clients'):.0f}"
+            cells = [Cell(text, "n") for text in (clients, *(show(values.get(m)) for m in metrics))]
+            rows.append([Cell(label, "key"), Cell(tier), *cells])
+    titles = ("clients", *(MEASURES.get(m, m) for m in metrics))
+    names = [Cell("group"), Cell("tier"), *(Cell(title, "n") for title in titles)]
     return Table("By tier", rows, names, "Of all examples of a tier's clients.") if rows else None
 
 
-def _by_tier(record: Record) -> Iterator[tuple[str, dict[str, object]]]:
+def _by_tier(record: Record) -> dict[str, dict[str, float]]:
     """Tiers with their metrics by name."""
-    tiers: dict[str, dict[str, object]] = {}
+    tiers: dict[str, dict[str, float]] = {}
     for key, value in record.items():
         if key.startswith(TIER):
             tier, _, metric = key.removeprefix(TIER).rpartition("/")
             tiers.setdefault(tier, {})[metric] = value
-    yield from tiers.items()
+    return tiers
 
 
 def class_table(run: Run) -> Table | None:

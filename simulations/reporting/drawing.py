@@ -154,25 +154,3 @@ def stack(ax: Axes, x: Sequence[int], parts: Mapping[str, Sequence[float]]) -> N
     for name, values in parts.items():
         ax.bar(x, values, 0.7, bottom=bottom, label=name, alpha=0.85)
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
-
-
-def distribution(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
-    """Histograms of clients' values, by name, over one range."""
-    values = [v for column in shown.values() for v in column]
-
-    def draw(ax: Axes) -> None:
-        low, high = min(values), max(values)
-        for name, column in shown.items():
-            ax.hist(
-                column,
-                bins=min(30, max(8, len(column) // 3)),
-                range=(low, high) if high > low else (low - 0.5, low + 0.5),
-                alpha=0.55,
-                label=f"{name} ({len(column):,})",
-            )
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.set_title(title)
-        ax.set_xlabel(unit)
-        ax.set_ylabel("clients")
-
-    return framed(draw)

@@ -1,19 +1,18 @@
 """The figures of a run, each a function of its records; None where there is nothing to draw."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from simulations.reporting.drawing import (
     COLOURS,
     by_round,
     byte_scale,
     categories,
-    distribution,
     framed,
     group_names,
     line,
@@ -225,14 +224,35 @@ def histogram(run: Run, key: str, title: str, unit: str) -> Figure | None:
         return None
     ends = dict.fromkeys((min(n for n, _ in rows), max(n for n, _ in rows)))
     shown = {n: [v for m, v in rows if m == n] for n in ends}
-    return distribution({f"round {n}": column for n, column in shown.items()}, title, unit)
+    return _histogram({f"round {n}": column for n, column in shown.items()}, title, unit)
 
 
 def examples(run: Run) -> Figure | None:
     """The distribution of the number of examples over the clients that took part."""
     held = {r["client"]: v for r in run.clients if (v := number(r.get("examples"))) is not None}
     title = "Training examples by client, each that took part once"
-    return distribution({"clients": list(held.values())}, title, "examples") if held else None
+    return _histogram({"clients": list(held.values())}, title, "examples") if held else None
+
+
+def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
+    values = [v for column in shown.values() for v in column]
+
+    def draw(ax: Axes) -> None:
+        low, high = min(values), max(values)
+        for name, column in shown.items():
+            ax.hist(
+                column,
+                bins=min(30, max(8, len(column) // 3)),
+                range=(low, high) if high > low else (low - 0.5, low + 0.5),
+                alpha=0.55,
+                label=f"{name} ({len(column):,})",
+            )
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_title(title)
+        ax.set_xlabel(unit)
+        ax.set_ylabel("clients")
+
+    return framed(draw)
 
 
 def energy(run: Run) -> Figure | None:

@@ -77,7 +77,7 @@ def test_everything_that_was_measured_is_shown(run):
     assert {"Accuracy", "Accuracy by client, last evaluation", "Loss"} < titles
     assert "Training examples by client and label" in titles
     assert "Next-token accuracy on responses" not in titles
-    for section in ("Last evaluation", "Clients apart", "By tier", "The 4 worst classes"):
+    for section in ("Last evaluation", "Spread over clients", "By tier", "The 4 worst classes"):
         assert f"<h2>{section}</h2>" in page
     assert "<b>linking</b>" not in page
     assert "macro F1" in page
