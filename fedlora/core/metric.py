@@ -95,6 +95,9 @@ class Outputs:
     """What the model wrote after each prompt; empty without generation."""
     truncated: int = 0
     """Prompts that were cut to leave room in the context."""
+    labels: Sequence[str] = ()
+    """Class names of a classifier, in the order of their index. `tokens` and `best` are then the
+    one label of each example, true and predicted, and `nll` the true one's; empty: tokens."""
 
     @property
     def examples(self) -> int:
@@ -117,6 +120,9 @@ class Scorer(ABC):
 
     needs_texts: ClassVar[bool] = False
     """Whether it reads ``outputs.generated``; such a scorer is left out without generation."""
+    reads_labels: ClassVar[bool] = False
+    """Whether it is of predicted labels; such a scorer is left out for a language model, and all
+    others are for a classifier."""
 
     @abstractmethod
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:

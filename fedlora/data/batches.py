@@ -5,8 +5,9 @@ the same examples in the same order. Sequences are padded on the right: a causal
 at what follows a token, so no attention mask is needed, and padded positions have no loss.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -37,6 +38,10 @@ class TokenExample(Protocol):
     def responses(self) -> NDArray[np.bool_] | None:
         """``[t]``, which tokens belong to answers; None: all from `prompt_tokens` on."""
 
+    @property
+    def label(self) -> int:
+        """Index of its class; -1: it has none."""
+
 
 E = TypeVar("E", bound=TokenExample)
 
@@ -46,25 +51,32 @@ class Batch:
     """The examples of one forward pass."""
 
     inputs: Tensor
-    """``[b, t]`` int64: every token but the last of each example, padded on the right."""
+    """``[b, t]`` int64: every token but the last of each example (classification: every token),
+    padded on the right."""
     positions: Tensor
-    """``[n]`` int64: supervised positions as indices into ``inputs.flatten()``."""
+    """``[n]`` int64: supervised positions as indices into ``inputs.flatten()`` (classification:
+    rows, ``n = b``)."""
     targets: Tensor
-    """``[n]`` int64: the token that follows each of these positions."""
+    """``[n]`` int64: the token that follows each of these positions (classification: the label of
+    each row)."""
     position_ids: Tensor | None = None
     """Position of every input in its own sequence, shaped like ``inputs``, where rows hold several;
     None: counted from each row's start."""
+    mask: Tensor | None = None
+    """``[b, t]`` bool, which inputs are tokens rather than padding; None: of no consequence, for
+    the model is causal."""
+    segments: Tensor | None = None
+    """``[b, t]`` int64, 1 in the second of two texts (``token_type_ids``); None: all 0."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens have a loss."""
+        """How many tokens, or labels, have a loss."""
         return self.targets.shape[0]
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        places = None if self.position_ids is None else self.position_ids.to(device)
-        rest = (self.positions.to(device), self.targets.to(device), places)
-        return Batch(self.inputs.to(device), *rest)
+        tensors = {name: x.to(device) for name, x in vars(self).items() if x is not None}
+        return dataclasses.replace(self, **tensors)
 
 
 def first_target(example: TokenExample, loss: str) -> int:
@@ -83,7 +95,9 @@ def targets_of(example: TokenExample, loss: str) -> NDArray[np.int64]:
 
 
 def supervised_tokens(example: TokenExample, loss: str) -> int:
-    """How many tokens of an example have a loss."""
+    """How many tokens of an example have a loss; one with a label has that alone."""
+    if example.label >= 0:
+        return 1
     if loss == "response" and example.responses is not None:
         return int(np.count_nonzero(example.responses[1:]))
     return max(0, len(example.input_ids) - first_target(example, loss))
@@ -147,9 +161,12 @@ def parts(indices: NDArray[np.int64], plan: LocalPlan) -> list[list[int]]:
 
 
 def micro_batches(
-    examples: Sequence[TokenExample], indices: NDArray[np.int64], plan: LocalPlan
+    examples: Sequence[TokenExample],
+    indices: NDArray[np.int64],
+    plan: LocalPlan,
+    collate: Callable[[Sequence[TokenExample], str], Batch] = collate,
 ) -> list[Batch]:
-    """The forward passes of one optimizer step."""
+    """The forward passes of one optimizer step, collated as the model wants it."""
     return [collate([examples[i] for i in part], plan.loss) for part in parts(indices, plan)]
 
 

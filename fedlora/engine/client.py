@@ -131,15 +131,17 @@ class LoRAClient(NumPyClient):
                 ``round``, and optionally ``seed``.
 
         Returns:
-            The loss per response token (per token where no response is left; NaN if the plan's
-            metrics have no loss), the number of examples, and all metrics.
+            The loss per response token (per token where no response is left, per label of a
+            classifier; NaN if the plan's metrics have no loss), the number of examples, and all
+            metrics.
         """
         adapter = decode_payload(parameters[0], str(config["header"])) if parameters else None
         plan = cast(EvaluatePlan, _expect(plan_from_json(str(config["plan"])), EvaluatePlan))
         seed = int(config.get("seed", self.seed))
         job = EvaluateJob(seed, int(config["round"]), self.client, adapter, plan)
         scalars = self.evaluate_job(job).scalars
-        loss = scalars.get("loss_response", scalars.get("loss_full", math.nan))
+        found = (scalars[k] for k in ("loss_response", "loss_full", "loss") if k in scalars)
+        loss = next(found, math.nan)
         return loss, int(scalars["examples"]), {**scalars}
 
     def _check_identity(self, client: Client) -> None:

@@ -44,11 +44,18 @@ class Sequential(EngineSpec):
 
 
 class SequentialEngine:
-    """Runs a `LoRAClient` per job. No state of a job, failed or not, is kept after it."""
+    """Runs a `LoRAClient` per job. No state of a job, failed or not, is kept after it.
 
-    def __init__(self, model: LanguageModel, store: TokenStore) -> None:
+    Args:
+        model: clients are trained on it.
+        store: their data.
+        note: its name in the notes, and the reason if another engine stands back for it.
+    """
+
+    def __init__(self, model: LanguageModel, store: TokenStore, note: str = "sequential") -> None:
         self.model = model
         self.store = store
+        self._note = note
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         for job in jobs:
@@ -65,7 +72,7 @@ class SequentialEngine:
                 yield failure(job.client, error)
 
     def notes(self) -> tuple[str, ...]:
-        return ("sequential",)
+        return (self._note,)
 
     def _client(self, job: TrainJob | EvaluateJob) -> LoRAClient:
         return LoRAClient(self.model, self.store, job.client, job.seed)

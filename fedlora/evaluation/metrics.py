@@ -19,12 +19,11 @@ from fedlora.core.metric import Metric, Outputs, count
 from fedlora.core.types import EvaluatePlan
 from fedlora.data.batches import (
     TokenExample,
-    collate,
     first_target,
     subset,
+    supervised_tokens,
 )
 from fedlora.evaluation.scorers import scorers_of
-from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
 
 Ids = NDArray[Any]
@@ -100,7 +99,8 @@ def by_length(lengths: Sequence[int], size: int) -> list[list[int]]:
 
 Guess: TypeAlias = tuple[Tensor, Tensor]
 """For every token of an example after BOS: its negative log-likelihood (float64) and the most
-likely token in its place, both ``[t - 1]``, on the CPU."""
+likely token in its place, both ``[t - 1]``, on the CPU. For an example with a label: of the label,
+both ``[1]``."""
 
 
 def likelihoods(
@@ -124,12 +124,14 @@ def outputs_of(
     """What scorers read, of one client.
 
     Args:
-        model: whose context and tokenizer.
+        model: whose task, context and tokenizer.
         panel: the client's examples.
         guesses: of each of them.
         texts: generated after each prompt; empty without generation.
         plan: of the evaluation.
     """
+    if model.info.classifies:
+        return _labelled(model, panel, guesses)
     examples, room = panel.examples, _room(model, plan)
     starts = [first_target(e, "response") - 1 for e in examples]
     return Outputs(
@@ -144,21 +146,33 @@ def outputs_of(
     )
 
 
+def _labelled(model: LanguageModel, panel: Panel, guesses: Sequence[Guess]) -> Outputs:
+    """The same of a classifier: an example's one label stands where its tokens would."""
+    names = model.info.labels
+    return Outputs(
+        tokens=[np.array([e.label]) for e in panel.examples],
+        response_at=[0] * len(panel.examples),
+        nll=[nll for nll, _ in guesses],
+        best=[best for _, best in guesses],
+        decode=lambda ids: names[int(ids[0])],
+        labels=names,
+    )
+
+
 def metrics_of(outputs: Outputs, plan: EvaluatePlan) -> dict[str, Metric]:
-    """What the plan's scorers say of one client, behind the counts ``examples``, ``tokens_full``,
-    ``tokens_response`` and (with generation) ``truncated_prompts``.
+    """What the plan's scorers say of one client, behind the counts ``examples`` and (of a language
+    model) ``tokens_full``, ``tokens_response`` and, with generation, ``truncated_prompts``.
 
     Raises:
         ValueError: if two scorers use one name.
     """
-    metrics = {
-        "examples": count(outputs.examples),
-        "tokens_full": count(outputs.tokens_full),
-        "tokens_response": count(outputs.tokens_response),
-    }
+    metrics, classifies = {"examples": count(outputs.examples)}, bool(outputs.labels)
+    if not classifies:
+        metrics["tokens_full"] = count(outputs.tokens_full)
+        metrics["tokens_response"] = count(outputs.tokens_response)
     if plan.generate:
         metrics["truncated_prompts"] = count(outputs.truncated)
-    for scorer in scorers_of(plan):
+    for scorer in scorers_of(plan, classifies):
         found: Mapping[str, Metric] = scorer.score(outputs)
         if twice := sorted(metrics.keys() & found.keys()):
             raise ValueError(
@@ -171,19 +185,19 @@ def metrics_of(outputs: Outputs, plan: EvaluatePlan) -> dict[str, Metric]:
 
 def next_tokens(model: LanguageModel, examples: Sequence[TokenExample]) -> list[Guess]:
     """The guesses of each example, in one forward pass."""
-    batch = collate(examples, "full").to(model.device)
+    batch = model.collate(examples, "full").to(model.device)
     if batch.tokens == 0:
         return guesses_of(torch.zeros(0, 1), batch.targets, examples)
     with torch.no_grad():
-        return guesses_of(supervised_logits(model.network, batch), batch.targets, examples)
+        return guesses_of(model.logits(batch), batch.targets, examples)
 
 
 def guesses_of(logits: Tensor, targets: Tensor, examples: Sequence[TokenExample]) -> list[Guess]:
-    """Logits ``[n, vocabulary]`` and targets ``[n]`` of the examples' tokens after BOS, as guesses
-    example by example."""
+    """Logits ``[n, classes]`` and targets ``[n]`` of the examples' tokens after BOS, or of their
+    labels, as guesses example by example."""
     nll = functional.cross_entropy(logits, targets, reduction="none").double().cpu()
     best = logits.argmax(-1).cpu()
-    sizes = [max(0, len(e.input_ids) - 1) for e in examples]
+    sizes = [supervised_tokens(e, "full") for e in examples]
     return list(zip(nll.split(sizes), best.split(sizes), strict=True))
 
 

@@ -9,6 +9,7 @@
     ExactMatch          exact_match                fraction of generations that equal the reference
     TeacherForcedRouge  rouge_l_teacher_forced     ROUGE-L of the argmax of every next token, given
                                                    the true ones before
+    Classification      loss, accuracy, macro_f1   of predicted labels (``model.task``)
 
 The last is what the FlexLoRA code reports. Nine tenths of its tokens are prompt, so it tells how
 predictable the instructions are; it is never called ROUGE-L here.
@@ -21,7 +22,8 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.core.metric import EXP_MEAN, Metric, Outputs, Scorer
+from fedlora.core.confusion import confusion
+from fedlora.core.metric import EXP_MEAN, HIGHEST, LOWEST, Metric, Outputs, Scorer, macro_f1
 from fedlora.core.types import EvaluatePlan
 from fedlora.evaluation.rouge import exact_match, rouge_l
 
@@ -94,14 +96,37 @@ class TeacherForcedRouge(Scorer):
         return {"rouge_l_teacher_forced": Metric(mean, outputs.examples)}
 
 
-DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch())
+@dataclass(frozen=True)
+class Classification(Scorer):
+    """Accuracy, macro F1 and mean negative log-likelihood of predicted labels.
+
+    Macro F1 is the mean F1 of the labels that an evaluated example has
+    (`fedlora.core.confusion.Confusion.macro_f1`).
+    """
+
+    reads_labels: ClassVar[bool] = True
+
+    def score(self, outputs: Outputs) -> Mapping[str, Metric]:
+        true = [int(label[0]) for label in outputs.tokens]
+        table = confusion(true, [int(best[0]) for best in outputs.best], len(outputs.labels))
+        n, loss = outputs.examples, math.fsum(float(nll) for nll in outputs.nll)
+        return {
+            "loss": Metric(loss / n, n, worst=HIGHEST),
+            "accuracy": Metric(table.accuracy, n, interval=True, worst=LOWEST),
+            "macro_f1": macro_f1(table),
+        }
+
+
+DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch(), Classification())
 """The scorers of conf/evaluate/metrics/default.yaml."""
 
 
-def scorers_of(plan: EvaluatePlan) -> list[Scorer]:
-    """What a plan measures, without what it could not: scores of texts need generation."""
+def scorers_of(plan: EvaluatePlan, classifies: bool) -> list[Scorer]:
+    """What a plan measures, without what it could not: scores of texts need generation, scores of
+    labels a classifier."""
     named = DEFAULT if plan.metrics is None else plan.metrics
-    return [s for s in named if plan.generate or not s.needs_texts]
+    fitting = [s for s in named if s.reads_labels == classifies]
+    return [s for s in fitting if plan.generate or not s.needs_texts]
 
 
 def texts_mean(outputs: Outputs, score: Callable[[str, str], float]) -> float:

@@ -1,7 +1,7 @@
 """The resident base model of one worker: adapters come and go, the base never changes a bit."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.payload import MovedBase, Payload
+from fedlora.data.batches import Batch, TokenExample, collate, supervised_tokens
+from fedlora.models.forward import supervised_logits
 from fedlora.models.layers import (
     AdaptedLinear,
     LinearUpdate,
@@ -59,6 +61,24 @@ class LanguageModel:
         """Module path -> wrapped layer, in module order."""
         self._payload: Payload | None = None
         self._kept: dict[str, OrderedDict[Any, Any]] = {}
+
+    def collate(self, examples: Sequence[TokenExample], loss: str) -> Batch:
+        """Examples as one batch on the CPU (`fedlora.data.batches.collate`).
+
+        Args:
+            examples: at least one.
+            loss: ``full`` or ``response``.
+        """
+        return collate(examples, loss)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits ``[n, classes]`` of a batch on this device, a row for each of its targets; the
+        classes of a language model are its vocabulary."""
+        return supervised_logits(self.network, batch)
+
+    def supervised(self, example: TokenExample, loss: str) -> int:
+        """How many targets an example has."""
+        return supervised_tokens(example, loss)
 
     @property
     def device(self) -> torch.device:

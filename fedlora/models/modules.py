@@ -1,4 +1,4 @@
-"""Which linear layers of a causal language model carry an adapter, and what they are."""
+"""Which linear layers of a base model carry an adapter, and what they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Adapter, Module
 from fedlora.models.blocks import adaptable_parts, text_part
+from fedlora.models.head import HeadTensor
 from fedlora.models.layers import AdaptedLinear
 from fedlora.models.qkv import Split
+
+CAUSAL_LM, CLASSIFICATION = "causal_lm", "classification"
+"""What a base model predicts: the next token, or the label of a text."""
 
 _SCAN = ("dt_proj", "x_proj", "out_proj")
 WEIGHT_READ: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -49,11 +53,24 @@ class ModelInfo:
     """Transformer blocks; 0: they cannot be found."""
     adapted: tuple[int, ...] = ()
     """Indices of the blocks that carry adapters; empty: some module lies outside the blocks."""
+    task: str = CAUSAL_LM
+    """``causal_lm`` or ``classification``."""
+    labels: tuple[str, ...] = ()
+    """Class names of a classifier, in the order of their index."""
+    head_modules: tuple[str, ...] = ()
+    """Paths of the modules of a classifier's head (`fedlora.models.head`)."""
+    head: tuple[HeadTensor, ...] = ()
+    """Their parameters."""
 
     @property
     def frozen_blocks(self) -> int:
         """How many blocks next to the input carry no adapter, and nothing before them does."""
         return min(self.adapted, default=0)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it predicts labels rather than tokens."""
+        return self.task == CLASSIFICATION
 
 
 def is_linear(layer: nn.Module) -> bool:
@@ -83,7 +100,11 @@ def kind(path: str) -> Literal["attention", "mlp"]:
 
 
 def find_modules(
-    network: Any, targets: str | Sequence[str], layers: Any = "all"
+    network: Any,
+    targets: str | Sequence[str],
+    layers: Any = "all",
+    *,
+    outside: Sequence[str] = (),
 ) -> tuple[Module, ...]:
     """The linear layers that ``targets`` names, in the order of ``named_modules()``.
 
@@ -94,6 +115,7 @@ def find_modules(
             also takes images or sounds, only layers of its language model (`text_part`).
             Layers whose weight is read past them (`WEIGHT_READ`) are left out.
         layers: the blocks that they lie in (`fedlora.models.blocks.adaptable_parts`).
+        outside: paths of modules none of whose layers is adapted: the head of a classifier.
 
     Raises:
         ModelError: if a target matches no linear layer, or there is no such block.
@@ -106,6 +128,7 @@ def find_modules(
         for path, layer in network.named_modules()
         if is_linear(layer) and layer is not head and path.startswith(inside)
         if path.rpartition(".")[2] not in read and path.startswith(parts)
+        if not f"{path}.".startswith(tuple(f"{x}." for x in outside))
     }
     if targets == "all-linear":
         chosen = set(linear)

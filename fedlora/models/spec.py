@@ -8,7 +8,7 @@ how that folder is found.
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -23,12 +23,20 @@ from fedlora.models import folder as folders
 from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
 from fedlora.models.folder import find_assets, mask_identity
+from fedlora.models.head import (
+    classes_of,
+    draw_head,
+    head_modules,
+    head_parameters,
+    head_tensors,
+    output_parameters,
+)
 from fedlora.models.masks import (
     check_network,
     load_masks,
 )
+from fedlora.models.modules import CAUSAL_LM, CLASSIFICATION, find_modules
 from fedlora.models.modules import ModelInfo as ModelInfo
-from fedlora.models.modules import find_modules
 from fedlora.models.qkv import Split, split_qkv
 
 if TYPE_CHECKING:
@@ -51,10 +59,20 @@ class ModelSpec(ABC):
     dtype: str = "float32"
     """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
     case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
+    task: str = CAUSAL_LM
+    """``causal_lm``, or ``classification``: one label for a text or a pair of texts."""
+    head: str = "frozen"
+    """What becomes of a classifier's head: ``frozen``, as the checkpoint has it or as drawn."""
+    labels: tuple[str, ...] = ()
+    """Class names in the order of their index. The run sets them from its data (`with_labels`)."""
+    head_seed: int = 0
+    """Of what the checkpoint lacks of the head; set with the labels."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         check_layers(self.layers)
+        one_of("model.task", self.task, (CAUSAL_LM, CLASSIFICATION))
+        one_of("model.head", self.head, ("frozen",))
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             raise ValueError(
                 f"model.targets={self.targets!r} must be 'all-linear' or a list of ends of module "
@@ -87,22 +105,29 @@ class ModelSpec(ABC):
         copy of the package differ from its own.
         """
 
+    def with_labels(self, labels: Sequence[str], seed: int) -> Self:
+        """The same model for these classes, with a head drawn from a run's seed."""
+        return dataclasses.replace(self, labels=tuple(labels), head_seed=seed)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it predicts labels rather than tokens."""
+        return self.task == CLASSIFICATION
+
     def describe(self) -> ModelInfo:
         """Modules and size, from the configuration alone: no weight is loaded.
 
         Raises:
-            ModelError: if the folder is incomplete, not a causal language model, a target matches
+            ModelError: if the folder is incomplete, holds no model for the task, a target matches
                 none of its layers, or ``layers`` none of its blocks.
         """
-        from transformers import AutoModelForCausalLM
-
         folder = self.folder()
         config = self._config(folder)
-        auto: Any = AutoModelForCausalLM
         with torch.device("meta"):
-            network = auto.from_config(config, **self._trust())
+            network = self._auto().from_config(config, **self._trust())
         splits, found = self._split(network), limits(config, network)
-        modules = find_modules(network, self.targets, self.layers)
+        head = head_modules(network) if self.classifies else ()
+        modules = find_modules(network, self.targets, self.layers, outside=head)
         blocks, adapted = adapted_blocks(network, [m.path for m in modules])
         return ModelInfo(
             name=self.name,
@@ -116,6 +141,10 @@ class ModelSpec(ABC):
             vocabulary=found.vocabulary,
             blocks=blocks,
             adapted=adapted,
+            task=self.task,
+            labels=self.labels,
+            head_modules=head,
+            head=head_tensors(network) if self.classifies else (),
         )
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -150,13 +179,15 @@ class ModelSpec(ABC):
             ModelError: if weights are missing or do not fit the configuration, or a pruned model's
                 zeros are not where its masks say.
         """
+        from fedlora.models.classifier import Classifier
         from fedlora.models.language_model import LanguageModel
 
         info, folder, network = self.describe(), self.folder(), self.network(device)
         if info.mask:
             check_network(load_masks(folder), network, str(folder))
         self._split(network)
-        return LanguageModel(network, self.tokenizer(), info, folder)
+        made = Classifier if self.classifies else LanguageModel
+        return made(network, self.tokenizer(), info, folder)
 
     def network(self, device: torch.device) -> Any:
         """The ``PreTrainedModel`` as transformers makes it of the files, nothing split or wrapped.
@@ -164,14 +195,14 @@ class ModelSpec(ABC):
         Raises:
             ModelError: if weights are missing or do not fit the configuration.
         """
-        from transformers import AutoModelForCausalLM
-
         folder, placement = self.folder(), self._placement(device)
-        auto: Any = AutoModelForCausalLM
+        config = {"config": self._config(folder)} if self.classifies else {}
         try:
-            with no_progress_bar():
-                network, report = auto.from_pretrained(
+            # That a head is not in the checkpoint, of which transformers warns, is as it should be.
+            with no_progress_bar(warnings=not self.classifies):
+                network, report = self._auto().from_pretrained(
                     folder,
+                    **config,
                     dtype=getattr(torch, self.dtype),
                     local_files_only=True,
                     output_loading_info=True,
@@ -181,7 +212,10 @@ class ModelSpec(ABC):
                 )
         except Exception as error:
             raise ModelError(_unloadable("the weights", folder, error)) from error
-        absent = sorted({*report["missing_keys"], *map(str, report["mismatched_keys"])})
+        mismatched = {x if isinstance(x, str) else x[0] for x in report["mismatched_keys"]}
+        absent = sorted({*report["missing_keys"], *mismatched})
+        if self.classifies:
+            absent = self._complete_head(network, absent, folder)
         if absent:
             raise ModelError(
                 f"the weights in {folder} lack {absent[:4]} ({len(absent)} tensors) or have them "
@@ -192,8 +226,23 @@ class ModelSpec(ABC):
             network.to(device)
         return network
 
+    def _complete_head(self, network: Any, absent: Sequence[str], folder: Path) -> list[str]:
+        """Draw what the checkpoint lacks of the head, and its output layer if that is of other
+        classes; what else is absent is returned."""
+        drawn = set(absent) & head_parameters(network).keys()
+        if classes_of(folder) not in ((), self.labels):
+            drawn |= output_parameters(network)
+        draw_head(network, drawn, self.head_seed)
+        return [name for name in absent if name not in drawn]
+
+    def _auto(self) -> Any:
+        """The class of transformers that makes the network."""
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification if self.classifies else AutoModelForCausalLM
+
     def _config(self, folder: Path) -> "PretrainedConfig":
-        """The configuration of a complete folder that holds a causal language model."""
+        """The configuration of a complete folder that holds a model for the task."""
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -204,13 +253,19 @@ class ModelSpec(ABC):
             )
         except Exception as error:
             raise ModelError(f"{folder / 'config.json'} cannot be read: {error}") from error
+        if self.classifies:
+            from fedlora.models.classifier import configured
+
+            configured(config, self.labels, folder, self.tokenizer())
+            return config
         heads = config.architectures or []
         known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
         remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
         if not remote and not any(h in known for h in heads):
             raise ModelError(
                 f"{folder} holds {config.model_type} with architectures={heads}, which is not a "
-                "causal language model that transformers knows"
+                "causal language model that transformers knows; model.task=classification takes "
+                "encoders"
             )
         return config
 
@@ -256,16 +311,23 @@ def import_transformers() -> None:
 
 
 @contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers' bars out of the log of a worker that loads in a blink."""
+def no_progress_bar(warnings: bool = True) -> Iterator[None]:
+    """Keep transformers' bars out of the log of a worker that loads in a blink.
+
+    Args:
+        warnings: whether to leave it its warnings.
+    """
     from transformers.utils import logging as transformers_logging
 
     logging: Any = transformers_logging
-    shown = logging.is_progress_bar_enabled()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if not warnings:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 

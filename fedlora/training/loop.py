@@ -23,7 +23,6 @@ from fedlora.data.batches import (
     num_steps,
     step_indices,
 )
-from fedlora.models.forward import supervised_logits
 from fedlora.models.language_model import LanguageModel
 from fedlora.training.flat import FlatParameters, trained_state
 
@@ -136,7 +135,7 @@ def optimise(
     state = None if plan.term is None else trained_state(model, flat)
     try:
         for rate, indices in zip(rates, order, strict=True):
-            batches = micro_batches(examples, indices, plan)
+            batches = micro_batches(examples, indices, plan, model.collate)
             tokens.append(sum(b.tokens for b in batches))
             flat.zero_grad()
             losses.append(backward(model, batches, seeds, tokens[-1], plan))
@@ -179,7 +178,7 @@ def backward(
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):
-            logits = supervised_logits(model.network, batch)
+            logits = model.logits(batch)
         loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
         loss.backward()
         total = loss.detach() if total is None else total + loss.detach()

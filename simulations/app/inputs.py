@@ -64,6 +64,9 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
     folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
     store = TokenStore(folder)
+    if model.classifies:
+        model = model.with_labels(store.labels, parts.seed)
+        info = model.describe()
     check_tokens(store, info)
     roster = enroll(
         parts.population,

@@ -73,7 +73,7 @@ def build_parts(cfg: DictConfig) -> Parts:
             hint = meant(str(key), cfg, CONF)
             raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
-    parts = _build_groups(cfg, {str(k): v for k, v in resolved.items()})
+    parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     _check_strategy(parts, postprocess=[*cfg.postprocess])
     try:
         parts.tracking.check(parts.name)
@@ -141,6 +141,29 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         ),
         resolved=resolved,
     )
+
+
+def _of_task(parts: Parts) -> Parts:
+    """The parts with what follows from the model's task: a classifier writes no text.
+
+    Raises:
+        ConfigError: if the data are of another task.
+    """
+    classifies, data = parts.model.classifies, parts.data
+    if data.labelled and not classifies:
+        raise ConfigError(
+            f"data={data.name} has texts with labels, and model.task={parts.model.task} learns to "
+            "write: use model.task=classification, or data with answers"
+        )
+    if classifies and not data.labelled:
+        raise ConfigError(
+            f"model.task=classification needs labels, and data={data.name} has none: use "
+            "data=intents or data with a label column, or model.task=causal_lm"
+        )
+    if not classifies or not parts.evaluate.plan.generate:
+        return parts
+    plan = dataclasses.replace(parts.evaluate.plan, generate=False)
+    return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
 
 
 def _check_strategy(parts: Parts, postprocess: list[str]) -> None:

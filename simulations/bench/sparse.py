@@ -62,6 +62,7 @@ class Window:
     input_ids: NDArray[np.int64]
     prompt_tokens: int = 1
     responses: None = None
+    label: int = -1
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import EngineSpec
+from fedlora.engine.base import Engine, EngineSpec
 from fedlora.engine.fused.check import why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
@@ -78,15 +78,20 @@ class Fused(EngineSpec):
         budget = model.fitting(model.budget(device), self.memory / 2 * total_memory(device))
         return replace(self, tokens=budget)
 
-    def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
-        """The engine on this model and these data.
+    def open(self, model: LanguageModel, store: TokenStore) -> Engine:
+        """The engine on this model and these data; for a classifier the sequential one.
 
         Raises:
             ValueError: if a ragged layout or checkpointing is configured and the model does not
                 support it.
         """
         self._prepare()
-        return FusedEngine(self, model, store)
+        if model.info.classifies:
+            return SequentialEngine(model, store, "classification one by one")
+        return self._engine()(self, model, store)
+
+    def _engine(self) -> "type[FusedEngine]":
+        return FusedEngine
 
     def _prepare(self) -> None:
         if self.threads:
@@ -205,10 +210,8 @@ class Auto(Fused):
     model needs padding, the padding may cost more than the saved steps.
     """
 
-    def open(self, model: LanguageModel, store: TokenStore) -> "FusedEngine":
-        """The engine on this model and these data."""
-        self._prepare()
-        return AutoEngine(self, model, store)
+    def _engine(self) -> "type[FusedEngine]":
+        return AutoEngine
 
 
 class AutoEngine(FusedEngine):

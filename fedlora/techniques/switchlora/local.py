@@ -108,7 +108,7 @@ def _steps(
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     losses, norms, tokens = [], [], []
     for step, (rate, indices) in enumerate(zip(rates, order, strict=True)):
-        batches = micro_batches(examples, indices, plan)
+        batches = micro_batches(examples, indices, plan, model.collate)
         tokens.append(sum(b.tokens for b in batches))
         optimizer.zero_grad()
         losses.append(backward(model, batches, seeds, tokens[-1], plan))

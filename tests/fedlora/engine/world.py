@@ -23,6 +23,7 @@ class FakeExample:
     input_ids: Any
     prompt_tokens: int
     responses: Any = None
+    label: int = -1
 
 
 @dataclass

@@ -14,7 +14,13 @@ from fedlora.core.types import EvaluatePlan, Factors
 from fedlora.evaluation import metrics as evaluate
 from fedlora.evaluation.metrics import Panel, generate, trim
 from fedlora.evaluation.rouge import rouge_l
-from fedlora.evaluation.scorers import DEFAULT, ExactMatch, Likelihood, TeacherForcedRouge
+from fedlora.evaluation.scorers import (
+    DEFAULT,
+    Classification,
+    ExactMatch,
+    Likelihood,
+    TeacherForcedRouge,
+)
 from fedlora.models.spec import HuggingFace
 from fedlora.server.schedule import EvaluationSchedule
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -276,7 +282,7 @@ def test_metrics_are_a_list_that_configuration_changes():
     toy = f"+evaluate.plan.metrics.length={{_target_: {target}, unit: 2}}"
     words = ["evaluate.plan.metrics.rouge=null", toy]
     plan = build(load(words).evaluate, EvaluationSchedule, "evaluate").plan
-    assert plan.metrics == (Likelihood(), ExactMatch(), ResponseLength(2.0))
+    assert plan.metrics == (Likelihood(), ExactMatch(), Classification(), ResponseLength(2.0))
     assert measure(ready(), HELD, ["w1"] * len(HELD), plan, seed=1, client=0).keys() == {
         "examples", "tokens_full", "tokens_response", "truncated_prompts", "loss_full",
         "loss_response", "perplexity", "accuracy", "exact_match", "response_length",

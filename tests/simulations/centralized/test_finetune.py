@@ -33,6 +33,7 @@ class Text:
     input_ids: NDArray[np.int64]
     prompt_tokens: int = 1
     responses: None = None
+    label: int = -1
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -1,0 +1,127 @@
+"""Sequence classification: a base model with a head of classes in place of a vocabulary.
+
+Any family for which transformers has a class for sequence classification. Pooling, token types and
+positions are those of its own forward pass; decoders are read at the last token of a sequence.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedlora.core.errors import ModelError
+from fedlora.data.batches import Batch, TokenExample
+from fedlora.models.head import head_parameters
+from fedlora.models.language_model import LanguageModel
+from fedlora.models.modules import ModelInfo
+
+
+class Classifier(LanguageModel):
+    """A frozen sequence classifier with one mounted payload at a time.
+
+    The head computes in float32 at least, also over a base in bfloat16.
+
+    Args:
+        network: for sequence classification; wrapped in place.
+        tokenizer: of the same model.
+        info: whose ``modules`` are the layers to wrap.
+        folder: that it was loaded from; None: from none.
+    """
+
+    def __init__(
+        self, network: Any, tokenizer: Any, info: ModelInfo, folder: Path | None = None
+    ) -> None:
+        super().__init__(network, tokenizer, info, folder)
+        config = network.config.get_text_config()
+        self._pad = int(config.pad_token_id)
+        self._segmented = int(getattr(config, "type_vocab_size", 0) or 0) > 1
+        if network.dtype != self.dtype:
+            self._widen_head()
+
+    def _widen_head(self) -> None:
+        """Hold the head in the type of mounted parameters, and cast what goes into its layers."""
+        owners = {name.rpartition(".")[0] for name in head_parameters(self.network)}
+        for path in owners:
+            layer = self.network.get_submodule(path).to(self.dtype)
+            layer.register_forward_pre_hook(_cast(self.dtype))
+
+    def collate(self, examples: Sequence[TokenExample], loss: str) -> Batch:
+        """Examples as one batch, padded on the right with the model's padding token.
+
+        Args:
+            examples: at least one; each has at least one token and a label.
+            loss: of no effect: an example has one label.
+        """
+        lengths = np.array([len(e.input_ids) for e in examples])
+        places = np.arange(lengths.max())  # [t]
+        mask = places < lengths[:, None]  # [b, t]
+        inputs = np.full(mask.shape, self._pad, dtype=np.int64)
+        inputs[mask] = np.concatenate([e.input_ids for e in examples])
+        second = np.array([e.prompt_tokens for e in examples])[:, None]  # where [SEP] b begins
+        segments = ((places >= second) & mask).astype(np.int64) if self._segmented else None
+        return Batch(
+            torch.from_numpy(inputs),
+            torch.arange(len(examples)),
+            torch.tensor([e.label for e in examples], dtype=torch.int64),
+            mask=torch.from_numpy(mask),
+            segments=None if segments is None else torch.from_numpy(segments),
+        )
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits ``[b, classes]`` of a batch on this device, in float32 at least."""
+        assert batch.mask is not None
+        network: Any = self.network
+        more = {} if batch.segments is None else {"token_type_ids": batch.segments}
+        logits: Tensor = network(
+            input_ids=batch.inputs, attention_mask=batch.mask.to(torch.int64), **more
+        ).logits
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+    def supervised(self, example: TokenExample, loss: str) -> int:
+        """One: the label."""
+        return 1
+
+
+def _cast(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    """A hook that gives a layer its input in a type."""
+    return lambda _, inputs: tuple(x.to(dtype) for x in inputs)
+
+
+def configured(config: Any, labels: Sequence[str], folder: Path, tokenizer: Any) -> Any:
+    """A model's configuration for the classification of these labels.
+
+    Args:
+        config: a ``PretrainedConfig``; changed in place.
+        labels: class names; empty: they are not known yet, and the head has two rows.
+        folder: of the model, for messages.
+        tokenizer: whose padding token decoders without one are given.
+
+    Raises:
+        ModelError: if transformers has no class for sequence classification of this family, or
+            there is no padding token.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    )
+
+    if config.model_type not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ModelError(
+            f"{folder} holds {config.model_type}, for which transformers has no sequence "
+            "classification: use another base model, or model.task=causal_lm"
+        )
+    names = list(labels) or ["LABEL_0", "LABEL_1"]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+    config.problem_type = "single_label_classification"
+    text = config.get_text_config()
+    if text.pad_token_id is None or not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = tokenizer.pad_token_id
+    if text.pad_token_id is None:
+        raise ModelError(
+            f"{folder} has no padding token, and its tokenizer neither padding nor end-of-sequence "
+            "token: set pad_token_id in its config.json"
+        )
+    return config

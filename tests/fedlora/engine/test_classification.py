@@ -1,0 +1,110 @@
+"""Classification clients, one by one: equal to plain PEFT, whatever labels a client lacks."""
+
+import math
+
+import pytest
+import torch
+
+from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
+from fedlora.engine.fused import Auto, Fused
+from fedlora.engine.sequential import Sequential
+from fedlora.models.head import head_parameters
+from tests.fedlora.engine.labelled import factors_of, peft_loop, peft_model
+from tests.fedlora.engine.world import SEED, FakeStore, client, distance, job
+from tests.fedlora.models.classifiers import (
+    CONFIGS,
+    classifier,
+    examples,
+    logits,
+    network,
+)
+from tests.fedlora.models.networks import adapter
+from tests.planted import planted
+
+PLAN = LocalPlan(steps=4, batch_size=3, lr=1e-2, dropout=0.0, weight_decay=0.1)
+
+
+def trained(on, held, plan=PLAN, start=None, spec=None):
+    start = start or adapter(on.info.modules, 3)
+    (update,) = (spec or Sequential()).open(on, FakeStore({0: held})).train([job(start, plan)])
+    return update
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_training_is_that_of_a_plain_peft_loop(family):
+    on, held = classifier(family), examples(7)
+    start = adapter(on.info.modules, 3)
+    theirs = peft_model(network(family), start, on.info.head_modules)
+    losses = peft_loop(theirs, held, PLAN, round=3, client=0, heads=False)
+    update = trained(on, held, start=start)
+    assert distance(update.payload, start) > 1e-3
+    assert distance(update.payload, factors_of(theirs, start)) < 1e-12
+    assert update.metrics["loss_last"] == pytest.approx(losses[-1], rel=1e-12)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_frozen_head_is_bitwise_the_same_after_training(family):
+    on = classifier(family)
+    before = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
+    trained(on, examples(7), start=adapter(on.info.modules, 2))
+    after = head_parameters(on.network)
+    assert all(torch.equal(after[n], x) and after[n].grad is None for n, x in before.items())
+
+
+def test_a_client_without_a_class_trains_without_nan():
+    for lacking in (examples(7, classes=4), examples(5, classes=1)):
+        update = trained(classifier("bert"), lacking)
+        assert all(math.isfinite(x) for x in update.metrics.values())
+        assert all(t.isfinite().all() for _, t in update.payload.tensors())
+
+
+def test_micro_batches_do_not_change_the_result():
+    on, held = classifier("modernbert_mean"), examples(7)
+    start = adapter(on.info.modules, 3)
+    whole = trained(on, held, start=start)
+    parts = trained(on, held, LocalPlan(**{**vars(PLAN), "micro_batch_size": 1}), start)
+    assert distance(whole.payload, parts.payload) < 1e-12
+
+
+def test_a_mean_over_padding_would_be_noticed():
+    on, held = classifier("modernbert_mean"), examples(7)
+    start = adapter(on.info.modules, 3)
+    wanted = trained(on, held, start=start)
+    with planted(type(on).logits, "batch.mask.to(torch.int64)", "torch.ones_like(batch.inputs)"):
+        assert distance(trained(on, held, start=start).payload, wanted.payload) > 1e-6
+
+
+def test_dropout_is_a_function_of_the_job():
+    on, held = classifier("bert"), examples(7)
+    plan = LocalPlan(**{**vars(PLAN), "dropout": 0.2})
+    start = adapter(on.info.modules, 3)
+    one, other = trained(on, held, plan, start), trained(on, held, plan, start)
+    assert distance(one.payload, other.payload) == 0
+    assert distance(one.payload, trained(on, held, start=start).payload) > 1e-6
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_accuracy_and_loss_are_those_of_a_hand_computation(family):
+    on, held = classifier(family), examples(9)
+    payload = adapter(on.info.modules, 3)
+    engine = Sequential().open(on, FakeStore({0: held}))
+    plan = EvaluatePlan(generate=False, batch_size=4)
+    (found,) = engine.evaluate([EvaluateJob(SEED, 1, client(payload), payload, plan)])
+    on.mount(payload)
+    chances = logits(on, held).softmax(-1)
+    labels = [e.label for e in held]
+    hits = sum(int(row.argmax()) == label for row, label in zip(chances, labels, strict=True))
+    loss = -sum(math.log(row[label]) for row, label in zip(chances, labels, strict=True)) / 9
+    assert set(found.metrics) == {"examples", "loss", "accuracy"}
+    assert found.scalars["accuracy"] == hits / 9
+    assert found.scalars["loss"] == pytest.approx(loss, rel=1e-12)
+    assert found.scalars["examples"] == 9
+
+
+@pytest.mark.parametrize("spec", [Fused(), Auto()])
+def test_the_fused_engine_says_that_it_trains_classifiers_one_by_one(spec):
+    on, held = classifier("bert"), examples(7)
+    engine = spec.open(on, FakeStore({0: held}))
+    (update,) = engine.train([job(adapter(on.info.modules, 3), PLAN)])
+    assert engine.notes() == ("classification one by one",)
+    assert distance(update.payload, trained(on, held).payload) == 0
