@@ -70,7 +70,7 @@ def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
                 handles,
                 labels,
                 loc="outside lower center",
-                ncols=min(4, len(labels)),
+                ncols=max(1, min(4, len(labels), 64 // max(map(len, labels)))),
                 handlelength=2.6,
             )
     return figure
