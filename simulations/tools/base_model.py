@@ -32,6 +32,8 @@ def base_of(
     spec = build(model, ModelSpec, "model")  # type: ignore[type-abstract]
     file = run / MODEL
     about = json_in(file, "the description of the run's base model") if file.is_file() else {}
+    if spec.classifies:
+        spec = spec.with_labels(about.get("labels", ()), about.get("head_seed", 0))
     mask = about.get("mask", "")
     if mask and isinstance(spec, Pruned) and not spec.path:
         there = Path(about["folder"])
