@@ -105,7 +105,11 @@ class Classifier(LanguageModel):
             brought = own if head is None else nn.Parameter(self._copied(head[name]))
             path, _, leaf = name.rpartition(".")
             setattr(self.network.get_submodule(path), leaf, brought)
-        return parameters if head is None else [*parameters, *self._head().values()]
+        return [*parameters, *self._trained_head(head)]
+
+    def _trained_head(self, head: Mapping[str, Tensor] | None) -> list[nn.Parameter]:
+        """What trains of the head: all of one that was brought, nothing of the model's own."""
+        return [] if head is None else list(self._head().values())
 
     def _head(self) -> dict[str, nn.Parameter]:
         """The parameters of the head that is mounted."""

@@ -36,7 +36,7 @@ _LORA = "fedlora.techniques.lora.payload.LowRankPayload"
 _UPDATE = "update"  # metadata of `FILE`: the class that reads the update
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WithHead(Payload):
     """A payload and a head."""
 

@@ -23,6 +23,7 @@ from fedlora.core.files import output_folder
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Factors
 from fedlora.models.export import about, exported, require_base
+from fedlora.models.headed import WithHead
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -130,7 +131,7 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
             it was trained on another base.
     """
     kind = exported(folder)
-    if kind is not None and not issubclass(kind, LowRankPayload):
+    if kind is not None and not issubclass(kind, LowRankPayload | WithHead):
         raise ModelError(
             f"{folder} holds {kind.noun}, which is more than LoRA's two factors per layer: read it "
             "with fedlora.models.export.load"
