@@ -56,3 +56,20 @@ def base_of(
             f"({about.get('folder')}), or set model.path in {run / 'config.yaml'}"
         )
     return spec
+
+
+def language_model_of(
+    run: Path, model: DictConfig | Mapping[str, Any], emit: Callable[[str], object]
+) -> ModelSpec:
+    """The same for who wants text of it.
+
+    Raises:
+        ConfigError: if it is a classifier.
+    """
+    spec = base_of(run, model, emit)
+    if spec.classifies:
+        raise ConfigError(
+            f"{run} has trained a classifier (model.task=classification), which writes no text: "
+            "its accuracy is in the run's report, and fedlora merge writes a plain model"
+        )
+    return spec
