@@ -28,6 +28,7 @@ NEEDED = {
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
     "data=intents": ["model.task=classification"],
+    "model=minilm": ["data=intents"],
 }
 
 
