@@ -147,6 +147,7 @@ class ModelSpec(ABC):
             mask=mask_identity(folder),
             context_stated=found.stated,
             vocabulary=found.vocabulary,
+            width=int(getattr(config.get_text_config(), "hidden_size", 0)),
             blocks=blocks,
             adapted=adapted,
             task=self.task,

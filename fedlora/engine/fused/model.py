@@ -143,7 +143,7 @@ class FusedModel:
             return functional.cross_entropy(logits, targets, reduction="none")
         self.prepare(batch)
         moved, network = batch.batch.to(self.model.device), self.model.network
-        with self._precision():
+        with self._precision(), self.model.entered(moved):
             hidden = supervised_hidden(network, moved)
             return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 
@@ -151,7 +151,7 @@ class FusedModel:
         """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
-        with self._precision():
+        with self._precision(), self.model.entered(moved):
             logits = supervised_logits(self.model.network, moved)
         return logits, moved.targets
 
