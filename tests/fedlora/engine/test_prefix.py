@@ -96,6 +96,36 @@ def test_a_round_is_that_without_states(name, engine, cache):
     assert len(files(cache)) == 3
 
 
+def test_recomputed_activations_are_those_behind_the_states():
+    """With gradient checkpointing a block's forward pass runs again when the context is closed."""
+    spec = replace(ENGINES["ragged"], checkpoint=True)
+    wanted, _ = results(ENGINES["ragged"], world())
+    assert_same(results(replace(spec, prefix="on"), world())[0], wanted)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_computes_from_the_same_states(engine):
+    plan = replace(PLAN, autocast="bf16")
+    starts = [adapter(world().info.modules, 2, dtype=torch.float32)]
+
+    def losses(spec):
+        on = wrap(llama(layers=4), layers=(2, 3))
+        return results(spec, on, starts=starts, plan=plan)[0][0].metrics["loss"]
+
+    found = losses(replace(ENGINES[engine], prefix="on"))
+    assert found == pytest.approx(losses(ENGINES[engine]), abs=2e-2)
+
+
+def test_parts_of_a_split_projection_have_states(cache):
+    def on():
+        return wrap(exact(gpt2(layers=4)), ("q_attn", "v_attn"), split=True, layers="top:1")
+
+    wanted, _ = results(ENGINES["ragged"], on())
+    found, engine = results(replace(ENGINES["ragged"], prefix="on"), on())
+    assert_same(found, wanted)
+    assert "the first 3 of 4 blocks computed once per example" in engine.notes()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_a_round_of_a_classifier_is_that_without_states(name, engine, cache):
