@@ -283,7 +283,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate):
         ),
         (("resume=/no/such/folder",), "neither never, auto nor a run folder"),
         (("data=natural_instructions", "data.path=/no/file.parquet"), "/no/file.parquet"),
-        (("population.clients=999999",), "the data has 400 clients"),
+        (("population.clients=999999",), "must be at most 400, the clients that the data has"),
         (("evaluate=fast", "evaluate.groups=[unseen_task]"), "unseen_task has no clients"),
         (("ranks=homogeneous", "ranks.rank=9999", "ranks.clamp=false"), "rank 9999 is above"),
         (("model=hf", "model.path=/no/model"), "/no/model"),
