@@ -84,6 +84,10 @@ class Classifier(LanguageModel):
         """One: the label."""
         return 1
 
+    def read(self, example: TokenExample) -> int:
+        """All tokens."""
+        return len(example.input_ids)
+
 
 def _cast(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     """A hook that gives a layer its input in a type."""

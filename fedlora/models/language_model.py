@@ -80,6 +80,10 @@ class LanguageModel:
         """How many targets an example has."""
         return supervised_tokens(example, loss)
 
+    def read(self, example: TokenExample) -> int:
+        """How many of an example's tokens are inputs: all but the last, which is a target only."""
+        return len(example.input_ids) - 1
+
     @property
     def device(self) -> torch.device:
         """The device of the network."""

@@ -17,7 +17,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, EngineSpec
-from fedlora.engine.fused.check import why_not_ragged
+from fedlora.engine.fused.check import why_not_fused, why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
@@ -79,15 +79,18 @@ class Fused(EngineSpec):
         return replace(self, tokens=budget)
 
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
-        """The engine on this model and these data; for a classifier the sequential one.
+        """The engine on this model and these data; the sequential one if clients cannot share its
+        forward passes.
 
         Raises:
             ValueError: if a ragged layout or checkpointing is configured and the model does not
                 support it.
         """
         self._prepare()
-        if model.info.classifies:
-            return SequentialEngine(model, store, "classification one by one")
+        if reason := why_not_fused(model):
+            if self.layout == "ragged":
+                raise ValueError(f"engine.layout=ragged: {reason}; use auto, or engine=sequential")
+            return SequentialEngine(model, store, f"one by one, for {reason}")
         return self._engine()(self, model, store)
 
     def _engine(self) -> "type[FusedEngine]":

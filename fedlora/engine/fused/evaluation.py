@@ -149,15 +149,15 @@ class FusedEvaluator:
     def _likelihoods(self, tasks: Sequence[Task], layouts: dict[int, Layout]) -> None:
         # A sequence without a target needs no forward pass.
         items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
+        lengths = {id(item): self._fused.model.read(item.example) for item in items}
         for item in items:
-            if len(item.example.input_ids) < 2:  # nothing after BOS
+            if not lengths[id(item)]:  # nothing after BOS
                 item.task.guesses[item.index] = (
                     torch.zeros(0, dtype=torch.float64),
                     torch.zeros(0, dtype=torch.int64),
                 )
 
         # Sequences of similar length together, up to the limit; within a pass, in order of slots.
-        lengths = {id(item): len(item.example.input_ids) - 1 for item in items}
         line = sorted((i for i in items if lengths[id(i)]), key=lambda i: -lengths[id(i)])
         for packed in _packs(line, [lengths[id(i)] for i in line], self._tokens):
             packed.sort(key=lambda i: i.task.slot)

@@ -1,7 +1,8 @@
 """One frozen network that computes with the adapters of many clients at once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.core.payload import MovedBase
+from fedlora.data.batches import Batch
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import (
+    Collate,
     FusedBatch,
     Group,
     Lane,
@@ -20,10 +23,11 @@ from fedlora.engine.fused.batch import (
 )
 from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
-from fedlora.models.forward import supervised_hidden, supervised_logits
+from fedlora.models.forward import supervised_hidden
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate, dense_weight, dropout_bits
 from fedlora.models.ragged import RaggedAttention, ragged
+from fedlora.models.ragged_classifier import RaggedClassifier
 from fedlora.models.recompute import check_recomputable, recomputing
 
 KNOWN = 1024
@@ -53,7 +57,12 @@ class FusedModel:
         self._attention = RaggedAttention()
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._hidden = int(model.network.config.get_text_config().hidden_size)
-        self._plain_head = is_plain(model)
+        classifies = model.info.classifies
+        self._plain_head = not classifies and is_plain(model)
+        self._logits: Callable[[Batch], Tensor] = model.logits
+        self._collate: Collate | None = None
+        if classifies:
+            self._logits, self._collate = _labelled(model, is_ragged)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
@@ -122,7 +131,7 @@ class FusedModel:
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, in this model's layout."""
         lay = ragged_batch if self.is_ragged else padded_batch
-        return lay(lanes, self._hidden)
+        return lay(lanes, self._hidden, self._collate)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -137,7 +146,7 @@ class FusedModel:
         return self.per_lane(weighted.detach(), batch)
 
     def nll(self, batch: FusedBatch) -> Tensor:
-        """The negative log-likelihood of every supervised token, ``[n]``."""
+        """The negative log-likelihood of every supervised token or label, ``[n]``."""
         if not self._plain_head:
             logits, targets = self.logits(batch)
             return functional.cross_entropy(logits, targets, reduction="none")
@@ -148,11 +157,11 @@ class FusedModel:
             return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 
     def logits(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
-        """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
+        """``[n, classes]`` of the supervised tokens or labels, and their targets ``[n]``."""
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
         with self._precision():
-            logits = supervised_logits(self.model.network, moved)
+            logits = self._logits(moved)
         return logits, moved.targets
 
     def _precision(self) -> torch.autocast:
@@ -292,6 +301,14 @@ class FusedModel:
         if key not in self._cast:
             self._cast[key] = tensor.detach().to(torch.bfloat16)
         return self._cast[key]
+
+
+def _labelled(model: LanguageModel, is_ragged: bool) -> tuple[Callable[[Batch], Tensor], Collate]:
+    """How a classifier computes logits in a layout, and how it collates examples for that."""
+    if not is_ragged:
+        return model.logits, partial(model.collate, loss="full")
+    rows = RaggedClassifier(model)
+    return rows.logits, rows.batch
 
 
 class _ManyAdapters(LinearUpdate):

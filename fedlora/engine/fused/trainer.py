@@ -75,7 +75,7 @@ class Planner:
     """Turns jobs into chains."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
-        self._info, self._store = fused.model.info, store
+        self._info, self._store, self._read = fused.model.info, store, fused.model.read
         self._vocabulary = fused.model.vocabulary
         self._layouts = Layouts(self._info.modules)
         self._dtype, self._device = fused.model.dtype, fused.model.device
@@ -110,8 +110,8 @@ class Planner:
             for indices in step_indices(len(examples), job.plan, **who)
         )
 
-        # Their size: a sequence of n tokens has n - 1 input tokens, the last is a target only.
-        lengths = [len(e.input_ids) - 1 for e in examples]
+        # Their size in input tokens.
+        lengths = [self._read(e) for e in examples]
         forwards = tuple(
             Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
             for step in steps
