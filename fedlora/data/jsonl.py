@@ -4,7 +4,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from fedlora.core.checks import (
     at_least,
@@ -16,19 +16,31 @@ from fedlora.core.seeding import generator
 from fedlora.data import partition
 from fedlora.data.fields import Entry, Fields, Row, mapping
 from fedlora.data.locations import Location
-from fedlora.data.records import Record
+from fedlora.data.partition import Division
+from fedlora.data.records import SPLITS, Record
 from fedlora.data.source import Source
 from fedlora.data.values import check_spellings
 
-PARTITIONS = ("natural", "iid", "dirichlet")
-_VERSION = 2  # of the reading below: part of the fingerprint
+PARTITIONS = ("natural", "iid", "dirichlet", "pathological", "domain")
+_VERSION = 3  # of the reading below: part of the fingerprint
 
 log = logging.getLogger(__name__)
 
 
+class Placed(NamedTuple):
+    """A row with its client and its split."""
+
+    client: int
+    name: str
+    """Of the client; empty: its id."""
+    row: int
+    split: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Source):
-    """Alpaca-style records and conversations from files, folders and data sets of `datasets`."""
+    """Alpaca-style records, conversations, and texts with labels, from files, folders and data sets
+    of `datasets`."""
 
     name: ClassVar[str] = "jsonl"
 
@@ -46,6 +58,12 @@ class Jsonl(Source):
     output_field: str = "output"
     category_field: str = "category"
     """May be missing in a record."""
+    label_field: str = ""
+    """The label that is to be predicted: records are then texts with labels, and the fields of
+    instructions are not read. Empty: they are instructions or conversations."""
+    text_field: str = "text"
+    second_text_field: str = ""
+    """Of pairs of texts; may be missing in a record. Empty: there is one text."""
     split_field: str = ""
     """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: the names
     of a folder's files or the splits of a data set decide; where these say nothing, records are
@@ -56,11 +74,16 @@ class Jsonl(Source):
     partition: str = "natural"
     """``natural``: one client per value of `key`, or per file if no record has it. ``iid``:
     `clients` equal random parts. ``dirichlet``: `clients` parts; their fractions of each value of
-    `by` are drawn from Dir(`alpha`)."""
+    `by` are drawn from Dir(`alpha`). ``pathological``: each client holds `classes_per_client`
+    values of `by`. ``domain``: each client holds one value of `by`, or whole values where there are
+    more than clients. Where records name their split, all but ``natural`` divide the training
+    records; the others follow, in each client's own proportions of `by` (``iid``: of labels)."""
     key: str = "client"
     clients: int = 100
     alpha: float = 0.5
-    by: str = "category"
+    by: str = ""
+    """A field. Empty: `label_field` if it is set, else, and for ``domain``, `category_field`."""
+    classes_per_client: int = 2
     min_examples: int = 1
     """Minimum per client under ``dirichlet``: fractions are drawn again until it is met."""
     seed: int = 0
@@ -73,6 +96,7 @@ class Jsonl(Source):
         fraction("data.test_fraction", self.test_fraction)
         at_least("data.clients", self.clients, 1)
         at_least("data.min_examples", self.min_examples, 1)
+        at_least("data.classes_per_client", self.classes_per_client, 1)
         at_least("data.alpha", self.alpha, 0, strict=True)
         at_least("data.seed", self.seed, 0)
         if self.eval_fraction + self.test_fraction >= 1:
@@ -80,6 +104,17 @@ class Jsonl(Source):
                 f"data.eval_fraction={self.eval_fraction} and data.test_fraction="
                 f"{self.test_fraction} must leave something to train on: their sum must be < 1"
             )
+
+        if self.second_text_field and not self.labelled:
+            raise ValueError(
+                f"data.second_text_field={self.second_text_field!r} has no effect without "
+                "data.label_field: name the field of the labels"
+            )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a field of labels is named."""
+        return self.label_field != ""
 
     def fingerprint(self) -> str:
         """Every option but the path, and the content of every file."""
@@ -99,12 +134,33 @@ class Jsonl(Source):
             where = entries[given.index(False)].where
             raise DataError(f"{where} has no split, unlike others: name a field, data.split_field")
         groups = [row.client for row in rows] if by_file else [e.group for e in entries]
-        check_spellings(zip(groups, (e.where for e in entries), strict=True), self._group())
-        for client, (name, members) in enumerate(self._partition(groups)):
-            for i, split in self._splits(client, entries, members):
-                e = entries[i]
-                texts = (e.instruction, e.input, e.output)
-                yield Record(client, split, e.category, *texts, name, e.turns)
+        places = [e.where for e in entries]
+        check_spellings(zip(groups, places, strict=True), self._group())
+        if self.labelled:
+            labels = [e.output for e in entries]
+            check_spellings(zip(labels, places, strict=True), self.label_field)
+        parts, moved = self._partition(groups, entries)
+        natural = self.partition == "natural"
+        placed = [
+            Placed(client, groups[members[0]] if natural else "", i, split)
+            for client, members in enumerate(parts)
+            for i, split in self._splits(client, entries, members)
+        ]
+        if self.labelled and not any(given):
+            placed = _taught(placed, entries)
+        for client, name, i, split in placed:
+            e = entries[i]
+            yield Record(
+                client,
+                split,
+                e.category,
+                *(e.instruction, e.input, e.output),
+                client_name=name,
+                turns=e.turns,
+                label=e.output if self.labelled else "",
+                where=e.where,
+                moved=i in moved,
+            )
 
     def _location(self) -> Location:
         return Location(self.path, self.revision, self.subset)
@@ -125,36 +181,58 @@ class Jsonl(Source):
 
     def _group(self) -> str:
         """The field by which records are divided; empty: by none."""
-        return {"natural": self.key, "iid": "", "dirichlet": self.by}[self.partition]
+        if self.partition in ("natural", "iid"):
+            return self.key if self.partition == "natural" else ""
+        label = "" if self.partition == "domain" else self.label_field
+        return self.by or label or self.category_field
 
     def _fields(self, by_file: bool) -> Fields:
         """What is read of a row under this configuration."""
-        return Fields(
-            self.instruction_field,
-            self.input_field,
-            self.output_field,
-            self.category_field,
-            self.split_field,
-            "" if by_file else self._group(),
-        )
+        texts = (self.instruction_field, self.input_field, self.output_field)
+        if self.labelled:
+            texts = (self.text_field, self.second_text_field, self.label_field)
+        group = "" if by_file else self._group()
+        return Fields(*texts, self.category_field, self.split_field, group, self.labelled)
 
-    def _partition(self, groups: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-        """Name and row indices of each client.
+    def _partition(self, groups: Sequence[str], entries: Sequence[Entry]) -> Division:
+        """Row indices of each client.
 
         Args:
-            groups: client or label of each row.
+            groups: client, label or category of each row.
+            entries: the rows.
         """
         if self.partition == "natural":
-            for members in partition.natural(groups):
-                yield groups[members[0]], members
-            return
-        if self.partition == "iid":
-            parts = partition.iid(len(groups), self.clients, self.seed)
+            return Division(partition.natural(groups))
+        splits = [e.split or "train" for e in entries]
+        rows = {s: [i for i, split in enumerate(splits) if split == s] for s in SPLITS}
+        if not rows["train"]:
+            rows = {"train": list(range(len(entries)))}
+        keys = [
+            g or (e.output if self.labelled else "") for g, e in zip(groups, entries, strict=True)
+        ]
+        train = rows.pop("train")
+        like = [keys[i] for i in train]
+        divided = self._divided(like)
+        parts = [[train[i] for i in part] for part in divided.parts]
+        for split, own in rows.items():
+            names, purpose = [keys[i] for i in own], f"jsonl {split}"
+            held = partition.follow(names, like, divided.parts, self.seed, purpose)
+            parts = [[*a, *(own[i] for i in b)] for a, b in zip(parts, held, strict=True)]
+        return Division(parts, frozenset(train[i] for i in divided.moved))
+
+    def _divided(self, groups: Sequence[str]) -> Division:
+        """The training rows of each client, as positions in ``groups``."""
+        n = self.clients
+        if self.partition == "dirichlet":
+            options = (n, self.alpha, self.min_examples, self.seed)
+            return partition.dirichlet(groups, *options, nearest=self.labelled)
+        if self.partition == "pathological":
+            parts = partition.pathological(groups, n, self.classes_per_client, self.seed)
+        elif self.partition == "domain":
+            parts = partition.by_group(groups, n, self.seed)
         else:
-            parts = partition.dirichlet(
-                groups, self.clients, self.alpha, self.min_examples, self.seed
-            ).parts
-        yield from (("", members) for members in parts)
+            parts = partition.iid(len(groups), n, self.seed)
+        return Division(parts)
 
     def _splits(
         self, client: int, entries: Sequence[Entry], members: Sequence[int]
@@ -173,3 +251,15 @@ class Jsonl(Source):
         for position, i in enumerate(order):
             held_out = "eval" if position < train + evals else "test"
             yield members[i], "train" if position < train else held_out
+
+
+def _taught(placed: Sequence[Placed], entries: Sequence[Entry]) -> list[Placed]:
+    """The same rows, where a label that the draw left out of training has its first one there."""
+    known = {entries[p.row].output for p in placed if p.split == "train"}
+    found = []
+    for p in placed:
+        if entries[p.row].output not in known:
+            known.add(entries[p.row].output)
+            p = p._replace(split="train")
+        found.append(p)
+    return found

@@ -50,7 +50,13 @@ def iid(count: int, clients: int, seed: int) -> list[list[int]]:
 
 
 def dirichlet(
-    labels: Sequence[str], clients: int, alpha: float, min_examples: int, seed: int
+    labels: Sequence[str],
+    clients: int,
+    alpha: float,
+    min_examples: int,
+    seed: int,
+    *,
+    nearest: bool = False,
 ) -> Division:
     """Each client's fraction of every label is drawn from Dir(`alpha`).
 
@@ -67,6 +73,9 @@ def dirichlet(
         alpha: small is uneven; the larger, the nearer every client is to the labels' frequencies.
         min_examples: of each client.
         seed: of the draws.
+        nearest: round fractions of a label to the nearest example. `flwr-datasets` rounds down, so
+            that the last client gets the rest: an example of nearly every label, however small
+            `alpha` is.
 
     Raises:
         DataError: if there are too few examples to give every client `min_examples`.
@@ -81,7 +90,7 @@ def dirichlet(
     rng = np.random.default_rng(seed)
     moved: list[int] = []
     for _ in range(DRAWS):
-        owner = _draw(of, len(names), clients, alpha, rng)
+        owner = _draw(of, len(names), clients, alpha, rng, nearest)
         sizes = np.bincount(owner, minlength=clients)
         if sizes.min() >= min_examples:
             break
@@ -96,7 +105,12 @@ def dirichlet(
 
 
 def _draw(
-    labels: Indices, count: int, clients: int, alpha: float, rng: np.random.Generator
+    labels: Indices,
+    count: int,
+    clients: int,
+    alpha: float,
+    rng: np.random.Generator,
+    nearest: bool,
 ) -> Indices:
     """The client of every example: each label's examples are cut, in the order of the data, at the
     running sums of one draw from Dir(alpha).
@@ -107,12 +121,14 @@ def _draw(
         clients: how many there are.
         alpha: the same for every client.
         rng: draws the fractions.
+        nearest: cut at the nearest example, not at the one before.
     """
     owner = np.empty_like(labels)
     for label in range(count):
         (members,) = np.nonzero(labels == label)
         fractions = np.cumsum(rng.dirichlet(np.full(clients, alpha)))
-        cuts = (fractions * len(members)).astype(np.int64)[:-1]
+        ends = fractions[:-1] * len(members)
+        cuts = (np.rint(ends) if nearest else ends).astype(np.int64)
         owner[members] = np.searchsorted(cuts, np.arange(len(members)), side="right")
     return owner
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 SPLITS = ("train", "eval", "test")
@@ -39,7 +39,7 @@ class Record:
     label: str = ""
     """The class to predict, which is also `output`; instruction and input are then the first and
     the second text. Empty: the data has no classes."""
-    where: str = ""
+    where: str = field(default="", compare=False)
     """The place where it was read, for messages."""
     moved: bool = False
     """Whether a partition gave it to this client only so that the client has examples enough."""

@@ -4,13 +4,15 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedlora.core.errors import DataError
 from fedlora.core.files import made_once
@@ -45,6 +47,9 @@ class Example:
     """``[tokens]``, which tokens belong to answers; None: ``input_ids[prompt_tokens:]``."""
     label: int = -1
     """Index into `TokenStore.labels`; -1: the data has none."""
+    states: Tensor | None = None
+    """``[inputs, d]``, what enters the first adapted block at each token that the model is given
+    (`fedlora.engine.prefix`); None: not at hand."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,10 @@ def damage(folder: Path) -> str:
     return ""
 
 
+Attach: TypeAlias = Callable[[int, str, list[Example]], list[Example]]
+"""Client, split and all its examples -> the same examples with their `Example.states`."""
+
+
 # --- reading -------------------------------------------------------------------------------------
 
 
@@ -165,8 +174,21 @@ class TokenStore:
         flags = np.load(self.folder / "responses.npy", mmap_mode="r")
         self._responses: NDArray[np.bool_] | None = flags if len(flags) else None
 
+        self._attach: Attach | None = None
+
+    def with_states(self, attach: "Attach") -> "TokenStore":
+        """The same store, whose `examples` pass through a function that gives them `states`."""
+        other = object.__new__(TokenStore)
+        vars(other).update(vars(self) | {"_attach": attach})
+        return other
+
     def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
         return TokenStore, (self.folder,)
+
+    @property
+    def key(self) -> str:
+        """Hash of everything that its content depends on (`store_key`)."""
+        return str(self._meta["key"])
 
     @property
     def num_clients(self) -> int:
@@ -254,7 +276,8 @@ class TokenStore:
 
     def examples(self, client: int, split: str) -> list[Example]:
         """All examples of a client's split, in the source's order."""
-        return [self._example(row) for row in range(*self._rows(client, split))]
+        found = [self._example(row) for row in range(*self._rows(client, split))]
+        return found if self._attach is None else self._attach(client, split, found)
 
     def references(self, client: int, split: str) -> list[str]:
         """The whole response texts of a client's split, uncut, for ROUGE."""

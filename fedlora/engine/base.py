@@ -6,12 +6,13 @@ rounding, one per job, in any order of completion.
 
 import traceback
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from fedlora.core.checks import at_least, one_of
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -21,6 +22,8 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
+from fedlora.engine.memory import keep_freed_memory
+from fedlora.engine.prefix import DTYPES, PrefixCache, why_not_prefix
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo
 
@@ -64,6 +67,56 @@ class EngineSpec:
     @abstractmethod
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The engine on this model and these data."""
+
+
+@dataclass(frozen=True)
+class WorkerEngine(EngineSpec):
+    """What engines that train on a worker's resident model have in common."""
+
+    threads: int = 1
+    """Intra-op threads of a worker process; 0 leaves PyTorch's choice. With one, results do not
+    depend on the machine's number of cores, and many workers do not compete for them."""
+    reuse_memory: bool = True
+    """Keep up to 512 MiB of freed memory in the process if glibc is used (`keep_freed_memory`):
+    faster on CPU, bitwise identical results."""
+    prefix: str = "auto"
+    """Whether hidden states behind the blocks without adapters are computed once per example and
+    kept on disk (`fedlora.engine.prefix`): ``off``, ``on``, or ``auto``, which a run decides by
+    their cost when it begins."""
+    prefix_gb: float = 16.0
+    """The most that they may take on disk, in 10^9 bytes. Examples beyond it run through all
+    blocks."""
+    prefix_dtype: str = "float32"
+    """``float32``: as the base computes them; ``bfloat16``: rounded, half the size."""
+
+    def __post_init__(self) -> None:
+        at_least("engine.threads", self.threads, 0)
+        one_of("engine.prefix", self.prefix, ("off", "auto", "on"))
+        at_least("engine.prefix_gb", self.prefix_gb, 0, strict=True)
+        one_of("engine.prefix_dtype", self.prefix_dtype, DTYPES)
+
+    def prepare(self) -> None:
+        """Set up the process."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        if self.reuse_memory:
+            keep_freed_memory()
+
+    def with_states(
+        self, model: LanguageModel, store: TokenStore
+    ) -> tuple[TokenStore, Callable[[], tuple[str, ...]]]:
+        """The store of an engine on this model, and what is to be said of it: with a prefix its
+        examples bring their states.
+
+        Only ``on`` has one: what ``auto`` means is decided before an engine is opened.
+        """
+        if self.prefix != "on":
+            return store, tuple
+        reason = why_not_prefix(model)
+        if reason:
+            return store, lambda: (f"no prefix, for {reason}",)
+        cache = PrefixCache(model, store, self.prefix_dtype, 1e9 * self.prefix_gb)
+        return store.with_states(cache.attach), cache.notes
 
 
 def failure(client: Client, error: BaseException) -> Failure:

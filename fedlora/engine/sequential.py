@@ -1,11 +1,8 @@
 """The reference engine: one client after another on one resident model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fedlora.core.checks import at_least
 from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.types import (
     EvaluateJob,
@@ -15,32 +12,19 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import EngineSpec, failure
+from fedlora.engine.base import WorkerEngine, failure
 from fedlora.engine.client import LoRAClient
-from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
-class Sequential(EngineSpec):
+class Sequential(WorkerEngine):
     """Configuration of the reference engine."""
 
-    threads: int = 1
-    """Intra-op threads of a worker process; 0 leaves PyTorch's choice. With one, results do not
-    depend on the machine's number of cores, and many workers do not compete for them."""
-    reuse_memory: bool = True
-    """Keep up to 512 MiB of freed memory in the process if glibc is used (`keep_freed_memory`):
-    faster on CPU, bitwise identical results."""
-
-    def __post_init__(self) -> None:
-        at_least("engine.threads", self.threads, 0)
-
     def open(self, model: LanguageModel, store: TokenStore) -> "SequentialEngine":
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        if self.reuse_memory:
-            keep_freed_memory()
-        return SequentialEngine(model, store)
+        self.prepare()
+        store, said = self.with_states(model, store)
+        return SequentialEngine(model, store, said=said)
 
 
 class SequentialEngine:
@@ -50,12 +34,19 @@ class SequentialEngine:
         model: clients are trained on it.
         store: their data.
         note: its name in the notes, and the reason if another engine stands back for it.
+        said: what there is to say of the store.
     """
 
-    def __init__(self, model: LanguageModel, store: TokenStore, note: str = "sequential") -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: TokenStore,
+        note: str = "sequential",
+        said: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
         self.model = model
         self.store = store
-        self._note = note
+        self._note, self._said = note, said
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         for job in jobs:
@@ -72,7 +63,7 @@ class SequentialEngine:
                 yield failure(job.client, error)
 
     def notes(self) -> tuple[str, ...]:
-        return (self._note,)
+        return (self._note, *self._said())
 
     def _client(self, job: TrainJob | EvaluateJob) -> LoRAClient:
         return LoRAClient(self.model, self.store, job.client, job.seed)

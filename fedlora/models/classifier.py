@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
-from fedlora.data.batches import Batch, TokenExample
+from fedlora.data.batches import Batch, TokenExample, padded_states
 from fedlora.models.head import head_parameters
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo
@@ -68,25 +68,27 @@ class Classifier(LanguageModel):
             torch.tensor([e.label for e in examples], dtype=torch.int64),
             mask=torch.from_numpy(mask),
             segments=None if segments is None else torch.from_numpy(segments),
+            states=padded_states(examples, int(lengths.max())),
         )
+
+    def inputs(self, example: TokenExample) -> int:
+        """All of its tokens."""
+        return len(example.input_ids)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[b, classes]`` of a batch on this device, in float32 at least."""
         assert batch.mask is not None
         network: Any = self.network
         more = {} if batch.segments is None else {"token_type_ids": batch.segments}
-        logits: Tensor = network(
-            input_ids=batch.inputs, attention_mask=batch.mask.to(torch.int64), **more
-        ).logits
+        with self.entered(batch):
+            logits: Tensor = network(
+                input_ids=batch.inputs, attention_mask=batch.mask.to(torch.int64), **more
+            ).logits
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
     def supervised(self, example: TokenExample, loss: str) -> int:
         """One: the label."""
         return 1
-
-    def read(self, example: TokenExample) -> int:
-        """All tokens."""
-        return len(example.input_ids)
 
 
 def _cast(dtype: torch.dtype) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:

@@ -6,7 +6,7 @@ seed, so that all workers, methods and machines begin with the same head.
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +51,28 @@ def head_parameters(network: Any) -> dict[str, nn.Parameter]:
 def head_tensors(network: Any) -> tuple[HeadTensor, ...]:
     """The parameters of the head without their values."""
     return tuple(HeadTensor(n, tuple(p.shape)) for n, p in head_parameters(network).items())
+
+
+def complete_head(
+    network: Any, absent: Iterable[str], folder: Path, labels: Sequence[str], seed: int
+) -> list[str]:
+    """Draw what a checkpoint lacks of the head, and the output layer if it is of other classes.
+
+    Args:
+        network: as loaded.
+        absent: names of the parameters that the checkpoint lacks.
+        folder: of the checkpoint.
+        labels: the classes.
+        seed: of the draw.
+
+    Returns:
+        The names of what is absent outside the head.
+    """
+    drawn = head_parameters(network).keys() & set(absent)
+    if classes_of(folder) not in ((), tuple(labels)):
+        drawn |= output_parameters(network)
+    draw_head(network, drawn, seed)
+    return [name for name in absent if name not in drawn]
 
 
 def draw_head(network: Any, names: Iterable[str], seed: int) -> None:

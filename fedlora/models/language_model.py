@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,6 +19,7 @@ from fedlora.models.layers import (
     dropout_bits,
 )
 from fedlora.models.modules import ModelInfo
+from fedlora.models.prefix import Prefix
 from fedlora.models.qkv import join_state
 
 T = TypeVar("T")
@@ -59,6 +61,8 @@ class LanguageModel:
             m.path: _wrap(network, m.path) for m in info.modules
         }
         """Module path -> wrapped layer, in module order."""
+        self.prefix: Prefix | None = None
+        """The blocks that batches with `Batch.states` leave out; set by who computes states."""
         self._payload: Payload | None = None
         self._kept: dict[str, OrderedDict[Any, Any]] = {}
 
@@ -74,15 +78,23 @@ class LanguageModel:
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[n, classes]`` of a batch on this device, a row for each of its targets; the
         classes of a language model are its vocabulary."""
-        return supervised_logits(self.network, batch)
+        with self.entered(batch):
+            return supervised_logits(self.network, batch)
+
+    def entered(self, batch: Batch) -> AbstractContextManager[None]:
+        """While the context is open, forward passes begin where the batch's states enter, if it has
+        some."""
+        if self.prefix is None or batch.states is None:
+            return nullcontext()
+        return self.prefix.replaced(batch.states)
+
+    def inputs(self, example: TokenExample) -> int:
+        """How many of an example's tokens the network is given: the last one is a target alone."""
+        return len(example.input_ids) - 1
 
     def supervised(self, example: TokenExample, loss: str) -> int:
         """How many targets an example has."""
         return supervised_tokens(example, loss)
-
-    def read(self, example: TokenExample) -> int:
-        """How many of an example's tokens are inputs: all but the last, which is a target only."""
-        return len(example.input_ids) - 1
 
     @property
     def device(self) -> torch.device:

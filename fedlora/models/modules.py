@@ -49,6 +49,8 @@ class ModelInfo:
     """Whether the model itself states ``context`` (`fedlora.models.context`)."""
     vocabulary: int = 0
     """Rows of the input embedding; 0: not known."""
+    width: int = 0
+    """Scalars of a hidden state; 0: not known."""
     blocks: int = 0
     """Transformer blocks; 0: they cannot be found."""
     adapted: tuple[int, ...] = ()

@@ -35,6 +35,7 @@ class Sample:
     """``[t]``."""
     label: int = 0
     responses: None = None
+    states: None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -106,8 +107,14 @@ class RaggedClassifier:
         if self._position_pad is not None:
             real = (inputs != self._position_pad).long()
             places = real.cumsum(1) * real + self._position_pad
-        segments = None if padded.segments is None else padded.segments[mask][None]
-        return Batch(inputs[mask][None], rows, padded.targets, places[mask][None], None, segments)
+        more = {"segments": padded.segments, "states": padded.states}
+        return Batch(
+            inputs[mask][None],
+            rows,
+            padded.targets,
+            places[mask][None],
+            **{name: x[mask][None] for name, x in more.items() if x is not None},
+        )
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[S, classes]`` of a `batch` on the model's device, in float32 at least."""
@@ -133,7 +140,8 @@ class RaggedClassifier:
         ones = torch.ones(len(batch.positions), 1, dtype=torch.int64, device=batch.inputs.device)
         try:
             network: Any = self._model.network
-            logits: Tensor = network(input_ids=ones, attention_mask=ones).logits
+            with self._model.entered(batch):
+                logits: Tensor = network(input_ids=ones, attention_mask=ones).logits
         finally:
             for handle in handles:
                 handle.remove()

@@ -23,14 +23,7 @@ from fedlora.models import folder as folders
 from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
 from fedlora.models.folder import find_assets, mask_identity
-from fedlora.models.head import (
-    classes_of,
-    draw_head,
-    head_modules,
-    head_parameters,
-    head_tensors,
-    output_parameters,
-)
+from fedlora.models.head import complete_head, head_modules, head_tensors
 from fedlora.models.masks import (
     check_network,
     load_masks,
@@ -139,6 +132,7 @@ class ModelSpec(ABC):
             mask=mask_identity(folder),
             context_stated=found.stated,
             vocabulary=found.vocabulary,
+            width=int(getattr(config.get_text_config(), "hidden_size", 0)),
             blocks=blocks,
             adapted=adapted,
             task=self.task,
@@ -215,7 +209,7 @@ class ModelSpec(ABC):
         mismatched = {x if isinstance(x, str) else x[0] for x in report["mismatched_keys"]}
         absent = sorted({*report["missing_keys"], *mismatched})
         if self.classifies:
-            absent = self._complete_head(network, absent, folder)
+            absent = complete_head(network, absent, folder, self.labels, self.head_seed)
         if absent:
             raise ModelError(
                 f"the weights in {folder} lack {absent[:4]} ({len(absent)} tensors) or have them "
@@ -225,15 +219,6 @@ class ModelSpec(ABC):
         if not placement:
             network.to(device)
         return network
-
-    def _complete_head(self, network: Any, absent: Sequence[str], folder: Path) -> list[str]:
-        """Draw what the checkpoint lacks of the head, and its output layer if that is of other
-        classes; what else is absent is returned."""
-        drawn = set(absent) & head_parameters(network).keys()
-        if classes_of(folder) not in ((), self.labels):
-            drawn |= output_parameters(network)
-        draw_head(network, drawn, self.head_seed)
-        return [name for name in absent if name not in drawn]
 
     def _auto(self) -> Any:
         """The class of transformers that makes the network."""

@@ -27,6 +27,7 @@ from fedlora.server.schedule import EvaluationSchedule
 from fedlora.server.session import Session
 from simulations.app.limits import check_model, check_rounds, check_tokens, cut_examples
 from simulations.app.parts import Parts
+from simulations.app.prefix import settled_prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     )
     check_groups(parts.evaluate, roster)
     check_rounds(parts.federation, roster, emit)
-    engine = settled_engine(parts, info, emit)
+    engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
     worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
     return RunInputs(info, folder, roster, worker, pruned, cut_examples(store))
 

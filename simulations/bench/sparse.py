@@ -63,6 +63,7 @@ class Window:
     prompt_tokens: int = 1
     responses: None = None
     label: int = -1
+    states: None = None
 
 
 @dataclass(frozen=True)

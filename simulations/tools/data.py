@@ -8,11 +8,12 @@ fedlora data stats data=e2e model=gpt2                 with another model's toke
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.core.cache import cache_root
 from fedlora.core.config import build
@@ -24,6 +25,7 @@ from fedlora.data import (
     prepare,
 )
 from fedlora.data.batches import targets_of
+from fedlora.data.build import moved_text
 from fedlora.data.tokenizer import FolderTokenizer
 from fedlora.models.folder import tokenizer_id
 from fedlora.models.spec import ModelSpec
@@ -43,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             at = (options.client, options.split, options.index)
             lines = example_lines(store, tokenizer, *at, loss)
-        for line in lines:
+        histograms = label_lines(store) if options.command == "stats" else ()
+        for line in chain(lines, histograms):
             sys.stdout.write(line + "\n")
     except (ValueError, IndexError, ModelError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -107,16 +110,63 @@ def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
     yield f"tokens per example {_spread_text(tokens)}"
     for split, spread in s["tokens_by_split"].items():
         yield f"{split:>8} tokens    {_spread_text(spread)}"
-        yield f"{split:>8} response  {_spread_text(s['response_tokens_by_split'][split])}"
-    yield f"response tokens    {s['response_token_share']:.1%} of all"
+        if not s["labels"]:
+            yield f"{split:>8} response  {_spread_text(s['response_tokens_by_split'][split])}"
     yield f"truncated          {s['truncated_share']:.1%} of the examples"
-    yield f"without response   {s['without_response']:,} (no response token survives)"
-    yield f"empty outputs      {s['empty_outputs']:,}"
-    yield f"only empty outputs {_ids_text(s['clients_with_only_empty_outputs'])}"
+    if not s["labels"]:
+        yield f"response tokens    {s['response_token_share']:.1%} of all"
+        yield f"without response   {s['without_response']:,} (no response token survives)"
+        yield f"empty outputs      {s['empty_outputs']:,}"
+        yield f"only empty outputs {_ids_text(s['clients_with_only_empty_outputs'])}"
+    else:
+        yield f"labels per client  {_spread_text(s['labels_per_client'])}"
+    if s["moved_examples"]:
+        yield f"moved              {moved_text(s['moved_examples'], total)}"
     yield f"never trained      {_ids_text(s['clients_without_training_examples'])}"
     yield f"categories         {s['categories']}"
     for category, n in s["largest_categories"].items():
         yield f"{n:>8} clients   {category or '(none)'}"
+
+
+def label_lines(store: TokenStore) -> Iterator[str]:
+    """How the labels lie over the clients: a row of bars for each, a column a label."""
+    if not store.labels:
+        return
+    counts = store.label_counts("train")
+    each = counts.sum(axis=0)
+    most, least = int(each.argmax()), int(each.argmin())
+    yield (
+        f"labels             {len(store.labels)}; training examples: "
+        f"{each[least]:,} ({store.labels[least]}) to {each[most]:,} ({store.labels[most]})"
+    )
+    wide = len(store.labels) > _BAR_LABELS
+    scale = "the most frequent" if wide else f"{BARS[-1]} is {counts.max():,}"
+    yield f"training labels    by client: examples, labels, {scale}"
+    for client, row in enumerate(counts[:_BAR_CLIENTS]):
+        bars = _largest(row, store.labels) if wide else label_bars(row, int(counts.max()))
+        yield f"{client:>8} {row.sum():>6,} of {(row > 0).sum():>3}   {bars}"
+    if len(counts) > _BAR_CLIENTS:
+        yield f"     ... and {len(counts) - _BAR_CLIENTS:,} clients more"
+
+
+BARS = "▁▂▃▄▅▆▇█"
+_BAR_CLIENTS, _BAR_LABELS = 50, 160
+
+
+def label_bars(counts: NDArray[np.int64], largest: int) -> str:
+    """One character a label: a space for none, else a bar in proportion to ``largest``.
+
+    >>> label_bars(np.array([0, 1, 4, 8]), 8)
+    ' ▁▄█'
+    """
+    heights = -(-counts * len(BARS) // max(1, largest))  # rounded up: one example can be seen
+    return "".join(BARS[h - 1] if h else " " for h in heights.tolist())
+
+
+def _largest(counts: NDArray[np.int64], labels: Sequence[str]) -> str:
+    """The most frequent labels of a client, in words."""
+    order = [i for i in np.argsort(-counts, kind="stable")[:4].tolist() if counts[i]]
+    return ", ".join(f"{labels[i]} {counts[i]:,}" for i in order)
 
 
 def _spread_text(v: dict[str, float]) -> str:
@@ -138,12 +188,18 @@ def example_lines(
     example = store.example(client, split, index)
     info = store.clients[client]
     ids = example.input_ids
+    held = f"train {info.num_train}, eval {info.num_eval}, test {info.num_test}"
+    yield f"client {client} ({info.name}, {info.category}): {held}"
+    if store.labels:
+        yield f"label {example.label} of {len(store.labels)}: {store.labels[example.label]}"
+        first, second = np.split(ids, [example.prompt_tokens])
+        for name, tokens in (("text", first), ("second text", second)):
+            if len(tokens):
+                yield f"--- {name}, {len(tokens)} tokens"
+                yield tokenizer.decode(tokens.tolist())
+        return
     trained = np.zeros(len(ids), dtype=np.bool_)
     trained[targets_of(example, loss)] = True
-    yield (
-        f"client {client} ({info.name}, {info.category}): train {info.num_train}, "
-        f"eval {info.num_eval}, test {info.num_test}"
-    )
     yield f"client.loss={loss}: {trained.sum()} of {len(ids)} tokens have a loss"
     is_response = example.responses
     if is_response is None:

@@ -15,7 +15,8 @@ has a loss on responses, client 1 on all tokens:
 
 >>> from types import SimpleNamespace
 >>> def sequence(*ids, prompt=1):
-...     return SimpleNamespace(input_ids=np.array(ids), prompt_tokens=prompt, responses=None)
+...     kept = {"prompt_tokens": prompt, "responses": None, "states": None}
+...     return SimpleNamespace(input_ids=np.array(ids), **kept)
 >>> layout = Layout(paths=(), parts=(), a_size=0, size=0)
 >>> client_0 = [sequence(11, 12, 13, 14, prompt=2), sequence(21, 22)]
 >>> client_1 = [sequence(31, 32, 33, 34, 35, 36)]
@@ -220,6 +221,7 @@ def _next_tokens(
         torch.from_numpy(supervised),
         torch.from_numpy(following[supervised]),
         None if positions is None else torch.from_numpy(positions).view(rows.shape),
+        states=_states(held, rows),
     )
     return batch, owners
 
@@ -331,6 +333,20 @@ def _fill(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
     full = np.full(rows.total, pad, np.int64)
     full[rows.of_token] = values
     return full
+
+
+def _states(held: _Sequences, rows: _Rows) -> Tensor | None:
+    """What enters the first adapted block at every row, ``[*shape, d]``, zero at pads; None unless
+    all sequences have it (`Example.states`)."""
+    found = [e.states for e in held.examples if e.states is not None]
+    if len(found) < len(held.examples):
+        return None
+    tokens = torch.cat(found)  # [T, d]
+    if len(tokens) < rows.total:
+        tokens = tokens.new_zeros(rows.total, tokens.shape[1]).index_copy_(
+            0, torch.from_numpy(rows.of_token), tokens
+        )
+    return tokens.view(*rows.shape, -1)
 
 
 def _find_supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tuple[Ids, Ids]:

@@ -1,7 +1,7 @@
 """The fused engine, and the engine that chooses between fused and sequential training."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,14 +16,13 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine, EngineSpec
+from fedlora.engine.base import Engine, WorkerEngine
 from fedlora.engine.fused.check import why_not_fused, why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import POLICIES, Schedule, policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
-from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo
@@ -32,13 +31,9 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Fused(EngineSpec):
+class Fused(WorkerEngine):
     """Configuration of the fused engine."""
 
-    threads: int = 1
-    """Intra-op threads of a worker process; 0 leaves PyTorch's choice."""
-    reuse_memory: bool = True
-    """Keep up to 512 MiB of freed memory in the process, where glibc allows."""
     tokens: int = 0
     """Tokens of one fused step; 0: from the model's shape and the kind of device
     (`fedlora.engine.fused.cost`). Results depend on it in their last bits."""
@@ -55,7 +50,7 @@ class Fused(EngineSpec):
     """Steps and slots may take this fraction of the memory of the machine or accelerator."""
 
     def __post_init__(self) -> None:
-        at_least("engine.threads", self.threads, 0)
+        super().__post_init__()
         at_least("engine.tokens", self.tokens, 0)
         at_least("engine.slots", self.slots, 0)
         one_of("engine.policy", self.policy, POLICIES)
@@ -86,21 +81,16 @@ class Fused(EngineSpec):
             ValueError: if a ragged layout or checkpointing is configured and the model does not
                 support it.
         """
-        self._prepare()
+        self.prepare()
+        store, said = self.with_states(model, store)
         if reason := why_not_fused(model):
             if self.layout == "ragged":
                 raise ValueError(f"engine.layout=ragged: {reason}; use auto, or engine=sequential")
-            return SequentialEngine(model, store, f"one by one, for {reason}")
-        return self._engine()(self, model, store)
+            return SequentialEngine(model, store, f"one by one, for {reason}", said)
+        return self._engine()(self, model, store, said)
 
     def _engine(self) -> "type[FusedEngine]":
         return FusedEngine
-
-    def _prepare(self) -> None:
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        if self.reuse_memory:
-            keep_freed_memory()
 
 
 class FusedEngine:
@@ -111,11 +101,18 @@ class FusedEngine:
         spec: the configuration.
         model: clients are trained on it.
         store: the clients' data.
+        said: what there is to say of it.
     """
 
-    def __init__(self, spec: Fused, model: LanguageModel, store: TokenStore) -> None:
+    def __init__(
+        self,
+        spec: Fused,
+        model: LanguageModel,
+        store: TokenStore,
+        said: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
         self.spec = spec.settled(model.info, model.network.dtype, model.device)
-        self.model, self.store = model, store
+        self.model, self.store, self._said = model, store, said
         self._cost = CostModel.of(model.info, model.network.dtype)
         self._alone = SequentialEngine(model, store)
         self._notes: dict[str, None] = {}  # since training last began
@@ -185,7 +182,7 @@ class FusedEngine:
         yield from self._alone.evaluate([*alone, *evaluator.rescue])
 
     def notes(self) -> tuple[str, ...]:
-        return (*self._standing, *self._notes)
+        return (*self._standing, *self._notes, *self._said())
 
     def _note(self, text: str) -> None:
         self._notes.setdefault(text)

@@ -149,7 +149,7 @@ class FusedEvaluator:
     def _likelihoods(self, tasks: Sequence[Task], layouts: dict[int, Layout]) -> None:
         # A sequence without a target needs no forward pass.
         items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
-        lengths = {id(item): self._fused.model.read(item.example) for item in items}
+        lengths = {id(item): self._fused.model.inputs(item.example) for item in items}
         for item in items:
             if not lengths[id(item)]:  # nothing after BOS
                 item.task.guesses[item.index] = (

@@ -152,7 +152,7 @@ class FusedModel:
             return functional.cross_entropy(logits, targets, reduction="none")
         self.prepare(batch)
         moved, network = batch.batch.to(self.model.device), self.model.network
-        with self._precision():
+        with self._precision(), self.model.entered(moved):
             hidden = supervised_hidden(network, moved)
             return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 

@@ -75,7 +75,7 @@ class Planner:
     """Turns jobs into chains."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
-        self._info, self._store, self._read = fused.model.info, store, fused.model.read
+        self._info, self._store, self._inputs = fused.model.info, store, fused.model.inputs
         self._vocabulary = fused.model.vocabulary
         self._layouts = Layouts(self._info.modules)
         self._dtype, self._device = fused.model.dtype, fused.model.device
@@ -111,7 +111,7 @@ class Planner:
         )
 
         # Their size in input tokens.
-        lengths = [self._read(e) for e in examples]
+        lengths = [self._inputs(e) for e in examples]
         forwards = tuple(
             Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
             for step in steps

@@ -69,18 +69,22 @@ def test_flwr_datasets_divides_alike(labels, clients, seed):
     alpha=st.sampled_from([1e-9, 0.01, 0.1, 1.0, 100.0]),
     least=st.integers(1, 4),
     seed=st.integers(0, 5),
+    nearest=st.booleans(),
 )
-def test_a_dirichlet_partition_is_a_partition_at_any_alpha(labels, clients, alpha, least, seed):
+def test_a_dirichlet_partition_is_a_partition_at_any_alpha(
+    labels, clients, alpha, least, seed, nearest
+):
     """Every example exactly once, no client with less than it must have, the same for a seed."""
     if clients * least > len(labels):
         with pytest.raises(DataError, match=r"data\.clients=|data\.min_examples="):
-            dirichlet(labels, clients, alpha, least, seed)
+            dirichlet(labels, clients, alpha, least, seed, nearest=nearest)
         return
-    parts = dirichlet(labels, clients, alpha, least, seed).parts
+    parts, moved = dirichlet(labels, clients, alpha, least, seed, nearest=nearest)
+    assert moved <= set(range(len(labels)))
     assert len(parts) == clients
     assert sorted(chain(*parts)) == list(range(len(labels)))
     assert min(map(len, parts)) >= least
-    assert parts == dirichlet(labels, clients, alpha, least, seed).parts
+    assert (parts, moved) == dirichlet(labels, clients, alpha, least, seed, nearest=nearest)
 
 
 @pytest.mark.parametrize(

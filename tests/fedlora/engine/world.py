@@ -1,6 +1,7 @@
 """A small exact world for engines: float64 networks, a few clients with random examples."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ class FakeExample:
     prompt_tokens: int
     responses: Any = None
     label: int = -1
+    states: Any = None
 
 
 @dataclass
@@ -32,12 +34,19 @@ class FakeStore:
 
     held: dict[int, list[FakeExample]]
     texts: dict[int, list[str]] = field(default_factory=dict)
+    key: str = "fake"
+    folder: Path = Path("fake")
+    attach: Any = None
+
+    def with_states(self, attach: Any) -> "FakeStore":
+        return replace(self, attach=attach)
 
     def count(self, client: int, split: str) -> int:
         return len(self.held[client])
 
     def examples(self, client: int, split: str) -> list[FakeExample]:
-        return list(self.held[client])
+        held = list(self.held[client])
+        return held if self.attach is None else self.attach(client, split, held)
 
     def references(self, client: int, split: str) -> list[str]:
         return list(self.texts[client])

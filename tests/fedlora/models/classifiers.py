@@ -23,6 +23,7 @@ from transformers import (
     RobertaConfig,
 )
 
+from fedlora.models.blocks import adapted_blocks
 from fedlora.models.classifier import Classifier, configured
 from fedlora.models.head import draw_head, head_modules, head_parameters, head_tensors
 from fedlora.models.modules import CLASSIFICATION, ModelInfo, find_modules
@@ -133,12 +134,14 @@ def classifier(family: str, labels: Sequence[str] = LABELS, seed: int = 0) -> Cl
     return wrap(network(family, labels, seed), labels)
 
 
-def wrap(network: Any, labels: Sequence[str] = LABELS) -> Classifier:
+def wrap(network: Any, labels: Sequence[str] = LABELS, layers: Any = "all") -> Classifier:
     """As a spec loads it."""
     head = head_modules(network)
+    modules = find_modules(network, "all-linear", layers, outside=head)
+    blocks, adapted = adapted_blocks(network, [m.path for m in modules])
     info = ModelInfo(
         "random",
-        find_modules(network, "all-linear", outside=head),
+        modules,
         sum(p.numel() for p in network.parameters()),
         32,
         "none",
@@ -146,6 +149,8 @@ def wrap(network: Any, labels: Sequence[str] = LABELS) -> Classifier:
         labels=tuple(labels),
         head_modules=head,
         head=head_tensors(network),
+        blocks=blocks,
+        adapted=adapted,
     )
     return Classifier(network, tokenizer(), info)
 
@@ -156,6 +161,7 @@ class Labelled:
     prompt_tokens: int
     label: int
     responses: None = None
+    states: Any = None
 
 
 def examples(n: int, seed: int = 0, longest: int = 14, classes: int = CLASSES) -> list[Labelled]:

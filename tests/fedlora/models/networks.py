@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, models, pre_tokenizers
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from fedlora.core.types import Factors, Module
+from fedlora.models.blocks import adapted_blocks
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
 from fedlora.models.qkv import split_qkv
@@ -82,13 +84,19 @@ def save_gpt2_tokenizer(folder: Path, texts: Sequence[str]) -> None:
 
 
 def wrap(
-    network: PreTrainedModel, targets: str | tuple[str, ...] = "all-linear", split: bool = False
+    network: PreTrainedModel,
+    targets: str | tuple[str, ...] = "all-linear",
+    split: bool = False,
+    layers: Any = "all",
 ) -> LanguageModel:
     """As a spec loads it; ``split``: with GPT-2's fused projection in parts."""
     splits = split_qkv(network) if split else ()
-    modules = find_modules(network, targets)
+    modules = find_modules(network, targets, layers)
     parameters = sum(p.numel() for p in network.parameters())
-    info = ModelInfo("random", modules, parameters, 32, "none", splits)
+    blocks, adapted = adapted_blocks(network, [m.path for m in modules])
+    info = ModelInfo(
+        "random", modules, parameters, 32, "none", splits, blocks=blocks, adapted=adapted
+    )
     return LanguageModel(network, tokenizer(), info)
 
 

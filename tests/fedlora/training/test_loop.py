@@ -146,7 +146,7 @@ def test_supervised_padding_would_be_caught(monkeypatch):
 
     batches_collate = batches.collate
     plan = LocalPlan(batch_size=4, dropout=0.0)
-    monkeypatch.setattr("fedlora.data.batches.collate", faulty)
+    monkeypatch.setattr("fedlora.models.language_model.collate", faulty)
     wanted = train(plan)
     monkeypatch.setattr("fedlora.data.batches.PAD", 17)
     assert not torch.equal(vector(wanted.payload), vector(train(plan).payload))

@@ -34,6 +34,7 @@ class Text:
     prompt_tokens: int = 1
     responses: None = None
     label: int = -1
+    states: None = None
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -49,6 +49,30 @@ def tokens_of(folder: Path) -> list[str]:
     return ["model=hf", f"model.path={folder}"]
 
 
+def test_labels_are_printed_as_a_row_of_bars_for_each_client(tmp_path, tokenizer_folder, capsys):
+    rows = [{"text": f"t {i}", "label": "abc"[i % 3], "client": int(i % 3 > 0)} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["data=jsonl", f"data.path={tmp_path / 'rows.jsonl'}", "data.label_field=label"]
+    words += ["data.eval_fraction=0", "data.test_fraction=0", *tokens_of(tokenizer_folder)]
+    assert main(["stats", *words]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^labels +3; training examples: 10 \(a\) to 10 \(a\)$", table, re.MULTILINE)
+    assert "response" not in table and "moved" not in table
+    assert table.endswith("       0     10 of   1   █  \n       1     20 of   2    ██\n")
+    assert main(["show", *words, "--client", "1", "--index", "0"]) == 0
+    assert re.search(
+        r"label \d of 3: [bc]\n--- text, \d+ tokens\nt \d+\n$", capsys.readouterr().out
+    )
+
+
+def test_examples_that_a_partition_moved_are_counted(tokenizer_folder, capsys):
+    words = ["data=intents", "data.alpha=0.001", "data.clients=100", *tokens_of(tokenizer_folder)]
+    assert main(["stats", *words]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"^moved +\d+ of 13,083 examples were moved to clients", table, re.MULTILINE)
+    assert "     ... and 50 clients more" in table
+
+
 def test_statistics_are_printed(jsonl, tokenizer_folder, capsys):
     words = ["data=jsonl", f"data.path={jsonl}", "data.max_length=64", *tokens_of(tokenizer_folder)]
     assert main(["stats", *words]) == 0
@@ -120,7 +144,7 @@ def test_the_file_of_a_template_is_found_from_any_directory(tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["data=dolly"], "e2e jsonl natural_instructions sotu"),
+        (["data=dolly"], "e2e intents jsonl natural_instructions sotu"),
         (["data=jsonl"], "missing mandatory value: path"),
         (["data=sotu", "data.clients=many"], "clients='many'"),
         (

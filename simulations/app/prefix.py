@@ -1,0 +1,127 @@
+"""Whether a run computes the output of its frozen blocks once per example (`engine.prefix`).
+
+Decided before round 1 from what the run will do, not from measurements, so that all workers, and a
+run that is continued, do the same.
+"""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedlora.core.cache import cache_root
+from fedlora.core.errors import ConfigError
+from fedlora.engine.base import EngineSpec, WorkerEngine
+from fedlora.models.modules import ModelInfo
+from fedlora.population.sampling import Roster, panel
+from fedlora.population.workload import training_tokens
+from fedlora.server.schedule import EvaluationSchedule
+from fedlora.split.config import SplitConfig
+from simulations.app.parts import Parts
+
+WORTH = 2.0
+"""Visits per example from which states are worth their computation, writing and reading."""
+
+
+@dataclass(frozen=True)
+class Visits:
+    """Tokens of a run, in expectation."""
+
+    computed: float
+    """Of all examples that are visited at least once."""
+    visited: float
+    """Of all visits of examples."""
+
+    @property
+    def each(self) -> float:
+        """Visits per example."""
+        return self.visited / self.computed if self.computed else 0.0
+
+
+def settled_prefix(
+    parts: Parts, engine: EngineSpec, info: ModelInfo, roster: Roster, emit: Callable[[str], None]
+) -> EngineSpec:
+    """The engine with ``prefix`` decided. What ``auto`` decided is shown with its reason.
+
+    Raises:
+        ConfigError: if ``on`` is impossible, or does not fit ``engine.prefix_gb``.
+    """
+    if not isinstance(engine, WorkerEngine) or engine.prefix == "off":
+        return engine
+    reason = _impossible(parts.strategy, info)
+    if reason and engine.prefix == "on":
+        raise ConfigError(f"engine.prefix=on: {reason}; use engine.prefix=auto or off")
+    if not info.frozen_blocks:
+        return replace(engine, prefix="off")
+    visits = _visits(parts, roster)
+    size = visits.computed * info.width * _bytes(parts, engine) / 1e9
+    takes = f"the states of all examples take about {size:.2g} GB"
+    if engine.prefix == "on":
+        if size > engine.prefix_gb:
+            raise ConfigError(
+                f"engine.prefix=on: {takes}, more than engine.prefix_gb={engine.prefix_gb:g}: give "
+                "more room, use engine.prefix_dtype=bfloat16, or engine.prefix=auto"
+            )
+        return engine
+    room = min(engine.prefix_gb, _free())
+    if not reason and visits.each < WORTH:
+        reason = f"an example is visited {visits.each:.1f} times, which is too seldom"
+    if not reason and size > room:
+        reason = (
+            f"{takes}, more than engine.prefix_gb={engine.prefix_gb:g} or the disk has room for"
+        )
+    about = f"the first {info.frozen_blocks} of {info.blocks} blocks carry no adapter"
+    if reason:
+        emit(f"engine.prefix=off: {about}, but {reason}")
+        return replace(engine, prefix="off")
+    emit(
+        f"engine.prefix=on: {about}, and an example is visited {visits.each:.1f} times: they are "
+        f"computed once; {takes}"
+    )
+    return replace(engine, prefix="on")
+
+
+def _impossible(strategy: Any, info: ModelInfo) -> str:
+    """Why no run of this method and model can have states; empty: it can."""
+    if not info.frozen_blocks:
+        return (
+            f"no block of {info.name} lies before the first adapter (model.layers=top:k leaves the "
+            "others without)"
+        )
+    if isinstance(strategy, SplitConfig):
+        return "the stages of a split begin at the embeddings"
+    return ""
+
+
+def _visits(parts: Parts, roster: Roster) -> Visits:
+    """Of training, whose cohorts are uniform draws, and of evaluation on fixed panels."""
+    shards = [roster.shards[i] for i in roster.trainable]
+    rounds, part = parts.federation.rounds, roster.per_round / max(1, len(shards))
+    held = sum(s.holds("train")[1] for s in shards)
+    once = sum(training_tokens(s, parts.client) for s in shards)
+    computed, visited = (1 - (1 - part) ** rounds) * held, rounds * part * once
+    schedule = parts.evaluate
+    times = sum(schedule.due(r, rounds) for r in range(rounds + 1)) * len(schedule.adapters)
+    read = _evaluated(schedule, roster) if times else 0
+    return Visits(computed + read, visited + times * read)
+
+
+def _evaluated(schedule: EvaluationSchedule, roster: Roster) -> int:
+    """Tokens of the fixed panels."""
+    split, seed = schedule.plan.split, schedule.seed if schedule.seed is not None else roster.seed
+    names = [g for g in schedule.groups if g != "participants"]
+    ids = {c.id for g in names for c in panel(roster, g, schedule.clients, seed, split)}
+    return sum(roster.shards[i].holds(split)[1] for i in ids)
+
+
+def _bytes(parts: Parts, engine: WorkerEngine) -> int:
+    """Of a scalar of the states."""
+    return 2 if "bfloat16" in (parts.model.dtype, engine.prefix_dtype) else 4
+
+
+def _free() -> float:
+    """10^9 bytes that the disk of the cache has free."""
+    place = cache_root()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free / 1e9
