@@ -4,7 +4,6 @@ A BERT of six blocks, width 384, distilled from a larger one (Wang et al., 2020,
 and trained on pairs of sentences. It has no head for tokens: it is a base for classification.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,7 +36,9 @@ class MiniLM(ModelSpec):
         return Path(self.path).expanduser().absolute() if self.path else package_folder()
 
     def resolved(self) -> Self:
-        return dataclasses.replace(self, path=str(self.folder()))
+        """The same: other processes of this machine find the package too, and the hub's name
+        stays."""
+        return self
 
 
 def package_folder() -> Path:

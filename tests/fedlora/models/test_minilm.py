@@ -27,10 +27,10 @@ def test_the_package_is_the_one_of_make():
 
 
 @installed
-def test_it_resolves_to_its_folder():
+def test_it_is_found_by_every_process_and_keeps_the_hubs_name():
     spec = MiniLM().resolved()
     assert spec.folder() == MiniLM().folder() and spec.resolved() == spec
-    assert MiniLM().hub_id and not spec.hub_id
+    assert spec.hub_id and not MiniLM(path="elsewhere").hub_id
 
 
 @installed
