@@ -262,18 +262,20 @@ class RaggedAttention:
 
 
 def _visible(q: Tensor, real: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
-    """Which keys the queries of a stack ``[sequences, heads, width, d]`` see: bool, broadcastable to
-    ``[sequences, 1, width, width]``; None: all, or all up to themselves in causal attention.
+    """Which keys each query of a stack sees.
 
     Args:
-        q: the queries.
+        q: ``[sequences, heads, width, d]``.
         real: ``[sequences, width]``: which places are no pads; None: all, or it is causal.
         causal: whether a token sees nothing after itself; pads come after all tokens.
         window: a token sees keys less than so many places away; None: at any distance.
+
+    Returns:
+        Bool, broadcastable to ``[sequences, 1, width, width]``; None: all keys, or of causal
+        attention all up to the query.
     """
     width = q.shape[-2]
-    windowed = window is not None and window < width
-    if not windowed:
+    if window is None or window >= width:
         return None if causal or real is None else real[:, None, None]
     at = torch.arange(width, device=q.device)
     away = at[:, None] - at  # [width, width], positive: the key is before the query

@@ -1,9 +1,9 @@
-"""A classifier that reads sequences laid end to end: ``[1, N]`` in, one row of logits a sequence out.
+"""A classifier that reads sequences laid end to end: one row of logits for each of them.
 
-The network's own forward pass runs on a stand-in of one token a sequence, ``[S, 1]``. Its base model
-is given the ``N`` real tokens instead, and the hidden states ``[1, N, d]`` that it returns are pooled
-to ``[S, 1, d]``. So the head computes ``S`` rows, and whatever an architecture does in between stays
-its own: the first token, the last and the mean of a sequence of one token are that token.
+The network's own forward pass runs on a stand-in of one token a sequence, ``[S, 1]``. Its base
+model is given the ``N`` real tokens instead, and the hidden states ``[1, N, d]`` that it returns
+are pooled to ``[S, 1, d]``. So the head computes ``S`` rows, and whatever an architecture does in
+between stays its own: of one token, the first, the last and the mean are the same.
 """
 
 from collections.abc import Mapping, Sequence

@@ -153,9 +153,7 @@ class FusedBatch:
         return self.batch.inputs.numel()
 
 
-def ragged_batch(
-    lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None
-) -> FusedBatch:
+def ragged_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
     """All sequences end to end.
 
     Args:
@@ -167,9 +165,7 @@ def ragged_batch(
     return _assemble(lanes, hidden, True, labelled)
 
 
-def padded_batch(
-    lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None
-) -> FusedBatch:
+def padded_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
     """One sequence per row; arguments as for `ragged_batch`."""
     return _assemble(lanes, hidden, False, labelled)
 

@@ -1,4 +1,4 @@
-"""Tests how a model can be given many clients' sequences: end to end, one per row, or not at all."""
+"""Tests how many clients' sequences can be given to a model: end to end, one per row, or apart."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,8 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
 from fedlora.models.ragged_classifier import RaggedClassifier, Sample
 
-LENGTHS = (5, 2, 9, 1)
+LENGTHS = (5, 2, 9, 1, 8)
+"""Two of similar length share a stack of attention, where the shorter one has a pad."""
 WINDOW_TRIED = 512
 """A sequence longer than the model's attention window is tried if the window is at most this."""
 
@@ -92,7 +93,8 @@ def _every_other_changed(model: LanguageModel, sequences: Sequence[Tensor]) -> l
 def _sequences(model: LanguageModel) -> list[Tensor]:
     config = model.network.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [*LENGTHS, window + 3] if 0 < window <= WINDOW_TRIED else LENGTHS
+    beyond = [window + 3, window + 2] if 0 < window <= WINDOW_TRIED else []
+    lengths = [*LENGTHS, *beyond]
     random = torch_generator(0, "ragged check")
     return [
         torch.randint(0, model.vocabulary, (min(n, model.info.context),), generator=random).to(
