@@ -15,8 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.core.checks import one_of
+from fedlora.core.confusion import Confusion
 
-MEAN, TOTAL, EXP_MEAN = "mean", "total", "exp_mean"
+MEAN, TOTAL, EXP_MEAN, MACRO_F1 = "mean", "total", "exp_mean", "macro_f1"
+LOWEST, HIGHEST = "lowest", "highest"
+DERIVED = ("_weighted", "_low", "_high", "_worst_tenth", "_std", "_p10", "_p90")
+"""Endings of the names that a summary gives (`fedlora.evaluation.summary`)."""
+TIER = "tier/"
+"""What it begins the names of one tier's metrics with."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +33,26 @@ class Metric:
     weight: float = 1.0
     """What the value is a mean over: a number of examples or tokens."""
     over_clients: str = MEAN
-    """``mean`` (plain, and weighted beside it), ``total`` (the sum; for counts), or ``exp_mean``:
-    the value is a logarithm, and the exponential of its mean is reported. One client with a loss of
-    20 would outweigh all others in a mean of perplexities."""
+    """``mean`` (plain, and weighted beside it), ``total`` (the sum; for counts), ``exp_mean``: the
+    value is a logarithm, and the exponential of its mean is reported (one client with a loss of 20
+    would outweigh all others in a mean of perplexities), or ``macro_f1``: beside the plain mean,
+    the score of the summed `counts`."""
     interval: bool = False
     """Whether a summary also bounds the mean by bootstrapping clients."""
+    worst: str = ""
+    """Which clients are worst off, those with the ``lowest`` or the ``highest`` values. A summary
+    then also describes the distribution over clients, and reports every tier of them; empty: it
+    does not."""
+    counts: Confusion | None = None
+    """``macro_f1``: what the value is computed from."""
 
     def __post_init__(self) -> None:
-        one_of("over_clients", self.over_clients, (MEAN, TOTAL, EXP_MEAN))
+        one_of("over_clients", self.over_clients, (MEAN, TOTAL, EXP_MEAN, MACRO_F1))
+        one_of("worst", self.worst, ("", LOWEST, HIGHEST))
+        if (self.counts is not None) != (self.over_clients == MACRO_F1):
+            raise ValueError(f"over_clients={self.over_clients!r}: macro_f1 alone has counts")
+        if self.worst and self.over_clients in (TOTAL, EXP_MEAN):
+            raise ValueError(f"over_clients={self.over_clients!r} has no worst clients")
 
     @property
     def scalar(self) -> float:
@@ -45,6 +63,11 @@ class Metric:
 def count(number: float) -> Metric:
     """A number of things, which is summed over clients."""
     return Metric(float(number), over_clients=TOTAL)
+
+
+def macro_f1(counts: Confusion) -> Metric:
+    """The mean F1 of the classes that have an example, which is pooled over clients."""
+    return Metric(counts.macro_f1, counts.examples, MACRO_F1, worst=LOWEST, counts=counts)
 
 
 def exponential(loss: float) -> float:

@@ -263,7 +263,7 @@ def by_group(groups: Sequence[str], clients: int, seed: int) -> list[list[int]]:
     """Each client holds examples of one group, a random part of them; with fewer clients than
     groups, each holds whole groups.
 
-    Clients are given to groups one by one, to the one whose clients are then largest.
+    Clients are given to groups one by one, to the one whose clients are the largest so far.
 
     Raises:
         DataError: if there are more clients than examples.
@@ -273,11 +273,11 @@ def by_group(groups: Sequence[str], clients: int, seed: int) -> list[list[int]]:
     if clients <= len(members):
         parts = balanced([len(m) for m in members], clients, seed, "groups")
         return [[i for group in part for i in members[group]] for part in parts]
-    queue = [(-len(m), y, 1) for y, m in enumerate(members)]  # (-size of a part, group, parts)
+    queue = [(-float(len(m)), y, 1) for y, m in enumerate(members)]  # (-mean size, group, parts)
     heapq.heapify(queue)
     for _ in range(clients - len(members)):
         _, y, n = queue[0]
-        heapq.heapreplace(queue, (-(len(members[y]) // (n + 1)), y, n + 1))
+        heapq.heapreplace(queue, (-len(members[y]) / (n + 1), y, n + 1))
     rng = generator(seed, "groups")
     return [
         part.tolist()

@@ -248,6 +248,11 @@ class TokenStore:
         """How many of them are cut to ``Source.max_length``."""
         return int(np.count_nonzero(self._index[:, 5] & TRUNCATED))
 
+    @property
+    def moved_examples(self) -> int:
+        """How many a partition gave to clients that had too few (`Record.moved`)."""
+        return int(np.count_nonzero(self._index[:, 5] & MOVED))
+
     @cached_property
     def largest_token(self) -> int:
         """The largest token id of any example. Reads all tokens, at gigabytes per second."""
@@ -344,7 +349,7 @@ class TokenStore:
             "truncated_share": float(((flags & TRUNCATED) > 0).mean()),
             "without_response": int((answers == 0).sum()),
             "empty_outputs": int(empty.sum()),
-            "moved_examples": int(((flags & MOVED) > 0).sum()),
+            "moved_examples": self.moved_examples,
             "labels": list(self.labels),
             "labels_per_client": _spread((self.label_counts("train") > 0).sum(axis=1))
             if self.labels

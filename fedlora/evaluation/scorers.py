@@ -9,7 +9,7 @@
     ExactMatch          exact_match                fraction of generations that equal the reference
     TeacherForcedRouge  rouge_l_teacher_forced     ROUGE-L of the argmax of every next token, given
                                                    the true ones before
-    Classification      loss, accuracy             of predicted labels (``model.task``)
+    Classification      loss, accuracy, macro_f1   of predicted labels (``model.task``)
 
 The last is what the FlexLoRA code reports. Nine tenths of its tokens are prompt, so it tells how
 predictable the instructions are; it is never called ROUGE-L here.
@@ -22,7 +22,8 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.core.metric import EXP_MEAN, Metric, Outputs, Scorer
+from fedlora.core.confusion import confusion
+from fedlora.core.metric import EXP_MEAN, HIGHEST, LOWEST, Metric, Outputs, Scorer, macro_f1
 from fedlora.core.types import EvaluatePlan
 from fedlora.evaluation.rouge import exact_match, rouge_l
 
@@ -97,16 +98,23 @@ class TeacherForcedRouge(Scorer):
 
 @dataclass(frozen=True)
 class Classification(Scorer):
-    """Mean negative log-likelihood of the true labels, and the fraction predicted right."""
+    """Accuracy, macro F1 and mean negative log-likelihood of predicted labels.
+
+    Macro F1 is the mean F1 of the labels that an evaluated example has
+    (`fedlora.core.confusion.Confusion.macro_f1`).
+    """
 
     reads_labels: ClassVar[bool] = True
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
-        n = outputs.examples
-        loss = math.fsum(float(nll) for nll in outputs.nll)
-        pairs = zip(outputs.tokens, outputs.best, strict=True)
-        hits = sum(int(true[0]) == int(best[0]) for true, best in pairs)
-        return {"loss": Metric(loss / n, n), "accuracy": Metric(hits / n, n, interval=True)}
+        true = [int(label[0]) for label in outputs.tokens]
+        table = confusion(true, [int(best[0]) for best in outputs.best], len(outputs.labels))
+        n, loss = outputs.examples, math.fsum(float(nll) for nll in outputs.nll)
+        return {
+            "loss": Metric(loss / n, n, worst=HIGHEST),
+            "accuracy": Metric(table.accuracy, n, interval=True, worst=LOWEST),
+            "macro_f1": macro_f1(table),
+        }
 
 
 DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch(), Classification())

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedlora.core.metric import EXP_MEAN, TOTAL, Metric, exponential
+from fedlora.core.confusion import added
+from fedlora.core.metric import EXP_MEAN, LOWEST, MACRO_F1, TIER, TOTAL, Metric, exponential
 from fedlora.core.seeding import generator
 from fedlora.core.types import Evaluation
 
@@ -15,25 +16,27 @@ def summarise(
 ) -> dict[str, float]:
     """Combine what was measured on clients, as each metric says (`fedlora.core.metric.Metric`).
 
-    ``<name>`` is the plain mean over clients, ``<name>_weighted`` weights clients by the metric's
-    weight. Means of an ``exp_mean`` metric are taken before the exponential: the weighted one is
-    the perplexity of all tokens together. A ``total`` is summed. ``<name>_low`` and ``<name>_high``
-    bound a mean at 95 % by bootstrapping clients where the metric asks for it.
+    ``<name>`` is the plain mean over clients, ``<name>_weighted`` that of all their examples (or
+    tokens) together: clients are weighted by the metric's weight. Means of an ``exp_mean`` metric
+    are taken before the exponential: the weighted one is the perplexity of all tokens together. Of
+    a ``macro_f1`` it is the score of the summed counts. A ``total`` is summed. ``<name>_low`` and
+    ``<name>_high`` bound a mean at 95 % by bootstrapping clients where the metric asks for it.
+
+    Where a metric says which clients are worst off, ``<name>_worst_tenth`` is the mean over the
+    worst tenth of the clients (at least one), ``<name>_std`` the standard deviation over clients,
+    ``<name>_p10`` and ``<name>_p90`` are the quantiles, and ``tier/<tier>/<name>`` is the weighted
+    value of each tier, if there are several.
 
     Args:
         evaluations: in any order, one per client; values that are not finite are left out.
         seed: of the bootstrap.
         resamples: of the bootstrap.
     """
-    rows = [e.metrics for e in sorted(evaluations, key=lambda e: e.client.id)]
-    by_name: dict[str, list[Metric]] = {}
-    for row in rows:
-        for name, metric in row.items():
-            by_name.setdefault(name, []).append(metric)
-    totals: dict[str, float] = {"clients": len(rows)}
+    ordered = sorted(evaluations, key=lambda e: e.client.id)
+    totals: dict[str, float] = {"clients": len(ordered)}
     means: dict[str, float] = {}
     bounds: dict[str, float] = {}
-    for name, metrics in by_name.items():
+    for name, metrics in _by_name(ordered).items():
         if metrics[0].over_clients == TOTAL:
             totals[name] = math.fsum(m.value for m in metrics)
             continue
@@ -42,7 +45,18 @@ def summarise(
         if found and found[0].interval:
             low, high = bootstrap([m.value for m in found], seed, resamples)
             bounds |= {f"{name}_low": low, f"{name}_high": high}
-    return totals | means | bounds
+        if found and found[0].worst:
+            bounds |= _distribution(name, [m.value for m in found], found[0].worst)
+    return totals | means | bounds | _by_tier(ordered)
+
+
+def _by_name(evaluations: Sequence[Evaluation]) -> dict[str, list[Metric]]:
+    """The metrics of the clients on which each was measured."""
+    found: dict[str, list[Metric]] = {}
+    for evaluation in evaluations:
+        for name, metric in evaluation.metrics.items():
+            found.setdefault(name, []).append(metric)
+    return found
 
 
 def _means(name: str, metrics: Sequence[Metric]) -> dict[str, float]:
@@ -52,10 +66,43 @@ def _means(name: str, metrics: Sequence[Metric]) -> dict[str, float]:
     shown = exponential if metrics[0].over_clients == EXP_MEAN else float
     means = {name: shown(math.fsum(m.value for m in metrics) / len(metrics))}
     total = math.fsum(m.weight for m in metrics)
-    if total > 0:
+    if total > 0 and metrics[0].over_clients == MACRO_F1:
+        means[f"{name}_weighted"] = added(m.counts for m in metrics if m.counts).macro_f1
+    elif total > 0:
         weighted = math.fsum(m.value * m.weight for m in metrics) / total
         means[f"{name}_weighted"] = shown(weighted)
     return means
+
+
+def _distribution(name: str, values: Sequence[float], worst: str) -> dict[str, float]:
+    """How far clients are apart, of finite values, one per client."""
+    ordered = sorted(values, reverse=worst != LOWEST)
+    tenth = ordered[: -(-len(ordered) // 10)]
+    low, high = np.quantile(values, [0.1, 0.9])
+    return {
+        f"{name}_worst_tenth": math.fsum(tenth) / len(tenth),
+        f"{name}_std": float(np.std(sorted(values))),
+        f"{name}_p10": float(low),
+        f"{name}_p90": float(high),
+    }
+
+
+def _by_tier(evaluations: Sequence[Evaluation]) -> dict[str, float]:
+    """The number of clients and the weighted values of every tier, of metrics that say which
+    clients are worst off; nothing if all clients are of one tier."""
+    tiers: dict[str, list[Evaluation]] = {}
+    for evaluation in evaluations:
+        tiers.setdefault(evaluation.client.tier, []).append(evaluation)
+    values: dict[str, float] = {}
+    for tier in sorted(tiers) if len(tiers) > 1 else ():
+        described = {}
+        for name, metrics in _by_name(tiers[tier]).items():
+            found = [m for m in metrics if m.worst and math.isfinite(m.value)]
+            if f"{name}_weighted" in (means := _means(name, found)):
+                described[f"{TIER}{tier}/{name}"] = means[f"{name}_weighted"]
+        if described:
+            values |= {f"{TIER}{tier}/clients": len(tiers[tier])} | described
+    return values
 
 
 def bootstrap(values: Sequence[float], seed: int, resamples: int = 1000) -> tuple[float, float]:

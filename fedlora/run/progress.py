@@ -12,6 +12,20 @@ log = logging.getLogger(__name__)
 RANKS_OF = {"own": "cut to each client's ranks", "largest": "cut to the largest ranks"}
 """How an evaluated adapter that is not the full update was made."""
 
+_OF_TOKENS = (
+    ("loss_response", "response loss"),
+    ("perplexity", "perplexity"),
+    ("accuracy", "token accuracy"),
+    ("exact_match", "exact match"),
+)
+_OF_LABELS = (
+    ("loss_weighted", "loss"),
+    ("accuracy_weighted", "accuracy"),
+    ("accuracy_worst_tenth", "of the worst tenth"),
+    ("macro_f1_weighted", "macro F1"),
+)
+"""What is said of an evaluation, of all examples together."""
+
 
 @dataclass
 class RoundProgress:
@@ -136,14 +150,7 @@ def _evaluation(record: Mapping[str, Any]) -> list[str]:
         parts.append(f"{record['clients']} clients")
     if record.get("failed"):
         parts.append(f"{record['failed']} failed")
-    unit = "token accuracy" if "tokens_response" in record else "accuracy"
-    for key, name in (
-        ("loss", "loss"),
-        ("loss_response", "response loss"),
-        ("perplexity", "perplexity"),
-        ("accuracy", unit),
-        ("exact_match", "exact match"),
-    ):
+    for key, name in _OF_LABELS if "accuracy_worst_tenth" in record else _OF_TOKENS:
         if key in record:
             parts.append(f"{name} {record[key]:.3f}")
     if "rouge_l" in record:

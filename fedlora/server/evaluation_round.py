@@ -2,8 +2,10 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from fedlora.algebra.state import Kept, State
+from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
@@ -64,7 +66,8 @@ def evaluation_rows(
 ) -> list[dict[str, object]]:
     """One row per client for evaluations.jsonl, by client id.
 
-    ``metrics`` are the client's own values, ``weights`` what each is a mean over. A client that
+    ``metrics`` are the client's own values, ``weights`` what each is a mean over, ``counts`` the
+    tables ``[true class, predicted class, examples]`` that some are computed from. A client that
     failed has ``failure`` and ``message`` instead.
     """
     group, _, adapter = tag.partition(":")
@@ -72,8 +75,13 @@ def evaluation_rows(
     def measured(result: Evaluation | Failure) -> dict[str, object]:
         if isinstance(result, Failure):
             return {"failure": result.kind, "message": result.message}
-        values = {name: m.scalar for name, m in result.metrics.items()}
-        return {"metrics": values, "weights": {n: m.weight for n, m in result.metrics.items()}}
+        named = result.metrics.items()
+        tables = {name: m.counts.counts for name, m in named if m.counts}
+        return {
+            "metrics": {name: m.scalar for name, m in named},
+            "weights": {name: m.weight for name, m in named},
+            **({"counts": tables} if tables else {}),
+        }
 
     return [
         {
@@ -97,11 +105,11 @@ def validate_evaluations(found: Iterable[Evaluation | Failure]) -> list[Evaluati
     How a metric is combined over clients is what most clients say of it.
     """
     results = [_checked(r) for r in found]
-    said = defaultdict[str, Counter[tuple[str, bool]]](Counter)
+    said = defaultdict[str, Counter[Combination]](Counter)
     for result in results:
         if isinstance(result, Evaluation):
             for name, m in result.metrics.items():
-                said[name][m.over_clients, m.interval] += 1
+                said[name][combination(m)] += 1
     agreed = {name: kinds.most_common(1)[0][0] for name, kinds in said.items()}
     return [_agreeing(r, agreed) for r in results]
 
@@ -111,20 +119,38 @@ def _checked(result: Evaluation | Failure) -> Evaluation | Failure:
     return Failure(result.client, REJECTED, wrong) if wrong else result
 
 
+class Combination(NamedTuple):
+    """How a metric is combined over clients, on which they must agree."""
+
+    over_clients: str
+    interval: bool
+    worst: str
+    classes: int
+    """Of its table; 0: it has none."""
+
+
+def combination(metric: Metric) -> Combination:
+    """How a metric is combined, as it says itself."""
+    classes = metric.counts.classes if metric.counts else 0
+    return Combination(metric.over_clients, metric.interval, metric.worst, classes)
+
+
 def _agreeing(
-    result: Evaluation | Failure, agreed: Mapping[str, tuple[str, bool]]
+    result: Evaluation | Failure, agreed: Mapping[str, Combination]
 ) -> Evaluation | Failure:
     if isinstance(result, Failure):
         return result
     for name, m in result.metrics.items():
-        if (m.over_clients, m.interval) != agreed[name]:
-            over_clients, interval = agreed[name]
-            why = (
-                f"its metric {name} is combined as {m.over_clients} (interval={m.interval}), that "
-                f"of most clients as {over_clients} (interval={interval})"
-            )
-            return Failure(result.client, REJECTED, why)
+        if (mine := combination(m)) != agreed[name]:
+            why = f"its metric {name} is combined as {_said(mine)}, that of most clients as "
+            return Failure(result.client, REJECTED, why + _said(agreed[name]))
     return result
+
+
+def _said(how: Combination) -> str:
+    """``mean (interval=True, worst='lowest', classes=0)``"""
+    rest = ", ".join(f"{k}={v!r}" for k, v in how._asdict().items() if k != "over_clients")
+    return f"{how.over_clients} ({rest})"
 
 
 def evaluation_record(

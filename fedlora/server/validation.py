@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fedlora.core.checks import is_real
+from fedlora.core.confusion import Confusion
 from fedlora.core.errors import RejectedUpdate
-from fedlora.core.metric import TOTAL, Metric
+from fedlora.core.metric import DERIVED, TIER, TOTAL, Metric
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.types import Client, Evaluation, Expected, Update
 
@@ -43,8 +44,8 @@ EVALUATION_FIELDS = frozenset(
     ["kind", "round", "rounds", "group", "adapter", "failed", "clients", "round/evaluate_seconds"]
 )
 """The same for the record of an evaluation."""
-DERIVED = ("_weighted", "_low", "_high")
-"""Endings of names that a summary gives (`fedlora.evaluation.summary`)."""
+MOST_COUNTS = 100_000
+"""Entries of a table of counts: an example makes at most one."""
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
@@ -102,12 +103,25 @@ def check_evaluation(evaluation: Evaluation) -> str:
 def _wrong_metric(name: str, metric: Metric) -> str:
     if name.endswith(DERIVED):
         return f"its metric {name} has an ending that summaries use ({', '.join(DERIVED)})"
+    if name.startswith(TIER):
+        return f"its metric {name} begins with {TIER}, as those of tiers do in summaries"
     if metric.over_clients == TOTAL and not 0 <= metric.value <= LARGEST_METRIC:
         return f"its metric {name} counts {metric.value!r}, expected 0 to {LARGEST_METRIC:g}"
     if not 0 <= metric.weight <= LARGEST_METRIC:
         return f"its metric {name} has weight {metric.weight!r}, expected 0 to {LARGEST_METRIC:g}"
     if math.isfinite(metric.value) and abs(metric.value) > LARGEST_METRIC:
         return f"its metric {name} is {metric.value!r}, expected at most {LARGEST_METRIC:g}"
+    return _wrong_counts(name, metric, metric.counts) if metric.counts else ""
+
+
+def _wrong_counts(name: str, metric: Metric, counts: Confusion) -> str:
+    """What is wrong with a table that a metric was computed from."""
+    if len(counts.counts) > MOST_COUNTS:
+        return f"its metric {name} has {len(counts.counts)} counts, at most {MOST_COUNTS} are added"
+    if counts.examples != metric.weight:
+        return f"its metric {name} has weight {metric.weight!r} and counts {counts.examples}"
+    if counts.macro_f1 != metric.value:
+        return f"its metric {name} is {metric.value!r}, its counts give {counts.macro_f1!r}"
     return ""
 
 

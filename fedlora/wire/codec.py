@@ -42,6 +42,7 @@ from torch import Tensor
 
 from fedlora.core.checks import is_real, one_line, one_of, real
 from fedlora.core.config import build, describe
+from fedlora.core.confusion import Confusion
 from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload, payload_class, target_of
 from fedlora.core.types import (
@@ -527,11 +528,13 @@ def _decode_row(
 
 
 def _decode_metric(name: str, fields: Sequence[Any]) -> Metric:
-    value, weight, over_clients, interval = fields
+    value, weight, over_clients, interval, worst, counts = fields
     if not isinstance(interval, bool):
         raise ValueError(f"metric {name:.64}: interval={interval!r} is neither true nor false")
     said = f"metric {name:.64}"
-    return Metric(real(said, value), real(said, weight), str(over_clients), interval)
+    table = None if counts is None else Confusion(counts[0], tuple(map(tuple, counts[1])))
+    numbers = real(said, value), real(said, weight)
+    return Metric(*numbers, str(over_clients), interval, str(worst), table)
 
 
 def failure_from(client: Client, texts: Any) -> Failure:

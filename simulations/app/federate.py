@@ -62,8 +62,8 @@ def run(
         folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
-    if inputs.cut:
-        emit(inputs.cut)
+    for note in inputs.notes:
+        emit(note)
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts, inputs)

@@ -28,7 +28,7 @@ from fedlora.server.headed import Headed
 from fedlora.server.method import Method
 from fedlora.server.schedule import EvaluationSchedule
 from fedlora.server.session import Session
-from simulations.app.limits import check_model, check_rounds, check_tokens, cut_examples
+from simulations.app.limits import check_model, check_rounds, check_tokens, data_notes
 from simulations.app.parts import Parts
 from simulations.app.prefix import settled_prefix
 
@@ -43,8 +43,8 @@ class RunInputs:
     worker: WorkerSpec
     pruned: PrunedBase | None = None
     """Facts of a pruned model; None: the model is dense."""
-    cut: str = ""
-    """How many examples are cut to ``data.max_length``, in words; empty: none."""
+    notes: tuple[str, ...] = ()
+    """What was done to the examples so that they fit (`simulations.app.limits.data_notes`)."""
 
     def setting(self, parts: Parts) -> Setting:
         """What the method of the run is told."""
@@ -85,7 +85,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     check_rounds(parts.federation, roster, emit)
     engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
     worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
-    return RunInputs(info, folder, roster, worker, pruned, cut_examples(store))
+    return RunInputs(info, folder, roster, worker, pruned, data_notes(store))
 
 
 def method_of(parts: Parts, inputs: RunInputs) -> Method:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.types import EvaluatePlan
+from fedlora.data.build import moved_text
 from fedlora.data.source import Source
 from fedlora.data.store import TokenStore
 from fedlora.models.modules import ModelInfo
@@ -99,12 +100,11 @@ def check_rounds(rounds: Rounds, roster: Roster, emit: Callable[[str], None]) ->
         )
 
 
-def cut_examples(store: TokenStore) -> str:
-    """How many examples are cut to ``data.max_length``, for the header of a run; empty: none."""
-    cut, total, source = store.cut_examples, store.num_examples, store.source
-    if not cut:
-        return ""
-    return (
-        f"{cut:,} of {total:,} examples are cut to data.max_length={source['cutoff']} tokens "
-        f"(data.truncation={source['truncation']})"
-    )
+def data_notes(store: TokenStore) -> tuple[str, ...]:
+    """What was done to the examples so that they fit, for the header of a run: how many are cut to
+    ``data.max_length``, and how many a partition moved."""
+    cut, moved, total = store.cut_examples, store.moved_examples, store.num_examples
+    where = "the longer text" if store.labels else f"data.truncation={store.source['truncation']}"
+    length = f"data.max_length={store.source['cutoff']} tokens ({where})"
+    notes = (f"{cut:,} of {total:,} examples are cut to {length}", moved_text(moved, total))
+    return tuple(note for note, count in zip(notes, (cut, moved), strict=True) if count)

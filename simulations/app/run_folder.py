@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
+from fedlora.data.store import TokenStore
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
-from simulations.app.identity import MODEL
+from simulations.app.identity import LABELS, MODEL
 from simulations.app.inputs import RunInputs
 from simulations.app.parts import Parts
 from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, close_status, write_status
@@ -74,6 +75,17 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
         "groups": {name: len(ids) for name, ids in roster.groups.items()},
     }
     _write_json(folder / "population.json", population)
+    store = TokenStore(inputs.store)
+    if store.labels:
+        write_file(folder / LABELS, json.dumps(label_record(store)) + "\n")
+
+
+def label_record(store: TokenStore) -> dict[str, Any]:
+    """The names of the labels and, for each client by id, which of them its training examples have:
+    ``[label, examples]``."""
+    counts = store.label_counts("train")
+    held = [[[int(i), int(row[i])] for i in row.nonzero()[0]] for row in counts]
+    return {"labels": list(store.labels), "train": held}
 
 
 @contextmanager

@@ -123,6 +123,11 @@ def finetune(options: argparse.Namespace, emit: Callable[[str], None]) -> dict[s
     population = build(cfg.population, Population, "population")
     if plan.dropout and method.startswith("masked"):
         raise ConfigError(f"client.dropout={plan.dropout} with --method {method}, which has none")
+    if source.labelled or spec.classifies:
+        raise ConfigError(
+            f"fedlora finetune trains a model to write, and data={source.name} with model.task="
+            f"{spec.task} is for classification: use data with answers and model.task=causal_lm"
+        )
     check_length(source, info := spec.describe())
     store = TokenStore(prepare(source, spec.tokenizer(), spec.tokenizer_id(), cache_root()))
     check_tokens(store, info)

@@ -1,91 +1,56 @@
-"""The figures of a run, each a function of its records; None where there is nothing to draw.
+"""The figures of a run, each a function of its records; None where there is nothing to draw."""
 
-Figures are built without pyplot, so nothing global is touched and any thread may draw.
-"""
-
-import io
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.rcsetup import cycler
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from simulations.reporting.drawing import (
+    COLOURS,
+    by_round,
+    byte_scale,
+    categories,
+    framed,
+    group_names,
+    line,
+    pens,
+    stack,
+)
 from simulations.reporting.run_folder import (
     Run,
     number,
     rank_order,
 )
 
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195", "#555555")
-_STYLE: Any = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.labelcolor": "#444",
-    "axes.edgecolor": "#bbb",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": cycler("color", COLOURS),
-    "grid.color": "#e9e9ee",
-    "xtick.color": "#555",
-    "ytick.color": "#555",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4,
-    "svg.hashsalt": "fedlora",
-    "svg.fonttype": "path",
-}
-Draw = Callable[[Axes], object]
-Pen = Callable[[int], dict[str, Any]]
-
-
-def svg(figure: Figure) -> str:
-    """A figure as SVG text, with the same bytes for the same records."""
-    buffer = io.StringIO()
-    with mpl.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
-
 
 def loss(runs: Sequence[Run]) -> Figure | None:
     """Training loss and evaluation loss over the rounds."""
-    groups = _groups(runs)
+    groups = group_names(runs)
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
-            _line(ax, run.series("train/loss"), "train", **pen(0))
-            for group, pair in run.evaluated("loss_response").items():
-                _line(ax, pair, group, **pen(1 + groups.index(group)))
-        _rounds(ax, "Loss", "nats per token")
+        for run, pen in pens(runs):
+            line(ax, run.series("train/loss"), "train", **pen(0))
+            for group, pair in run.evaluated(run.eval_loss).items():
+                line(ax, pair, group, **pen(1 + groups.index(group)))
+        by_round(ax, "Loss", _units(runs))
 
-    present = any(r.series("train/loss")[0] or r.evaluated("loss_response") for r in runs)
-    return _figure(draw) if present else None
+    present = any(r.series("train/loss")[0] or r.evaluated(r.eval_loss) for r in runs)
+    return framed(draw) if present else None
 
 
 def rouge(runs: Sequence[Run]) -> Figure | None:
     """ROUGE-L of generated answers over the rounds, with the interval over clients."""
-    groups = _groups(runs)
+    groups = group_names(runs)
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
+        for run, pen in pens(runs):
             lows, highs = run.evaluated("rouge_l_low"), run.evaluated("rouge_l_high")
             for group, pair in run.evaluated("rouge_l").items():
                 i = groups.index(group)
-                _line(ax, pair, group, **pen(i))
+                line(ax, pair, group, **pen(i))
                 if (
                     (i == 0 or len(runs) == 1)
                     and group in lows
@@ -93,60 +58,65 @@ def rouge(runs: Sequence[Run]) -> Figure | None:
                 ):
                     band = (*lows[group], highs[group][1])
                     ax.fill_between(*band, color=pen(i)["color"], alpha=0.14, linewidth=0)
-        _rounds(ax, "ROUGE-L of generated answers", "mean over clients, 95 % interval")
+        by_round(ax, "ROUGE-L of generated answers", "mean over clients, 95 % interval")
 
-    return _figure(draw) if any(r.evaluated("rouge_l") for r in runs) else None
+    return framed(draw) if any(r.evaluated("rouge_l") for r in runs) else None
+
+
+def _units(runs: Sequence[Run]) -> str:
+    return ", ".join(dict.fromkeys(run.unit for run in runs))
 
 
 def accuracy(runs: Sequence[Run]) -> Figure | None:
     """Fraction of response tokens that the model predicts first."""
-    groups = _groups(runs)
+    runs = [run for run in runs if not run.classifies]
+    groups = group_names(runs)
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
+        for run, pen in pens(runs):
             for group, pair in run.evaluated("accuracy").items():
-                _line(ax, pair, group, **pen(groups.index(group)))
+                line(ax, pair, group, **pen(groups.index(group)))
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _rounds(ax, "Next-token accuracy on responses", "")
+        by_round(ax, "Next-token accuracy on responses", "")
 
-    return _figure(draw) if any(r.evaluated("accuracy") for r in runs) else None
+    return framed(draw) if any(r.evaluated("accuracy") for r in runs) else None
 
 
 def traffic(runs: Sequence[Run]) -> Figure | None:
     """Bytes that all clients together have sent and received so far."""
-    scale, unit = _byte_scale(runs)
+    scale, unit = byte_scale(runs)
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
+        for run, pen in pens(runs):
             for i, way in enumerate(("up", "down")):
                 x, y = run.series(f"wire/{way}_bytes")
                 sent = [v / scale for v in accumulate(y)]
-                _line(ax, (x, sent), way, **pen(i) | {"linestyle": ("-", "--")[i]})
+                line(ax, (x, sent), way, **pen(i) | {"linestyle": ("-", "--")[i]})
         ax.set_ylim(bottom=0)
-        _rounds(ax, "Traffic so far, all clients", unit)
+        by_round(ax, "Traffic so far, all clients", unit)
 
-    return _figure(draw) if any(r.series("wire/up_bytes")[0] for r in runs) else None
+    return framed(draw) if any(r.series("wire/up_bytes")[0] for r in runs) else None
 
 
 def quality_per_byte(runs: Sequence[Run]) -> Figure | None:
     """Evaluation loss against the bytes sent up until then: the benefit of communication."""
-    scale, unit = _byte_scale(runs)
-    groups = _groups(runs)
+    scale, unit = byte_scale(runs)
+    groups = group_names(runs)
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
+        for run, pen in pens(runs):
             x, y = run.series("wire/up_bytes")
             sent = {0: 0.0} | dict(zip(x, (v / scale for v in accumulate(y)), strict=True))
-            for group, pair in run.evaluated("loss_response").items():
+            for group, pair in run.evaluated(run.eval_loss).items():
                 points = [(sent[n], v) for n, v in zip(*pair, strict=True) if n in sent]
                 traffic_so_far, losses = [b for b, _ in points], [v for _, v in points]
-                _line(ax, (traffic_so_far, losses), group, **pen(groups.index(group)))
+                line(ax, (traffic_so_far, losses), group, **pen(groups.index(group)))
         ax.set_title("Evaluation loss by traffic")
         ax.set_xlabel(f"sent up so far, all clients, {unit}")
-        ax.set_ylabel("nats per token")
+        ax.set_ylabel(_units(runs))
 
-    present = any(r.evaluated("loss_response") and r.series("wire/up_bytes")[0] for r in runs)
-    return _figure(draw) if present else None
+    present = any(r.evaluated(r.eval_loss) and r.series("wire/up_bytes")[0] for r in runs)
+    return framed(draw) if present else None
 
 
 def seconds(run: Run) -> Figure | None:
@@ -177,11 +147,11 @@ def seconds(run: Run) -> Figure | None:
         if len(x) > 30:
             ax.stackplot(x, *parts.values(), labels=list(parts), alpha=0.85)
         else:
-            _stack(ax, x, parts)
+            stack(ax, x, parts)
         ax.set_ylim(bottom=0)
-        _rounds(ax, "Seconds per round", "s")
+        by_round(ax, "Seconds per round", "s")
 
-    return _figure(draw)
+    return framed(draw)
 
 
 def ranks(run: Run) -> Figure | None:
@@ -205,12 +175,12 @@ def ranks(run: Run) -> Figure | None:
             if len(labels) <= 10:
                 texts = [f"{counts[k]:,}" for k in labels]
                 ax.bar_label(bars, texts, fontsize=8, color="#555", padding=2)
-        _categories(ax, labels)
+        categories(ax, labels)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.set_title("Clients by LoRA rank")
         ax.set_xlabel("rank (in the order of the modules where they differ)")
 
-    return _figure(draw)
+    return framed(draw)
 
 
 def by_rank(run: Run, key: str, title: str, unit: str, log: bool = False) -> Figure | None:
@@ -237,14 +207,14 @@ def by_rank(run: Run, key: str, title: str, unit: str, log: bool = False) -> Fig
             boxprops={"facecolor": "#d6e6f2", "edgecolor": COLOURS[0]},
         )
         assert len(boxes["boxes"]) == len(labels)
-        _categories(ax, labels)
+        categories(ax, labels)
         if log:
             ax.set_yscale("log")
         ax.set_title(title)
         ax.set_xlabel("rank")
         ax.set_ylabel(unit)
 
-    return _figure(draw)
+    return framed(draw)
 
 
 def histogram(run: Run, key: str, title: str, unit: str) -> Figure | None:
@@ -282,7 +252,7 @@ def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> F
         ax.set_xlabel(unit)
         ax.set_ylabel("clients")
 
-    return _figure(draw)
+    return framed(draw)
 
 
 def energy(run: Run) -> Figure | None:
@@ -307,7 +277,7 @@ def energy(run: Run) -> Figure | None:
         ax.set_xlabel("rank")
         ax.set_ylabel("share of ‖ΔW‖²")
 
-    return _figure(draw)
+    return framed(draw)
 
 
 def truncation(run: Run) -> Figure | None:
@@ -318,12 +288,12 @@ def truncation(run: Run) -> Figure | None:
 
     def draw(ax: Axes) -> None:
         for i, (label, pair) in enumerate(lines.items()):
-            _line(ax, pair, f"rank {label}", color=COLOURS[i % len(COLOURS)])
+            line(ax, pair, f"rank {label}", color=COLOURS[i % len(COLOURS)])
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-        _rounds(ax, "Lost when the global update is cut to a client's rank", "‖ΔW − cut‖ / ‖ΔW‖")
+        by_round(ax, "Lost when the global update is cut to a client's rank", "‖ΔW − cut‖ / ‖ΔW‖")
 
-    return _figure(draw) if lines else None
+    return framed(draw) if lines else None
 
 
 def exactness(runs: Sequence[Run]) -> Figure | None:
@@ -333,16 +303,16 @@ def exactness(runs: Sequence[Run]) -> Figure | None:
     key = "aggregate/exactness_gap" if plain else key
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
-            _line(ax, run.series(key), "", **pen(0))
+        for run, pen in pens(runs):
+            line(ax, run.series(key), "", **pen(0))
         ax.set_ylim(bottom=0)
         if not plain:
             ax.set_ylim(top=max(ax.get_ylim()[1], 0.001))  # rounding noise is drawn as none
             ax.yaxis.set_major_formatter(PercentFormatter(1.0))
         unit = "‖ΔW − Σ p ΔWₖ‖" + ("" if plain else " / ‖Σ p ΔWₖ‖")
-        _rounds(ax, "Distance of the aggregate from the exact mean", unit)
+        by_round(ax, "Distance of the aggregate from the exact mean", unit)
 
-    return _figure(draw) if any(r.series(key)[0] for r in runs) else None
+    return framed(draw) if any(r.series(key)[0] for r in runs) else None
 
 
 def update_norm(runs: Sequence[Run]) -> Figure | None:
@@ -350,111 +320,9 @@ def update_norm(runs: Sequence[Run]) -> Figure | None:
     key = "aggregate/update_norm"
 
     def draw(ax: Axes) -> None:
-        for run, pen in _pens(runs):
-            _line(ax, run.series(key), "", **pen(0))
+        for run, pen in pens(runs):
+            line(ax, run.series(key), "", **pen(0))
         ax.set_ylim(bottom=0)
-        _rounds(ax, "Norm of the mean update", "‖Σ p ΔWₖ‖")
+        by_round(ax, "Norm of the mean update", "‖Σ p ΔWₖ‖")
 
-    return _figure(draw) if any(r.series(key)[0] for r in runs) else None
-
-
-# --- pieces ---------------------------------------------------------------------------------------
-
-
-def _figure(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
-    """Draw on new axes; the legend goes below them, where it hides nothing."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        ax = figure.add_subplot()
-        draw(ax)
-        low, high = ax.dataLim.intervalx
-        if low == high:
-            ax.set_xlim(low - 0.5, low + 0.5)
-        handles, labels = _keys(ax)
-        if 1 < len(labels) <= 12:
-            figure.legend(
-                handles,
-                labels,
-                loc="outside lower center",
-                ncols=min(4, len(labels)),
-                handlelength=2.6,
-            )
-    return figure
-
-
-def _keys(ax: Axes) -> tuple[list[Any], list[str]]:
-    """The legend's entries: each label once, in grey where several runs' colours share it."""
-    every, labels = ax.get_legend_handles_labels()
-    first = dict(reversed(list(zip(labels, every, strict=True))))
-    keys = {label: first[label] for label in dict.fromkeys(labels)}
-    if len(keys) < len(labels):
-        keys = {
-            label: Line2D([], [], color="#666", linestyle=line.get_linestyle())
-            for label, line in keys.items()
-        }
-    return list(keys.values()), list(keys)
-
-
-def _groups(runs: Sequence[Run]) -> list[str]:
-    """The evaluation groups of all runs; a group has the same style in all runs."""
-    return list(dict.fromkeys(group for run in runs for group in run.groups()))
-
-
-def _pens(runs: Sequence[Run]) -> Iterator[tuple[Run, Pen]]:
-    """Runs with how their i-th line is drawn.
-
-    Colours tell the lines of one run apart. Among several runs colour is the run, which the page
-    says once, and the legend tells line styles.
-    """
-    for index, run in enumerate(runs):
-        if len(runs) == 1:
-            yield run, lambda i: {"color": COLOURS[i % len(COLOURS)]}
-        else:
-            yield run, partial(_dashed, COLOURS[index % len(COLOURS)])
-
-
-def _dashed(colour: str, i: int) -> dict[str, Any]:
-    return {"color": colour, "linestyle": ("-", "--", ":", "-.")[i % 4], "dots": 2}
-
-
-def _line(
-    ax: Axes,
-    pair: tuple[Sequence[float], Sequence[float]],
-    label: str,
-    dots: int = 30,
-    **pen: Any,
-) -> None:
-    """A line; its points are marked if there are at most so many."""
-    x, y = pair
-    if x:
-        ax.plot(x, y, label=label, marker="o" if len(x) <= dots else "", **pen)
-
-
-def _byte_scale(runs: Sequence[Run]) -> tuple[float, str]:
-    """A binary unit in which the traffic of all runs reads well."""
-    most = max(
-        (sum(run.series(f"wire/{w}_bytes")[1]) for run in runs for w in ("up", "down")), default=0
-    )
-    power = max((p for p in range(5) if most >= 1024**p), default=0)
-    return 1024.0**power, ("B", "KiB", "MiB", "GiB", "TiB")[power]
-
-
-def _rounds(ax: Axes, title: str, unit: str) -> None:
-    ax.set_title(title)
-    ax.set_xlabel("round")
-    ax.set_ylabel(unit)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-
-
-def _categories(ax: Axes, labels: Sequence[str]) -> None:
-    crowded = len(labels) > 12
-    ax.set_xticks(range(len(labels)), labels, rotation=60 if crowded else 0)
-    ax.grid(visible=False, axis="x")
-
-
-def _stack(ax: Axes, x: Sequence[int], parts: Mapping[str, Sequence[float]]) -> None:
-    """Stacked bars, one per round."""
-    bottom = [0.0] * len(x)
-    for name, values in parts.items():
-        ax.bar(x, values, 0.7, bottom=bottom, label=name, alpha=0.85)
-        bottom = [b + v for b, v in zip(bottom, values, strict=True)]
+    return framed(draw) if any(r.series(key)[0] for r in runs) else None

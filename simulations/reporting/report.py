@@ -21,11 +21,12 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from fedlora.core.package import places
-from simulations.reporting import figures, run_tables
+from simulations.reporting import class_figures, class_tables, drawing, figures, run_tables
 from simulations.reporting.run_folder import RecordError, Run, read_run
 
 TEMPLATES = "simulations/reporting/templates"
 
+_BAND = "Of all examples together; the band reaches down to the worst tenth of the clients."
 _BOXES = "All rounds. Box: middle half; line: median; outliers hidden."
 
 
@@ -83,9 +84,14 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.loss(only), "Training loss is measured while the clients train."),
             (figures.rouge(only), "The band is a bootstrap over the evaluated clients."),
             (figures.accuracy(only), ""),
+            (class_figures.accuracy(only), _BAND),
+            (class_figures.client_accuracy(run), ""),
             (figures.quality_per_byte(only), "What the communication bought."),
         ),
         "evaluation": run_tables.evaluation_table(run),
+        "apart": class_tables.spread_table(run),
+        "tiers": class_tables.tier_table(run),
+        "classes": class_tables.class_table(run),
         "cost": _section(
             "Cost",
             (figures.traffic(only), "As a deployment would send it: each client its own adapter."),
@@ -109,8 +115,9 @@ def _clients(run: Run) -> Section:
     return _section(
         "Clients",
         (figures.ranks(run), ""),
-        (figures.histogram(run, "loss", "Training loss by client", "nats per token"), ""),
-        (figures.by_rank(run, "loss", "Training loss by rank", "nats per token"), _BOXES),
+        (class_figures.label_counts(run), "A dark field: few; a light one: many; grey: none."),
+        (figures.histogram(run, "loss", "Training loss by client", run.unit), ""),
+        (figures.by_rank(run, "loss", "Training loss by rank", run.unit), _BOXES),
         (figures.by_rank(run, "seconds", "Training time by rank", "s"), _BOXES),
         (figures.examples(run), ""),
         (figures.by_rank(run, "delta_norm", "Size of the clients' updates", "‖ΔWₖ‖"), _BOXES),
@@ -128,6 +135,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
             (figures.loss(runs), ""),
             (figures.rouge(runs), "Bands: bootstrap over the clients of the first group."),
             (figures.accuracy(runs), ""),
+            (class_figures.accuracy(runs), _BAND),
             (figures.quality_per_byte(runs), ""),
         ),
         "cost": _section(
@@ -146,7 +154,7 @@ def _section(title: str, *shown: tuple[Figure | None, str]) -> Section:
 
 
 def _card(figure: Figure, caption: str) -> Card:
-    svg = base64.b64encode(figures.svg(figure).encode()).decode()
+    svg = base64.b64encode(drawing.svg(figure).encode()).decode()
     return Card(figure.axes[0].get_title(loc="left"), svg, caption)
 
 

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedlora.run.tracking import read_jsonl
-from simulations.app.identity import MODEL
+from simulations.app.identity import LABELS, MODEL
 
 Record = Mapping[str, Any]
 
@@ -38,6 +38,34 @@ class Run:
     environment: Mapping[str, Any] = field(default_factory=dict)
     status: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """Of a classification: the names of the ``labels``, and in ``train`` for each client which of
+    them it holds, ``[label, examples]``."""
+
+    @property
+    def classifies(self) -> bool:
+        """Whether labels are predicted; else tokens are."""
+        model = self.config.get("model", {})
+        return isinstance(model, Mapping) and model.get("task") == "classification"
+
+    @property
+    def eval_loss(self) -> str:
+        """The name of the loss that evaluations report."""
+        return "loss" if self.classifies else "loss_response"
+
+    @property
+    def unit(self) -> str:
+        """The unit of losses."""
+        return "nats per example" if self.classifies else "nats per token"
+
+    def last_clients(self) -> dict[str, list[Record]]:
+        """What was measured on each client in the last evaluation, by label of group and adapter:
+        rows of evaluations.jsonl without those that failed."""
+        rows = [row for row in read_jsonl(self.folder / "evaluations.jsonl") if "metrics" in row]
+        return {
+            label: [row for row in found if row["round"] == found[-1]["round"]]
+            for label, found in _by_label(rows).items()
+        }
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """A metric of the rounds: round numbers and values; what is null or missing is left out."""
@@ -50,13 +78,7 @@ class Run:
 
     def groups(self) -> dict[str, list[Record]]:
         """The evaluations by label, for example ``unseen random`` or ``seen, own rank``."""
-        groups: dict[str, list[Record]] = {}
-        for row in self.evaluations:
-            label = str(row.get("group", "")).replace("_", " ")
-            adapter = str(row.get("adapter", "full"))
-            at = "" if adapter == "full" else f", {adapter} rank"
-            groups.setdefault(f"{label}{at}", []).append(row)
-        return groups
+        return _by_label(self.evaluations)
 
     def suffixes(self, prefix: str) -> list[str]:
         """The ends of the rounds' keys with this prefix, ranks in ascending order."""
@@ -84,6 +106,7 @@ def read_run(folder: Path) -> Run:
         environment=_json(folder / "environment.json"),
         status=_json(folder / "status.json"),
         model=_json(folder / MODEL),
+        labels=_json(folder / LABELS),
     )
 
 
@@ -108,6 +131,16 @@ def leaves(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any
             yield from leaves(value, where)
         else:
             yield where, value
+
+
+def _by_label(rows: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for row in rows:
+        label = str(row.get("group", "")).replace("_", " ")
+        adapter = str(row.get("adapter", "full"))
+        at = "" if adapter == "full" else f", {adapter} rank"
+        groups.setdefault(f"{label}{at}", []).append(row)
+    return groups
 
 
 def _series(rows: Sequence[Record], key: str) -> tuple[list[int], list[float]]:

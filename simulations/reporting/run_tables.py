@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.run.progress import clock, size
-from simulations.reporting import figures
+from simulations.reporting.drawing import COLOURS
 from simulations.reporting.run_folder import Record, Run, leaves, number, rank_order
 
 
@@ -55,7 +55,7 @@ class Fact:
 
 def colour(i: int) -> str:
     """Colour of the i-th run."""
-    return figures.COLOURS[i % len(figures.COLOURS)]
+    return COLOURS[i % len(COLOURS)]
 
 
 # --- numbers --------------------------------------------------------------------------------------
@@ -86,6 +86,17 @@ def totals(run: Run) -> dict[str, Any]:
     return found
 
 
+_TOKENS = {"loss": "loss_response", "ROUGE-L": "rouge_l", "accuracy": "accuracy"}
+_LABELS = {
+    "loss": "loss_weighted",
+    "accuracy": "accuracy_weighted",
+    "macro F1": "macro_f1_weighted",
+    "worst tenth": "accuracy_worst_tenth",
+}
+_HEADLINES = {False: _TOKENS, True: _LABELS}
+"""Whether labels are predicted -> what of an evaluation is shown first, by title."""
+
+
 def tiles(run: Run) -> list[Tile]:
     """The large values at the top of a run's page."""
     t = totals(run)
@@ -95,11 +106,7 @@ def tiles(run: Run) -> list[Tile]:
         shown.append(("training loss", f"{t['loss']:.3f}", f"{t['first_loss']:.3f} in round 1"))
     if "evaluated" in t:
         label, first, last = t["evaluated"]
-        for key, name in (
-            ("loss_response", "loss"),
-            ("rouge_l", "ROUGE-L"),
-            ("accuracy", "accuracy"),
-        ):
+        for name, key in _HEADLINES[run.classifies].items():
             now, then = number(last.get(key)), number(first.get(key))
             if now is not None:
                 before = f"{then:.3f} in round {first['round']}" if then is not None else ""
@@ -143,11 +150,13 @@ def facts(run: Run) -> Iterator[Fact]:
 
 # --- tables ---------------------------------------------------------------------------------------
 
-_MEASURES = {
+MEASURES = {  # names of metrics, in the order in which they are shown
+    "loss": "loss",
     "loss_response": "loss",
     "loss_full": "loss, prompt too",
     "perplexity": "perplexity",
     "accuracy": "accuracy",
+    "macro_f1": "macro F1",
     "rouge_l": "ROUGE-L",
     "rouge_l_unicode": "ROUGE-L, Unicode",
     "exact_match": "exact match",
@@ -170,9 +179,9 @@ def evaluation_table(run: Run) -> Table | None:
         for key in shown:
             interval = ""
             if number(r.get(f"{key}_low")) is not None:
-                interval = f"[{_show(r[f'{key}_low'])}, {_show(r[f'{key}_high'])}]"
-            weighted = _show(r.get(f"{key}_weighted"))
-            cells.append(Cell(_show(r.get(key)), "n", note=interval, below=weighted))
+                interval = f"[{show(r[f'{key}_low'])}, {show(r[f'{key}_high'])}]"
+            weighted = show(r.get(f"{key}_weighted"))
+            cells.append(Cell(show(r.get(key)), "n", note=interval, below=weighted))
         rows.append(cells)
     names = [Cell("group"), *(Cell(n, "n") for n in ("round", "clients", *shown.values()))]
     note = "Mean over clients; below it, weighted by examples or tokens."
@@ -182,7 +191,7 @@ def evaluation_table(run: Run) -> Table | None:
 def _shown_metrics(records: Sequence[Record]) -> dict[str, str]:
     """Metrics that have a mean in some record, with their titles: known ones first."""
     means = [k.removesuffix("_weighted") for r in records for k in r if k.endswith("_weighted")]
-    titles = _MEASURES | {k: k.replace("_", " ") for k in means if k not in _MEASURES}
+    titles = MEASURES | {k: k.replace("_", " ") for k in means if k not in MEASURES}
     return {k: v for k, v in titles.items() if any(number(r.get(k)) is not None for r in records)}
 
 
@@ -232,8 +241,10 @@ def config_table(run: Run) -> Table | None:
 
 def comparison_table(runs: Sequence[Run]) -> Table:
     """The final results of several runs."""
-    numbers = ("rounds", "training loss", "evaluation loss", "ROUGE-L", "accuracy", "up", "down")
-    names = [Cell("run"), *(Cell(n, "n") for n in (*numbers, "time", "failed"))]
+    evaluated = list(dict.fromkeys(k for run in runs for k in _HEADLINES[run.classifies]))
+    titles = ["evaluation loss" if k == "loss" else k for k in evaluated]
+    numbers = ("rounds", "training loss", *titles, "up", "down", "time", "failed")
+    names = [Cell("run"), *(Cell(n, "n") for n in numbers)]
     rows = []
     groups: dict[str, None] = {}
     for i, run in enumerate(runs):
@@ -241,8 +252,9 @@ def comparison_table(runs: Sequence[Run]) -> Table:
         last: Record = t["evaluated"][2] if "evaluated" in t else {}
         if "evaluated" in t:
             groups[t["evaluated"][0]] = None
-        shown = [str(t["rounds"]), _show(t.get("loss"))]
-        shown += [_show(last.get(key)) for key in ("loss_response", "rouge_l", "accuracy")]
+        shown = [str(t["rounds"]), show(t.get("loss"))]
+        keys = _HEADLINES[run.classifies]
+        shown += [show(last.get(keys.get(title, ""))) for title in evaluated]
         shown += [size(t[k]) if k in t else "–" for k in ("up", "down")]
         shown.append(clock(t["seconds"]) if "seconds" in t else "–")
         shown.append(str(t.get("failed", 0) + t.get("rejected", 0)))
@@ -267,7 +279,8 @@ def difference_table(runs: Sequence[Run]) -> Table | None:
 # --- words ----------------------------------------------------------------------------------------
 
 
-def _show(value: object) -> str:
+def show(value: object) -> str:
+    """A number with three digits, or a dash."""
     found = number(value)
     if found is None:
         return "–"

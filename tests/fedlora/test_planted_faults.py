@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.core import confusion
 from fedlora.evaluation import beam_search, corpus_metrics, metrics, rouge, scorers, summary
 from fedlora.prune import methods, pattern, prune, spec, statistics
 from fedlora.split import batches, client, compression, loss, noise, rounds, server, trainable
 from fedlora.split.protocol import Cut
 from fedlora.techniques.switchlora import controller, layer, local, optimizer, replica, schedule
+from tests.fedlora.core import test_confusion
 from tests.fedlora.evaluation import (
     test_beam_search,
+    test_classification,
     test_corpus_metrics,
     test_metrics,
     test_rouge,
@@ -300,7 +303,7 @@ SPLIT: list[Fault] = [
 
 LOSSES = partial(test_metrics.test_losses_equal_those_of_each_example_alone, "llama", 3)
 EVALUATION: list[Fault] = [
-    (metrics.guesses_of, "- 1) for e", ") for e", LOSSES),
+    (metrics.guesses_of, 'supervised_tokens(e, "full")', "len(e.input_ids)", LOSSES),
     (metrics.outputs_of, '"response") - 1', '"response")', LOSSES),
     (metrics.likelihoods, "guesses |= zip(rows,", "guesses |= zip(sorted(rows),", LOSSES),
     (scorers.Likelihood.score, "nll[at:].sum()", "nll.sum()", LOSSES),
@@ -346,6 +349,30 @@ EVALUATION: list[Fault] = [
         'means[f"{name}_weighted"] = shown(weighted)',
         'means[f"{name}_weighted"] = weighted',
         test_summary.test_each_metric_is_weighted_by_what_it_is_a_mean_of,
+    ),
+    (  # F1 averaged over clients instead of pooled
+        summary._means,
+        "and metrics[0].over_clients == MACRO_F1",
+        "and False",
+        test_summary.test_macro_f1_is_of_the_summed_counts_not_a_mean_of_clients,
+    ),
+    (
+        summary._distribution,
+        "reverse=worst != LOWEST",
+        "reverse=worst == LOWEST",
+        test_summary.test_the_distribution_over_clients_is_that_of_their_values,
+    ),
+    (  # label ids shifted
+        scorers.Classification.score,
+        "int(best[0]) for",
+        "(int(best[0]) + 1) % len(outputs.labels) for",
+        partial(test_classification.test_scores_equal_those_of_each_example_alone, "bert", 4),
+    ),
+    (
+        confusion.ClassScore.f1.fget,
+        "(self.true + self.predicted)",
+        "(2 * self.true)",
+        test_confusion.test_scores_are_those_of_the_definitions,
     ),
     (
         summary.summarise,

@@ -17,7 +17,7 @@ from simulations.bench.engine.measure import (
 )
 from simulations.bench.engine.sides import ENGINES
 from simulations.bench.engine.sweeps import clock_of
-from simulations.reporting.figures import COLOURS
+from simulations.reporting.drawing import COLOURS
 
 ROWS = (
     ("trainer", 1),

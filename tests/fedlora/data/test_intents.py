@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedlora.core.errors import DataError
-from fedlora.data import SPLITS, TokenStore, prepare
+from fedlora.data import SPLITS, TokenStore, intents, prepare
 from fedlora.data.files import parquet_rows
 from fedlora.data.intents import Intents, intents_file
 
@@ -138,3 +138,9 @@ def test_the_store_has_the_sizes_of_the_papers(dataset, tokenizer, tmp_path, cap
 def test_what_cannot_be_met_is_refused(options, message):
     with pytest.raises((DataError, ValueError), match=message):
         list(Intents(**options).records())
+
+
+def test_a_bundle_without_the_file_says_where_it_was_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setattr(intents, "places", lambda inside: [tmp_path / inside])
+    with pytest.raises(DataError, match=r"data=intents: the file .* in none of .*intents\.parquet"):
+        Intents().fingerprint()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from fedlora.core.errors import DataError
-from fedlora.data import SPLITS, Record, TokenStore, prepare
-from fedlora.data.labels import LabelledEncoder, longest_first
+from fedlora.data import SPLITS, Record, TokenStore, build, prepare
+from fedlora.data.labels import LabelDraft, LabelledEncoder, longest_first, ordered
 from fedlora.data.tokenizer import FolderTokenizer
+from tests.planted import planted
 
 from .conftest import Listed
 
@@ -158,16 +159,27 @@ def check_labels(store, client, split):
     assert named == store.references(client, split)
 
 
-def test_label_ids_that_are_shifted_are_caught(tokenizer, tmp_path, monkeypatch):
-    """A planted fault: the law above is not blind."""
-    rows = tuple(row(y) for y in "abc")
-    store = TokenStore(prepare(Labelled(rows=rows), tokenizer, "t", tmp_path))
-    check_labels(store, 0, "train")
-    index = store._index.copy()
-    index[:, -1] = (index[:, -1] + 1) % 3
-    monkeypatch.setattr(store, "_index", index)
-    with pytest.raises(AssertionError):
+FAULTS = [
+    (build._write_arrays, "numbers[rows[:, -1]]", "(numbers[rows[:, -1]] + 1) % len(numbers)"),
+    (LabelDraft.names, "index[name] for name in self.numbers", "*range(len(index))"),
+    (TokenStore._example, "flags, label)", "flags, (label + 1) % len(self.labels))"),
+    (ordered, "return sorted(labels)", "return list(labels)[::-1]"),
+]
+
+
+@pytest.mark.parametrize(("function", "right", "wrong"), FAULTS)
+def test_label_ids_that_are_shifted_are_caught(function, right, wrong, tokenizer, tmp_path):
+    """Planted faults: the laws above are not blind."""
+
+    def law(mark):
+        source = Labelled(rows=tuple(row(y) for y in "cab"), mark=mark)
+        store = TokenStore(prepare(source, tokenizer, "t", tmp_path))
+        assert store.labels == ("a", "b", "c")
         check_labels(store, 0, "train")
+
+    law("right")
+    with planted(function, right, wrong), pytest.raises(AssertionError):
+        law("wrong")
 
 
 def test_whole_numbers_are_their_own_ids(tokenizer, tmp_path):

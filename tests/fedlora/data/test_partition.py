@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.core.errors import DataError
-from fedlora.data.partition import _complete, balanced, dirichlet, iid, natural
+from fedlora.data.partition import (
+    _complete,
+    balanced,
+    by_group,
+    dirichlet,
+    follow,
+    iid,
+    natural,
+    pathological,
+)
 
 LAW = settings(derandomize=True, deadline=None, max_examples=50)
 
@@ -169,3 +178,70 @@ def test_dividing_over_many_clients_is_linear_in_calls(divide):
     divide(10)  # what is imported and cached on the first call
     assert calls(4000) < 5 * calls(1000)
     assert calls(4000) < 60 * 4000
+
+
+# --- by label ------------------------------------------------------------------------------------
+
+
+@LAW
+@given(labels=LABELS, clients=st.integers(1, 30), classes=st.integers(1, 7), seed=st.integers(0, 3))
+def test_pathological_clients_hold_so_many_labels(labels, clients, classes, seed):
+    """Every example once, nobody without, and all labels with nearly equally many holders."""
+    labels, known = labels * 30, len(set(labels))  # no label has fewer examples than holders
+    if classes > known or clients * classes < known:
+        with pytest.raises(DataError, match=r"data\.classes_per_client="):
+            pathological(labels, clients, classes, seed)
+        return
+    parts = pathological(labels, clients, classes, seed)
+    assert sorted(chain(*parts)) == list(range(len(labels)))
+    held = [{labels[i] for i in part} for part in parts]
+    assert {len(own) for own in held} == {classes}
+    assert parts == pathological(labels, clients, classes, seed)
+    holders = Counter(chain(*held))
+    assert len(holders) == known and max(holders.values()) - min(holders.values()) <= 1
+
+
+@LAW
+@given(groups=LABELS, clients=st.integers(1, 40), seed=st.integers(0, 3))
+def test_clients_of_a_group_hold_no_other(groups, clients, seed):
+    """Nobody without examples; and no client could be given to another group to better use."""
+    clients = min(clients, len(groups))
+    parts = by_group(groups, clients, seed)
+    assert sorted(chain(*parts)) == list(range(len(groups))) and all(parts)
+    held = [{groups[i] for i in part} for part in parts]
+    if clients < len(set(groups)):
+        assert sum(map(len, held)) == len(set(groups))
+        return
+    assert {len(own) for own in held} == {1}
+    size, own = Counter(groups), Counter(min(h) for h in held)
+    largest = max(size[g] / own[g] for g in size)
+    assert all(size[g] / (own[g] - 1) >= largest for g in size if own[g] > 1)
+
+
+@LAW
+@given(labels=LABELS, like=LABELS, clients=st.integers(1, 9), seed=st.integers(0, 3))
+def test_further_examples_follow_the_labels(labels, like, clients, seed):
+    """Each once; per label within one of the exact proportion; none where the label is not."""
+    parts = iid(len(like), min(clients, len(like)), seed)
+    found = follow(labels, like, parts, seed, "law")
+    assert sorted(chain(*found)) == list(range(len(labels)))
+    assert all(part == sorted(part) for part in found)
+    assert found == follow(labels, like, parts, seed, "law")
+    for label, n in Counter(labels).items():
+        weights = [sum(like[i] == label for i in part) for part in parts]
+        if not any(weights):
+            weights = [len(part) for part in parts]
+        for own, weight in zip(found, weights, strict=True):
+            exact = n * weight / sum(weights)
+            held = sum(labels[i] == label for i in own)
+            assert abs(held - exact) < 1 and (weight or not held)
+
+
+def test_of_small_alpha_no_client_holds_a_bit_of_everything():
+    """Rounding down gives the last client an example of nearly every label."""
+    labels = [f"l{i % 77}" for i in range(8957)]
+    down, nearest = (
+        len({labels[i] for i in dirichlet(labels, 30, 0.05, 1, 0, nearest=n).parts[-1]})
+        for n in (False, True)
+    )
+    assert 2 * nearest < down > 50

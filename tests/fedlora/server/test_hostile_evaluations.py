@@ -5,16 +5,21 @@ from dataclasses import replace
 
 import pytest
 
-from fedlora.core.metric import EXP_MEAN, TOTAL, Metric, count
+from fedlora.core.confusion import confusion
+from fedlora.core.metric import EXP_MEAN, LOWEST, MACRO_F1, TOTAL, Metric, count, macro_f1
 from fedlora.core.types import Client, Evaluation, Failure, Ranks
+from fedlora.server import validation
 from fedlora.server.evaluation_round import evaluation_record, validate_evaluations
 
+TABLE = confusion([0, 0, 1, 2, 2], [0, 1, 1, 2, 0], 3)
 CLIENTS = [Client(i, Ranks({"w": 2}), 10) for i in range(4)]
 METRICS = {
     "examples": count(5),
     "loss_full": Metric(2.0, 40.0),
     "perplexity": Metric(2.0, 40.0, EXP_MEAN),
     "rouge_l": Metric(0.5, 5.0, interval=True),
+    "accuracy": Metric(0.6, 5.0, worst=LOWEST),
+    "macro_f1": macro_f1(TABLE),
 }
 BAD = 1
 
@@ -35,6 +40,19 @@ FORGED = {
     "a negative weight": {"loss_full": Metric(2.0, -40.0)},
     "another way to combine": {"loss_full": Metric(2.0, 40.0, TOTAL)},
     "an interval": {"loss_full": Metric(2.0, 40.0, interval=True)},
+    "other worst clients": {"loss_full": Metric(2.0, 40.0, worst=LOWEST)},
+    "classes of its own": {"macro_f1": macro_f1(confusion([0, 3], [0, 3], 4))},
+    "a score that its counts do not give": {
+        "macro_f1": Metric(1.0, 5, MACRO_F1, worst=LOWEST, counts=TABLE)
+    },
+    "more weight than counts": {
+        "macro_f1": Metric(TABLE.macro_f1, 1e9, MACRO_F1, worst=LOWEST, counts=TABLE)
+    },
+    "more counts than a sum can hold": {
+        "macro_f1": macro_f1(replace(TABLE, counts=((0, 0, 10**30),)))
+    },
+    "a tier's name": {"tier/phone/accuracy": Metric(1.0)},
+    "a worst tenth": {"accuracy_worst_tenth": Metric(1.0)},
     "the round": {"round": Metric(99.0)},
     "the kind": {"kind": Metric(1.0)},
     "the clients": {"clients": count(1000)},
@@ -58,6 +76,7 @@ def test_the_record_is_that_without_the_client(kind):
     assert records[0] == records[1]
     assert records[0]["round"] == 3
     assert records[0]["failed"] == 1
+    assert records[0]["macro_f1_weighted"] == TABLE.macro_f1
 
 
 def test_a_model_that_diverged_is_no_fault():
@@ -65,3 +84,10 @@ def test_a_model_that_diverged_is_no_fault():
     found = validate_evaluations(cohort(loss_full=Metric(math.nan, 40.0)))
     assert not any(isinstance(r, Failure) for r in found)
     assert evaluation_record("seen:full", found, round=1, seconds=0.0)["loss_full"] == 2.0
+
+
+def test_a_table_of_many_counts_is_refused(monkeypatch):
+    monkeypatch.setattr(validation, "MOST_COUNTS", 2)
+    found = validate_evaluations([Evaluation(CLIENTS[0], METRICS)])
+    assert isinstance(found[0], Failure)
+    assert found[0].message == "its metric macro_f1 has 5 counts, at most 2 are added"

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.metric import Metric, count
+from fedlora.core.confusion import confusion
+from fedlora.core.metric import LOWEST, Metric, count, macro_f1
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -129,7 +130,15 @@ def test_results_round_trip():
     shrunk = Client(0, Ranks({"q": 2}), 4)
     results = [
         Update(shrunk, adapter(0, {"q": 2}), 4, {"loss": 1.5}),
-        Evaluation(b, {"rouge_l": Metric(0.25, 7, interval=True), "tokens": count(9)}),
+        Evaluation(
+            b,
+            {
+                "rouge_l": Metric(0.25, 7, interval=True),
+                "tokens": count(9),
+                "accuracy": Metric(0.5, 2, worst=LOWEST),
+                "macro_f1": macro_f1(confusion([0, 3, 1], [0, 3, 3], 4)),
+            },
+        ),
         Failure(c, "ValueError", "no data", "trace"),
     ]
     back = decode_results(encode_results(results, wire="float32"), {x.id: x for x in (a, b, c)})
@@ -185,6 +194,37 @@ def test_a_row_that_cannot_be_read_costs_its_own_client_alone(change):
     assert isinstance(first, Failure)
     assert isinstance(second, Update)
     same(second.payload, adapter(1, {"q": 3}))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        None,
+        [],
+        [4],
+        [4, None],
+        [4, [[0, 0]]],
+        [4, [[0, 0, 1, 1]]],
+        [4, [[0, 0, "1"]]],
+        [4, [[0, 0, 1.0]]],
+        [4, [[0, 4, 1]]],
+        [4, [[0, 0, -1]]],
+        [4, [[1, 0, 1], [0, 0, 1]]],
+        ["4", []],
+        {"classes": 4},
+    ],
+)
+def test_a_table_that_is_none_costs_its_client_alone(forged):
+    metrics = {"macro_f1": macro_f1(confusion([0, 1], [0, 0], 4))}
+    content = encode_results([Evaluation(c, metrics) for c in ASKED.values()], wire="float32")
+    record = content.config_records["results"]
+    rows = json.loads(record["rows"])
+    rows[0]["evaluation"]["macro_f1"][-1] = forged
+    record["rows"] = json.dumps(rows)
+    bad, good = decode_results(content, ASKED)
+    assert isinstance(bad, Failure)
+    assert bad.kind == "RejectedUpdate"
+    assert good == Evaluation(ASKED[1], metrics)
 
 
 def test_a_client_that_a_reply_is_silent_about_has_failed():

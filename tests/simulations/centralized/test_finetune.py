@@ -110,6 +110,10 @@ def test_lora_can_be_pruned_again(tmp_path):
     ("options", "said"),
     [
         (("spp", "model=tiny"), "--method spp keeps a pruned model's zeros, and tiny is dense"),
+        (
+            ("lora", "model=tiny", "data=intents"),
+            "data=intents with model.task=",
+        ),
         (("masked_full", *WORDS, "client.dropout=0.1"), "client.dropout=0.1 with --method masked"),
         (
             ("spp", *WORDS, "client.technique=full"),

@@ -19,7 +19,7 @@ from fedlora.core.types import (
 )
 from fedlora.evaluation.summary import summarise
 from fedlora.run.tracking import JsonlTracker
-from simulations.reporting import figures
+from simulations.reporting import drawing, figures
 from simulations.reporting.report import (
     main,
     write_comparison,
@@ -143,7 +143,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made but not rendered, for tests of what surrounds them."""
-    monkeypatch.setattr(figures, "svg", lambda figure: "<svg/>")
+    monkeypatch.setattr(drawing, "svg", lambda figure: "<svg/>")
 
 
 def titles(page: str) -> set[str]:
@@ -179,9 +179,9 @@ def test_the_page_is_well_formed(folder, undrawn):
 
 def test_the_same_records_give_the_same_picture(folder):
     run = read_run(folder)
-    first = figures.svg(figures.loss([run]))
+    first = drawing.svg(figures.loss([run]))
     ElementTree.fromstring(first)
-    assert figures.svg(figures.loss([read_run(folder)])) == first
+    assert drawing.svg(figures.loss([read_run(folder)])) == first
 
 
 def test_the_report_reads_the_folder_and_nothing_else(folder, tmp_path, undrawn):
