@@ -8,7 +8,7 @@ from torch import Tensor
 from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
-from fedlora.models.ragged_classifier import RaggedClassifier, Sample
+from fedlora.models.two_parts import RaggedClassifier, Sample
 
 LENGTHS = (5, 2, 9, 1, 8)
 """Two of similar length share a stack of attention, where the shorter one has a pad."""

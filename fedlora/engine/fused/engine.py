@@ -149,8 +149,6 @@ class FusedEngine:
         technique, start, model = job.plan.technique, job.start, self.model
         if not technique.fuses:
             return technique.alone or start.alone
-        if start.head() is not None:
-            return "heads that train one by one"
         factors, moved = start.low_rank(), start.base() is not None
         if factors is None or (moved and (not factors or model.network.dtype != model.dtype)):
             return start.alone
@@ -230,5 +228,4 @@ class AutoEngine(FusedEngine):
 
 def _plain(job: EvaluateJob) -> bool:
     """Whether a job evaluates factors over the model's own base, or the base alone."""
-    adapter = job.adapter
-    return adapter is None or (plain_factors(adapter) is not None and adapter.head() is None)
+    return job.adapter is None or plain_factors(job.adapter) is not None

@@ -1,8 +1,7 @@
 """One frozen network that computes with the adapters of many clients at once."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedlora.core.payload import MovedBase
-from fedlora.data.batches import Batch
 from fedlora.engine.fused.bank import AdapterBank
 from fedlora.engine.fused.batch import (
-    Collate,
     FusedBatch,
     Group,
     Lane,
@@ -27,8 +24,8 @@ from fedlora.models.forward import supervised_hidden
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate, dense_weight, dropout_bits
 from fedlora.models.ragged import RaggedAttention, ragged
-from fedlora.models.ragged_classifier import RaggedClassifier
 from fedlora.models.recompute import check_recomputable, recomputing
+from fedlora.models.two_parts import Heads, PaddedClassifier, RaggedClassifier
 
 KNOWN = 1024
 """Groups whose segments are kept in memory; a round on ``s`` slots needs a few ``s`` of them."""
@@ -57,12 +54,10 @@ class FusedModel:
         self._attention = RaggedAttention()
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._hidden = int(model.network.config.get_text_config().hidden_size)
-        classifies = model.info.classifies
-        self._plain_head = not classifies and is_plain(model)
-        self._logits: Callable[[Batch], Tensor] = model.logits
-        self._collate: Collate | None = None
-        if classifies:
-            self._logits, self._collate = _labelled(model, is_ragged)
+        self._classifier: PaddedClassifier | None = None
+        if model.info.classifies:
+            self._classifier = (RaggedClassifier if is_ragged else PaddedClassifier)(model)
+        self._plain_head = self._classifier is None and is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
@@ -131,7 +126,8 @@ class FusedModel:
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, in this model's layout."""
         lay = ragged_batch if self.is_ragged else padded_batch
-        return lay(lanes, self._hidden, self._collate)
+        labelled = None if self._classifier is None else self._classifier.batch
+        return lay(lanes, self._hidden, labelled)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -161,8 +157,18 @@ class FusedModel:
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
         with self._precision():
-            logits = self._logits(moved)
+            if self._classifier is None:
+                logits = self.model.logits(moved)
+            else:
+                logits = self._classifier.logits(moved, self._heads(batch))
         return logits, moved.targets
+
+    def _heads(self, batch: FusedBatch) -> Heads:
+        """The lanes' heads; none if all use the model's own."""
+        assert self._bank is not None
+        if not any(lane.layout.head for lane in batch.lanes):
+            return ()
+        return [(len(x.examples), self._bank.head(x.slot, x.layout)) for x in batch.lanes]
 
     def _precision(self) -> torch.autocast:
         device = self.model.device.type
@@ -301,14 +307,6 @@ class FusedModel:
         if key not in self._cast:
             self._cast[key] = tensor.detach().to(torch.bfloat16)
         return self._cast[key]
-
-
-def _labelled(model: LanguageModel, is_ragged: bool) -> tuple[Callable[[Batch], Tensor], Collate]:
-    """How a classifier computes logits in a layout, and how it collates examples for that."""
-    if not is_ragged:
-        return model.logits, partial(model.collate, loss="full")
-    rows = RaggedClassifier(model)
-    return rows.logits, rows.batch
 
 
 class _ManyAdapters(LinearUpdate):

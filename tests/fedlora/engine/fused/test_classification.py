@@ -12,16 +12,21 @@ import torch
 from fedlora.core.types import EvaluateJob, EvaluatePlan, Failure, LocalPlan
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.fused.check import why_not_fused, why_not_ragged
+from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.sequential import Sequential
 from fedlora.models import ragged
 from fedlora.models.classifier import Classifier
-from fedlora.models.ragged_classifier import RaggedClassifier
+from fedlora.models.head import head_parameters
+from fedlora.models.headed import WithHead
+from fedlora.models.two_parts import RaggedClassifier
+from fedlora.training.terms import FedProx
 from tests.fedlora.engine.fused.harness import assert_equal, by_client, mixed
 from tests.fedlora.engine.fused.test_architectures import state
 from tests.fedlora.engine.labelled import factors_of, peft_loop, peft_model
 from tests.fedlora.engine.world import SEED, FakeStore, client, distance, job
 from tests.fedlora.models.classifiers import CONFIGS, PAD, classifier, examples, network
 from tests.fedlora.models.networks import adapter, same
+from tests.generators import as_payload
 from tests.planted import planted
 
 RAGGED = sorted(CONFIGS.keys() - {"deberta"})
@@ -138,6 +143,83 @@ def test_a_base_in_half_precision_trains_and_keeps_its_head_exact():
         assert found[k].metrics["loss_first"] == pytest.approx(
             update.metrics["loss_first"], rel=0.05
         )
+
+
+# --- heads that train ----------------------------------------------------------------------------
+
+
+def headed(on, k, factors):
+    """Clients 1 and 4 train no head; the others have heads of their own."""
+    if k in (1, 4):
+        return factors
+    g = torch.Generator().manual_seed(k)
+    head = {n: p.detach() for n, p in head_parameters(on.network).items()}
+    noise = {n: torch.randn(t.shape, generator=g, dtype=t.dtype) for n, t in head.items()}
+    return WithHead(as_payload(factors), {n: t + 0.1 * noise[n] for n, t in head.items()})
+
+
+def headed_jobs(on, plans=PLANS):
+    return [job(headed(on, j.client.id, j.start), j.plan, j.client.id) for j in jobs(on, plans)]
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("family", RAGGED)
+def test_heads_train_as_in_the_sequential_engine(family, layout):
+    """Each client's own, beside clients whose head is frozen; factors frozen or not."""
+    on, tasks = resident(family), headed_jobs(resident(family))
+    before = state(on.network)
+    wanted = by_client(Sequential().open(on, FakeStore(held())).train(tasks))
+    engine = fused(layout=layout).open(on, FakeStore(held()))
+    found = by_client(engine.train(tasks))
+    assert engine.notes() == (f"fused, {layout}, 80 tokens per step",)
+    for k, update in wanted.items():
+        assert type(found[k].payload) is type(tasks[k].start)
+        assert_equal(found[k], update)
+        assert distance(found[k].payload, update.payload) <= 1e-12
+        if isinstance(update.payload, WithHead):
+            assert distance(update.payload, tasks[k].start) > distance(
+                update.payload.update, tasks[k].start.update
+            )
+    assert state(on.network) == before
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert_mean", "llama"])
+def test_heads_are_evaluated_as_in_the_sequential_engine(family, layout):
+    on, plan = resident(family), EvaluatePlan(generate=False, batch_size=4)
+    tasks = [EvaluateJob(SEED, 1, j.client, j.start, plan) for j in headed_jobs(resident(family))]
+    engine = fused(layout=layout).open(on, FakeStore(held()))
+    found = {e.client.id: e for e in engine.evaluate(tasks)}
+    for one in Sequential().open(on, FakeStore(held())).evaluate(tasks):
+        assert found[one.client.id].scalars == pytest.approx(one.scalars, rel=1e-12)
+
+
+def test_a_local_term_sees_the_head_too():
+    on = resident("bert")
+    plans = [dataclasses.replace(p, term=FedProx(mu=0.5)) for p in PLANS]
+    tasks = headed_jobs(on, plans)
+    wanted = by_client(Sequential().open(on, FakeStore(held())).train(tasks))
+    found = by_client(fused().open(on, FakeStore(held())).train(tasks))
+    for k, update in wanted.items():
+        assert distance(found[k].payload, update.payload) <= 1e-12
+
+
+def test_a_head_that_does_not_fit_fails_its_own_client_alone():
+    on, tasks = resident("bert"), headed_jobs(resident("bert"))
+    wrong = {n: t[:2] for n, t in tasks[0].start.values.items()}
+    tasks[0] = job(tasks[0].start.with_head(wrong), PLAN, 0)
+    results = {r.client.id: r for r in fused().open(on, FakeStore(held())).train(tasks)}
+    assert isinstance(results[0], Failure) and "the head does not fit" in results[0].message
+    assert not any(isinstance(results[k], Failure) for k in (1, 2, 3, 4))
+
+
+def test_a_head_of_another_client_is_noticed():
+    on, tasks = resident("bert"), headed_jobs(resident("bert"))
+    wanted = by_client(Sequential().open(on, FakeStore(held())).train(tasks))
+    with planted(FusedModel._heads, "self._bank.head(x.slot,", "self._bank.head(0,"):
+        results = fused(tokens=500).open(on, FakeStore(held())).train(tasks[2:4])
+        found = {u.client.id: u for u in results}
+    assert distance(found[3].payload, wanted[3].payload) > 1e-6
 
 
 # --- which layout, and what is said --------------------------------------------------------------

@@ -1,18 +1,22 @@
-"""A classifier that reads sequences laid end to end: one row of logits for each of them.
+"""A classifier in two parts: the base model on the sequences of all clients, then their heads.
 
-The network's own forward pass runs on a stand-in of one token a sequence, ``[S, 1]``. Its base
-model is given the ``N`` real tokens instead, and the hidden states ``[1, N, d]`` that it returns
-are pooled to ``[S, 1, d]``. So the head computes ``S`` rows, and whatever an architecture does in
-between stays its own: of one token, the first, the last and the mean are the same.
+Sequences lie one per row or end to end, ``[1, N]``. End to end, the hidden states ``[1, N, d]`` are
+pooled to ``[S, 1, d]``, and the head is told that each sequence has one token. So whatever an
+architecture does there stays its own: of one token, the first, the last and the mean are the same.
+
+The head runs in the network's own forward pass, in which the base model returns what it has
+computed before. Clients whose heads differ are computed one after another.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fedlora.core.seeding import torch_generator
 from fedlora.data.batches import Batch, TokenExample
@@ -20,11 +24,12 @@ from fedlora.models.head import POOLER
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import RaggedUnsupported
 
+Heads: TypeAlias = Sequence[tuple[int, Mapping[str, Tensor]]]
+"""Of each client in the order of the batch: how many sequences it has, and its head by the names of
+the network's parameters (empty: the model's own)."""
+
 POOLINGS = ("first", "last", "mean")
 """What a head is given of a sequence: its first token (``[CLS]``), its last, or the mean of all."""
-
-_STAND_IN = ("input_ids", "attention_mask", "inputs_embeds", "position_ids", "token_type_ids")
-"""Arguments of a base model that the real tokens replace."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +53,73 @@ class Sample:
         return Sample(ids.cpu().numpy())
 
 
-class RaggedClassifier:
-    """A classifier's batches and logits in the ragged layout.
+class PaddedClassifier:
+    """A classifier that reads one sequence per row.
+
+    Args:
+        model: a classifier.
+    """
+
+    def __init__(self, model: LanguageModel) -> None:
+        self._model = model
+        self._base: nn.Module = getattr(model.network, model.network.base_model_prefix)
+
+    def batch(self, examples: Sequence[TokenExample]) -> Batch:
+        """Examples as rows, on the CPU."""
+        return self._model.collate(examples, "full")
+
+    def logits(self, batch: Batch, heads: Heads = ()) -> Tensor:
+        """Logits ``[S, classes]``, in float32 at least.
+
+        Args:
+            batch: made by `batch`, on the model's device.
+            heads: of the clients; empty: the model's own for all.
+        """
+        if not heads:
+            return self._model.logits(batch)
+        assert batch.mask is not None
+        given = {"input_ids": batch.inputs, "attention_mask": batch.mask.to(torch.int64)}
+        output = self._encode(batch, given)
+        return self._apply(output, output.last_hidden_state, given, heads)
+
+    def _encode(self, batch: Batch, given: Mapping[str, Tensor]) -> Any:
+        """What the base model returns for these arguments, and token types if there are some."""
+        types = {} if batch.segments is None else {"token_type_ids": batch.segments}
+        with self._model.entered(batch):
+            return self._base(**given, **types)
+
+    def _apply(
+        self, output: Any, hidden: Tensor, given: Mapping[str, Tensor], heads: Heads
+    ) -> Tensor:
+        """The heads on the hidden states.
+
+        Args:
+            output: of the base model.
+            hidden: ``[S, t, d]``, in place of its own.
+            given: the network's ``input_ids`` and ``attention_mask``, ``[S, t]``.
+            heads: of the clients.
+        """
+        network: Any = self._model.network
+        pooler, found, at = getattr(self._base, POOLER, None), [], 0
+        for count, head in heads:
+            rows = slice(at, at + count)
+            at += count
+
+            def give(rows: slice = rows) -> Any:
+                own = {"last_hidden_state": hidden[rows]}
+                if pooler is not None:  # a part of the head that is inside the base model
+                    own["pooler_output"] = pooler(hidden[rows])
+                return type(output)(**{**output, **own})
+
+            with _forward_replaced(self._base, lambda *_, give=give, **__: give()):
+                named = {name: x[rows] for name, x in given.items()}
+                found.append(functional_call(network, dict(head), (), named).logits)
+        logits = found[0] if len(found) == 1 else torch.cat(found)
+        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+
+class RaggedClassifier(PaddedClassifier):
+    """A classifier that reads sequences laid end to end.
 
     Args:
         model: a classifier, with nothing mounted; a forward pass of it tells how it pools.
@@ -59,8 +129,7 @@ class RaggedClassifier:
     """
 
     def __init__(self, model: LanguageModel) -> None:
-        self._model = model
-        self._base: nn.Module = getattr(model.network, model.network.base_model_prefix)
+        super().__init__(model)
         config = model.network.config.get_text_config()
         self._pad, self._position_pad = int(config.pad_token_id), _position_pad(self._base)
         self.pooling = self._find_pooling()
@@ -116,36 +185,16 @@ class RaggedClassifier:
             **{name: x[mask][None] for name, x in more.items() if x is not None},
         )
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Logits ``[S, classes]`` of a `batch` on the model's device, in float32 at least."""
-        own = {"input_ids": batch.inputs, "position_ids": batch.position_ids}
-        if batch.segments is not None:
-            own["token_type_ids"] = batch.segments
-
-        def give(_: nn.Module, args: Any, given: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return (), {k: v for k, v in given.items() if k not in _STAND_IN} | own
-
-        def pool(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (self._pool(args[0], batch.positions), *args[1:])
-
-        def pool_output(_: nn.Module, args: Any, output: Any) -> Any:
-            output.last_hidden_state = self._pool(output.last_hidden_state, batch.positions)
-            return output
-
-        # Some base models end with a pooler of their own, which reads the hidden states too.
-        pooler = getattr(self._base, POOLER, None)
-        handles = [] if pooler is None else [pooler.register_forward_pre_hook(pool)]
-        handles.append(self._base.register_forward_pre_hook(give, with_kwargs=True))
-        handles.append(self._base.register_forward_hook(pool_output))
-        ones = torch.ones(len(batch.positions), 1, dtype=torch.int64, device=batch.inputs.device)
-        try:
-            network: Any = self._model.network
-            with self._model.entered(batch):
-                logits: Tensor = network(input_ids=ones, attention_mask=ones).logits
-        finally:
-            for handle in handles:
-                handle.remove()
-        return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    def logits(self, batch: Batch, heads: Heads = ()) -> Tensor:
+        """As of a padded batch; all heads are computed here."""
+        assert batch.position_ids is not None
+        output = self._encode(
+            batch, {"input_ids": batch.inputs, "position_ids": batch.position_ids}
+        )
+        hidden = self._pool(output.last_hidden_state, batch.positions)
+        ones = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        given = {"input_ids": ones, "attention_mask": ones}
+        return self._apply(output, hidden, given, heads or [(len(hidden), {})])
 
     def _pool(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """``[1, N, d]`` to ``[S, 1, d]``, for the rows ``[S]`` of a `batch`."""
@@ -165,3 +214,16 @@ def _position_pad(base: nn.Module) -> int | None:
     embeddings = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     found: int | None = getattr(embeddings, "padding_idx", None)
     return found
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """While the context is open, a module computes something else."""
+    before = vars(module).get("forward")  # of accelerate, or none
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
