@@ -189,3 +189,24 @@ def test_a_finished_run_is_a_row(tmp_path):
     (folder / "metrics.jsonl").write_text(json.dumps(records[1]) + "\n")
     with pytest.raises(ConfigError, match="no evaluation before the first"):
         results.row_of(results.read_run(folder), "x", "fedlora run")
+
+
+def test_a_finished_classification_is_a_row_of_its_own_table(tmp_path):
+    scores = {"macro_f1_weighted": 0.5, "accuracy_worst_tenth": 0.25, "loss_weighted": 1.0}
+    ends = [
+        {"kind": "evaluate", "round": n, "group": "seen", "accuracy_weighted": a, **scores}
+        for n, a in enumerate((0.125, 0.75))
+    ]
+    trained = {"kind": "round", "round": 1, "wire/up_bytes": 2**20, "round/seconds": 62.0,
+               "state/hash": "abc"}  # fmt: skip
+    folder: Path = tmp_path / "run"
+    folder.mkdir()
+    lines = [json.dumps(r) + "\n" for r in (ends[0], trained, ends[1])]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    (folder / "config.yaml").write_text("model: {task: classification}\n")
+    row = results.row_of(results.read_run(folder), "x", "fedlora run")
+    (tmp_path / "docs/results").mkdir(parents=True)
+    (tmp_path / "docs/results/runs.json").write_text(json.dumps({"rows": [row]}))
+    shown = ALL["classification"](Records(tmp_path)).splitlines()
+    assert shown[2:] == ["| x | `fedlora run` | 12.5 → 75.0 | 50.0 | 25.0 | 1 MiB | 1:02 |"]
+    assert len(ALL["learning"](Records(tmp_path)).splitlines()) == 2

@@ -105,6 +105,12 @@ class Jsonl(Source):
                 f"{self.test_fraction} must leave something to train on: their sum must be < 1"
             )
 
+        named = [n for n in (self.label_field, self.text_field, self.second_text_field) if n]
+        if self.labelled and len(set(named)) < len(named):
+            raise ValueError(
+                f"data.label_field={self.label_field!r}, data.text_field={self.text_field!r} and "
+                f"data.second_text_field={self.second_text_field!r} must name different fields"
+            )
         if self.second_text_field and not self.labelled:
             raise ValueError(
                 f"data.second_text_field={self.second_text_field!r} has no effect without "

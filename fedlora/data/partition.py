@@ -19,6 +19,9 @@ Indices: TypeAlias = NDArray[np.int64]
 
 DRAWS = 11
 """How often `dirichlet` draws before it moves examples, as in `flwr-datasets`."""
+EVEN = 1e15
+"""A larger alpha is drawn as this one: fractions are equal to seven digits, and sums overflow near
+the largest float."""
 
 
 class Division(NamedTuple):
@@ -126,7 +129,7 @@ def _draw(
     owner = np.empty_like(labels)
     for label in range(count):
         (members,) = np.nonzero(labels == label)
-        fractions = np.cumsum(rng.dirichlet(np.full(clients, alpha)))
+        fractions = np.cumsum(rng.dirichlet(np.full(clients, min(alpha, EVEN))))
         ends = fractions[:-1] * len(members)
         cuts = (np.rint(ends) if nearest else ends).astype(np.int64)
         owner[members] = np.searchsorted(cuts, np.arange(len(members)), side="right")

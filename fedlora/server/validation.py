@@ -45,7 +45,7 @@ EVALUATION_FIELDS = frozenset(
 )
 """The same for the record of an evaluation."""
 MOST_COUNTS = 100_000
-"""Entries of a table of counts: an example makes at most one."""
+"""Entries of all tables of counts of one evaluation: an example makes at most one in each."""
 
 
 def check_update(update: Update, expected: Expected, max_norm: float) -> None:
@@ -97,6 +97,9 @@ def check_evaluation(evaluation: Evaluation) -> str:
     wrong = _wrong_names(evaluation.metrics, EVALUATION_FIELDS)
     for name, metric in evaluation.metrics.items():
         wrong = wrong or _wrong_metric(name, metric)
+    held = sum(len(m.counts.counts) for m in evaluation.metrics.values() if m.counts)
+    if held > MOST_COUNTS:
+        wrong = wrong or f"it has {held} counts of classes, at most {MOST_COUNTS} are recorded"
     return wrong
 
 
@@ -116,8 +119,6 @@ def _wrong_metric(name: str, metric: Metric) -> str:
 
 def _wrong_counts(name: str, metric: Metric, counts: Confusion) -> str:
     """What is wrong with a table that a metric was computed from."""
-    if len(counts.counts) > MOST_COUNTS:
-        return f"its metric {name} has {len(counts.counts)} counts, at most {MOST_COUNTS} are added"
     if counts.examples != metric.weight:
         return f"its metric {name} has weight {metric.weight!r} and counts {counts.examples}"
     if counts.macro_f1 != metric.value:

@@ -27,6 +27,11 @@ ALL = TABLES | {"speed": speed, "overview": overview}
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 
+OF_TOKENS = ("loss_response", "rouge_l", "rouge_l_low", "rouge_l_high")
+OF_LABELS = ("loss_weighted", "accuracy_weighted", "accuracy_worst_tenth", "macro_f1_weighted")
+"""What is recorded of an evaluation."""
+
+
 def written(text: str, records: Records) -> str:
     """A document with every marked table made anew.
 
@@ -66,7 +71,7 @@ def row_of(run: Run, name: str, command: str, note: str = "") -> dict[str, Any]:
     groups = list(run.groups().values())
     if not groups or len(groups[0]) < 2 or not run.rounds:
         raise ConfigError(f"{run.folder} has no evaluation before the first and after a last round")
-    keys = ("loss_response", "rouge_l", "rouge_l_low", "rouge_l_high")
+    keys = OF_LABELS if run.classifies else OF_TOKENS
     first, last = ({k: r[k] for k in keys if k in r} for r in (groups[0][0], groups[0][-1]))
     return {
         "run": name,

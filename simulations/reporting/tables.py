@@ -110,12 +110,36 @@ def groups(records: Records) -> str:
 def learning(records: Records) -> str:
     """Runs: loss and ROUGE-L of clients that never train, before and after."""
     rows = []
-    for r in records["runs"]["rows"]:
-        note = f", {r['note']}" if r.get("note") else ""
+    for r in _of(records, "loss_response"):
         loss = change(r["first"]["loss_response"], r["last"]["loss_response"])
-        cost = (traffic(r["up_mib"]), clock(r["seconds"]))
-        rows.append([f"{r['run']}{note}", code(r["command"]), loss, rouge(r), *cost])
+        rows.append([*_named(r), loss, rouge(r), *_cost(r)])
     return markdown(["run", "command", "loss", "ROUGE-L", "sent up", "time"], rows)
+
+
+def classification(records: Records) -> str:
+    """Runs: accuracy of predicted labels, before and after; macro F1 and the worst tenth after."""
+    rows = []
+    for r in _of(records, "accuracy_weighted"):
+        before, after = (100 * r[end]["accuracy_weighted"] for end in ("first", "last"))
+        scores = [100 * r["last"][k] for k in ("macro_f1_weighted", "accuracy_worst_tenth")]
+        shown = [change(before, after, digits=1), *(f"{x:.1f}" for x in scores)]
+        rows.append([*_named(r), *shown, *_cost(r)])
+    names = ["run", "command", "accuracy, %", "macro F1, %", "worst tenth, %", "sent up", "time"]
+    return markdown(names, rows)
+
+
+def _of(records: Records, metric: str) -> list[Mapping[str, Any]]:
+    """The runs that measured this."""
+    return [r for r in records["runs"]["rows"] if metric in r["last"]]
+
+
+def _named(row: Mapping[str, Any]) -> tuple[str, str]:
+    note = f", {row['note']}" if row.get("note") else ""
+    return f"{row['run']}{note}", code(row["command"])
+
+
+def _cost(row: Mapping[str, Any]) -> tuple[str, str]:
+    return traffic(row["up_mib"]), clock(row["seconds"])
 
 
 def rouge(row: Mapping[str, Any]) -> str:
@@ -188,6 +212,7 @@ TABLES: dict[str, Table] = {
     "groups": groups,
     "printed": printed,
     "learning": learning,
+    "classification": classification,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,

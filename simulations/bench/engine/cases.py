@@ -38,12 +38,12 @@ from fedlora.data.batches import (
 from fedlora.data.store import Example, TokenStore, prepare
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, find_modules
-from fedlora.models.spec import SmolLM2, Tiny
+from fedlora.models.spec import ModelSpec, SmolLM2, Tiny
 from fedlora.population.sampling import cohort, enroll
 from fedlora.server.training_round import training_jobs
 from fedlora.techniques.lora.payload import LowRankPayload
 from simulations.app.compose import load
-from simulations.app.parts import build_parts
+from simulations.app.parts import Parts, build_parts
 
 SEED = 7
 ALPHA = 16.0
@@ -215,16 +215,29 @@ def _configured(world: World) -> tuple[Store, list[TrainJob]]:
     case = world.case
     experiment = [f"experiment={case.experiment}"] if case.experiment else []
     parts = build_parts(load([*experiment, *case.overrides]))
-    model, method = parts.model.resolved(), parts.strategy
-    folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
-    store, info = TokenStore(folder), model.describe()
-    whole, loss = (info.modules, info.parameters), parts.client.loss
-    roster = enroll(parts.population, parts.ranks, store.clients, *whole, parts.seed, loss)
-    setting = Setting(info.modules, info.parameters, parts.ranks.alpha, roster.clients, parts.seed)
-    state = method.init_state(setting)
-    clients, plan = cohort(roster, parts.seed, 1), replace(parts.client, dropout=case.plan.dropout)
-    jobs = training_jobs(method, state, clients, plan, seed=parts.seed, round=1)
+    model = parts.model.resolved()
+    store = prepared(parts, model)
+    jobs = first_cohort(parts, model.describe(), store, case.plan.dropout)
     return store, jobs[: case.clients] if case.clients else jobs
+
+
+def prepared(parts: Parts, model: ModelSpec) -> TokenStore:
+    """The tokens of a configured run."""
+    tokenizer = model.tokenizer()
+    return TokenStore(prepare(parts.data, tokenizer, model.tokenizer_id(), cache_root()))
+
+
+def first_cohort(
+    parts: Parts, info: ModelInfo, store: TokenStore, dropout: float
+) -> list[TrainJob]:
+    """The jobs of the first round of a configured run, at another rate of dropout."""
+    method, whole = parts.strategy, (info.modules, info.parameters)
+    loss = parts.client.loss
+    roster = enroll(parts.population, parts.ranks, store.clients, *whole, parts.seed, loss)
+    setting = Setting(*whole, parts.ranks.alpha, roster.clients, parts.seed)
+    state = method.init_state(setting)
+    clients, plan = cohort(roster, parts.seed, 1), replace(parts.client, dropout=dropout)
+    return training_jobs(method, state, clients, plan, seed=parts.seed, round=1)
 
 
 # ------------------------------------------------------------------------------------------- work

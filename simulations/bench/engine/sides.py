@@ -26,7 +26,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
-from fedlora.data.batches import targets_of
+from fedlora.data.batches import supervised_tokens, targets_of
 from fedlora.data.store import Example
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.fused import Fused
@@ -163,7 +163,7 @@ class PeftLoop:
         losses, counts = [], []
         for batch in batches:
             optimizer.zero_grad()
-            rows = collate(batch, plan.loss)
+            rows = self.rows(batch, plan.loss)
             loss = self.model(**{k: v.to(self.network.device) for k, v in rows.items()}).loss
             loss.backward()
             if plan.max_grad_norm > 0:
@@ -171,8 +171,12 @@ class PeftLoop:
             optimizer.step()
             schedule.step()
             losses.append(loss.item())
-            counts.append(int((rows["labels"][:, 1:] != -100).sum()))
+            counts.append(sum(supervised_tokens(e, plan.loss) for e in batch))
         return summary(losses, counts)
+
+    def rows(self, batch: Sequence[Example], loss: str) -> dict[str, Tensor]:
+        """A batch as the network takes it."""
+        return collate(batch, loss)
 
 
 class ClientTrainer(Trainer):

@@ -211,6 +211,16 @@ def test_without_the_field_it_says_which_options_name_it(tmp_path):
         list(saved(tmp_path, held).records())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"text_field": "label"}, {"second_text_field": "label"}, {"second_text_field": "text"}],
+)
+def test_a_label_is_no_text(options):
+    """A model that reads the label has nothing to predict."""
+    with pytest.raises(ValueError, match=r"must name different fields"):
+        labelled("x.jsonl", **options)
+
+
 def test_a_second_text_needs_labels():
     with pytest.raises(ValueError, match=r"data\.second_text_field='b' has no effect without"):
         Jsonl(path="x.jsonl", second_text_field="b")

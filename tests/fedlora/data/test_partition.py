@@ -75,7 +75,7 @@ def test_flwr_datasets_divides_alike(labels, clients, seed):
 @given(
     labels=LABELS,
     clients=st.integers(1, 40),
-    alpha=st.sampled_from([1e-9, 0.01, 0.1, 1.0, 100.0]),
+    alpha=st.sampled_from([5e-324, 1e-9, 0.01, 0.1, 1.0, 100.0]),
     least=st.integers(1, 4),
     seed=st.integers(0, 5),
     nearest=st.booleans(),
@@ -125,13 +125,19 @@ def test_completing_moves_no_more_than_what_is_missing():
 
 
 @LAW
-@given(counts=st.lists(st.integers(1, 60), min_size=1, max_size=6), clients=st.integers(1, 12))
-def test_in_the_limit_of_large_alpha_all_clients_have_the_labels_frequencies(counts, clients):
+@given(
+    counts=st.lists(st.integers(1, 60), min_size=1, max_size=6),
+    clients=st.integers(1, 12),
+    alpha=st.sampled_from([1e12, 1.7e308]),
+)
+def test_in_the_limit_of_large_alpha_all_clients_have_the_labels_frequencies(
+    counts, clients, alpha
+):
     labels = [f"l{y}" for y, n in enumerate(counts) for _ in range(n)]
     if clients > len(labels):
         return
     short = max(0, clients - min(counts))  # those may be short, and the others give
-    for part in dirichlet(labels, clients, 1e12, 1, 0).parts:
+    for part in dirichlet(labels, clients, alpha, 1, 0).parts:
         held = Counter(labels[i] for i in part)
         for y, n in enumerate(counts):
             assert abs(held[f"l{y}"] - n / clients) <= 1 + short

@@ -109,6 +109,8 @@ def test_a_round_of_a_classifier_is_that_without_states(name, cache):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_evaluation_is_that_without_states(engine):
+    """Likelihoods and generated texts, with an adapter and without one."""
+
     def measured(spec):
         on = world()
         jobs = [
@@ -159,6 +161,24 @@ def test_states_are_computed_once(cache, monkeypatch):
     assert 0 < checks < made, "only the self-check of the model runs again"
     assert_same(other, first, within=0.0)
     assert again[0].payload
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_frozen_blocks_do_not_run_again(engine):
+    """In training and in likelihoods; generation runs them all."""
+    on, ran = world(), []
+    opened = replace(ENGINES[engine], prefix="on").open(on, store())
+    start = adapter(on.info.modules, 2)
+    jobs = [job(start, PLAN, id=k) for k in range(3)]
+    plan = replace(MEASURED, generate=False)
+    measured = [EvaluateJob(1, 1, client(start, k), start, plan) for k in range(3)]
+    assert len([*opened.train(jobs), *opened.evaluate(measured)]) == 6  # computes the states
+    for block, called in zip(on.network.model.layers, "0123", strict=True):
+        block.mlp.register_forward_pre_hook(lambda *_, called=called: ran.append(called))
+    assert len([*opened.train(jobs), *opened.evaluate(measured)]) == 6
+    assert set(ran) == {"2", "3"}
+    list(opened.evaluate([replace(measured[0], plan=MEASURED)]))
+    assert set(ran) == set("0123")
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "foreign", "empty", "of others"])

@@ -90,4 +90,4 @@ def test_a_table_of_many_counts_is_refused(monkeypatch):
     monkeypatch.setattr(validation, "MOST_COUNTS", 2)
     found = validate_evaluations([Evaluation(CLIENTS[0], METRICS)])
     assert isinstance(found[0], Failure)
-    assert found[0].message == "its metric macro_f1 has 5 counts, at most 2 are added"
+    assert found[0].message == "it has 5 counts of classes, at most 2 are recorded"

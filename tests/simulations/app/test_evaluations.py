@@ -1,9 +1,14 @@
 """Every client's own metrics are on the disk, once, and give the means that are recorded."""
 
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
+from fedlora.core.confusion import Confusion, added
+from fedlora.data.store import TokenStore
 from fedlora.run.tracking import JsonlTracker, read_jsonl
 
 EVALUATED = ("evaluate=fast", "evaluate.clients=3", "evaluate.groups=[seen]", "rounds=1")
@@ -36,3 +41,47 @@ def test_a_resumed_run_repeats_no_row(tmp_path):
     JsonlTracker(tmp_path, after_round=1)
     kept = read_jsonl(tmp_path / "evaluations.jsonl")
     assert [(r["round"], r["client"]) for r in kept] == [(0, 3), (0, 5)]
+
+
+LABELLED = ("data=intents", "model.task=classification", "model.layers=top:1", "rounds=1")
+EVERYONE = ("evaluate=classification", "evaluate.first=false", "population.unseen_fraction=0")
+
+
+def test_all_clients_together_are_evaluated_on_the_official_test_set(federate):
+    done = federate(*LABELLED, *EVERYONE, "population.clients=30")
+    names = json.loads((done.folder / "labels.json").read_text())["labels"]
+    rows = read_jsonl(done.folder / "evaluations.jsonl")
+    records = [r for r in done.records if r["kind"] == "evaluate"]
+    assert [r["adapter"] for r in records] == ["full", "own"]
+    for record in records:
+        mine = [r for r in rows if r["adapter"] == record["adapter"]]
+        counts = [Confusion(77, tuple(map(tuple, r["counts"]["macro_f1"]))) for r in mine]
+        pooled = added(counts)
+        assert record["clients"] == len(mine) == 30
+        assert record["examples"] == pooled.examples == 3080  # of BANKING77
+        assert [(s.label, s.true) for s in pooled.by_class] == [(i, 40) for i in range(len(names))]
+        assert record["macro_f1_weighted"] == pooled.macro_f1
+        assert record["accuracy_weighted"] == pytest.approx(pooled.accuracy, rel=1e-12)
+        assert record["accuracy"] == pytest.approx(math.fsum(c.accuracy for c in counts) / 30)
+        assert sum(v for k, v in record.items() if re.fullmatch("tier/.*/clients", k)) == 30
+        assert all(isinstance(v, int | float | str) for v in record.values())
+
+
+def test_the_labels_of_clients_are_those_of_the_data(federate):
+    done = federate(*LABELLED, "evaluate=none")
+    written = json.loads((done.folder / "labels.json").read_text())
+    worker = json.loads((done.folder / "worker.json").read_text())
+    store = TokenStore(Path(worker["store"]))
+    assert tuple(written["labels"]) == store.labels
+    for held, counts in zip(written["train"], store.label_counts("train"), strict=True):
+        assert {i: n for i, n in enumerate(counts.tolist()) if n} == dict(held)
+    assert not (federate("rounds=1", output="tokens").folder / "labels.json").exists()
+
+
+def test_the_default_evaluation_follows_the_task(federate):
+    done = federate(*LABELLED, "evaluate=fast", "evaluate.clients=3", "evaluate.groups=[seen]")
+    for record in (r for r in done.records if r["kind"] == "evaluate"):
+        assert {"loss", "accuracy", "macro_f1"} < record.keys()
+        assert not {"rouge_l", "exact_match", "perplexity", "truncated_prompts"} & record.keys()
+    assert "accuracy" in done.said
+    assert "token accuracy" not in done.said
