@@ -30,7 +30,7 @@ from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from simulations.app.alone import watch
 from simulations.app.attempts import FAILED_LINE, Attempt, complete
-from simulations.app.compose import CONF, load
+from simulations.app.compose import CONF, REFUSALS, load, refused
 from simulations.app.launch import launch
 from simulations.app.own_modules import find_own_modules
 from simulations.app.ray_setup import check_cluster
@@ -39,6 +39,8 @@ from simulations.app.startup import timed
 from simulations.app.words import SEARCH_PATH, absolute, readable, with_search_path
 
 SWEEP = ("-m", "--multirun")
+FULL_ERROR = "HYDRA_FULL_ERROR"
+"""With this variable Hydra's program raises what it would else print before it ends the process."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -114,7 +116,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Beside the runs: jobs of a sweep may be done on machines that share that folder alone.
         place = _output_dir(words) if sweep else None
         with tempfile.TemporaryDirectory(prefix=".fedlora-sweep-", dir=place) as folder:
-            _through_hydra(words, Path(folder))
+            try:
+                _through_hydra(words, Path(folder))
+            except ConfigError as error:
+                say(f"{FAILED_LINE}{error}")
+                return 2
             codes = [int(file.read_text() or 1) for file in Path(folder).iterdir()]
     if sweep and not codes:
         say(f"{FAILED_LINE}no run of the sweep has left its exit code")
@@ -141,6 +147,9 @@ def _through_hydra(words: list[str], codes: Path) -> None:
         words: its command line.
         codes: folder in which every run leaves a file with its exit code; a launcher such as
             joblib's does the runs in other processes.
+
+    Raises:
+        ConfigError: for words of which no configuration can be made.
     """
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
@@ -156,9 +165,12 @@ def _through_hydra(words: list[str], codes: Path) -> None:
             sys.exit(INTERRUPTED)  # a sweep ends with its interrupted run
 
     given = sys.argv
+    os.environ.setdefault(FULL_ERROR, "1")
     sys.argv = [given[0], *words]
     try:
         task()
+    except REFUSALS as error:
+        raise refused(error, [w for w in words if "=" in w or w.startswith("~")]) from error
     finally:
         sys.argv = given
 

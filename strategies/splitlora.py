@@ -111,6 +111,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 f"client.micro_batch_size={plan.micro_batch_size}: a step of a split client is one "
                 f"forward; choose client.batch_size <= {plan.micro_batch_size}, or 0"
             )
+        if self.average_every and plan.steps % self.average_every:
+            raise ValueError(
+                f"strategy.average_every={self.average_every} does not divide the round's "
+                f"{plan.steps} steps (client.steps): a round ends with an average"
+            )
         if setup.error_feedback:
             raise ValueError(
                 "federation.error_feedback=true with strategy=splitlora: clients of a split send "
@@ -136,6 +141,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             raise ValueError(
                 f"strategy.cut: a client cannot hold the first {cuts[-1]} and the last "
                 f"{max(self.tail, 0)} of {blocks} blocks (strategy.cut, tier_cuts, tail)"
+            )
+        if cuts[0] + max(self.tail, 0) == 0:
+            raise ValueError(
+                f"strategy.cut: a client that holds none of the {blocks} blocks has nothing to "
+                "train; let it hold one or more (strategy.cut, tier_cuts, tail)"
             )
         top = setting.max_ranks
         if self.server_rank:

@@ -1,7 +1,7 @@
 """Checks of single values; each error names the field, its value and what is allowed."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard, TypeVar
 
 T = TypeVar("T")
@@ -37,6 +37,22 @@ def at_least(name: str, value: float, low: float, *, strict: bool = False) -> No
     if not (math.isfinite(value) and (value > low if strict else value >= low)):
         finite = "" if math.isfinite(value) else " and finite"
         raise ValueError(f"{name}={value!r} must be {'>' if strict else '>='} {low}{finite}")
+
+
+MOST_THREADS = 1024
+"""Threads of one process: OpenMP ends a process for which it cannot start them all."""
+
+
+def within(name: str, value: int, low: int, high: int) -> None:
+    """Raise a ValueError unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must lie in {low:,}..{high:,}")
+
+
+def distinct(name: str, values: Sequence[str]) -> None:
+    """Raise a ValueError that names what is listed twice."""
+    if twice := sorted({v for v in values if values.count(v) > 1}):
+        raise ValueError(f"{name}={list(values)} lists {twice[0]} more than once")
 
 
 def fraction(name: str, value: float) -> None:

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from fedlora.core.errors import ConfigError, RunFolderError
+from fedlora.core.reading import json_in
 
 log = logging.getLogger(__name__)
 
@@ -165,11 +166,8 @@ def output_record(folder: Path) -> dict[str, Any]:
     file = folder / RECORD
     if not file.is_file():
         return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged: {error}") from error
-    if not isinstance(found, dict) or not isinstance(found.get("files"), list):
+    found = json_in(file, "the list of an earlier output's files,", ConfigError)
+    if not isinstance(found.get("files"), list):
         raise ConfigError(f"{file} is damaged: it lists no files")
     return found
 
@@ -286,7 +284,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def _owner(file: Path) -> str:
-    """Who claimed a folder, in words; empty if the file does not say."""
+    """Who claimed a folder, in words; empty if the file does not say: its process may have died
+    while it wrote, and the lock alone decides."""
     try:
         said = json.loads(file.read_text(encoding="utf-8"))
         return f"process {said['pid']} on {said['host']}, started {said['started']}"

@@ -49,22 +49,27 @@ def tensors_in(path: Path, what: str) -> Iterator[Any]:
         raise ModelError(f"{what} {path} cannot be read: {fault(path, error)}") from error
 
 
-def json_in(path: Path, what: str) -> dict[str, Any]:
+def json_in(
+    path: Path, what: str, kind: type[Exception] = ModelError, *, text: str | None = None
+) -> dict[str, Any]:
     """The object in a JSON file.
 
     Args:
         path: of the file.
         what: it is, for the message.
+        kind: of the exception.
+        text: JSON that was found in the file, such as metadata of a safetensors file; None: the
+            whole file.
 
     Raises:
-        ModelError: if there is none that can be read.
+        Exception: of this kind, if there is no object that can be read.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(path.read_bytes() if text is None else text)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{what} {path} cannot be read: {fault(path, error)}") from error
+        raise kind(f"{what} {path} cannot be read: {fault(path, error)}") from error
     if not isinstance(found, dict):
-        raise ModelError(f"{what} {path} holds a {type(found).__name__} instead of an object")
+        raise kind(f"{what} {path} holds a {type(found).__name__} instead of an object")
     return found
 
 

@@ -231,6 +231,11 @@ class LocalPlan:
         fraction("client.dropout", self.dropout)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             raise ValueError(f"client.betas={list(self.betas)} must be two numbers in [0, 1)")
+        if not (self.train_a or self.train_b):
+            raise ValueError(
+                "client.train_a=false and client.train_b=false: a client would train nothing; one "
+                "of the two must be true"
+            )
 
 
 @dataclass(frozen=True)

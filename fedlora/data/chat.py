@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data.encode import Encoded, prompt_room
 from fedlora.data.records import Record, Turn
 from fedlora.data.template import CHAT
@@ -37,14 +37,14 @@ def chat_template(name: str, tokenizer: Any) -> str:
         tokenizer: whose template it is.
 
     Raises:
-        DataError: if the tokenizer has none.
+        ConfigError: if the tokenizer has none.
     """
     if name != CHAT:
         return Path(name).expanduser().read_text(encoding="utf-8")
     own = getattr(tokenizer, "chat_template", None)
     found = own.get("default") if isinstance(own, dict) else own
     if not found:
-        raise DataError(
+        raise ConfigError(
             "data.template=chat: the model's tokenizer has no chat template (a base model has "
             "none); use data.template=ours or alpaca, or name a Jinja file"
         )

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import partition
 from fedlora.data.batches import subset
 from fedlora.data.fields import required
@@ -160,7 +160,7 @@ class E2E(Source):
         if self.partition == "dirichlet":
             if not any(self.by in row.attributes for row in rows):
                 known = sorted({key for row in rows for key in row.attributes})
-                raise DataError(
+                raise ConfigError(
                     f"data.by={self.by!r} is no attribute of the MRs, which are {known}"
                 )
             labels = [row.attributes.get(self.by, "") for row in rows]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data.records import Record, Turn
 from fedlora.data.template import INSTRUCTION, Template
 
@@ -70,7 +70,7 @@ class Encoder:
             raise DataError("the tokenizer has no EOS token: a response could never end")
         mark = len(self._mark())
         if mark + 2 > self.max_length // 2:
-            raise DataError(
+            raise ConfigError(
                 f"data.max_length={self.max_length} must be >= {2 * (mark + 2)}: the prompt's "
                 f"last line alone has {mark} tokens"
             )

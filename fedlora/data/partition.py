@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import generator
 
 Indices: TypeAlias = NDArray[np.int64]
@@ -45,7 +45,7 @@ def iid(count: int, clients: int, seed: int) -> list[list[int]]:
     """`count` examples in random order, cut into `clients` parts; sizes differ by at most one.
 
     Raises:
-        DataError: if there are more clients than examples.
+        ConfigError: if there are more clients than examples.
     """
     enough(count, clients, "records")
     order = np.random.default_rng(seed).permutation(count)
@@ -81,11 +81,11 @@ def dirichlet(
             `alpha` is.
 
     Raises:
-        DataError: if there are too few examples to give every client `min_examples`.
+        ConfigError: if there are too few examples to give every client `min_examples`.
     """
     enough(len(labels), clients, "records")
     if clients * min_examples > len(labels):
-        raise DataError(
+        raise ConfigError(
             f"data.min_examples={min_examples} for each of data.clients={clients} needs "
             f"{clients * min_examples} records, and there are {len(labels)}: lower one of the two"
         )
@@ -227,17 +227,17 @@ def pathological(
     label has nearly equally many holders; its examples are divided evenly over them.
 
     Raises:
-        DataError: if there are fewer labels, if some would be on no client, or if a label has fewer
-            examples than holders and one of them holds nothing else.
+        ConfigError: if there are fewer labels, if some would be on no client, or if a label has
+            fewer examples than holders and one of them holds nothing else.
     """
     names, of = np.unique(np.array(labels), return_inverse=True)
     if not 1 <= classes_per_client <= len(names):
-        raise DataError(
+        raise ConfigError(
             f"data.classes_per_client={classes_per_client} must lie between 1 and the "
             f"{len(names)} labels of the data"
         )
     if clients * classes_per_client < len(names):
-        raise DataError(
+        raise ConfigError(
             f"data.clients={clients} with data.classes_per_client={classes_per_client} can hold "
             f"{clients * classes_per_client} of the {len(names)} labels: raise one of the two"
         )
@@ -254,7 +254,7 @@ def pathological(
         for k, part in zip(order, np.array_split(members, len(order)), strict=True):
             parts[k] += part.tolist()
     if not all(parts):
-        raise DataError(
+        raise ConfigError(
             f"data.clients={clients} with data.classes_per_client={classes_per_client} leaves "
             f"client {parts.index([])} without examples: its labels have too few; lower "
             "data.clients or raise data.classes_per_client"
@@ -269,7 +269,7 @@ def by_group(groups: Sequence[str], clients: int, seed: int) -> list[list[int]]:
     Clients are given to groups one by one, to the one whose clients are the largest so far.
 
     Raises:
-        DataError: if there are more clients than examples.
+        ConfigError: if there are more clients than examples.
     """
     enough(len(groups), clients, "records")
     members = natural(groups)
@@ -333,4 +333,4 @@ def follow(
 def enough(count: int, clients: int, what: str) -> None:
     """Refuse more clients than there are things to give them."""
     if clients > count:
-        raise DataError(f"data.clients={clients} is more than the {count} {what}")
+        raise ConfigError(f"data.clients={clients} is more than the {count} {what} of the data")

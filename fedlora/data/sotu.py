@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedlora.core.checks import at_least
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data.records import Record
 from fedlora.data.source import Source
 
@@ -107,11 +107,11 @@ def apportion(supply: Mapping[str, int], clients: int, minimum: int) -> dict[str
         minimum: passages a client must have at least.
 
     Raises:
-        DataError: if the passages do not suffice, naming the largest possible number.
+        ConfigError: if the passages do not suffice, naming the largest possible number.
     """
     most = sum(n // minimum for n in supply.values())
     if clients > most:
-        raise DataError(
+        raise ConfigError(
             f"data.clients={clients} is more than the addresses can give: at most {most} clients "
             f"have {minimum} passages each"
         )

@@ -4,11 +4,11 @@
 `tokenizers`. The ids are the same: the same Rust code reads the same ``tokenizer.json``.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import DataError, ModelError
+from fedlora.core.reading import fault, json_in
 
 _GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
 _GPT2_BORDER = "<|endoftext|>"
@@ -36,13 +36,19 @@ class FolderTokenizer:
 
         Raises:
             DataError: if the folder has no ``tokenizer.json``.
+            ModelError: if a file cannot be read.
         """
         import tokenizers
 
         file = folder / "tokenizer.json"
         if not file.is_file():
             raise DataError(f"{folder} has no tokenizer.json")
-        self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the Rust library has no class of its own
+            raise ModelError(
+                f"the tokenizer {file} cannot be read: {fault(file, error)}"
+            ) from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         named = _read(folder / "tokenizer_config.json")
@@ -105,4 +111,4 @@ def _is_gpt2(named: dict[str, Any], folder: Path) -> bool:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    return json_in(file, "the tokenizer's configuration") if file.is_file() else {}

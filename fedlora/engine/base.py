@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fedlora.core.checks import at_least, one_of
+from fedlora.core.checks import MOST_THREADS, at_least, one_of, within
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -90,7 +90,7 @@ class WorkerEngine(EngineSpec):
     """``float32``: as the base computes them; ``bfloat16``: rounded, half the size."""
 
     def __post_init__(self) -> None:
-        at_least("engine.threads", self.threads, 0)
+        within("engine.threads", self.threads, 0, MOST_THREADS)
         one_of("engine.prefix", self.prefix, ("off", "auto", "on"))
         at_least("engine.prefix_gb", self.prefix_gb, 0, strict=True)
         one_of("engine.prefix_dtype", self.prefix_dtype, DTYPES)

@@ -27,11 +27,7 @@ from fedlora.data.batches import sample_examples
 from fedlora.data.store import Example, TokenStore
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.language_model import LanguageModel
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    plan_from_json,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, plan_from_json
 
 Scalars: TypeAlias = dict[str, Any]
 """Flower's config and metrics: str, int, float, bool or bytes by name."""
@@ -53,7 +49,7 @@ class LoRAClient(NumPyClient):
         whatever ran before in this process. The global random generators are not used.
 
         Raises:
-            ValueError: if the client has nothing to train on, or the plan trains nothing.
+            ValueError: if the client has nothing to train on, or the adapter has no module.
             FloatingPointError: if a loss is not finite.
         """
         self._check_identity(job.client)
@@ -153,11 +149,9 @@ def training_examples(store: TokenStore, job: TrainJob) -> list[Example]:
     """The examples that a job's client trains on in its round.
 
     Raises:
-        ValueError: if there are none, or the plan trains no factor.
+        ValueError: if there are none, or the adapter has no module.
     """
     plan, who = job.plan, job.client.id
-    if not (plan.train_a or plan.train_b):
-        raise ValueError("the plan trains nothing: train_a and train_b are both false")
     if next(job.start.tensors(), None) is None:
         raise ValueError(f"client {who} was sent an empty adapter: there is nothing to train")
     return examples_for(store, plan, seed=job.seed, round=job.round, client=who)

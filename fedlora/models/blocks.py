@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError, ModelError
 
 _TOP = re.compile(r"top:0*([1-9]\d*)")
 
@@ -64,7 +64,8 @@ def adaptable_parts(network: Any, layers: Any) -> tuple[str, ...]:
         One empty text for ``all``: modules outside the blocks too.
 
     Raises:
-        ModelError: if the network has no such block, or its blocks cannot be found.
+        ConfigError: if the network has no such block.
+        ModelError: if its blocks cannot be found.
     """
     if layers == "all":
         return ("",)
@@ -76,7 +77,7 @@ def adaptable_parts(network: Any, layers: Any) -> tuple[str, ...]:
     if isinstance(layers, str):
         top = int(layers.removeprefix("top:"))
         if top > count:
-            raise ModelError(
+            raise ConfigError(
                 f"model.layers={layers}: {type(network).__name__} has {count} blocks; k is in "
                 f"1..{count}"
             )
@@ -84,7 +85,7 @@ def adaptable_parts(network: Any, layers: Any) -> tuple[str, ...]:
     else:
         chosen = layers
         if max(layers) >= count:
-            raise ModelError(
+            raise ConfigError(
                 f"model.layers={_text(layers)}: {type(network).__name__} has no block "
                 f"{max(layers)}; its {count} blocks are 0..{count - 1}"
             )

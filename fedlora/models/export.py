@@ -35,6 +35,19 @@ def about(kind: type[Payload], info: ModelInfo) -> dict[str, Any]:
     return {TARGET: target_of(kind), BASE: info.fingerprint, "base_name": info.name}
 
 
+def save(
+    payload: Payload, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
+) -> str:
+    """`Payload.export` into a folder of its own; an earlier payload there is replaced.
+
+    Raises:
+        ConfigError: if the folder holds anything else.
+        ValueError: if the payload does not fit the model.
+    """
+    with output_folder(folder, about(type(payload), info)) as draft:
+        return payload.export(draft, info, base_name, dropout)
+
+
 def remove_exports(run: Path, keep: str = "") -> None:
     """Remove the payloads that a run has exported, but for one subfolder: they are of an earlier
     end of the run.

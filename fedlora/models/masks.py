@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
-from fedlora.core.reading import tensors_in
+from fedlora.core.reading import json_in, tensors_in
 from fedlora.models.folder import MASKS
 from fedlora.models.layers import dense_weight
 from fedlora.models.modules import linear_layers
@@ -128,7 +128,8 @@ def load_masks(folder: Path) -> dict[str, Tensor]:
         raise ModelError(f"{folder} holds no {MASKS}: it is no pruned model")
     with tensors_in(folder / MASKS, "the masks of a pruned model") as file:
         metadata = file.metadata() or {}
-        shapes = json.loads(metadata.get("shapes", "{}"))
+        stated = metadata.get("shapes", "{}")
+        shapes = json_in(folder / MASKS, "the masks of a pruned model", text=stated)
         masks = {p: unpack(file.get_tensor(p), tuple(shape)) for p, shape in shapes.items()}
     if identity(masks) != metadata.get("identity"):
         raise ModelError(f"{folder / MASKS}: its masks are not those of its identity")
@@ -179,17 +180,19 @@ def load_sparse(file: Path) -> dict[str, Tensor]:
     Raises:
         ModelError: if the file is no such file, or its masks are not those of its identity.
     """
-    with tensors_in(file, "the weights of a pruned model") as opened:
+    what, masks = "the weights of a pruned model", {}
+    with tensors_in(file, what) as opened:
         about = opened.metadata() or {}
-        found = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    if not {"identity", "shapes", "turned"} <= about.keys():
-        raise ModelError(f"{file} is no file of weights without their zeros (save_sparse)")
-    turned, masks = json.loads(about["turned"]), {}
-    state = {k: t for k, t in found.items() if not k.endswith((_VALUES, _BITS))}
-    for name, shape in json.loads(about["shapes"]).items():
-        values, mask = found[name + _VALUES], unpack(found[name + _BITS], tuple(shape))
-        state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
-        masks[name.removesuffix(".weight")] = mask.T if name in turned else mask
+        if not {"identity", "shapes", "turned"} <= about.keys():
+            raise ModelError(f"{file} is no file of weights without their zeros (save_sparse)")
+        whole = [k for k in opened.keys() if not k.endswith((_VALUES, _BITS))]  # noqa: SIM118
+        state = {key: opened.get_tensor(key) for key in whole}
+        for name, shape in json_in(file, what, text=about["shapes"]).items():
+            mask = unpack(opened.get_tensor(name + _BITS), tuple(shape))
+            values = opened.get_tensor(name + _VALUES)
+            state[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, values)
+            turned = json.dumps(name) in about["turned"]  # a list of names
+            masks[name.removesuffix(".weight")] = mask.T if turned else mask
     if identity(masks) != about["identity"]:
         raise ModelError(f"{file}: its masks are not those of its identity")
     return state

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fedlora.core.checks import wrong_names
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import Adapter, Module
 from fedlora.models.blocks import adaptable_parts, text_part
 from fedlora.models.head import HeadTensor
@@ -121,7 +121,7 @@ def find_modules(
         outside: paths of modules none of whose layers is adapted: the head of a classifier.
 
     Raises:
-        ModelError: if a target matches no linear layer, or there is no such block.
+        ConfigError: if a target matches no linear layer, or there is no such block.
     """
     head, inside = network.get_output_embeddings(), text_part(network)
     parts = adaptable_parts(network, layers)
@@ -142,7 +142,7 @@ def find_modules(
             matches = {p for p in linear if p == target or p.endswith(f".{target}")}
             if not matches:
                 ends = list(dict.fromkeys(p.rpartition(".")[2] for p in linear))
-                raise ModelError(
+                raise ConfigError(
                     f"model.targets: {target!r} is the end of no adaptable linear layer of "
                     f"{type(network).__name__}{_in(layers)}; allowed: 'all-linear' or ends such as "
                     f"{ends}"

@@ -18,6 +18,7 @@ import numpy as np
 
 from fedlora.core import renamed
 from fedlora.core.checks import at_least, fraction, one_of
+from fedlora.core.errors import ConfigError
 from fedlora.core.types import Module, Ranks
 
 
@@ -114,7 +115,7 @@ class RankDistribution:
         A tier of fraction zero is left out: no client holds its ranks.
 
         Raises:
-            ValueError: for a rank that some module cannot hold while ``clamp`` is off.
+            ConfigError: for a rank that some module cannot hold while ``clamp`` is off.
         """
         if self.tiers:
             tiers = _custom_tiers(self.tiers, self.distribution)
@@ -197,14 +198,14 @@ def module_ranks(tier: Tier, modules: Sequence[Module], *, clamp: bool) -> Ranks
     """The rank of every module for a client of this tier.
 
     Raises:
-        ValueError: naming tier, rank, module and the largest rank that it can hold.
+        ConfigError: naming tier, rank, module and the largest rank that it can hold.
     """
     ranks = {}
     for m in modules:
         r = tier.attention if m.kind == "attention" else tier.mlp
         if r > m.max_rank and not clamp:
-            raise ValueError(
-                f"tier {tier.name}: rank {r} is above {m.max_rank} = min(d_out, d_in) of "
+            raise ConfigError(
+                f"ranks, tier {tier.name}: rank {r} is above {m.max_rank} = min(d_out, d_in) of "
                 f"{m.path} [{m.d_out} x {m.d_in}]; lower it or set ranks.clamp=true"
             )
         ranks[m.path] = min(r, m.max_rank)

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from fedlora.core.checks import at_least, fraction
+from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import generator
 from fedlora.core.types import Client, Module
 from fedlora.population.ranks import (
@@ -113,8 +114,8 @@ def enroll(
         loss: which tokens have a loss (`LocalPlan.loss`): a client that has none never trains.
 
     Raises:
-        ValueError: if more clients are asked for than the data has, a category does not exist, or
-            no client is left to train.
+        ConfigError: if more clients are asked for than there are, a category does not exist, no
+            client is left to train, or a module cannot hold a rank.
     """
     shards = members(population, shards)
     total = len(shards)
@@ -131,15 +132,18 @@ def enroll(
     apart = task | unseen
     trainable = tuple(s.id for s in shards if s.id not in apart and s.trains(loss))
     if not trainable:
-        raise ValueError(
+        raise ConfigError(
             f"no client is left to train: of {total}, {len(task)} are held out by category, "
             f"{len(unseen)} by population.unseen_fraction={population.unseen_fraction}, and the "
             f"others hold no training example with a token that has a loss (client.loss={loss})"
         )
     wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
     if wanted > len(trainable) and population.per_round:
-        raise ValueError(
-            f"population.per_round={wanted}, but only {len(trainable)} clients can train"
+        raise ConfigError(
+            f"population.per_round={wanted} must be at most {len(trainable)}: of the {total} "
+            f"clients, {len(apart)} are held out (population.unseen_fraction and "
+            f"population.unseen_categories) and {total - len(apart) - len(trainable)} others have "
+            "nothing to train on"
         )
     groups = {
         "seen": trainable,
@@ -154,11 +158,14 @@ def members(population: Population, shards: Sequence[Shard]) -> Sequence[Shard]:
     """The data's clients that exist for a population.
 
     Raises:
-        ValueError: if it asks for more than the data has.
+        ConfigError: if it asks for more than the data has.
     """
     total = population.clients or len(shards)
     if total > len(shards):
-        raise ValueError(f"population.clients={total}, but the data has {len(shards)} clients")
+        raise ConfigError(
+            f"population.clients={total} must be at most {len(shards)}, the clients that the data "
+            "has, or 0 for all of them"
+        )
     return shards[:total]
 
 
@@ -174,7 +181,7 @@ def held_out(
         seed: of the run; ``population.seed`` is used instead where it is given.
 
     Raises:
-        ValueError: for a category that does not exist.
+        ConfigError: for a category that does not exist.
     """
     task = _in_categories(shards, population.unseen_categories)
     others = [s for s in shards if s.id not in task]
@@ -207,7 +214,7 @@ def _in_categories(shards: Sequence[Shard], categories: Sequence[str]) -> set[in
     present = {group(s.category) for s in shards}
     missing = sorted(set(categories) - present)
     if missing:
-        raise ValueError(
+        raise ConfigError(
             f"population.unseen_categories: {missing} are not in the data; "
             f"it has {sorted(present)[:12]}{' ...' if len(present) > 12 else ''}"
         )

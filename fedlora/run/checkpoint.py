@@ -23,7 +23,7 @@ from torch import Tensor
 from fedlora.core.checks import at_least
 from fedlora.core.errors import CheckpointError
 from fedlora.core.files import remove_drafts, whole_folder
-from fedlora.core.reading import is_intact, sealed
+from fedlora.core.reading import is_intact, json_in, sealed
 
 log = logging.getLogger(__name__)
 
@@ -220,13 +220,8 @@ def _forget(folder: Path, newest: int, keep: int) -> None:
 def _meta(path: Path) -> dict[str, Any]:
     file = path / "meta.json"
     kinds = {"round": int, "sha256": str, "config_hash": str, "names": list, "extra": dict}
-    try:
-        meta = json.loads(file.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"cannot read {file}: {error.strerror}") from error
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not JSON: {error}") from error
-    written = meta.get("format") if isinstance(meta, dict) else None
+    meta = json_in(file, "the description of a checkpoint,", CheckpointError)
+    written = meta.get("format")
     if written != FORMAT:
         raise CheckpointError(f"{file} has format {written!r}; this version reads {FORMAT}")
     wrong = [key for key, kind in kinds.items() if type(meta.get(key)) is not kind]
@@ -236,7 +231,7 @@ def _meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is of round {meta['round']}, its folder is {path.name}")
     if not is_intact(meta):
         raise CheckpointError(f"{file} is damaged: it does not match its checksum")
-    return dict(meta)
+    return meta
 
 
 def _standalone(t: Tensor) -> Tensor:

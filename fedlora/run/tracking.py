@@ -105,7 +105,6 @@ class Wandb(Tracking):
             raise ValueError("tracking.project='' must be the name of a W&B project")
         for key, text in (
             ("tracking.project", self.project),
-            ("tracking.entity", self.entity),
             ("tracking.group", self.group),
             ("name", name),
         ):
@@ -294,9 +293,12 @@ def _forget_unfinished(rows: Path, metrics: Path) -> None:
 
 DATA_DIR = "WANDB_DATA_DIR"
 _NOT_IN_ADDRESSES = "/\\#?%:"
-"""Characters that W&B refuses in the name of a project."""
+"""Characters that W&B refuses in the name of a project (``validate_project``)."""
 _LONGEST_NAME = 128
-"""Characters of a project, entity, group or run that W&B accepts."""
+"""Characters of a project, group or run that W&B accepts. Of a project its client says so
+(``validate_project`` in ``wandb/sdk/wandb_settings.py``, 0.31); of a run's name and group only its
+service, once the run has begun (github.com/NVIDIA-NeMo/Skills, issue 842 and pull request 859). For
+an entity, which must exist already, no limit is known."""
 
 
 def _validate_settings(**values: Any) -> None:

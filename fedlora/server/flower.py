@@ -31,7 +31,7 @@ from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.norm_bound import COHORT
 from fedlora.server.session import Session
 from fedlora.server.workers import check_workers
-from fedlora.wire.codec import decode_results, encode_jobs, glance
+from fedlora.wire.messages import decode_results, encode_jobs, glance
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from fedlora.core.checks import at_least, fraction, one_of
+from fedlora.core.checks import MOST_THREADS, at_least, distinct, fraction, one_of, within
 from fedlora.core.types import EvaluatePlan, LocalPlan
 from fedlora.server.norm_bound import COHORT, OFF
 from fedlora.wire.codec import ROUNDING, WIRE_BYTES
@@ -38,6 +38,8 @@ class EvaluationSchedule:
                 f"evaluate.groups={list(self.groups)} and evaluate.adapters={list(self.adapters)} "
                 "must not be empty; evaluate.every=0 turns evaluation off"
             )
+        distinct("evaluate.groups", self.groups)
+        distinct("evaluate.adapters", self.adapters)
         for group in self.groups:
             one_of(
                 "evaluate.groups", group, ("seen", "unseen_random", "unseen_task", "participants")
@@ -101,7 +103,7 @@ class Rounds:
         at_least("clients_per_message", self.clients_per_message, 0)
         at_least("timeout_s", self.timeout_s, 0, strict=True)
         at_least("keep", self.keep, 1)
-        at_least("threads", self.threads, 1)
+        within("threads", self.threads, 1, MOST_THREADS)
         one_of("wire", self.wire, WIRE_BYTES)
         if self.error_feedback and self.wire not in ROUNDING:
             raise ValueError(

@@ -55,7 +55,7 @@ from fedlora.server.training_round import (
     with_residuals,
 )
 from fedlora.server.validation import absurd
-from fedlora.wire.codec import Glance
+from fedlora.wire.messages import Glance
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ def check_workers(
         grid: of Flower.
         nodes: registered.
         workers: processes that work at once, as far as the server knows.
-        content: of a message without jobs (`fedlora.wire.codec.encode_jobs`).
+        content: of a message without jobs (`fedlora.wire.messages.encode_jobs`).
         timeout_s: seconds to wait for all of them.
 
     Raises:

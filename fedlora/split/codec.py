@@ -37,13 +37,8 @@ from fedlora.split.batches import Labels, Shape
 from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
 from fedlora.split.trainable import OptimizerState
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    failure_from,
-    plan_from_json,
-    plan_to_json,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, plan_from_json, plan_to_json
+from fedlora.wire.messages import failure_from
 
 Arrays = dict[str, NDArray[Any]]
 Answer = Up | Failure
@@ -78,7 +73,7 @@ def encode_downs(
     Args:
         downs: by client.
         inits: for clients that begin the round with this exchange.
-        worker, source, wire, nonce: as in `fedlora.wire.codec.encode_jobs`.
+        worker, source, wire, nonce: as in `fedlora.wire.messages.encode_jobs`.
     """
     arrays: Arrays = {}
     header = {}

@@ -33,12 +33,7 @@ from fedlora.split.protocol import Down, InitMessage, Up, parts_bytes
 from fedlora.split.server import Answer, SplitServer, SpoiledStep
 from fedlora.split.trainable import OptimizerState, check_optimizer_state
 from fedlora.techniques.lora.payload import LowRankPayload, factor_tensors
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    payload_bytes,
-    update_bytes,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, payload_bytes, update_bytes
 
 
 class Link(Protocol):
@@ -242,8 +237,13 @@ class _Round:
         return sent
 
     def _check_answer(self, i: int, down: Down, answer: Up | Failure | None) -> Up | Failure:
-        """A valid answer, or a failure that says what is wrong with it."""
+        """A valid answer, or a failure that says what is wrong with it.
+
+        Only what a client can cause is its failure: activations are moved to the server's device
+        outside of the checks.
+        """
         client = self.clients[i].client
+        activations = None
         if answer is None:
             return Failure(client, "NoReply", "no answer came")
         if isinstance(answer, Failure):
@@ -254,13 +254,15 @@ class _Round:
                     f"client {i} answered step {answer.step}, was asked for {down.step}"
                 )
             if down.forward:
-                self.server.receive(i, answer)
+                activations = self.server.activations(i, answer)
             if down.middle is not None:
                 self.server.receive_tail(i, answer)
             if down.upload:
                 self._check_adapter(i, answer)
-        except Exception as error:
+        except Exception as error:  # an answer is foreign input: a check may meet anything in it
             return failure_of(client, error)
+        if activations is not None:
+            self.server.store(i, activations)
         return answer
 
     def _check_adapter(self, i: int, up: Up) -> None:

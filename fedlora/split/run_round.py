@@ -18,7 +18,7 @@ from fedlora.algebra.state import (
     under,
     unpack,
 )
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan, TrainJob, Update
 from fedlora.data.batches import num_steps
 from fedlora.server.method import ClientChannel, Method, RoundOutcome
@@ -135,17 +135,16 @@ class SplitRound:
         """The cost of the round for a real client, by formula (`fedlora.split.cost`): operations
         and bytes of memory. Empty for architectures that the formulas do not cover: an estimate
         never ends a round."""
-        cut, rows = self.cuts[i], metrics["exchanged_tokens"]
+        cut, rows, steps = self.cuts[i], metrics["exchanged_tokens"], max(1.0, metrics["steps"])
         ranks = {p: f.rank for p, f in self.inits[i].adapter.items()}
         dropout = self.plan.dropout > 0
+        length = max(1, round(rows / steps / self.plan.batch_size))
+        widest, supervised = int(metrics["step_tokens"]), round(metrics["tokens"] / steps)
         try:
             part = client_part(self.context.model.network, ranks, cut)
-            length = round(rows / max(1.0, metrics["steps"]) / self.plan.batch_size)
-            work = part.flops(max(1, length))
-            widest = int(metrics["step_tokens"])
-            supervised = round(metrics["tokens"] / max(1.0, metrics["steps"]))
+            work = part.flops(length)
             held = part.memory(widest, dropout=dropout, supervised=supervised)
-        except Exception as error:
+        except Exception as error:  # a model of another make can lack anything that they look for
             log.debug("no cost of client %d: %s: %s", i, type(error).__name__, error)
             return {}
         return {
@@ -213,7 +212,7 @@ class SplitRound:
         """Steps, learning rates and averages of the round.
 
         Raises:
-            ValueError: if the averages do not fit into the round.
+            ConfigError: if the averages do not fit into the round.
         """
         plan, seed, every = self.plan, self.terms.seed, self.config.average_every
         steps = {}
@@ -225,7 +224,7 @@ class SplitRound:
             steps[i] = num_steps(held, plan)
         length = max(steps.values())
         if every and length % every:
-            raise ValueError(
+            raise ConfigError(
                 f"strategy.average_every={every} does not divide the round's {length} steps "
                 "(client.steps): a round ends with an average"
             )

@@ -131,8 +131,8 @@ class SplitServer:
         self._leaves: dict[int, Tensor] = {}
         self._asked: dict[int, tuple[int, int]] = {}  # [tokens, d] that went down to a tail
 
-    def receive(self, i: int, up: Up) -> None:
-        """Check and store one client's activations.
+    def activations(self, i: int, up: Up) -> Tensor:
+        """One client's activations ``[tokens, d]``, checked.
 
         Raises:
             ValueError: if they do not fit the wire format and the client's rows, if a row is longer
@@ -158,7 +158,11 @@ class SplitServer:
                 f"client {i} says that {up.tokens} of its tokens have a loss; it sent {supervised} "
                 f"{'tokens' if up.labels is None else 'labels'}"
             )
-        self._leaves[i] = z.to(self.model.device, self.model.network.dtype)
+        return z
+
+    def store(self, i: int, activations: Tensor) -> None:
+        """Keep a client's checked activations for its next turn."""
+        self._leaves[i] = activations.to(self.model.device, self.model.network.dtype)
 
     def receive_tail(self, i: int, up: Up) -> None:
         """Check the answer of a client's tail: the gradient of its loss.
@@ -193,7 +197,7 @@ class SplitServer:
     def learn(self, ups: Mapping[int, Up], rate: float) -> dict[int, Answer]:
         """One turn without a U-shape: forward, loss, backward, optimizer step.
 
-        The activations of all these clients have been stored (`receive`).
+        The activations of all these clients have been stored (`store`).
 
         Raises:
             SpoiledStep: naming a client whose loss or gradient is not finite. Nothing has changed:

@@ -1,65 +1,29 @@
-"""The only place where values change representation for the wire.
+"""Payloads and plans as what travels: a flat array with a header, and JSON.
 
 A payload of any class is one flat array and a JSON header, because 192 small arrays cost twenty
 times more to pack than one of the same size. The header holds the dotted path of the class in
 ``_target_``, names and shapes of its tensors, and its own header. NumPy has no bfloat16, so it
 travels as the bit pattern in uint16 and comes back as float32. A format that rounds is given the
 change from the client's start rather than the reply itself (`fedlora.wire.change`).
-
-A Flower message carries a cohort: the distinct start payloads once, however many clients share
-them, and one row per job. Layout of a request (`RecordDict`):
-
-    starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
-    residuals ArrayRecord by client id, float32: what rounding has withheld of its replies so far
-    cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source, wire, nonce
-
-and of a reply:
-
-    payloads ArrayRecord  the flat array of each update, by client id
-    residuals ArrayRecord by client id: what rounding has withheld after this reply
-    results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
-                          the engine; nonce: that of the request
-
-A reply is foreign input. Nothing in it is cast: what has another type, shape or format than the
-request asked for costs only the client whose row it is.
 """
 
-import dataclasses
 import functools
 import json
-import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.core.checks import is_real, one_line, one_of, real
+from fedlora.core.checks import one_of
 from fedlora.core.config import build, describe
-from fedlora.core.confusion import Confusion
-from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload, payload_class, target_of
-from fedlora.core.types import (
-    Client,
-    EvaluateJob,
-    EvaluatePlan,
-    Evaluation,
-    Failure,
-    LocalPlan,
-    Ranks,
-    TrainJob,
-    Update,
-)
+from fedlora.core.types import EvaluatePlan, LocalPlan
 from fedlora.wire import change
 from fedlora.wire.change import Named
-
-log = logging.getLogger(__name__)
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
@@ -71,12 +35,8 @@ VALUE, CHANGE = "value", "change"
 """What the scalars of a payload on the wire are: its values, or changes of the start."""
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16)
 """The types that models and adapters are held in."""
-MOST_NOTES = 16
-"""Notes of one reply that are read."""
 
 Flat: TypeAlias = NDArray[Any]
-Job: TypeAlias = TrainJob | EvaluateJob
-Result: TypeAlias = Update | Evaluation | Failure
 
 
 def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]:
@@ -110,7 +70,7 @@ def encode_reply(
     if residual is None:
         return *_encoded(payload, moved, dtype, CHANGE), None
     array, header = _encoded(payload, change.corrected(moved, residual), dtype, CHANGE)
-    read = _named(array, json.loads(header))
+    read = unflatten(array, json.loads(header))
     return array, header, change.residual(residual, moved, read)
 
 
@@ -143,7 +103,7 @@ def decode_payload(
     for part in h["header"].values():  # the class of a payload within
         if trusted and isinstance(part, dict) and "_target_" in part:
             payload_class(part["_target_"], load=True)
-    named = _named(array, h)
+    named = unflatten(array, h)
     one_of("of", h["of"], (VALUE, CHANGE))
     if h["of"] == CHANGE:
         if start is None:
@@ -164,10 +124,10 @@ def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Fla
         "_target_": target_of(type(payload)),
         "dtype": dtype,
         "of": of,
-        "tensors": _shapes(tensors),
+        "tensors": shapes_of(tensors),
         "header": payload.header(),
     }
-    return _flat(tensors, dtype), json.dumps(header)
+    return flatten(tensors, dtype), json.dumps(header)
 
 
 def _require_floats(tensors: Named) -> None:
@@ -177,11 +137,12 @@ def _require_floats(tensors: Named) -> None:
             raise ValueError(f"{name} is {t.dtype}, expected one of {_FLOATS}")
 
 
-def _shapes(tensors: Named) -> list[list[Any]]:
+def shapes_of(tensors: Named) -> list[list[Any]]:
+    """Names and shapes as `unflatten` wants them: ``[name, size, size, ...]`` of each tensor."""
     return [[name, *t.shape] for name, t in tensors.items()]
 
 
-def _flat(tensors: Named, dtype: str) -> Flat:
+def flatten(tensors: Named, dtype: str) -> Flat:
     """All elements in one flat array; bfloat16 as bit patterns."""
     target = getattr(torch, dtype)
     parts = [t.detach().to("cpu", target).reshape(-1) for t in tensors.values()]
@@ -190,8 +151,8 @@ def _flat(tensors: Named, dtype: str) -> Flat:
     return array
 
 
-def _named(array: Flat, header: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The inverse of `_flat`: fresh tensors of the header's ``dtype``, names and shapes.
+def unflatten(array: Flat, header: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The inverse of `flatten`: fresh tensors of the header's ``dtype``, names and shapes.
 
     Raises:
         ValueError: if the array's type or length is not what the header promises.
@@ -238,306 +199,3 @@ def plan_from_json(text: str) -> LocalPlan | EvaluatePlan:
     """The inverse of `plan_to_json`. Messages repeat their few plans, which take long to build."""
     plan = build(json.loads(text), object, "plan")
     return cast(LocalPlan | EvaluatePlan, plan)
-
-
-@dataclass(frozen=True)
-class Envelope:
-    """What a worker finds in a request."""
-
-    worker: str
-    """JSON description of the worker: model, data, engine, device."""
-    source: str
-    """Hash of the server's sources; a worker with other sources refuses."""
-    wire: str
-    jobs: list[Job]
-    """No two jobs share a tensor that is trained: a client that writes into its start changes no
-    other client's."""
-    nonce: str = ""
-    """Identifies the request; the reply repeats it."""
-
-
-class _Distinct:
-    """Numbers values by first appearance, so that each is sent once."""
-
-    def __init__(self) -> None:
-        self.index: dict[Any, int] = {}
-        self.values: list[Any] = []
-
-    def add(self, key: Any, value: Any) -> int:
-        if key not in self.index:
-            self.index[key] = len(self.values)
-            self.values.append(value)
-        return self.index[key]
-
-
-def encode_jobs(
-    jobs: Sequence[Job], *, worker: str, source: str, wire: str, nonce: str = ""
-) -> RecordDict:
-    """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
-    payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
-    rows = []
-    for job in jobs:
-        payload = job.start if isinstance(job, TrainJob) else job.adapter
-        start = -1 if payload is None else payloads.add(id(payload), payload)
-        plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
-        client = [job.client.id, job.client.num_examples, job.client.tier]
-        rows.append([job.seed, job.round, *client, pattern, start, plan])
-    residuals = {
-        str(j.client.id): j.residual
-        for j in jobs
-        if isinstance(j, TrainJob) and j.residual is not None
-    }
-    encoded = [encode_payload(p, wire) for p in payloads.values]
-    header = {
-        "rows": rows,
-        "payloads": [h for _, h in encoded],
-        "plans": [plan_to_json(p) for p in plans.values],
-        "ranks": [dict(r) for r in ranks.values],
-        "residuals": {cid: _shapes(t) for cid, t in residuals.items()},
-    }
-    config = ConfigRecord(
-        {
-            "header": json.dumps(header),
-            "worker": worker,
-            "source": source,
-            "wire": wire,
-            "nonce": nonce,
-        }
-    )
-    starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
-    return RecordDict({"starts": starts, "residuals": _put_residuals(residuals), "cohort": config})
-
-
-def decode_jobs(content: RecordDict) -> Envelope:
-    """The inverse of `encode_jobs`."""
-    config = content.config_records["cohort"]
-    header = json.loads(str(config["header"]))
-    arrays = content.array_records["starts"]
-    payloads = [decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])]
-    plans = [plan_from_json(p) for p in header["plans"]]
-    ranks = [Ranks(r) for r in header["ranks"]]
-    residuals = _take_residuals(content, header["residuals"])
-    jobs: list[Job] = []
-    for seed, round_, cid, n, tier, pattern, start, plan in header["rows"]:
-        client = Client(cid, ranks[pattern], n, tier)
-        payload = None if start < 0 else payloads[start]
-        local = plans[plan]
-        if isinstance(local, LocalPlan):
-            begun = cast(Payload, payload).copy()
-            jobs.append(TrainJob(seed, round_, client, begun, local, residuals.get(cid)))
-        else:
-            jobs.append(EvaluateJob(seed, round_, client, payload, local))
-    return Envelope(
-        worker=str(config["worker"]),
-        source=str(config["source"]),
-        wire=str(config["wire"]),
-        jobs=jobs,
-        nonce=str(config["nonce"]),
-    )
-
-
-def _put_residuals(residuals: Mapping[str, Named]) -> ArrayRecord:
-    return ArrayRecord({cid: Array(_flat(t, "float32")) for cid, t in residuals.items()})
-
-
-def _take_residuals(content: RecordDict, shapes: Mapping[str, Any]) -> dict[int, Named]:
-    """What `_put_residuals` put there, by client id."""
-    arrays = content.array_records["residuals"]
-    return {
-        int(cid): _named(arrays[cid].numpy(), {"dtype": "float32", "tensors": s})
-        for cid, s in shapes.items()
-    }
-
-
-def encode_results(
-    results: Sequence[Result],
-    *,
-    wire: str,
-    notes: Sequence[str] = (),
-    jobs: Sequence[Job] = (),
-    nonce: str = "",
-) -> RecordDict:
-    """Results of a cohort, and what its engine says of itself, as the content of one reply.
-
-    A result that cannot be sent is its client's failure. Of several results of one client the first
-    is sent.
-
-    Args:
-        results: one per job.
-        wire: number format of updates.
-        notes: of the engine.
-        jobs: as they were received; updates of a format that rounds are changes from their starts.
-        nonce: of the request (`Envelope`).
-    """
-    trained = {j.client.id: j for j in jobs if isinstance(j, TrainJob)}
-    reply = _Reply({}, {})
-    rows: dict[int, str] = {}
-    for result in results:
-        who = result.client
-        if who.id in rows:
-            log.warning("client %d has a second result, which is left out", who.id)
-            continue
-        try:
-            rows[who.id] = json.dumps(_encode_row(result, wire, trained.get(who.id), reply))
-        except Exception as error:  # whatever a client returned, it costs that client alone
-            why = f"its result cannot be sent: {type(error).__name__}: {error}"
-            failure = Failure(who, "RejectedUpdate", why)
-            rows[who.id] = json.dumps(_encode_row(failure, wire, None, reply))
-    config = ConfigRecord(
-        {
-            "rows": f"[{', '.join(rows.values())}]",
-            "notes": json.dumps(list(notes)),
-            "nonce": nonce,
-        }
-    )
-    return RecordDict(
-        {
-            "payloads": ArrayRecord(reply.arrays),
-            "residuals": _put_residuals(reply.residuals),
-            "results": config,
-        }
-    )
-
-
-@dataclass(frozen=True)
-class _Reply:
-    """The arrays of a reply that is being written, by client id."""
-
-    arrays: dict[str, Array]
-    residuals: dict[str, Named]
-
-
-def _encode_row(result: Result, wire: str, job: TrainJob | None, reply: _Reply) -> dict[str, Any]:
-    """One result as JSON; its arrays are added to the reply."""
-    row: dict[str, Any] = {"client": result.client.id}
-    if isinstance(result, Failure):
-        return row | {"failure": [result.kind, result.message, result.traceback]}
-    if isinstance(result, Evaluation):
-        measured = {n: dataclasses.astuple(m) for n, m in result.metrics.items()}
-        return row | {"evaluation": measured}
-    left: Named | None = None
-    if job is None:
-        array, header = encode_payload(result.payload, wire)
-    else:
-        array, header, left = encode_reply(result.payload, wire, job.start, job.residual)
-    key = str(result.client.id)
-    reply.arrays[key] = Array(array)
-    if left is not None:
-        reply.residuals[key] = left
-        row["residual"] = _shapes(left)
-    return row | {
-        "payload": header,
-        "ranks": dict(result.client.ranks),
-        "num_examples": result.num_examples,
-        "metrics": dict(result.metrics),
-    }
-
-
-@dataclass(frozen=True)
-class Glance:
-    """What a reply says without decoding its payloads."""
-
-    clients: int
-    failed: int
-    losses: list[float]
-    """Finite training losses of the updates in it."""
-    notes: tuple[str, ...] = ()
-    """What the engine says of itself."""
-
-
-def glance(content: RecordDict) -> Glance:
-    """Look at a reply for progress alone: costs nothing that grows with the adapters."""
-    results = content.config_records["results"]
-    rows = json.loads(str(results["rows"]))
-    notes = json.loads(str(results.get("notes", "[]")))[:MOST_NOTES]
-    found = (row.get("metrics", {}).get("loss") for row in rows)
-    losses = [float(x) for x in found if is_real(x) and math.isfinite(x)]
-    failed = sum("failure" in row for row in rows)
-    return Glance(len(rows), failed, losses, tuple(one_line(note) for note in notes))
-
-
-def decode_results(
-    content: RecordDict,
-    clients: Mapping[int, Client],
-    starts: Mapping[int, Payload] = MappingProxyType({}),
-    *,
-    wire: str = "",
-    nonce: str = "",
-) -> list[Result]:
-    """The inverse of `encode_results`.
-
-    A row that cannot be read becomes a `Failure` of kind ``RejectedUpdate`` of its client, so that
-    one bad client costs its own work alone. Of several rows of one client the first counts. Clients
-    that were asked and not answered for are failures too; rows of clients that were not asked are
-    left out.
-
-    Args:
-        content: of a reply.
-        clients: those that were asked, by id.
-        starts: what they were to train from, by client id, as it is here: changes are added to it.
-        wire: the wire dtype that is due; empty: any.
-        nonce: of the request; a reply to another one answers for no client.
-
-    Raises:
-        ValueError: if the reply answers another request.
-    """
-    record = content.config_records["results"]
-    if record.get("nonce", "") != nonce:
-        raise ValueError("it answers another message than this round's")
-    results: dict[int, Result] = {}
-    for row in json.loads(str(record["rows"])):
-        cid = row.get("client") if isinstance(row, dict) else None
-        client = clients.get(cid) if type(cid) is int else None
-        if client is None or client.id in results:
-            why = "a second time" if client else "which was not asked"
-            log.warning("a reply says something of client %.40r, %s: left out", cid, why)
-            continue
-        try:
-            start = starts.get(client.id)
-            results[client.id] = _decode_row(row, client, content, start, wire)
-        except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
-            why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
-            results[client.id] = Failure(client, "RejectedUpdate", why)
-    for cid in clients.keys() - results.keys():
-        results[cid] = Failure(clients[cid], "NoReply", "the reply says nothing of it")
-    return [results[cid] for cid in sorted(results)]
-
-
-def _decode_row(
-    row: Mapping[str, Any],
-    client: Client,
-    content: RecordDict,
-    start: Payload | None,
-    wire: str,
-) -> Result:
-    if "failure" in row:
-        return failure_from(client, row["failure"])
-    if "evaluation" in row:
-        measured = row["evaluation"].items()
-        return Evaluation(client, {name: _decode_metric(name, m) for name, m in measured})
-    metrics = {name: real(f"its metric {name:.64}", v) for name, v in row["metrics"].items()}
-    array = content.array_records["payloads"][str(client.id)].numpy()
-    payload = decode_payload(array, row["payload"], trusted=False, start=start, wire=wire)
-    residual = None
-    if "residual" in row:
-        residual = _take_residuals(content, {str(client.id): row["residual"]})[client.id]
-    sender = client
-    if dict(client.ranks) != row["ranks"]:
-        sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
-    return Update(sender, payload, row["num_examples"], metrics, residual)
-
-
-def _decode_metric(name: str, fields: Sequence[Any]) -> Metric:
-    value, weight, over_clients, interval, worst, counts = fields
-    if not isinstance(interval, bool):
-        raise ValueError(f"metric {name:.64}: interval={interval!r} is neither true nor false")
-    said = f"metric {name:.64}"
-    table = None if counts is None else Confusion(counts[0], tuple(map(tuple, counts[1])))
-    numbers = real(said, value), real(said, weight)
-    return Metric(*numbers, str(over_clients), interval, str(worst), table)
-
-
-def failure_from(client: Client, texts: Any) -> Failure:
-    """A failure as a worker reports it: its texts are foreign, so each is cut to some length."""
-    kind, message, trace = (str(text) for text in texts)
-    return Failure(client, one_line(kind, 80), one_line(message, 1000), trace[-20_000:])

@@ -108,7 +108,7 @@ def _explain(attempt: Attempt, late: bool) -> None:
     try:
         lost = Incident.from_json(json.loads(journal.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
-        return  # it ended outside the work of clients
+        return  # no such file: it ended outside the work of clients
     journal.unlink(missing_ok=True)
     incidents = Incidents(folder)
     error: RunError

@@ -11,11 +11,7 @@ from fedlora.engine.worker import worker
 from fedlora.run.source_hash import source_hash
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.context import split_worker
-from fedlora.wire.codec import (
-    Result,
-    decode_jobs,
-    encode_results,
-)
+from fedlora.wire.messages import Result, decode_jobs, encode_results
 from simulations.app.own_modules import find_own_modules
 
 app = ClientApp()

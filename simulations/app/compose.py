@@ -5,7 +5,8 @@ Flower's run config holds scalars only, so it holds ``experiment`` (a file of co
 """
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -20,6 +21,8 @@ from simulations.app.naming import run_name
 from simulations.app.words import absolute, readable, with_search_path
 
 CONF = ROOT / "conf"
+REFUSALS = (HydraException, OmegaConfBaseException)
+"""What Hydra raises for a configuration that cannot be composed."""
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
@@ -46,9 +49,8 @@ def load(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: one sentence for a misspelt or renamed group, option, key or value.
     """
-    GlobalHydra.instance().clear()
     words = readable(with_search_path(overrides))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with _hydra():
         try:
             cfg = compose("config", overrides=words, return_hydra_config=True)
             choices = cfg.hydra.runtime.choices
@@ -58,11 +60,25 @@ def load(overrides: Sequence[str]) -> DictConfig:
                     cfg.name = run_name(cfg, choices, words)
                 _anchor(cfg)
             OmegaConf.to_container(cfg, resolve=True)
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
+        except (*REFUSALS, ValueError) as error:
             raise ConfigError(sentence(error, overrides, CONF)) from error
     assert isinstance(cfg, DictConfig)
     _train_answers(cfg, words)
     return cfg
+
+
+def refused(error: Exception, overrides: Sequence[str]) -> ConfigError:
+    """What Hydra's own program refuses (`REFUSALS`), said as `load` says it."""
+    with _hydra():
+        return ConfigError(sentence(error, overrides, CONF))
+
+
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Hydra initialized on conf/, whatever it was before."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield
 
 
 def _anchor(cfg: DictConfig) -> None:

@@ -1,6 +1,5 @@
 """The identity of a run: the configuration keys that its results depend on."""
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from fedlora.core.errors import ModelError
+from fedlora.core.reading import json_in
 
 MODEL = "model.json"
 """The file of a run folder that describes the base model and its location."""
@@ -65,18 +67,14 @@ def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) ->
         if key.split(".")[0] not in free and key not in free and old.get(key) != new.get(key)
     ]
     for what, name, now in (("data", "population.json", data), ("base model", MODEL, model)):
-        then = _identity(folder / name)
-        if then not in ("", now):
+        try:
+            then = json_in(folder / name, f"the record of the {what}").get("fingerprint", now)
+        except ModelError as error:
+            found.append(f"perhaps the {what}: {error}")
+            continue
+        if then != now:
             found.append(f"the {what} ({now}, was {then})")
     return f". What differs: {'; '.join(found)}" if found else ""
-
-
-def _identity(file: Path) -> str:
-    """The fingerprint that a run folder's file states; empty: none."""
-    try:
-        return str(json.loads(file.read_text(encoding="utf-8")).get("fingerprint", ""))
-    except (OSError, ValueError, AttributeError):
-        return ""
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

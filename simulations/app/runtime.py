@@ -7,8 +7,11 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.core.checks import at_least
+from fedlora.core.checks import at_least, within
 from fedlora.core.errors import ConfigError
+
+MOST_NODES = 2**16
+"""Flower keeps a record of each node, and the server a list of messages for each worker."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,12 @@ class Runtime:
     (`fedlora.server.incidents`); 0: nothing is continued."""
 
     def __post_init__(self) -> None:
-        at_least("runtime.nodes", self.nodes, 1)
+        within("runtime.nodes", self.nodes, 1, MOST_NODES)
         at_least("runtime.cpus_per_worker", self.cpus_per_worker, 1)
         at_least("runtime.gpus_per_worker", self.gpus_per_worker, 0)
         at_least("runtime.num_cpus", self.num_cpus, 0)
         at_least("runtime.num_gpus", self.num_gpus, 0)
-        at_least("runtime.workers", self.workers, 0)
+        within("runtime.workers", self.workers, 0, MOST_NODES)
         at_least("runtime.restarts", self.restarts, 0)
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"runtime.device={self.device!r} is not auto, cpu, cuda or cuda:N")

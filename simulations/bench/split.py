@@ -212,7 +212,7 @@ class Bench:
         assert all(isinstance(up, Up) for up in ups.values())
         good = {i: up for i, up in ups.items() if isinstance(up, Up)}
         for i, up in good.items():
-            server.receive(i, up)
+            server.store(i, server.activations(i, up))
         with saved_bytes(base) as of_server:
             server.learn(good, 0.0)
         return {"client": of_clients.bytes / CLIENTS, "server": float(of_server.bytes)}

@@ -18,6 +18,7 @@ from typing import Any
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
+from fedlora.core.reading import json_in
 from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
 from simulations.reporting.tables import TABLES, Records
@@ -89,7 +90,7 @@ def row_of(run: Run, name: str, command: str, note: str = "") -> dict[str, Any]:
 def record(root: Path, row: dict[str, Any]) -> None:
     """Add a row to the recorded runs, in the place of the one of its name."""
     file = root / "docs/results/runs.json"
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json_in(file, "the table of recorded runs,")
     names = [r["run"] for r in found["rows"]]
     at = names.index(row["run"]) if row["run"] in names else len(names)
     found["rows"][at : at + 1] = [row]

@@ -149,6 +149,7 @@ def _series(rows: Sequence[Record], key: str) -> tuple[list[int], list[float]]:
 
 
 def _json(file: Path) -> dict[str, Any]:
+    """A file's object; empty where there is none: a report also shows runs that broke off."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -4,7 +4,6 @@ Runs are in docs/results/, benchmarks in simulations/bench/results/. A table is 
 `Records` that returns Markdown; `TABLES` names them for the markers in documents.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedlora.core.reading import json_in
 from fedlora.run.progress import clock
 from simulations.cli import group_choices
 
@@ -26,11 +26,12 @@ class Records:
 
     root: Path
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> dict[str, Any]:
         """The record whose file name is ``<name>.json`` or ``<name>-<machine>.json``.
 
         Raises:
             FileNotFoundError: if there is not exactly one; the message names the folders.
+            ModelError: if it cannot be read.
         """
         files = [
             f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))
@@ -39,7 +40,7 @@ class Records:
         if len(exact) != 1:
             found = ", ".join(f.name for f in exact) or "none"
             raise FileNotFoundError(f"{name}: one JSON file is wanted in {FOLDERS}, found {found}")
-        return json.loads(exact[0].read_text(encoding="utf-8"))
+        return json_in(exact[0], "the record")
 
     def text(self, name: str) -> str:
         """A recorded text of docs/results/, such as what a run printed."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.core.types import Factors, Failure, TrainJob, Update
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.change import change
-from fedlora.wire.codec import Result
+from fedlora.wire.messages import Result
 from tests.hostile.world import BAD, NEIGHBOUR, Edit, Spoil, honest, tensors, with_tensors
 
 

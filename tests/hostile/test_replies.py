@@ -8,7 +8,7 @@ import pytest
 from flwr.app import Message
 
 from fedlora.core.types import TrainJob, Update
-from fedlora.wire.codec import Result, decode_jobs
+from fedlora.wire.messages import Result, decode_jobs
 from tests.hostile.attacks import ATTACKS, HARMLESS, Attack, NotApplicable
 from tests.hostile.world import BAD, METHODS, Edit, Spoil, World, failed, honest
 

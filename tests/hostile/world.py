@@ -19,7 +19,7 @@ from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
-from fedlora.wire.codec import Result, decode_jobs, encode_results
+from fedlora.wire.messages import Result, decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT

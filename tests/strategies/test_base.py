@@ -17,7 +17,7 @@ from fedlora.server.session import (
     Session,
 )
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.wire.codec import decode_jobs, encode_results
+from fedlora.wire.messages import decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from tests.fakes import Mean
 

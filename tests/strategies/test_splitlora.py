@@ -30,7 +30,7 @@ from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.wire.codec import encode_results
+from fedlora.wire.messages import encode_results
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

@@ -22,12 +22,7 @@ from fedlora.techniques.spp.payload import MaskedScale, select_sent
 from fedlora.techniques.spp.scale import factor, mean_factor
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.training.loop import optimise
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    payload_bytes,
-    update_bytes,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, payload_bytes, update_bytes
 from strategies.spp import SPP
 from tests.fedlora.prune.models import pruned
 from tests.generators import ALPHA, MASK, factors, gain, setting, trained

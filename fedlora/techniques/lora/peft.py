@@ -19,10 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedlora.core.errors import ModelError
-from fedlora.core.files import output_folder
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Factors
-from fedlora.models.export import about, exported, require_base
+from fedlora.models.export import exported, require_base
 from fedlora.models.headed import WithHead
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
@@ -56,19 +55,6 @@ _NEUTRAL = {
     "use_rslora",
 }
 _INITS_THAT_KEEP_THE_BASE = (True, False, None, "gaussian", "orthogonal", "eva")
-
-
-def save_peft(
-    adapter: Adapter, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
-) -> None:
-    """`write_peft` into a folder of its own; an earlier payload there is replaced.
-
-    Raises:
-        ConfigError: if the folder holds anything else.
-        ValueError: as `write_peft`.
-    """
-    with output_folder(folder, about(LowRankPayload, info)) as draft:
-        write_peft(adapter, info, draft, base_name, dropout)
 
 
 def write_peft(

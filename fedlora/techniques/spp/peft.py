@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.core.errors import ModelError
-from fedlora.core.files import output_folder
-from fedlora.core.reading import tensors_in
+from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Factors
-from fedlora.models.export import about
 from fedlora.models.masks import (
     check_zeros,
 )
@@ -125,19 +123,6 @@ def mount_spp(network: Any, folder: Path) -> Any:
     return mount_by_peft(network, folder, spp_config(config))
 
 
-def save_spp(
-    payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
-) -> None:
-    """`write_spp` into a folder of its own; an earlier payload there is replaced.
-
-    Raises:
-        ConfigError: if the folder holds anything else.
-        ValueError: as `write_spp`.
-    """
-    with output_folder(folder, about(MaskedScale, info)) as draft:
-        write_spp(payload, info, draft, base_name, dropout)
-
-
 def write_spp(
     payload: MaskedScale, info: ModelInfo, folder: Path, base_name: str = "", dropout: float = 0.0
 ) -> None:
@@ -175,7 +160,7 @@ def write_spp(
 
 
 def load_spp(folder: Path) -> MaskedScale:
-    """The inverse of `save_spp`.
+    """The inverse of `write_spp`.
 
     Raises:
         ModelError: if the folder holds no SPP adapter.
@@ -183,22 +168,25 @@ def load_spp(folder: Path) -> MaskedScale:
     if not (folder / SPP).is_file():
         raise ModelError(f"{folder} holds no {SPP}: it is no SPP adapter")
     with tensors_in(folder / SPP, "the adapter") as file:
-        stated = json.loads((file.metadata() or {}).get("spp", "{}"))
-        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= stated.keys():
-        raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
-    order = stated["order"]
-    return MaskedScale(
-        mask=stated["mask"],
-        lora_alpha=stated["lora_alpha"],
-        blocks=stated["blocks"],
-        alpha={p: found[f"{p}/alpha"] for p in order},
-        beta={p: found[f"{p}/beta"] for p in order},
-        merges=tuple(
-            {p: (found[f"{p}/merges/{i}/alpha"], found[f"{p}/merges/{i}/beta"]) for p in order}
-            for i in range(stated["merges"])
-        ),
-    )
+        text = (file.metadata() or {}).get("spp", "{}")
+        stated = json_in(folder / SPP, "the adapter", text=text)
+        if not {"mask", "lora_alpha", "blocks", "order", "merges"} <= stated.keys():
+            raise ModelError(f"{folder / SPP} is no SPP adapter: it does not say what it holds")
+        order, tensor = stated["order"], file.get_tensor
+        return MaskedScale(
+            mask=stated["mask"],
+            lora_alpha=stated["lora_alpha"],
+            blocks=stated["blocks"],
+            alpha={p: tensor(f"{p}/alpha") for p in order},
+            beta={p: tensor(f"{p}/beta") for p in order},
+            merges=tuple(
+                {
+                    p: (tensor(f"{p}/merges/{i}/alpha"), tensor(f"{p}/merges/{i}/beta"))
+                    for p in order
+                }
+                for i in range(stated["merges"])
+            ),
+        )
 
 
 def _write_peft(payload: MaskedScale, folder: Path) -> None:

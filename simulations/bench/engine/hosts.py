@@ -27,7 +27,7 @@ from fedlora.core.types import TrainJob
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.population.sampling import deal
-from fedlora.wire.codec import decode_jobs, encode_jobs
+from fedlora.wire.messages import decode_jobs, encode_jobs
 from simulations.bench.engine.cases import (
     SHORT,
     Case,

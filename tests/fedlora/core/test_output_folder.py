@@ -62,9 +62,13 @@ def test_a_file_and_a_damaged_record_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a file: name a new folder"):
         write(tmp_path / "file", "a")
     write(tmp_path / "x", "a")
-    for text in ("{", "[]", json.dumps({"files": "a"})):
+    for text, why in (
+        ("{", "cannot be read: .*damaged"),
+        ("[]", "holds a list instead of an object"),
+        (json.dumps({"files": "a"}), "is damaged: it lists no files"),
+    ):
         (tmp_path / "x" / RECORD).write_text(text)
-        with pytest.raises(ConfigError, match="is damaged"):
+        with pytest.raises(ConfigError, match=why):
             write(tmp_path / "x", "a")
 
 

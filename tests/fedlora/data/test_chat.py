@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import Jsonl, Record, TokenStore, prepare
 from fedlora.data.batches import collate, supervised_tokens, targets_of
 from fedlora.data.chat import ChatEncoder, token_span
@@ -218,7 +218,7 @@ def test_the_template_of_a_folder_is_that_of_transformers(place, tokenizer_folde
 
 
 def test_a_base_model_without_a_chat_template_is_named(tokenizer):
-    with pytest.raises(DataError, match=r"the model's tokenizer has no chat template.*; use"):
+    with pytest.raises(ConfigError, match=r"the model's tokenizer has no chat template.*; use"):
         Listed(rows=(TALK,), template="chat").encoder(tokenizer)
     with pytest.raises(ValueError, match=r"data\.template='vicuna' is not one of .*nor a Jinja"):
         Listed(rows=(), template="vicuna")

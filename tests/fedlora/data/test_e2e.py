@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import (
     E2E,
     SPLITS,
@@ -371,7 +371,7 @@ def test_categories_name_what_the_partition_is_about(source):
     ],
 )
 def test_a_federation_that_the_data_cannot_give_is_refused(options, message, source):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         list(replace(source, **options).records())
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import Record
 from fedlora.data.encode import Encoder, prompt_room
 from fedlora.data.template import ANSWER, prompt, question
@@ -204,7 +204,7 @@ def test_a_tokenizer_without_eos_is_refused():
 
 
 def test_a_maximal_length_without_room_for_the_prompt_is_refused():
-    with pytest.raises(DataError, match=r"data\.max_length=20 must be >= 30"):
+    with pytest.raises(ConfigError, match=r"data\.max_length=20 must be >= 30"):
         Encoder(CharacterTokenizer(), 20, "input")
 
 

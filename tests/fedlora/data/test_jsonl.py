@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import Jsonl
 
 pytest.importorskip("datasets")
@@ -187,7 +187,7 @@ def test_an_unknown_split_is_named(tmp_path):
 
 @pytest.mark.parametrize("partition", ["iid", "dirichlet"])
 def test_more_clients_than_records_are_refused(partition, tmp_path):
-    with pytest.raises(DataError, match=r"data\.clients=61 is more than the 60 records"):
+    with pytest.raises(ConfigError, match=r"data\.clients=61 is more than the 60 records"):
         list(write(tmp_path, rows(), partition=partition, clients=61).records())
 
 
@@ -195,7 +195,7 @@ def test_only_more_examples_than_there_are_cannot_be_drawn(tmp_path):
     uneven = {"partition": "dirichlet", "clients": 30, "alpha": 0.01}
     found = Counter(r.client for r in write(tmp_path, rows(), **uneven, min_examples=2).records())
     assert set(found.values()) == {2}
-    with pytest.raises(DataError, match=r"needs 90 records, and there are 60"):
+    with pytest.raises(ConfigError, match=r"needs 90 records, and there are 60"):
         list(write(tmp_path, rows(), **uneven, min_examples=3).records())
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError
 from fedlora.data.partition import (
     _complete,
     balanced,
@@ -85,7 +85,7 @@ def test_a_dirichlet_partition_is_a_partition_at_any_alpha(
 ):
     """Every example exactly once, no client with less than it must have, the same for a seed."""
     if clients * least > len(labels):
-        with pytest.raises(DataError, match=r"data\.clients=|data\.min_examples="):
+        with pytest.raises(ConfigError, match=r"data\.clients=|data\.min_examples="):
             dirichlet(labels, clients, alpha, least, seed, nearest=nearest)
         return
     parts, moved = dirichlet(labels, clients, alpha, least, seed, nearest=nearest)
@@ -147,12 +147,12 @@ def test_in_the_limit_of_large_alpha_all_clients_have_the_labels_frequencies(
     "divide", [lambda: iid(3, 4, 0), lambda: dirichlet(["a"] * 3, 4, 1.0, 1, 0)]
 )
 def test_more_clients_than_records_are_refused(divide):
-    with pytest.raises(DataError, match=r"data\.clients=4 is more than the 3 records"):
+    with pytest.raises(ConfigError, match=r"data\.clients=4 is more than the 3 records"):
         divide()
 
 
 def test_more_clients_than_the_records_suffice_for_are_refused():
-    with pytest.raises(DataError, match=r"needs 12 records, and there are 10"):
+    with pytest.raises(ConfigError, match=r"needs 12 records, and there are 10"):
         dirichlet(["a", "b"] * 5, 4, 1.0, 3, 0)
 
 
@@ -195,7 +195,7 @@ def test_pathological_clients_hold_so_many_labels(labels, clients, classes, seed
     """Every example once, nobody without, and all labels with nearly equally many holders."""
     labels, known = labels * 30, len(set(labels))  # no label has fewer examples than holders
     if classes > known or clients * classes < known:
-        with pytest.raises(DataError, match=r"data\.classes_per_client="):
+        with pytest.raises(ConfigError, match=r"data\.classes_per_client="):
             pathological(labels, clients, classes, seed)
         return
     parts = pathological(labels, clients, classes, seed)

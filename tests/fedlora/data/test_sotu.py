@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import Sotu, sotu
 from fedlora.data.sotu import (
     FIRST_YEAR,
@@ -84,11 +84,13 @@ def test_other_numbers_of_clients_work_and_repeat():
 
 @pytest.mark.usefixtures("quick")
 def test_too_many_clients_are_refused_with_the_maximum():
-    with pytest.raises(DataError, match=r"clients=90000 .* at most (1[0-9]{3}) clients") as caught:
+    with pytest.raises(
+        ConfigError, match=r"clients=90000 .* at most (1[0-9]{3}) clients"
+    ) as caught:
         next(Sotu(clients=90000).records())
     most = int(re.search(r"at most (\d+)", str(caught.value))[1])
     assert max(r.client for r in Sotu(clients=most).records()) == most - 1
-    with pytest.raises(DataError):
+    with pytest.raises(ConfigError):
         next(Sotu(clients=most + 1).records())
 
 
@@ -164,7 +166,7 @@ SUPPLY = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 40), min_size=1
 def test_shares_make_the_smallest_client_as_large_as_possible(supply, clients):
     most = sum(n // MIN_PASSAGES for n in supply.values())
     if clients > most:
-        with pytest.raises(DataError, match=f"at most {most}"):
+        with pytest.raises(ConfigError, match=f"at most {most}"):
             apportion(supply, clients, MIN_PASSAGES)
         return
     shares = apportion(supply, clients, MIN_PASSAGES)

@@ -63,7 +63,6 @@ FAULTS = {
     "diverges": "loss is nan|not finite",
     "no examples": "client 1 has nothing to train on: 0 training examples",
     "nothing supervised": "client 1 has nothing to train on: 1 training examples.*loss=response",
-    "trains nothing": "train_a and train_b are both false",
     "unknown module": "'nowhere', which is not an adapted module",
     "wrong shape": r"transformer.h.0.attn.c_attn: A \(2, 15\)",
     "rank beyond the layer": r"transformer.h.0.attn.c_attn: rank 17 is not in 1\.\.16",
@@ -79,8 +78,6 @@ def spoiled(fault: str, engine: Engine, factors):
     path, f = next(iter(factors.items()))
     if fault == "diverges":
         plan = dataclasses.replace(PLAN, lr=1e200, max_grad_norm=0.0)
-    elif fault == "trains nothing":
-        plan = dataclasses.replace(PLAN, train_a=False, train_b=False)
     elif fault == "no examples":
         store.held[1] = []
     elif fault == "nothing supervised":

@@ -14,11 +14,7 @@ from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
 from fedlora.engine.client import LoRAClient
 from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
-from fedlora.wire.codec import (
-    decode_payload,
-    encode_payload,
-    plan_to_json,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, plan_to_json
 from tests.fedlora.engine.world import SEED, FakeStore, client, examples, job, model, start, vector
 
 PLAN = LocalPlan(lr=3e-3, batch_size=3, epochs=2)

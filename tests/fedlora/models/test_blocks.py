@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.models.blocks import find_blocks
+from fedlora.models.export import save
 from fedlora.models.modules import find_modules
 from fedlora.models.spec import HuggingFace, ModelSpec, Tiny
 from fedlora.prune.spec import Pruned
-from fedlora.techniques.lora.peft import save_peft
 from tests.fedlora.models.families import FAMILIES, family
 from tests.fedlora.models.networks import adapter, gpt2, llama, logits, tokenizer
 
@@ -78,7 +78,7 @@ def test_plain_peft_reads_the_adapter_of_some_blocks(saved, tmp_path):
     """Layers of other blocks are named by nothing: the logits are those of ours."""
     model = HuggingFace(path=str(saved), layers="top:1", dtype="float32").load(CPU)
     payload = adapter(model.info.modules, 2, dtype=torch.float32)
-    save_peft(payload, model.info, tmp_path / "adapter")
+    save(payload, model.info, tmp_path / "adapter")
     model.mount(payload)
     plain = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter")
@@ -99,15 +99,15 @@ def test_a_block_is_named_once():
 
 
 def test_blocks_that_the_model_lacks_are_refused(saved):
-    with pytest.raises(ModelError, match=r"model\.layers=top:4: .* has 3 blocks; k is in 1\.\.3"):
+    with pytest.raises(ConfigError, match=r"model\.layers=top:4: .* has 3 blocks; k is in 1\.\.3"):
         HuggingFace(path=str(saved), layers="top:4").describe()
-    with pytest.raises(ModelError, match=r"\[1, 3\]: .* no block 3; its 3 blocks are 0\.\.2"):
+    with pytest.raises(ConfigError, match=r"\[1, 3\]: .* no block 3; its 3 blocks are 0\.\.2"):
         HuggingFace(path=str(saved), layers=[1, 3]).describe()
 
 
 def test_a_target_outside_the_chosen_blocks_is_refused(saved):
     inside = HuggingFace(path=str(saved)).describe().modules[0].path
-    with pytest.raises(ModelError, match=r"model\.targets: .* in the blocks of model\.layers=top"):
+    with pytest.raises(ConfigError, match=r"model\.targets: .* in the blocks of model\.layers=top"):
         HuggingFace(path=str(saved), layers="top:1", targets=[inside]).describe()
 
 

@@ -13,16 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedlora.core.errors import ModelError
 from fedlora.core.types import Factors
-from fedlora.models.export import merge
+from fedlora.models.export import merge, save
 from fedlora.models.folder import MASKS, mask_identity
 from fedlora.models.masks import (
     check_network,
     load_masks,
 )
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, load_peft, save_peft
+from fedlora.techniques.lora.peft import CONFIG, WEIGHTS, load_peft
 from fedlora.techniques.sparse.payload import SparseDelta
-from fedlora.techniques.spp.peft import save_spp
 from tests.fedlora.models.networks import ALPHA, NETWORKS, adapter, llama, logits, same, wrap
 from tests.fedlora.prune.models import (
     pruned,
@@ -45,7 +44,7 @@ def test_peft_computes_what_we_mounted(name, rank, alphas, tmp_path):
             {p: Factors(f.a, f.b, ALPHA + i % 3 / 2) for i, (p, f) in enumerate(factors.items())}
         )
     model.mount(factors)
-    save_peft(factors, model.info, tmp_path, base_name="base", dropout=0.1)
+    save(factors, model.info, tmp_path, base_name="base", dropout=0.1)
     theirs = peft.PeftModel.from_pretrained(NETWORKS[name]().double(), tmp_path).double().eval()
     # PEFT reads adapters in float32
     torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-5, atol=1e-6)
@@ -59,7 +58,7 @@ def test_round_trip_is_exact(ranks, alpha, tmp_path_factory):
     info = wrap(llama()).info
     factors = adapter(info.modules, lambda i: ranks[i], alpha=alpha)
     folder = tmp_path_factory.mktemp("adapter")
-    save_peft(factors, info, folder)
+    save(factors, info, folder)
     assert same(load_peft(folder), factors)
 
 
@@ -69,7 +68,7 @@ def test_parts_of_a_split_layer_are_one_layer_to_peft(targets, rank, tmp_path):
     model = wrap(NETWORKS["gpt2"]().double(), targets, split=True)
     factors = adapter(model.info.modules, rank)
     model.mount(factors)
-    save_peft(factors, model.info, tmp_path)
+    save(factors, model.info, tmp_path)
     theirs = peft.PeftModel.from_pretrained(NETWORKS["gpt2"]().double(), tmp_path).double().eval()
     torch.testing.assert_close(logits(model.network), logits(theirs), rtol=1e-5, atol=1e-6)
     names = {n for n, m in theirs.base_model.model.named_modules() if hasattr(m, "lora_A")}
@@ -126,7 +125,7 @@ def test_rank_stabilised_scale_is_kept(tmp_path):
 )
 def test_more_than_two_factors_is_refused_by_name(option, named, tmp_path):
     info = wrap(llama()).info
-    save_peft(adapter(info.modules, 2), info, tmp_path)
+    save(adapter(info.modules, 2), info, tmp_path)
     config = json.loads((tmp_path / CONFIG).read_text()) | option
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ModelError, match=named):
@@ -137,7 +136,7 @@ def test_incomplete_adapters_are_refused_by_name(tmp_path):
     with pytest.raises(ModelError, match="adapter_config"):
         load_peft(tmp_path / "nowhere")
     info = wrap(llama()).info
-    save_peft(adapter(info.modules, 2), info, tmp_path)
+    save(adapter(info.modules, 2), info, tmp_path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     save_file({key: torch.ones(2, 16)}, tmp_path / WEIGHTS)
     with pytest.raises(ModelError, match="q_proj has lora_A alone"):
@@ -150,9 +149,13 @@ def test_incomplete_adapters_are_refused_by_name(tmp_path):
 def test_an_adapter_that_fits_no_model_is_not_saved(tmp_path):
     info = wrap(llama()).info
     with pytest.raises(ValueError, match="without modules"):
-        save_peft({}, info, tmp_path)
+        save(LowRankPayload({}), info, tmp_path)
     with pytest.raises(ValueError, match="elsewhere"):
-        save_peft({"elsewhere": Factors(torch.ones(1, 2), torch.ones(2, 1), ALPHA)}, info, tmp_path)
+        save(
+            LowRankPayload({"elsewhere": Factors(torch.ones(1, 2), torch.ones(2, 1), ALPHA)}),
+            info,
+            tmp_path,
+        )
 
 
 @pytest.mark.parametrize(("name", "split"), [*((n, False) for n in NETWORKS), ("gpt2", True)])
@@ -225,9 +228,9 @@ def test_masks_that_nobody_knows_are_not_invented(tmp_path):
 
 def test_lora_replaces_spp_in_a_folder(tmp_path):
     model = pruned()
-    save_spp(scale(model), model.info, tmp_path)
+    save(scale(model), model.info, tmp_path)
     factors = adapter(model.info.modules, 2)
-    save_peft(factors, model.info, tmp_path)
+    save(factors, model.info, tmp_path)
     assert same(load_peft(tmp_path), factors)
 
 

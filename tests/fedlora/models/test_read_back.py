@@ -15,12 +15,11 @@ from transformers import (
 
 from fedlora.core.types import Factors
 from fedlora.models import read_back as module
-from fedlora.models.export import merge
+from fedlora.models.export import merge, save
 from fedlora.models.folder import find_assets
 from fedlora.models.read_back import read_back
 from fedlora.models.spec import HuggingFace, Tiny, TinyGPT2
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.techniques.lora.peft import save_peft
 from fedlora.techniques.rebased.payload import Rebased
 
 IDS = {"vocab_size": 2048, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -86,7 +85,7 @@ def test_peft_computes_the_same_or_the_export_says_that_it_does_not(kind, tmp_pa
     spec = base(kind, tmp_path)
     model = spec.load(torch.device("cpu"))
     payload = random_factors(model.info)
-    save_peft(payload, model.info, tmp_path / "adapter", str(spec.folder()))
+    save(payload, model.info, tmp_path / "adapter", str(spec.folder()))
     found = read_back(payload, tmp_path / "adapter", spec)
     assert found.checked
     assert found.agrees == (kind not in MISREAD)
@@ -128,7 +127,7 @@ def test_only_the_language_model_of_a_multimodal_one_is_adapted(tmp_path):
 def test_factors_of_any_size_are_checked(spec, scale, tmp_path):
     info = spec.describe()
     payload = random_factors(info, scale)
-    save_peft(payload, info, tmp_path / "adapter")
+    save(payload, info, tmp_path / "adapter")
     assert read_back(payload, tmp_path / "adapter", spec).agrees
 
 
@@ -139,7 +138,7 @@ def test_a_folder_that_holds_something_else_is_noticed(fault, tmp_path):
     first, *_ = payload
     f = payload[first]
     changed = {"alpha": Factors(f.a, f.b, 32.0), "one factor": Factors(f.a, f.b * 0, f.alpha)}
-    save_peft(LowRankPayload({**payload, first: changed[fault]}), info, tmp_path / "adapter")
+    save(LowRankPayload({**payload, first: changed[fault]}), info, tmp_path / "adapter")
     found = read_back(payload, tmp_path / "adapter", Tiny())
     assert found.checked and not found.agrees
     assert "logits of a small text differ by" in found.note
@@ -148,7 +147,7 @@ def test_a_folder_that_holds_something_else_is_noticed(fault, tmp_path):
 def test_what_cannot_be_checked_is_said(tmp_path, monkeypatch):
     info = Tiny().describe()
     payload = random_factors(info)
-    save_peft(payload, info, tmp_path / "adapter")
+    save(payload, info, tmp_path / "adapter")
     int4 = HuggingFace(path=Tiny().folder().as_posix(), quantization="int4")
     found = read_back(payload, tmp_path / "adapter", int4)
     assert "quantised (model.quantization=int4)" in found.note
@@ -166,7 +165,7 @@ def test_a_folder_for_us_alone_is_not_checked(tmp_path):
 def test_reading_back_draws_nothing_from_the_global_generator(tmp_path):
     info = Tiny().describe()
     payload = random_factors(info)
-    save_peft(payload, info, tmp_path / "adapter")
+    save(payload, info, tmp_path / "adapter")
     before = torch.get_rng_state()
     read_back(payload, tmp_path / "adapter", Tiny())
     assert torch.equal(torch.get_rng_state(), before)

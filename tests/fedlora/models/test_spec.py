@@ -80,9 +80,9 @@ def test_a_split_projection_is_described_and_loaded_alike(tmp_path):
     torch.testing.assert_close(
         logits(model.network), logits(whole.load(CPU).network), rtol=1e-6, atol=1e-6
     )
-    with pytest.raises(ModelError, match=r"'q_attn' is the end of no .*c_attn"):
+    with pytest.raises(ConfigError, match=r"'q_attn' is the end of no .*c_attn"):
         HuggingFace(path=str(tmp_path), targets=["q_attn"]).describe()
-    with pytest.raises(ModelError, match=r"'c_attn' is the end of no .*q_attn"):
+    with pytest.raises(ConfigError, match=r"'c_attn' is the end of no .*q_attn"):
         HuggingFace(path=str(tmp_path), targets=["c_attn"], split_qkv=True).describe()
 
 
@@ -116,7 +116,7 @@ def test_targets_choose_layers_in_model_order(saved):
 
 @pytest.mark.parametrize("target", ["q_porj", "lm_head", "embed_tokens", "proj"])
 def test_a_target_that_names_nothing_is_refused_by_name(saved, target):
-    with pytest.raises(ModelError, match=rf"model\.targets: '{target}'.*q_proj"):
+    with pytest.raises(ConfigError, match=rf"model\.targets: '{target}'.*q_proj"):
         HuggingFace(path=str(saved), targets=[target]).describe()
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedlora.core.errors import ClientsSuspected, RunError, WorkerDied
 from fedlora.run.tracking import read_jsonl
 from fedlora.server.incidents import DEADLINE, DIED, EVALUATE, TRAIN, Incident, Incidents
-from fedlora.wire.codec import decode_jobs
+from fedlora.wire.messages import decode_jobs
 from tests.strategies.test_base import add_one, served
 
 

@@ -15,7 +15,7 @@ from fedlora.run.tracking import Trackers
 from fedlora.server.packing import MOST_PER_MESSAGE
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
-from fedlora.wire.codec import Glance
+from fedlora.wire.messages import Glance
 from tests.fakes import Mean
 from tests.fedlora.population.test_workload import Held
 

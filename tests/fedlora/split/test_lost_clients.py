@@ -380,7 +380,7 @@ def test_a_loss_that_is_no_number_names_the_client() -> None:
     server = f.server()
     up = f.local().exchange({BAD: Down(0, forward=True)})[BAD]
     assert isinstance(up, Up)
-    server.receive(BAD, up)
+    server.store(BAD, server.activations(BAD, up))
     server._leaves[BAD].data *= float("inf")
     with pytest.raises(FloatingPointError, match="loss on client 1 is nan"):
         server.learn({BAD: up}, 0.1)

@@ -115,7 +115,7 @@ def test_a_client_goes_on_elsewhere_bit_by_bit() -> None:
     live = SplitClient(f.stages, f.held[0], f.init(0))
     up = live.receive(Down(0, forward=True))
     answer = f.server()
-    answer.receive(0, up)
+    answer.store(0, answer.activations(0, up))
     gradient = answer.learn({0: up}, 0.1)[0].gradient
     down = Down(1, gradient=gradient, of=0, rate=0.1, upload=True)
     other = SplitClient(Stages(others(f, 1)[0]), f.held[0], f.init(0))

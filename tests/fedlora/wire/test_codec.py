@@ -26,17 +26,8 @@ from fedlora.techniques.lora.self_pruning import SelfPrune
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
-from fedlora.wire.codec import (
-    decode_jobs,
-    decode_payload,
-    decode_results,
-    encode_jobs,
-    encode_payload,
-    encode_results,
-    glance,
-    payload_bytes,
-    update_bytes,
-)
+from fedlora.wire.codec import decode_payload, encode_payload, payload_bytes, update_bytes
+from fedlora.wire.messages import decode_jobs, decode_results, encode_jobs, encode_results, glance
 
 
 def adapter(seed: int, ranks: dict[str, int], dtype=torch.float32):

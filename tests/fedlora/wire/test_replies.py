@@ -9,17 +9,8 @@ from torch import Tensor
 
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Failure, LocalPlan, Ranks, TrainJob, Update
-from fedlora.wire.codec import (
-    Named,
-    decode_jobs,
-    decode_payload,
-    decode_results,
-    encode_jobs,
-    encode_payload,
-    encode_reply,
-    encode_results,
-    payload_bytes,
-)
+from fedlora.wire.codec import Named, decode_payload, encode_payload, encode_reply, payload_bytes
+from fedlora.wire.messages import decode_jobs, decode_results, encode_jobs, encode_results
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

@@ -11,6 +11,8 @@ from fedlora.models.folder import find_assets
 from simulations.app.compose import load
 from simulations.app.parts import build_parts
 from simulations.app.runtime import Runtime
+from simulations.app.simulate import REFUSED
+from simulations.run import guarded
 
 GPT2 = ("model=tiny_gpt2", "strategy=fedit")
 
@@ -143,3 +145,39 @@ def test_a_worker_that_was_given_a_gpu_never_falls_back():
 def test_a_recorded_runtime_is_checked_where_it_runs():
     """Composing for another machine is no mistake: the machine is compared when a run begins."""
     assert build_parts(load(["runtime=multi_gpu"])).runtime.num_gpus == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["population.per_round=10000"], "population.per_round=10000 must be at most 22"),
+        (["population.per_round=23"], "2 are held out (population.unseen_fraction"),
+        (["population.clients=401"], "population.clients=401 must be at most 400"),
+        (["population.unseen_fraction=1"], "no client is left to train"),
+        (["population.unseen_categories=[nobody]"], "unseen_categories: ['nobody'] are not in"),
+        (["data.clients=1896"], "data.clients=1896 is more than the addresses can give"),
+        (["data.max_length=32", "data.template=chat"], "data.template=chat: the model's tokenizer"),
+        (["ranks=homogeneous", "ranks.rank=129", "ranks.clamp=false"], "rank 129 is above 128"),
+        (["model.targets=[nothing]"], "'nothing' is the end of no adaptable linear layer"),
+        (["client.train_a=false", "client.train_b=false"], "a client would train nothing"),
+        (["federation.threads=1025"], "threads=1025 must lie in 1..1,024"),
+        (["engine.threads=1025"], "engine.threads=1025 must lie in 0..1,024"),
+        (["runtime.nodes=65537"], "runtime.nodes=65537 must lie in 1..65,536"),
+        (["evaluate=fast", "evaluate.groups=[seen,seen]"], "lists seen more than once"),
+        (["strategy=splitlora", "strategy.cut=0"], "a client that holds none of the 4 blocks"),
+        (
+            ["strategy=splitlora", "model.targets=[layers.3.self_attn.q_proj]"],
+            "no layer of blocks 0..0, which clients hold, carries an adapter",
+        ),
+        (["strategy=splitlora", "strategy.average_every=3"], "average_every=3 does not divide"),
+        (
+            ["strategy=splitlora", "client.steps=0", "strategy.average_every=100"],
+            "average_every=100 does not divide",
+        ),
+    ],
+)
+def test_a_value_out_of_range_is_a_mistake_of_the_configuration(federate, overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        federate(*overrides)
+    assert message in str(caught.value)
+    assert guarded(lambda: federate(*overrides)) == REFUSED

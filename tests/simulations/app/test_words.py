@@ -90,6 +90,23 @@ def test_a_key_without_its_group_is_answered_with_the_whole_key(word, meant):
             build_parts(load([f"+{word}"]))
 
 
+@pytest.mark.parametrize("words", ["-m lr=0.1", "-m lr=0.1,0.2", "--cfg job lr=1"])
+def test_a_sweep_and_a_flag_answer_as_a_run_does(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    assert main(["lr=0.1"]) == 2
+    swept, single = capsys.readouterr().out.splitlines()
+    assert single.startswith("RUN FAILED: Could not override 'lr'. Did you mean client.lr? (")
+    assert swept.partition(" (")[0] == single.partition(" (")[0]
+
+
+def test_the_second_value_of_a_sweep_is_answered_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["-m", "strategy=fedit,flexlor"]) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("RUN FAILED: In 'config': Could not find 'strategy/flexlor'")
+
+
 def test_a_key_like_nothing_gets_no_guess():
     with pytest.raises(ConfigError) as error:
         load(["xyzzy=1"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError
 from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan, Update
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.fused.check import why_not_ragged
@@ -229,7 +229,7 @@ def test_auto_gives_the_same_wherever_it_runs(name, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("target", ["lm_head", "input_layernorm", "embed_tokens", "model"])
 def test_what_is_no_linear_layer_is_no_target(target):
-    with pytest.raises(ModelError, match=f"model.targets: '{target}' is the end of no adaptable"):
+    with pytest.raises(ConfigError, match=f"model.targets: '{target}' is the end of no adaptable"):
         find_modules(family("llama"), [target])
 
 

@@ -9,7 +9,8 @@ from fedlora.core.types import LocalPlan
 from fedlora.data.batches import collate
 from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
-from fedlora.techniques.lora.peft import load_peft, save_peft
+from fedlora.models.export import save
+from fedlora.techniques.lora.peft import load_peft
 from tests.fedlora.engine.world import NETWORKS, FakeStore, distance, examples, job, model
 from tests.fedlora.models.networks import adapter, logits
 
@@ -39,7 +40,7 @@ def test_peft_computes_what_was_trained(name, layout, tmp_path):
     for k, update in done.items():
         assert distance(update.payload, starts[k]) > 0
         folder = tmp_path / str(k)
-        save_peft(update.payload, on.info, folder)
+        save(update.payload, on.info, folder)
         theirs = peft.PeftModel.from_pretrained(NETWORKS[name](), folder).double().eval()
         on.mount(update.payload)
         wanted = logits(on.network)

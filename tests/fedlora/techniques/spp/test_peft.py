@@ -8,12 +8,11 @@ import torch
 
 from fedlora.core.errors import ModelError
 from fedlora.core.files import RECORD
-from fedlora.models.export import merge
+from fedlora.models.export import merge, save
 from fedlora.techniques.lora.peft import CONFIG, load_peft
 from fedlora.techniques.spp.peft import (
     SPP,
     load_spp,
-    save_spp,
     spp_config,
 )
 from tests.fedlora.models.networks import NETWORKS, logits, tokens
@@ -38,7 +37,7 @@ def test_peft_computes_what_we_mounted(name, tmp_path):
     model = pruned(name)
     payload = scale(model)
     model.mount(payload)
-    save_spp(payload, model.info, tmp_path, base_name="base", dropout=0.1)
+    save(payload, model.info, tmp_path, base_name="base", dropout=0.1)
     back = load_spp(tmp_path)
     assert dict(back.blocks) == dict(payload.blocks)
     assert (back.mask, back.lora_alpha) == (payload.mask, LORA_ALPHA)
@@ -89,7 +88,7 @@ def test_gradients_are_ours():
 
 def test_peft_refuses_to_load_it_as_lora(tmp_path):
     model = pruned()
-    save_spp(scale(model), model.info, tmp_path)
+    save(scale(model), model.info, tmp_path)
     with pytest.raises(RuntimeError, match="size mismatch"):
         peft.PeftModel.from_pretrained(NETWORKS["llama"](), tmp_path)
 
@@ -97,7 +96,7 @@ def test_peft_refuses_to_load_it_as_lora(tmp_path):
 def test_rank_one_is_never_taken_for_lora(tmp_path):
     """Its shapes would fit, so PEFT is shown nothing; our own reader refuses SPP as LoRA."""
     model = pruned()
-    save_spp(scale(model, rank=1), model.info, tmp_path)
+    save(scale(model, rank=1), model.info, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     assert set(load_spp(tmp_path).blocks.values()) == {1}
     with pytest.raises(ModelError, match="holds a MaskedScale, which is more than LoRA"):
@@ -108,7 +107,7 @@ def test_what_was_merged_is_kept_and_not_shown_to_peft(tmp_path):
     model = pruned()
     payload = scale(model)
     past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
-    save_spp(replace(payload, merges=(past, past)), model.info, tmp_path)
+    save(replace(payload, merges=(past, past)), model.info, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
     back = load_spp(tmp_path)
     assert len(back.merges) == 2
@@ -116,17 +115,17 @@ def test_what_was_merged_is_kept_and_not_shown_to_peft(tmp_path):
     with pytest.raises(ModelError, match="no SPP adapter"):
         load_spp(tmp_path / "elsewhere")
     with pytest.raises(ValueError, match="pruned with the mask"):
-        save_spp(replace(payload, mask="other"), model.info, tmp_path)
+        save(replace(payload, mask="other"), model.info, tmp_path)
 
 
 def test_what_an_earlier_save_left_is_no_part_of_the_adapter(tmp_path):
     """With merges, PEFT's files of a save before them would be another adapter."""
     model = pruned()
     payload = scale(model)
-    save_spp(payload, model.info, tmp_path)
+    save(payload, model.info, tmp_path)
     assert (tmp_path / CONFIG).exists()
     past = {p: (payload.alpha[p][None], payload.beta[p][None]) for p in payload.beta}
-    save_spp(replace(payload, merges=(past,)), model.info, tmp_path)
+    save(replace(payload, merges=(past,)), model.info, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {SPP, RECORD}
 
 
@@ -136,7 +135,7 @@ def test_peft_scales_an_alpha_of_smaller_rank_as_we_do(rank, tmp_path):
     model = pruned()
     payload = scale(model)
     small = replace(payload, alpha={p: a[:rank] for p, a in payload.alpha.items()})
-    save_spp(small, model.info, tmp_path)
+    save(small, model.info, tmp_path)
     assert all(len(a) == rank for a in load_spp(tmp_path).alpha.values())
     model.mount(small)
     found = logits(theirs(model, "llama", tmp_path))
@@ -200,7 +199,7 @@ def test_peft_reads_what_was_saved(name, tmp_path):
     model = pruned(name, dtype=torch.float32)
     merge(model, None, base)
     payload = scale(model)
-    save_spp(payload, model.info, adapter)
+    save(payload, model.info, adapter)
     model.mount(payload)
     network = type(model.network).from_pretrained(base)
     config = spp_config(peft.LoraConfig.from_pretrained(adapter))

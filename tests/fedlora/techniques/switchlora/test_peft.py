@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedlora.core.errors import ModelError
+from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import torch_generator
 from fedlora.run import checkpoint
 from fedlora.techniques.switchlora.init import SIDES
@@ -250,7 +250,7 @@ def test_pools_can_lie_in_files(tmp_path):
         ({"rank": 8}, ValueError, "k_proj: rank 8 cannot switch.*choose a rank in 2..7"),
         (
             {"targets": "embed_tokens"},
-            ModelError,
+            ConfigError,
             "'embed_tokens' is the end of no adaptable linear",
         ),
         ({"dtype": torch.bfloat16}, ValueError, "q_proj: the base is torch.bfloat16.*float32"),
