@@ -42,12 +42,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.batches import (
-    PAD,
-    Batch,
-    TokenExample,
-    targets_of,
-)
+from fedlora.data.batches import PAD, Batch, TokenExample, targets_of
 from fedlora.engine.fused.bank import Layout
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
@@ -61,7 +56,6 @@ measured time of calls and copies, not tuned."""
 
 Ids = NDArray[np.int64]
 Collate: TypeAlias = Callable[[Sequence[TokenExample]], Batch]
-"""Examples with labels as one batch, in the rows of the layout."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,12 +111,11 @@ class FusedBatch:
     """The tensors of one fused forward pass.
 
     ``K`` lanes, ``N`` rows (pads of the padded layout included), ``M`` rows of the copy (`Spread`),
-    ``n`` supervised tokens; of a classifier, ``n`` labels, one a sequence.
+    ``n`` supervised tokens, or labels of a classifier: one a sequence.
     """
 
     batch: Batch
-    """``inputs [1, N]`` or ``[S, width]``; positions and targets of the supervised tokens, or as a
-    classifier collates them."""
+    """``inputs [1, N]`` or ``[S, width]``, and where there is a loss."""
     owners: Tensor
     """``[n]`` int64: the lane of each supervised token."""
     weights: Tensor
@@ -159,8 +152,7 @@ def ragged_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = 
     Args:
         lanes: at least one, in the order of their slots.
         hidden: width of the model; decides whether the rows are worth a copy.
-        labelled: how a classifier collates them in this layout; None: a language model, which
-            learns every next token.
+        labelled: how a classifier collates them in this layout; None: of a language model.
     """
     return _assemble(lanes, hidden, True, labelled)
 
