@@ -40,6 +40,8 @@ OPEN = 1024
 """Files that a process keeps mapped."""
 TOKENS = 4096
 """Tokens, with padding, of a forward pass that computes states."""
+COUNTED = 64
+"""Files that a process writes before it counts again what all files take."""
 LEFT_FREE = 2**30
 """Bytes of the disk that are left to others."""
 PROBE = (9, 5, 2)
@@ -98,6 +100,7 @@ class PrefixCache:
         self._open: OrderedDict[tuple[int, str], list[Tensor]] = OrderedDict()
         self._lost = [0.0, 0.0]  # squared norms of what was rounded off, and of the states
         self._full = ""
+        self._fills, self._used = 0, 0.0
 
     def attach(self, client: int, split: str, examples: list[Example]) -> list[Example]:
         """A client's examples with their states; as they are, if those are not there and cannot be
@@ -175,8 +178,10 @@ class PrefixCache:
     def _no_room(self, size: int) -> str:
         """What forbids to write so many bytes; empty: nothing."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        used = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
-        if used + size > self._most:
+        if self._fills % COUNTED == 0:  # other processes write here too
+            self._used = sum(f.stat().st_size for f in self.folder.glob("*/*.safetensors"))
+        self._fills, self._used = self._fills + 1, self._used + size
+        if self._used > self._most:
             return (
                 f"the prefix cache has reached engine.prefix_gb={self._most / 1e9:g}: examples "
                 "without states run through all blocks"

@@ -1,6 +1,10 @@
 """States that are computed once per example give the results of whole forward passes."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +37,7 @@ ENGINES = {
     "padded": Fused(layout="padded", tokens=24),
 }
 NETWORKS = {"llama": llama, "gpt2": gpt2}
-ENCODERS = ["bert", "distilbert", "modernbert", "gpt2"]
+ENCODERS = ["bert", "roberta", "distilbert", "modernbert_mean", "gpt2", "llama"]
 
 
 @pytest.fixture(autouse=True)
@@ -92,16 +96,48 @@ def test_a_round_is_that_without_states(name, engine, cache):
     assert len(files(cache)) == 3
 
 
+def test_recomputed_activations_are_those_behind_the_states():
+    """With gradient checkpointing a block's forward pass runs again when the context is closed."""
+    spec = replace(ENGINES["ragged"], checkpoint=True)
+    wanted, _ = results(ENGINES["ragged"], world())
+    assert_same(results(replace(spec, prefix="on"), world())[0], wanted)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_autocast_computes_from_the_same_states(engine):
+    plan = replace(PLAN, autocast="bf16")
+    starts = [adapter(world().info.modules, 2, dtype=torch.float32)]
+
+    def losses(spec):
+        on = wrap(llama(layers=4), layers=(2, 3))
+        return results(spec, on, starts=starts, plan=plan)[0][0].metrics["loss"]
+
+    found = losses(replace(ENGINES[engine], prefix="on"))
+    assert found == pytest.approx(losses(ENGINES[engine]), abs=2e-2)
+
+
+def test_parts_of_a_split_projection_have_states(cache):
+    def on():
+        return wrap(exact(gpt2(layers=4)), ("q_attn", "v_attn"), split=True, layers="top:1")
+
+    wanted, _ = results(ENGINES["ragged"], on())
+    found, engine = results(replace(ENGINES["ragged"], prefix="on"), on())
+    assert_same(found, wanted)
+    assert "the first 3 of 4 blocks computed once per example" in engine.notes()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_round_of_a_classifier_is_that_without_states(name, cache):
+def test_a_round_of_a_classifier_is_that_without_states(name, engine, cache):
     held = FakeStore({k: classifiers.examples(6, seed=k) for k in range(3)})
     plan = replace(PLAN, loss="full")
 
     def on():
         return classifiers.wrap(classifiers.network(name), layers=[1])
 
-    wanted, _ = results(Sequential(), on(), held, plan=plan)
-    found, opened = results(Sequential(prefix="on"), on(), held, plan=plan)
+    spec = ENGINES[engine]
+    wanted, _ = results(spec, on(), held, plan=plan)
+    found, opened = results(replace(spec, prefix="on"), on(), held, plan=plan)
     assert_same(found, wanted)
     assert "the first 1 of 2 blocks computed once per example" in opened.notes()
     assert len(files(cache)) == 3
@@ -214,6 +250,37 @@ def test_a_killed_process_leaves_nothing_that_counts(cache):
     first.with_name(f".unfinished_{first.name}_0000").write_bytes(half)
     first.unlink()
     found, _ = results(spec, world())
+    assert_same(found, wanted)
+
+
+FILL = """
+import sys, time
+from dataclasses import replace
+from fedlora.engine.prefix import PrefixCache
+from tests.fedlora.engine import test_prefix
+write, slow = test_prefix.prefixes.write_file, float(sys.argv[1])
+test_prefix.prefixes.write_file = lambda *args: (write(*args), time.sleep(slow))
+test_prefix.results(test_prefix.Sequential(prefix="on"), test_prefix.world())
+"""
+
+
+@pytest.mark.slow
+def test_processes_fill_together_and_one_is_killed(cache):
+    """Two of three end; the third is killed between its files. What there is then is whole."""
+    wanted, _ = results(Sequential(), world())
+    env = {**os.environ, "FEDLORA_CACHE": str(cache)}
+    start = [sys.executable, "-c", FILL]
+    victim = subprocess.Popen([*start, "60"], env=env)
+    while not files(cache):
+        assert victim.poll() is None
+        time.sleep(0.05)
+    victim.kill()
+    victim.wait()
+    assert len(files(cache)) == 1
+    others = [subprocess.Popen([*start, "0"], env=env) for _ in range(2)]
+    assert [p.wait(timeout=120) for p in others] == [0, 0]
+    assert len(files(cache)) == 3
+    found, _ = results(Sequential(prefix="on"), world())
     assert_same(found, wanted)
 
 
