@@ -121,6 +121,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 "federation.error_feedback=true with strategy=splitlora: clients of a split send "
                 "their adapters whole; use federation.error_feedback=false"
             )
+        if setup.classifies:
+            raise ValueError(
+                "model.task=classification with strategy=splitlora: the cut model ends in a "
+                "vocabulary; use another strategy, or model.task=causal_lm"
+            )
         if plan.term is not None:
             raise ValueError(
                 "client.term with strategy=splitlora: a local objective has no term of its own "

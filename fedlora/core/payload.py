@@ -146,6 +146,15 @@ class Payload(ABC):
         """The moved base that it refers to; None: the model's own."""
         return None
 
+    def head(self) -> Mapping[str, Tensor] | None:
+        """The head of a classifier that it brings, which trains beside it, by the names of the
+        network's parameters; None: the model's own stays as it is."""
+        return None
+
+    def with_head(self, head: Mapping[str, Tensor]) -> "Payload":
+        """The same with another head."""
+        raise TypeError(f"{self.noun} has no head")
+
     def trained(self, factors: "Adapter") -> "Payload":
         """What a client sends whose `low_rank` factors an engine has trained to these."""
         raise TypeError(f"{self.noun} has no factors to be trained")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.metric import Metric, Scorer
-from fedlora.core.payload import Payload
+from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.technique import Technique, default_technique
 from fedlora.core.terms import LocalTerm
 
@@ -306,10 +306,11 @@ class Update:
     @cached_property
     def adapter(self) -> Adapter:
         """The payload, which must be low-rank factors."""
-        if not isinstance(self.payload, Mapping):
+        factors = plain_factors(self.payload)
+        if factors is None:
             kind = type(self.payload).__name__
             raise TypeError(f"client {self.client.id} sent a {kind} where factors are required")
-        return self.payload
+        return factors
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def measure(
     Returns:
         As `metrics_of`.
     """
+    if plan.generate and model.info.classifies:
+        raise ValueError("evaluate.plan.generate=true: a classifier writes no text; use false")
     panel = select_panel(examples, references, plan, seed=seed, client=client)
     guesses = likelihoods(model, panel.examples, plan)
     texts: list[str] = []

@@ -4,7 +4,7 @@ Any family for which transformers has a class for sequence classification. Pooli
 positions are those of its own forward pass; decoders are read at the last token of a sequence.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ModelError
+from fedlora.core.payload import Payload
 from fedlora.data.batches import Batch, TokenExample, padded_states
 from fedlora.models.head import head_parameters
 from fedlora.models.language_model import LanguageModel
@@ -40,6 +42,7 @@ class Classifier(LanguageModel):
         self._segmented = int(getattr(config, "type_vocab_size", 0) or 0) > 1
         if network.dtype != self.dtype:
             self._widen_head()
+        self._own_head = head_parameters(network)
 
     def _widen_head(self) -> None:
         """Hold the head in the type of mounted parameters, and cast what goes into its layers."""
@@ -85,6 +88,68 @@ class Classifier(LanguageModel):
                 input_ids=batch.inputs, attention_mask=batch.mask.to(torch.int64), **more
             ).logits
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+
+    def mount(
+        self,
+        payload: Payload | None,
+        dropout: float = 0.0,
+        train_a: bool = True,
+        train_b: bool = True,
+    ) -> list[nn.Parameter]:
+        """As any model does, and the payload's head in place of the model's own, if it brings one.
+
+        Returns:
+            The trainable parameters, in module order, then those of the head.
+
+        Raises:
+            ValueError: as of any model, or if the head does not fit.
+        """
+        head = None if payload is None else payload.head()
+        self._check_head({} if head is None else head)
+        parameters = super().mount(payload, dropout, train_a, train_b)
+        for name, own in self._own_head.items():
+            brought = own if head is None else nn.Parameter(self._copied(head[name]))
+            path, _, leaf = name.rpartition(".")
+            setattr(self.network.get_submodule(path), leaf, brought)
+        return [*parameters, *self._trained_head(head)]
+
+    def _trained_head(self, head: Mapping[str, Tensor] | None) -> list[nn.Parameter]:
+        """What trains of the head: all of one that was brought, nothing of the model's own."""
+        return [] if head is None else list(self._head().values())
+
+    def _head(self) -> dict[str, nn.Parameter]:
+        """The parameters of the head that is mounted."""
+        return {name: self.network.get_parameter(name) for name in self._own_head}
+
+    def _copied(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.dtype, copy=True)
+
+    def _check_head(self, head: Mapping[str, Tensor]) -> None:
+        if not head:
+            return
+        wrong = wrong_names(head, self._own_head)
+        for name, own in self._own_head.items():
+            if not wrong and head[name].shape != own.shape:
+                wrong = f"{name} has shape {tuple(head[name].shape)}, not {tuple(own.shape)}"
+        if wrong:
+            raise ValueError(f"the head does not fit {self.info.name}: {wrong}")
+
+    def payload(self) -> Payload | None:
+        """A detached copy of what is mounted, as it has been trained, the head too."""
+        found = super().payload()
+        if found is None or found.head() is None:
+            return found
+        return found.with_head({n: p.detach().clone() for n, p in self._head().items()})
+
+    def base_state(self, payload: Payload | None = None) -> dict[str, Tensor]:
+        """The base's own tensors, with an update added and its head in place of the base's."""
+        head = None if payload is None else payload.head()
+        self._check_head(head or {})
+        state = super().base_state(payload)
+        for name, own in self._own_head.items():
+            value = own.detach() if head is None else head[name].to(self.device)
+            state[name] = value.to(self.network.dtype)
+        return state
 
     def supervised(self, example: TokenExample, loss: str) -> int:
         """One: the label."""

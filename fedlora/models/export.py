@@ -11,6 +11,7 @@ from torch import Tensor
 from fedlora.core.errors import ModelError
 from fedlora.core.files import RECORD, output_folder, output_record, require_own
 from fedlora.core.payload import Payload, payload_class, target_of
+from fedlora.models.headed import WithHead
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
 from fedlora.models.masks import (
@@ -98,7 +99,8 @@ def read(folder: Path, info: ModelInfo, otherwise: type[Payload]) -> Payload:
         ModelError: if there is none, or it was trained on another base.
     """
     require_base(folder, info)
-    return (exported(folder) or otherwise).load(folder, info)
+    kind = exported(folder) or (WithHead if info.classifies else otherwise)
+    return kind.load(folder, info)
 
 
 def require_base(folder: Path, info: ModelInfo) -> None:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from fedlora.core.reading import json_in
 from fedlora.core.seeding import torch_generator
 
+FROZEN, AVERAGED, LOCAL = "frozen", "averaged", "local"
+"""What becomes of a head (``model.head``)."""
 POOLER = "pooler"
 """Name of the module that BERT and its relatives keep inside the base model, after its blocks."""
 

@@ -4,7 +4,6 @@ Wang et al., "MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compres
 Transformers", arXiv:2002.10957; trained further by sentence-transformers (Apache-2.0).
 """
 
-import dataclasses
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,5 +47,5 @@ class MiniLM(ModelSpec):
         return Path(package.origin).parent / "model"
 
     def resolved(self) -> Self:
-        """The same: processes of one machine find the same package."""
-        return dataclasses.replace(self)
+        """The same: all processes of this machine find the package, and the hub's name stays."""
+        return self

@@ -23,7 +23,15 @@ from fedlora.models import folder as folders
 from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
 from fedlora.models.folder import find_assets, mask_identity
-from fedlora.models.head import complete_head, head_modules, head_tensors
+from fedlora.models.head import (
+    AVERAGED,
+    FROZEN,
+    LOCAL,
+    complete_head,
+    head_modules,
+    head_parameters,
+    head_tensors,
+)
 from fedlora.models.masks import (
     check_network,
     load_masks,
@@ -54,8 +62,10 @@ class ModelSpec(ABC):
     case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
     task: str = CAUSAL_LM
     """``causal_lm``, or ``classification``: one label for a text or a pair of texts."""
-    head: str = "frozen"
-    """What becomes of a classifier's head: ``frozen``, as the checkpoint has it or as drawn."""
+    head: str = FROZEN
+    """What becomes of a classifier's head: ``frozen``, as the checkpoint has it or as drawn;
+    ``averaged``: clients train it, and the server averages it beside the update; ``local``: each
+    client trains and keeps its own."""
     labels: tuple[str, ...] = ()
     """Class names in the order of their index. The run sets them from its data (`with_labels`)."""
     head_seed: int = 0
@@ -65,7 +75,12 @@ class ModelSpec(ABC):
         one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         check_layers(self.layers)
         one_of("model.task", self.task, (CAUSAL_LM, CLASSIFICATION))
-        one_of("model.head", self.head, ("frozen",))
+        one_of("model.head", self.head, (FROZEN, AVERAGED, LOCAL))
+        if self.head != FROZEN and not self.classifies:
+            raise ValueError(
+                f"model.head={self.head} with model.task={self.task}: only a classifier has a head "
+                "to train; use model.task=classification, or model.head=frozen"
+            )
         if not self.targets or not all(isinstance(t, str) and t for t in self.targets):
             raise ValueError(
                 f"model.targets={self.targets!r} must be 'all-linear' or a list of ends of module "
@@ -182,6 +197,12 @@ class ModelSpec(ABC):
         self._split(network)
         made = Classifier if self.classifies else LanguageModel
         return made(network, self.tokenizer(), info, folder)
+
+    def head_state(self) -> dict[str, torch.Tensor]:
+        """A classifier's head before training, by the names of the network's parameters, in
+        float32."""
+        head = head_parameters(self.network(torch.device("cpu")))
+        return {name: p.detach().float().clone() for name, p in head.items()}
 
     def network(self, device: torch.device) -> Any:
         """The ``PreTrainedModel`` as transformers makes it of the files, nothing split or wrapped.
@@ -401,6 +422,11 @@ class HuggingFace(ModelSpec):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("model.quantization", self.quantization, ("none", "int8", "int4"))
+        if self.classifies and self.quantization != "none":
+            raise ValueError(
+                f"model.quantization={self.quantization} with model.task=classification: the head "
+                "would be quantised too; use model.quantization=none"
+            )
         if self.split_qkv and self.quantization != "none":
             raise ValueError(
                 f"model.split_qkv=true with model.quantization={self.quantization}: quantised "

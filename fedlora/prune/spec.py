@@ -100,6 +100,11 @@ class Pruned(ModelSpec):
                 f"model.base.quantization={quantization}: quantised weights cannot be pruned; use "
                 "model.base.quantization=none"
             )
+        if self.base.classifies:
+            raise ValueError(
+                "model.base.task=classification: pruning measures a language model on clients' "
+                "texts; use model.base.task=causal_lm"
+            )
         if self.base.targets not in ("all-linear", self.targets):
             raise ValueError(
                 f"model.base.targets={_listed(self.base.targets)} says nothing: what is pruned is "

@@ -44,6 +44,8 @@ class Setup:
     """Quantization of the base model."""
     error_feedback: bool = False
     """Whether clients store the rounding error of the wire."""
+    classifies: bool = False
+    """Whether the base model is a classifier."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,11 @@ class Method(ABC):
     shares: ClassVar[bool] = True
     """Whether what a client trains reaches others. A method that shares nothing is a bound for the
     others; its `aggregate` leaves the state as it is."""
+
+    @property
+    def label(self) -> str:
+        """Its name, for messages."""
+        return type(self).__name__
 
     def check(self, setup: Setup) -> None:
         """Refuse a combination before anything is loaded.

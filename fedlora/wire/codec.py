@@ -100,6 +100,9 @@ def decode_payload(
     if wire and h["dtype"] != wire:
         raise ValueError(f"it is sent as {h['dtype']!r}, federation.wire={wire} is due")
     kind = payload_class(h["_target_"], load=trusted)
+    for part in h["header"].values():  # the class of a payload within
+        if trusted and isinstance(part, dict) and "_target_" in part:
+            payload_class(part["_target_"], load=True)
     named = unflatten(array, h)
     one_of("of", h["of"], (VALUE, CHANGE))
     if h["of"] == CHANGE:

@@ -6,6 +6,7 @@ from pathlib import Path
 from fedlora.core.files import output_folder, write_file
 from fedlora.core.payload import Payload
 from fedlora.models.export import about, remove_exports
+from fedlora.models.headed import WithHead
 from fedlora.models.read_back import read_back
 from fedlora.models.spec import ModelSpec
 from simulations.reporting.card import CARD, adapter_card
@@ -29,6 +30,8 @@ def export(
         dropout: what further training would use.
         emit: shows one line to the user.
     """
+    if model.classifies and payload.head() is None:  # drawn, it is in no checkpoint
+        payload = WithHead(payload, model.head_state())
     remove_exports(run, keep=payload.folder)
     info, base = model.describe(), model.hub_id or str(model.folder())
     if not payload.folder:

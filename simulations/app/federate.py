@@ -24,7 +24,7 @@ from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, as_it_began, headline, prepare_inputs
+from simulations.app.inputs import RunInputs, as_it_began, headline, method_of, prepare_inputs
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
 from simulations.app.words import absolute
@@ -107,7 +107,7 @@ def new_session(
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         return Session(
-            method=parts.strategy,
+            method=method_of(parts, inputs),
             setting=inputs.setting(parts),
             roster=roster,
             plan=parts.client,

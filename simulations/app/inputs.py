@@ -18,11 +18,14 @@ from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.worker import WorkerSpec
+from fedlora.models.head import FROZEN
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
 from fedlora.population.ranks import rank_text
 from fedlora.population.sampling import Roster, enroll, panel
+from fedlora.server.headed import Headed
+from fedlora.server.method import Method
 from fedlora.server.schedule import EvaluationSchedule
 from fedlora.server.session import Session
 from simulations.app.limits import check_model, check_rounds, check_tokens, data_notes
@@ -85,6 +88,14 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     return RunInputs(info, folder, roster, worker, pruned, data_notes(store))
 
 
+def method_of(parts: Parts, inputs: RunInputs) -> Method:
+    """The method of a run: its strategy, over updates with heads if clients train those."""
+    model = inputs.worker.model
+    if model.head == FROZEN:
+        return parts.strategy
+    return Headed(parts.strategy, model.head_state(), model.head)
+
+
 def headline(inputs: RunInputs, data: str, session: Session) -> str:
     """One line on the model, the data and the clients, with the ranks that they hold and, where the
     method has them train others, those too.
@@ -110,7 +121,7 @@ def headline(inputs: RunInputs, data: str, session: Session) -> str:
     )
     if trained == held:
         return line
-    return f"{line}; under {type(session.method).__name__} they train {_by_rank(trained)}"
+    return f"{line}; under {session.method.label} they train {_by_rank(trained)}"
 
 
 def _in_blocks(info: ModelInfo) -> str:

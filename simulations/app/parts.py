@@ -13,6 +13,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.data.source import Source
 from fedlora.engine.base import EngineSpec
+from fedlora.models.head import AVERAGED, FROZEN, LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
@@ -20,6 +21,7 @@ from fedlora.run.tracking import Tracking
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.techniques.lora.technique import LoRA
 from simulations.app.compose import CONF
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
@@ -160,10 +162,39 @@ def _of_task(parts: Parts) -> Parts:
             f"model.task=classification needs labels, and data={data.name} has none: use "
             "data=intents or data with a label column, or model.task=causal_lm"
         )
+    _check_head(parts)
     if not classifies or not parts.evaluate.plan.generate:
         return parts
     plan = dataclasses.replace(parts.evaluate.plan, generate=False)
     return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
+
+
+def _check_head(parts: Parts) -> None:
+    """Refuse a trained head with a strategy that could not average it, or an evaluation that would
+    not use it.
+
+    Raises:
+        ConfigError: one sentence that says why not and what to use instead.
+    """
+    mode, strategy, given = parts.model.head, parts.strategy, f"model.head={parts.model.head}"
+    if mode == FROZEN:
+        return
+    if strategy.technique is not LoRA:
+        raise ConfigError(
+            f"{given}: clients of {strategy.label} train {strategy.technique.averaged}, and a head "
+            "trains beside LoRA's factors only; use model.head=frozen, or a strategy of LoRA"
+        )
+    if mode == AVERAGED and not strategy.shares:
+        raise ConfigError(
+            f"{given}: {strategy.label} averages nothing; use model.head=local, in which each "
+            "client keeps its own, or model.head=frozen"
+        )
+    if mode == LOCAL and parts.evaluate.every and set(parts.evaluate.adapters) != {"own"}:
+        raise ConfigError(
+            f"{given}: only a client's own model has its head, and "
+            f"evaluate.adapters={list(parts.evaluate.adapters)} evaluates the global one; use "
+            "evaluate.adapters=[own]"
+        )
 
 
 def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
@@ -179,7 +210,8 @@ def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
     quantization = str(getattr(parts.model, "quantization", "none"))
     try:
         wire, feedback = parts.federation.wire, parts.federation.error_feedback
-        parts.strategy.check(Setup(parts.client, wire, quantization, feedback))
+        classifies = parts.model.classifies
+        parts.strategy.check(Setup(parts.client, wire, quantization, feedback, classifies))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if parts.postprocess and parts.strategy.needs_updates:

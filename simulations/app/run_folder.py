@@ -59,9 +59,11 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     info, roster = inputs.info, inputs.roster
     write_file(folder / "config.yaml", OmegaConf.to_yaml(parts.resolved))
     _write_json(folder / "environment.json", environment())
-    model = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
     spec = inputs.worker.model
+    model: dict[str, Any] = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
     model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id}
+    if spec.classifies:
+        model |= {"task": spec.task, "labels": list(spec.labels), "head_seed": spec.head_seed}
     _write_json(folder / MODEL, model)
     write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {

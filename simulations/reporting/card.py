@@ -20,10 +20,20 @@ _PEFT = """\
     base = AutoModelForCausalLM.from_pretrained("{base}")
     model = PeftModel.from_pretrained(base, "<this folder>")
 """
-_PLAIN = """\
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+_PEFT_CLASSIFIER = """\
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained("<this folder>")
+    tokenizer = AutoTokenizer.from_pretrained("<this folder>")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        "{base}", num_labels={labels}, pad_token_id=tokenizer.pad_token_id
+    )
+    model = PeftModel.from_pretrained(base, "<this folder>")   # with the head that was trained
+"""
+_PLAIN = """\
+    from transformers import {auto}, AutoTokenizer
+
+    model = {auto}.from_pretrained("<this folder>")
     tokenizer = AutoTokenizer.from_pretrained("<this folder>")
 """
 _OURS = """\
@@ -40,9 +50,9 @@ def adapter_card(folder: Path, payload: Payload, found: ReadBack | None) -> str:
         found: what reading it back by another program has shown; None: there is no such program.
     """
     run = read_run(folder)
-    use = (
-        _OURS if found is None else _PEFT.format(base=run.model.get("hub_id") or "<its base model>")
-    )
+    base, labels = run.model.get("hub_id") or "<its base model>", _labels(run)
+    text = _PEFT_CLASSIFIER if labels else _PEFT
+    use = _OURS if found is None else text.format(base=base, labels=len(labels))
     checked = "Only fedlora reads this folder." if found is None else found.sentence()
     library = "fedlora" if found is None else "peft"
     return _card(run, library, f"An update ({payload.noun}) for a base model", use, checked)
@@ -52,7 +62,9 @@ def merged_card(folder: Path) -> str:
     """The card of the plain model that a run's base and update make together."""
     checked = "transformers has read every tensor back as it was written."
     what = "A base model with an update added to its weights"
-    return _card(read_run(folder), "transformers", what, _PLAIN, checked)
+    run = read_run(folder)
+    auto = "AutoModelForSequenceClassification" if _labels(run) else "AutoModelForCausalLM"
+    return _card(run, "transformers", what, _PLAIN.format(auto=auto), checked)
 
 
 def _card(run: Run, library: str, what: str, use: str, checked: str) -> str:
@@ -74,12 +86,18 @@ def _card(run: Run, library: str, what: str, use: str, checked: str) -> str:
     )
 
 
+def _labels(run: Run) -> list[str]:
+    """Class names of a classifier, in the order of their index; empty: it is none."""
+    return [str(name) for name in run.model.get("labels", ())]
+
+
 def _front(run: Run, library: str, metrics: list[tuple[str, str, float]]) -> str:
     """The YAML of the hub; what is not known is left out."""
     data = _class(run.config.get("data", {}))
+    task = "text-classification" if _labels(run) else "text-generation"
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type=data.lower(),
             dataset_name=data,
             metric_type=metric,
@@ -91,7 +109,7 @@ def _front(run: Run, library: str, metrics: list[tuple[str, str, float]]) -> str
     return ModelCardData(
         base_model=run.model.get("hub_id") or None,
         library_name=library,
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["fedlora", "federated-learning", "lora"],
         model_name=run.name,
         eval_results=results or None,
@@ -104,9 +122,11 @@ def _facts(run: Run) -> dict[str, str]:
     groups = {k: v for k, v in config.items() if isinstance(v, Mapping)}
     data, client = groups.get("data", {}), groups.get("client", {})
     ranks = run.population.get("ranks", {})
+    names = ", ".join(f"{i} {name}" for i, name in enumerate(_labels(run)))
     return {
         "base model": f"{model.get('hub_id') or model.get('name', '?')}, fingerprint "
         f"`{model.get('fingerprint', '?')}`",
+        **({"labels": names} if names else {}),
         "method": _class(groups.get("strategy", {})),
         "ranks": ", ".join(f"{rank} ({n} clients)" for rank, n in ranks.items()) or "?",
         "data": ", ".join([_class(data), *(f"{k} {data[k]}" for k in data if k not in _PRIVATE)]),

@@ -75,7 +75,7 @@ def label_counts(run: Run) -> Figure | None:
             counts[client, label] = examples
 
     def draw(ax: Axes) -> None:
-        colours = mpl.colormaps["cividis"].with_extremes(bad="#f2f4f7")  # light: none of the label
+        colours = mpl.colormaps["cividis"].with_extremes(bad="#f2f4f7")
         image = ax.imshow(
             np.ma.masked_equal(counts, 0),
             aspect="auto",

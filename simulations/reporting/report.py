@@ -115,7 +115,7 @@ def _clients(run: Run) -> Section:
     return _section(
         "Clients",
         (figures.ranks(run), ""),
-        (class_figures.label_counts(run), "A dark field: few; a light one: many; grey: none."),
+        (class_figures.label_counts(run), "White: no example of the label."),
         (figures.histogram(run, "loss", "Training loss by client", run.unit), ""),
         (figures.by_rank(run, "loss", "Training loss by rank", run.unit), _BOXES),
         (figures.by_rank(run, "seconds", "Training time by rank", "s"), _BOXES),

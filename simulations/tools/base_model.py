@@ -32,6 +32,8 @@ def base_of(
     spec = build(model, ModelSpec, "model")  # type: ignore[type-abstract]
     file = run / MODEL
     about = json_in(file, "the description of the run's base model") if file.is_file() else {}
+    if spec.classifies:
+        spec = spec.with_labels(about.get("labels", ()), about.get("head_seed", 0))
     mask = about.get("mask", "")
     if mask and isinstance(spec, Pruned) and not spec.path:
         there = Path(about["folder"])
@@ -52,5 +54,22 @@ def base_of(
             f"{run} was trained on the base {about.get('name')} ({about['fingerprint']}), and "
             f"{spec.folder()} holds another ({info.fingerprint}): bring back the folder of then "
             f"({about.get('folder')}), or set model.path in {run / 'config.yaml'}"
+        )
+    return spec
+
+
+def language_model_of(
+    run: Path, model: DictConfig | Mapping[str, Any], emit: Callable[[str], object]
+) -> ModelSpec:
+    """The same for who wants text of it.
+
+    Raises:
+        ConfigError: if it is a classifier.
+    """
+    spec = base_of(run, model, emit)
+    if spec.classifies:
+        raise ConfigError(
+            f"{run} has trained a classifier (model.task=classification), which writes no text: "
+            "its accuracy is in the run's report, and fedlora merge writes a plain model"
         )
     return spec

@@ -11,7 +11,7 @@ from fedlora.models.export import SUBFOLDERS, load
 from fedlora.models.modules import ModelInfo
 from fedlora.run import checkpoint
 from fedlora.techniques.lora.payload import LowRankPayload
-from simulations.app.inputs import prepare_inputs
+from simulations.app.inputs import method_of, prepare_inputs
 from simulations.app.parts import build_parts
 
 
@@ -58,5 +58,5 @@ def final_payload(
             f"have now ({now[:12]})"
         )
     ranks = inputs.setting(parts).max_ranks
-    last = parts.strategy.global_update(dict(saved.state), ranks)
-    return parts.strategy.technique.payload(last)
+    method = method_of(parts, inputs)
+    return method.technique.payload(method.global_update(dict(saved.state), ranks))

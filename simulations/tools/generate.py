@@ -33,7 +33,7 @@ from fedlora.evaluation.beam_search import Decoding, search
 from fedlora.evaluation.corpus_metrics import evaluate
 from fedlora.evaluation.metrics import Ids
 from fedlora.run.progress import clock
-from simulations.tools.base_model import base_of
+from simulations.tools.base_model import language_model_of
 from simulations.tools.final_payload import final_payload, run_config
 from simulations.tools.prompts import GREEDY, Question, answer_file, answerer, chat, typed
 
@@ -93,7 +93,7 @@ def score_run(run: Path, request: Request, emit: Callable[[str], object]) -> dic
         ModelError, DataError, CheckpointError: if model, data or adapter cannot be read.
     """
     config = run_config(run)
-    spec = base_of(run, config.model, emit)
+    spec = language_model_of(run, config.model, emit)
     source = build(config.data, Source, "data")  # type: ignore[type-abstract]
     store = TokenStore(prepare(source, spec.tokenizer(), spec.tokenizer_id(), cache_root()))
     every = contexts(store, request.split)

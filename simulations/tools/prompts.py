@@ -21,7 +21,7 @@ from fedlora.engine.worker import resolve_device
 from fedlora.evaluation.beam_search import Decoding, Hypothesis, search
 from fedlora.evaluation.metrics import Ids
 from fedlora.models.language_model import LanguageModel
-from simulations.tools.base_model import base_of
+from simulations.tools.base_model import language_model_of
 from simulations.tools.final_payload import final_payload, run_config
 
 GREEDY = Decoding(beams=1, no_repeat=0, max_new_tokens=128)
@@ -90,7 +90,7 @@ def load_model(
 ) -> LanguageModel:
     """The base model of a run with the run's final payload mounted, or ``none``."""
     config = run_config(run)
-    model = base_of(run, config.model, emit).load(resolve_device(device))
+    model = language_model_of(run, config.model, emit).load(resolve_device(device))
     model.mount(final_payload(run, config, model.info, emit) if adapter == "final" else None)
     return model
 

@@ -22,6 +22,7 @@ from fedlora.core.errors import ModelError
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Factors
 from fedlora.models.export import exported, require_base
+from fedlora.models.headed import WithHead
 from fedlora.models.modules import ModelInfo, check_adapter
 from fedlora.models.qkv import join_adapter, split_adapter
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -83,7 +84,7 @@ def write_peft(
     rank, alpha = _commonest(ranks), _commonest(alphas)
     config = LoraConfig(
         base_model_name_or_path=base_name or None,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if info.classifies else "CAUSAL_LM",
         inference_mode=True,
         target_modules=sorted(adapter),
         r=rank,
@@ -116,7 +117,7 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
             it was trained on another base.
     """
     kind = exported(folder)
-    if kind is not None and not issubclass(kind, LowRankPayload):
+    if kind is not None and not issubclass(kind, LowRankPayload | WithHead):
         raise ModelError(
             f"{folder} holds {kind.noun}, which is more than LoRA's two factors per layer: read it "
             "with fedlora.models.export.load"
@@ -128,9 +129,11 @@ def load_peft(folder: Path, info: ModelInfo | None = None) -> LowRankPayload:
             there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else "no folder"
             raise ModelError(f"adapter folder {folder} lacks {name}; it has: {there}")
     config = json_in(folder / CONFIG, "the adapter's configuration")
-    _check(config, folder)
+    _check(config, folder, info)
+    beside = _head_names(info)
     with tensors_in(folder / WEIGHTS, "the adapter") as file:
-        halves = _halves({key: file.get_tensor(key) for key in file.keys()}, folder)  # noqa: SIM118
+        keys = [key for key in file.keys() if key not in beside]  # noqa: SIM118
+        halves = _halves({key: file.get_tensor(key) for key in keys}, folder)
     adapter = {
         path: Factors(a=pair["A"], b=pair["B"], alpha=_alpha(config, path, pair["A"].shape[0]))
         for path, pair in halves.items()
@@ -167,8 +170,21 @@ def _commonest(values: Mapping[str, Any]) -> Any:
     return Counter(values.values()).most_common(1)[0][0]
 
 
-def _check(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuse a configuration that means more than the two factors per layer."""
+def _head_names(info: ModelInfo | None) -> set[str]:
+    """Names in PEFT's file of a classifier's head, which `fedlora.models.headed.WithHead` reads."""
+    return set() if info is None else {f"{_PREFIX}{h.name}" for h in info.head}
+
+
+def _check(config: Mapping[str, Any], folder: Path, info: ModelInfo | None) -> None:
+    """Refuse a configuration that means more than the two factors per layer, and beside them the
+    head of a classifier for a classifier."""
+    task, classifies = config.get("task_type"), info is not None and info.classifies
+    if info is not None and task in ("SEQ_CLS", "CAUSAL_LM") and classifies != (task == "SEQ_CLS"):
+        use = "classification" if task == "SEQ_CLS" else "causal_lm"
+        raise ModelError(
+            f"{folder / CONFIG}: task_type={task}, and {info.name} was loaded with "
+            f"model.task={info.task}: use model.task={use}"
+        )
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{folder / CONFIG}: peft_type={config.get('peft_type')!r}; only LORA")
     init = config.get("init_lora_weights", True)
@@ -182,6 +198,7 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
         key: value
         for key, value in config.items()
         if key not in _NEUTRAL and value and value != plain.get(key)
+        if not (classifies and key == "modules_to_save")
     }
     if more:
         raise ModelError(f"{folder / CONFIG}: {more} is more than LoRA's two factors per layer")

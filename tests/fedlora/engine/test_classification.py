@@ -9,6 +9,7 @@ from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
 from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.sequential import Sequential
 from fedlora.models.head import head_parameters
+from fedlora.models.headed import WithHead
 from tests.fedlora.engine.labelled import factors_of, peft_loop, peft_model
 from tests.fedlora.engine.world import SEED, FakeStore, client, distance, job
 from tests.fedlora.models.classifiers import (
@@ -30,6 +31,11 @@ def trained(on, held, plan=PLAN, start=None, spec=None):
     return update
 
 
+def with_head(on, update):
+    """An update with the model's own head, which then trains."""
+    return WithHead(update, {n: p.detach().clone() for n, p in head_parameters(on.network).items()})
+
+
 @pytest.mark.parametrize("family", CONFIGS)
 def test_training_is_that_of_a_plain_peft_loop(family):
     on, held = classifier(family), examples(7)
@@ -43,12 +49,45 @@ def test_training_is_that_of_a_plain_peft_loop(family):
 
 
 @pytest.mark.parametrize("family", CONFIGS)
+def test_training_with_the_head_is_that_of_peft_with_modules_to_save(family):
+    on, held = classifier(family), examples(7)
+    start = with_head(on, adapter(on.info.modules, 3))
+    theirs = peft_model(network(family), start.update, on.info.head_modules)
+    peft_loop(theirs, held, PLAN, round=3, client=0, heads=True)
+    own = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
+    payload = trained(on, held, start=start).payload
+    assert isinstance(payload, WithHead)
+    assert distance(payload.update, factors_of(theirs, start.update)) < 1e-12
+    saved = theirs.base_model.model
+    for name, value in payload.values.items():
+        path, _, leaf = name.rpartition(".")
+        top = next(m for m in on.info.head_modules if f"{path}.".startswith(f"{m}."))
+        module = saved.get_submodule(f"{top}.modules_to_save.default{path[len(top) :]}")
+        torch.testing.assert_close(value, getattr(module, leaf).detach(), rtol=0, atol=1e-12)
+        assert not torch.equal(value, own[name])
+    now = head_parameters(on.network)
+    assert all(torch.equal(now[n], x) for n, x in own.items())  # the model's own is back
+
+
+@pytest.mark.parametrize("family", CONFIGS)
 def test_a_frozen_head_is_bitwise_the_same_after_training(family):
     on = classifier(family)
     before = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
     trained(on, examples(7), start=adapter(on.info.modules, 2))
     after = head_parameters(on.network)
     assert all(torch.equal(after[n], x) and after[n].grad is None for n, x in before.items())
+
+
+def test_a_head_trained_although_frozen_is_noticed():
+    on = classifier("bert")
+    before = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
+    start = adapter(on.info.modules, 2)
+    for parameter in head_parameters(on.network).values():
+        parameter.requires_grad_(True)
+    with planted(type(on)._trained_head, "[] if head is None else ", ""):
+        trained(on, examples(7), start=start)
+    after = head_parameters(on.network)
+    assert not any(torch.equal(after[n], x) for n, x in before.items())
 
 
 def test_a_client_without_a_class_trains_without_nan():
