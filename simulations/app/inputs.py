@@ -18,7 +18,7 @@ from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, prepare
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.worker import WorkerSpec
-from fedlora.models.head import FROZEN
+from fedlora.models.head import FROZEN, LOCAL
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
 from fedlora.models.stored import PrunedBase, inspect, require_masked
@@ -71,6 +71,8 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     if model.classifies:
         model = model.with_labels(store.labels, parts.seed)
         info = model.describe()
+    if model.head == LOCAL:
+        emit("model.head=local: clients that have not taken part are evaluated with the first head")
     check_tokens(store, info)
     roster = enroll(
         parts.population,

@@ -7,8 +7,9 @@
 A frozen weight costs ``2`` FLOP a token forward and ``2`` for the gradient of its input. What is
 not a product (norms, activations, adapters, memory traffic) is counted as FLOP that would take as
 long. Nothing is measured when a run starts, so a run's choices depend on neither the load of the
-machine nor on what ran before. `simulations.bench.budget` measures the constants
-(docs/performance.md).
+machine nor on what ran before. `simulations.bench.budget` measures time and memory by budget; what
+it last found lies in ``simulations/bench/results/budget-amd-epyc-2cpu.json``, whose record also
+says how busy the machine was (docs/performance.md).
 """
 
 import math
@@ -23,12 +24,14 @@ from fedlora.engine.fused.schedule import Schedule, Work, cost
 from fedlora.models.modules import ModelInfo
 
 STEP_FLOP = 4e7
-"""Fixed cost of a step per adapted module, on one CPU core: 0.4 to 0.6 ms."""
+"""Fixed cost of a step per adapted module, on one CPU core: 0.4 to 0.6 ms on a quiet machine. The
+record, of a busy one (load 4 to 10), has 0.6 to 0.7 ms at d = 64 and 128, 1.1 at 256 and 2.6 at
+576; the budgets chosen cost 2 to 11 % more time a token than the best that was tried."""
 ELEMENT_FLOP = 400.0
 """Cost of a scalar that enters or leaves a linear layer, on one CPU core: about 5 ns."""
 SAVED = 2.25
 """Scalars that the backward pass keeps for each scalar that enters or leaves a linear layer. An
-upper bound: 1.4 to 1.9 in float32, 2.2 in bfloat16, whose norms compute in float32."""
+upper bound: 1.7 to 2.2 in the record, in float32."""
 OVERHEAD = 0.05
 """The budget is where the fixed cost of a step is this fraction of the cost of its tokens."""
 CPU_TOKENS = (512, 4096)

@@ -49,7 +49,8 @@ def test_a_pruned_client_sends_the_change_of_its_leading_block() -> None:
     moved = change(sent, start)
     assert torch.equal(moved["w/a"], sent["w/a"] - start["w/a"][:2])
     assert torch.equal(moved["w/b"], sent["w/b"] - start["w/b"][:, :2])
-    assert all(torch.allclose(t, sent[k]) for k, t in restored(moved, start).items())
+    # A number near zero has lost up to the rounding of the change, which is not small beside it.
+    assert all(torch.allclose(t, sent[k], atol=1e-6) for k, t in restored(moved, start).items())
 
 
 @pytest.mark.parametrize("rounds", [1, 7, 40])

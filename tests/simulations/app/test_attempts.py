@@ -100,6 +100,7 @@ class Alone:
     """``python -m simulations.run runtime=in_process ...``."""
 
     def __init__(self, folder, *words: str) -> None:
+        folder.mkdir(exist_ok=True)
         self.folder = folder / "out" / "it"
         self.process = subprocess.Popen(
             [
@@ -144,6 +145,27 @@ def test_a_client_that_ends_the_process_is_left_out(tmp_path, first_client, way)
     failed = {(r["client"], r["failure"]) for r in run.clients if "failure" in r}
     assert failed == {(first_client, "LeftOut")}
     assert sum("starting again" in line for line in said) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("in_process", ["true", pytest.param("false", marks=pytest.mark.ray)])
+@pytest.mark.parametrize("way", ["exit", "segfault"])
+def test_a_client_that_ends_the_process_in_evaluation_is_left_out(tmp_path, in_process, way):
+    """Training goes on with it, and its group is evaluated without it."""
+    whole = ["evaluate=loss", "evaluate.groups=[seen]", "evaluate.clients=4"]
+    plain = Alone(tmp_path / "plain", *whole, "rounds=1")
+    assert plain.end()[0] == 0
+    panel = sorted({r["client"] for r in read_jsonl(plain.folder / "evaluations.jsonl")})
+    words = [*whole, f"engine.deadly=[{panel[1]}]", "engine.deadly_in=evaluate"]
+    words += [f"engine.deadly_way={way}", f"runtime.in_process={in_process}"]
+    run = Alone(tmp_path / "it", *words)
+    code, said = run.end()
+    assert (code, said[-1]) == (0, "RUN COMPLETED"), said
+    rows = read_jsonl(run.folder / "evaluations.jsonl")
+    failed = {(r["client"], r["failure"]) for r in rows if "failure" in r}
+    assert failed == {(panel[1], "LeftOut")}
+    assert sorted({r["client"] for r in rows}) == panel
+    assert not any("failure" in r for r in run.clients)
 
 
 def test_a_system_exit_is_a_clients_failure_and_nothing_else(tmp_path, first_client):

@@ -77,6 +77,7 @@ def test_heads_that_travel_are_counted_and_local_ones_are_kept(federate):
     assert up["local"] == up["frozen"]
     assert up["averaged"] - up["frozen"] == 6 * head
     assert runs["local"].rounds[0]["client_state/clients"] == 6
+    assert "not taken part are evaluated with the first head" in runs["local"].said
     assert "client_state/clients" not in runs["averaged"].rounds[0]
 
 
