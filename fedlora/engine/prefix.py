@@ -1,10 +1,10 @@
 """Hidden states behind the frozen blocks, computed once per example and kept on disk.
 
-A file holds the states of one client's examples of one split, in the order of the token store. The
-process that first needs them computes them (`fedlora.models.prefix`), writes the file under another
-name and renames it, so that other processes, and this one after a kill, find it whole or not at
-all. Two processes that need it at once write the same. Every file says what it was computed from
-and is read with its checksum: one that does not fit is computed again.
+A file holds the states of consecutive examples of one client's split, as many as fit well into
+memory. The process that first needs them computes them (`fedlora.models.prefix`), writes the file
+under another name and renames it, so that other processes, and this one after a kill, find it whole
+or not at all. Two processes that need it at once write the same. Every file says what it was
+computed from and is read with its checksum: one that does not fit is computed again.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -34,12 +34,19 @@ from fedlora.models.prefix import Prefix
 
 log = logging.getLogger(__name__)
 
+Key: TypeAlias = tuple[int, str, int]
+"""Client, split, and number of the file among those of the split."""
+
 FORMAT = 1
 DTYPES = ("float32", "bfloat16")
 OPEN = 1024
 """Files that a process keeps mapped."""
+CHUNK = 2**17
+"""Tokens of one file: states of more need never be in memory together."""
 TOKENS = 4096
 """Tokens, with padding, of a forward pass that computes states."""
+ROUNDING = "rounding"
+"""Of a file: squared norms of what was rounded off and of the states before."""
 COUNTED = 64
 """Files that a process writes before it counts again what all files take."""
 LEFT_FREE = 2**30
@@ -97,8 +104,8 @@ class PrefixCache:
         self._rounded = dtype == "bfloat16" and model.network.dtype != torch.bfloat16
         self._key = cache_key(model, store, dtype)
         self.folder = cache_root() / "prefix" / f"{store.folder.name}-{self._key[:16]}"
-        self._open: OrderedDict[tuple[int, str], list[Tensor]] = OrderedDict()
-        self._lost = [0.0, 0.0]  # squared norms of what was rounded off, and of the states
+        self._open: OrderedDict[Key, list[Tensor]] = OrderedDict()
+        self._lost = 0.0, 0.0  # squared norms of what was rounded off, and of the states
         self._full = ""
         self._fills, self._used = 0, 0.0
 
@@ -111,16 +118,21 @@ class PrefixCache:
             split: of the store.
             examples: all of that split, in its order.
         """
-        key = client, split
-        states = self._open.pop(key, None)
-        if states is None and examples:
-            states = self._read(key, examples) or self._fill(key, examples)
-        if states is None:
-            return examples
-        self._open[key] = states
-        while len(self._open) > OPEN:
-            self._open.popitem(last=False)
-        return [replace(e, states=h) for e, h in zip(examples, states, strict=True)]
+        found: list[Example] = []
+        for number, part in enumerate(_chunks(examples)):
+            states = self._of((client, split, number), part)
+            given = part if states is None else map(_with_states, part, states)
+            found.extend(given)
+        return found
+
+    def _of(self, key: Key, examples: Sequence[Example]) -> list[Tensor] | None:
+        """The states of the examples of one file; None: they are not to be had now."""
+        states = self._open.pop(key, None) or self._read(key, examples) or self._fill(key, examples)
+        if states is not None:
+            self._open[key] = states
+            while len(self._open) > OPEN:
+                self._open.popitem(last=False)
+        return states
 
     def notes(self) -> tuple[str, ...]:
         """How the states are used, for the notes of an engine."""
@@ -130,49 +142,55 @@ class PrefixCache:
         used = f"the first {info.frozen_blocks} of {info.blocks} blocks computed once per example"
         return (used + rounded, *([self._full] if self._full else []))
 
-    def _file(self, key: tuple[int, str]) -> Path:
-        return self.folder / f"{key[0] // 1000}" / f"{key[0]}-{key[1]}.safetensors"
+    def _file(self, key: Key) -> Path:
+        return self.folder / f"{key[0] // 1000}" / f"{'-'.join(map(str, key))}.safetensors"
 
-    def _read(self, key: tuple[int, str], examples: Sequence[Example]) -> list[Tensor] | None:
-        """The states of a client's split, mapped into memory; None: there is no intact file."""
+    def _read(self, key: Key, examples: Sequence[Example]) -> list[Tensor] | None:
+        """The states of a file, mapped into memory; None: there is no intact file."""
         path, lengths = self._file(key), [self._model.inputs(e) for e in examples]
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                said, states = file.metadata() or {}, file.get_tensor("states")
-        except (SafetensorError, OSError) as error:
+                said, states = dict(file.metadata() or {}), file.get_tensor("states")
+            off, norm = map(float, said.pop(ROUNDING, "").split())
+        except (SafetensorError, OSError, ValueError) as error:
             log.warning("%s cannot be read (%s) and is computed anew", path, error)
             return None
         if said != self._about(key, examples, states) or len(states) != sum(lengths):
             log.warning("%s is damaged or of other examples, and is computed anew", path)
             return None
+        self._count(off, norm)
         return list(states.split(lengths))
 
-    def _fill(self, key: tuple[int, str], examples: Sequence[Example]) -> list[Tensor] | None:
-        """Compute and write the states of a client's split; None: not now, or there is no room."""
+    def _count(self, off: float, norm: float) -> None:
+        """Add the `ROUNDING` of a file."""
+        self._lost = self._lost[0] + off, self._lost[1] + norm
+
+    def _fill(self, key: Key, examples: Sequence[Example]) -> list[Tensor] | None:
+        """Compute and write the states of a file; None: not now, or there is no room."""
         if self._full or self._model.mounted():  # what is mounted attends in its own way
             return None
         lengths = [self._model.inputs(e) for e in examples]
-        exact = torch.cat(_states(self._model, self._prefix, examples)).cpu()
+        exact = torch.cat(_states(self._model, self._prefix, examples))
         states = exact.to(torch.bfloat16) if self._rounded else exact
-        if self._rounded:
-            off = (states.to(exact.dtype) - exact).double()
-            self._lost[0] += float(off.square().sum())
-            self._lost[1] += float(exact.double().square().sum())
+        off = float((states.to(exact.dtype) - exact).double().square().sum())
+        norm = float(exact.double().square().sum())
         self._full = self._no_room(states.numel() * states.itemsize)
         if self._full:
             return None
         path = self._file(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, save({"states": states}, self._about(key, examples, states)))
+            about = {**self._about(key, examples, states), ROUNDING: f"{off} {norm}"}
+            write_file(path, save({"states": states}, about))
         except OSError as error:
             self._full = (
                 f"the prefix cache cannot be written ({error}): examples without states run "
                 "through all blocks"
             )
             return None
+        self._count(off, norm)
         return list(states.split(lengths))
 
     def _no_room(self, size: int) -> str:
@@ -193,14 +211,12 @@ class PrefixCache:
             )
         return ""
 
-    def _about(
-        self, key: tuple[int, str], examples: Sequence[Example], states: Tensor
-    ) -> dict[str, str]:
+    def _about(self, key: Key, examples: Sequence[Example], states: Tensor) -> dict[str, str]:
         """What a file says of itself: which examples its states are of, and their checksum."""
         ids = np.concatenate([e.input_ids for e in examples])
         return {
             "key": self._key,
-            "of": f"{key[0]} {key[1]}",
+            "of": " ".join(map(str, key)),
             "tokens": str(zlib.crc32(np.ascontiguousarray(ids, np.int32).data)),
             "checksum": str(zlib.crc32(states.contiguous().view(torch.uint8).numpy().data)),
         }
@@ -222,14 +238,30 @@ def cache_key(model: LanguageModel, store: TokenStore, dtype: str) -> str:
 
 
 def _states(model: LanguageModel, prefix: Prefix, examples: Sequence[Example]) -> list[Tensor]:
-    """What enters the first adapted block, ``[inputs, d]`` of each example."""
+    """What enters the first adapted block, ``[inputs, d]`` of each example, on the CPU."""
     lengths = [model.inputs(e) for e in examples]
     found: dict[int, Tensor] = {}
     for rows in _packs(lengths):
         batch = model.collate([examples[i] for i in rows], "full").to(model.device)
-        states = prefix.capture(lambda batch=batch: model.logits(batch))  # type: ignore[misc]
+        states = prefix.capture(lambda batch=batch: model.logits(batch)).cpu()  # type: ignore[misc]
         found |= {i: states[row, : lengths[i]] for row, i in enumerate(rows)}
     return [found[i] for i in range(len(examples))]
+
+
+def _with_states(example: Example, states: Tensor) -> Example:
+    return replace(example, states=states)
+
+
+def _chunks(examples: Sequence[Example]) -> Iterator[Sequence[Example]]:
+    """Consecutive examples of at most `CHUNK` tokens together, or one that has more."""
+    first, tokens = 0, 0
+    for i, example in enumerate(examples):
+        tokens += len(example.input_ids)
+        if i > first and tokens > CHUNK:
+            yield examples[first:i]
+            first, tokens = i, len(example.input_ids)
+    if examples:
+        yield examples[first:]
 
 
 def _packs(lengths: Sequence[int]) -> Iterator[list[int]]:

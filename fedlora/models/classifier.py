@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import Payload
 from fedlora.data.batches import Batch, TokenExample, padded_states
 from fedlora.models.head import head_parameters
 from fedlora.models.language_model import LanguageModel
-from fedlora.models.modules import ModelInfo
+from fedlora.models.modules import ModelInfo, check_head
 
 
 class Classifier(LanguageModel):
@@ -105,7 +104,7 @@ class Classifier(LanguageModel):
             ValueError: as of any model, or if the head does not fit.
         """
         head = None if payload is None else payload.head()
-        self._check_head({} if head is None else head)
+        check_head(head, self.info)
         parameters = super().mount(payload, dropout, train_a, train_b)
         for name, own in self._own_head.items():
             brought = own if head is None else nn.Parameter(self._copied(head[name]))
@@ -124,16 +123,6 @@ class Classifier(LanguageModel):
     def _copied(self, value: Tensor) -> Tensor:
         return value.detach().to(self.device, self.dtype, copy=True)
 
-    def _check_head(self, head: Mapping[str, Tensor]) -> None:
-        if not head:
-            return
-        wrong = wrong_names(head, self._own_head)
-        for name, own in self._own_head.items():
-            if not wrong and head[name].shape != own.shape:
-                wrong = f"{name} has shape {tuple(head[name].shape)}, not {tuple(own.shape)}"
-        if wrong:
-            raise ValueError(f"the head does not fit {self.info.name}: {wrong}")
-
     def payload(self) -> Payload | None:
         """A detached copy of what is mounted, as it has been trained, the head too."""
         found = super().payload()
@@ -144,7 +133,7 @@ class Classifier(LanguageModel):
     def base_state(self, payload: Payload | None = None) -> dict[str, Tensor]:
         """The base's own tensors, with an update added and its head in place of the base's."""
         head = None if payload is None else payload.head()
-        self._check_head(head or {})
+        check_head(head, self.info)
         state = super().base_state(payload)
         for name, own in self._own_head.items():
             value = own.detach() if head is None else head[name].to(self.device)

@@ -123,13 +123,17 @@ def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
     Args:
         x: any shape.
         p: the rate.
-        bits: int16, as many elements as ``x`` has, uniform.
+        bits: int16, uniform, as many elements as the layer's input of all tokens has. An input of
+            another size is given them from the beginning, over and over: DeBERTa sends its relative
+            positions through the same layers.
     """
     dropped = dropped_share(p)
     if dropped == 0:
         return x
     if dropped == 2**16:
         return torch.zeros_like(x)
+    if bits.numel() != x.numel():
+        bits = bits.flatten().repeat(-(-x.numel() // bits.numel()))[: x.numel()]
     kept = survivors(bits.view(x.shape), threshold(dropped), x.dtype)
     return x * kept.mul_(2**16 / (2**16 - dropped))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.types import Adapter, Module
 from fedlora.models.blocks import adaptable_parts, text_part
@@ -187,6 +188,20 @@ def check_adapter(adapter: Adapter, info: ModelInfo) -> None:
                 f"{module.path}: rank {factors.rank} is not in 1..{module.max_rank} = "
                 f"min(d_out={module.d_out}, d_in={module.d_in})"
             )
+
+
+def check_head(head: Mapping[str, Tensor] | None, info: ModelInfo) -> None:
+    """Raise a ValueError that names the first parameter of a classifier's head that the model lacks
+    or that does not fit; None fits."""
+    if head is None:
+        return
+    due = {h.name: h.shape for h in info.head}
+    wrong = wrong_names(head, due)
+    for name, shape in due.items():
+        if not wrong and tuple(head[name].shape) != shape:
+            wrong = f"{name} has shape {tuple(head[name].shape)}, not {shape}"
+    if wrong:
+        raise ValueError(f"the head does not fit {info.name}: {wrong}")
 
 
 def linear_layers(network: nn.Module, paths: Iterable[str]) -> dict[str, nn.Module]:

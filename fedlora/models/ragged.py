@@ -2,8 +2,9 @@
 
 All tokens of a step form one row ``[1, N]``; every layer of a transformer but attention works on
 tokens alone and does not notice. Attention gathers the sequences into a few padded stacks of
-similar length, computes them causally, and puts the tokens back. A pad repeats its own sequence's
-last token, so that nothing of one sequence can reach another, not even a NaN through 0 * NaN.
+similar length, computes them, and puts the tokens back. No token attends to a pad: causality hides
+pads in a decoder, a mask in an encoder. A pad repeats its own sequence's last token, so that
+nothing of one sequence can reach another, not even a NaN through 0 * NaN.
 
 An example of four sequences of 2, 8, 7 and 2 tokens: rows 0-1, 2-9, 10-16 and 17-18. The long ones
 make one stack ``[2, 8]`` with one pad, the short ones another, ``[2, 2]``:
@@ -25,6 +26,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -118,6 +120,20 @@ class Geometry:
             indices(np.concatenate(pads)),
         )
 
+    @cached_property
+    def real(self) -> list[Tensor | None]:
+        """Of each stack, which places ``[sequences, width]`` are no pads, bool; None: all.
+
+        >>> Geometry.of([2, 8, 7, 2]).real[0].int().tolist()
+        [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]
+        """
+        if self.pads is None:
+            return [None] * len(self.shapes)
+        sizes = [s * t for s, t in self.shapes]
+        real = torch.ones(sum(sizes), dtype=torch.bool, device=self.pads.device)
+        parts = real.index_fill_(0, self.pads, False).split(sizes)
+        return [p.view(shape) for p, shape in zip(parts, self.shapes, strict=True)]
+
     def to(self, device: torch.device) -> "Geometry":
         """The same on another device."""
         tensors = (self.gather, self.scatter, self.pads)
@@ -142,7 +158,7 @@ def gather_rows(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
 
 class _Stack(torch.autograd.Function):
     """Rows ``[N, d]`` to places ``[M, d]``. A place that repeats a token passes no gradient: its
-    output is not used, and its key and value are hidden from all real tokens by causality."""
+    output is not used, and its key and value are hidden from all real tokens."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gather: Tensor, scatter: Tensor) -> Tensor:
@@ -200,25 +216,26 @@ class RaggedAttention:
         ``[1, N, heads, d]``.
 
         Raises:
-            RaggedUnsupported: if the model needs more than scaled causal attention within a
-                window.
+            RaggedUnsupported: if the model needs more than scaled attention, causal or to all
+                tokens of the sequence, within a window.
         """
         # Refuse what stacks could not do.
         self.calls += 1
         self.windowed |= sliding_window is not None
         asked = [k for k, v in kwargs.items() if v is not None and k not in _HARMLESS]
         asked += ["dropout"] * (dropout > 0) + ["a mask"] * (attention_mask is not None)
-        asked += ["no causality"] * (is_causal is False)
         if asked:
             raise RaggedUnsupported(f"{type(module).__name__} attends with {', '.join(asked)}")
         assert self.geometry is not None
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
         # Stack, attend stack by stack, [sequences, heads, width, d] each.
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
         stacked = [self._stacks(x) for x in (query, key, value)]
+        reals = [None] * len(self.geometry.shapes) if causal else self.geometry.real
         outs = [
-            _attend(q, k, v, scaling, sliding_window, groups)
-            for q, k, v in zip(*stacked, strict=True)
+            _attend(q, k, v, scaling, _visible(q, real, causal, sliding_window), causal, groups)
+            for q, k, v, real in zip(*stacked, reals, strict=True)
         ]
 
         # Back to rows: heads side by side, [M, heads d], then [N, heads d].
@@ -244,21 +261,49 @@ class RaggedAttention:
         ]
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, groups: int
-) -> Tensor:
-    """Causal attention of one stack, ``[sequences, heads, width, d]``; ``groups`` query heads share
-    a key head."""
+def _visible(q: Tensor, real: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
+    """Which keys each query of a stack sees.
+
+    Args:
+        q: ``[sequences, heads, width, d]``.
+        real: ``[sequences, width]``: which places are no pads; None: all, or it is causal.
+        causal: whether a token sees nothing after itself; pads come after all tokens.
+        window: a token sees keys less than so many places away; None: at any distance.
+
+    Returns:
+        Bool, broadcastable to ``[sequences, 1, width, width]``; None: all keys, or of causal
+        attention all up to the query.
+    """
     width = q.shape[-2]
     if window is None or window >= width:
-        return functional.scaled_dot_product_attention(
-            q, k, v, is_causal=width > 1, scale=scaling, enable_gqa=groups > 1
-        )
-    # Which key each query sees, [width, width]: itself and the window - 1 tokens before it.
+        return None if causal or real is None else real[:, None, None]
     at = torch.arange(width, device=q.device)
-    near = (at[:, None] >= at) & (at[:, None] - at < window)
-    k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
-    return functional.scaled_dot_product_attention(q, k, v, attn_mask=near, scale=scaling)
+    away = at[:, None] - at  # [width, width], positive: the key is before the query
+    if causal:
+        return (away >= 0) & (away < window)
+    # A pad may be too far from all tokens: it sees itself, for a softmax over nothing is NaN.
+    near = away.abs() < window
+    return near if real is None else near & (real[:, None, None] | (away == 0))
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scaling: float | None,
+    visible: Tensor | None,
+    causal: bool,
+    groups: int,
+) -> Tensor:
+    """Attention of one stack, ``[sequences, heads, width, d]``; ``groups`` query heads share a key
+    head. ``visible`` is that of `_visible`."""
+    if visible is None:
+        return functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal and q.shape[-2] > 1, scale=scaling, enable_gqa=groups > 1
+        )
+    if groups > 1:
+        k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scaling)
 
 
 def is_exchangeable(network: Any) -> bool:

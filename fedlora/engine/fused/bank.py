@@ -1,9 +1,9 @@
 """Adapters of many clients as rows of one matrix, and each module's factors as views of it.
 
-A row holds ``[A of every module | B^T of every module]`` of one client, exactly as large as its
-ranks require: there is no padding, so no padded entry is trained. ``B`` is stored transposed,
+A row holds ``[A of every module | B^T of every module | head]`` of one client, exactly as large as
+its ranks require: there is no padding, so no padded entry is trained. ``B`` is stored transposed,
 which keeps the small rank on the fast side of the matrix products
-(`fedlora.engine.fused.kernels`).
+(`fedlora.engine.fused.kernels`). The head is that of a classifier, if clients train one.
 
 The examples in this module put two clients into one bank: adapters of rank 2 and rank 1 on a layer
 ``w`` with ``d_in = 3`` and ``d_out = 2``, beside a layer ``v`` that has no adapter.
@@ -15,12 +15,14 @@ The examples in this module put two clients into one bank: adapters of rank 2 an
 ...     return {"w": Factors(a, b, alpha=4.0)}
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.core.types import (
     Adapter,
@@ -82,10 +84,15 @@ class Layout:
     """Scalars in all A: the row's first section."""
     size: int
     """Scalars in a row."""
+    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Name -> shape of the head's parameters, the row's last section; empty: there is none."""
 
     @staticmethod
-    def of(adapter: Adapter, modules: Sequence[Module]) -> "Layout":
-        """The layout of an adapter that fits the modules (`models.modules.check_adapter`)."""
+    def of(
+        adapter: Adapter, modules: Sequence[Module], head: Mapping[str, Tensor] | None = None
+    ) -> "Layout":
+        """The layout of an adapter that fits the modules (`models.modules.check_adapter`), and a
+        head."""
         # The sections of A and of B^T are filled side by side, module after module.
         held = [(m, adapter.get(m.path)) for m in modules]
         a_size = sum(f.rank * m.d_in for m, f in held if f is not None)
@@ -98,7 +105,29 @@ class Layout:
             parts.append(Part(f.rank, m.d_in, m.d_out, at_a, at_b, f.alpha))
             at_a += f.rank * m.d_in
             at_b += f.rank * m.d_out
-        return Layout(tuple(m.path for m in modules), tuple(parts), a_size, at_b)
+        shapes = {name: tuple(t.shape) for name, t in (head or {}).items()}
+        size = at_b + sum(map(math.prod, shapes.values()))
+        return Layout(tuple(m.path for m in modules), tuple(parts), a_size, size, shapes)
+
+    def trained(self, train_a: bool, train_b: bool) -> list[slice]:
+        """The sections of a row that are trained, each as long as possible; the head always is.
+
+        >>> Layout.of(adapter(2), modules, {"bias": torch.zeros(5)}).trained(True, False)
+        [slice(0, 6, None), slice(10, 15, None)]
+        """
+        head = self.size - sum(map(math.prod, self.head.values()))
+        sections = [
+            (0, self.a_size, train_a),
+            (self.a_size, head, train_b),
+            (head, self.size, True),
+        ]
+        found: list[slice] = []
+        for start, stop, wanted in sections:
+            if wanted and start < stop:
+                if found and found[-1].stop == start:
+                    start = found.pop().start
+                found.append(slice(start, stop))
+        return found
 
     def factors(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Views ``(A [r, d_in], B^T [r, d_out])`` of a row ``[size]``, by module path."""
@@ -111,12 +140,27 @@ class Layout:
             if p is not None
         }
 
-    def pack(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An adapter as a new row ``[size]``."""
+    def heads(self, row: Tensor) -> dict[str, Tensor]:
+        """Views of the head's parameters in a row ``[size]``, by name."""
+        sizes = [math.prod(shape) for shape in self.head.values()]
+        stops = list(itertools.accumulate(sizes, initial=self.size - sum(sizes)))
+        pairs = zip(self.head.items(), itertools.pairwise(stops), strict=True)
+        return {name: row[start:stop].view(shape) for (name, shape), (start, stop) in pairs}
+
+    def pack(
+        self,
+        adapter: Adapter,
+        dtype: torch.dtype,
+        device: torch.device,
+        head: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """An adapter and a head as a new row ``[size]``."""
         row = torch.empty(self.size, dtype=dtype, device=device)
         for path, (a, bt) in self.factors(row).items():
             a.copy_(adapter[path].a)
             bt.copy_(adapter[path].b.t())
+        for name, value in self.heads(row).items():
+            value.copy_((head or {})[name])
         return row
 
     def read(self, row: Tensor) -> dict[str, Factors]:
@@ -135,14 +179,16 @@ class Layouts:
 
     def __init__(self, modules: Sequence[Module]) -> None:
         self._modules = modules
-        self._known: dict[tuple[tuple[int, float] | None, ...], Layout] = {}
+        self._known: dict[tuple[object, ...], Layout] = {}
 
-    def __call__(self, adapter: Adapter) -> Layout:
-        """The layout of an adapter that fits the modules (`models.modules.check_adapter`)."""
+    def __call__(self, adapter: Adapter, head: Mapping[str, Tensor] | None = None) -> Layout:
+        """The layout of an adapter and a head that fit the model (`models.modules.check_adapter`,
+        `check_head`)."""
         held = [adapter.get(m.path) for m in self._modules]
-        key = tuple(None if f is None else (f.rank, f.alpha) for f in held)
+        ranks = tuple(None if f is None else (f.rank, f.alpha) for f in held)
+        key = (ranks, tuple(head or ()))
         if key not in self._known:
-            self._known[key] = Layout.of(adapter, self._modules)
+            self._known[key] = Layout.of(adapter, self._modules, head)
         return self._known[key]
 
 
@@ -207,6 +253,15 @@ class AdapterBank:
         row.copy_(start)
         grad.zero_()
         return row, grad
+
+    def head(self, slot: int, layout: Layout) -> dict[str, Tensor]:
+        """The head in a slot, by name: parameters whose gradients are those of the bank."""
+        values, grads = (layout.heads(m[slot, : layout.size]) for m in (self.params, self.grads))
+        found: dict[str, Tensor] = {}
+        for (name, value), grad in zip(values.items(), grads.values(), strict=True):
+            found[name] = parameter = nn.Parameter(value)
+            parameter.grad = grad
+        return found
 
     def views(self, slot: int, rows: int, layout: Layout) -> list[Views | None]:
         """Every module's factors in ``rows`` consecutive slots of one layout, in module order; None

@@ -33,20 +33,16 @@ has a loss on responses, client 1 on all tokens:
 [[11, 12, 13, 0, 0], [21, 0, 0, 0, 0], [31, 32, 33, 34, 35]]
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.batches import (
-    PAD,
-    Batch,
-    TokenExample,
-    targets_of,
-)
+from fedlora.data.batches import PAD, Batch, TokenExample, targets_of
 from fedlora.engine.fused.bank import Layout
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
@@ -59,6 +55,7 @@ SPREAD_SCALARS = 25_000
 measured time of calls and copies, not tuned."""
 
 Ids = NDArray[np.int64]
+Collate: TypeAlias = Callable[[Sequence[TokenExample]], Batch]
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,11 +111,11 @@ class FusedBatch:
     """The tensors of one fused forward pass.
 
     ``K`` lanes, ``N`` rows (pads of the padded layout included), ``M`` rows of the copy (`Spread`),
-    ``n`` supervised tokens.
+    ``n`` supervised tokens, or labels of a classifier: one a sequence.
     """
 
     batch: Batch
-    """``inputs [1, N]`` or ``[S, width]``; positions and targets of the supervised tokens."""
+    """``inputs [1, N]`` or ``[S, width]``, and where there is a loss."""
     owners: Tensor
     """``[n]`` int64: the lane of each supervised token."""
     weights: Tensor
@@ -149,31 +146,34 @@ class FusedBatch:
         return self.batch.inputs.numel()
 
 
-def ragged_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
+def ragged_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
     """All sequences end to end.
 
     Args:
         lanes: at least one, in the order of their slots.
         hidden: width of the model; decides whether the rows are worth a copy.
+        labelled: how a classifier collates them in this layout; None: of a language model.
     """
-    return _assemble(lanes, hidden, ragged=True)
+    return _assemble(lanes, hidden, True, labelled)
 
 
-def padded_batch(lanes: Sequence[Lane], hidden: int) -> FusedBatch:
+def padded_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
     """One sequence per row; arguments as for `ragged_batch`."""
-    return _assemble(lanes, hidden, ragged=False)
+    return _assemble(lanes, hidden, False, labelled)
 
 
-def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
+def _assemble(
+    lanes: Sequence[Lane], hidden: int, ragged: bool, labelled: Collate | None
+) -> FusedBatch:
     # Where every token goes.
-    held = _sequences(lanes)
+    held = _sequences(lanes, unread=1 if labelled is None else 0)
     rows = _ragged_rows(held) if ragged else _padded_rows(held)
 
     # What the network computes on, and where it has a loss.
-    inputs = _fill(rows, np.concatenate([e.input_ids[:-1] for e in held.examples]), PAD)
-    following = _fill(rows, np.concatenate([e.input_ids[1:] for e in held.examples]), 0)
-    positions = _fill(rows, held.within, 0) if ragged else None
-    supervised, owners = _find_supervised(lanes, held, rows)
+    if labelled is None:
+        batch, owners = _next_tokens(lanes, held, rows, ragged)
+    else:
+        batch, owners = labelled(held.examples), held.lane
     weights = (1 / np.array([lane.tokens for lane in lanes]))[owners]  # [n]
 
     # Which lanes are multiplied in one stack, and the copy of the rows which that may need.
@@ -182,13 +182,7 @@ def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
     spread = _spread(groups, rows.per_lane) if copied else None
 
     return FusedBatch(
-        batch=Batch(
-            torch.from_numpy(inputs).view(rows.shape),
-            torch.from_numpy(supervised),
-            torch.from_numpy(following[supervised]),
-            None if positions is None else torch.from_numpy(positions).view(rows.shape),
-            states=_states(held, rows),
-        ),
+        batch=batch,
         owners=torch.from_numpy(owners),
         weights=torch.from_numpy(weights),
         groups=groups,
@@ -200,6 +194,24 @@ def _assemble(lanes: Sequence[Lane], hidden: int, ragged: bool) -> FusedBatch:
         drawn=tuple(_own_rows(held).tolist()),
         tokens=int(held.length.sum()),
     )
+
+
+def _next_tokens(
+    lanes: Sequence[Lane], held: "_Sequences", rows: "_Rows", ragged: bool
+) -> tuple[Batch, Ids]:
+    """The batch of a language model, and the lane of each of its targets ``[n]``."""
+    inputs = _fill(rows, np.concatenate([e.input_ids[:-1] for e in held.examples]), PAD)
+    following = _fill(rows, np.concatenate([e.input_ids[1:] for e in held.examples]), 0)
+    positions = _fill(rows, held.within, 0) if ragged else None
+    supervised, owners = _find_supervised(lanes, held, rows)
+    batch = Batch(
+        torch.from_numpy(inputs).view(rows.shape),
+        torch.from_numpy(supervised),
+        torch.from_numpy(following[supervised]),
+        None if positions is None else torch.from_numpy(positions).view(rows.shape),
+        states=_states(held, rows),
+    )
+    return batch, owners
 
 
 # --- counting in runs ----------------------------------------------------------------------------
@@ -237,15 +249,15 @@ class _Sequences:
     lane: Ids
     """``[S]``: the lane of each sequence."""
     length: Ids
-    """``[S]``: input tokens of each sequence, one less than it has tokens."""
+    """``[S]``: input tokens of each sequence."""
     within: Ids
     """``[T]``: the place of every token in its sequence."""
     per_lane: Ids
     """``[K]``: sequences of each lane."""
 
 
-def _sequences(lanes: Sequence[Lane]) -> _Sequences:
-    """All sequences, lane after lane.
+def _sequences(lanes: Sequence[Lane], unread: int = 1) -> _Sequences:
+    """All sequences, lane after lane; their last ``unread`` tokens are targets only.
 
     >>> held = _sequences(lanes)
     >>> held.lane.tolist(), held.length.tolist(), held.per_lane.tolist()
@@ -253,7 +265,7 @@ def _sequences(lanes: Sequence[Lane]) -> _Sequences:
     """
     examples = [e for lane in lanes for e in lane.examples]
     per_lane = np.array([len(lane.examples) for lane in lanes])  # [K]
-    length = np.array([len(e.input_ids) - 1 for e in examples])  # [S]
+    length = np.array([len(e.input_ids) - unread for e in examples])  # [S]
     lane = np.repeat(np.arange(len(lanes)), per_lane)  # [S]
     return _Sequences(examples, lane, length, _within(length), per_lane)
 

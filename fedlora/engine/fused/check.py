@@ -1,4 +1,4 @@
-"""Tests whether a model computes the same logits for sequences laid end to end."""
+"""Tests how many clients' sequences can be given to a model: end to end, one per row, or apart."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,10 @@ from torch import Tensor
 from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
+from fedlora.models.two_parts import RaggedClassifier, Sample
 
-LENGTHS = (5, 2, 9, 1)
+LENGTHS = (5, 2, 9, 1, 8)
+"""Two of similar length share a stack of attention, where the shorter one has a pad."""
 WINDOW_TRIED = 512
 """A sequence longer than the model's attention window is tried if the window is at most this."""
 
@@ -27,7 +29,7 @@ def why_not_ragged(model: LanguageModel) -> str:
     sequences = _sequences(model)
     try:
         with torch.no_grad():
-            wanted = torch.cat([_logits(model, s[None]) for s in sequences], dim=1)
+            wanted = torch.cat([_alone(model, s) for s in sequences])
             attention = RaggedAttention()
             found = _ragged_logits(model, sequences, attention)
             beside_others = _ragged_logits(model, _every_other_changed(model, sequences), attention)
@@ -47,11 +49,40 @@ def why_not_ragged(model: LanguageModel) -> str:
         return f"{name} gives other logits when ragged (by {gap:.1e})"
 
     # The same logits beside other sequences?
-    kept = torch.cat([torch.full((len(s),), i % 2 == 1) for i, s in enumerate(sequences)])
-    seen = float((found - beside_others)[:, kept.to(model.device)].abs().max())
+    sizes = [1 if model.info.classifies else len(s) for s in sequences]
+    kept = torch.cat([torch.full((n,), i % 2 == 1) for i, n in enumerate(sizes)])
+    seen = float((found - beside_others)[kept.to(model.device)].abs().max())
     if not seen <= (1e-4 if full else 2**-8) * most:
         return f"{name} lets ragged sequences see one another (logits change by {seen:.1e})"
     return ""
+
+
+def why_not_fused(model: LanguageModel) -> str:
+    """The reason in a few words why clients cannot share forward passes, or an empty text.
+
+    An adapted layer must be given each token once, or it cannot be told whose a row is: DeBERTa's
+    layers of queries and keys are also given its relative positions.
+    """
+    sequences = _sequences(model)[:2]
+    batch = model.collate([Sample.of(s) for s in sequences], "full").to(model.device)
+    wrong: list[str] = []
+
+    def look(path: str, x: Tensor) -> None:
+        if x.numel() != batch.inputs.numel() * x.shape[-1]:
+            wrong.append(path)
+
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, path=path: look(path, args[0]))
+        for path, layer in model.layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            model.logits(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    name = type(model.network).__name__
+    return f"{name} gives {wrong[0]} more than the tokens" if wrong else ""
 
 
 def _every_other_changed(model: LanguageModel, sequences: Sequence[Tensor]) -> list[Tensor]:
@@ -62,7 +93,8 @@ def _every_other_changed(model: LanguageModel, sequences: Sequence[Tensor]) -> l
 def _sequences(model: LanguageModel) -> list[Tensor]:
     config = model.network.config.get_text_config()
     window = getattr(config, "sliding_window", None) or 0
-    lengths = [*LENGTHS, window + 3] if 0 < window <= WINDOW_TRIED else LENGTHS
+    beyond = [window + 3, window + 2] if 0 < window <= WINDOW_TRIED else []
+    lengths = [*LENGTHS, *beyond]
     random = torch_generator(0, "ragged check")
     return [
         torch.randint(0, model.vocabulary, (min(n, model.info.context),), generator=random).to(
@@ -84,18 +116,28 @@ def _unseen_limit(model: LanguageModel, windowed: bool) -> int:
     return int(chunk) if 0 < chunk < context and "chunked_attention" in (kinds or ()) else 0
 
 
+def _alone(model: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits of one sequence ``[t]`` through the model's own attention: ``[t, vocabulary]``, or
+    ``[1, classes]``."""
+    if model.info.classifies:
+        return model.logits(model.collate([Sample.of(ids)], "full").to(model.device))
+    logits: Tensor = model.network(input_ids=ids[None], use_cache=False).logits
+    return logits[0]
+
+
 def _ragged_logits(
     model: LanguageModel, sequences: Sequence[Tensor], attention: RaggedAttention
 ) -> Tensor:
-    """Logits ``[1, N, vocabulary]``."""
+    """The same of all sequences, end to end: ``[N, vocabulary]``, or ``[S, classes]``."""
     lengths = [len(s) for s in sequences]
+    rows = RaggedClassifier(model) if model.info.classifies else None
     with ragged(model.network, attention):
         attention.geometry = Geometry.of(lengths).to(model.device)
+        if rows is not None:
+            return rows.logits(rows.batch([Sample.of(s) for s in sequences]).to(model.device))
         places = torch.cat([torch.arange(n, device=model.device) for n in lengths])
-        return _logits(model, torch.cat(list(sequences))[None], places[None])
-
-
-def _logits(model: LanguageModel, ids: Tensor, places: Tensor | None = None) -> Tensor:
-    more = {} if places is None else {"position_ids": places}
-    logits: Tensor = model.network(input_ids=ids, use_cache=False, **more).logits
-    return logits
+        ids = torch.cat(list(sequences))
+        logits: Tensor = model.network(
+            input_ids=ids[None], position_ids=places[None], use_cache=False
+        ).logits
+        return logits[0]

@@ -55,13 +55,17 @@ class CostModel:
         """The cost of steps of a base model that computes in ``dtype``.
 
         If only some of its linear layers are adapted, the others are assumed to have the same mean
-        shape; embeddings count as linear layers, so E is an upper bound.
+        shape; embeddings count as linear layers, so E is an upper bound. Not those of a classifier:
+        it has no output embedding, and half of a small encoder is its vocabulary.
         """
         adapted = sum(m.d_in * m.d_out for m in info.modules)
-        elements = sum(m.d_in + m.d_out for m in info.modules) * info.parameters / adapted
+        parameters = info.parameters
+        if info.classifies:
+            parameters -= info.vocabulary * min(m.d_in for m in info.modules)
+        elements = sum(m.d_in + m.d_out for m in info.modules) * parameters / adapted
         return cls(
             step_flop=STEP_FLOP * len(info.modules),
-            token_flop=4.0 * info.parameters + ELEMENT_FLOP * elements,
+            token_flop=4.0 * parameters + ELEMENT_FLOP * elements,
             token_bytes=SAVED * dtype.itemsize * elements,
         )
 

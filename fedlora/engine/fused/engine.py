@@ -17,7 +17,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, WorkerEngine
-from fedlora.engine.fused.check import why_not_ragged
+from fedlora.engine.fused.check import why_not_fused, why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
@@ -74,7 +74,8 @@ class Fused(WorkerEngine):
         return replace(self, tokens=budget)
 
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
-        """The engine on this model and these data; for a classifier the sequential one.
+        """The engine on this model and these data; the sequential one if clients cannot share its
+        forward passes.
 
         Raises:
             ValueError: if a ragged layout or checkpointing is configured and the model does not
@@ -82,8 +83,10 @@ class Fused(WorkerEngine):
         """
         self.prepare()
         store, said = self.with_states(model, store)
-        if model.info.classifies:
-            return SequentialEngine(model, store, "classification one by one", said)
+        if reason := why_not_fused(model):
+            if self.layout == "ragged":
+                raise ValueError(f"engine.layout=ragged: {reason}; use auto, or engine=sequential")
+            return SequentialEngine(model, store, f"one by one, for {reason}", said)
         return self._engine()(self, model, store, said)
 
     def _engine(self) -> "type[FusedEngine]":

@@ -2,10 +2,11 @@
 
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from fedlora.core.errors import CLIENT_ERRORS
 from fedlora.core.payload import Payload, plain_factors
@@ -22,7 +23,7 @@ from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.batch import Group, Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.evaluation import metrics as evaluate
-from fedlora.models.modules import check_adapter
+from fedlora.models.modules import check_adapter, check_head
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ class FusedEvaluator:
         plan, who, store = job.plan, job.client.id, self._store
         if job.adapter is not None:
             check_adapter(_factors(job.adapter), self._fused.model.info)
+            check_head(job.adapter.head(), self._fused.model.info)
         if store.count(who, plan.split) == 0:
             raise ValueError(f"client {who} has no examples in split {plan.split!r}")
         references = store.references(who, plan.split) if plan.generate else None
@@ -124,8 +126,8 @@ class FusedEvaluator:
 
     def _run(self, tasks: Sequence[Task]) -> None:
         # A bank with one row for every distinct adapter.
-        adapters = {t.slot: _factors(t.job.adapter) for t in tasks}
-        layouts = {slot: self._layouts(a) for slot, a in adapters.items()}
+        adapters = {t.slot: (_factors(t.job.adapter), _head(t.job.adapter)) for t in tasks}
+        layouts = {slot: self._layouts(*both) for slot, both in adapters.items()}
         model = self._fused.model
         bank = AdapterBank(
             max(adapters) + 1,
@@ -134,8 +136,8 @@ class FusedEvaluator:
             model.device,
             self._fused.compute_dtype(False),
         )
-        for slot, adapter in adapters.items():
-            bank.load(slot, layouts[slot].pack(adapter, model.dtype, model.device))
+        for slot, (adapter, head) in adapters.items():
+            bank.load(slot, layouts[slot].pack(adapter, model.dtype, model.device, head))
 
         # Likelihoods of all sequences; then generation, by numbers of new tokens.
         with torch.no_grad():
@@ -149,15 +151,15 @@ class FusedEvaluator:
     def _likelihoods(self, tasks: Sequence[Task], layouts: dict[int, Layout]) -> None:
         # A sequence without a target needs no forward pass.
         items = [Item(t, i) for t in tasks for i in range(len(t.panel.examples))]
+        lengths = {id(item): self._fused.model.inputs(item.example) for item in items}
         for item in items:
-            if len(item.example.input_ids) < 2:  # nothing after BOS
+            if not lengths[id(item)]:  # nothing after BOS
                 item.task.guesses[item.index] = (
                     torch.zeros(0, dtype=torch.float64),
                     torch.zeros(0, dtype=torch.int64),
                 )
 
         # Sequences of similar length together, up to the limit; within a pass, in order of slots.
-        lengths = {id(item): len(item.example.input_ids) - 1 for item in items}
         line = sorted((i for i in items if lengths[id(i)]), key=lambda i: -lengths[id(i)])
         for packed in _packs(line, [lengths[id(i)] for i in line], self._tokens):
             packed.sort(key=lambda i: i.task.slot)
@@ -202,6 +204,11 @@ def _factors(payload: Payload | None) -> Adapter:
     if factors is None:
         raise TypeError(f"the fused engine evaluates low-rank factors, not {payload.noun}")
     return factors
+
+
+def _head(payload: Payload | None) -> Mapping[str, Tensor] | None:
+    """The head that a payload brings."""
+    return None if payload is None else payload.head()
 
 
 def _by_slot(items: Sequence[Item]) -> list[tuple[int, list[Item]]]:

@@ -20,11 +20,12 @@ from fedlora.engine.fused.batch import (
 )
 from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
-from fedlora.models.forward import supervised_hidden, supervised_logits
+from fedlora.models.forward import supervised_hidden
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate, dense_weight, dropout_bits
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import check_recomputable, recomputing
+from fedlora.models.two_parts import Heads, PaddedClassifier, RaggedClassifier
 
 KNOWN = 1024
 """Groups whose segments are kept in memory; a round on ``s`` slots needs a few ``s`` of them."""
@@ -53,7 +54,10 @@ class FusedModel:
         self._attention = RaggedAttention()
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._hidden = int(model.network.config.get_text_config().hidden_size)
-        self._plain_head = is_plain(model)
+        self._classifier: PaddedClassifier | None = None
+        if model.info.classifies:
+            self._classifier = (RaggedClassifier if is_ragged else PaddedClassifier)(model)
+        self._plain_head = self._classifier is None and is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
@@ -122,7 +126,8 @@ class FusedModel:
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, in this model's layout."""
         lay = ragged_batch if self.is_ragged else padded_batch
-        return lay(lanes, self._hidden)
+        labelled = None if self._classifier is None else self._classifier.batch
+        return lay(lanes, self._hidden, labelled)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -137,7 +142,7 @@ class FusedModel:
         return self.per_lane(weighted.detach(), batch)
 
     def nll(self, batch: FusedBatch) -> Tensor:
-        """The negative log-likelihood of every supervised token, ``[n]``."""
+        """The negative log-likelihood of every supervised token or label, ``[n]``."""
         if not self._plain_head:
             logits, targets = self.logits(batch)
             return functional.cross_entropy(logits, targets, reduction="none")
@@ -148,12 +153,22 @@ class FusedModel:
             return head_nll(hidden, network.get_output_embeddings(), moved.targets)
 
     def logits(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
-        """``[n, vocabulary]`` of the supervised tokens, and their targets ``[n]``."""
+        """``[n, classes]`` of the supervised tokens or labels, and their targets ``[n]``."""
         self.prepare(batch)
         moved = batch.batch.to(self.model.device)
-        with self._precision(), self.model.entered(moved):
-            logits = supervised_logits(self.model.network, moved)
+        with self._precision():
+            if self._classifier is None:
+                logits = self.model.logits(moved)
+            else:
+                logits = self._classifier.logits(moved, self._heads(batch))
         return logits, moved.targets
+
+    def _heads(self, batch: FusedBatch) -> Heads:
+        """The lanes' heads; none if all use the model's own."""
+        assert self._bank is not None
+        if not any(lane.layout.head for lane in batch.lanes):
+            return ()
+        return [(len(x.examples), self._bank.head(x.slot, x.layout)) for x in batch.lanes]
 
     def _precision(self) -> torch.autocast:
         device = self.model.device.type

@@ -38,7 +38,7 @@ from fedlora.engine.fused.batch import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share
-from fedlora.models.modules import check_adapter
+from fedlora.models.modules import check_adapter, check_head
 from fedlora.training.loop import (
     Trace,
     check_trace,
@@ -75,7 +75,7 @@ class Planner:
     """Turns jobs into chains."""
 
     def __init__(self, fused: FusedModel, store: TokenStore) -> None:
-        self._info, self._store = fused.model.info, store
+        self._info, self._store, self._inputs = fused.model.info, store, fused.model.inputs
         self._vocabulary = fused.model.vocabulary
         self._layouts = Layouts(self._info.modules)
         self._dtype, self._device = fused.model.dtype, fused.model.device
@@ -100,6 +100,8 @@ class Planner:
         adapter, base = job.start.low_rank(), job.start.base()
         assert adapter is not None
         check_adapter(adapter, self._info)
+        head = job.start.head()
+        check_head(head, self._info)
         examples = training_examples(self._store, job)
         check_vocabulary(examples, self._vocabulary, job.client.id)
 
@@ -110,8 +112,8 @@ class Planner:
             for indices in step_indices(len(examples), job.plan, **who)
         )
 
-        # Their size: a sequence of n tokens has n - 1 input tokens, the last is a target only.
-        lengths = [len(e.input_ids) - 1 for e in examples]
+        # Their size in input tokens.
+        lengths = [self._inputs(e) for e in examples]
         forwards = tuple(
             Forward(len(part), max(lengths[i] for i in part), sum(lengths[i] for i in part))
             for step in steps
@@ -120,8 +122,8 @@ class Planner:
 
         # The start as a row [size]; clients that share a payload share the row.
         if id(job.start) not in starts:
-            layout = self._layouts(adapter)
-            packed = layout.pack(adapter, self._dtype, self._device)
+            layout = self._layouts(adapter, head)
+            packed = layout.pack(adapter, self._dtype, self._device, head)
             starts[id(job.start)] = layout, packed
         version = "" if base is None else base.version
         return Chain(job, *starts[id(job.start)], steps, Work(forwards), version)
@@ -139,7 +141,7 @@ class Resident:
     """``[layout.size]``: their gradients, a view of the bank."""
     examples: Sequence[TokenExample]
     buffers: list[nn.Parameter] = field(init=False)
-    """The section of the row that is trained."""
+    """The sections of the row that are trained."""
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -147,12 +149,11 @@ class Resident:
     cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        # A row is [all A | all B^T], split at a_size: what is trained is one consecutive section.
-        plan, at = self.chain.job.plan, self.chain.layout.a_size
-        trained = slice(0 if plan.train_a else at, None if plan.train_b else at)
-        buffer = nn.Parameter(self.row[trained])
-        buffer.grad = self.grad[trained]
-        self.buffers = [buffer]
+        plan = self.chain.job.plan
+        trained = self.chain.layout.trained(plan.train_a, plan.train_b)
+        self.buffers = [nn.Parameter(self.row[section]) for section in trained]
+        for buffer, section in zip(self.buffers, trained, strict=True):
+            buffer.grad = self.grad[section]
         self._optimizer = optimizer_for(plan, self.buffers)
         self._forwards = self.chain.forwards
         self._rates = learning_rates(num_steps(len(self.examples), plan), plan)
@@ -161,11 +162,11 @@ class Resident:
         self._dropped = dropped_share(plan.dropout)
         self._state = None if plan.term is None else self._trained_state(trained)
 
-    def _trained_state(self, trained: slice) -> TrainedState:
+    def _trained_state(self, trained: Sequence[slice]) -> TrainedState:
         """What the client trains, as views of its rows of the bank and of the common start."""
         # Rows as factors by module path: A [r, d_in] and B^T [r, d_out], hence the transposes.
         plan, layout, start = self.chain.job.plan, self.chain.layout, self.chain.start
-        buffer = TrainedBuffer(self.row[trained], start[trained], self.grad[trained])
+        buffers = [TrainedBuffer(self.row[s], start[s], self.grad[s]) for s in trained]
         now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
         layers = [
             TrainedLayer(
@@ -180,7 +181,7 @@ class Resident:
             for path, part in zip(layout.paths, layout.parts, strict=True)
             if part is not None
         ]
-        return TrainedState([buffer], layers)
+        return TrainedState(buffers, layers)
 
     def lane(self, index: int) -> Lane:
         """The client's part of a batch that runs its forward pass ``index``."""
@@ -269,6 +270,8 @@ class Resident:
             "fused": 1.0,
         }
         payload = job.start.trained(layout.read(self.row))
+        if layout.head:
+            payload = payload.with_head(layout.heads(self.row.clone()))
         return completed(job, payload, trace.metrics() | spent, num_examples)
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fedlora.core.types import EvaluateJob, EvaluatePlan, LocalPlan
-from fedlora.engine.fused import Auto, Fused
 from fedlora.engine.sequential import Sequential
 from fedlora.models.head import head_parameters
 from fedlora.models.headed import WithHead
@@ -138,12 +137,3 @@ def test_accuracy_and_loss_are_those_of_a_hand_computation(family):
     assert found.scalars["accuracy"] == hits / 9
     assert found.scalars["loss"] == pytest.approx(loss, rel=1e-12)
     assert found.scalars["examples"] == 9
-
-
-@pytest.mark.parametrize("spec", [Fused(), Auto()])
-def test_the_fused_engine_says_that_it_trains_classifiers_one_by_one(spec):
-    on, held = classifier("bert"), examples(7)
-    engine = spec.open(on, FakeStore({0: held}))
-    (update,) = engine.train([job(adapter(on.info.modules, 3), PLAN)])
-    assert engine.notes() == ("classification one by one",)
-    assert distance(update.payload, trained(on, held).payload) == 0

@@ -124,14 +124,15 @@ def attend(lengths, q, k, v, **kwargs):
     return out
 
 
-def by_definition(lengths, q, k, v, scaling=None, sliding_window=None):
+def by_definition(lengths, q, k, v, scaling=None, sliding_window=None, is_causal=True):
     """Softmax over what each token may see, one sequence and one token at a time."""
     group, scale = q.shape[1] // k.shape[1], scaling or 1 / math.sqrt(q.shape[-1])
     out, start = [], 0
     for n in lengths:
         for i in range(n):
             first = 0 if sliding_window is None else max(0, i - sliding_window + 1)
-            near = slice(start + first, start + i + 1)
+            last = i if is_causal else min(n - 1, i + (sliding_window or n) - 1)
+            near = slice(start + first, start + last + 1)
             keys, values = (x[0, :, near].repeat_interleave(group, 0) for x in (k, v))
             weights = (scale * (q[0, :, start + i, None] * keys).sum(-1)).softmax(-1)
             out.append((weights[..., None] * values).sum(1))
@@ -144,26 +145,39 @@ def by_definition(lengths, q, k, v, scaling=None, sliding_window=None):
     st.sampled_from([(4, 4), (4, 2), (6, 1)]),
     st.sampled_from([None, 0.7]),
     st.sampled_from([None, 1, 4, 100]),
+    st.booleans(),
 )
-def test_attention_is_that_of_each_sequence(lengths, counts, scaling, window):
+def test_attention_is_that_of_each_sequence(lengths, counts, scaling, window, causal):
     q, k, v = heads(lengths, *counts)
-    found = attend(lengths, q, k, v, scaling=scaling, sliding_window=window)
-    wanted = by_definition(lengths, q, k, v, scaling, window)
+    asked = {"scaling": scaling, "sliding_window": window, "is_causal": causal}
+    found = attend(lengths, q, k, v, **asked)
+    wanted = by_definition(lengths, q, k, v, **asked)
     assert found.shape == (1, sum(lengths), counts[0], 3)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 2])
-def test_gradients_of_attention_are_exact(window):
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_attention_are_exact(window, causal):
     lengths = [3, 1, 4]
     inputs = [x.requires_grad_() for x in heads(lengths, 2, 1, 2)]
-    assert torch.autograd.gradcheck(
-        lambda q, k, v: attend(lengths, q, k, v, sliding_window=window), inputs
-    )
+    asked = {"sliding_window": window, "is_causal": causal}
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(lengths, q, k, v, **asked), inputs)
 
 
-@given(UNEQUAL, st.data())
-def test_nothing_of_a_sequence_reaches_another_not_even_a_nan(lengths, data):
+def test_a_module_that_says_nothing_else_attends_as_it_is_made():
+    lengths, module = [2, 4, 3], nn.Identity()
+    module.is_causal = False
+    inputs = heads(lengths)
+    attention = RaggedAttention()
+    attention.geometry = Geometry.of(lengths)
+    found, _ = attention(module, *inputs, None)
+    assert torch.equal(found, attend(lengths, *inputs, is_causal=False))
+    assert not torch.equal(found, attend(lengths, *inputs))
+
+
+@given(UNEQUAL, st.booleans(), st.sampled_from([None, 1, 4]), st.data())
+def test_nothing_of_a_sequence_reaches_another_not_even_a_nan(lengths, causal, window, data):
     who = data.draw(st.integers(0, len(lengths) - 1))
     mine = owners(lengths) == who
     poison = data.draw(st.sampled_from([7.0, math.inf, math.nan]))
@@ -174,7 +188,7 @@ def test_nothing_of_a_sequence_reaches_another_not_even_a_nan(lengths, data):
             for x in inputs:
                 x[:, :, mine] = value
         inputs = [x.requires_grad_() for x in inputs]
-        out = attend(lengths, *inputs)
+        out = attend(lengths, *inputs, is_causal=causal, sliding_window=window)
         grads = torch.autograd.grad(out.pow(2).sum(), inputs)
         results.append([out[:, ~mine], *(g[:, :, ~mine] for g in grads)])
     for before, after in zip(*results, strict=True):
@@ -188,7 +202,6 @@ def test_nothing_of_a_sequence_reaches_another_not_even_a_nan(lengths, data):
         ({"s_aux": torch.ones(4)}, "s_aux"),
         ({"invented_in_the_future": 1}, "invented_in_the_future"),
         ({"dropout": 0.1}, "dropout"),
-        ({"is_causal": False}, "no causality"),
     ],
 )
 def test_what_is_not_understood_is_refused_by_name(asked, named):

@@ -89,7 +89,7 @@ def state(network):
         "hooks": [len(m._forward_pre_hooks) + len(m._forward_hooks) for m in modules],
         "updates": [m.update for m in modules if hasattr(m, "update")],
         "grads": [(p.requires_grad, p.grad) for p in network.parameters()],
-        "generation": network.generation_config,
+        "generation": getattr(network, "generation_config", None),  # a classifier has none
         "sums": [p.double().sum().item() for p in network.parameters()],
     }
 

@@ -12,7 +12,7 @@ from fedlora.core.types import Module
 from fedlora.engine.fused import cost
 from fedlora.engine.fused.cost import CostModel, slots_for
 from fedlora.engine.fused.schedule import POLICIES, Forward, Schedule, Work
-from fedlora.models.modules import ModelInfo
+from fedlora.models.modules import CLASSIFICATION, ModelInfo
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=100)
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,6 +53,14 @@ def test_the_fixed_cost_of_a_step_is_about_a_twentieth_unless_bounded(width):
     if cost.CPU_TOKENS[0] < budget < cost.CPU_TOKENS[1]:
         fraction = model.step_flop / (budget * model.token_flop)
         assert cost.OVERHEAD / math.sqrt(2) <= fraction <= cost.OVERHEAD * math.sqrt(2)
+
+
+def test_a_classifier_does_not_multiply_by_its_vocabulary():
+    body = llama(64, 4)
+    embedded = dataclasses.replace(
+        body, parameters=body.parameters + 1000 * 64, vocabulary=1000, task=CLASSIFICATION
+    )
+    assert CostModel.of(embedded, torch.float32) == CostModel.of(body, torch.float32)
 
 
 def test_layers_without_an_adapter_cost_too():

@@ -230,8 +230,8 @@ def test_a_planted_pad_with_a_loss_is_noticed(monkeypatch):
 
     honest = fused_model.padded_batch
 
-    def faulty(lanes, hidden):
-        good = honest(lanes, hidden)
+    def faulty(lanes, hidden, labelled):
+        good = honest(lanes, hidden, labelled)
         pads = sorted(set(range(good.rows)) - set(good.batch.positions.tolist()))[:1]
         if not pads:
             return good
