@@ -12,6 +12,8 @@ from simulations.app.compose import load
 from simulations.app.federate import run
 from simulations.app.grid import InProcessGrid
 
+TEXT = ["data.clients=400", "data.max_length=64"]
+"""The default data, whose examples are cut short: most of a run's time is training."""
 SMALL = [
     "population.clients=24",
     "population.per_round=6",
@@ -61,7 +63,7 @@ def federate(tmp_path):
 
     def do(*overrides: str, output: str = "out") -> Run:
         said: list[str] = []
-        text = [] if any(w.startswith("data=") for w in overrides) else ["data.clients=400"]
+        text = [] if any(w.startswith("data=") for w in overrides) else TEXT
         cfg = load([*SMALL, *text, f"output_dir={tmp_path / output}", *overrides])
         folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
         return Run(folder, said)

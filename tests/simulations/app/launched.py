@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 
 from fedlora.run.tracking import read_jsonl
-from tests.simulations.conftest import SMALL
+from tests.simulations.conftest import SMALL, TEXT
 
 ROOT = Path(__file__).parents[3]
 TAG = "FEDLORA_TEST_TAG"
-SAME = [word for word in SMALL if not word.startswith("runtime")] + ["data.clients=400"]
+SAME = [word for word in SMALL if not word.startswith("runtime")] + TEXT
 """The settings of `SMALL`, for any runtime."""
 PATIENCE_S = 420.0
 """Twenty seconds of work on an idle machine; a busy one may need many times that."""

@@ -24,9 +24,9 @@ from simulations.app.inputs import prepare_inputs
 from simulations.app.parts import build_parts
 from simulations.reporting.run_folder import read_run
 from simulations.tools.base_model import base_of
-from tests.simulations.conftest import SMALL
+from tests.simulations.conftest import SMALL, TEXT
 
-WORDS = [*SMALL, "data.clients=400", "strategy=fedit", "name=one", "resume=auto"]
+WORDS = [*SMALL, *TEXT, "strategy=fedit", "name=one", "resume=auto"]
 
 
 def _flip(path):

@@ -24,11 +24,11 @@ from simulations.app.compose import load
 from simulations.app.inputs import prepare_inputs
 from simulations.app.parts import build_parts
 from simulations.tools.merge import main
-from tests.simulations.conftest import SMALL
+from tests.simulations.conftest import SMALL, TEXT
 
 CPU = torch.device("cpu")
 MODEL = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
-SPP = ("strategy=spp", "data.clients=400", *MODEL)
+SPP = ("strategy=spp", *TEXT, *MODEL)
 
 
 def test_zeros_stay_through_rounds_adapter_and_merge(federate, tmp_path):
