@@ -38,6 +38,7 @@ from fedlora.models.masks import (
 )
 from fedlora.models.modules import CAUSAL_LM, CLASSIFICATION, find_modules
 from fedlora.models.modules import ModelInfo as ModelInfo
+from fedlora.models.number_format import AUTO, number_format
 from fedlora.models.qkv import Split, split_qkv
 
 if TYPE_CHECKING:
@@ -58,7 +59,8 @@ class ModelSpec(ABC):
     ``top:k`` (the k blocks next to the output) or a list of indices, as PEFT's
     ``layers_to_transform``."""
     dtype: str = "float32"
-    """Number format of the frozen base: ``float32`` or ``bfloat16``. Adapters are float32 in either
+    """Number format of the frozen base: ``float32``, ``bfloat16``, or ``auto``: bfloat16 where the
+    device multiplies it natively (`fedlora.models.number_format`). Adapters are float32 in either
     case. Workers of a machine share the memory of a base held as its file has it (`load`)."""
     task: str = CAUSAL_LM
     """``causal_lm``, or ``classification``: one label for a text or a pair of texts."""
@@ -72,7 +74,7 @@ class ModelSpec(ABC):
     """Of what the checkpoint lacks of the head; set with the labels."""
 
     def __post_init__(self) -> None:
-        one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("model.dtype", self.dtype, ("float32", "bfloat16", AUTO))
         check_layers(self.layers)
         one_of("model.task", self.task, (CAUSAL_LM, CLASSIFICATION))
         one_of("model.head", self.head, (FROZEN, AVERAGED, LOCAL))
@@ -204,12 +206,20 @@ class ModelSpec(ABC):
         head = head_parameters(self.network(torch.device("cpu")))
         return {name: p.detach().float().clone() for name, p in head.items()}
 
+    def settled(self, device: torch.device) -> Self:
+        """The same with its number format decided, if the machine is to decide it."""
+        if self.dtype != AUTO:
+            return self
+        return dataclasses.replace(self, dtype=number_format(device)[0])
+
     def network(self, device: torch.device) -> Any:
         """The ``PreTrainedModel`` as transformers makes it of the files, nothing split or wrapped.
 
         Raises:
             ModelError: if weights are missing or do not fit the configuration.
         """
+        if self.dtype == AUTO:
+            return self.settled(device).network(device)
         folder, placement = self.folder(), self._placement(device)
         config = {"config": self._config(folder)} if self.classifies else {}
         try:

@@ -23,6 +23,7 @@ from fedlora.data.store import ClientInfo, TokenStore, prepare
 from fedlora.models.compact import expand
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.masks import density, save_masks
+from fedlora.models.number_format import AUTO
 from fedlora.models.spec import ModelSpec, Tiny
 from fedlora.population.sampling import (
     Population,
@@ -85,6 +86,11 @@ class Pruned(ModelSpec):
         for name in ("clients", "samples", "length"):
             at_least(f"model.{name}", getattr(self, name), 1)
         at_least("model.seed", self.seed, 0)
+        if self.dtype == AUTO:
+            raise ValueError(
+                "model.dtype=auto: the zeros of a pruned model belong to weights in one number "
+                "format, which another machine must find again; use float32 or bfloat16"
+            )
         self._check_base()
         if not self.path and self.method != "magnitude" and self.calibration is None:
             raise ValueError(

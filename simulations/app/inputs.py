@@ -21,6 +21,8 @@ from fedlora.engine.worker import WorkerSpec
 from fedlora.models.head import FROZEN, LOCAL
 from fedlora.models.masks import load_masks
 from fedlora.models.modules import ModelInfo
+from fedlora.models.number_format import AUTO, number_format
+from fedlora.models.spec import ModelSpec
 from fedlora.models.stored import PrunedBase, inspect, require_masked
 from fedlora.population.ranks import rank_text
 from fedlora.population.sampling import Roster, enroll, panel
@@ -61,6 +63,7 @@ class RunInputs:
 
 def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     """Describe the model, prepare the data and enrol the clients."""
+    parts = dataclasses.replace(parts, model=settled_model(parts, emit))
     model = parts.model.resolved()
     info = model.describe()
     check_model(parts, info)
@@ -141,13 +144,30 @@ def _by_rank(counts: Counter[str]) -> str:
     return ", ".join(f"rank {text} ({n:,} clients)" for text, n in counts.most_common())
 
 
+def settled_model(parts: Parts, emit: Callable[[str], None]) -> ModelSpec:
+    """The model with its number format decided. A decision is shown, for results depend on it."""
+    device = _worker_device(parts)
+    model = parts.model.settled(device)
+    if model != parts.model:
+        reason = number_format(device)[1]
+        note = "; results differ from those in float32" if model.dtype == "bfloat16" else ""
+        emit(f"model.dtype={model.dtype}: {reason}{note}")
+    return model
+
+
+def _worker_device(parts: Parts) -> torch.device:
+    """The workers' kind of device."""
+    name = parts.runtime.worker_device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
 def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -> EngineSpec:
     """The engine with everything decided that the configuration leaves to it, so that all workers
     of a run, also after a resume, do the same. What was decided is shown."""
-    name, dtype = parts.runtime.worker_device, getattr(torch, parts.model.dtype)
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    engine = parts.engine.settled(info, dtype, torch.device(name))
+    dtype = getattr(torch, parts.model.dtype)
+    engine = parts.engine.settled(info, dtype, _worker_device(parts))
     given = describe(parts.engine)
     for key, value in describe(engine).items():
         if value != given[key]:
@@ -158,8 +178,9 @@ def settled_engine(parts: Parts, info: ModelInfo, emit: Callable[[str], None]) -
 def as_it_began(
     inputs: RunInputs, parts: Parts, folder: Path, emit: Callable[[str], None]
 ) -> RunInputs:
-    """The inputs of a run that goes on: what its first start decided for the engine still holds,
-    even on another machine. What the configuration decides is the same, or it could not go on.
+    """The inputs of a run that goes on: what its first start decided for engine and number format
+    still holds, even on another machine. What the configuration decides is the same, or it could
+    not go on.
 
     Raises:
         ModelError: if the run folder's record of its workers cannot be read.
@@ -167,14 +188,21 @@ def as_it_began(
     file = folder / "worker.json"
     if not file.is_file():
         return inputs
-    before: dict[str, Any] = json_in(file, "what the run's workers were told,").get("engine", {})
+    told: dict[str, Any] = json_in(file, "what the run's workers were told,")
+    before = told.get("engine", {})
     asked, now = describe(parts.engine), describe(inputs.worker.engine)
     decided = {key for key, value in now.items() if value != asked.get(key)}
     changed = {key: before[key] for key in decided if before.get(key, now[key]) != now[key]}
     for key, value in changed.items():
         emit(f"engine.{key}={value}, as decided when this run began")
     engine = dataclasses.replace(inputs.worker.engine, **changed)
-    return dataclasses.replace(inputs, worker=dataclasses.replace(inputs.worker, engine=engine))
+    model = inputs.worker.model
+    dtype = told.get("model", {}).get("dtype", model.dtype)
+    if parts.model.dtype == AUTO and dtype != model.dtype:
+        emit(f"model.dtype={dtype}, as decided when this run began")
+        model = dataclasses.replace(model, dtype=dtype)
+    worker = dataclasses.replace(inputs.worker, engine=engine, model=model)
+    return dataclasses.replace(inputs, worker=worker)
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

@@ -61,7 +61,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     _write_json(folder / "environment.json", environment())
     spec = inputs.worker.model
     model: dict[str, Any] = {"name": info.name, "fingerprint": info.fingerprint, "mask": info.mask}
-    model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id}
+    model |= {"folder": str(spec.folder()), "hub_id": spec.hub_id, "dtype": spec.dtype}
     if spec.classifies:
         model |= {"task": spec.task, "labels": list(spec.labels), "head_seed": spec.head_seed}
     _write_json(folder / MODEL, model)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.reading import json_in
+from fedlora.models.number_format import AUTO
 from fedlora.models.spec import ModelSpec
 from fedlora.prune.spec import ABOUT, Pruned
 from simulations.app.identity import MODEL
@@ -34,6 +35,8 @@ def base_of(
     about = json_in(file, "the description of the run's base model") if file.is_file() else {}
     if spec.classifies:
         spec = spec.with_labels(about.get("labels", ()), about.get("head_seed", 0))
+    if spec.dtype == AUTO and "dtype" in about:
+        spec = dataclasses.replace(spec, dtype=about["dtype"])
     mask = about.get("mask", "")
     if mask and isinstance(spec, Pruned) and not spec.path:
         there = Path(about["folder"])

@@ -70,3 +70,20 @@ def test_a_resumed_run_keeps_the_budget_that_it_began_with(federate):
     assert resumed.rounds[-1]["engine"] == "fused, ragged, 4096 tokens per step"
     assert "engine.tokens=4096, as decided when this run began" in resumed.said
     assert json.loads(file.read_text())["engine"]["tokens"] == 4096
+
+
+def test_a_resumed_run_keeps_the_number_format_that_it_began_with(federate):
+    """Also on a processor that would have another chosen."""
+    words = ["model.dtype=auto", "name=one"]
+    began = federate(*words, "rounds=1")
+    file = began.folder / "worker.json"
+    worker = json.loads(file.read_text())
+    decided = worker["model"]["dtype"]
+    assert f"model.dtype={decided}: the processor has" in began.said
+    assert json.loads((began.folder / "model.json").read_text())["dtype"] == decided
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[decided]
+    worker["model"]["dtype"] = other
+    file.write_text(json.dumps(worker))
+    resumed = federate(*words, "rounds=2", "resume=auto")
+    assert f"model.dtype={other}, as decided when this run began" in resumed.said
+    assert json.loads(file.read_text())["model"]["dtype"] == other
