@@ -14,6 +14,7 @@ from fedlora.core.payload import Payload, payload_class, target_of
 from fedlora.models.headed import WithHead
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import dense_weight
+from fedlora.models.loading import no_progress_bar
 from fedlora.models.masks import (
     Masks,
     as_stored,
@@ -22,7 +23,6 @@ from fedlora.models.masks import (
     save_masks,
 )
 from fedlora.models.modules import ModelInfo
-from fedlora.models.spec import no_progress_bar
 
 SUBFOLDERS = ("adapter", "update")
 """Of a run folder, for its final payload (`Payload.folder`)."""

@@ -8,8 +8,7 @@ how that folder is found.
 import dataclasses
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +31,7 @@ from fedlora.models.head import (
     head_parameters,
     head_tensors,
 )
+from fedlora.models.loading import check_finite, no_progress_bar, unloadable
 from fedlora.models.masks import (
     check_network,
     load_masks,
@@ -169,7 +169,7 @@ class ModelSpec(ABC):
                 folder, local_files_only=True, **self._trust()
             )
         except Exception as error:
-            raise ModelError(_unloadable("the tokenizer", folder, error)) from error
+            raise ModelError(unloadable("the tokenizer", folder, error)) from error
         if loaded.pad_token is None:
             loaded.pad_token = loaded.eos_token
         return loaded
@@ -236,7 +236,7 @@ class ModelSpec(ABC):
                     **self._trust(),
                 )
         except Exception as error:
-            raise ModelError(_unloadable("the weights", folder, error)) from error
+            raise ModelError(unloadable("the weights", folder, error)) from error
         mismatched = {x if isinstance(x, str) else x[0] for x in report["mismatched_keys"]}
         absent = sorted({*report["missing_keys"], *mismatched})
         if self.classifies:
@@ -246,7 +246,7 @@ class ModelSpec(ABC):
                 f"the weights in {folder} lack {absent[:4]} ({len(absent)} tensors) or have them "
                 "in other shapes: they would be random"
             )
-        _check_finite(network, folder)
+        check_finite(network, folder)
         if not placement:
             network.to(device)
         return network
@@ -295,57 +295,6 @@ class ModelSpec(ABC):
     def _placement(self, device: torch.device) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` that place the network; empty: it is moved after."""
         return {}
-
-
-def _unloadable(what: str, folder: Path, error: Exception) -> str:
-    """A library's error on one line, with what was being loaded."""
-    said = " ".join(str(error).split())[:600] or type(error).__name__
-    return f"{what} in {folder} cannot be loaded: {said}"
-
-
-def _check_finite(network: Any, folder: Path) -> None:
-    """Raise a ModelError unless all weights are finite: the sum of a tensor is not if one is not.
-
-    Reads all weights once, as the first forward pass would.
-    """
-    broken = [
-        name
-        for name, weight in network.named_parameters()
-        if weight.is_floating_point() and not weight.detach().sum().isfinite()
-    ]
-    if broken:
-        raise ModelError(
-            f"the weights in {folder} hold NaN or infinity in {broken[:4]} ({len(broken)} "
-            "tensors): the model is broken, or was converted to too narrow a number format"
-        )
-
-
-def import_transformers() -> None:
-    """Import now what describing and loading a model needs: two seconds on an idle core."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-    from transformers.modeling_utils import PreTrainedModel  # noqa: F401
-
-
-@contextmanager
-def no_progress_bar(warnings: bool = True) -> Iterator[None]:
-    """Keep transformers' bars out of the log of a worker that loads in a blink.
-
-    Args:
-        warnings: whether to leave it its warnings.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    logging: Any = transformers_logging
-    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    if not warnings:
-        logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,6 @@ as the server reads its data, so that the first message finds a worker that is r
 """
 
 import simulations.app.client_app  # noqa: F401
-from fedlora.models.spec import import_transformers
+from fedlora.models.loading import import_transformers
 
 import_transformers()

@@ -62,7 +62,7 @@ def failed(error: Exception) -> int:
 def _import_and_check(cfg: DictConfig) -> None:
     """Import the app. A configuration that it refuses ends this process: the guard ends Ray."""
     try:
-        from fedlora.models.spec import import_transformers
+        from fedlora.models.loading import import_transformers
         from simulations.app import client_app, federate  # noqa: F401
         from simulations.app.parts import build_parts, check_machine
 
