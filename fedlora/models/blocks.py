@@ -1,10 +1,11 @@
 """The blocks of a transformer: where they are, and which of them carry adapters."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.core.errors import ConfigError, ModelError
 
@@ -105,6 +106,35 @@ def adapted_blocks(network: Any, paths: Sequence[str]) -> tuple[int, tuple[int, 
     if not all(p.startswith(f"{path}.") for p in paths):
         return len(blocks), ()
     return len(blocks), tuple(sorted({int(p[len(path) + 1 :].split(".")[0]) for p in paths}))
+
+
+def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """The hidden states among a block's arguments."""
+    states = args[0] if args else kwargs["hidden_states"]
+    assert isinstance(states, Tensor)
+    return states
+
+
+def with_entering(
+    args: tuple[Any, ...], kwargs: dict[str, Any], states: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A block's arguments with other hidden states."""
+    if args:
+        return (states, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": states}
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
+    """While the context is open, a module computes something else."""
+    before = vars(module).get("forward")  # of accelerate, or none
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _text(layers: Any) -> str:

@@ -10,14 +10,14 @@ the states are put in where block ``k`` begins.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
-from fedlora.models.blocks import find_blocks
+from fedlora.models.blocks import entering, find_blocks, forward_replaced, with_entering
 
 
 class _Reached(Exception):
@@ -60,7 +60,7 @@ class Prefix:
         """
 
         def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _Reached(_entering(args, kwargs))
+            raise _Reached(entering(args, kwargs))
 
         handle = self._first.register_forward_pre_hook(stop, with_kwargs=True)
         try:
@@ -85,26 +85,18 @@ class Prefix:
         def enter(
             _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            if args:
-                return (states, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": states}
+            return with_entering(args, kwargs, states)
 
-        handle = self._first.register_forward_pre_hook(enter, with_kwargs=True)
-        before = [vars(block).get("forward") for block in self._below]
-        for block in self._below:
-            block.forward = self._hand_on
-        try:
+        with ExitStack() as stack:
+            hook = self._first.register_forward_pre_hook(enter, with_kwargs=True)
+            stack.callback(hook.remove)
+            for block in self._below:
+                stack.enter_context(forward_replaced(block, self._hand_on))
             yield
-        finally:
-            handle.remove()
-            for block, forward in zip(self._below, before, strict=True):
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
 
     def _hand_on(self, *args: Any, **kwargs: Any) -> Any:
         """The forward pass of a block that does nothing, in the form that its network expects."""
-        states = _entering(args, kwargs)
+        states = entering(args, kwargs)
         return states if not self._outputs else (states, *[None] * (self._outputs - 1))
 
     def _count_outputs(self) -> int:
@@ -121,10 +113,3 @@ class Prefix:
         finally:
             handle.remove()
         return lengths[0]
-
-
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a block's arguments."""
-    states = args[0] if args else kwargs["hidden_states"]
-    assert isinstance(states, Tensor)
-    return states

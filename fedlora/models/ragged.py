@@ -81,6 +81,8 @@ class Geometry:
     """``[N]``: the place of every row."""
     pads: Tensor | None
     """``[M - N]``: places that repeat a token; None: there are none."""
+    order: Tensor | None
+    """``[S]``: the sequences, one stack after another; None: as they lie."""
 
     @staticmethod
     def of(lengths: Sequence[int]) -> "Geometry":
@@ -88,12 +90,12 @@ class Geometry:
         length = np.asarray(lengths, np.int64)  # [S]
         start, longest = np.cumsum(length) - length, int(length.max())  # [S]: each one's first row
         if len(set(lengths)) == 1:
-            return Geometry(((len(lengths), longest),), None, None, None)
+            return Geometry(((len(lengths), longest),), None, None, None, None)
 
         # Which stack each sequence is in, 1..STACKS: its length in quarters of the longest, up.
         stack = -(-STACKS * length // longest)  # [S]
 
-        shapes, gather, pads = [], [], []
+        shapes, gather, pads, order = [], [], [], []
         scatter, at = np.zeros(int(length.sum()), np.int64), 0  # [N], places before this stack
         for s in np.unique(stack)[::-1]:
             # Its sequences: how long they are, their first rows, and the width that holds them.
@@ -107,6 +109,7 @@ class Geometry:
             source = first + np.minimum(steps, n - 1)  # [s, width]
             gather.append(source.reshape(-1))
             shapes.append((len(chosen), width))
+            order.append(chosen)
 
             # And back: the places of its rows, without the repeated ones.
             place = at + np.arange(source.size).reshape(source.shape)  # [s, width]
@@ -118,6 +121,7 @@ class Geometry:
             torch.from_numpy(np.concatenate(gather)),
             torch.from_numpy(scatter),
             indices(np.concatenate(pads)),
+            torch.from_numpy(np.concatenate(order)),
         )
 
     @cached_property
@@ -136,7 +140,7 @@ class Geometry:
 
     def to(self, device: torch.device) -> "Geometry":
         """The same on another device."""
-        tensors = (self.gather, self.scatter, self.pads)
+        tensors = (self.gather, self.scatter, self.pads, self.order)
         return Geometry(self.shapes, *(None if t is None else t.to(device) for t in tensors))
 
 
@@ -195,6 +199,9 @@ class RaggedAttention:
         self.geometry: Geometry | None = None
         self.calls = 0
         """Calls so far: zero after a forward pass means that the model uses its own attention."""
+        self.aside: dict[str, Tensor] = {}
+        """``key`` and ``value``, ``[1, N, kv heads d]``: of all tokens where there is one query of
+        each sequence; empty: the call's own are all (`fedlora.models.last_block`)."""
         self.windowed = False
         """Whether any layer has a sliding window."""
         self.name = f"fedlora_ragged_{next(_names)}"
@@ -213,7 +220,8 @@ class RaggedAttention:
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """``query [1, heads, N, d]``, ``key`` and ``value [1, kv heads, N, d]`` ->
-        ``[1, N, heads, d]``.
+        ``[1, N, heads, d]``. With keys and values `aside`, all of ``S`` rows: one query of each
+        sequence, which sees all tokens of it.
 
         Raises:
             RaggedUnsupported: if the model needs more than scaled attention, causal or to all
@@ -228,6 +236,12 @@ class RaggedAttention:
             raise RaggedUnsupported(f"{type(module).__name__} attends with {', '.join(asked)}")
         assert self.geometry is not None
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+
+        if self.aside:
+            if causal or sliding_window is not None:
+                raise RaggedUnsupported("one query of a sequence sees all its tokens")
+            key, value = (_heads(self.aside[x], key.shape[1]) for x in ("key", "value"))
+            return self._one_each(query, key, value, scaling), None
 
         # Stack, attend stack by stack, [sequences, heads, width, d] each.
         heads, groups = query.shape[1], query.shape[1] // key.shape[1]
@@ -246,6 +260,26 @@ class RaggedAttention:
             rows = _Unstack.apply(places, self.geometry)  # type: ignore[no-untyped-call]
         return rows.view(1, rows.shape[0], heads, -1), None
 
+    def _one_each(self, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """One query of each sequence ``[1, heads, S, d]``, all keys and values -> ``[1, S, heads,
+        d]``."""
+        geometry, heads = self.geometry, query.shape[1]
+        assert geometry is not None
+        rows = query[0].transpose(0, 1)  # [S, heads, d]
+        if geometry.order is not None:
+            rows = rows.index_select(0, geometry.order)
+        queries = rows[:, :, None].split([s for s, _ in geometry.shapes])  # [s, heads, 1, d] each
+        stacks = zip(queries, self._stacks(key), self._stacks(value), geometry.real, strict=True)
+        groups = heads // key.shape[1]
+        outs = [
+            _attend(q, k, v, scaling, _visible(k, real, False, None), False, groups)
+            for q, k, v, real in stacks
+        ]
+        found = torch.cat(outs)[:, :, 0]  # [S, heads, d]
+        if geometry.order is not None:
+            found = found.index_select(0, geometry.order.argsort())
+        return found[None]
+
     def _stacks(self, x: Tensor) -> list[Tensor]:
         """``[1, heads, N, d]`` as stacks ``[sequences, heads, width, d]``."""
         geometry = self.geometry
@@ -259,6 +293,11 @@ class RaggedAttention:
             p.view(s, t, heads, d).transpose(1, 2)
             for p, (s, t) in zip(parts, geometry.shapes, strict=True)
         ]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """``[1, N, heads d]`` -> ``[1, heads, N, d]``."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _visible(q: Tensor, real: Tensor | None, causal: bool, window: int | None) -> Tensor | None:

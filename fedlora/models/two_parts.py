@@ -8,8 +8,7 @@ The head runs in the network's own forward pass, in which the base model returns
 computed before. Clients whose heads differ are computed one after another.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,14 +19,18 @@ from torch.func import functional_call
 
 from fedlora.core.seeding import torch_generator
 from fedlora.data.batches import Batch, TokenExample
+from fedlora.models.blocks import forward_replaced
 from fedlora.models.head import POOLER
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.last_block import LastBlock, find_last_block
 from fedlora.models.ragged import RaggedUnsupported
 
 Heads: TypeAlias = Sequence[tuple[int, Mapping[str, Tensor]]]
 """Of each client in the order of the batch: how many sequences it has, and its head by the names of
 the network's parameters (empty: the model's own)."""
 
+TRIED = (3, 1, 4, 2)
+"""Lengths of the sequences on which the last block is tried, in tokens."""
 POOLINGS = ("first", "last", "mean")
 """What a head is given of a sequence: its first token (``[CLS]``), its last, or the mean of all."""
 
@@ -111,7 +114,7 @@ class PaddedClassifier:
                     own["pooler_output"] = pooler(hidden[rows])
                 return type(output)(**{**output, **own})
 
-            with _forward_replaced(self._base, lambda *_, give=give, **__: give()):
+            with forward_replaced(self._base, lambda *_, give=give, **__: give()):
                 named = {name: x[rows] for name, x in given.items()}
                 found.append(functional_call(network, dict(head), (), named).logits)
         logits = found[0] if len(found) == 1 else torch.cat(found)
@@ -132,7 +135,12 @@ class RaggedClassifier(PaddedClassifier):
         super().__init__(model)
         config = model.network.config.get_text_config()
         self._pad, self._position_pad = int(config.pad_token_id), _position_pad(self._base)
+        self.last: LastBlock | None = None
+        """The last block, to be `LastBlock.narrowed` in forward passes; None: it is not of that
+        kind."""
         self.pooling = self._find_pooling()
+        if self.pooling != "mean":
+            self.last = self._find_last_block()
 
     def _find_pooling(self) -> str:
         """The pooling that gives the logits of the network itself, by trial on one sequence."""
@@ -157,6 +165,12 @@ class RaggedClassifier(PaddedClassifier):
         if not gaps[other] > 4 * gaps[best]:
             raise RaggedUnsupported(f"its head gives the same for the {best} and the {other} token")
         return best
+
+    def _find_last_block(self) -> LastBlock | None:
+        random = torch_generator(0, "last block")
+        texts = [torch.randint(0, self._model.vocabulary, (n,), generator=random) for n in TRIED]
+        batch = self.batch([Sample.of(t) for t in texts]).to(self._model.device)
+        return find_last_block(self._model, TRIED, batch.positions, lambda: self._run(batch)[0])
 
     def batch(self, examples: Sequence[TokenExample]) -> Batch:
         """Examples end to end, on the CPU.
@@ -187,14 +201,21 @@ class RaggedClassifier(PaddedClassifier):
 
     def logits(self, batch: Batch, heads: Heads = ()) -> Tensor:
         """As of a padded batch; all heads are computed here."""
-        assert batch.position_ids is not None
-        output = self._encode(
-            batch, {"input_ids": batch.inputs, "position_ids": batch.position_ids}
-        )
-        hidden = self._pool(output.last_hidden_state, batch.positions)
+        is_narrow = self.last is not None and self.last.is_narrowed
+        if self.last is not None:
+            self.last.rows = batch.positions
+        output = self._run(batch)
+        hidden = output.last_hidden_state
+        hidden = hidden[0][:, None] if is_narrow else self._pool(hidden, batch.positions)
         ones = torch.ones(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         given = {"input_ids": ones, "attention_mask": ones}
         return self._apply(output, hidden, given, heads or [(len(hidden), {})])
+
+    def _run(self, batch: Batch) -> Any:
+        """What the base model returns for a batch."""
+        assert batch.position_ids is not None
+        given = {"input_ids": batch.inputs, "position_ids": batch.position_ids}
+        return self._encode(batch, given)
 
     def _pool(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """``[1, N, d]`` to ``[S, 1, d]``, for the rows ``[S]`` of a `batch`."""
@@ -214,16 +235,3 @@ def _position_pad(base: nn.Module) -> int | None:
     embeddings = getattr(getattr(base, "embeddings", None), "position_embeddings", None)
     found: int | None = getattr(embeddings, "padding_idx", None)
     return found
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Any) -> Iterator[None]:
-    """While the context is open, a module computes something else."""
-    before = vars(module).get("forward")  # of accelerate, or none
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -14,6 +14,7 @@ The examples in this module follow two clients (`Lane`) through the assembly, ``
 has a loss on responses, client 1 on all tokens:
 
 >>> from types import SimpleNamespace
+>>> from fedlora.engine.fused.bank import Layout
 >>> def sequence(*ids, prompt=1):
 ...     kept = {"prompt_tokens": prompt, "responses": None, "states": None}
 ...     return SimpleNamespace(input_ids=np.array(ids), **kept)
@@ -43,7 +44,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedlora.data.batches import PAD, Batch, TokenExample, targets_of
-from fedlora.engine.fused.bank import Layout
+from fedlora.engine.fused.lanes import Group, Lane, Shares, Spread
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
 
@@ -59,59 +60,11 @@ Collate: TypeAlias = Callable[[Sequence[TokenExample]], Batch]
 
 
 @dataclass(frozen=True, eq=False)
-class Lane:
-    """One client's part of a forward pass."""
-
-    slot: int
-    """Its row of the adapter bank."""
-    layout: Layout
-    examples: Sequence[TokenExample]
-    """At least one, each with at least one supervised token."""
-    loss: str
-    """``full`` or ``response``."""
-    tokens: int
-    """Supervised tokens of the whole optimizer step; the loss is the mean over them."""
-    train_a: bool = True
-    train_b: bool = True
-    dropped: int = 0
-    """The dropout rate as `dropped_share` counts it, in units of 2^-16."""
-    seed: int = 0
-    """Seed of its dropout masks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """Lanes whose products are computed in one stack: one layout, the same flags, consecutive
-    slots, equally many rows."""
-
-    lanes: tuple[Lane, ...]
-    rows: int
-    """Rows of all its lanes together, counted in the copy if there is one (`Spread`)."""
-
-
-@dataclass(frozen=True, eq=False)
-class Spread:
-    """A copy of the rows in which all lanes of a group have equally many."""
-
-    out: Tensor
-    """``[M]`` int64: the row that each row of the copy repeats; a pad repeats its lane's last."""
-    back: Tensor
-    """``[N]`` int64: the place of each row in the copy."""
-    pads: Tensor | None
-    """``[p]`` int64: rows of the copy that are pads; None: there are none."""
-
-    def to(self, device: torch.device) -> "Spread":
-        """The same on another device."""
-        pads = None if self.pads is None else self.pads.to(device)
-        return Spread(self.out.to(device), self.back.to(device), pads)
-
-
-@dataclass(frozen=True, eq=False)
 class FusedBatch:
     """The tensors of one fused forward pass.
 
-    ``K`` lanes, ``N`` rows (pads of the padded layout included), ``M`` rows of the copy (`Spread`),
-    ``n`` supervised tokens, or labels of a classifier: one a sequence.
+    ``K`` lanes, ``N`` rows (pads of the padded layout included), ``n`` supervised tokens, or labels
+    of a classifier: one a sequence.
     """
 
     batch: Batch
@@ -120,21 +73,15 @@ class FusedBatch:
     """``[n]`` int64: the lane of each supervised token."""
     weights: Tensor
     """``[n]``: one divided by `Lane.tokens` of the token's lane."""
-    groups: tuple[Group, ...]
-    """Groups in the order of the rows."""
     lanes: tuple[Lane, ...]
     """Lanes in the order of the rows; `owners` counts them."""
     geometry: Geometry | None
     """None: padded."""
-    spread: Spread | None
-    """None: the products with the clients' factors use the rows themselves."""
-    source: Tensor | None
-    """``[M]``, or ``[N]`` without a copy: the row of the clients' own padded batches, one batch
-    after another, that each row is; None: they are the same rows in the same order. Dropout masks
-    are drawn for those batches, exactly as for a client that is trained alone."""
-    thresholds: Tensor | None
-    """``[M or N, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
-    dropout."""
+    all: Shares
+    """Of all ``N`` rows."""
+    pooled: Shares | None
+    """Of the rows that a classifier's head reads, one a sequence; None: no layer is given these
+    alone (`fedlora.models.last_block`)."""
     drawn: tuple[int, ...]
     """``K`` counts: rows of each lane's own padded batch."""
     tokens: int
@@ -146,24 +93,27 @@ class FusedBatch:
         return self.batch.inputs.numel()
 
 
-def ragged_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
+def ragged_batch(
+    lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None, pooled: bool = False
+) -> FusedBatch:
     """All sequences end to end.
 
     Args:
         lanes: at least one, in the order of their slots.
         hidden: width of the model; decides whether the rows are worth a copy.
         labelled: how a classifier collates them in this layout; None: of a language model.
+        pooled: whether some layers are given the rows alone that the classifier's head reads.
     """
-    return _assemble(lanes, hidden, True, labelled)
+    return _assemble(lanes, hidden, True, labelled, pooled)
 
 
 def padded_batch(lanes: Sequence[Lane], hidden: int, labelled: Collate | None = None) -> FusedBatch:
     """One sequence per row; arguments as for `ragged_batch`."""
-    return _assemble(lanes, hidden, False, labelled)
+    return _assemble(lanes, hidden, False, labelled, False)
 
 
 def _assemble(
-    lanes: Sequence[Lane], hidden: int, ragged: bool, labelled: Collate | None
+    lanes: Sequence[Lane], hidden: int, ragged: bool, labelled: Collate | None, pooled: bool
 ) -> FusedBatch:
     # Where every token goes.
     held = _sequences(lanes, unread=1 if labelled is None else 0)
@@ -176,22 +126,20 @@ def _assemble(
         batch, owners = labelled(held.examples), held.lane
     weights = (1 / np.array([lane.tokens for lane in lanes]))[owners]  # [n]
 
-    # Which lanes are multiplied in one stack, and the copy of the rows which that may need.
-    copied = _worth_a_copy(len(lanes), rows.total, hidden)
-    groups = _group(lanes, rows.per_lane.tolist(), copied)
-    spread = _spread(groups, rows.per_lane) if copied else None
+    # Where masks are drawn: the place of every row in the lanes' own batches.
+    drawn = _own_rows(held)
+    own = _own_places(held, rows) if any(lane.dropped for lane in lanes) else None
+    read = own if own is None or not pooled else own.index_select(0, batch.positions)
 
     return FusedBatch(
         batch=batch,
         owners=torch.from_numpy(owners),
         weights=torch.from_numpy(weights),
-        groups=groups,
         lanes=tuple(lanes),
         geometry=Geometry.of(held.length.tolist()) if ragged else None,
-        spread=spread,
-        source=_source(lanes, held, rows, spread),
-        thresholds=_thresholds(groups),
-        drawn=tuple(_own_rows(held).tolist()),
+        all=_shares(lanes, rows.per_lane, hidden, own, drawn.sum()),
+        pooled=_shares(lanes, held.per_lane, hidden, read, drawn.sum()) if pooled else None,
+        drawn=tuple(drawn.tolist()),
         tokens=int(held.length.sum()),
     )
 
@@ -360,6 +308,31 @@ def _find_supervised(lanes: Sequence[Lane], held: _Sequences, rows: _Rows) -> tu
 # --- stacks of lanes -----------------------------------------------------------------------------
 
 
+def _shares(
+    lanes: Sequence[Lane], counts: Ids, hidden: int, own: Tensor | None, drawn: int
+) -> Shares:
+    """Which lanes are multiplied in one stack, and the copy of the rows which that may need.
+
+    Args:
+        lanes: ``K``.
+        counts: ``[K]`` rows of each.
+        hidden: width of the model.
+        own: ``[N]``: the place of each row in the lanes' own padded batches; None: no dropout.
+        drawn: rows of these batches.
+
+    >>> shares = _shares(lanes, np.array([2, 1]), 16, own=torch.tensor([0, 3, 6]), drawn=11)
+    >>> [g.rows for g in shares.groups], shares.source.tolist()
+    ([2, 1], [0, 3, 6])
+    """
+    copied = _worth_a_copy(len(lanes), int(counts.sum()), hidden)
+    groups = _group(lanes, counts.tolist(), copied)
+    spread = _spread(groups, counts) if copied else None
+    source = own if own is None or spread is None else own[spread.out]
+    if source is not None and torch.equal(source, torch.arange(drawn)):
+        source = None
+    return Shares(groups, spread, source, _thresholds(groups))
+
+
 def _worth_a_copy(lanes: int, rows: int, hidden: int) -> bool:
     """Whether stacks of clients on a copy of the rows are cheaper than one call per client."""
     return lanes >= SPREAD_LANES and rows * hidden <= SPREAD_SCALARS * lanes
@@ -461,28 +434,10 @@ def _own_rows(held: _Sequences) -> Ids:
     return rows
 
 
-def _source(
-    lanes: Sequence[Lane], held: _Sequences, rows: _Rows, spread: Spread | None
-) -> Tensor | None:
-    """`FusedBatch.source`: through the copy, if there is one, to the lanes' own padded batches.
-
-    >>> held = _sequences(lanes)
-    >>> _source(lanes, held, _ragged_rows(held), None).tolist()
-    [0, 1, 2, 3, 6, 7, 8, 9, 10]
-    """
-    own = _own_places(held, rows) if any(lane.dropped for lane in lanes) else None
-    if spread is None:
-        return own
-    return spread.out if own is None else own[spread.out]
-
-
-def _own_places(held: _Sequences, rows: _Rows) -> Tensor | None:
+def _own_places(held: _Sequences, rows: _Rows) -> Tensor:
     """``[N]``: the place of every row in the lanes' own padded batches, one after another.
 
     A pad of this batch has no place there; its mask does not matter, so it is given row 0.
-
-    Returns:
-        None if every row is in its place.
 
     >>> held = _sequences(lanes)
     >>> _own_places(held, _padded_rows(held)).tolist()
@@ -493,6 +448,4 @@ def _own_places(held: _Sequences, rows: _Rows) -> Tensor | None:
     first = _starts(totals)[held.lane] + _within(held.per_lane) * widths
 
     # Row of every token, [T]; then of every row of this batch, [N].
-    places = _fill(rows, np.repeat(first, held.length) + held.within, 0)
-    in_order = rows.total == totals.sum() and bool((places == np.arange(rows.total)).all())
-    return None if in_order else torch.from_numpy(places)
+    return torch.from_numpy(_fill(rows, np.repeat(first, held.length) + held.within, 0))

@@ -1,6 +1,7 @@
 """Tests how many clients' sequences can be given to a model: end to end, one per row, or apart."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -131,9 +132,12 @@ def _ragged_logits(
     """The same of all sequences, end to end: ``[N, vocabulary]``, or ``[S, classes]``."""
     lengths = [len(s) for s in sequences]
     rows = RaggedClassifier(model) if model.info.classifies else None
-    with ragged(model.network, attention):
+    with ExitStack() as stack:
+        stack.enter_context(ragged(model.network, attention))
         attention.geometry = Geometry.of(lengths).to(model.device)
         if rows is not None:
+            if rows.last is not None:
+                stack.enter_context(rows.last.narrowed(attention))
             return rows.logits(rows.batch([Sample.of(s) for s in sequences]).to(model.device))
         places = torch.cat([torch.arange(n, device=model.device) for n in lengths])
         ids = torch.cat(list(sequences))

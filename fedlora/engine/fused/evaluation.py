@@ -20,7 +20,7 @@ from fedlora.data.batches import TokenExample, check_vocabulary
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
-from fedlora.engine.fused.batch import Group, Lane
+from fedlora.engine.fused.lanes import Group, Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.modules import check_adapter, check_head

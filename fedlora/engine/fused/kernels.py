@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from fedlora.engine.fused.bank import Views
-from fedlora.engine.fused.batch import Spread
+from fedlora.engine.fused.lanes import Spread
 from fedlora.models.layers import survivors
 from fedlora.models.ragged import gather_rows
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,18 +11,13 @@ from torch.nn import functional
 
 from fedlora.core.payload import MovedBase
 from fedlora.engine.fused.bank import AdapterBank
-from fedlora.engine.fused.batch import (
-    FusedBatch,
-    Group,
-    Lane,
-    Spread,
-    padded_batch,
-    ragged_batch,
-)
+from fedlora.engine.fused.batch import FusedBatch, padded_batch, ragged_batch
 from fedlora.engine.fused.head import head_nll, is_plain
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
+from fedlora.engine.fused.lanes import Group, Lane, Shares, Spread
 from fedlora.models.forward import supervised_hidden
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.last_block import LastBlock
 from fedlora.models.layers import LinearUpdate, dense_weight, dropout_bits
 from fedlora.models.ragged import RaggedAttention, ragged
 from fedlora.models.recompute import check_recomputable, recomputing
@@ -29,6 +25,19 @@ from fedlora.models.two_parts import Heads, PaddedClassifier, RaggedClassifier
 
 KNOWN = 1024
 """Groups whose segments are kept in memory; a round on ``s`` slots needs a few ``s`` of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """One batch's clients in the rows of a layer's input."""
+
+    shares: Shares
+    segments: list[list[Segment]]
+    """Of every layer, those of its groups."""
+
+
+NOTHING = _Prepared(Shares((), None, None, None), [])
+"""Before a batch is prepared."""
 
 
 class FusedModel:
@@ -55,20 +64,23 @@ class FusedModel:
         self._anchor = torch.zeros((), device=model.device, requires_grad=True)
         self._hidden = int(model.network.config.get_text_config().hidden_size)
         self._classifier: PaddedClassifier | None = None
-        if model.info.classifies:
-            self._classifier = (RaggedClassifier if is_ragged else PaddedClassifier)(model)
+        self._last: LastBlock | None = None
+        if model.info.classifies and is_ragged:
+            self._classifier = rows = RaggedClassifier(model)
+            self._last = rows.last
+        elif model.info.classifies:
+            self._classifier = PaddedClassifier(model)
+        paths = frozenset() if self._last is None else self._last.pooled
+        self._reads_pooled = [path in paths for path in model.layers]
         self._plain_head = self._classifier is None and is_plain(model)
         self._autocast = False
         self._cast: dict[int, Tensor] = {}
         self._moved: dict[int, Tensor] = {}
         self._bank: AdapterBank | None = None
         self._known: dict[tuple[object, ...], list[Segment]] = {}
-        self._segments: list[list[Segment]] = []
-        self._sizes: list[int] = []
-        self._batch: FusedBatch | None = None
-        self._spread: Spread | None = None
+        self._all = self._pooled = NOTHING
         self._bits: list[Tensor] = []
-        self._thresholds: Tensor | None = None
+        self._batch: FusedBatch | None = None
         self._copied: tuple[Tensor, int, Tensor] | None = None
 
     def compute_dtype(self, autocast: bool) -> torch.dtype:
@@ -108,6 +120,8 @@ class FusedModel:
         with ExitStack() as stack:
             if self.is_ragged and not generate:
                 stack.enter_context(ragged(self.model.network, self._attention))
+                if self._last is not None:
+                    stack.enter_context(self._last.narrowed(self._attention))
             if self.checkpoint and torch.is_grad_enabled():
                 stack.enter_context(recomputing(self.model.network))
             self._bank, self._autocast = bank, autocast
@@ -121,13 +135,14 @@ class FusedModel:
                 self.model.unmount()
                 self._forget()
                 self._bank = None
-                self._known, self._segments, self._cast, self._moved = {}, [], {}, {}
+                self._known, self._cast, self._moved = {}, {}, {}
 
     def batch(self, lanes: Sequence[Lane]) -> FusedBatch:
         """Lanes, in the order of their slots, in this model's layout."""
-        lay = ragged_batch if self.is_ragged else padded_batch
         labelled = None if self._classifier is None else self._classifier.batch
-        return lay(lanes, self._hidden, labelled)
+        if not self.is_ragged:
+            return padded_batch(lanes, self._hidden, labelled)
+        return ragged_batch(lanes, self._hidden, labelled, pooled=self._last is not None)
 
     def backward(self, batch: FusedBatch) -> Tensor:
         """Add every lane's gradient to its row of the bank.
@@ -177,12 +192,13 @@ class FusedModel:
     def prepare(self, batch: FusedBatch) -> None:
         """Set which rows of the next forward pass belong to which client, for layers and
         attention."""
-        self.prepare_rows(batch.groups)
+        self.prepare_rows(batch.all.groups)
         device = self.model.device
         self._batch = batch
-        self._spread = None if batch.spread is None else batch.spread.to(device)
+        self._all = self._prepared(batch.all.to(device))
+        if batch.pooled is not None:
+            self._pooled = self._prepared(batch.pooled.to(device))
         self._bits = self._draw_bits(batch)
-        self._thresholds = None if batch.thresholds is None else batch.thresholds.to(device)
         if batch.geometry is not None:
             self._attention.geometry = batch.geometry.to(device)
 
@@ -192,13 +208,16 @@ class FusedModel:
         assert self._bank is not None
         self._bank.refresh()
         self._forget()
-        self._sizes = [group.rows for group in groups]
-        by_group = [self._of_group(group) for group in groups]
-        self._segments = [list(of_layer) for of_layer in zip(*by_group, strict=True)]
+        self._all = self._prepared(Shares(tuple(groups), None, None, None))
+
+    def _prepared(self, shares: Shares) -> "_Prepared":
+        by_group = [self._of_group(group) for group in shares.groups]
+        return _Prepared(shares, [list(of_layer) for of_layer in zip(*by_group, strict=True)])
 
     def _forget(self) -> None:
         """Drop everything that belongs to one batch."""
-        self._batch = self._spread = self._thresholds = self._copied = None
+        self._batch = self._copied = None
+        self._all = self._pooled = NOTHING
         self._bits = []
 
     @staticmethod
@@ -229,28 +248,31 @@ class FusedModel:
         """The plan of layer ``index`` for its input ``x [..., d_in]``."""
         # Rows that the layer was given, as a multiple of those prepared: 1 in training, the width
         # of the input in generation, where a prepared row is a whole sequence.
-        d_in, segments = x.shape[-1], self._segments[index]
-        rows, spread = x.numel() // d_in, self._spread
-        if spread is None:
-            stretch, rest = divmod(rows, sum(self._sizes))
-        else:
-            stretch, rest = divmod(rows, spread.back.shape[0])
+        prepared = self._of_layer(index)
+        shares, rows = prepared.shares, x.numel() // x.shape[-1]
+        sizes = [group.rows for group in shares.groups]
+        expected = sum(sizes) if shares.spread is None else shares.spread.back.shape[0]
+        stretch, rest = divmod(rows, expected)
         if rest or stretch == 0 or (stretch > 1 and self._batch is not None):
             raise ValueError(
                 f"layer {index} was given {rows} rows, but another number was prepared: the model "
                 "does not pass every token through it once"
             )
-        sizes = [n * stretch for n in self._sizes]
+        sizes = [n * stretch for n in sizes]
         bits = self._bits[index] if self._bits else None
-        return LayerPlan(sizes, segments, bits, self._thresholds, spread)
+        return LayerPlan(sizes, prepared.segments[index], bits, shares.thresholds, shares.spread)
+
+    def _of_layer(self, index: int) -> "_Prepared":
+        """What is prepared for the rows that a layer is given."""
+        return self._pooled if self._reads_pooled[index] else self._all
 
     def _draw_bits(self, batch: FusedBatch) -> list[Tensor]:
         """Random bits ``[M, d_in]`` of every layer's dropout; an empty list without dropout.
 
         Drawn client by client in the shape of the client's own padded batch, so that the masks are
-        those of the client trained alone.
+        those of the client trained alone. A layer that is given pooled rows has the bits of these.
         """
-        if batch.thresholds is None:
+        if batch.all.thresholds is None:
             return []
         # Per client, a tensor [rows of its own batch, d_in] for every layer. Bits of a client
         # without dropout need no drawing: its threshold drops nothing.
@@ -263,12 +285,13 @@ class FusedModel:
             for lane, rows in zip(batch.lanes, batch.drawn, strict=True)
         ]
 
-        # Per layer, all clients one after another; then in the order of this batch's rows.
+        # Per layer, all clients one after another; then in the order of the layer's rows.
         bits = [torch.cat(of_layer) for of_layer in zip(*each, strict=True)]
-        if batch.source is None:
-            return bits
-        source = batch.source.to(device)
-        return [b.index_select(0, source) for b in bits]
+        sources = [self._of_layer(index).shares.source for index in range(len(bits))]
+        return [
+            b if source is None else b.index_select(0, source)
+            for b, source in zip(bits, sources, strict=True)
+        ]
 
     def layer(self, x: Tensor, base: nn.Module, index: int) -> Tensor:
         """Output ``[..., d_out]`` of the adapted layer ``index`` for ``x [..., d_in]``."""
@@ -277,7 +300,7 @@ class FusedModel:
         assert isinstance(weight, Tensor)
         if not weight.is_floating_point():
             y: Tensor = base(x)
-            rows = self._copy(x, x.dtype)
+            rows = self._copy(x, x.dtype, plan.spread)
             delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], rows, plan)  # type: ignore[no-untyped-call]
             return y + delta
         bias: Any = base.bias
@@ -288,17 +311,17 @@ class FusedModel:
                 None if bias is None else self._to_bfloat16(bias),
             )
         across = weight.t()
-        rows = self._copy(x, weight.dtype)
+        rows = self._copy(x, weight.dtype, plan.spread)
         out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
         return out
 
-    def _copy(self, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _copy(self, x: Tensor, dtype: torch.dtype, spread: Spread | None) -> Tensor | None:
         """The spread copy ``[M, d_in]`` of a layer's input; one for layers that share the input."""
-        if self._spread is None:
+        if spread is None:
             return None
         if self._copied is None or self._copied[0] is not x or self._copied[1] != x._version:
             flat = x.detach().reshape(-1, x.shape[-1]).to(dtype)
-            self._copied = (x, x._version, flat.index_select(0, self._spread.out))
+            self._copied = (x, x._version, flat.index_select(0, spread.out))
         return self._copied[2]
 
     def _to_bfloat16(self, tensor: Tensor) -> Tensor:

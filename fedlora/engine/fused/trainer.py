@@ -34,7 +34,7 @@ from fedlora.data.store import TokenStore
 from fedlora.engine.base import failure
 from fedlora.engine.client import completed, training_examples
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
-from fedlora.engine.fused.batch import Lane
+from fedlora.engine.fused.lanes import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share

@@ -11,7 +11,8 @@ from fedlora.core.types import Factors, Module
 from fedlora.data.batches import PAD, collate
 from fedlora.engine.fused import batch as batches
 from fedlora.engine.fused.bank import Layouts
-from fedlora.engine.fused.batch import Lane, padded_batch, ragged_batch
+from fedlora.engine.fused.batch import padded_batch, ragged_batch
+from fedlora.engine.fused.lanes import Lane
 from tests import doctests
 from tests.fedlora.engine.world import conversation, example
 
@@ -63,7 +64,7 @@ def test_a_batch_holds_every_lane_and_nothing_else(lanes, build, lanes_spread):
     assert inputs[inputs != PAD].tolist() == wanted
     assert made.tokens == len(wanted) and made.rows == inputs.numel()
     assert made.lanes == tuple(lanes)
-    assert [x for g in made.groups for x in g.lanes] == lanes
+    assert [x for g in made.all.groups for x in g.lanes] == lanes
     if build is ragged_batch:
         assert made.rows == made.tokens  # not one pad
 
@@ -86,15 +87,15 @@ def test_groups_can_be_batched(lanes, build):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(batches, "SPREAD_LANES", spread)
             made = build(lanes, 6)
-        for group in made.groups:
+        for group in made.all.groups:
             first = group.lanes[0]
             assert group.rows % len(group.lanes) == 0
             for i, lane in enumerate(group.lanes):
                 assert lane.slot == first.slot + i and lane.layout is first.layout
                 assert (lane.train_a, lane.train_b) == (first.train_a, first.train_b)
                 assert lane.dropped == first.dropped
-        rows = made.rows if made.spread is None else len(made.spread.out)
-        assert sum(g.rows for g in made.groups) == rows
+        rows = made.rows if made.all.spread is None else len(made.all.spread.out)
+        assert sum(g.rows for g in made.all.groups) == rows
 
 
 @given(lanes=lane_lists(), build=BUILD)
@@ -102,7 +103,7 @@ def test_spread_rows_are_a_copy_in_which_nobody_borrows_from_another(lanes, buil
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "SPREAD_LANES", 1)
         made = build(lanes, 6)
-    spread, rows = made.spread, made.rows
+    spread, rows = made.all.spread, made.rows
     assert spread is not None
     assert torch.equal(spread.out[spread.back], torch.arange(rows))  # there and back
     pads = set() if spread.pads is None else set(spread.pads.tolist())
@@ -117,7 +118,7 @@ def test_spread_rows_are_a_copy_in_which_nobody_borrows_from_another(lanes, buil
         ],
     )
     at = 0
-    for group in made.groups:
+    for group in made.all.groups:
         size = group.rows // len(group.lanes)
         for lane in group.lanes:
             mine = owner[spread.out[at : at + size].numpy()]
@@ -134,17 +135,17 @@ def test_masks_are_drawn_for_the_clients_own_padded_batch(lanes, build, spread):
     own = [collate(lane.examples, "full").inputs for lane in lanes]
     assert made.drawn == tuple(ids.numel() for ids in own)
     inputs = made.batch.inputs.flatten()
-    rows = inputs if made.spread is None else inputs[made.spread.out]
+    rows = inputs if made.all.spread is None else inputs[made.all.spread.out]
     if any(0 < lane.dropped < 2**16 for lane in lanes):
         drawn = torch.cat([ids.flatten() for ids in own])
-        seen = drawn if made.source is None else drawn[made.source]
+        seen = drawn if made.all.source is None else drawn[made.all.source]
         real = rows != PAD
         assert torch.equal(seen[real], rows[real])
-        shares = made.thresholds.flatten().int() + 2**15
-        sizes = [(g.lanes[0].dropped % 2**16, g.rows) for g in made.groups]
+        shares = made.all.thresholds.flatten().int() + 2**15
+        sizes = [(g.lanes[0].dropped % 2**16, g.rows) for g in made.all.groups]
         assert shares.tolist() == [share for share, n in sizes for _ in range(n)]
     else:
-        assert made.thresholds is None
+        assert made.all.thresholds is None
 
 
 ALONE = Lane(0, layout(), [example([11, 12, 13, 14])], "full", 3)
@@ -165,9 +166,9 @@ def test_places_are_those_within_each_sequence(lanes, build):
 
 def test_few_lanes_and_wide_ones_are_not_copied():
     short = [Lane(k, layout(), [example([1, 2, 3])], "full", 2) for k in range(8)]
-    assert ragged_batch(short, 6).spread is not None
-    assert ragged_batch(short[: batches.SPREAD_LANES - 1], 6).spread is None
-    assert ragged_batch(short, batches.SPREAD_SCALARS // 2 + 1).spread is None
+    assert ragged_batch(short, 6).all.spread is not None
+    assert ragged_batch(short[: batches.SPREAD_LANES - 1], 6).all.spread is None
+    assert ragged_batch(short, batches.SPREAD_SCALARS // 2 + 1).all.spread is None
 
 
 def test_the_examples_in_the_module_are_right():

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from fedlora.core.types import EvaluateJob, EvaluatePlan, Failure, LocalPlan
-from fedlora.engine.fused import Auto, Fused
+from fedlora.engine.fused import Auto, Fused, batch
+from fedlora.engine.fused.bank import AdapterBank, Layout
 from fedlora.engine.fused.check import why_not_fused, why_not_ragged
+from fedlora.engine.fused.lanes import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.sequential import Sequential
-from fedlora.models import ragged
+from fedlora.models import ragged, two_parts
 from fedlora.models.classifier import Classifier
 from fedlora.models.head import head_parameters
 from fedlora.models.headed import WithHead
+from fedlora.models.last_block import LastBlock
 from fedlora.models.two_parts import RaggedClassifier
 from fedlora.training.terms import FedProx
 from tests.fedlora.engine.fused.harness import assert_equal, by_client, mixed
@@ -39,6 +42,7 @@ PLANS = (
     dataclasses.replace(PLAN, optimizer="sgd", lr=0.1, momentum=0.8, train_a=False, dropout=0.2),
     dataclasses.replace(PLAN, batch_size=1, steps=0, epochs=2, train_b=False),
 )
+NARROWED = ["bert", "roberta", "distilbert"]
 WANTED = {"bert": "first", "modernbert_mean": "mean", "llama": "last", "gpt2": "last"}
 
 resident = functools.cache(classifier)  # an engine leaves it as it found it
@@ -222,6 +226,80 @@ def test_a_head_of_another_client_is_noticed():
     assert distance(found[3].payload, wanted[3].payload) > 1e-6
 
 
+# --- the last block, for pooled rows alone -------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", RAGGED)
+def test_the_last_block_is_narrowed_where_it_norms_sums(family):
+    """Keys and values of all tokens; the rest of the block for the rows that the head reads."""
+    on = resident(family)
+    last = RaggedClassifier(on).last
+    assert (last is not None) == (family in NARROWED)
+    if last is not None:
+        all_tokens = ("key", "value", "k_lin", "v_lin")
+        block = [p for p in on.layers if "layer.1." in p]
+        assert last.pooled == {p for p in block if p.split(".")[-1] not in all_tokens}
+        assert len(last.pooled) == len(block) - 2
+
+
+@pytest.mark.parametrize("family", NARROWED)
+def test_layers_of_the_last_block_compute_one_row_a_sequence(family):
+    on, seen = resident(family), dict[str, int]()
+    model = FusedModel(on, is_ragged=True)
+    layout = Layout.of({}, on.info.modules)
+    lanes = [Lane(k, layout, held()[k], "full", 1) for k in range(3)]
+    handles = [
+        layer.register_forward_hook(
+            lambda _, x, __, p=p: seen.update({p: x[0].numel() // x[0].shape[-1]})
+        )
+        for p, layer in on.layers.items()
+    ]
+    with torch.no_grad(), model.mounted(AdapterBank(3, layout.size, torch.float64, on.device)):
+        made = model.batch(lanes)
+        model.logits(made)
+    for handle in handles:
+        handle.remove()
+    pooled = RaggedClassifier(on).last.pooled
+    assert seen == {p: len(made.owners) if p in pooled else made.tokens for p in on.layers}
+
+
+def lengths_of(kind):
+    if kind == "unequal":
+        return held()
+    of = {"equal": 5, "one token": 1}[kind]
+    return {
+        k: [
+            dataclasses.replace(e, input_ids=np.resize(e.input_ids, of), prompt_tokens=of)
+            for e in some
+        ]
+        for k, some in held().items()
+    }
+
+
+@pytest.mark.parametrize("slots", [3, 9])
+@pytest.mark.parametrize("kind", ["unequal", "equal", "one token"])
+@pytest.mark.parametrize("family", NARROWED)
+def test_pooled_rows_have_the_masks_of_the_sequential_engine(family, kind, slots):
+    """Clients of one rank in stacks, which have unequal numbers of pooled rows; other ranks too."""
+    on, data = resident(family), lengths_of(kind)
+    plan = dataclasses.replace(PLAN, dropout=0.3, batch_size=4)
+    ranks = (2, 2, 2, 2, mixed)
+    tasks = [job(adapter(on.info.modules, r, seed=k), plan, k) for k, r in enumerate(ranks)]
+    wanted = by_client(Sequential().open(on, FakeStore(data)).train(tasks))
+    found = by_client(fused(tokens=500, slots=slots).open(on, FakeStore(data)).train(tasks))
+    for k, update in wanted.items():
+        assert_equal(found[k], update)
+
+
+@pytest.mark.parametrize("family", NARROWED)
+def test_a_whole_last_block_gives_the_same(family, monkeypatch):
+    monkeypatch.setattr(two_parts, "find_last_block", lambda *_: None)
+    assert RaggedClassifier(resident(family)).last is None
+    found, _ = trained(family, fused(layout="ragged"))
+    for k, update in alone(family).items():
+        assert_equal(found[k], update)
+
+
 # --- which layout, and what is said --------------------------------------------------------------
 
 
@@ -332,7 +410,7 @@ FAULTS = {
         "each.repeat_interleave(lengths, output_size=total).roll(1)",
     ),
     "the first token of another sequence": (
-        "bert",
+        "modernbert",
         RaggedClassifier._pool,
         "hidden[0].index_select(0, rows)",
         "hidden[0].index_select(0, rows.roll(1))",
@@ -382,3 +460,38 @@ def test_a_fault_is_seen_in_the_results_and_by_the_check(fault):
 def test_a_mean_over_pads_is_seen_in_the_padded_layout():
     fault = planted(Classifier.logits, "batch.mask.to(torch.int64)", "torch.ones_like(batch.mask)")
     assert off("modernbert_mean", fault, "padded") > 1e6
+
+
+FAULTS_OF_POOLED_ROWS = {
+    "the pooled row of another sequence": (
+        LastBlock._forward,
+        "states.index_select(1, self.rows)",
+        "states.index_select(1, self.rows.roll(1))",
+    ),
+    "keys of another sequence": (
+        ragged.RaggedAttention._one_each,
+        "geometry.order.argsort()",
+        "geometry.order",
+    ),
+    "values for keys": (LastBlock._forward, '("key", "value")', '("value", "key")'),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS_OF_POOLED_ROWS)
+def test_a_fault_of_pooled_rows_is_seen_in_the_results_and_by_the_trial(fault):
+    """Found by the trial, the whole block is computed, and results are right."""
+    assert off("bert", planted(*FAULTS_OF_POOLED_ROWS[fault])) > 1e6
+    with planted(*FAULTS_OF_POOLED_ROWS[fault]):
+        assert RaggedClassifier(resident("bert")).last is None
+        assert why_not_ragged(resident("bert")) == ""
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("own.index_select(0, batch.positions)", "own.index_select(0, batch.positions.roll(1))"),
+        ("own.index_select(0, batch.positions)", "own[: len(batch.positions)]"),
+    ],
+)
+def test_masks_of_other_rows_are_seen_in_the_results(right, wrong):
+    assert off("bert", planted(batch._assemble, right, wrong)) > 1e6

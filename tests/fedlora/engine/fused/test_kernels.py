@@ -10,8 +10,9 @@ from fedlora.core.types import Factors, Module
 from fedlora.engine.fused import kernels
 from fedlora.engine.fused import kernels as kernels_module
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
-from fedlora.engine.fused.batch import Lane, Spread, ragged_batch
+from fedlora.engine.fused.batch import ragged_batch
 from fedlora.engine.fused.kernels import FusedDelta, FusedLinear, LayerPlan, Segment
+from fedlora.engine.fused.lanes import Lane, Spread
 from fedlora.engine.fused.model import FusedModel
 from fedlora.models.layers import dropped_share, survivors, threshold
 from tests import doctests

@@ -1,0 +1,81 @@
+"""Clients in one fused forward pass, and which rows of a layer's input are whose."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.data.batches import TokenExample
+from fedlora.engine.fused.bank import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """One client's part of a forward pass."""
+
+    slot: int
+    """Its row of the adapter bank."""
+    layout: Layout
+    examples: Sequence[TokenExample]
+    """At least one, each with at least one supervised token."""
+    loss: str
+    """``full`` or ``response``."""
+    tokens: int
+    """Supervised tokens of the whole optimizer step; the loss is the mean over them."""
+    train_a: bool = True
+    train_b: bool = True
+    dropped: int = 0
+    """The dropout rate as `dropped_share` counts it, in units of 2^-16."""
+    seed: int = 0
+    """Seed of its dropout masks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Lanes whose products are computed in one stack: one layout, the same flags, consecutive
+    slots, equally many rows."""
+
+    lanes: tuple[Lane, ...]
+    rows: int
+    """Rows of all its lanes together, counted in the copy if there is one (`Spread`)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """A copy of the rows in which all lanes of a group have equally many."""
+
+    out: Tensor
+    """``[M]`` int64: the row that each row of the copy repeats; a pad repeats its lane's last."""
+    back: Tensor
+    """``[N]`` int64: the place of each row in the copy."""
+    pads: Tensor | None
+    """``[p]`` int64: rows of the copy that are pads; None: there are none."""
+
+    def to(self, device: torch.device) -> "Spread":
+        """The same on another device."""
+        pads = None if self.pads is None else self.pads.to(device)
+        return Spread(self.out.to(device), self.back.to(device), pads)
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Which of a layer's ``N`` rows are whose, and their dropout; ``M`` rows of the copy."""
+
+    groups: tuple[Group, ...]
+    """Groups in the order of the rows."""
+    spread: Spread | None
+    """None: the products with the clients' factors use the rows themselves, ``M = N``."""
+    source: Tensor | None
+    """``[M]``: the row of the clients' own padded batches, one batch after another, that each row
+    is; None: they are the same rows in the same order, or there is no dropout. Masks are drawn for
+    those batches, exactly as for a client that is trained alone."""
+    thresholds: Tensor | None
+    """``[M, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
+    dropout."""
+
+    def to(self, device: torch.device) -> "Shares":
+        """The same on another device."""
+        spread = None if self.spread is None else self.spread.to(device)
+        both = (None if t is None else t.to(device) for t in (self.source, self.thresholds))
+        return Shares(self.groups, spread, *both)
