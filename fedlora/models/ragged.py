@@ -297,7 +297,7 @@ class RaggedAttention:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """``[1, N, heads d]`` -> ``[1, heads, N, d]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.reshape(*x.shape[:2], heads, -1).transpose(1, 2)
 
 
 def _visible(q: Tensor, real: Tensor | None, causal: bool, window: int | None) -> Tensor | None:

@@ -168,9 +168,11 @@ class RaggedClassifier(PaddedClassifier):
 
     def _find_last_block(self) -> LastBlock | None:
         random = torch_generator(0, "last block")
-        texts = [torch.randint(0, self._model.vocabulary, (n,), generator=random) for n in TRIED]
-        batch = self.batch([Sample.of(t) for t in texts]).to(self._model.device)
-        return find_last_block(self._model, TRIED, batch.positions, lambda: self._run(batch)[0])
+        model = self._model
+        lengths = [min(n, model.info.context) for n in TRIED]
+        texts = [torch.randint(0, model.vocabulary, (n,), generator=random) for n in lengths]
+        batch = self.batch([Sample.of(t) for t in texts]).to(model.device)
+        return find_last_block(model, lengths, batch.positions, lambda: self._run(batch)[0])
 
     def batch(self, examples: Sequence[TokenExample]) -> Batch:
         """Examples end to end, on the CPU.

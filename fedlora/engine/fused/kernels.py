@@ -64,7 +64,7 @@ class LayerPlan:
     """
 
     sizes: Sequence[int]
-    """Rows of each segment, in the copy where there is one (`batch.Spread`)."""
+    """Rows of each segment, in the copy where there is one (`lanes.Spread`)."""
     segments: Sequence[Segment]
     bits: Tensor | None = None
     """``[M, d_in]`` int16, sixteen random bits per scalar; None: no dropout."""

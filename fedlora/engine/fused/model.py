@@ -192,7 +192,7 @@ class FusedModel:
     def prepare(self, batch: FusedBatch) -> None:
         """Set which rows of the next forward pass belong to which client, for layers and
         attention."""
-        self.prepare_rows(batch.all.groups)
+        self._renew()
         device = self.model.device
         self._batch = batch
         self._all = self._prepared(batch.all.to(device))
@@ -205,12 +205,16 @@ class FusedModel:
     def prepare_rows(self, groups: Sequence[Group]) -> None:
         """As `prepare`, for inputs ``[rows, width]`` of any width, as in generation: `Group.rows`
         counts sequences, and there is no dropout."""
+        self._renew()
+        self._all = self._prepared(Shares(tuple(groups), None, None, None))
+
+    def _renew(self) -> None:
+        """Forget the last batch, and bring the bank up to date."""
         assert self._bank is not None
         self._bank.refresh()
         self._forget()
-        self._all = self._prepared(Shares(tuple(groups), None, None, None))
 
-    def _prepared(self, shares: Shares) -> "_Prepared":
+    def _prepared(self, shares: Shares) -> _Prepared:
         by_group = [self._of_group(group) for group in shares.groups]
         return _Prepared(shares, [list(of_layer) for of_layer in zip(*by_group, strict=True)])
 
@@ -262,7 +266,7 @@ class FusedModel:
         bits = self._bits[index] if self._bits else None
         return LayerPlan(sizes, prepared.segments[index], bits, shares.thresholds, shares.spread)
 
-    def _of_layer(self, index: int) -> "_Prepared":
+    def _of_layer(self, index: int) -> _Prepared:
         """What is prepared for the rows that a layer is given."""
         return self._pooled if self._reads_pooled[index] else self._all
 
