@@ -305,7 +305,9 @@ class Update:
 
     @cached_property
     def adapter(self) -> Adapter:
-        """The payload, which must be low-rank factors."""
+        """The payload, which must be low-rank factors, or a plain mapping of them."""
+        if isinstance(self.payload, Mapping):
+            return self.payload
         factors = plain_factors(self.payload)
         if factors is None:
             kind = type(self.payload).__name__

@@ -237,7 +237,8 @@ def test_a_lone_client_is_stand_alone_training_bit_by_bit():
     g = torch.Generator().manual_seed(4)
     texts = torch.randint(0, 40, (6, 9), generator=g).numpy()
     examples = [
-        SimpleNamespace(input_ids=row, prompt_tokens=1, responses=None, label=-1) for row in texts
+        SimpleNamespace(input_ids=row, prompt_tokens=1, responses=None, label=-1, states=None)
+        for row in texts
     ]
     ranks = Ranks({m.path: 4 for m in model.info.modules})
     client = Client(0, ranks, len(examples))

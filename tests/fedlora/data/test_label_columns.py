@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from fedlora.core.errors import DataError
+from fedlora.core.errors import ConfigError, DataError
 from fedlora.data import SPLITS, Jsonl, TokenStore, prepare
 
 datasets = pytest.importorskip("datasets")
@@ -236,12 +236,16 @@ def test_a_second_text_needs_labels():
         ),
         ({"partition": "dirichlet", "clients": 50, "min_examples": 3}, "needs 150 records"),
         ({"partition": "domain", "clients": 121}, "121 is more than the 120 records"),
-        ({"partition": "domain", "by": "topic"}, "has no field 'topic'"),
     ],
 )
 def test_a_partition_that_cannot_be_met_is_refused(options, message, tmp_path):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(ConfigError, match=message):
         list(saved(tmp_path, rows(), **options).records())
+
+
+def test_a_field_to_divide_by_that_no_row_has_is_refused(tmp_path):
+    with pytest.raises(DataError, match="has no field 'topic'"):
+        list(saved(tmp_path, rows(), partition="domain", by="topic").records())
 
 
 def test_a_label_of_the_test_split_alone_is_refused(tokenizer, tmp_path):
