@@ -48,7 +48,7 @@ class Entry:
     output: str
     """Or the label, in its one spelling."""
     turns: tuple[Turn, ...]
-    """Of a conversation; instruction and input are then empty."""
+    """Messages of a conversation; instruction and input are then empty."""
     category: str
     group: str
     """The client's id or the label by which records are divided, in its one spelling; empty: none

@@ -32,7 +32,7 @@ class Placed(NamedTuple):
 
     client: int
     name: str
-    """Of the client; empty: its id."""
+    """The client's name; empty: its id."""
     row: int
     split: str
 
@@ -63,7 +63,7 @@ class Jsonl(Source):
     instructions are not read. Empty: they are instructions or conversations."""
     text_field: str = "text"
     second_text_field: str = ""
-    """Of pairs of texts; may be missing in a record. Empty: there is one text."""
+    """Field of the second text of a pair; may be missing in a record. Empty: there is one text."""
     split_field: str = ""
     """Names each record's split (``train``, ``eval`` or ``validation``, ``test``). Empty: the names
     of a folder's files or the splits of a data set decide; where these say nothing, records are

@@ -28,9 +28,9 @@ class Location:
 
     path: str
     revision: str | None = None
-    """Of a hub data set."""
+    """Revision of a hub data set."""
     subset: str | None = None
-    """Of a hub data set that has several."""
+    """Subset of a hub data set that has several."""
 
     def rows(self) -> Iterator[Row]:
         """Every record, in an order that depends on nothing but the content and the names.

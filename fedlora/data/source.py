@@ -29,7 +29,7 @@ class Source(ABC):
     name: ClassVar[str]
     """Short name for folders, run names and tables."""
     licence: ClassVar[str] = ""
-    """Of the texts, for model cards; empty: not known."""
+    """Licence of the texts, for model cards; empty: not known."""
 
     max_length: int = 512
     """Tokens per example, with BOS and EOS."""

@@ -46,7 +46,7 @@ CHUNK = 2**17
 TOKENS = 4096
 """Tokens, with padding, of a forward pass that computes states."""
 ROUNDING = "rounding"
-"""Of a file: squared norms of what was rounded off and of the states before."""
+"""Metadata key of a file: squared norms of the rounding error and of the states before it."""
 COUNTED = 64
 """Files that a process writes before it counts again what all files take."""
 LEFT_FREE = 2**30

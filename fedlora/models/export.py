@@ -25,7 +25,7 @@ from fedlora.models.masks import (
 from fedlora.models.modules import ModelInfo
 
 SUBFOLDERS = ("adapter", "update")
-"""Of a run folder, for its final payload (`Payload.folder`)."""
+"""Subfolders of a run folder for its final payload (`Payload.folder`)."""
 TARGET, BASE = "_target_", "base"
 """Keys of an exported folder's record: the class that can read it, and its base's fingerprint."""
 

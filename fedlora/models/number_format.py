@@ -6,7 +6,7 @@ import torch
 
 AUTO = "auto"
 FLAGS = ("amx_bf16", "avx512_bf16")
-"""Of processors that multiply bfloat16 matrices in one instruction, as /proc/cpuinfo has them."""
+"""Flags in /proc/cpuinfo of processors that multiply bfloat16 matrices in one instruction."""
 CPUINFO = Path("/proc/cpuinfo")
 
 

@@ -126,7 +126,7 @@ class Geometry:
 
     @cached_property
     def real(self) -> list[Tensor | None]:
-        """Of each stack, which places ``[sequences, width]`` are no pads, bool; None: all.
+        """The places ``[sequences, width]`` of each stack that are no pads, bool; None: all.
 
         >>> Geometry.of([2, 8, 7, 2]).real[0].int().tolist()
         [[1, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]]

@@ -71,7 +71,7 @@ class ModelSpec(ABC):
     labels: tuple[str, ...] = ()
     """Class names in the order of their index. The run sets them from its data (`with_labels`)."""
     head_seed: int = 0
-    """Of what the checkpoint lacks of the head; set with the labels."""
+    """Seed of the head's parameters that the checkpoint lacks; set with the labels."""
 
     def __post_init__(self) -> None:
         one_of("model.dtype", self.dtype, ("float32", "bfloat16", AUTO))

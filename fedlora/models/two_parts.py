@@ -26,8 +26,8 @@ from fedlora.models.last_block import LastBlock, find_last_block
 from fedlora.models.ragged import RaggedUnsupported
 
 Heads: TypeAlias = Sequence[tuple[int, Mapping[str, Tensor]]]
-"""Of each client in the order of the batch: how many sequences it has, and its head by the names of
-the network's parameters (empty: the model's own)."""
+"""Each client's number of sequences and head, in the order of the batch; heads by the names of the
+network's parameters (empty: the model's own)."""
 
 TRIED = (3, 1, 4, 2)
 """Lengths of the sequences on which the last block is tried, in tokens."""

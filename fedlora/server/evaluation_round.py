@@ -126,7 +126,7 @@ class Combination(NamedTuple):
     interval: bool
     worst: str
     classes: int
-    """Of its table; 0: it has none."""
+    """Number of classes in the metric's table; 0: it has none."""
 
 
 def combination(metric: Metric) -> Combination:

@@ -43,7 +43,7 @@ class Incident:
     kind: str
     """`DIED` or `DEADLINE`."""
     clients: tuple[int, ...]
-    """Of the message, or of all messages that were lost together."""
+    """The clients of the message, or of all messages that were lost together."""
     alone: bool = False
     """Whether the message was sent alone and had a single client: then it is that client's."""
     answered: bool = False

@@ -28,9 +28,9 @@ class Visits:
     """Tokens of a run, in expectation."""
 
     computed: float
-    """Of all examples that are visited at least once."""
+    """Tokens of all examples that are visited at least once."""
     visited: float
-    """Of all visits of examples."""
+    """Tokens of all visits of examples."""
 
     @property
     def each(self) -> float:
@@ -94,7 +94,7 @@ def _impossible(strategy: Any, info: ModelInfo) -> str:
 
 
 def _visits(parts: Parts, roster: Roster) -> Visits:
-    """Of training, whose cohorts are uniform draws, and of evaluation on fixed panels."""
+    """The visits in training, by uniformly drawn cohorts, and in evaluation of fixed panels."""
     shards = [roster.shards[i] for i in roster.trainable]
     rounds, part = parts.federation.rounds, roster.per_round / max(1, len(shards))
     held = sum(s.holds("train")[1] for s in shards)
@@ -115,7 +115,7 @@ def _evaluated(schedule: EvaluationSchedule, roster: Roster) -> int:
 
 
 def _bytes(parts: Parts, engine: WorkerEngine) -> int:
-    """Of a scalar of the states."""
+    """Bytes of one scalar of the states."""
     return 2 if "bfloat16" in (parts.model.dtype, engine.prefix_dtype) else 4
 
 

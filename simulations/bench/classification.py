@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fedlora.engine.memory import keep_freed_memory
-from simulations.bench.engine.measure import TOLERANCE, differences
+from simulations.bench.engine.measure import differences, trains_otherwise
 from simulations.bench.engine.sides import EngineSide
 from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.bench.prefix import ENGINES, LOOP, Loop, Run
@@ -113,12 +113,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(table(record))
     about_run = {"command": command("classification"), "load_before": before, "load_after": load()}
     write(args.out or RESULTS / f"classification-{args.case}-{machine()}.json", about_run | record)
-    loss, adapter = TOLERANCE["float32"]
-    wrong = [n for n, gap in record["loss_difference"].items() if not gap <= loss]
-    wrong += [n for n, gap in record["adapter_difference"].items() if not gap <= adapter]
-    for name in dict.fromkeys(wrong):
-        print(f"{name} trains something else: losses or adapters differ by more than rounding")
-    return int(bool(wrong))
+    return int(trains_otherwise(record))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from fedlora.models.language_model import LanguageModel
 from simulations.app.compose import load as compose
 from simulations.app.parts import build_parts
 from simulations.bench.engine.cases import first_cohort, prepared
-from simulations.bench.engine.measure import TOLERANCE, differences
+from simulations.bench.engine.measure import differences, trains_otherwise
 from simulations.bench.engine.sides import EngineSide, PeftLoop
 from simulations.bench.machine import RESULTS, command, load, machine, write
 
@@ -220,12 +220,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(table(record))
     record = {"command": command("prefix"), "load_before": before, "load_after": load(), **record}
     write(args.out or RESULTS / f"prefix-{args.model}-{machine()}.json", record)
-    loss, adapter = TOLERANCE["float32"]
-    wrong = [n for n, gap in record["loss_difference"].items() if not gap <= loss]
-    wrong += [n for n, gap in record["adapter_difference"].items() if not gap <= adapter]
-    for name in dict.fromkeys(wrong):
-        print(f"{name} trains something else: losses or adapters differ by more than rounding")
-    return int(bool(wrong))
+    return int(trains_otherwise(record))
 
 
 if __name__ == "__main__":

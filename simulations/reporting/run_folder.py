@@ -39,8 +39,8 @@ class Run:
     status: Mapping[str, Any] = field(default_factory=dict)
     model: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, Any] = field(default_factory=dict)
-    """Of a classification: the names of the ``labels``, and in ``train`` for each client which of
-    them it holds, ``[label, examples]``."""
+    """The names of a classification's ``labels``, and in ``train`` for each client which of them it
+    holds, ``[label, examples]``."""
 
     @property
     def classifies(self) -> bool:

@@ -78,10 +78,10 @@ class FusedBatch:
     geometry: Geometry | None
     """None: padded."""
     all: Shares
-    """Of all ``N`` rows."""
+    """The clients' shares of all ``N`` rows."""
     pooled: Shares | None
-    """Of the rows that a classifier's head reads, one a sequence; None: no layer is given these
-    alone (`fedlora.models.last_block`)."""
+    """Their shares of the rows that a classifier's head reads, one a sequence; None: no layer is
+    given these alone (`fedlora.models.last_block`)."""
     drawn: tuple[int, ...]
     """``K`` counts: rows of each lane's own padded batch."""
     tokens: int

@@ -33,7 +33,7 @@ class _Prepared:
 
     shares: Shares
     segments: list[list[Segment]]
-    """Of every layer, those of its groups."""
+    """The segments of every layer, group by group."""
 
 
 NOTHING = _Prepared(Shares((), None, None, None), [])

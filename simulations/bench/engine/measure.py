@@ -254,3 +254,17 @@ def fastest(record: Mapping[str, Any], side: str, processes: int = 1) -> dict[st
 def cores(entry: Mapping[str, Any]) -> int:
     """How many cores an entry can keep busy."""
     return int(entry["processes"] * entry["threads"])
+
+
+def trains_otherwise(record: Mapping[str, Any]) -> bool:
+    """Name the sides of a comparison that differ from its first by more than float32's rounding.
+
+    Args:
+        record: with ``loss_difference`` and ``adapter_difference`` by side.
+    """
+    loss, adapter = TOLERANCE["float32"]
+    wrong = [n for n, gap in record["loss_difference"].items() if not gap <= loss]
+    wrong += [n for n, gap in record["adapter_difference"].items() if not gap <= adapter]
+    for name in dict.fromkeys(wrong):
+        print(f"{name} trains something else: losses or adapters differ by more than rounding")
+    return bool(wrong)
