@@ -23,6 +23,7 @@ from fedlora.data.values import SPLIT_NAMES
 
 FILE = "fedlora/data/assets/intents.parquet"
 DATASETS = ("clinc150", "banking77")
+TRAIN_ON = ("train", "train_valid")
 PARTITIONS = ("iid", "dirichlet", "pathological", "domain")
 _COLUMNS = ("dataset", "split", "text", "label", "domain")
 _OUT_OF_SCOPE = "oos"
@@ -53,6 +54,10 @@ class Intents(Source):
     dataset: str = "banking77"
     """``clinc150``: 15,000 / 3,000 / 4,500 rows for training, validation and test. ``banking77``:
     8,957 / 1,046 / 3,080; the validation rows are a tenth of the official training rows."""
+    train_on: str = "train"
+    """``train_valid``: validation rows are training rows too, as in published numbers of BANKING77,
+    whose official training split is both together. Nothing is then left for ``evaluate.plan.split:
+    eval``."""
     clients: int = 30
     partition: str = "dirichlet"
     """Partition of the training rows. ``iid``: equal random parts. ``dirichlet``: clients'
@@ -70,6 +75,7 @@ class Intents(Source):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("data.dataset", self.dataset, DATASETS)
+        one_of("data.train_on", self.train_on, TRAIN_ON)
         one_of("data.partition", self.partition, PARTITIONS)
         at_least("data.alpha", self.alpha, 0, strict=True)
         for field in ("clients", "classes_per_client", "min_examples"):
@@ -84,6 +90,8 @@ class Intents(Source):
     def fingerprint(self) -> str:
         """Every option, and the content of the file."""
         options = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.train_on == "train":  # as before there was a choice
+            del options["train_on"]
         return json.dumps([_VERSION, options, file_identity(intents_file())], sort_keys=True)
 
     def records(self) -> Iterator[Record]:
@@ -113,13 +121,16 @@ class Intents(Source):
                     )
 
     def _rows(self) -> dict[str, list[Row]]:
-        """The rows of each split, in the file's order."""
+        """The rows of each split, in the file's order; validation rows that train come last."""
         file = intents_file()
         rows: dict[str, list[Row]] = {split: [] for split in SPLITS}
         for i, row in enumerate(parquet_rows(file, _COLUMNS)):
             if row["dataset"] == self.dataset and row["label"] != _OUT_OF_SCOPE:
                 found = Row(row["text"], row["label"], row["domain"], f"{file}, row {i}")
                 rows[SPLIT_NAMES[row["split"]]].append(found)
+        if self.train_on == "train_valid":
+            rows["train"] += rows["eval"]
+            rows["eval"] = []
         return rows
 
     def _divided(self, rows: Sequence[Row]) -> Division:

@@ -33,6 +33,7 @@ from fedlora.server.session import Session
 from simulations.app.limits import check_model, check_rounds, check_tokens, data_notes
 from simulations.app.parts import Parts
 from simulations.app.prefix import settled_prefix
+from simulations.app.unseen import unseen_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,8 +75,8 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     if model.classifies:
         model = model.with_labels(store.labels, parts.seed)
         info = model.describe()
-    if model.head == LOCAL:
-        emit("model.head=local: clients that have not taken part are evaluated with the first head")
+    if model.head == LOCAL or not parts.strategy.shares:
+        emit(f"clients that never took part are evaluated with {unseen_of(parts)}")
     check_tokens(store, info)
     roster = enroll(
         parts.population,
@@ -205,6 +206,12 @@ def as_it_began(
     return dataclasses.replace(inputs, worker=worker)
 
 
+def unseen_of(parts: Parts) -> str:
+    """What clients that never took part in this run are evaluated with."""
+    model, shares = parts.model, parts.strategy.shares
+    return unseen_model(model.head, classifies=model.classifies, shares=shares)
+
+
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
     """Refuse to evaluate a group that has no clients, or none with examples to evaluate.
 
@@ -223,7 +230,8 @@ def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:
             raise ConfigError(
                 f"evaluate.groups: none of the {len(roster.groups[name])} clients of {group} has "
                 f"examples in the {split} split; use another evaluate.plan.split, data with such a "
-                "split (data.test_fraction, data.eval_fraction), or evaluate=none"
+                "split (data.test_fraction, data.eval_fraction, data.train_on=train), or "
+                "evaluate=none"
             )
 
 

@@ -14,7 +14,7 @@ from fedlora.data.store import TokenStore
 from fedlora.run.environment import environment
 from fedlora.server.session import Session
 from simulations.app.identity import LABELS, MODEL
-from simulations.app.inputs import RunInputs
+from simulations.app.inputs import RunInputs, unseen_of
 from simulations.app.parts import Parts
 from simulations.app.status import COMPLETED, FAILED, FILE, RUNNING, close_status, write_status
 from simulations.app.words import absolute
@@ -73,6 +73,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
         "tiers": roster.tier_counts(),
         "ranks": roster.rank_counts(),
         "groups": {name: len(ids) for name, ids in roster.groups.items()},
+        "unseen_model": unseen_of(parts),
     }
     _write_json(folder / "population.json", population)
     store = inputs.store

@@ -185,6 +185,8 @@ def evaluation_table(run: Run) -> Table | None:
         rows.append(cells)
     names = [Cell("group"), *(Cell(n, "n") for n in ("round", "clients", *shown.values()))]
     note = "Mean over clients; below it, weighted by examples or tokens."
+    if unseen := run.population.get("unseen_model"):
+        note += f" Clients that never took part are evaluated with {unseen}."
     return Table("Last evaluation", rows, names, note)
 
 

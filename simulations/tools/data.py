@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.core.cache import cache_root
-from fedlora.core.config import build
+from fedlora.core.config import build, locate
 from fedlora.core.errors import ModelError
 from fedlora.data import (
     SPLITS,
@@ -31,17 +31,18 @@ from fedlora.models.folder import tokenizer_id
 from fedlora.models.spec import ModelSpec
 from fedlora.prune.spec import Pruned
 from simulations.app.compose import load
+from simulations.app.unseen import unseen_model
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; a mistake in the data or the options is one line and exit code 2."""
     options = _parser().parse_intermixed_args(arguments)
     try:
-        source, folder, loss = sources(options.words)
+        source, folder, loss, unseen = sources(options.words)
         tokenizer = FolderTokenizer(folder)
         store = TokenStore(prepare(source, tokenizer, tokenizer_id(folder), cache_root()))
         if options.command == "stats":
-            lines = statistics_lines(store.statistics())
+            lines = statistics_lines(store.statistics(), unseen)
         else:
             at = (options.client, options.split, options.index)
             lines = example_lines(store, tokenizer, *at, loss)
@@ -80,6 +81,8 @@ class Sources(NamedTuple):
     """The folder that holds it."""
     loss: str
     """``full`` or ``response``: `client.loss`."""
+    unseen: str
+    """What clients that never train are evaluated with."""
 
 
 def sources(words: Sequence[str]) -> Sources:
@@ -93,11 +96,18 @@ def sources(words: Sequence[str]) -> Sources:
     source = build(cfg.data, Source, "data")  # type: ignore[type-abstract]
     model = build(cfg.model, ModelSpec, "model")  # type: ignore[type-abstract]
     base = model.base if isinstance(model, Pruned) else model  # pruning leaves the tokenizer alone
-    return Sources(source, base.folder(), str(cfg.client.loss))
+    shares = locate(str(cfg.strategy["_target_"])).shares  # type: ignore[attr-defined]
+    unseen = unseen_model(model.head, classifies=model.classifies, shares=shares)
+    return Sources(source, base.folder(), str(cfg.client.loss), unseen)
 
 
-def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
-    """The statistics as a table for a person."""
+def statistics_lines(s: dict[str, Any], unseen: str) -> Iterator[str]:
+    """The statistics as a table for a person.
+
+    Args:
+        s: of the store.
+        unseen: what clients that never train are evaluated with.
+    """
     total = sum(s["examples"].values())
     per_client, tokens = s["train_examples_per_client"], s["tokens_per_example"]
     cut = f"max_length {s['max_length']}, truncation {s['truncation']}"
@@ -123,6 +133,7 @@ def statistics_lines(s: dict[str, Any]) -> Iterator[str]:
     if s["moved_examples"]:
         yield f"moved              {moved_text(s['moved_examples'], total)}"
     yield f"never trained      {_ids_text(s['clients_without_training_examples'])}"
+    yield f"unseen clients     evaluated with {unseen}"
     yield f"categories         {s['categories']}"
     for category, n in s["largest_categories"].items():
         yield f"{n:>8} clients   {category or '(none)'}"

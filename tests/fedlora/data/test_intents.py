@@ -103,6 +103,25 @@ def test_the_partition_is_that_of_its_seed():
 
 
 @pytest.mark.parametrize("dataset", SIZES)
+@pytest.mark.parametrize("partition", ["iid", "dirichlet"])
+def test_validation_rows_can_be_trained_on(partition, dataset):
+    """Every row once; the test rows follow all training rows, and nothing is left to validate on.
+    The default's stores keep their identity."""
+    more = Intents(dataset=dataset, partition=partition, train_on="train_valid")
+    held = {split: Counter() for split in SPLITS}
+    for r in more.records():
+        held[r.split][r.instruction, r.label] += 1
+    rows = official(dataset)
+    assert held["train"] == rows["train"] + rows["eval"]
+    assert held["eval"] == Counter()
+    assert held["test"] == rows["test"]
+    assert sum(held["train"].values()) == {"clinc150": 18_000, "banking77": 10_003}[dataset]
+    plain = Intents(dataset=dataset, partition=partition)
+    assert more.fingerprint() != plain.fingerprint()
+    assert "train_on" not in plain.fingerprint()
+
+
+@pytest.mark.parametrize("dataset", SIZES)
 def test_the_store_has_the_sizes_of_the_papers(dataset, tokenizer, tmp_path, caplog):
     """And says how many examples were moved, in the log and in the statistics."""
     source = Intents(dataset=dataset, alpha=0.001, clients=100)
@@ -123,6 +142,7 @@ def test_the_store_has_the_sizes_of_the_papers(dataset, tokenizer, tmp_path, cap
     [
         ({"dataset": "banking"}, r"data\.dataset='banking' is not one of"),
         ({"partition": "natural"}, r"data\.partition='natural' is not one of"),
+        ({"train_on": "valid"}, r"data\.train_on='valid' is not one of"),
         ({"alpha": 0.0}, r"data\.alpha=0\.0 must be > 0"),
         ({"alpha": float("nan")}, r"data\.alpha=nan must be"),
         ({"clients": 0}, r"data\.clients=0 must be >= 1"),

@@ -77,7 +77,11 @@ def test_heads_that_travel_are_counted_and_local_ones_are_kept(federate):
     assert up["local"] == up["frozen"]
     assert up["averaged"] - up["frozen"] == 6 * head
     assert runs["local"].rounds[0]["client_state/clients"] == 6
-    assert "not taken part are evaluated with the first head" in runs["local"].said
+    assert "never took part are evaluated with the global update and the fi" in runs["local"].said
+    assert "never took part" not in runs["averaged"].said
+    for mode, what in (("frozen", "frozen"), ("averaged", "averaged"), ("local", "first")):
+        population = json.loads((runs[mode].folder / "population.json").read_text())
+        assert population["unseen_model"].startswith(f"the global update and the {what} head")
     assert "client_state/clients" not in runs["averaged"].rounds[0]
 
 
@@ -143,6 +147,13 @@ def test_generation_is_off_for_a_classifier_whatever_the_schedule_says():
 def test_what_cannot_be_is_refused_in_one_sentence(words, said):
     with pytest.raises(ConfigError, match=said) as error:
         build_parts(load(words))
+    assert "\n" not in str(error.value)
+
+
+def test_an_evaluation_on_validation_rows_that_train_is_refused(federate):
+    words = ("data.train_on=train_valid", "evaluate=loss", "evaluate.plan.split=eval")
+    with pytest.raises(ConfigError, match="in the eval split; use another") as error:
+        federate(*INTENTS, "strategy=fedit", *words)
     assert "\n" not in str(error.value)
 
 

@@ -56,7 +56,9 @@ def fake_run(folder: Path, rounds: int = 4, seed: int = 0) -> Path:
             tracker.round(evaluation_record(tag, [*found, failed], round=n, seconds=0.5))
     tracker.close()
     (folder / "config.yaml").write_text(f"model: {{task: classification}}\nseed: {seed}\n")
-    (folder / "population.json").write_text(json.dumps({"tiers": dict.fromkeys(TIERS, 6)}))
+    (folder / "population.json").write_text(
+        json.dumps({"tiers": dict.fromkeys(TIERS, 6), "unseen_model": "an untrained head"})
+    )
     held = [[[i % len(NAMES), 25], [4, 5]] if i % len(NAMES) != 4 else [[4, 9]] for i in range(40)]
     (folder / "labels.json").write_text(json.dumps({"labels": NAMES, "train": held}))
     return folder
@@ -81,6 +83,11 @@ def test_everything_that_was_measured_is_shown(run):
         assert f"<h2>{section}</h2>" in page
     assert "<b>linking</b>" not in page
     assert "macro F1" in page
+
+
+def test_it_says_what_unseen_clients_are_evaluated_with(run):
+    page = write_report(run.folder).read_text(encoding="utf-8")
+    assert "Clients that never took part are evaluated with an untrained head." in page
 
 
 def test_the_worst_classes_are_those_of_all_clients_together(run):

@@ -65,6 +65,28 @@ def test_labels_are_printed_as_a_row_of_bars_for_each_client(tmp_path, tokenizer
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the global update"),
+        (["strategy=local"], r"the base model as it is \(clients share nothing\)"),
+        (["model.task=classification"], "the global update and the frozen head, drawn from .*"),
+        (["model.task=classification", "model.head=averaged"], ".* and the averaged head"),
+        (
+            ["model.task=classification", "model.head=local", "strategy=local"],
+            r"the base model as it is \(clients share nothing\) and the first head, drawn .*",
+        ),
+    ],
+)
+def test_it_says_what_unseen_clients_use(words, said, jsonl, tokenizer_folder, capsys):
+    words = ["data=jsonl", f"data.path={jsonl}", *words, *tokens_of(tokenizer_folder)]
+    assert main(["stats", *words]) == 0
+    found = re.search(
+        r"^unseen clients +evaluated with (.*)$", capsys.readouterr().out, re.MULTILINE
+    )
+    assert re.fullmatch(said, found[1])
+
+
 def test_examples_that_a_partition_moved_are_counted(tokenizer_folder, capsys):
     words = ["data=intents", "data.alpha=0.001", "data.clients=100", *tokens_of(tokenizer_folder)]
     assert main(["stats", *words]) == 0
@@ -170,7 +192,7 @@ def test_a_folder_without_tokenizer_is_named(tmp_path, capsys):
 
 def test_the_words_are_those_of_a_run():
     words = ["data=jsonl", "data.path=/x", "data.partition=iid", "data.clients=12"]
-    source, folder, loss = sources([*words, "client.lr=1"])
+    source, folder, loss, _ = sources([*words, "client.lr=1"])
     assert loss == "full"
     assert source == Jsonl(path="/x", partition="iid", clients=12)
     assert folder == find_assets("tiny")
