@@ -126,6 +126,11 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 "model.task=classification with strategy=splitlora: the cut model ends in a "
                 "vocabulary; use another strategy, or model.task=causal_lm"
             )
+        if setup.faults and self.transport == "local":
+            raise ValueError(
+                "engine=faulty with strategy.transport=local: no worker takes part in the training "
+                "of this split, so none can fail; use strategy.transport=messages"
+            )
         if plan.term is not None:
             raise ValueError(
                 "client.term with strategy=splitlora: a local objective has no term of its own "

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from fedlora.core.checks import MOST_THREADS, at_least, one_of, within
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -43,9 +44,36 @@ class Engine(Protocol):
         round records them; a run prints each note once."""
 
 
+class Faults(Protocol):
+    """Failures that an engine plants among the clients that train, for rehearsals."""
+
+    def before(
+        self, seed: int, round: int, client: Client, *, learns: bool | None = None
+    ) -> Failure | None:
+        """The failure of a client in place of what it was asked for; None: it does it. May end the
+        process.
+
+        Args:
+            seed: of the run.
+            round: counted from 1.
+            client: that was asked.
+            learns: of a split's exchange: whether it brings the gradient of an earlier one; None:
+                the client is asked for a whole round of training.
+        """
+
+    def spoiled(self, seed: int, round: int, client: Client, payload: Payload) -> Payload:
+        """What the client returns of what it has trained."""
+
+
 @dataclass(frozen=True)
 class EngineSpec:
     """The configuration of an engine; a worker opens it once and keeps it."""
+
+    @property
+    def faults(self) -> Faults | None:
+        """What makes clients fail in training on purpose, under every engine and in splits; None:
+        nothing does."""
+        return None
 
     @property
     def messages_per_worker(self) -> int:

@@ -26,7 +26,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine, EngineSpec, failure
+from fedlora.engine.base import Engine, EngineSpec, Faults, failure
 from fedlora.engine.sequential import Sequential
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo
@@ -55,6 +55,9 @@ class Faulty(EngineSpec):
     when memory is short), ``system_exit`` (the exception) or ``hang``."""
     deadly_in: str = "train"
     """When: ``train`` or ``evaluate``."""
+    deadly_at: str = "forward"
+    """When in a round of a split: before its first ``forward`` pass, or ``backward``: between that
+    and its gradient."""
 
     def __post_init__(self) -> None:
         for name in ("raise_fraction", "nan_fraction", "shape_fraction"):
@@ -62,6 +65,7 @@ class Faulty(EngineSpec):
         at_least("engine.kill_round", self.kill_round, 0)
         one_of("engine.deadly_way", self.deadly_way, _WAYS)
         one_of("engine.deadly_in", self.deadly_in, ("train", "evaluate"))
+        one_of("engine.deadly_at", self.deadly_at, ("forward", "backward"))
         if self.kill_round and not self.kill_marker:
             raise ValueError(
                 f"engine.kill_round={self.kill_round} needs engine.kill_marker: a file that does "
@@ -76,9 +80,57 @@ class Faulty(EngineSpec):
         """The same around a settled inner engine."""
         return replace(self, inner=self.inner.settled(info, dtype, device))
 
+    @property
+    def faults(self) -> Faults | None:
+        """Those of training, if there are any."""
+        fractions = self.raise_fraction + self.nan_fraction + self.shape_fraction
+        deadly = self.deadly and self.deadly_in == "train"
+        return _Planted(self) if fractions or self.kill_round or deadly else None
+
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The inner engine behind the faults."""
         return _FaultyEngine(self, self.inner.open(model, store))
+
+    def end(self, phase: str, client: Client) -> Failure | None:
+        """End or block this process for a client that does so; its failure if it only raised."""
+        if self.deadly_in != phase or client.id not in self.deadly:
+            return None
+        try:
+            _WAYS[self.deadly_way]()
+        except CLIENT_ERRORS as error:
+            return failure(client, error)
+        return None
+
+
+@dataclass(frozen=True)
+class _Planted:
+    """The faults of clients that train; see `fedlora.engine.base.Faults`."""
+
+    spec: Faulty
+
+    def before(
+        self, seed: int, round: int, client: Client, *, learns: bool | None = None
+    ) -> Failure | None:
+        if round == self.spec.kill_round and _first(self.spec.kill_marker):
+            os._exit(9)
+        early = learns is None or self.spec.deadly_at == "forward"
+        if (early or learns) and (ended := self.spec.end("train", client)) is not None:
+            return ended
+        if self._fault(seed, round, client) == "raise":
+            return Failure(client, "PlantedFault", f"client {client.id} gave up")
+        return None
+
+    def spoiled(self, seed: int, round: int, client: Client, payload: Payload) -> Payload:
+        fault = self._fault(seed, round, client)
+        return _spoil_payload(payload, fault) if fault else payload
+
+    def _fault(self, seed: int, round: int, client: Client) -> str:
+        draw = generator(seed, "fault", round, client.id).random()
+        for name in ("raise", "nan", "shape"):
+            draw -= getattr(self.spec, f"{name}_fraction")
+            if draw < 0:
+                return name
+        return ""
 
 
 class _FaultyEngine:
@@ -86,46 +138,26 @@ class _FaultyEngine:
         self._spec, self._inner = spec, inner
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        faults = self._spec.faults
         for job in jobs:
-            if job.round == self._spec.kill_round and _first(self._spec.kill_marker):
-                os._exit(9)
-            if (ended := self._deadly("train", job.client)) is not None:
+            who = job.seed, job.round, job.client
+            if faults is not None and (ended := faults.before(*who)) is not None:
                 yield ended
                 continue
-            fault = self._fault(job)
-            if fault == "raise":
-                yield Failure(job.client, "PlantedFault", f"client {job.client.id} gave up")
-                continue
             for result in self._inner.train([job]):
-                yield _spoil(result, fault) if isinstance(result, Update) else result
+                if isinstance(result, Update) and faults is not None:
+                    result = replace(result, payload=faults.spoiled(*who, result.payload))
+                yield result
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
         for job in jobs:
-            if (ended := self._deadly("evaluate", job.client)) is not None:
+            if (ended := self._spec.end("evaluate", job.client)) is not None:
                 yield ended
                 continue
             yield from self._inner.evaluate([job])
 
     def notes(self) -> tuple[str, ...]:
         return self._inner.notes()
-
-    def _deadly(self, phase: str, client: Client) -> Failure | None:
-        """End or block this process for a client that does so; its failure if it only raised."""
-        if self._spec.deadly_in != phase or client.id not in self._spec.deadly:
-            return None
-        try:
-            _WAYS[self._spec.deadly_way]()
-        except CLIENT_ERRORS as error:
-            return failure(client, error)
-        return None
-
-    def _fault(self, job: TrainJob) -> str:
-        draw = generator(job.seed, "fault", job.round, job.client.id).random()
-        for name in ("raise", "nan", "shape"):
-            draw -= getattr(self._spec, f"{name}_fraction")
-            if draw < 0:
-                return name
-        return ""
 
 
 _WAYS: dict[str, Callable[[], object]] = {
@@ -145,10 +177,6 @@ def _first(marker: str) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _spoil(update: Update, fault: str) -> Update:
-    return replace(update, payload=_spoil_payload(update.payload, fault)) if fault else update
 
 
 def _spoil_payload(payload: Payload, fault: str) -> Payload:

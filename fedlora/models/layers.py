@@ -115,6 +115,20 @@ def threshold(dropped: int) -> int:
     return dropped - 2**15
 
 
+def bits_of(bits: Tensor, x: Tensor) -> Tensor:
+    """The random bits of an input, in its shape.
+
+    Args:
+        bits: int16, uniform, as many elements as the layer's input of all tokens has. An input of
+            another size is given them from the beginning, over and over: DeBERTa sends its relative
+            positions through the same layers.
+        x: the input.
+    """
+    if bits.numel() != x.numel():
+        bits = bits.flatten().repeat(-(-x.numel() // bits.numel()))[: x.numel()]
+    return bits.view(x.shape)
+
+
 def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
     """Zero each number with probability ``p`` and divide the rest by ``1 - p``.
 
@@ -123,18 +137,14 @@ def dropout(x: Tensor, p: float, bits: Tensor) -> Tensor:
     Args:
         x: any shape.
         p: the rate.
-        bits: int16, uniform, as many elements as the layer's input of all tokens has. An input of
-            another size is given them from the beginning, over and over: DeBERTa sends its relative
-            positions through the same layers.
+        bits: of the layer's input (`bits_of`).
     """
     dropped = dropped_share(p)
     if dropped == 0:
         return x
     if dropped == 2**16:
         return torch.zeros_like(x)
-    if bits.numel() != x.numel():
-        bits = bits.flatten().repeat(-(-x.numel() // bits.numel()))[: x.numel()]
-    kept = survivors(bits.view(x.shape), threshold(dropped), x.dtype)
+    kept = survivors(bits_of(bits, x), threshold(dropped), x.dtype)
     return x * kept.mul_(2**16 / (2**16 - dropped))
 
 

@@ -46,6 +46,8 @@ class Setup:
     """Whether clients store the rounding error of the wire."""
     classifies: bool = False
     """Whether the base model is a classifier."""
+    faults: bool = False
+    """Whether workers make clients fail in training on purpose (``engine=faulty``)."""
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,7 @@ def init_header(i: int, init: InitMessage, arrays: Arrays, wire: str) -> dict[st
         "cut": json.dumps(describe(init.cut)),
         "terms": json.dumps(describe(init.terms)),
         "adapter": _put_adapter(arrays, f"{i}/start", init.adapter, wire),
+        "round": init.round,
     }
 
 
@@ -172,6 +173,7 @@ def read_init(i: int, header: Mapping[str, Any], found: Arrays) -> InitMessage:
         terms=_terms(header["terms"]),
         adapter=_adapter(found, f"{i}/start", header["adapter"]),
         optimizer_state=_state(found, i),
+        round=_whole("round", header["round"]),
     )
 
 

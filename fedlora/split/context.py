@@ -7,7 +7,7 @@ from fedlora.core.types import LocalPlan
 from fedlora.data.store import Example, TokenStore
 from fedlora.engine.client import examples_for
 from fedlora.engine.memory import keep_freed_memory
-from fedlora.engine.worker import resident, worker
+from fedlora.engine.worker import WorkerSpec, resident, worker
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.stages import Span, Stages, check_stages
 from fedlora.split.batches import ROUND
@@ -75,4 +75,4 @@ def split_worker(spec: str) -> SplitWorker:
     settings."""
     worker(spec)  # its threads and memory settings are the process's
     here = run_context(spec)
-    return SplitWorker(here.stages, here.examples)
+    return SplitWorker(here.stages, here.examples, WorkerSpec.from_json(spec).engine.faults)

@@ -78,6 +78,8 @@ class InitMessage:
     """Adapters of the blocks that it holds."""
     optimizer_state: OptimizerState
     """Empty: a new optimizer."""
+    round: int
+    """Counted from 1."""
 
 
 @dataclass(frozen=True)

@@ -183,7 +183,7 @@ class SplitRound:
         start = job.start.low_rank()
         assert start is not None
         memory = self._memory(f"{i}/")
-        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, start, memory)
+        return InitMessage(job.client, job.plan, self.cuts[i], self.terms, start, memory, job.round)
 
     def _memory(self, whose: str) -> OptimizerState:
         return under(self.state, f"{MEMORY}{whose}") if self.config.memory == "keep" else {}

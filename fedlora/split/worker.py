@@ -18,17 +18,20 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedlora.core.errors import CLIENT_ERRORS
+from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.types import (
     Client,
     Failure,
     Ranks,
 )
 from fedlora.data.batches import TokenExample
+from fedlora.engine.base import Faults
 from fedlora.models.stages import Stages
 from fedlora.split.client import SplitClient
 from fedlora.split.codec import Arrays, Request, init_header, read_init
 from fedlora.split.protocol import Down, InitMessage, Up
 from fedlora.split.rounds import failure_of
+from fedlora.techniques.lora.payload import LowRankPayload
 
 
 class SplitWorker:
@@ -37,12 +40,16 @@ class SplitWorker:
     Args:
         stages: of the resident model.
         examples: returns the training examples of a client.
+        faults: planted ones, for rehearsals.
     """
 
     def __init__(
-        self, stages: Stages, examples: Callable[[InitMessage], Sequence[TokenExample]]
+        self,
+        stages: Stages,
+        examples: Callable[[InitMessage], Sequence[TokenExample]],
+        faults: Faults | None = None,
     ) -> None:
-        self.stages, self.examples = stages, examples
+        self.stages, self.examples, self.faults = stages, examples, faults
         self._live: dict[int, tuple[str, SplitClient]] = {}  # client -> (its state's stamp, it)
 
     def answer(self, request: Request, state: RecordDict) -> dict[int, Up | Failure]:
@@ -59,15 +66,32 @@ class SplitWorker:
             client = self._open(began) if began else self._recall(i, down, state, live)
         except CLIENT_ERRORS as error:
             return failure_of(began.client if began else _client_of(i, state), error)
+        if (planted := self._planted(client.init, down)) is not None:
+            return planted
         answer: Up | Failure
         try:
-            answer = client.receive(down)
+            answer = self._spoiled(client.init, client.receive(down))
         except CLIENT_ERRORS as error:
             answer = failure_of(client.init.client, error)
         stamp = _store(state, i, client)
         if client.init.terms.keep_graphs and client.pending >= 0:
             self._live[i] = stamp, client
         return answer
+
+    def _planted(self, init: InitMessage, down: Down) -> Failure | None:
+        """The planted failure of a client in this exchange, before it has done anything."""
+        if self.faults is None:
+            return None
+        learns = down.gradient is not None
+        return self.faults.before(init.terms.seed, init.round, init.client, learns=learns)
+
+    def _spoiled(self, init: InitMessage, up: Up) -> Up:
+        """An answer whose adapters are as planted."""
+        if self.faults is None or up.adapter is None:
+            return up
+        payload: Payload = LowRankPayload(up.adapter)
+        payload = self.faults.spoiled(init.terms.seed, init.round, init.client, payload)
+        return replace(up, adapter=plain_factors(payload))
 
     def _open(self, begun: InitMessage) -> SplitClient:
         return SplitClient(self.stages, self.examples(begun), begun)

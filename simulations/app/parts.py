@@ -210,8 +210,9 @@ def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
     quantization = str(getattr(parts.model, "quantization", "none"))
     try:
         wire, feedback = parts.federation.wire, parts.federation.error_feedback
-        classifies = parts.model.classifies
-        parts.strategy.check(Setup(parts.client, wire, quantization, feedback, classifies))
+        classifies, faults = parts.model.classifies, parts.engine.faults is not None
+        setup = Setup(parts.client, wire, quantization, feedback, classifies, faults)
+        parts.strategy.check(setup)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if parts.postprocess and parts.strategy.needs_updates:

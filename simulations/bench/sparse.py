@@ -52,7 +52,7 @@ from simulations.centralized.baselines import loss_of as mean_loss
 
 MODELS: Mapping[str, ModelSpec] = {"tiny": Tiny(), "smollm2": SmolLM2()}
 SHARES = {"test": 0, "validation": 1}
-"""Of every ten clients, which are set apart; the others train."""
+"""Split -> which of every ten clients is set apart for it; the others train."""
 
 
 @dataclass(frozen=True)

@@ -154,14 +154,14 @@ class Bench:
     def inits(
         self, variant: Variant, plan: LocalPlan, held: Mapping[int, Sequence[Example]]
     ) -> dict[int, InitMessage]:
-        """Of every client."""
+        """The first message of every client."""
         cut = Cut(self.cut, variant.tail)
         own = self._part(cut, client=True)
         ranks = Ranks({path: f.rank for path, f in own.items()})
         kept = variant.path.endswith("kept")
         terms = Terms(SEED, activations=variant.wire, gradients=variant.wire, keep_graphs=kept)
         return {
-            i: InitMessage(Client(i, ranks, len(rows)), plan, cut, terms, own, {})
+            i: InitMessage(Client(i, ranks, len(rows)), plan, cut, terms, own, {}, 1)
             for i, rows in held.items()
         }
 
@@ -184,7 +184,7 @@ class Bench:
         inits: Mapping[int, InitMessage],
         held: Mapping[int, Sequence[Example]],
     ) -> Link:
-        """Of the variant's path."""
+        """The transport of the variant's path."""
 
         def examples(init: InitMessage) -> Sequence[Example]:
             return held[init.client.id]
@@ -228,7 +228,7 @@ class Bench:
         return {"up": up, "down": down, "client": saved}
 
     def _tokens(self, client: int) -> int:
-        """Of a mean step."""
+        """Tokens of a client's mean step, padding included."""
         rows = [len(e.input_ids) - 1 for e in self.held[client]]
         return round(PLAN.batch_size * sum(rows) / len(rows))
 

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from fedlora.models.layers import (
     LinearUpdate,
+    bits_of,
     dense_weight,
     dropped_share,
     survivors,
@@ -265,4 +266,4 @@ def _survivors(x: Tensor, bits: Tensor | None, how: _How) -> Tensor | None:
     """One where an input survives dropout, zero elsewhere; None: all survive."""
     if bits is None or not how.dropped:
         return None
-    return survivors(bits.view(x.shape), threshold(how.dropped), how.kind)
+    return survivors(bits_of(bits, x), threshold(how.dropped), how.kind)

@@ -66,7 +66,7 @@ class Draw:
     low: int
     high: int
     median: float = 0.0
-    """Of the log-normal; 0: log-uniform between the bounds."""
+    """Median of the log-normal; 0: log-uniform between the bounds."""
     sigma: float = 1.0
 
     def of(self, client: int, purpose: str) -> int:
@@ -96,13 +96,13 @@ class Case:
     ranks: tuple[int, ...] = (8,)
     """Client ``k`` has the rank ``ranks[k % len(ranks)]`` in all modules."""
     dtype: str = "float32"
-    """Of the frozen base."""
+    """Number format of the frozen base."""
     experiment: str = ""
     """Clients, ranks and data of the first round of this experiment instead of random ones."""
     overrides: tuple[str, ...] = ()
-    """Of that experiment; without one, of the default configuration."""
+    """Words that change that experiment; without one, the default configuration."""
     repeats: int = 5
-    """Of a full measurement."""
+    """How often a full measurement is repeated."""
     device: str = "cpu"
     """Where the base lies."""
 

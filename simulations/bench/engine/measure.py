@@ -45,7 +45,7 @@ class Entry:
     side: str
     processes: int = 1
     threads: int = 1
-    """Of each process."""
+    """Threads of each process."""
 
     @property
     def label(self) -> str:

@@ -89,3 +89,8 @@ def test_the_default_scores_follow_the_task():
     plan = EvaluatePlan()
     assert scorers_of(plan, classifies=True) == [Classification()]
     assert scorers_of(plan, classifies=False) == [s for s in DEFAULT if s != Classification()]
+
+
+def test_a_text_asked_of_a_classifier_is_refused_in_one_sentence():
+    with pytest.raises(ValueError, match=r"generate=true: a classifier writes no text; use false"):
+        measure(classifier("bert"), examples(2), None, EvaluatePlan(), seed=1, client=0)

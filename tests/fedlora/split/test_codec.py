@@ -23,7 +23,7 @@ TERMS = Terms(7, Wire("topk", k=3), Wire("bf16"), Noise(1.0, 0.5), 0.1, True)
 
 def init(i: int) -> InitMessage:
     plan = LocalPlan(lr=0.123456789, betas=(0.8, 0.99))
-    return InitMessage(CLIENTS[i], plan, Cut(1, 2), TERMS, ADAPTER, MEMORY)
+    return InitMessage(CLIENTS[i], plan, Cut(1, 2), TERMS, ADAPTER, MEMORY, 3)
 
 
 def same_parts(a: object, b: object) -> None:

@@ -97,7 +97,7 @@ class Federation:
         own = self.adapters.get(i, part(self.whole, self.cut(i), client=True))
         who = replace(client(LowRankPayload(own), id=i), num_examples=len(self.held[i]))
         memory = self.optimizer_states.get(i, {})
-        return InitMessage(who, self.plan, self.cut(i), self.terms, own, memory)
+        return InitMessage(who, self.plan, self.cut(i), self.terms, own, memory, 1)
 
     @property
     def wire(self) -> str:

@@ -168,6 +168,55 @@ def test_a_client_that_ends_the_process_in_evaluation_is_left_out(tmp_path, in_p
     assert not any("failure" in r for r in run.clients)
 
 
+SPLIT = ["strategy=splitlora", "strategy.transport=messages", "ranks=homogeneous"]
+
+
+def hashes(run) -> list[str]:
+    """Of the server's state after each round."""
+    rows = read_jsonl(run.folder / "metrics.jsonl")
+    return [r["state/hash"] for r in rows if r["kind"] == "round"]
+
+
+def failures(run) -> set[tuple[int, int]]:
+    """Rounds and clients."""
+    return {(r["round"], r["client"]) for r in run.clients if "failure" in r}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("way", "at", "rule"),
+    [
+        ("exit", "forward", "concat"),
+        ("exit", "backward", "concat"),
+        ("segfault", "backward", "per_client"),
+    ],
+)
+def test_a_split_client_that_ends_the_process_has_failed_at_once(
+    tmp_path, first_client, way, at, rule
+):
+    """Also between its forward pass and its gradient: the round begins anew without it, and leaves
+    the server's stage, the adapters and the optimizer states of one in which it only raised."""
+    words = [*SPLIT, f"strategy.rule.update={rule}", f"engine.deadly=[{first_client}]"]
+    raised = Alone(tmp_path / "raised", *words, "engine.deadly_way=system_exit")
+    assert raised.end()[0] == 0
+    run = Alone(tmp_path / "it", *words, f"engine.deadly_way={way}", f"engine.deadly_at={at}")
+    code, said = run.end()
+    assert (code, said[-1]) == (0, "RUN COMPLETED"), said
+    assert sum("starting again" in line for line in said) == 3
+    assert first_client in {client for _, client in failures(run)}
+    assert failures(run) == failures(raised)
+    assert hashes(run) == hashes(raised)
+
+
+@pytest.mark.slow
+def test_a_split_client_that_never_answers_is_dropped(tmp_path, first_client):
+    words = [*SPLIT, f"engine.deadly=[{first_client}]", "engine.deadly_way=hang"]
+    run = Alone(tmp_path, *words, "engine.deadly_at=backward", "federation.timeout_s=20")
+    code, said = run.end()
+    assert (code, said[-1]) == (0, "RUN COMPLETED"), said
+    assert (1, first_client) in failures(run)
+
+
 def test_a_system_exit_is_a_clients_failure_and_nothing_else(tmp_path, first_client):
     words = [f"engine.deadly=[{first_client}]", "engine.deadly_way=system_exit"]
     code, said = Alone(tmp_path, *words).end()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fedlora.core.errors import ConfigError
 from fedlora.models.spec import Tiny
 from fedlora.run import checkpoint
 from fedlora.techniques.lora.peft import load_peft
@@ -75,3 +76,40 @@ def test_an_estimate_that_fails_costs_only_itself(federate, monkeypatch):
     assert bare.hash == whole.hash
     assert all("client_flops" in row for row in whole.clients)
     assert not any("client_flops" in row for row in bare.clients)
+
+
+MESSAGES = [*SPLIT, "strategy.transport=messages", "engine=faulty", "population.per_round=6"]
+
+
+@pytest.mark.parametrize("fault", ["raise", "nan", "shape"])
+def test_planted_faults_cost_their_clients_alone(federate, fault):
+    """The same ones every time, whichever way they fail before they return anything."""
+    done = federate(*MESSAGES, f"engine.{fault}_fraction=0.3", output=fault)
+    assert done.status["status"] == "completed"
+    failed = {(r["round"], r["client"]) for r in done.clients if "failure" in r}
+    assert failed
+    kinds = {r["failure"] for r in done.clients if "failure" in r}
+    assert kinds == {"PlantedFault" if fault == "raise" else "RejectedUpdate"}
+    again = federate(*MESSAGES, "engine.raise_fraction=0.3", output="again")
+    assert {(r["round"], r["client"]) for r in again.clients if "failure" in r} == failed
+
+
+def test_a_client_can_fail_between_its_forward_pass_and_its_gradient(federate):
+    """It loses that gradient, and its activations have trained the server; one that fails at once
+    is out."""
+    plain = federate(*MESSAGES, "rounds=1", output="plain")
+    chosen = plain.clients[0]["client"]
+    words = [*MESSAGES, "rounds=1", f"engine.deadly=[{chosen}]", "engine.deadly_way=system_exit"]
+    early, late = (
+        federate(*words, f"engine.deadly_at={at}", output=at) for at in ("forward", "backward")
+    )
+    assert f"client {chosen} loses step 0: SystemExit: 9" in early.said
+    assert [r["client"] for r in early.clients if "failure" in r] == [chosen]
+    assert f"client {chosen} loses step 1" in late.said
+    assert {r["client"]: r["dropped_steps"] for r in late.clients}[chosen] == 1
+    assert len({plain.hash, late.hash, early.hash}) == 3
+
+
+def test_faults_that_no_worker_could_have_are_refused(federate):
+    with pytest.raises(ConfigError, match=r"strategy\.transport=local.*transport=messages"):
+        federate(*SPLIT, "engine=faulty", "engine.raise_fraction=0.3")

@@ -18,7 +18,7 @@ from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.sequential import Sequential
 from fedlora.models import ragged, two_parts
 from fedlora.models.classifier import Classifier
-from fedlora.models.head import head_parameters
+from fedlora.models.head import head_parameters, output_parameters
 from fedlora.models.headed import WithHead
 from fedlora.models.last_block import LastBlock
 from fedlora.models.two_parts import RaggedClassifier
@@ -203,6 +203,42 @@ def test_a_proximal_term_with_a_head_is_that_of_the_sequential_engine(travels, m
     for k, update in wanted.items():
         assert_equal(found[k], update)
         assert distance(found[k].payload, update.payload) <= 1e-12
+
+
+@pytest.mark.parametrize("spec", [Sequential(), fused()], ids=["sequential", "fused"])
+@pytest.mark.parametrize("family", ["bert", "modernbert_mean", "gpt2"])
+def test_permuted_labels_train_the_same_factors_and_permuted_heads(family, spec):
+    """With the head permuted alike; of clients that lack a class too."""
+    order = torch.tensor([3, 0, 4, 1, 2])  # class j of the permuted run is class order[j]
+    on, place = resident(family), {int(label): j for j, label in enumerate(order)}
+    last = set(output_parameters(on.network))
+    examples_of = held() | {0: [e for e in held()[0] if e.label != 2]}
+
+    def run(permute):
+        tasks, store = headed_jobs(on), examples_of
+        if permute:
+            store = {
+                k: [dataclasses.replace(e, label=place[e.label]) for e in rows]
+                for k, rows in examples_of.items()
+            }
+            tasks = [
+                dataclasses.replace(j, start=j.start.with_head(moved(j.start.head())))
+                for j in tasks
+                if j.start.head()
+            ]
+        done = by_client(spec.open(on, FakeStore(store)).train(tasks))
+        return {k: u for k, u in done.items() if u.payload.head()}
+
+    def moved(head):
+        return {n: t[order] if n in last else t for n, t in head.items()}
+
+    wanted, found = run(permute=False), run(permute=True)
+    assert found.keys() == wanted.keys()
+    for k, update in wanted.items():
+        assert distance(found[k].payload.update, update.payload.update) < 1e-12
+        for n, t in moved(update.payload.head()).items():
+            torch.testing.assert_close(found[k].payload.head()[n], t, rtol=0, atol=1e-12)
+        assert found[k].metrics["loss"] == pytest.approx(update.metrics["loss"], rel=1e-12)
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])

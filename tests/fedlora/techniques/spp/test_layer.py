@@ -156,6 +156,24 @@ def test_the_branch_is_computed_in_the_factors_type(name):
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("rows", [3, 7, 25])
+def test_an_input_of_another_size_has_the_bits_over_and_over(rows):
+    """As DeBERTa's relative positions, which pass through adapted layers; values and gradients."""
+    base, alpha, beta, x = layer(5, 4, 2)  # x: [10, 4]
+    update = BlockScaled(alpha, beta, 0.7, 0.4, base, dtype=torch.float64)
+    update.bits = dropout_bits(rows, [4], 1, x.device)[0]
+    kept = dropout(torch.ones_like(x), 0.4, update.bits.flatten().repeat(4)[: x.numel()])
+    outcomes = []
+    for ours in (True, False):
+        here, a, b = (t.clone().requires_grad_() for t in (x, alpha, beta))
+        y = update(here, base) if ours else materialised(here, base, a, b, 0.7, kept)
+        y.tanh().sum().backward()
+        (a, b) = update.parameters() if ours else (a, b)
+        outcomes.append((y.detach(), here.grad, a.grad, b.grad))
+    for got, want in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_of_everything_leaves_the_base():
     """The one mask that a rate of one does not drop has no say either."""
     base, alpha, beta, x = layer(5, 4, 2)
