@@ -23,6 +23,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.data.store import TokenStore
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run import checkpoint
@@ -86,6 +87,8 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    store: TokenStore | None = None
+    """What clients hold: what they say of it is compared with it; None: it is not known."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
