@@ -19,6 +19,12 @@ CHANGE = ["strategy=heterolora", "strategy.average=change", "strategy.prune=fals
 OPTIONS = [
     ["strategy=fedavg", "strategy.weights=uniform"],
     ["strategy=fedavg", "strategy/server_optimizer=fedavgm"],
+    ["strategy=fedavg", "strategy.heterogeneous=covered", "strategy.weights=uniform"],
+    ["strategy=rbla", "strategy/server_optimizer=fedavgm"],
+    ["strategy=fedrot", "strategy.align_strength=0.5"],
+    ["strategy=rbla", "strategy.align=rotate"],
+    ["strategy=fedit", "strategy.correct=ridge"],
+    ["strategy=fedrot", "strategy.correct=ridge", "strategy/server_optimizer=fedavgm"],
     ["strategy=flexlora", "strategy/server_optimizer=fedavgm"],
     ["strategy=flexlora", "strategy.weights=uniform"],
     ["strategy=flexlora", "strategy.weighting=covered"],
@@ -47,6 +53,7 @@ OPTIONS = [
     ["strategy=splitlora", "strategy.tail=3"],
     ["strategy=splitlora", "strategy.rule.update=per_client"],
     ["strategy=splitlora", "strategy@strategy.aggregator=flexlora"],
+    ["strategy=splitlora", "strategy@strategy.aggregator=rbla"],
     [
         "strategy=splitlora",
         "strategy@strategy.aggregator=heterolora",
@@ -58,6 +65,7 @@ OPTIONS = [
     ["strategy=slora", "strategy.sparse_average=coverage"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedit"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=heterolora"],
+    ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=rbla"],
     ["strategy=spp", "strategy.merge_every=2"],
     ["strategy=spp", "strategy.mode=beta_only", "strategy.merge_every=1"],
     ["strategy=spp", "strategy.mode=stack"],

@@ -293,6 +293,7 @@ def weight_twice(
 
 
 PERSONAL = FedSA()
+COVERED, TURNED = FedIT(heterogeneous="covered"), FedIT(align="rotate")
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
@@ -318,6 +319,13 @@ FAULTS = [
         (s, "aggregate", never_loaded)
         for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED)
     ],
+    *[(s, "aggregate", first_counted_twice) for s in (COVERED, TURNED)],
+    *[(s, "aggregate", unweighted_mean) for s in (COVERED, TURNED)],
+    *[(s, "aggregate", scale_dropped_on_arrival) for s in (COVERED, TURNED)],
+    *[(s, "client_start", scale_dropped_on_redistribution) for s in (COVERED,)],
+    *[(s, "client_start", start_depends_on_the_client) for s in (COVERED, TURNED)],
+    *[(s, "enlist", ranks_not_applied) for s in (COVERED,)],
+    (TURNED, "absorb", weight_twice),
     (PERSONAL, "aggregate", first_counted_twice),
     (PERSONAL, "aggregate", unweighted_mean),
     (PERSONAL, "aggregate", never_loaded),
