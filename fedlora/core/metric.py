@@ -8,7 +8,8 @@ metric itself says how clients are combined, so that no caller has to know its n
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from numpy.typing import NDArray
@@ -23,6 +24,9 @@ DERIVED = ("_weighted", "_low", "_high", "_worst_tenth", "_std", "_p10", "_p90")
 """Endings of the names that a summary gives (`fedlora.evaluation.summary`)."""
 TIER = "tier/"
 """What it begins the names of one tier's metrics with."""
+TRAINED, UNTRAINED = "trained/", "untrained/"
+"""What it begins the names of metrics with of clients that keep a model of their own, and of those
+that have never trained."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +119,37 @@ class Outputs:
         return sum(len(loss) - at for loss, at in zip(self.nll, self.response_at, strict=True))
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a client is evaluated on, as the server knows it."""
+
+    examples: int
+    tokens_full: int
+    """All tokens after BOS; of a classifier, one label an example."""
+    tokens_response: int
+    """Those of them that belong to responses."""
+    classes: int = 0
+    """How many there are in the data; 0: it has no labels."""
+    labels: Mapping[int, int] = field(default_factory=dict)
+    """Class -> examples, without those that have none."""
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the server holds a metric to when a client sends it."""
+
+    over: str = "examples"
+    """Which number of `Held` is its weight; where that is 0, the metric is left out."""
+    highest: float = math.inf
+    """The largest value that it can have; the smallest is 0."""
+
+
 class Scorer(ABC):
     """One entry of ``evaluate.plan.metrics``: a frozen dataclass, found by its ``_target_``."""
+
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType({})
+    """What is known of every metric that it gives. Empty: nothing is; such metrics may be over at
+    most as many examples or tokens as the client holds, and are trusted otherwise."""
 
     needs_texts: ClassVar[bool] = False
     """Whether it reads ``outputs.generated``; such a scorer is left out without generation."""
@@ -127,3 +160,22 @@ class Scorer(ABC):
     @abstractmethod
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         """Metrics by name, of one client. What cannot be measured on it is left out."""
+
+    def contradiction(self, metrics: Mapping[str, Metric], held: Held) -> str:
+        """What is wrong with a client's metrics by what the server knows; empty: nothing.
+
+        Args:
+            metrics: all that the client sent, by name.
+            held: what it is evaluated on.
+        """
+        for name, due in self.dues.items():
+            weight, found = getattr(held, due.over), metrics.get(name)
+            if (found is None) != (weight == 0):
+                return f"its metric {name} is {'missing' if weight else 'of nothing'}"
+            if found is None:
+                continue
+            if found.weight != weight:
+                return f"its metric {name} is over {found.weight:g} {due.over}, it has {weight}"
+            if math.isfinite(found.value) and not 0 <= found.value <= due.highest:
+                return f"its metric {name} is {found.value!r}, expected 0 to {due.highest:g}"
+        return ""

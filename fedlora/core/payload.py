@@ -151,6 +151,11 @@ class Payload(ABC):
         network's parameters; None: the model's own stays as it is."""
         return None
 
+    @property
+    def travels(self) -> bool:
+        """Whether a real client sends and receives its `head`; false: it keeps its own."""
+        return True
+
     def with_head(self, head: Mapping[str, Tensor]) -> "Payload":
         """The same with another head."""
         raise TypeError(f"{self.noun} has no head")

@@ -45,12 +45,18 @@ class TrainedLayer:
 
 @dataclass(frozen=True, eq=False)
 class TrainedState:
-    """What one client trains, as tensors that follow the training."""
+    """What one client trains of the federated model, as tensors that follow the training.
+
+    A head that a client keeps (``model.head=local``) is no part of it: it starts where this client
+    left it, not where the others are.
+    """
 
     buffers: Sequence[TrainedBuffer]
     """All trained scalars, each once."""
     layers: Sequence[TrainedLayer]
     """The same by layer; empty where what is trained is not a pair of low-rank factors."""
+    rest: Sequence[TrainedBuffer] = ()
+    """Those that belong to no layer: an averaged head. Views of the same numbers."""
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class TokenStore:
         held = self._sums(np.ones_like(tokens)).tolist()
         lengths = self._sums(tokens).tolist()
         predicting = self._sums((tokens > 1) | bool(self.labels))[:, 0].tolist()
-        responding = self._sums(self._answer_tokens() > 0)[:, 0].tolist()
+        responding = self._sums(self._answers > 0)[:, 0].tolist()
         rows = zip(self._meta["clients"], held, lengths, predicting, responding, strict=True)
         return tuple(
             ClientInfo(k, category, name, n[0], n[1], n[2], t[0], t[1], t[2], full, response)
@@ -284,6 +284,20 @@ class TokenStore:
         found = [self._example(row) for row in range(*self._rows(client, split))]
         return found if self._attach is None else self._attach(client, split, found)
 
+    def sizes(self, client: int, split: str) -> NDArray[np.int64]:
+        """``[examples, 3]``: of each example of a client's split its tokens, those of them before
+        the last answer, and its label (-1: none). Reads no text."""
+        return np.array(self._index[slice(*self._rows(client, split))][:, [1, 2, 6]])
+
+    def supervised(self, client: int, split: str, loss: str) -> NDArray[np.int64]:
+        """``[examples]``: how many tokens of each have a loss
+        (`fedlora.data.batches.supervised_tokens`)."""
+        place = slice(*self._rows(client, split))
+        if loss == "response":
+            return self._answers[place]
+        tokens = np.array(self._index[place, 1])
+        return np.ones_like(tokens) if self.labels else np.maximum(0, tokens - 1)
+
     def references(self, client: int, split: str) -> list[str]:
         """The whole response texts of a client's split, uncut, for ROUGE."""
         rows = self._index[slice(*self._rows(client, split)), 3:5].tolist()
@@ -310,7 +324,8 @@ class TokenStore:
         flags = None if self._responses is None else np.array(self._responses[place])
         return Example(self._tokens[place].astype(np.int32), prompt_tokens, flags, label)
 
-    def _answer_tokens(self) -> NDArray[np.int64]:
+    @cached_property
+    def _answers(self) -> NDArray[np.int64]:
         """``[examples]``: how many tokens of each belong to answers, its first one apart
         (`fedlora.data.batches.supervised_tokens`); with labels one answer, the label."""
         if self.labels:
@@ -324,7 +339,7 @@ class TokenStore:
     def statistics(self) -> dict[str, Any]:
         """Counts and fractions (in [0, 1]) of the whole store."""
         tokens, flags = (self._index[:, c] for c in (1, 5))
-        answers = self._answer_tokens()
+        answers = self._answers
         empty = (flags & EMPTY_OUTPUT) > 0
         held = np.diff(self._bounds).reshape(-1, len(SPLITS))
         owner = np.repeat(np.arange(self.num_clients), held.sum(axis=1))

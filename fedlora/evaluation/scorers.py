@@ -18,12 +18,23 @@ predictable the instructions are; it is never called ROUGE-L here.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 
 from fedlora.core.confusion import confusion
-from fedlora.core.metric import EXP_MEAN, HIGHEST, LOWEST, Metric, Outputs, Scorer, macro_f1
+from fedlora.core.metric import (
+    EXP_MEAN,
+    HIGHEST,
+    LOWEST,
+    Due,
+    Held,
+    Metric,
+    Outputs,
+    Scorer,
+    macro_f1,
+)
 from fedlora.core.types import EvaluatePlan
 from fedlora.evaluation.rouge import exact_match, rouge_l
 
@@ -34,6 +45,15 @@ class Likelihood(Scorer):
 
     A metric of response tokens is left out where no response is left after truncation.
     """
+
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
+        {
+            "loss_full": Due("tokens_full"),
+            "loss_response": Due("tokens_response"),
+            "perplexity": Due("tokens_response"),
+            "accuracy": Due("tokens_response", highest=1),
+        }
+    )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         full = response = 0.0
@@ -59,6 +79,9 @@ class Rouge(Scorer):
     """ROUGE-L F1 of the generated texts, in ``[0, 1]``; its Unicode variant beside it."""
 
     needs_texts: ClassVar[bool] = True
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
+        {"rouge_l": Due(highest=1), "rouge_l_unicode": Due(highest=1)}
+    )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         plain = texts_mean(outputs, rouge_l)
@@ -74,6 +97,7 @@ class ExactMatch(Scorer):
     """Fraction of generated texts that equal the reference but for white space at their ends."""
 
     needs_texts: ClassVar[bool] = True
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType({"exact_match": Due(highest=1)})
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         return {"exact_match": Metric(texts_mean(outputs, exact_match), outputs.examples)}
@@ -85,6 +109,8 @@ class TeacherForcedRouge(Scorer):
 
     It measures how predictable the prompt is, not generation: see docs/fidelity.md.
     """
+
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType({"rouge_l_teacher_forced": Due(highest=1)})
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         decode = outputs.decode
@@ -105,6 +131,9 @@ class Classification(Scorer):
     """
 
     reads_labels: ClassVar[bool] = True
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
+        {"loss": Due(), "accuracy": Due(highest=1), "macro_f1": Due(highest=1)}
+    )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         true = [int(label[0]) for label in outputs.tokens]
@@ -115,6 +144,25 @@ class Classification(Scorer):
             "accuracy": Metric(table.accuracy, n, interval=True, worst=LOWEST),
             "macro_f1": macro_f1(table),
         }
+
+    def contradiction(self, metrics: Mapping[str, Metric], held: Held) -> str:
+        """As every scorer's; the counts must also be of the client's labels, and give its accuracy
+        and macro F1."""
+        wrong = super().contradiction(metrics, held)
+        table = None if wrong else metrics["macro_f1"].counts
+        if table is None:
+            return wrong or "its metric macro_f1 has no counts"
+        if table.classes != held.classes:
+            return f"its counts are of {table.classes} classes, the data has {held.classes}"
+        counted = {row.label: row.true for row in table.by_class}
+        for label in sorted(counted.keys() | held.labels.keys()):
+            said, has = counted.get(label, 0), held.labels.get(label, 0)
+            if said != has:
+                return f"its counts have {said} examples of class {label}, it has {has}"
+        accuracy = metrics["accuracy"].value
+        if accuracy != table.accuracy:
+            return f"its metric accuracy is {accuracy!r}, its counts give {table.accuracy!r}"
+        return ""
 
 
 DEFAULT: tuple[Scorer, ...] = (Likelihood(), Rouge(), ExactMatch(), Classification())

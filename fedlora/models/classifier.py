@@ -42,6 +42,7 @@ class Classifier(LanguageModel):
         if network.dtype != self.dtype:
             self._widen_head()
         self._own_head = head_parameters(network)
+        self._travels = True
 
     def _widen_head(self) -> None:
         """Hold the head in the type of mounted parameters, and cast what goes into its layers."""
@@ -110,11 +111,16 @@ class Classifier(LanguageModel):
             brought = own if head is None else nn.Parameter(self._copied(head[name]))
             path, _, leaf = name.rpartition(".")
             setattr(self.network.get_submodule(path), leaf, brought)
+        self._travels = payload is None or payload.travels
         return [*parameters, *self._trained_head(head)]
 
     def _trained_head(self, head: Mapping[str, Tensor] | None) -> list[nn.Parameter]:
         """What trains of the head: all of one that was brought, nothing of the model's own."""
         return [] if head is None else list(self._head().values())
+
+    def own_parameters(self) -> list[nn.Parameter]:
+        """The head, if it is the client's own."""
+        return [] if self._travels else list(self._head().values())
 
     def _head(self) -> dict[str, nn.Parameter]:
         """The parameters of the head that is mounted."""

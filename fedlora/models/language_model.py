@@ -188,6 +188,11 @@ class LanguageModel:
         both = [update.parameters() for update in self.mounted().values()]
         return [own for own in both if own]
 
+    def own_parameters(self) -> list[nn.Parameter]:
+        """What trains and stays with the client, no part of the federated model: of a language
+        model, nothing."""
+        return []
+
     def moved(self, base: MovedBase) -> dict[str, Tensor]:
         """The weights of a base that has moved, ``W + shift``, in the type of mounted parameters.
 

@@ -1,7 +1,8 @@
 """One evaluation of the global model: its clients, its adapters and its record."""
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedlora.algebra.state import Kept, State
@@ -9,12 +10,10 @@ from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
+from fedlora.server.claims import REJECTED, not_numbers
 from fedlora.server.method import Method
 from fedlora.server.training_round import Shared, same_payload, variant_key
 from fedlora.server.validation import check_evaluation
-
-REJECTED = "RejectedEvaluation"
-"""The kind of a failure whose metrics were refused."""
 
 
 def evaluation_jobs(
@@ -102,20 +101,28 @@ def validate_evaluations(found: Iterable[Evaluation | Failure]) -> list[Evaluati
     """The results, with a failure in the place of each evaluation whose metrics cannot be combined
     with those of the others.
 
-    How a metric is combined over clients is what most clients say of it.
+    How a metric is combined over clients is what most clients say of it. A value that is no finite
+    number is the model's fault if most clients send one, and is left out of means; else it is the
+    client's.
     """
-    results = [_checked(r) for r in found]
+    results = [_rejected(r, check_evaluation) for r in found]
     said = defaultdict[str, Counter[Combination]](Counter)
+    finite = defaultdict[str, Counter[bool]](Counter)
     for result in results:
         if isinstance(result, Evaluation):
             for name, m in result.metrics.items():
                 said[name][combination(m)] += 1
+                finite[name][math.isfinite(m.value)] += 1
     agreed = {name: kinds.most_common(1)[0][0] for name, kinds in said.items()}
-    return [_agreeing(r, agreed) for r in results]
+    diverged = frozenset(name for name, seen in finite.items() if seen[False] > seen[True])
+    results = [_agreeing(r, agreed) for r in results]
+    return [_rejected(r, lambda e: not_numbers(e.metrics, diverged)) for r in results]
 
 
-def _checked(result: Evaluation | Failure) -> Evaluation | Failure:
-    wrong = check_evaluation(result) if isinstance(result, Evaluation) else ""
+def _rejected(
+    result: Evaluation | Failure, wrong_with: Callable[[Evaluation], str]
+) -> Evaluation | Failure:
+    wrong = wrong_with(result) if isinstance(result, Evaluation) else ""
     return Failure(result.client, REJECTED, wrong) if wrong else result
 
 
@@ -154,7 +161,12 @@ def _said(how: Combination) -> str:
 
 
 def evaluation_record(
-    tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
+    tag: str,
+    found: Sequence[Evaluation | Failure],
+    *,
+    round: int,
+    seconds: float,
+    trained: Collection[int] = (),
 ) -> dict[str, float | int | str]:
     """The record of one group and adapter; failed clients are only counted.
 
@@ -163,11 +175,13 @@ def evaluation_record(
         found: one result per client, in any order.
         round: after which it is.
         seconds: since the evaluation began.
+        trained: ids of the clients that keep a model of their own, which they use for ``own``.
     """
     group, _, adapter = tag.partition(":")
+    known = trained if adapter == "own" else ()
     good = sorted((r for r in found if isinstance(r, Evaluation)), key=lambda r: r.client.id)
     return {
-        **(summarise(good) if good else {"clients": 0.0}),
+        **(summarise(good, trained=known) if good else {"clients": 0.0}),
         "kind": "evaluate",
         "round": round,
         "group": group,

@@ -25,6 +25,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.server.claims import checked
 from fedlora.server.delivery import Delivery, Parcel, Phase
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
@@ -147,7 +148,9 @@ class FederatedRun:
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
-            found[i] += _read(reply, jobs, wire, nonce)
+            asked = {job.client.id: job for job in jobs}
+            read = _read(reply, jobs, wire, nonce)
+            found[i] += [checked(asked[r.client.id], r, self.session.store) for r in read]
         return found
 
     def _parts(self, jobs: Sequence[Job], phase: Phase) -> list[list[Job]]:

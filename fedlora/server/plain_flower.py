@@ -11,7 +11,8 @@ the arrays are named as PEFT names them, so that a client's ``get_peft_model_sta
 A client trains at whatever rank it can hold, up to that of the initial arrays. Until it has
 answered once it is sent the largest; from then on it is sent the rank of its last answer. The nodes
 of the first round are the clients of the run. How many examples a node holds is known from its
-answers alone, so its weight is what it claims.
+answers alone: its first one, in training and in evaluation, binds it for the run, and a later
+answer that counts others is refused.
 `fedlora.server.flower.FederatedRun` is the other driver of the same hooks: there a node is a slot
 that serves many virtual clients.
 """
@@ -123,7 +124,7 @@ class PlainFlower(Strategy):
         max_update_norm: bound on the change of the effective weights, Frobenius; 0: none.
         norm_factor: medians of a round's changes up to which an answer is averaged
             (`fedlora.server.norm_bound`; how many steps a node takes is not known); 0: any.
-        max_examples: up to which a node's claim to examples counts; 0: as it claims.
+        max_examples: up to which a node's claim to examples counts; 0: as it claims at first.
     """
 
     def __init__(
@@ -147,6 +148,8 @@ class PlainFlower(Strategy):
         self._clients: dict[int, Client] = {}
         """Clients by node id; client ids follow the order of the node ids."""
         self._asked: dict[int, _Asked] = {}
+        self._declared: dict[tuple[str, int], int] = {}
+        """Examples that a node has said it holds for a kind of message."""
 
     def summary(self) -> None:
         """One line for Flower's log."""
@@ -263,12 +266,14 @@ class PlainFlower(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Means over the examples that nodes say they hold."""
+        """Means over the examples that nodes have said they hold."""
         found: dict[int, tuple[dict[str, float], int]] = {}
         for reply in replies:
             node = reply.metadata.src_node_id
             try:
-                found.setdefault(node, _metrics(reply))
+                if node not in found:
+                    metrics, claimed = _metrics(reply)
+                    found[node] = metrics, self._weight(MessageType.EVALUATE, node, claimed)
             except Exception as error:  # as in training
                 why = one_line(error)
                 log.warning("round %d: evaluation of node %d: %s", server_round, node, why)
@@ -283,6 +288,12 @@ class PlainFlower(Strategy):
             raise RunError(
                 f"train_config[{ALPHA!r}]={alpha!r} must be LoRA's alpha, a number > 0: pass "
                 f"start(grid, initial_arrays, train_config=ConfigRecord({{{ALPHA!r}: 16.0}}))"
+            )
+        if self.method.private:
+            raise RunError(
+                f"{self.method.label} leaves {self.method.private.upper()} with each client, and "
+                "Flower's own clients keep nothing between rounds: use "
+                "fedlora.server.flower.FederatedRun, or a method with a global model, such as FedIT"
             )
         self._alpha = float(alpha)
         try:
@@ -336,7 +347,7 @@ class PlainFlower(Strategy):
             raise ValueError("it was not asked in this round")
         asked = self._asked[node]
         metrics, claimed = _metrics(reply)
-        examples = min(claimed, self.max_examples or claimed)
+        examples = self._weight(MessageType.TRAIN, node, claimed)
         found = from_arrays(_only(reply.content.array_records, "arrays"), self._alpha)
         factors = {p: found[p] for p in self._largest if p in found} | found  # in our order
         ranks = Ranks({path: f.rank for path, f in factors.items()})
@@ -347,6 +358,20 @@ class PlainFlower(Strategy):
         # A claim to many examples cannot be checked, so it gives no room for a larger change.
         unknown = replace(expected.client, num_examples=1)
         return move(update, replace(expected, client=unknown))
+
+    def _weight(self, kind: str, node: int, claimed: int) -> int:
+        """The examples that an answer counts for.
+
+        Raises:
+            ValueError: if the node has said that it holds another number.
+        """
+        declared = self._declared.setdefault((kind, node), claimed)
+        if claimed != declared:
+            raise ValueError(
+                f"metrics[{EXAMPLES!r}]={claimed}, and its first answer said {declared}: the "
+                "number of examples of a node is fixed for the run"
+            )
+        return min(claimed, self.max_examples or claimed)
 
     def _expected(self, asked: _Asked, client: Client) -> Expected:
         """What an answer is held against: a start of its own rank, where ranks may differ.

@@ -23,6 +23,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.data.store import TokenStore
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run import checkpoint
@@ -86,6 +87,8 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    store: TokenStore | None = None
+    """What clients hold: what they say of it is compared with it; None: it is not known."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -339,6 +342,7 @@ class Session:
         self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]
     ) -> None:
         """Summarise tagged results: one record per tag, ``<group>:<adapter>``."""
+        trained = self.client_store.clients()
         for tag, arrived in results.items():
             found = validate_evaluations(arrived)
             failed = [r for r in found if isinstance(r, Failure)]
@@ -350,7 +354,7 @@ class Session:
                 group = tag.partition(":")[0]
                 self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
             seconds = time.monotonic() - self._evaluation_started
-            record = evaluation_record(tag, found, round=round, seconds=seconds)
+            record = evaluation_record(tag, found, round=round, seconds=seconds, trained=trained)
             self.tracker.evaluated(evaluation_rows(tag, found, round=round))
             self.tracker.round(record)
             self.emit(round_summary(record | {"rounds": self.rounds.rounds}))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.core.checks import is_real
 from fedlora.core.confusion import Confusion
 from fedlora.core.errors import RejectedUpdate
-from fedlora.core.metric import DERIVED, TIER, TOTAL, Metric
+from fedlora.core.metric import DERIVED, TIER, TOTAL, TRAINED, UNTRAINED, Metric
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.types import Client, Evaluation, Expected, Update
 
@@ -106,10 +106,14 @@ def check_evaluation(evaluation: Evaluation) -> str:
 def _wrong_metric(name: str, metric: Metric) -> str:
     if name.endswith(DERIVED):
         return f"its metric {name} has an ending that summaries use ({', '.join(DERIVED)})"
-    if name.startswith(TIER):
-        return f"its metric {name} begins with {TIER}, as those of tiers do in summaries"
-    if metric.over_clients == TOTAL and not 0 <= metric.value <= LARGEST_METRIC:
-        return f"its metric {name} counts {metric.value!r}, expected 0 to {LARGEST_METRIC:g}"
+    for start in (TIER, TRAINED, UNTRAINED):
+        if name.startswith(start):
+            return f"its metric {name} begins with {start}, as those of groups do in summaries"
+    if metric.over_clients == TOTAL and not is_count(metric.value):
+        return (
+            f"its metric {name} counts {metric.value!r}, expected a whole number from 0 to "
+            f"{LARGEST_METRIC:g}"
+        )
     if not 0 <= metric.weight <= LARGEST_METRIC:
         return f"its metric {name} has weight {metric.weight!r}, expected 0 to {LARGEST_METRIC:g}"
     if math.isfinite(metric.value) and abs(metric.value) > LARGEST_METRIC:
@@ -124,6 +128,11 @@ def _wrong_counts(name: str, metric: Metric, counts: Confusion) -> str:
     if counts.macro_f1 != metric.value:
         return f"its metric {name} is {metric.value!r}, its counts give {counts.macro_f1!r}"
     return ""
+
+
+def is_count(value: float) -> bool:
+    """Whether it is a whole number that can be summed over any population."""
+    return 0 <= value <= LARGEST_METRIC and value == int(value)
 
 
 def not_finite(payload: Payload) -> str:
@@ -195,7 +204,7 @@ def _wrong_sender(update: Update, expected: Client) -> str:
         return f"it says it comes from client {update.client.id}"
     if not isinstance(n, int) or isinstance(n, bool):
         return f"it claims {n!r:.80} examples, which is no whole number"
-    if not 0 < n <= expected.num_examples:
+    if n != expected.num_examples:
         return f"it claims {n} examples, the client has {expected.num_examples}"
     return ""
 

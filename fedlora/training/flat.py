@@ -93,12 +93,24 @@ def trained_state(model: LanguageModel, flat: FlatParameters) -> TrainedState:
         TrainedBuffer(b.detach(), start, grad)
         for b, start, grad in zip(flat.buffers, flat.starts, flat.grads, strict=True)
     ]
-    starts, layers = flat.start_of(), []
+    starts, layers, factors = flat.start_of(), [], set[int]()
     for layer in model.layers.values():
         update: object = layer.update
         if isinstance(update, LowRankLayer) and {id(update.a), id(update.b)} & starts.keys():
             layers.append(_layer(update, starts))
-    return TrainedState(buffers, layers)
+            factors |= {id(update.a), id(update.b)}
+    own = {id(p) for p in model.own_parameters()}
+    shared = [p for p in flat.parameters if id(p) not in own]
+    if own:  # buffers hold what is not shared too
+        buffers = [_buffer(p, starts) for p in shared]
+    rest = [_buffer(p, starts) for p in shared if id(p) not in factors]
+    return TrainedState(buffers, layers, rest)
+
+
+def _buffer(p: nn.Parameter, starts: Mapping[int, Tensor]) -> TrainedBuffer:
+    """One parameter as part of its buffer, ``[n]``."""
+    assert p.grad is not None
+    return TrainedBuffer(p.detach().view(-1), starts[id(p)].reshape(-1), p.grad.view(-1))
 
 
 def _layer(update: LowRankLayer, starts: Mapping[int, Tensor]) -> TrainedLayer:

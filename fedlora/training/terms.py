@@ -3,10 +3,11 @@
 Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.core.checks import at_least, one_of
-from fedlora.core.terms import LocalTerm, TrainedLayer, TrainedState
+from fedlora.core.terms import LocalTerm, TrainedBuffer, TrainedLayer, TrainedState
 
 METRICS = ("factor", "product")
 
@@ -25,6 +26,9 @@ class FedProx(LocalTerm):
 
         dA = mu s² ((Bᵀ (B - B_0)) A + (Bᵀ B_0) (A - A_0))
         dB = mu s² ((B - B_0) (A Aᵀ) + B_0 ((A - A_0) Aᵀ))
+
+    The distance is that of what is federated. An averaged head ``h`` of a classifier adds
+    ``mu/2 ‖h - h_0‖²`` under both metrics, a head that the client keeps adds nothing.
 
     Under both metrics the first step of a round equals that of the plain loss.
     """
@@ -52,8 +56,7 @@ class FedProx(LocalTerm):
         if self.mu == 0:
             return
         if self.metric == "factor":
-            for buffer in state.buffers:
-                buffer.grad.add_(buffer.now - buffer.start, alpha=self.mu)
+            self._pull_scalars(state.buffers)
             return
         if not state.layers:
             raise ValueError(
@@ -62,6 +65,11 @@ class FedProx(LocalTerm):
             )
         for layer in state.layers:
             self._pull(layer)
+        self._pull_scalars(state.rest)
+
+    def _pull_scalars(self, buffers: Sequence[TrainedBuffer]) -> None:
+        for buffer in buffers:
+            buffer.grad.add_(buffer.now - buffer.start, alpha=self.mu)
 
     def _pull(self, layer: TrainedLayer) -> None:
         """Add the gradient of the product metric of one layer (see the class)."""

@@ -117,9 +117,10 @@ def new_session(
             messages_per_worker=parts.engine.messages_per_worker,
             folder=folder,
             tracker=Trackers([]),
-            config_hash=parts.hash(inputs.store.name, info.fingerprint),
+            config_hash=parts.hash(inputs.store.folder.name, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            store=inputs.store,
             emit=emit,
         )
     except ValueError as error:
@@ -136,7 +137,7 @@ def resume(session: Session, parts: Parts, inputs: RunInputs) -> None:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        data, model = inputs.store.name, inputs.info.fingerprint
+        data, model = inputs.store.folder.name, inputs.info.fingerprint
         differs = changed(session.folder, parts.resolved, data, model)
         raise RunError(f"{error}{differs}") from error
 

@@ -40,7 +40,7 @@ class RunInputs:
     """The model, the data, the clients and what a worker needs, before round 1."""
 
     info: ModelInfo
-    store: Path
+    store: TokenStore
     roster: Roster
     worker: WorkerSpec
     pruned: PrunedBase | None = None
@@ -90,7 +90,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     check_rounds(parts.federation, roster, emit)
     engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
     worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
-    return RunInputs(info, folder, roster, worker, pruned, data_notes(store))
+    return RunInputs(info, store, roster, worker, pruned, data_notes(store))
 
 
 def method_of(parts: Parts, inputs: RunInputs) -> Method:

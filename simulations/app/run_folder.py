@@ -67,7 +67,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     _write_json(folder / MODEL, model)
     write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {
-        "fingerprint": inputs.store.name,
+        "fingerprint": inputs.store.folder.name,
         "clients": len(roster.clients),
         "per_round": roster.per_round,
         "tiers": roster.tier_counts(),
@@ -75,7 +75,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
         "groups": {name: len(ids) for name, ids in roster.groups.items()},
     }
     _write_json(folder / "population.json", population)
-    store = TokenStore(inputs.store)
+    store = inputs.store
     if store.labels:
         write_file(folder / LABELS, json.dumps(label_record(store)) + "\n")
 

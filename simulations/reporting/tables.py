@@ -18,6 +18,8 @@ from simulations.cli import group_choices
 _GROUP = re.compile(r"^  - (\w+): (\w+) +# (.+)$", re.MULTILINE)
 FOLDERS = ("docs/results", "simulations/bench/results")
 GIB = 1024
+OF_METHODS = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth")
+"""What the comparison of methods shows, in fractions."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,34 @@ def classification(records: Records) -> str:
     return markdown(names, rows)
 
 
+def methods(records: Records) -> str:
+    """BANKING77 under every method, several seeds."""
+    return by_method(records["methods-intents_banking77"]["runs"])
+
+
+def by_method(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
+    """Runs by method and seed as ``simulations.bench.methods`` records them, the best accuracy
+    first; below the table why a method cannot run."""
+    all_of = {method: list(seeds.values()) for method, seeds in runs.items()}
+    ran = {m: found for m, found in all_of.items() if not any("refused" in r for r in found)}
+
+    def percent(method: str, metric: str) -> list[float]:
+        return [100 * r["metrics"][metric][-1] for r in ran[method]]
+
+    rows = []
+    for method in sorted(ran, key=lambda m: -statistics.mean(percent(m, "accuracy_weighted"))):
+        scores = [deviation(percent(method, metric)) for metric in OF_METHODS]
+        sent = [statistics.mean(r[way] for r in ran[method]) for way in ("up_bytes", "down_bytes")]
+        cpu = deviation([r["cpu_s"] for r in ran[method]], 0)
+        cost = [*(traffic(x / 2**20) for x in sent), cpu]
+        rows.append([code(method), str(len(ran[method])), *scores, *cost])
+    names = ["method", "seeds", "accuracy, %", "macro F1, %", "worst tenth, %", "sent up"]
+    lines = [markdown([*names, "sent down", "CPU s"], rows)]
+    refused = {m: found[0]["refused"] for m, found in all_of.items() if m not in ran}
+    lines += [f"- {code(method)} cannot run: {why}" for method, why in refused.items()]
+    return "\n".join(lines[:1] + [""] * bool(refused) + lines[1:])
+
+
 def _of(records: Records, metric: str) -> list[Mapping[str, Any]]:
     """The runs that measured this."""
     return [r for r in records["runs"]["rows"] if metric in r["last"]]
@@ -214,6 +244,7 @@ TABLES: dict[str, Table] = {
     "printed": printed,
     "learning": learning,
     "classification": classification,
+    "methods": methods,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,

@@ -256,6 +256,7 @@ NUMBERS: Mapping[str, Spoil] = {
 }
 CLAIMS: Mapping[str, Spoil] = {
     "1e9 examples": changed(num_examples=10**9),
+    "fewer examples than it holds": changed(num_examples=1),
     "-1 examples": changed(num_examples=-1),
     "1.5 examples": changed(num_examples=1.5),
     "true examples": changed(num_examples=True),
@@ -269,6 +270,8 @@ CLAIMS: Mapping[str, Spoil] = {
     "metric true": metrics(tokens=True),
     "metric null": metrics(loss=None),
     "metric list": metrics(loss=[1.0]),
+    "metric exchanged_up 1e9": metrics(exchanged_up=1e9),
+    "metric exchanged_down 1": metrics(exchanged_down=1.0),
     "metric exchanged_up 1e300": metrics(exchanged_up=1e300),
     "metric named round": metrics(round=99.0),
     "metric named client": metrics(client=float(NEIGHBOUR)),

@@ -40,6 +40,8 @@ OPTIONS = [
     [*CHANGE, "strategy.weights=examples", "strategy.scale=raw"],
     ["strategy=heterolora", "strategy.weights=uniform"],
     ["strategy=flexlora", "strategy.residual=carry", "strategy/server_optimizer=fedavgm"],
+    ["strategy=fedsa", "strategy.weighting=all"],
+    ["strategy=fedsa", "strategy.weights=uniform"],
     ["strategy=slora", "strategy.stage1_rounds=0"],
     ["strategy=splitlora", "strategy.cut=11"],
     ["strategy=splitlora", "strategy.tail=3"],

@@ -115,11 +115,10 @@ class Layout:
         >>> Layout.of(adapter(2), modules, {"bias": torch.zeros(5)}).trained(True, False)
         [slice(0, 6, None), slice(10, 15, None)]
         """
-        head = self.size - sum(map(math.prod, self.head.values()))
         sections = [
             (0, self.a_size, train_a),
-            (self.a_size, head, train_b),
-            (head, self.size, True),
+            (self.a_size, self.head_at, train_b),
+            (self.head_at, self.size, True),
         ]
         found: list[slice] = []
         for start, stop, wanted in sections:
@@ -128,6 +127,11 @@ class Layout:
                     start = found.pop().start
                 found.append(slice(start, stop))
         return found
+
+    @property
+    def head_at(self) -> int:
+        """Where the head begins in a row; its size, if there is none."""
+        return self.size - sum(map(math.prod, self.head.values()))
 
     def factors(self, row: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Views ``(A [r, d_in], B^T [r, d_out])`` of a row ``[size]``, by module path."""
@@ -143,7 +147,7 @@ class Layout:
     def heads(self, row: Tensor) -> dict[str, Tensor]:
         """Views of the head's parameters in a row ``[size]``, by name."""
         sizes = [math.prod(shape) for shape in self.head.values()]
-        stops = list(itertools.accumulate(sizes, initial=self.size - sum(sizes)))
+        stops = list(itertools.accumulate(sizes, initial=self.head_at))
         pairs = zip(self.head.items(), itertools.pairwise(stops), strict=True)
         return {name: row[start:stop].view(shape) for (name, shape), (start, stop) in pairs}
 

@@ -166,7 +166,15 @@ class Resident:
         """What the client trains, as views of its rows of the bank and of the common start."""
         # Rows as factors by module path: A [r, d_in] and B^T [r, d_out], hence the transposes.
         plan, layout, start = self.chain.job.plan, self.chain.layout, self.chain.start
-        buffers = [TrainedBuffer(self.row[s], start[s], self.grad[s]) for s in trained]
+        head, travels = slice(layout.head_at, layout.size), self.chain.job.start.travels
+        if not travels:  # a client's own head is not compared with the start
+            cut = [slice(s.start, min(s.stop, head.start)) for s in trained]
+            trained = [s for s in cut if s.start < s.stop]
+        rest = [head] if layout.head and travels else []
+        buffers, others = (
+            [TrainedBuffer(self.row[s], start[s], self.grad[s]) for s in sections]
+            for sections in (trained, rest)
+        )
         now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
         layers = [
             TrainedLayer(
@@ -181,7 +189,7 @@ class Resident:
             for path, part in zip(layout.paths, layout.parts, strict=True)
             if part is not None
         ]
-        return TrainedState(buffers, layers)
+        return TrainedState(buffers, layers, others)
 
     def lane(self, index: int) -> Lane:
         """The client's part of a batch that runs its forward pass ``index``."""

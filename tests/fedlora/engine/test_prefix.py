@@ -20,6 +20,8 @@ from fedlora.engine import prefix as prefixes
 from fedlora.engine.fused import Fused, batch
 from fedlora.engine.prefix import cache_key, why_not_prefix
 from fedlora.engine.sequential import Sequential
+from fedlora.models.head import head_parameters
+from fedlora.models.headed import WithHead
 from fedlora.models.prefix import Prefix
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -141,6 +143,45 @@ def test_a_round_of_a_classifier_is_that_without_states(name, engine, cache):
     assert_same(found, wanted)
     assert "the first 1 of 2 blocks computed once per example" in opened.notes()
     assert len(files(cache)) == 3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ENCODERS)
+def test_heads_that_train_are_those_without_states(name, engine):
+    """A client whose head is frozen, one with an averaged and one with a local head: training, then
+    evaluation of what came out."""
+    held = FakeStore({k: classifiers.examples(6, seed=k) for k in range(3)})
+    plan, measured = replace(PLAN, loss="full"), replace(MEASURED, generate=False)
+
+    def done(spec):
+        on = classifiers.wrap(classifiers.network(name), layers=[1])
+        starts = [adapter(on.info.modules, 2 + k, seed=k) for k in range(3)]
+        starts[1:] = [headed(on, start, k, travels=k == 0) for k, start in enumerate(starts[1:])]
+        updates, engine = results(spec, on, held, starts, plan)
+        jobs = [
+            EvaluateJob(1, 1, client(u.payload, k), u.payload, measured) for k, u in updates.items()
+        ]
+        found = {e.client.id: e for e in engine.evaluate(jobs)}
+        assert not any(isinstance(e, Failure) for e in found.values()), found
+        return starts, updates, {k: e.scalars for k, e in found.items()}, engine
+
+    starts, wanted, scalars, _ = done(ENGINES[engine])
+    _, found, again, opened = done(replace(ENGINES[engine], prefix="on"))
+    assert "the first 1 of 2 blocks computed once per example" in opened.notes()
+    assert_same(found, wanted)
+    for k in range(3):
+        assert again[k] == pytest.approx(scalars[k], abs=1e-12)
+    for k in (1, 2):
+        head = wanted[k].payload.head()
+        assert all(not torch.equal(t, head[n]) for n, t in starts[k].head().items())
+
+
+def headed(on, factors, seed, travels):
+    """Factors with a head of a client's own."""
+    g = torch.Generator().manual_seed(seed)
+    own = head_parameters(on.network)
+    noise = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in own.items()}
+    return WithHead(factors, {n: p.detach() + 0.1 * noise[n] for n, p in own.items()}, travels)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -33,6 +33,7 @@ def cohort(**more: Metric):
 FORGED = {
     "a NaN count": {"examples": Metric(math.nan, over_clients=TOTAL)},
     "an infinite count": {"examples": Metric(math.inf, over_clients=TOTAL)},
+    "half an example": {"examples": Metric(4.5, over_clients=TOTAL)},
     "a negative count": {"examples": Metric(-1.0, over_clients=TOTAL)},
     "a huge value": {"loss_full": Metric(1e300, 40.0)},
     "a NaN weight": {"loss_full": Metric(2.0, math.nan)},
@@ -79,11 +80,21 @@ def test_the_record_is_that_without_the_client(kind):
     assert records[0]["macro_f1_weighted"] == TABLE.macro_f1
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_mean_that_is_no_number_is_its_clients_fault_alone(value):
+    found = validate_evaluations(cohort(loss_full=Metric(value, 40.0)))
+    assert [isinstance(r, Failure) for r in found] == [i == BAD for i in range(4)]
+    assert "that of most clients is a finite number" in found[BAD].message
+
+
 def test_a_model_that_diverged_is_no_fault():
-    """Means that are no numbers are left out of a summary, as before."""
-    found = validate_evaluations(cohort(loss_full=Metric(math.nan, 40.0)))
+    """What is no number for most clients is left out of a summary; other metrics stay."""
+    metrics = {**METRICS, "loss_full": Metric(math.nan, 40.0)}
+    found = validate_evaluations([Evaluation(c, metrics) for c in CLIENTS[:3]] + cohort()[:1])
     assert not any(isinstance(r, Failure) for r in found)
-    assert evaluation_record("seen:full", found, round=1, seconds=0.0)["loss_full"] == 2.0
+    record = evaluation_record("seen:full", found, round=1, seconds=0.0)
+    assert record["loss_full"] == 2.0
+    assert record["accuracy"] == 0.6
 
 
 def test_a_table_of_many_counts_is_refused(monkeypatch):

@@ -10,6 +10,7 @@ from fedlora.core.errors import RunError
 from fedlora.server.plain_flower import PlainFlower, from_arrays, to_arrays
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
+from strategies.fedsa import FedSA
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
@@ -187,6 +188,7 @@ def test_a_bad_answer_is_named_and_left_out(change, message, caplog):
     ("strategy", "arrays", "config", "message"),
     [
         (FlexLoRA(), adapter(2, 0), None, "lora_alpha"),
+        (FedSA(), adapter(2, 0), CONFIG, "FedSA leaves B with each client"),
         (FlexLoRA(), ArrayRecord({}), CONFIG, "initial_arrays"),
         (FlexLoRA(), ArrayRecord({"w": Array(np.ones(2))}), CONFIG, "is no LoRA factor"),
         (
@@ -207,3 +209,35 @@ def test_a_rank_above_the_initial_arrays_is_refused(caplog):
     grid = InProcessGrid(app_of([2, 4], {}), nodes=2)
     FlexLoRA().start(grid, adapter(3, 0, b=False), num_rounds=1, train_config=CONFIG)
     assert "rank 4, above the 3" in caplog.text
+
+
+def test_a_node_says_once_how_many_examples_it_holds(caplog):
+    """Weights are those of its first answers; a later answer that counts others is left out."""
+
+    def grown(i, content):
+        seen[i].append(None)
+        content["metrics"]["num-examples"] = 1 + i + 10**9 * (i == 1 and len(seen[i]) > 2)
+        return content
+
+    seen = {}
+    grid = InProcessGrid(app_of([2, 2], seen, grown), nodes=2)
+    result = FedIT().start(grid, adapter(2, 0, b=False), num_rounds=2, train_config=CONFIG)
+    assert "metrics['num-examples']=1000000002, and its first answer said 2" in caplog.text
+    alone = deltas(adapter(2, 100))
+    found = deltas(result.arrays)
+    assert all(torch.allclose(found[path].double(), alone[path], atol=1e-6) for path in PATHS)
+
+
+def test_an_evaluation_counts_what_its_node_said_at_first(caplog):
+    def reply(node, examples, loss):
+        metrics = MetricRecord({"num-examples": examples, "loss": loss})
+        message = Message(RecordDict({"metrics": metrics}), node, "evaluate")
+        message.metadata._src_node_id = node  # as if it had come from there
+        return message
+
+    strategy = PlainFlower(FedIT())
+    first = strategy.aggregate_evaluate(1, [reply(1, 10, 1.0), reply(2, 30, 2.0)])
+    assert first["loss"] == pytest.approx((10 * 1 + 30 * 2) / 40)
+    second = strategy.aggregate_evaluate(2, [reply(1, 10**9, 9.0), reply(2, 30, 2.0)])
+    assert second["loss"] == pytest.approx(2.0)
+    assert "its first answer said 10" in caplog.text

@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise
 from fedlora.core.terms import LocalTerm, TrainedLayer, TrainedState
 from fedlora.core.types import Adapter, Factors, LocalPlan
+from fedlora.models.head import head_parameters
+from fedlora.models.headed import WithHead
 from fedlora.models.language_model import LanguageModel
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -17,6 +20,8 @@ from fedlora.training.loop import Trace, optimise
 from fedlora.training.terms import FedProx
 from fedlora.wire.codec import plan_from_json, plan_to_json
 from tests.fedlora.engine.world import SEED, distance, examples, model, start, vector
+from tests.fedlora.models.classifiers import classifier
+from tests.fedlora.models.classifiers import examples as labelled_examples
 
 PLAN = LocalPlan(
     optimizer="sgd",
@@ -43,7 +48,7 @@ def train(plan: LocalPlan, factors: Adapter | SparseDelta) -> tuple[Adapter | Sp
 
 
 def moved_state(
-    on: LanguageModel, factors: Adapter, train_a: bool = True, train_b: bool = True
+    on: LanguageModel, factors: Payload, train_a: bool = True, train_b: bool = True
 ) -> TrainedState:
     """A client some way from its start, with gradients of its loss."""
     flat = FlatParameters(on.mount(factors, 0.0, train_a, train_b))
@@ -88,6 +93,56 @@ def test_the_gradient_is_that_of_the_penalty(metric: str, trains: tuple[bool, bo
                 torch.testing.assert_close(new - old, leaf.grad, rtol=1e-12, atol=1e-13)
     assert [x.grad_a is not None for x in state.layers] == [trains[0]] * len(state.layers)
     assert [x.grad_b is not None for x in state.layers] == [trains[1]] * len(state.layers)
+
+
+@pytest.mark.parametrize("trains", [(True, True), (False, True), (True, False)])
+@pytest.mark.parametrize("travels", [True, False])
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_head_is_pulled_to_its_start_if_it_is_federated(
+    metric: str, travels: bool, trains: tuple[bool, bool]
+) -> None:
+    """Against autograd: an averaged head under both metrics, a client's own under none."""
+    on, term = classifier("bert"), FedProx(0.3, metric)
+    head = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
+    state = moved_state(on, WithHead(start(on, mixed), head, travels), *trains)
+    live = {n: on.network.get_parameter(n).detach().clone().requires_grad_() for n in head}
+    squares = [(h - head[n]).square().sum() for n, h in live.items()]
+    (term.mu / 2 * torch.stack(squares).sum() * travels).backward()
+    before = {n: gradient(on, n).clone() for n in head}
+    factors = [g.clone() for x in state.layers for g in (x.grad_a, x.grad_b) if g is not None]
+    term.add_gradient(state)
+    for n, h in live.items():
+        assert h.grad is not None
+        torch.testing.assert_close(gradient(on, n) - before[n], h.grad, rtol=1e-12, atol=1e-13)
+        assert bool((gradient(on, n) != before[n]).any()) == travels
+    pulled = [g for x in state.layers for g in (x.grad_a, x.grad_b) if g is not None]
+    assert all(bool((g != old).any()) for g, old in zip(pulled, factors, strict=True))
+
+
+def gradient(on: LanguageModel, name: str) -> Tensor:
+    found = on.network.get_parameter(name).grad
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("travels", [True, False])
+@pytest.mark.parametrize("metric", METRICS)
+def test_no_weight_is_no_term_for_a_head(metric: str, travels: bool) -> None:
+    """Bit by bit, and a client's own head trains as without a term of the factors' start."""
+
+    def trained(term: LocalTerm | None) -> tuple[Payload | None, Trace]:
+        on = classifier("bert")
+        head = {n: p.detach().clone() for n, p in head_parameters(on.network).items()}
+        parameters = on.mount(WithHead(start(on, 2), head, travels))
+        held, plan = labelled_examples(7), replace(PLAN, term=term)
+        trace = optimise(on, parameters, held, plan, seed=SEED, round=1, client=0)
+        return on.payload(), trace
+
+    (none, traced), (zero, trace) = trained(None), trained(FedProx(0.0, metric))
+    assert none is not None
+    assert zero is not None
+    assert torch.equal(vector(none), vector(zero))
+    assert trace == traced
 
 
 def rescaled(x: TrainedLayer, c: float) -> TrainedLayer:

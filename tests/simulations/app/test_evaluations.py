@@ -3,12 +3,14 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedlora.core.confusion import Confusion, added
 from fedlora.data.store import TokenStore
+from fedlora.evaluation import metrics as evaluate
 from fedlora.run.tracking import JsonlTracker, read_jsonl
 
 EVALUATED = ("evaluate=fast", "evaluate.clients=3", "evaluate.groups=[seen]", "rounds=1")
@@ -85,3 +87,26 @@ def test_the_default_evaluation_follows_the_task(federate):
         assert not {"rouge_l", "exact_match", "perplexity", "truncated_prompts"} & record.keys()
     assert "accuracy" in done.said
     assert "token accuracy" not in done.said
+
+
+def test_an_evaluation_that_claims_more_weight_is_left_out(federate, monkeypatch):
+    """In a whole run: the client is counted as failed and named, the others are summarised."""
+    honest = evaluate.measure
+
+    def lying(*args, client, **more):
+        found = honest(*args, client=client, **more)
+        if client == liar:
+            found["accuracy"] = replace(found["accuracy"], value=1.0, weight=1e6)
+        return found
+
+    plain = federate(*EVALUATED, "evaluate.first=false", "engine=sequential", output="plain")
+    rows = read_jsonl(plain.folder / "evaluations.jsonl")
+    liar = rows[0]["client"]
+    monkeypatch.setattr(evaluate, "measure", lying)
+    done = federate(*EVALUATED, "evaluate.first=false", "engine=sequential", output="lying")
+    found = {r["client"]: r for r in read_jsonl(done.folder / "evaluations.jsonl")}
+    assert found[liar]["failure"] == "RejectedEvaluation"
+    assert "its metric accuracy is over 1e+06 tokens_response" in found[liar]["message"]
+    assert all(found[r["client"]] == r for r in rows if r["client"] != liar)
+    (record,) = [r for r in done.records if r["kind"] == "evaluate"]
+    assert (record["failed"], record["clients"]) == (1, 2)

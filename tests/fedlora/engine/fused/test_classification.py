@@ -188,6 +188,24 @@ def test_heads_train_as_in_the_sequential_engine(family, layout):
 
 
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("metric", ["factor", "product"])
+@pytest.mark.parametrize("travels", [True, False])
+def test_a_proximal_term_with_a_head_is_that_of_the_sequential_engine(travels, metric, layout):
+    plans = [dataclasses.replace(p, term=FedProx(2.0, metric)) for p in PLANS]
+    tasks = [
+        dataclasses.replace(j, start=dataclasses.replace(j.start, travels=travels))
+        if j.start.head()
+        else j
+        for j in headed_jobs(resident("bert"), plans)
+    ]
+    wanted = by_client(Sequential().open(resident("bert"), FakeStore(held())).train(tasks))
+    found = by_client(fused(layout=layout).open(resident("bert"), FakeStore(held())).train(tasks))
+    for k, update in wanted.items():
+        assert_equal(found[k], update)
+        assert distance(found[k].payload, update.payload) <= 1e-12
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert_mean", "llama"])
 def test_heads_are_evaluated_as_in_the_sequential_engine(family, layout):
     on, plan = resident(family), EvaluatePlan(generate=False, batch_size=4)

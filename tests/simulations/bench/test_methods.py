@@ -1,0 +1,76 @@
+"""The comparison of methods: what is kept of a run, what is run again, and its table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedlora.core.package import ROOT
+from simulations.bench import methods
+from simulations.bench.methods import BESIDE, CENTRALISED, Case, Record, row
+from simulations.reporting.tables import by_method
+
+ROUNDS = [
+    {"kind": "round", "wire/up_bytes": 3, "wire/down_bytes": 5, "state/hash": hashed}
+    for hashed in ("a", "b")
+]
+
+
+def evaluated(number: int, adapter: str, accuracy: float) -> dict[str, object]:
+    names = {"kind": "evaluate", "round": number, "group": "seen", "adapter": adapter}
+    return names | {"accuracy_weighted": accuracy, "macro_f1_weighted": 0.5, "ignored": 1.0}
+
+
+def test_the_first_adapter_of_the_first_group_and_all_bytes_are_kept():
+    found = row([*ROUNDS, *(evaluated(t, a, 0.1 * t) for t in (1, 2) for a in ("full", "own"))])
+    assert found["evaluated"] == {"group": "seen", "adapter": "full", "rounds": [1, 2]}
+    assert found["metrics"] == {"accuracy_weighted": [0.1, 0.2], "macro_f1_weighted": [0.5, 0.5]}
+    assert (found["up_bytes"], found["down_bytes"], found["state"]) == (6, 10, "b")
+
+
+def test_a_run_without_an_evaluation_is_no_result():
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        row(ROUNDS)
+
+
+def test_every_method_of_conf_is_compared():
+    assert {f.stem for f in (ROOT / "conf/strategy").glob("*.yaml")} < set(methods.methods())
+    assert set(BESIDE) < set(methods.methods())
+
+
+def test_the_bound_has_an_experiment_and_methods_share_the_seed():
+    assert Case("x", CENTRALISED, 3).words() == ["experiment=x_centralised", "seed=3"]
+    words = Case("x", "local", 3, ("rounds=1",)).words()
+    assert words == ["experiment=x", "strategy=local", *BESIDE["local"], "rounds=1", "seed=3"]
+
+
+def test_what_was_measured_with_the_same_words_is_not_run_again(tmp_path, monkeypatch):
+    def measured(case: Case) -> dict[str, object]:
+        return {"words": case.words(), "refused": "no"}
+
+    monkeypatch.setattr(methods, "measure", measured)
+    file = tmp_path / "record.json"
+    case = Case("x", "fedit", 0)
+    Record(file).add(case)
+    again = Record(Path(file))
+    assert again.has(case)
+    assert not again.has(Case("x", "fedit", 1))
+    assert not again.has(Case("x", "fedit", 0, ("rounds=1",)))
+    assert json.loads(file.read_text())["runs"]["fedit"]["0"]["refused"] == "no"
+
+
+def test_the_table_has_the_best_first_and_says_who_cannot_run():
+    def run(accuracy: float) -> dict[str, object]:
+        metrics = {key: [0.0, 0.25] for key in ("macro_f1_weighted", "accuracy_worst_tenth")}
+        metrics["accuracy_weighted"] = [0.9, accuracy]
+        return {"metrics": metrics, "up_bytes": 2**20, "down_bytes": 2**21, "cpu_s": 7.2}
+
+    runs = {
+        "a": {"0": run(0.1), "1": run(0.3)},
+        "b": {"0": run(0.4)},
+        "c": {"0": {"refused": "no"}},
+    }
+    lines = by_method(runs).splitlines()
+    assert lines[2] == "| `b` | 1 | 40.0 | 25.0 | 25.0 | 1 MiB | 2 MiB | 7 |"
+    assert lines[3].startswith("| `a` | 2 | 20.0 ± 14.1 | 25.0 ± 0.0 |")
+    assert lines[-1] == "- `c` cannot run: no"
