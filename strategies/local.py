@@ -23,7 +23,7 @@ INITIAL = "initial/"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Local(LoRAStrategy):
-    shares: ClassVar[bool] = False
+    private: ClassVar[str] = "ab"
 
     def init_state(self, setting: Setting) -> State:
         """The common initialisation at the largest ranks; no round changes it."""

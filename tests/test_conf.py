@@ -46,9 +46,11 @@ def test_experiment_builds(name):
     assert parts.federation.rounds >= 1
 
 
-def test_every_strategy_has_one_file_and_one_yaml():
+def test_every_strategy_has_one_file_and_its_presets():
     files = {p.stem for p in (ROOT / "strategies").glob("*.py")} - {"__init__", "base"}
-    assert files == {p.stem for p in (CONF / "strategy").glob("*.yaml")}
+    presets = [f"strategy={p.stem}" for p in (CONF / "strategy").glob("*.yaml")]
+    targets = [load([words, *NEEDED.get(words, [])]).strategy["_target_"] for words in presets]
+    assert files == {target.split(".")[1] for target in targets}
 
 
 def test_fedavg_brings_its_own_optimizer_and_the_command_line_wins():

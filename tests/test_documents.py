@@ -210,3 +210,10 @@ def test_a_finished_classification_is_a_row_of_its_own_table(tmp_path):
     shown = ALL["classification"](Records(tmp_path)).splitlines()
     assert shown[2:] == ["| x | `fedlora run` | 12.5 → 75.0 | 50.0 | 25.0 | 1 MiB | 1:02 |"]
     assert len(ALL["learning"](Records(tmp_path)).splitlines()) == 2
+
+
+def test_every_method_has_its_row_and_is_named_in_the_readme():
+    methods, readme = text_of("docs/methods.md"), text_of("README.md")
+    for name in sorted(p.stem for p in (ROOT / "conf" / "strategy").glob("*.yaml")):
+        assert f"\n| `{name}` |" in methods, f"docs/methods.md has no row for {name}"
+        assert f"`{name}`" in readme, f"README.md does not name {name}"

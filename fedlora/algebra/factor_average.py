@@ -1,17 +1,22 @@
-"""Averaging each LoRA factor by itself, at one rank for all clients: the core of FedAvg and FedIT.
+r"""Averaging each LoRA factor by itself: the core of FedAvg, FedIT and what mends their average.
 
     A ← Σ_k p_k A_k        B ← Σ_k p_k B_k
 
-Factors can only be averaged if their shapes agree, so in a population of unequal ranks every client
-trains the smallest one (the "bucket effect"). State: ``alpha``, the factors under ``global/`` and,
-under ``server/``, what the server optimizer remembers.
+Factors can only be averaged if their shapes agree. In a population of unequal ranks every client
+trains the smallest one (the "bucket effect"), or each rank index is averaged over the clients that
+have it (``covered``). The pair of the largest rank ``R`` is then the global one, and a client of
+rank ``r`` holds its first rows and columns, both times ``sqrt(r / R)``: the same products at the
+scale ``alpha / r``. State: ``alpha``, the factors under ``global/``, what the server optimizer
+remembers under ``server/``, and ``round`` if factors are aligned.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from fedlora.algebra.align import aligned
 from fedlora.algebra.init import initial_factors
 from fedlora.algebra.linalg import (
     at_rank,
@@ -21,10 +26,13 @@ from fedlora.algebra.linalg import (
     normalized_weights,
     svd,
 )
+from fedlora.algebra.owners import mean_change
+from fedlora.algebra.ridge import corrected
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
     Kept,
     State,
+    integers,
     order,
     pack,
     prefixed,
@@ -33,7 +41,7 @@ from fedlora.algebra.state import (
     unpack,
 )
 from fedlora.algebra.summand import Summands, dense, factor_changes
-from fedlora.core.checks import one_of
+from fedlora.core.checks import at_least, one_of
 from fedlora.core.payload import Payload
 from fedlora.core.types import Adapter, Client, Factors, Ranks, Setting, Update
 
@@ -47,73 +55,167 @@ class FactorAverage:
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
     heterogeneous: str = "smallest"
-    """Clients of unequal rank: all train the ``smallest``, or ``refuse``."""
+    """Clients of unequal rank: all train the ``smallest``; ``covered``: a rank index is averaged
+    over the clients that have it; or ``refuse``."""
+    align: str = "none"
+    """``rotate`` each client's pair towards what it was sent, before it is averaged
+    (`fedlora.algebra.align`), or ``none``."""
+    align_strength: float = 1.0
+    """``λ`` of ``align=rotate``, in [0, 1]."""
+    correct: str = "none"
+    """Move ``B`` towards the mean of products by ``ridge`` regression (`fedlora.algebra.ridge`), or
+    ``none``."""
+    ridge: float = 0.1
+    """``λ`` of ``correct=ridge`` as a multiple of ``tr(A Aᵀ) / r``, ``>= 0``."""
     server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
     """Acts on ``A`` and ``B``."""
 
     def __post_init__(self) -> None:
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
-        one_of("strategy.heterogeneous", self.heterogeneous, ("smallest", "refuse"))
+        one_of("strategy.heterogeneous", self.heterogeneous, ("smallest", "covered", "refuse"))
+        one_of("strategy.align", self.align, ("none", "rotate"))
+        one_of("strategy.correct", self.correct, ("none", "ridge"))
+        at_least("strategy.ridge", self.ridge, 0)
+        if not 0 <= self.align_strength <= 1:
+            raise ValueError(f"strategy.align_strength={self.align_strength!r} must lie in [0, 1]")
+        if self.correct == "ridge" and self.heterogeneous == "covered":
+            raise ValueError(
+                "strategy.correct=ridge moves B towards the mean over all clients, and "
+                "strategy.heterogeneous=covered averages over those that have a rank index: choose "
+                "strategy.heterogeneous=smallest, or strategy.correct=none"
+            )
 
     def init_state(self, setting: Setting) -> State:
-        return initial_state(setting, self.heterogeneous, self.server_optimizer)
+        """The common initialisation at the population's smallest rank per module, or the largest.
+
+        Raises:
+            ValueError: if clients hold unequal ranks and that was to be refused.
+        """
+        patterns = setting.rank_patterns
+        if self.heterogeneous == "refuse" and len(patterns) > 1:
+            held = "; ".join(p.text for p in patterns)
+            raise ValueError(
+                f"averaging factors needs one rank for all clients, these hold {held}: "
+                "choose ranks=homogeneous, strategy.heterogeneous=smallest or covered, or a method "
+                "for unequal ranks"
+            )
+        ranks = setting.max_ranks if self.heterogeneous == "covered" else setting.min_ranks
+        return self._state(initial_factors(setting, ranks), setting.alpha, round=0)
 
     def enlist(self, state: State, client: Client) -> Client:
-        return at_common_rank(state, client)
+        """The client at the rank that all clients train, or at its own."""
+        if self.heterogeneous == "covered":
+            return client
+        ranks = Ranks({path: state[f"{GLOBAL}{path}/a"].shape[0] for path in client.ranks})
+        return client if ranks == client.ranks else replace(client, ranks=ranks)
 
     def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
-        return factors(state)
+        found = factors(state)
+        if self.heterogeneous != "covered":
+            return found
+        return {path: first_of(found[path], r) for path, r in client.ranks.items()}
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        return next_state(state, updates, self.weights, self.server_optimizer)
+        """The weighted average of the updates' factors, passed through the server optimizer."""
+        p = normalized_weights(updates, self.weights)
+        sent = [self._aligned(state, u) for u in updates]
+        mean = {
+            path: self._mean(path, old, [s[path] for s in sent], p)
+            for path, old in factors(state).items()
+        }
+        return self._stepped(state, pack(mean))
 
     @property
     def needs_updates(self) -> str:
+        if self.heterogeneous == "covered":
+            return (
+                "strategy.heterogeneous=covered divides by the weights of the clients that have a "
+                "rank index; choose strategy.heterogeneous=smallest"
+            )
+        if self.correct == "ridge":
+            return "strategy.correct=ridge needs clients' products; choose strategy.correct=none"
         return ""
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         """The changes of ``A`` and ``B`` at the common rank."""
+        if self.needs_updates:
+            return None
         assert isinstance(start, Mapping)
         found: dict[str, Tensor] = {}
-        for path, f in update.adapter.items():
+        for path, f in self._aligned(state, update).items():
             found |= factor_changes(path, start[path], f)
         return found
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
-        return moved(state, total, weight, self.server_optimizer)
+        """The factors plus ``total / weight``, passed through the server optimizer."""
+        old = pack(factors(state))
+        return self._stepped(state, {k: t + dense(total[k]) / weight for k, t in old.items()})
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
-        return continued(state, delta, self.server_optimizer)
+        """The state whose update is ``T_r`` of the given dense update, at the rank that it has.
+
+        Directions beyond the rank of ``delta`` keep the rows of ``A`` that they have.
+        """
+        alpha = float(state["alpha"])
+        start = {
+            path: factors_of_rank(svd(delta[path]), f.rank, alpha, "b", f.a)
+            for path, f in factors(state).items()
+        }
+        return self._state(start, alpha, round=int(state.get("round", 0)))
 
     def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
-        return at_ranks(state, ranks)
+        """The global factors as they are, or at other ranks: the same update, or what clients of
+        unequal rank have of it."""
+        found = factors(state)
+        if ranks is None:
+            return found
+        cut = first_of if self.heterogeneous == "covered" else at_rank
+        return {path: cut(found[path], r) for path, r in ranks.items()}
 
+    def _aligned(self, state: State, update: Update) -> Adapter:
+        """What a client sent, turned towards what it started from: ``A`` after odd rounds, counted
+        from 0, and ``B`` after even ones."""
+        if self.align == "none":
+            return update.adapter
+        start = self.client_start(state, update.client)
+        by = "a" if int(state["round"]) % 2 else "b"
+        return {
+            path: aligned(f, start[path], by, self.align_strength)
+            for path, f in update.adapter.items()
+        }
 
-def initial_state(setting: Setting, heterogeneous: str, optimizer: ServerOptimizer) -> State:
-    """The common initialisation at the population's smallest rank per module.
+    def _mean(
+        self, path: str, old: Factors, sent: Sequence[Factors], p: Sequence[float]
+    ) -> Factors:
+        """One module's average."""
+        if self.heterogeneous == "covered":
+            return covered_average(old, sent, p)
+        mean = average(sent, p)
+        if mean.a.shape != old.a.shape:
+            raise ValueError(
+                f"{path}: clients sent rank {mean.rank}, the global rank is {old.rank}"
+            )
+        return corrected(mean, sent, p, self.ridge) if self.correct == "ridge" else mean
 
-    Args:
-        setting: the population and the modules.
-        heterogeneous: ``smallest``, or ``refuse`` to raise where clients differ.
-        optimizer: whose state is kept beside the factors.
+    def _stepped(self, state: State, mean: Mapping[str, Tensor]) -> State:
+        old = pack(factors(state))
+        new, memory = self.server_optimizer.step(old, mean, under(state, SERVER))
+        kept = {key: state[key] for key in ("alpha", f"{GLOBAL}order")}
+        if self.align == "rotate":
+            kept["round"] = state["round"] + 1
+        return kept | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
 
-    Raises:
-        ValueError: if clients hold unequal ranks and that was to be refused.
-    """
-    one_of("heterogeneous", heterogeneous, ("smallest", "refuse"))
-    patterns = setting.rank_patterns
-    if heterogeneous == "refuse" and len(patterns) > 1:
-        held = "; ".join(p.text for p in patterns)
-        raise ValueError(
-            f"averaging factors needs one rank for all clients, these hold {held}: "
-            "choose ranks=homogeneous, strategy.heterogeneous=smallest, or a method for unequal "
-            "ranks"
+    def _state(self, start: Adapter, alpha: float, round: int) -> State:
+        packed = pack(start)
+        return (
+            {"alpha": scalar(alpha), f"{GLOBAL}order": order(start)}
+            | ({"round": integers(round)} if self.align == "rotate" else {})
+            | prefixed(packed, GLOBAL)
+            | prefixed(self.server_optimizer.init(packed), SERVER)
         )
-    start = initial_factors(setting, setting.min_ranks)
-    return _state(start, setting.alpha, optimizer)
 
 
 def factors(state: State) -> dict[str, Factors]:
@@ -121,65 +223,33 @@ def factors(state: State) -> dict[str, Factors]:
     return unpack(state, float(state["alpha"]), GLOBAL)
 
 
-def at_common_rank(state: State, client: Client) -> Client:
-    """The client at the rank that all clients train."""
-    ranks = Ranks({path: state[f"{GLOBAL}{path}/a"].shape[0] for path in client.ranks})
-    return client if ranks == client.ranks else replace(client, ranks=ranks)
+def first_of(f: Factors, rank: int) -> Factors:
+    """The first ``rank`` rank indices, whose products stay what they are at the scale of the rank.
 
-
-def next_state(
-    state: State, updates: Sequence[Update], weights: str, optimizer: ServerOptimizer
-) -> State:
-    """The weighted average of the updates' factors, passed through the server optimizer."""
-    p = normalized_weights(updates, weights)
-    old = factors(state)
-    mean = {path: average([u.adapter[path] for u in updates], p) for path in old}
-    for path, f in mean.items():
-        if f.a.shape != old[path].a.shape:
-            raise ValueError(
-                f"{path}: clients sent rank {f.rank}, the global rank is {old[path].rank}"
-            )
-    return _stepped(state, pack(mean), optimizer)
-
-
-def moved(state: State, total: Summands, weight: float, optimizer: ServerOptimizer) -> State:
-    """The factors plus ``total / weight``, passed through the server optimizer."""
-    old = pack(factors(state))
-    return _stepped(state, {k: t + dense(total[k]) / weight for k, t in old.items()}, optimizer)
-
-
-def _stepped(state: State, mean: Mapping[str, Tensor], optimizer: ServerOptimizer) -> State:
-    old = pack(factors(state))
-    new, memory = optimizer.step(old, mean, under(state, SERVER))
-    kept = {key: state[key] for key in ("alpha", f"{GLOBAL}order")}
-    return kept | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
-
-
-def continued(state: State, delta: Mapping[str, Tensor], optimizer: ServerOptimizer) -> State:
-    """The state whose update is ``T_r`` of the given dense update, at the common rank.
-
-    Directions beyond the rank of ``delta`` keep the rows of ``A`` that they have.
+    Raises:
+        ValueError: if there are fewer.
     """
-    alpha = float(state["alpha"])
-    start = {
-        path: factors_of_rank(svd(delta[path]), f.rank, alpha, "b", f.a)
-        for path, f in factors(state).items()
-    }
-    return _state(start, alpha, optimizer)
+    if rank > f.rank:
+        raise ValueError(f"rank {rank} exceeds the global rank {f.rank}")
+    if rank == f.rank:
+        return f
+    root = math.sqrt(rank / f.rank)
+    return Factors(root * f.a[:rank], root * f.b[:, :rank], f.alpha)
 
 
-def at_ranks(state: State, ranks: Ranks | None) -> Adapter:
-    """The global factors as they are, or the same update at other ranks."""
-    found = factors(state)
-    if ranks is None:
-        return found
-    return {path: at_rank(found[path], r) for path, r in ranks.items()}
+def covered_average(old: Factors, sent: Sequence[Factors], p: Sequence[float]) -> Factors:
+    """Each rank index moved by the mean change of the clients that have it.
 
-
-def _state(start: Adapter, alpha: float, optimizer: ServerOptimizer) -> State:
-    packed = pack(start)
-    return (
-        {"alpha": scalar(alpha), f"{GLOBAL}order": order(start)}
-        | prefixed(packed, GLOBAL)
-        | prefixed(optimizer.init(packed), SERVER)
-    )
+    Args:
+        old: the global factors, of rank ``R``; a client of rank ``r`` started from their
+            `first_of`.
+        sent: the clients' factors.
+        p: their weights, of sum 1.
+    """
+    changes_a, changes_b = [], []
+    for f in sent:
+        start, root = first_of(old, f.rank), math.sqrt(old.rank / f.rank)
+        changes_a.append(root * (f.a - start.a))  # [r_k, d_in]
+        changes_b.append(root * (f.b - start.b).T)  # [r_k, d_out]
+    a, b = (mean_change(c, p, old.rank) for c in (changes_a, changes_b))
+    return Factors(old.a + a, old.b + b.T, old.alpha)

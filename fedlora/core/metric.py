@@ -24,6 +24,9 @@ DERIVED = ("_weighted", "_low", "_high", "_worst_tenth", "_std", "_p10", "_p90")
 """Endings of the names that a summary gives (`fedlora.evaluation.summary`)."""
 TIER = "tier/"
 """What it begins the names of one tier's metrics with."""
+TRAINED, UNTRAINED = "trained/", "untrained/"
+"""What it begins the names of metrics with of clients that keep a model of their own, and of those
+that have never trained."""
 
 
 @dataclass(frozen=True)

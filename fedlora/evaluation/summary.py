@@ -1,18 +1,31 @@
 """Metrics of many clients as the scalars of one record."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from fedlora.core.confusion import added
-from fedlora.core.metric import EXP_MEAN, LOWEST, MACRO_F1, TIER, TOTAL, Metric, exponential
+from fedlora.core.metric import (
+    EXP_MEAN,
+    LOWEST,
+    MACRO_F1,
+    TIER,
+    TOTAL,
+    TRAINED,
+    UNTRAINED,
+    Metric,
+    exponential,
+)
 from fedlora.core.seeding import generator
 from fedlora.core.types import Evaluation
 
 
 def summarise(
-    evaluations: Sequence[Evaluation], seed: int = 0, resamples: int = 1000
+    evaluations: Sequence[Evaluation],
+    seed: int = 0,
+    resamples: int = 1000,
+    trained: Collection[int] = (),
 ) -> dict[str, float]:
     """Combine what was measured on clients, as each metric says (`fedlora.core.metric.Metric`).
 
@@ -31,6 +44,8 @@ def summarise(
         evaluations: in any order, one per client; values that are not finite are left out.
         seed: of the bootstrap.
         resamples: of the bootstrap.
+        trained: ids of the clients that use a model of their own. If there are any, the weighted
+            values of these and of all others follow as ``trained/<name>`` and ``untrained/<name>``.
     """
     ordered = sorted(evaluations, key=lambda e: e.client.id)
     totals: dict[str, float] = {"clients": len(ordered)}
@@ -47,7 +62,7 @@ def summarise(
             bounds |= {f"{name}_low": low, f"{name}_high": high}
         if found and found[0].worst:
             bounds |= _distribution(name, [m.value for m in found], found[0].worst)
-    return totals | means | bounds | _by_tier(ordered)
+    return totals | means | bounds | _by_tier(ordered) | _by_history(ordered, trained)
 
 
 def _by_name(evaluations: Sequence[Evaluation]) -> dict[str, list[Metric]]:
@@ -102,6 +117,20 @@ def _by_tier(evaluations: Sequence[Evaluation]) -> dict[str, float]:
                 described[f"{TIER}{tier}/{name}"] = means[f"{name}_weighted"]
         if described:
             values |= {f"{TIER}{tier}/clients": len(tiers[tier])} | described
+    return values
+
+
+def _by_history(evaluations: Sequence[Evaluation], trained: Collection[int]) -> dict[str, float]:
+    """Numbers and weighted values of the clients that have trained and of those that never have;
+    nothing if no client keeps a model of its own."""
+    values: dict[str, float] = {}
+    for start, has in ((TRAINED, True), (UNTRAINED, False)) if trained else ():
+        group = [e for e in evaluations if (e.client.id in trained) == has]
+        values[f"{start}clients"] = len(group)
+        for name, metrics in _by_name(group).items():
+            finite = [m for m in metrics if m.over_clients != TOTAL and math.isfinite(m.value)]
+            if f"{name}_weighted" in (means := _means(name, finite)):
+                values[f"{start}{name}"] = means[f"{name}_weighted"]
     return values
 
 

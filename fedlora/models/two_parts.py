@@ -116,7 +116,11 @@ class PaddedClassifier:
 
             with forward_replaced(self._base, lambda *_, give=give, **__: give()):
                 named = {name: x[rows] for name, x in given.items()}
-                found.append(functional_call(network, dict(head), (), named).logits)
+                if head:
+                    whole = functional_call(network, dict(head), (), named)
+                else:  # which would go through all parameters for nothing
+                    whole = network(**named)
+                found.append(whole.logits)
         logits = found[0] if len(found) == 1 else torch.cat(found)
         return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 

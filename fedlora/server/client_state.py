@@ -135,14 +135,21 @@ class ClientStore:
         for folder in self.folder.glob("*/*"):
             remove_drafts(folder)
 
+    def clients(self, namespace: str = METHOD) -> frozenset[int]:
+        """The clients that keep something."""
+        return frozenset(client for name, client in self._current if name == namespace)
+
     def record(self) -> dict[str, float | int | str]:
-        """The number of clients with a stored state and its bytes; empty if there is none. The
-        state is not sent, so it does not count as traffic."""
+        """The number of clients with a stored state, its bytes and their mean over these clients;
+        empty if there is none. The state is not sent, so it does not count as traffic."""
         if not self._current:
             return {}
+        total = sum(v.bytes for v in self._current.values())
+        clients = len({client for _, client in self._current})
         return {
-            "client_state/bytes": sum(v.bytes for v in self._current.values()),
-            "client_state/clients": len({client for _, client in self._current}),
+            "client_state/bytes": total,
+            "client_state/bytes_mean": total / clients,
+            "client_state/clients": clients,
         }
 
     # --- files --------------------------------------------------------------------------------

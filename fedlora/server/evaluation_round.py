@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fedlora.algebra.state import Kept, State
@@ -161,7 +161,12 @@ def _said(how: Combination) -> str:
 
 
 def evaluation_record(
-    tag: str, found: Sequence[Evaluation | Failure], *, round: int, seconds: float
+    tag: str,
+    found: Sequence[Evaluation | Failure],
+    *,
+    round: int,
+    seconds: float,
+    trained: Collection[int] = (),
 ) -> dict[str, float | int | str]:
     """The record of one group and adapter; failed clients are only counted.
 
@@ -170,11 +175,13 @@ def evaluation_record(
         found: one result per client, in any order.
         round: after which it is.
         seconds: since the evaluation began.
+        trained: ids of the clients that keep a model of their own, which they use for ``own``.
     """
     group, _, adapter = tag.partition(":")
+    known = trained if adapter == "own" else ()
     good = sorted((r for r in found if isinstance(r, Evaluation)), key=lambda r: r.client.id)
     return {
-        **(summarise(good) if good else {"clients": 0.0}),
+        **(summarise(good, trained=known) if good else {"clients": 0.0}),
         "kind": "evaluate",
         "round": round,
         "group": group,

@@ -45,9 +45,9 @@ class Headed(Method):
         return self.inner.technique
 
     @property
-    def shares(self) -> bool:  # type: ignore[override]
-        """Whether the inner method does."""
-        return self.inner.shares
+    def private(self) -> str:  # type: ignore[override]
+        """Those of the inner method."""
+        return self.inner.private
 
     @property
     def label(self) -> str:

@@ -122,9 +122,16 @@ class Method(ABC):
 
     technique: ClassVar[type[Technique]]
     """The technique of its clients, whose results it averages."""
-    shares: ClassVar[bool] = True
-    """Whether what a client trains reaches others. A method that shares nothing is a bound for the
-    others; its `aggregate` leaves the state as it is."""
+    private: ClassVar[str] = ""
+    """The factors of an update that stay with its client: ``b``, or ``ab`` for a method that shares
+    nothing. `aggregate` and `adds` do not read them, `kept` stores them, and the model of each
+    client is its own (`personal_update`): there is no global one."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether anything that a client trains reaches others. The `aggregate` of a method that
+        shares nothing, a bound for the others, leaves the state as it is."""
+        return self.private != "ab"
 
     @property
     def label(self) -> str:
@@ -142,6 +149,12 @@ class Method(ABC):
             raise ValueError(
                 f"strategy.aggregator={type(nested).__name__} averages nothing, and "
                 f"{type(self).__name__} needs an average: use another aggregator, such as fedit"
+            )
+        if isinstance(nested, Method) and nested.private:
+            raise ValueError(
+                f"strategy.aggregator={type(nested).__name__} leaves "
+                f"{nested.private.upper()} with each client, and {type(self).__name__} needs a "
+                "global model: use another aggregator, such as fedit"
             )
         if isinstance(nested, Method) and nested.technique is not self.technique:
             raise ValueError(

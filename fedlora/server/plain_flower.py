@@ -289,6 +289,12 @@ class PlainFlower(Strategy):
                 f"train_config[{ALPHA!r}]={alpha!r} must be LoRA's alpha, a number > 0: pass "
                 f"start(grid, initial_arrays, train_config=ConfigRecord({{{ALPHA!r}: 16.0}}))"
             )
+        if self.method.private:
+            raise RunError(
+                f"{self.method.label} leaves {self.method.private.upper()} with each client, and "
+                "Flower's own clients keep nothing between rounds: use "
+                "fedlora.server.flower.FederatedRun, or a method with a global model, such as FedIT"
+            )
         self._alpha = float(alpha)
         try:
             given = from_arrays(arrays, self._alpha)

@@ -66,7 +66,8 @@ def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, 
 def diagnosis(
     method: Method, state: State, setting: Setting, updates: Sequence[Update]
 ) -> Mapping[str, float]:
-    """How exact the aggregation was, for updates that are low-rank factors.
+    """How exact the aggregation was, for updates that are low-rank factors and a method that makes
+    a global model of them.
 
     Args:
         method: whose state it is.
@@ -74,6 +75,8 @@ def diagnosis(
         setting: for the population's rank patterns.
         updates: the aggregated updates, at least one.
     """
+    if method.private:
+        return {}
     adapter = plain_factors(method.technique.payload(method.global_update(state)))
     if adapter is None or plain_factors(updates[0].payload) is None:
         return {}

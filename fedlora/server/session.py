@@ -342,6 +342,7 @@ class Session:
         self, round: int, results: Mapping[str, Sequence[Evaluation | Failure]]
     ) -> None:
         """Summarise tagged results: one record per tag, ``<group>:<adapter>``."""
+        trained = self.client_store.clients()
         for tag, arrived in results.items():
             found = validate_evaluations(arrived)
             failed = [r for r in found if isinstance(r, Failure)]
@@ -353,7 +354,7 @@ class Session:
                 group = tag.partition(":")[0]
                 self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
             seconds = time.monotonic() - self._evaluation_started
-            record = evaluation_record(tag, found, round=round, seconds=seconds)
+            record = evaluation_record(tag, found, round=round, seconds=seconds, trained=trained)
             self.tracker.evaluated(evaluation_rows(tag, found, round=round))
             self.tracker.round(record)
             self.emit(round_summary(record | {"rounds": self.rounds.rounds}))

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedlora.core.checks import is_real
 from fedlora.core.confusion import Confusion
 from fedlora.core.errors import RejectedUpdate
-from fedlora.core.metric import DERIVED, TIER, TOTAL, Metric
+from fedlora.core.metric import DERIVED, TIER, TOTAL, TRAINED, UNTRAINED, Metric
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.types import Client, Evaluation, Expected, Update
 
@@ -106,8 +106,9 @@ def check_evaluation(evaluation: Evaluation) -> str:
 def _wrong_metric(name: str, metric: Metric) -> str:
     if name.endswith(DERIVED):
         return f"its metric {name} has an ending that summaries use ({', '.join(DERIVED)})"
-    if name.startswith(TIER):
-        return f"its metric {name} begins with {TIER}, as those of tiers do in summaries"
+    for start in (TIER, TRAINED, UNTRAINED):
+        if name.startswith(start):
+            return f"its metric {name} begins with {start}, as those of groups do in summaries"
     if metric.over_clients == TOTAL and not is_count(metric.value):
         return (
             f"its metric {name} counts {metric.value!r}, expected a whole number from 0 to "

@@ -2,6 +2,7 @@
 
     python -m simulations.bench.budget             three minutes on one core
     python -m simulations.bench.budget --networks tiny llama576x4
+    python -m simulations.bench.budget --networks minilm --out FILE       classification
 
 Every network trains the same clients with each budget, interleaved, in one process of one thread;
 the CPU time of the fastest repeat counts. Memory is the peak of a step beyond the adapters, in
@@ -26,9 +27,14 @@ from simulations.bench.engine.cases import SHORT, Case, Draw, World, real_tokens
 from simulations.bench.engine.hosts import Opened, hosts, reset_peak, resident
 from simulations.bench.engine.sides import EngineSide
 from simulations.bench.machine import RESULTS, command, load, machine, write
+from simulations.bench.prefix import Run
 
 NETWORKS = ("tiny", "llama64x4", "llama256x4", "llama576x2")
 BUDGETS = (256, 512, 1024, 2048, 4096, 8192)
+CLASSIFIERS = {
+    "minilm": ("experiment=intents_banking77", "strategy=flexlora", "client.dropout=0.05", "seed=0")
+}
+"""Runs whose first eight clients train, with states behind the frozen blocks."""
 TOKENS = {"tiny": 12288, "llama64x4": 24576}
 """Tokens of all clients; 6,144 for wider networks."""
 RANK = 4
@@ -46,11 +52,12 @@ def spec(budget: int) -> Fused:
     return Fused(layout="ragged", tokens=budget)
 
 
-def seconds(case: Case, repeats: int) -> dict[str, Any]:
+def seconds(world: Any, prefix: str, repeats: int) -> dict[str, Any]:
     """CPU seconds per token of every budget that the clients fill, and the engine's choice."""
-    world = World(case)
     tokens = sum(real_tokens(job, world.store) for job in world.jobs)
-    sides = {b: EngineSide(world, spec(b)) for b in BUDGETS if 2 * b <= tokens}
+    sides = {
+        b: EngineSide(world, replace(spec(b), prefix=prefix)) for b in BUDGETS if 2 * b <= tokens
+    }
     times: dict[int, list[float]] = {b: [] for b in sides}
     for repeat in range(repeats + 1):  # the first warms up
         for budget, side in sides.items():
@@ -58,8 +65,9 @@ def seconds(case: Case, repeats: int) -> dict[str, Any]:
             side.work(world.jobs)
             if repeat:
                 times[budget].append((time.process_time() - began) / tokens)
-    model = CostModel.of(world.model.info, world.model.network.dtype)
-    chosen = model.budget(world.model.device)
+    info = world.model.info
+    model = CostModel.of(info, world.model.network.dtype)
+    chosen = model.budget(world.model.device, info.classifies)
     return {"tokens": tokens, "chosen": chosen, "cpu_s_per_token": times}
 
 
@@ -85,16 +93,27 @@ def memory(case: Case, budget: int) -> dict[str, float]:
     return {"measured": measured, "predicted": predicted}
 
 
+def measured(network: str, repeats: int) -> dict[str, Any]:
+    """Time and memory of one network; of a classifier, time alone."""
+    if network in CLASSIFIERS:
+        return seconds(Run(CLASSIFIERS[network], 8), "on", repeats)
+    case = case_of(network)
+    return seconds(World(case), "off", repeats) | {"memory": memory(case, 1024)}
+
+
 def line(network: str, record: dict[str, Any]) -> str:
     """One network: microseconds per token by budget, the chosen one marked."""
     cells = [
         f"{b}{'*' if b == record['chosen'] else ''}: {1e6 * min(times):.1f}"
         for b, times in record["cpu_s_per_token"].items()
     ]
-    held = record["memory"]
+    found = f"{network:<12}{'   '.join(cells)} us per token"
+    held = record.get("memory")
+    if held is None:
+        return found
     return (
-        f"{network:<12}{'   '.join(cells)} us per token;   "
-        f"{held['measured'] / 1e3:.0f} kB per token, predicted {held['predicted'] / 1e3:.0f}"
+        f"{found};   {held['measured'] / 1e3:.0f} kB per token, "
+        f"predicted {held['predicted'] / 1e3:.0f}"
     )
 
 
@@ -109,8 +128,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     before, networks = load(), {}
     for network in args.networks:
-        case = case_of(network)
-        networks[network] = seconds(case, args.repeats) | {"memory": memory(case, 1024)}
+        networks[network] = measured(network, args.repeats)
         print(line(network, networks[network]), flush=True)
     record = {"command": command("budget"), "load_before": before, "load_after": load()}
     write(args.out, record | {"networks": networks})

@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 
 import safetensors.torch
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from fedlora.algebra import summand
 from fedlora.algebra.server_optimizer import NoServerOptimizer
-from fedlora.algebra.state import State
+from fedlora.algebra.state import Kept, State
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
@@ -141,10 +142,28 @@ def after_rounds(
     return state, cohort(strategy, state, population, seed + 1, precision)
 
 
-def effects(strategy: LoRAStrategy, state: State, population: Setting) -> list[dict[str, Tensor]]:
+def kept_by(
+    strategy: LoRAStrategy, state: State, updates: Sequence[Update]
+) -> dict[int, Kept | None]:
+    """What each client keeps after a round that was its first."""
+    return {
+        u.client.id: strategy.kept(
+            state, u.client, None, as_payload(strategy.client_start(state, u.client)), u
+        )
+        for u in updates
+    }
+
+
+def effects(
+    strategy: LoRAStrategy,
+    state: State,
+    population: Setting,
+    kept: Mapping[int, Kept | None] = MappingProxyType({}),
+) -> list[dict[str, Tensor]]:
     """What each client's start adds to the base weights."""
     return [
-        dense(strategy.client_start(state, strategy.enlist(state, c))) for c in population.clients
+        dense(strategy.client_start(state, strategy.enlist(state, c), kept.get(c.id)))
+        for c in population.clients
     ]
 
 
@@ -208,8 +227,11 @@ def client_order_does_not_matter(
     state, updates = after_rounds(strategy, population, seed, precision=precision)
     shuffled = random.Random(seed).sample(updates, len(updates))
     one, other = (strategy.aggregate(state, u) for u in (updates, shuffled))
+    kept = kept_by(strategy, state, updates)
     for x, y in zip(
-        effects(strategy, one, population), effects(strategy, other, population), strict=True
+        effects(strategy, one, population, kept),
+        effects(strategy, other, population, kept),
+        strict=True,
     ):
         assert_close(x, y, precision, "another order")
 
@@ -222,7 +244,8 @@ def a_lone_client_gets_its_update_back(
     for update in cohort(strategy, state, population, seed, precision):
         after = strategy.aggregate(state, [update])
         client = strategy.enlist(after, population.clients[update.client.id])
-        back = dense(strategy.client_start(after, client))
+        kept = kept_by(strategy, state, [update])[client.id]
+        back = dense(strategy.client_start(after, client, kept))
         sent = reached(strategy, state, update)
         assert_close(back, sent, precision, f"lone client {client.id}")
 
@@ -239,7 +262,8 @@ def whole_and_split(
     whole = dataclasses.replace(updates[0], num_examples=40)
     halves = [dataclasses.replace(updates[0], num_examples=n) for n in (25, 15)]
     one, two = (strategy.aggregate(state, [*k, *updates[1:]]) for k in ([whole], halves))
-    return effects(strategy, one, population), effects(strategy, two, population)
+    kept = kept_by(strategy, state, updates)
+    return effects(strategy, one, population, kept), effects(strategy, two, population, kept)
 
 
 def splitting_a_client_in_two_changes_nothing(
@@ -463,8 +487,11 @@ def training_is_not_forgotten(
     state = strategy.init_state(population)
     updates = cohort(strategy, state, population, seed, precision)
     after = strategy.aggregate(state, updates)
+    kept = kept_by(strategy, state, updates)
     for before, now in zip(
-        effects(strategy, state, population), effects(strategy, after, population), strict=True
+        effects(strategy, state, population),
+        effects(strategy, after, population, kept),
+        strict=True,
     ):
         moved = sum(float((now[path].double() - d.double()).norm()) for path, d in before.items())
         assert moved > 1e-3, "a client starts from what it started from before"
@@ -516,6 +543,30 @@ def a_pruned_base_keeps_its_zeros(
             merged = w * (1 + effect) if isinstance(payload, MaskedScale) else w + effect
             moved = int(((merged.float() == 0) != (w == 0)).sum())
             assert moved == 0, f"{name}: {moved} zeros of {path} have moved"
+
+
+def what_is_not_sent_is_not_read(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Garbage in factors that stay with their clients changes no state and no summand."""
+    population = population_for(strategy)
+    state, updates = after_rounds(strategy, population, seed, precision=precision)
+    spoilt = [dataclasses.replace(u, payload=_spoilt(u.adapter, strategy.private)) for u in updates]
+    one, other = (strategy.aggregate(state, u) for u in (updates, spoilt))
+    for key, t in one.items():
+        assert torch.equal(t, other[key]), f"{key} of the state depends on it"
+    for x, y in zip(added(strategy, state, updates), added(strategy, state, spoilt), strict=True):
+        for name, t in x.items():
+            assert torch.equal(summand.dense(t), summand.dense(y[name])), f"{name} depends on it"
+
+
+def _spoilt(adapter: Mapping[str, Factors], names: str) -> LowRankPayload:
+    return LowRankPayload(
+        {
+            path: dataclasses.replace(f, **{n: 7 - 3 * getattr(f, n) for n in names})
+            for path, f in adapter.items()
+        }
+    )
 
 
 def is_frozen_and_names_its_source(
@@ -708,6 +759,7 @@ LAWS: Sequence[Law] = (
     everything_is_finite_when_nobody_trains,
     everybody_has_one_mask,
     a_pruned_base_keeps_its_zeros,
+    what_is_not_sent_is_not_read,
     is_frozen_and_names_its_source,
     says_whether_sums_are_enough,
     absorbing_the_sum_is_aggregating,
@@ -738,8 +790,8 @@ def _no_share(strategy: LoRAStrategy) -> str:
 
 
 def _examples(strategy: LoRAStrategy) -> str:
-    if not strategy.shares:
-        return _shares(strategy)
+    if strategy.private:
+        return "the model of each of its clients is its own"
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -751,6 +803,10 @@ def _unequal(strategy: LoRAStrategy) -> str:
     if getattr(rule, "heterogeneous", "") == "smallest":
         return "all its clients train the smallest rank"
     return ""
+
+
+def _private(strategy: LoRAStrategy) -> str:
+    return "" if strategy.private else "all that its clients train is sent"
 
 
 def _pruned(strategy: LoRAStrategy) -> str:
@@ -774,14 +830,13 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
-    a_lone_client_gets_its_update_back: _shares,
-    training_is_not_forgotten: _shares,
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
     examples_are_what_is_averaged: _examples,
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,
+    what_is_not_sent_is_not_read: _private,
     absorbing_the_sum_is_aggregating: _sums,
     who_did_not_move_adds_nothing: _sums,
     absorbing_nothing_changes_nothing: _sums_and_stays,

@@ -23,6 +23,7 @@ from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
+from strategies.fedsa import FedSA
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
@@ -72,9 +73,9 @@ def _rescaled(payload: Payload, by: Callable[[Factors], float]) -> Payload:
 
 
 def scale_dropped_on_redistribution(
-    self: LoRAStrategy, right: Hook, state: State, client: Client
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
 ) -> Payload:
-    return _rescaled(right(state, client), lambda f: f.scale)
+    return _rescaled(right(state, client, *kept), lambda f: f.scale)
 
 
 def scale_dropped_on_arrival(
@@ -89,27 +90,35 @@ def scale_dropped_on_arrival(
     )
 
 
-def alpha_is_always_16(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
-    return _rescaled(right(state, client), lambda f: f.alpha / 16.0)
+def alpha_is_always_16(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
+    return _rescaled(right(state, client, *kept), lambda f: f.alpha / 16.0)
 
 
 def ranks_not_applied(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Client:
     return dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1)))
 
 
-def start_ignores_ranks(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
-    return right(state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))))
+def start_ignores_ranks(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
+    return right(
+        state, dataclasses.replace(client, ranks=Ranks(dict.fromkeys(client.ranks, 1))), *kept
+    )
 
 
 def start_depends_on_the_client(
-    self: LoRAStrategy, right: Hook, state: State, client: Client
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
 ) -> Payload:
     """Clients of equal variants share one start: another client's would be theirs."""
-    return _rescaled(right(state, client), lambda f: f.alpha * (1 + client.id % 2))
+    return _rescaled(right(state, client, *kept), lambda f: f.alpha * (1 + client.id % 2))
 
 
-def base_not_moved(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
-    start = right(state, client)
+def base_not_moved(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
+    start = right(state, client, *kept)
     shift = {p: torch.zeros_like(t) for p, t in start.shift.items()}
     return dataclasses.replace(start, shift=shift)
 
@@ -123,10 +132,50 @@ def residual_forgotten(
         return right(state, updates)
 
 
-def zero_padded(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Adapter:
+def last_client_leaks(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """One model serves all clients: who comes next starts from the B of who came last."""
+    after = dict(right(state, updates))
+    for path, f in updates[-1].adapter.items():
+        b = after[f"global/{path}/b"].clone()
+        b[:, : f.rank] = f.b
+        after[f"global/{path}/b"] = b
+    return after
+
+
+def own_b_is_not_loaded(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Adapter:
+    return right(state, client)
+
+
+def common_b_is_kept(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *round: Any
+) -> dict[str, torch.Tensor]:
+    """A client stores what it was sent, not what it has trained."""
+    start = round[1]
+    return {f"{path}/b": f.b for path, f in start.items()}
+
+
+def rows_fade(self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]) -> State:
+    """Zero-padded results in place of changes: a row keeps the share of its owners."""
+    after, weights = dict(right(state, updates)), self.reference_weights(updates)
+    for path in updates[0].adapter:
+        total = torch.zeros_like(after[f"global/{path}/a"])
+        for u, w in zip(updates, weights, strict=True):
+            a = u.adapter[path].a
+            total[: len(a)] += w / sum(weights) * a
+        after[f"global/{path}/a"] = total
+    return after
+
+
+def zero_padded(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Adapter:
     return {
         p: Factors(f.a * (f.b != 0).any(dim=0)[:, None], f.b, f.alpha)
-        for p, f in right(state, client).items()
+        for p, f in right(state, client, *kept).items()
     }
 
 
@@ -146,9 +195,11 @@ def shares_left_out(
     return dict(after) | {k: len(updates) * after[k] for k in new}
 
 
-def mask_not_shared(self: LoRAStrategy, right: Hook, state: State, client: Client) -> Payload:
+def mask_not_shared(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
     """Every client prunes for itself."""
-    start = right(state, client)
+    start = right(state, client, *kept)
     return dataclasses.replace(start, mask=f"{start.mask[:-2]}{client.id:02d}")
 
 
@@ -241,6 +292,8 @@ def weight_twice(
     return right(state, total, 2 * weight)
 
 
+PERSONAL = FedSA()
+COVERED, TURNED = FedIT(heterogeneous="covered"), FedIT(align="rotate")
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
 SPARSE = SLoRA(aggregator=FlexLoRA(), stage1_rounds=5)
@@ -266,6 +319,22 @@ FAULTS = [
         (s, "aggregate", never_loaded)
         for s in (AVERAGE, FEDIT, FLEX, HETERO, SPARSE, SECOND, SCALED)
     ],
+    *[(s, "aggregate", first_counted_twice) for s in (COVERED, TURNED)],
+    *[(s, "aggregate", unweighted_mean) for s in (COVERED, TURNED)],
+    *[(s, "aggregate", scale_dropped_on_arrival) for s in (COVERED, TURNED)],
+    *[(s, "client_start", scale_dropped_on_redistribution) for s in (COVERED,)],
+    *[(s, "client_start", start_depends_on_the_client) for s in (COVERED, TURNED)],
+    *[(s, "enlist", ranks_not_applied) for s in (COVERED,)],
+    (TURNED, "absorb", weight_twice),
+    (PERSONAL, "aggregate", first_counted_twice),
+    (PERSONAL, "aggregate", unweighted_mean),
+    (PERSONAL, "aggregate", never_loaded),
+    (PERSONAL, "aggregate", last_client_leaks),
+    (PERSONAL, "aggregate", rows_fade),
+    (PERSONAL, "client_start", own_b_is_not_loaded),
+    (PERSONAL, "client_start", start_depends_on_the_client),
+    (PERSONAL, "kept", common_b_is_kept),
+    (PERSONAL, "enlist", ranks_not_applied),
     *[(s, "aggregate", merge_forgotten) for s in (STACKED,)],
     *[(s, "aggregate", shares_left_out) for s in (STACKED,)],
     *[(s, "client_start", mask_not_shared) for s in (SCALED, STACKED)],
@@ -316,7 +385,20 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
 
 @pytest.mark.parametrize(
     "strategy",
-    [AVERAGE, FEDIT, FLEX, CARRY, HETERO, CHANGE, SPARSE, SECOND, SCALED, STACKED, *SWITCH],
+    [
+        AVERAGE,
+        FEDIT,
+        PERSONAL,
+        FLEX,
+        CARRY,
+        HETERO,
+        CHANGE,
+        SPARSE,
+        SECOND,
+        SCALED,
+        STACKED,
+        *SWITCH,
+    ],
 )
 def test_a_wrapped_strategy_without_fault_obeys_every_law(strategy: LoRAStrategy) -> None:
     """What is caught above is the fault, not the wrapping."""

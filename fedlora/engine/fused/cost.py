@@ -36,6 +36,10 @@ OVERHEAD = 0.05
 """The budget is where the fixed cost of a step is this fraction of the cost of its tokens."""
 CPU_TOKENS = (512, 4096)
 """Bounds of the budget on a CPU: beyond the upper one, steps outgrow the caches."""
+CLASSIFIER_TOKENS = (4096, 8192)
+"""The same of a classifier, whose token costs less than the rest of the model says: it has no
+logits over a vocabulary, its last block computes one token of a text, and blocks before the first
+adapter are left out. A batch of short texts is small, too: one or two fill a step of 512 badly."""
 ACCELERATOR_TOKENS = 8192
 """The budget on an accelerator, whose products need to be large. Not measured."""
 SPARE = 1.5
@@ -88,11 +92,16 @@ class CostModel:
         """Bytes beyond the model and the slots, at the peak of a step."""
         return self.token_bytes * tokens
 
-    def budget(self, device: torch.device) -> int:
-        """Tokens of a step: the power of two nearest to where its fixed cost is 5 % of the rest."""
+    def budget(self, device: torch.device, classifies: bool = False) -> int:
+        """Tokens of a step: the power of two nearest to where its fixed cost is 5 % of the rest.
+
+        Args:
+            device: that computes it.
+            classifies: whether texts are labelled; else tokens are predicted.
+        """
         if device.type != "cpu":
             return ACCELERATOR_TOKENS
-        low, high = CPU_TOKENS
+        low, high = CLASSIFIER_TOKENS if classifies else CPU_TOKENS
         tokens = self.step_flop / (OVERHEAD * self.token_flop)
         return int(min(high, max(low, 2 ** round(math.log2(tokens)))))
 

@@ -70,7 +70,8 @@ class Fused(WorkerEngine):
         if self.tokens:
             return self
         model = CostModel.of(info, dtype)
-        budget = model.fitting(model.budget(device), self.memory / 2 * total_memory(device))
+        wanted = model.budget(device, info.classifies)
+        budget = model.fitting(wanted, self.memory / 2 * total_memory(device))
         return replace(self, tokens=budget)
 
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:

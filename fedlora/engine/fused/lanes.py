@@ -74,6 +74,25 @@ class Shares:
     """``[M, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
     dropout."""
 
+    def places(self, drawn: Sequence[int]) -> list[tuple[slice, Tensor | None]]:
+        """Of every lane: its rows, and which row of its own padded batch each is.
+
+        Args:
+            drawn: rows of each lane's own padded batch.
+
+        Returns:
+            ``(slice of M, [m] int64)``; None instead of the rows if they are the same.
+        """
+        found, at, before = [], 0, 0
+        each = [g.rows // len(g.lanes) for g in self.groups for _ in g.lanes]
+        for count, own in zip(each, drawn, strict=True):
+            where = slice(at, at + count)
+            # A pad of the padded layout names the first row of all, wherever its lane begins.
+            own_rows = None if self.source is None else (self.source[where] - before).clamp_(min=0)
+            found.append((where, own_rows))
+            at, before = at + count, before + own
+        return found
+
     def to(self, device: torch.device) -> "Shares":
         """The same on another device."""
         spread = None if self.spread is None else self.spread.to(device)

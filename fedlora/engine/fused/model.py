@@ -278,24 +278,28 @@ class FusedModel:
         """
         if batch.all.thresholds is None:
             return []
-        # Per client, a tensor [rows of its own batch, d_in] for every layer. Bits of a client
-        # without dropout need no drawing: its threshold drops nothing.
         device = self.model.device
         widths = [m.d_in for m in self.model.info.modules]
-        each = [
-            dropout_bits(rows, widths, lane.seed, device)
-            if lane.dropped
-            else [torch.empty(rows, width, dtype=torch.int16, device=device) for width in widths]
-            for lane, rows in zip(batch.lanes, batch.drawn, strict=True)
+        shares = [self._of_layer(index).shares for index in range(len(widths))]
+        bits = [
+            torch.empty(sum(g.rows for g in s.groups), width, dtype=torch.int16, device=device)
+            for s, width in zip(shares, widths, strict=True)
         ]
+        places = {id(s): s.places(batch.drawn) for s in shares}
 
-        # Per layer, all clients one after another; then in the order of the layer's rows.
-        bits = [torch.cat(of_layer) for of_layer in zip(*each, strict=True)]
-        sources = [self._of_layer(index).shares.source for index in range(len(bits))]
-        return [
-            b if source is None else b.index_select(0, source)
-            for b, source in zip(bits, sources, strict=True)
-        ]
+        # A lane's bits go to its rows of every layer before the next lane's are drawn. Those of a
+        # client without dropout may be anything: its threshold drops nothing.
+        for number, (lane, rows) in enumerate(zip(batch.lanes, batch.drawn, strict=True)):
+            if not lane.dropped:
+                continue
+            drawn = dropout_bits(rows, widths, lane.seed, device)
+            for of_layer, to, s in zip(drawn, bits, shares, strict=True):
+                where, source = places[id(s)][number]
+                if source is None:
+                    to[where].copy_(of_layer)
+                else:
+                    torch.index_select(of_layer, 0, source, out=to[where])
+        return bits
 
     def layer(self, x: Tensor, base: nn.Module, index: int) -> Tensor:
         """Output ``[..., d_out]`` of the adapted layer ``index`` for ``x [..., d_in]``."""

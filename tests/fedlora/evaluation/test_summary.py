@@ -208,6 +208,20 @@ def test_the_worst_tenth_is_a_tenth_of_the_clients_and_at_least_one(clients, wan
     assert summarise(found)["x_worst_tenth"] == (wanted - 1) / 2
 
 
+def test_clients_that_trained_are_summarised_apart_from_those_that_never_did():
+    answers = [[(0, 0), (1, 1)], [(0, 1)], [(1, 1), (0, 1), (1, 0)]]
+    found = [labelled(i, a) for i, a in enumerate(answers)]
+    summary = summarise(found, trained={0, 2, 99})
+    for start, group in (("trained/", [found[0], found[2]]), ("untrained/", [found[1]])):
+        alone = summarise(group)
+        assert summary[f"{start}clients"] == alone["clients"]
+        for name in ("loss", "accuracy", "macro_f1"):
+            assert summary[f"{start}{name}"] == alone[f"{name}_weighted"]
+    nobody = summarise(found)
+    assert not [name for name in nobody if name.startswith(("trained/", "untrained/"))]
+    assert nobody.items() <= summary.items()
+
+
 def test_tiers_are_summarised_as_their_clients_alone():
     tiers = ["phone", "phone", "laptop"]
     answers = [[(0, 0), (1, 0)], [(2, 2), (3, 3), (3, 0)], [(0, 1), (1, 1)]]

@@ -10,6 +10,7 @@ from fedlora.core.errors import RunError
 from fedlora.server.plain_flower import PlainFlower, from_arrays, to_arrays
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
+from strategies.fedsa import FedSA
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.slora import SLoRA
@@ -187,6 +188,7 @@ def test_a_bad_answer_is_named_and_left_out(change, message, caplog):
     ("strategy", "arrays", "config", "message"),
     [
         (FlexLoRA(), adapter(2, 0), None, "lora_alpha"),
+        (FedSA(), adapter(2, 0), CONFIG, "FedSA leaves B with each client"),
         (FlexLoRA(), ArrayRecord({}), CONFIG, "initial_arrays"),
         (FlexLoRA(), ArrayRecord({"w": Array(np.ones(2))}), CONFIG, "is no LoRA factor"),
         (

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-OFTEN, SELDOM = ["flexlora"], ["fedavg", "fedit", "heterolora", "slora"]
+OFTEN, SELDOM = ["flexlora"], ["fedavg", "fedit", "fedsa", "heterolora", "slora"]
 STRATEGIES = [*OFTEN, *(pytest.param(s, marks=pytest.mark.slow) for s in SELDOM)]
 ROUNDS = 2
 

@@ -141,6 +141,11 @@ def test_masks_are_drawn_for_the_clients_own_padded_batch(lanes, build, spread):
         seen = drawn if made.all.source is None else drawn[made.all.source]
         real = rows != PAD
         assert torch.equal(seen[real], rows[real])
+        found = torch.zeros_like(rows)
+        places = made.all.places(made.drawn)
+        for ids, (where, source) in zip(own, places, strict=True):
+            found[where] = ids.flatten() if source is None else ids.flatten()[source]
+        assert torch.equal(found[real], rows[real])
         shares = made.all.thresholds.flatten().int() + 2**15
         sizes = [(g.lanes[0].dropped % 2**16, g.rows) for g in made.all.groups]
         assert shares.tolist() == [share for share, n in sizes for _ in range(n)]

@@ -543,8 +543,8 @@ def test_a_fault_of_pooled_rows_is_seen_in_the_results_and_by_the_trial(fault):
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("own.index_select(0, batch.positions)", "own.index_select(0, batch.positions.roll(1))"),
-        ("own.index_select(0, batch.positions)", "own[: len(batch.positions)]"),
+        ("own.index_select(0, batch.positions)", "own.index_select(0, batch.positions + 1)"),
+        ("own.index_select(0, batch.positions)", "torch.zeros_like(batch.positions)"),
     ],
 )
 def test_masks_of_other_rows_are_seen_in_the_results(right, wrong):

@@ -63,6 +63,16 @@ def test_a_classifier_does_not_multiply_by_its_vocabulary():
     assert CostModel.of(embedded, torch.float32) == CostModel.of(body, torch.float32)
 
 
+@LAWS
+@given(width=st.integers(8, 8192))
+def test_a_classifier_has_larger_steps(width):
+    low, high = cost.CLASSIFIER_TOKENS
+    budget = of(width).budget(CPU, classifies=True)
+    assert low <= budget <= high
+    assert budget >= of(width).budget(CPU)
+    assert budget & (budget - 1) == 0
+
+
 def test_layers_without_an_adapter_cost_too():
     some, every = (CostModel.of(llama(64, 4, n), torch.float32) for n in (4, 7))
     assert some.token_flop == pytest.approx(every.token_flop, rel=0.2)
