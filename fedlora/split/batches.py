@@ -61,8 +61,11 @@ class Shape:
         """Tokens of all rows together; hidden states cross the cut as ``[tokens, d]``."""
         return sum(self.lengths)
 
-    def check(self, context: int) -> None:
-        """Raise a ValueError unless there are rows and each has 1 to ``context`` tokens."""
+    def check(self, context: int, most: int) -> None:
+        """Raise a ValueError unless there are 1 to ``most`` rows and each has 1 to ``context``
+        tokens."""
+        if len(self.lengths) > most:
+            raise ValueError(f"{len(self.lengths)} rows: a step has at most {most} of them")
         if not self.lengths or not 1 <= min(self.lengths) <= max(self.lengths) <= context:
             raise ValueError(
                 f"rows of {list(self.lengths)} tokens: the model takes 1..{context} in a row"

@@ -140,7 +140,7 @@ class SplitServer:
         """
         if up.shape is None or up.hidden is None:
             raise ValueError(f"client {i} sent no activations")
-        up.shape.check(self.model.info.context)
+        up.shape.check(self.model.info.context, self.plan.batch_size)
         z = self.terms.activations.decode(up.hidden)
         d = self.model.network.config.hidden_size
         if list(z.shape) != [up.shape.tokens, d]:

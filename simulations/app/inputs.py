@@ -75,7 +75,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     if model.classifies:
         model = model.with_labels(store.labels, parts.seed)
         info = model.describe()
-    if model.head == LOCAL or not parts.strategy.shares:
+    if model.head == LOCAL or parts.strategy.private:
         emit(f"clients that never took part are evaluated with {unseen_of(parts)}")
     check_tokens(store, info)
     roster = enroll(
@@ -208,8 +208,8 @@ def as_it_began(
 
 def unseen_of(parts: Parts) -> str:
     """What clients that never took part in this run are evaluated with."""
-    model, shares = parts.model, parts.strategy.shares
-    return unseen_model(model.head, classifies=model.classifies, shares=shares)
+    model, private = parts.model, parts.strategy.private
+    return unseen_model(model.head, classifies=model.classifies, private=private)
 
 
 def check_groups(schedule: EvaluationSchedule, roster: Roster) -> None:

@@ -7,18 +7,22 @@ HEADS = {
     AVERAGED: "the averaged head",
 }
 FIRST = "the first head, drawn from the run's seed: a local head stays with who trained it"
+BASE = {
+    "b": "the base model as it is (each client keeps its own B)",
+    "ab": "the base model as it is (clients share nothing)",
+}
 
 
-def unseen_model(head: str, *, classifies: bool, shares: bool) -> str:
+def unseen_model(head: str, *, classifies: bool, private: str) -> str:
     """The model of clients that never took part.
 
     Args:
         head: ``model.head``.
         classifies: whether the model has one.
-        shares: whether what a client trains reaches others (`fedlora.server.method.Method.shares`).
+        private: the factors that stay with their client (`fedlora.server.method.Method.private`).
 
-    >>> unseen_model("averaged", classifies=True, shares=True)
+    >>> unseen_model("averaged", classifies=True, private="")
     'the global update and the averaged head'
     """
-    update = "the global update" if shares else "the base model as it is (clients share nothing)"
+    update = BASE[private] if private else "the global update"
     return f"{update}{f' and {HEADS.get(head, FIRST)}' if classifies else ''}"

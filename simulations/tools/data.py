@@ -96,8 +96,8 @@ def sources(words: Sequence[str]) -> Sources:
     source = build(cfg.data, Source, "data")  # type: ignore[type-abstract]
     model = build(cfg.model, ModelSpec, "model")  # type: ignore[type-abstract]
     base = model.base if isinstance(model, Pruned) else model  # pruning leaves the tokenizer alone
-    shares = locate(str(cfg.strategy["_target_"])).shares  # type: ignore[attr-defined]
-    unseen = unseen_model(model.head, classifies=model.classifies, shares=shares)
+    private = locate(str(cfg.strategy["_target_"])).private  # type: ignore[attr-defined]
+    unseen = unseen_model(model.head, classifies=model.classifies, private=private)
     return Sources(source, base.folder(), str(cfg.client.loss), unseen)
 
 

@@ -85,7 +85,7 @@ def test_gaps_that_do_not_fit_are_refused(gaps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("lengths", [(), (0, 2), (3, -1), (33,)])
 def test_rows_that_no_model_takes_are_refused(lengths: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"the model takes 1\.\.32 in a row"):
-        Shape(lengths).check(32)
+        Shape(lengths).check(32, 3)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(0, 12), min_size=1, max_size=6))

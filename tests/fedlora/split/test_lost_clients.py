@@ -122,6 +122,10 @@ FAULTS: dict[str, tuple[Fault, str]] = {
     "a row less": (hidden(lambda v: v[:-1]), "client 1 sent activations"),
     "too long": (long, r"the model takes 1\.\.32 in a row"),
     "no rows": (lambda up: replace(up, shape=Shape(())), "rows of "),
+    "more rows than a step has": (
+        lambda up: replace(up, shape=Shape((1,) * up.shape.tokens)),
+        "rows: a step has at most 3 of them",
+    ),
     "no labels": (lambda up: replace(up, labels=None), "sent no labels"),
     "a label less": (labels(lambda x: replace(x, targets=x.targets[:-1])), "labels do not fit"),
     "foreign labels": (

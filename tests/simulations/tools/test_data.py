@@ -70,6 +70,7 @@ def test_labels_are_printed_as_a_row_of_bars_for_each_client(tmp_path, tokenizer
     [
         ([], "the global update"),
         (["strategy=local"], r"the base model as it is \(clients share nothing\)"),
+        (["strategy=fedsa"], r"the base model as it is \(each client keeps its own B\)"),
         (["model.task=classification"], "the global update and the frozen head, drawn from .*"),
         (["model.task=classification", "model.head=averaged"], ".* and the averaged head"),
         (
