@@ -23,7 +23,16 @@ from fedlora.algebra.state import Kept, State, integers, order, pack, scalar, un
 from fedlora.algebra.summand import Summands, dense
 from fedlora.core.checks import one_of
 from fedlora.core.payload import Payload
-from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    LocalPlan,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
 from fedlora.server.method import Setup
 from fedlora.wire.codec import WIRE_BYTES, update_bytes
 from strategies.base import LoRAStrategy
@@ -122,10 +131,10 @@ class FedSA(LoRAStrategy):
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Those of ``A``; in the first round it follows from the run's seed."""
-        assert isinstance(start, Mapping)
-        scalars = sum(f.a.numel() for f in start.values()) if int(state["round"]) else 0
+        assert isinstance(job.start, Mapping)
+        scalars = sum(f.a.numel() for f in job.start.values()) if int(state["round"]) else 0
         return scalars * WIRE_BYTES[wire]
 
     def bytes_up(self, state: State, update: Update, plan: LocalPlan, wire: str) -> int:

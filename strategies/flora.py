@@ -21,7 +21,7 @@ from fedlora.algebra.summand import Product, Summands, dense
 from fedlora.core.checks import one_of
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import torch_seed
-from fedlora.core.types import Client, Factors, Ranks, Setting, Update
+from fedlora.core.types import Client, Factors, Ranks, Setting, TrainJob, Update
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.wire.codec import WIRE_BYTES
 from strategies.base import LoRAStrategy
@@ -83,7 +83,7 @@ class FLoRA(LoRAStrategy):
     def global_update(self, state: State, ranks: Ranks | None = None) -> Payload:
         return Rebased(_shift(state))
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """The bytes of ``g``: a client draws the round's ``A`` from the seed, and ``B`` is zero. In
         the first round ``g`` is zero too."""
         scalars = sum(g.numel() for g in _shift(state).values()) if int(state["round"]) else 0

@@ -15,7 +15,16 @@ from typing import ClassVar
 from fedlora.algebra.init import initial_factors
 from fedlora.algebra.state import Kept, State, order, pack, scalar, unpack
 from fedlora.core.payload import Payload
-from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    Factors,
+    LocalPlan,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
 from strategies.base import LoRAStrategy
 
 INITIAL = "initial/"
@@ -65,7 +74,7 @@ class Local(LoRAStrategy):
     def personal_update(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return self.client_start(state, self.enlist(state, client), kept)
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Zero: the initialisation follows from the run's seed."""
         return 0
 

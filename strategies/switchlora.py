@@ -39,7 +39,16 @@ from fedlora.algebra.summand import Summands, dense
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique
-from fedlora.core.types import Client, Factors, LocalPlan, Module, Ranks, Setting, Update
+from fedlora.core.types import (
+    Client,
+    Factors,
+    LocalPlan,
+    Module,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
 from fedlora.server.method import Setup, StateAudit
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.rebased.payload import Rebased
@@ -324,7 +333,7 @@ class SwitchLoRA(LoRAStrategy):
         """See `check_rank`: one slot may be frozen, and at least one vector must be in no slot."""
         return 2, module.max_rank - 1
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """The bytes of what the client missed of the shared state, or of all of it if that is less.
 
         In the first round this is 0, because the state follows from the seed. In mode ``dense`` it
@@ -333,12 +342,13 @@ class SwitchLoRA(LoRAStrategy):
         was rejected is assumed to have missed the round.
         """
         width, done = WIRE_BYTES[wire], int(state["round"])
-        assert isinstance(start, Rebased)
+        assert isinstance(job.start, Rebased)
         if self.mode == DENSE:
-            return width * sum(t.numel() for t in start.shift.values()) if done else 0
+            return width * sum(t.numel() for t in job.start.shift.values()) if done else 0
         if not self.replicas:
-            return super().bytes_down(state, client, start, wire)
-        known = int(state["seen"][client.id]) if client.id < len(state["seen"]) else 0
+            return super().bytes_down(state, job, wire)
+        seen, client = state["seen"], job.client.id
+        known = int(seen[client]) if client < len(seen) else 0
         digest = DIGEST_BYTES if self.hash_every and done and done % self.hash_every == 0 else 0
         return news(state, known).bytes(width) + digest
 

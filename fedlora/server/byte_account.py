@@ -33,10 +33,7 @@ class ByteAccount:
     ) -> "ByteAccount":
         """The account of a round that begins from a state."""
         drawn = {id(j.start): seeded_bytes(j, wire) for j in jobs}
-        down = {
-            j.client.id: method.bytes_down(state, j.client, j.start, wire) - drawn[id(j.start)]
-            for j in jobs
-        }
+        down = {j.client.id: method.bytes_down(state, j, wire) - drawn[id(j.start)] for j in jobs}
         return cls(method, state, {j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:

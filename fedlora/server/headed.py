@@ -19,7 +19,16 @@ from fedlora.algebra.state import Kept, State, prefixed, under
 from fedlora.algebra.summand import Summands, dense
 from fedlora.core.payload import Payload
 from fedlora.core.technique import Technique
-from fedlora.core.types import Adapter, Client, LocalPlan, Module, Ranks, Setting, Update
+from fedlora.core.types import (
+    Adapter,
+    Client,
+    LocalPlan,
+    Module,
+    Ranks,
+    Setting,
+    TrainJob,
+    Update,
+)
 from fedlora.models.head import AVERAGED, LOCAL
 from fedlora.models.headed import HEAD, WithHead
 from fedlora.server.method import Method, Setup, StateAudit
@@ -86,10 +95,10 @@ class Headed(Method):
         """As the inner method."""
         return self.inner.plan(_without(state), client, base)
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Those of the inner method, and the head if it is averaged."""
-        update = _stripped(start)
-        return self.inner.bytes_down(_without(state), client, update, wire) + self._bytes(wire)
+        bare = replace(job, start=_stripped(job.start))
+        return self.inner.bytes_down(_without(state), bare, wire) + self._bytes(wire)
 
     def bytes_up(self, state: State, update: Update, plan: LocalPlan, wire: str) -> int:
         """The same of what a client sends."""

@@ -205,16 +205,15 @@ class Method(ABC):
         """The plan of an enlisted client for this round, made from the configured plan."""
         return base
 
-    def bytes_down(self, state: State, client: Client, start: Payload, wire: str) -> int:
+    def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """The bytes that a real client receives before it trains, given what it already has.
 
         Args:
             state: as in every hook.
-            client: enlisted.
-            start: its start of the round.
+            job: the enlisted client, its start and its plan of the round.
             wire: number format.
         """
-        return payload_bytes(start, wire)
+        return payload_bytes(job.start, wire)
 
     def bytes_up(self, state: State, update: Update, plan: LocalPlan, wire: str) -> int:
         """The bytes that a real client sends after it has trained.

@@ -26,7 +26,7 @@ from fedlora.algebra.server_optimizer import NoServerOptimizer
 from fedlora.algebra.state import Kept, State
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
-from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -51,6 +51,13 @@ class Precision:
 DOUBLE = Precision(torch.float64, 1e-12)
 SINGLE = Precision(torch.float32, 1e-5)
 """What a run computes in."""
+
+
+def job(strategy: LoRAStrategy, state: State, client: Client) -> TrainJob:
+    """What a client is asked for in the round that begins from a state."""
+    c = strategy.enlist(state, client)
+    start = as_payload(strategy.client_start(state, c))
+    return TrainJob(0, 1, c, start, strategy.plan(state, c, PLAN))
 
 
 def cohort(

@@ -19,7 +19,15 @@ from tests.generators import (
     trained,
     vector_updates,
 )
-from tests.strategies.laws import PLAN, assert_same, close, cohort, kept_by, population_for
+from tests.strategies.laws import (
+    PLAN,
+    assert_same,
+    close,
+    cohort,
+    job,
+    kept_by,
+    population_for,
+)
 
 
 def averaged(updates: list[Update], ranks: tuple[int, ...]) -> tuple[FedSA, dict, dict]:
@@ -111,12 +119,11 @@ def test_traffic_is_a_alone() -> None:
     updates = cohort(rule, state, population, 1)
     after = rule.aggregate(state, updates)
     for u in updates:
-        start = as_payload(rule.client_start(state, u.client))
         of_a = sum(m.d_in * u.client.ranks[m.path] for m in population.modules)
         assert rule.bytes_up(state, u, PLAN, "float32") == 4 * of_a
         assert rule.bytes_up(state, u, PLAN, "bfloat16") == 2 * of_a
-        assert rule.bytes_down(state, u.client, start, "float32") == 0
-        assert rule.bytes_down(after, u.client, start, "float32") == 4 * of_a
+        assert rule.bytes_down(state, job(rule, state, u.client), "float32") == 0
+        assert rule.bytes_down(after, job(rule, after, u.client), "float32") == 4 * of_a
 
 
 def test_what_is_kept_is_b_alone() -> None:

@@ -14,6 +14,7 @@ from tests.strategies.laws import (
     Precision,
     assert_same,
     cohort,
+    job,
     population_for,
 )
 
@@ -34,7 +35,7 @@ def test_nothing_is_shared_and_nothing_is_lost(precision: Precision) -> None:
         assert_same(strategy.personal_update(after, client, kept), update.payload, "its own model")
         assert_same(strategy.personal_update(after, client), start, "a client that never trained")
         assert strategy.bytes_up(state, update, PLAN, "float32") == 0
-        assert strategy.bytes_down(state, client, start, "float32") == 0
+        assert strategy.bytes_down(state, job(strategy, state, client), "float32") == 0
 
 
 def test_all_clients_start_from_one_initialisation() -> None:

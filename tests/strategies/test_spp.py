@@ -205,11 +205,11 @@ def test_what_is_not_what_was_asked_for_is_refused():
         start = method.client_start(state, c)
         good = select_sent(trained(start, 1))
         expected = Expected(c, start, LocalPlan(Scaling()), density=0.3)
-        check_update(Update(c, good, 5), expected, max_norm=0.0)
+        check_update(Update(c, good, c.num_examples), expected, max_norm=0.0)
         norm = good.change_norm(start)
         assert norm > 0
         with pytest.raises(RejectedUpdate, match="has norm"):
-            check_update(Update(c, good, 5), expected, max_norm=norm / 2)
+            check_update(Update(c, good, c.num_examples), expected, max_norm=norm / 2)
         name = "change" if c.ranks["w"] < 8 else "alpha"
         rows = getattr(good, name)["w"]
         nan = torch.full_like(rows, torch.nan)
@@ -228,7 +228,7 @@ def test_what_is_not_what_was_asked_for_is_refused():
             ),
         ):
             with pytest.raises(RejectedUpdate, match=said):
-                check_update(Update(c, bad, 5), expected, max_norm=0.0)
+                check_update(Update(c, bad, c.num_examples), expected, max_norm=0.0)
 
 
 def test_a_lone_client_is_stand_alone_training_bit_by_bit():

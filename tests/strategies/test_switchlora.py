@@ -24,7 +24,7 @@ from strategies.flexlora import FlexLoRA
 from strategies.slora import SLoRA
 from strategies.switchlora import DENSE, SwitchLoRA, covariance
 from tests.generators import dense, roomy_setting
-from tests.strategies.laws import PLAN, SINGLE, after_rounds, close, cohort, reached
+from tests.strategies.laws import PLAN, SINGLE, after_rounds, close, cohort, job, reached
 
 OFTEN = SwitchTraining(interval=10.0, ratio=10.0)
 MODES = [ALTERNATE, PRODUCT, DENSE]
@@ -96,9 +96,7 @@ def test_a_replica_that_was_sent_what_is_counted_is_where_the_server_is(mode):
         for u in updates:
             known = copies[u.client.id].round
             found = news(state, known)
-            counted = method.bytes_down(
-                state, u.client, method.client_start(state, u.client), "float32"
-            )
+            counted = method.bytes_down(state, job(method, state, u.client), "float32")
             sent = sum(len(x.numpy().tobytes()) for x in found.tensors())
             assert counted == sent + (DIGEST_BYTES if t and t % 4 == 0 else 0)
             if t == 0:
@@ -123,10 +121,10 @@ def test_of_dense_the_mean_update_is_sent_and_counted():
     population, method = roomy_setting(), rule(DENSE)
     state, updates = after_rounds(method, population, seed=1)
     client = population.clients[0]
-    start = method.client_start(state, client)
     size = sum(m.d_out * m.d_in for m in population.modules)
-    assert method.bytes_down(state, client, start, "float32") == 4 * size
-    assert method.bytes_down(method.init_state(population), client, start, "float32") == 0
+    assert method.bytes_down(state, job(method, state, client), "float32") == 4 * size
+    first = method.init_state(population)
+    assert method.bytes_down(first, job(method, first, client), "float32") == 0
     plan = method.plan(state, client, PLAN)
     assert update_bytes(updates[0].payload, plan) == 4 * size
     array, _ = encode_payload(updates[0].payload)
@@ -138,9 +136,9 @@ def test_of_dense_the_mean_update_is_sent_and_counted():
 def test_without_replicas_everything_is_sent_every_time():
     population, method = roomy_setting(), rule(replicas=False)
     state, _ = after_rounds(method, population, seed=1)
-    start = method.client_start(state, population.clients[0])
-    array, _ = encode_payload(start)
-    assert method.bytes_down(state, population.clients[0], start, "float32") == array.nbytes
+    sent = job(method, state, population.clients[0])
+    array, _ = encode_payload(sent.start)
+    assert method.bytes_down(state, sent, "float32") == array.nbytes
 
 
 def test_alone_and_without_exchanges_it_is_alternating_lora():
