@@ -812,6 +812,15 @@ def _unequal(strategy: LoRAStrategy) -> str:
     return ""
 
 
+def _whole(strategy: LoRAStrategy) -> str:
+    energy = getattr(strategy, "energy", 1.0)
+    return "" if energy == 1 else f"it drops what is beyond {energy:g} of the energy"
+
+
+def _whole_examples(strategy: LoRAStrategy) -> str:
+    return _examples(strategy) or _whole(strategy)
+
+
 def _private(strategy: LoRAStrategy) -> str:
     return "" if strategy.private else "all that its clients train is sent"
 
@@ -837,9 +846,10 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
+    a_lone_client_gets_its_update_back: _whole,
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
-    examples_are_what_is_averaged: _examples,
+    examples_are_what_is_averaged: _whole_examples,
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,
