@@ -141,18 +141,6 @@ def base_of_another_rank(
     return dataclasses.replace(right(state, client, *kept), shift=other.shift)
 
 
-def held_forgotten(
-    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
-) -> State:
-    """Clients' products are added whole, with what they had started from."""
-    after = dict(right(state, updates))
-    for key in (k for k in after if k.startswith("hold/") and k.endswith("/a")):
-        path, b = key[len("hold/") : -len("/a")], state[f"{key[:-1]}b"]
-        held = Factors(state[key].double(), b.double(), float(state["alpha"])).delta()
-        after[f"shift/{path}/d"] = after[f"shift/{path}/d"] + held
-    return after
-
-
 def residual_forgotten(
     self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
 ) -> State:
@@ -400,7 +388,6 @@ FAULTS = [
     *[(s, "client_start", base_not_moved) for s in (FLORA, FEDEX, LEADING)],
     *[(s, "client_start", base_of_another_rank) for s in (FEDEX, LEADING)],
     *[(s, "client_start", start_ignores_ranks) for s in (FLORA, FEDEX)],
-    *[(s, "aggregate", held_forgotten) for s in (FEDEX, LEADING)],
     (FLORA, "client_start", restarts_from_nothing),
     (FLORA, "adds", scale_dropped_from_summands),
     (FLORA, "absorb", weight_twice),

@@ -513,6 +513,25 @@ def means_unweighted(
     return weighted | {"shift/w/d": rest + plain.delta()}
 
 
+def held_counted_twice(
+    rule: Rebase, right: Callable[..., State], state: State, updates: Sequence[Update]
+) -> State:
+    """Clients' products are added whole, with what they had started from."""
+    after = dict(right(state, updates))
+    for key in (k for k in after if k.startswith("hold/") and k.endswith("/a")):
+        path = key[len("hold/") : -len("/a")]
+        held = Factors(state[key], state[f"hold/{path}/b"], float(state["alpha"]))
+        after[f"shift/{path}/d"] = after[f"shift/{path}/d"] + held.delta()
+    return after
+
+
+@pytest.mark.parametrize("rule", [FEDEX, FEDEX_OWN, MOMENTUM], ids=NAMES[2:5])
+def test_a_fault_of_later_rounds_is_caught(rule: Rebase) -> None:
+    broken = with_hook(rule, "aggregate", held_counted_twice)
+    with pytest.raises(AssertionError, match="round 1"):
+        the_global_model_is_the_mean_of_the_clients(broken, DISTRIBUTIONS["uniform"])
+
+
 @pytest.mark.parametrize(
     ("rule", "fault"),
     [
