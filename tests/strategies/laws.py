@@ -8,13 +8,14 @@ only says so in `ABOUT`, so that a test of another can be seen to be skipped.
 Updates are compared as products, never as factors, and errors are measured against ``||W||_F``.
 """
 
+import copy
 import dataclasses
 import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 import safetensors.torch
@@ -141,12 +142,32 @@ def after_rounds(
     rounds: int = 1,
     precision: Precision = DOUBLE,
 ) -> tuple[State, list[Update]]:
-    """A state some rounds in, and the updates of one more round."""
-    state = strategy.init_state(population)
-    for t in range(rounds):
-        updates = cohort(strategy, state, population, seed + 17 * t, precision)
-        state = strategy.aggregate(state, updates)
-    return state, cohort(strategy, state, population, seed + 1, precision)
+    """A state some rounds in, and the updates of one more round; copies, so that a law may do with
+    them what it likes."""
+    state = _state_after(strategy, population, seed, rounds, precision)
+    updates = _one_more_round(strategy, population, seed, rounds, precision)
+    return copy.deepcopy(state), [
+        dataclasses.replace(u, payload=copy.deepcopy(u.payload)) for u in updates
+    ]
+
+
+@lru_cache(maxsize=64)  # most laws look at the same rounds of one strategy
+def _state_after(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> State:
+    if not rounds:
+        return strategy.init_state(population)
+    state = copy.deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
+    updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
+    return strategy.aggregate(state, updates)
+
+
+@lru_cache(maxsize=64)
+def _one_more_round(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> list[Update]:
+    state = copy.deepcopy(_state_after(strategy, population, seed, rounds, precision))
+    return cohort(strategy, state, population, seed + 1, precision)
 
 
 def kept_by(
