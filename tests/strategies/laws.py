@@ -8,12 +8,12 @@ only says so in `ABOUT`, so that a test of another can be seen to be skipped.
 Updates are compared as products, never as factors, and errors are measured against ``||W||_F``.
 """
 
-import copy
 import dataclasses
 import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import MappingProxyType
@@ -146,9 +146,7 @@ def after_rounds(
     them what it likes."""
     state = _state_after(strategy, population, seed, rounds, precision)
     updates = _one_more_round(strategy, population, seed, rounds, precision)
-    return copy.deepcopy(state), [
-        dataclasses.replace(u, payload=copy.deepcopy(u.payload)) for u in updates
-    ]
+    return deepcopy(state), [dataclasses.replace(u, payload=deepcopy(u.payload)) for u in updates]
 
 
 @lru_cache(maxsize=64)  # most laws look at the same rounds of one strategy
@@ -157,7 +155,7 @@ def _state_after(
 ) -> State:
     if not rounds:
         return strategy.init_state(population)
-    state = copy.deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
+    state = deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
     updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
     return strategy.aggregate(state, updates)
 
@@ -166,7 +164,7 @@ def _state_after(
 def _one_more_round(
     strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
 ) -> list[Update]:
-    state = copy.deepcopy(_state_after(strategy, population, seed, rounds, precision))
+    state = deepcopy(_state_after(strategy, population, seed, rounds, precision))
     return cohort(strategy, state, population, seed + 1, precision)
 
 
