@@ -80,19 +80,19 @@ def federate(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def _once(tmp_path_factory):
-    """Small runs that are done once in a session."""
+def once(tmp_path_factory):
+    """Small runs that are done once in a session: to be read only."""
     root, number = tmp_path_factory.mktemp("finished"), itertools.count()
     return functools.cache(lambda *overrides: small_run(root / str(next(number)), *overrides))
 
 
 @pytest.fixture
-def finished(_once, tmp_path):
+def finished(once, tmp_path):
     """A small run that several tests look at, in a copy of its folder that may be changed and
     continued (``federate("resume=auto", ...)`` finds it). Nothing is to be patched before it."""
 
     def do(*overrides: str, output: str = "out") -> Run:
-        done = _once(*overrides)
+        done = once(*overrides)
         folder = shutil.copytree(done.folder, tmp_path / output / done.folder.name)
         return Run(folder, done.said.splitlines())
 

@@ -129,12 +129,9 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def first_client(tmp_path_factory):
+def first_client(once):
     """A client of round 1 that is no client of its own message."""
-    run = Alone(tmp_path_factory.mktemp("plain"), "rounds=1")
-    code, said = run.end()
-    assert code == 0, said
-    return run.clients[0]["client"]
+    return once("engine=faulty", "runtime.nodes=64", "rounds=1").clients[0]["client"]
 
 
 @pytest.mark.slow

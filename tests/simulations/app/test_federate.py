@@ -14,7 +14,7 @@ from fedlora.techniques.lora.peft import load_peft
 FIVE = ["fedavg", "fedit", "flexlora", "heterolora", "slora"]
 
 
-def own(strategy):
+def asked(strategy):
     """The word that asks for a strategy; the default needs none."""
     return () if strategy == "flexlora" else (f"strategy={strategy}",)
 
@@ -22,7 +22,7 @@ def own(strategy):
 @pytest.mark.parametrize("strategy", FIVE)
 def test_every_strategy_runs_and_leaves_a_complete_folder(finished, strategy):
     stages = ["strategy.stage1_rounds=1"] if strategy == "slora" else []
-    done = finished(*own(strategy), *stages)
+    done = finished(*asked(strategy), *stages)
     assert done.status["status"] == "completed"
     assert [r["round"] for r in done.rounds] == [1, 2]
     assert all(r["clients"] == 6 for r in done.rounds)
@@ -39,7 +39,7 @@ def test_the_headline_says_which_ranks_are_held_and_which_are_trained(finished):
 
     def headline(strategy):
         (line,) = (
-            line for line in finished(*own(strategy)).said.splitlines() if "clients hold" in line
+            line for line in finished(*asked(strategy)).said.splitlines() if "clients hold" in line
         )
         return line
 
@@ -142,7 +142,8 @@ def test_a_rounding_wire_halves_the_bytes_and_keeps_the_account(federate, finish
 
 
 def test_error_feedback_resumes_bit_by_bit(federate):
-    words = (*BF16, "federation.error_feedback=true", "population.per_round=20")
+    few = ("population.clients=10", "population.per_round=8")  # who takes part has done so before
+    words = (*BF16, "federation.error_feedback=true", *few)
     whole = federate(*words, "rounds=3")
     federate(*words, "rounds=2", output="cut")
     resumed = federate(*words, "rounds=3", "resume=auto", output="cut")
@@ -408,7 +409,7 @@ def test_the_engine_says_what_it_is_and_gets_the_messages_it_likes(federate):
 
 
 def test_the_sequential_engine_needs_one_word(federate):
-    done = federate("engine=faulty")
+    done = federate("engine=faulty", "client.steps=1")
     assert [x for x in done.said.splitlines() if x.startswith("engine")] == ["engine: sequential"]
     assert [r["engine"] for r in done.rounds] == ["sequential"] * 2
     assert not any("engine/fused_share" in r for r in done.rounds)
