@@ -47,6 +47,8 @@ OPTIONS = [
     ["strategy=heterolora", "strategy.weights=uniform"],
     ["strategy=flexlora", "strategy.residual=carry", "strategy/server_optimizer=fedavgm"],
     ["strategy=fedsa", "strategy.weighting=all"],
+    ["strategy=scaffold", "strategy.weights=uniform", "strategy/server_optimizer=fedavgm"],
+    ["strategy=feddyn", "strategy.weights=uniform", "strategy.strength=1.0"],
     ["strategy=fedsa", "strategy.weights=uniform"],
     ["strategy=slora", "strategy.stage1_rounds=0"],
     ["strategy=splitlora", "strategy.cut=11"],
