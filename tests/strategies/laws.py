@@ -27,6 +27,7 @@ from fedlora.algebra.server_optimizer import NoServerOptimizer
 from fedlora.algebra.state import Kept, State
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
@@ -35,9 +36,12 @@ from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
+from strategies.drift import FedDyn
 from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
+METRICS = MappingProxyType({LR_SUM: 0.25})
+"""What every update states."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,7 @@ def cohort(
         start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
-        updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
+        updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
 
@@ -533,7 +537,7 @@ def everything_is_finite_when_nobody_trains(
         for client in population.clients:
             c = strategy.enlist(state, client)
             start = _untrained(strategy, state, c)
-            updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
+            updates.append(Update(c, start, c.num_examples, METRICS))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
             for key, t in as_payload(payload).tensors():
@@ -802,6 +806,10 @@ def _shares(strategy: LoRAStrategy) -> str:
     return "" if strategy.shares else "its clients share nothing"
 
 
+def _averages(strategy: LoRAStrategy) -> str:
+    return "its server goes beyond the average" if isinstance(strategy, FedDyn) else ""
+
+
 def _any_share(strategy: LoRAStrategy) -> str:
     if not strategy.shares:
         return ""
@@ -818,6 +826,8 @@ def _no_share(strategy: LoRAStrategy) -> str:
 def _examples(strategy: LoRAStrategy) -> str:
     if strategy.private:
         return "the model of each of its clients is its own"
+    if reason := _averages(strategy):
+        return reason
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -865,7 +875,7 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
-    a_lone_client_gets_its_update_back: _whole,
+    a_lone_client_gets_its_update_back: lambda s: _whole(s) or _averages(s),
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
     examples_are_what_is_averaged: _whole_examples,

@@ -55,6 +55,8 @@ OPTIONS = [
     ["strategy=flora", "strategy.hold=svd", "strategy.heterogeneous=smallest"],
     ["strategy=flora", "strategy.hold=svd", "strategy/server_optimizer=fedavgm"],
     ["strategy=fedsa", "strategy.weighting=all"],
+    ["strategy=scaffold", "strategy.weights=uniform", "strategy/server_optimizer=fedavgm"],
+    ["strategy=feddyn", "strategy.weights=uniform", "strategy.strength=1.0"],
     ["strategy=fedsa", "strategy.weights=uniform"],
     ["strategy=slora", "strategy.stage1_rounds=0"],
     ["strategy=splitlora", "strategy.cut=11"],
