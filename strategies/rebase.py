@@ -199,6 +199,13 @@ class Rebase(LoRAStrategy):
         return after | next_seen(state, updates)
 
     @property
+    def inexact(self) -> str:
+        """Why the model differs from the mean of its clients' models; empty: it is the mean."""
+        if self.energy == 1:
+            return ""
+        return f"strategy.energy={self.energy:g} leaves out the mean's smallest directions"
+
+    @property
     def needs_updates(self) -> str:
         if self.hold != "none":
             return (
