@@ -18,7 +18,8 @@ def counted(run, name):
 def test_engines_agree_traffic_is_one_factor_and_runs_resume(federate, strategy):
     words = [*EQUAL, f"strategy={strategy}", "population.clients=6", "rounds=3"]
     words += ["population.per_round=6", "population.unseen_fraction=0"]
-    whole = federate(*words, "engine=sequential")
+    alone = [*words, "engine=sequential"]
+    whole = federate(*alone)
     fused = federate(*words, "engine=fused", output="fused")
     assert all(r["engine/fused_share"] == 1.0 for r in fused.rounds)
     for mine, theirs in zip(fused.rounds, whole.rounds, strict=True):
@@ -28,8 +29,8 @@ def test_engines_agree_traffic_is_one_factor_and_runs_resume(federate, strategy)
     second = OF_A if strategy == "rolora" else OF_B
     assert counted(whole, "bytes_up") == [{OF_B}, {second}, {OF_B}]
     assert counted(whole, "bytes_down") == [{0}, {OF_B}, {second}]  # all took part in each round
-    federate(*words, "rounds=1", output="cut")
-    assert federate(*words, "resume=auto", output="cut").hash == whole.hash
+    federate(*alone, "rounds=1", output="cut")
+    assert federate(*alone, "resume=auto", output="cut").hash == whole.hash
 
 
 def test_unequal_ranks_send_what_they_hold_and_who_missed_rounds_is_sent_more(federate):
