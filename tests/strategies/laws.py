@@ -13,8 +13,9 @@ import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 import safetensors.torch
@@ -144,12 +145,30 @@ def after_rounds(
     rounds: int = 1,
     precision: Precision = DOUBLE,
 ) -> tuple[State, list[Update]]:
-    """A state some rounds in, and the updates of one more round."""
-    state = _in(precision, strategy.init_state(population))
-    for t in range(rounds):
-        updates = cohort(strategy, state, population, seed + 17 * t, precision)
-        state = strategy.aggregate(state, updates)
-    return state, cohort(strategy, state, population, seed + 1, precision)
+    """A state some rounds in, and the updates of one more round; copies, so that a law may do with
+    them what it likes."""
+    state = _state_after(strategy, population, seed, rounds, precision)
+    updates = _one_more_round(strategy, population, seed, rounds, precision)
+    return deepcopy(state), [dataclasses.replace(u, payload=deepcopy(u.payload)) for u in updates]
+
+
+@lru_cache(maxsize=64)  # most laws look at the same rounds of one strategy
+def _state_after(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> State:
+    if not rounds:
+        return _in(precision, strategy.init_state(population))
+    state = deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
+    updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
+    return strategy.aggregate(state, updates)
+
+
+@lru_cache(maxsize=64)
+def _one_more_round(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> list[Update]:
+    state = deepcopy(_state_after(strategy, population, seed, rounds, precision))
+    return cohort(strategy, state, population, seed + 1, precision)
 
 
 def kept_by(
