@@ -327,7 +327,14 @@ class PlainFlower(Strategy):
         return found
 
     def _start(self, client: Client) -> Payload:
-        return self._plan.technique.payload(self.method.client_start(self.state, client))
+        start = self._plan.technique.payload(self.method.client_start(self.state, client))
+        if start.linear() is not None:
+            raise RunError(
+                f"{self.method.label} sends its clients a correction of their gradient, which "
+                "Flower's own clients do not add: use fedlora.server.flower.FederatedRun, or a "
+                "method without, such as FedIT"
+            )
+        return start
 
     def _planned(self, client: Client) -> LocalPlan:
         """Which factors a node is to train; how it trains them is its own affair."""

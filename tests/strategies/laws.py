@@ -25,11 +25,12 @@ from torch import Tensor
 from fedlora.algebra import summand
 from fedlora.algebra.linalg import normalize
 from fedlora.algebra.server_optimizer import NoServerOptimizer
-from fedlora.algebra.state import Kept, State
+from fedlora.algebra.state import Kept, State, pack
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
-from fedlora.server.method import Method
+from fedlora.server.missed import SEEN
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -37,9 +38,12 @@ from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
+from strategies.drift import FedDyn
 from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
+METRICS = MappingProxyType({LR_SUM: 0.25})
+"""What every update states."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def cohort(
         start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
-        updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
+        updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
 
@@ -536,7 +540,7 @@ def everything_is_finite_when_nobody_trains(
         for client in population.clients:
             c = strategy.enlist(state, client)
             start = _untrained(strategy, state, c)
-            updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
+            updates.append(Update(c, start, c.num_examples, METRICS))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
             for key, t in as_payload(payload).tensors():
@@ -728,9 +732,9 @@ def what_is_counted_down_is_what_a_client_lacks(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """A client that keeps what it was sent lacks the factors of its start that have changed since;
-    in the beginning it has what follows from the seed. Never less is counted, and by methods that
-    count for themselves, no more."""
-    population, exact = population_for(strategy), "bytes_down" in _overridden(strategy)
+    in the beginning it has what follows from the seed. Never less is counted, and no more by
+    methods that remember who took part."""
+    population = population_for(strategy)
     state = strategy.init_state(population)
     has = {c.id: _named(strategy, state, c) for c in population.clients}
     for t in range(7):
@@ -742,7 +746,7 @@ def what_is_counted_down_is_what_a_client_lacks(
             counted = strategy.bytes_down(state, asked, "float32")
             what = f"round {t}, client {c.id} lacks {4 * lacks} bytes and is counted {counted}"
             assert counted >= 4 * lacks, what
-            assert counted == 4 * lacks or not exact, what
+            assert counted == 4 * lacks or SEEN not in state, what
             if c in takes_part:
                 has[c.id] = mine
         if takes_part:
@@ -751,21 +755,10 @@ def what_is_counted_down_is_what_a_client_lacks(
             state = strategy.aggregate(state, updates)
 
 
-def _overridden(strategy: LoRAStrategy) -> set[str]:
-    """The names of the hooks that are not the base class's."""
-    return {
-        name
-        for cls in type(strategy).__mro__
-        if issubclass(cls, Method) and cls not in (Method, LoRAStrategy)
-        for name in vars(cls)
-    }
-
-
 def _named(strategy: LoRAStrategy, state: State, client: Client) -> dict[str, Tensor]:
     """The factors that a client is sent, by name."""
-    start = strategy.client_start(state, strategy.enlist(state, client))
-    tensors = as_payload(start).tensors()
-    return {name: t for name, t in tensors if name[-1] not in strategy.private}
+    factors = _start_factors(strategy, state, strategy.enlist(state, client))
+    return {name: t for name, t in pack(factors).items() if name[-1] not in strategy.private}
 
 
 def _other(held: Tensor | None, sent: Tensor) -> bool:
@@ -986,6 +979,10 @@ def _shares(strategy: LoRAStrategy) -> str:
     return "" if strategy.shares else "its clients share nothing"
 
 
+def _averages(strategy: LoRAStrategy) -> str:
+    return "its server goes beyond the average" if isinstance(strategy, FedDyn) else ""
+
+
 def _any_share(strategy: LoRAStrategy) -> str:
     if not strategy.shares:
         return ""
@@ -1002,6 +999,8 @@ def _no_share(strategy: LoRAStrategy) -> str:
 def _examples(strategy: LoRAStrategy) -> str:
     if strategy.private:
         return "the model of each of its clients is its own"
+    if reason := _averages(strategy):
+        return reason
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -1047,7 +1046,7 @@ def _forgets(strategy: LoRAStrategy) -> str:
     """Why clients of one rank lose a part of the model when nobody trains."""
     if _rule(strategy, "residual") == "drop" and _rule(strategy, "train") == "both":
         return "its residual=drop forgets what a client's rank cannot hold"
-    return _stays(strategy)
+    return _averages(strategy) or _stays(strategy)
 
 
 def _fades(strategy: LoRAStrategy) -> str:
@@ -1056,7 +1055,7 @@ def _fades(strategy: LoRAStrategy) -> str:
         return "its residual=drop forgets what a client's rank cannot hold"
     if _rule(strategy, "average") == "value":
         return "its average=value pads what a client's rank cannot hold with zeros"
-    return _stays(strategy)
+    return _averages(strategy) or _stays(strategy)
 
 
 def _rule(strategy: LoRAStrategy, option: str) -> str:
@@ -1069,6 +1068,15 @@ def _plain(strategy: LoRAStrategy) -> str:
     state = strategy.init_state(population)
     start = strategy.client_start(state, strategy.enlist(state, population.clients[0]))
     return "" if isinstance(start, Mapping) else "its clients start from more than factors"
+
+
+def _whole(strategy: LoRAStrategy) -> str:
+    energy = getattr(strategy, "energy", 1.0)
+    return "" if energy == 1 else f"it drops what is beyond {energy:g} of the energy"
+
+
+def _whole_examples(strategy: LoRAStrategy) -> str:
+    return _examples(strategy) or _whole(strategy)
 
 
 def _pruned(strategy: LoRAStrategy) -> str:
@@ -1096,9 +1104,10 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
+    a_lone_client_gets_its_update_back: lambda s: _whole(s) or _averages(s),
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
-    examples_are_what_is_averaged: _examples,
+    examples_are_what_is_averaged: _whole_examples,
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,
