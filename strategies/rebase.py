@@ -200,10 +200,7 @@ class Rebase(LoRAStrategy):
 
     @property
     def inexact(self) -> str:
-        """Why the model differs from the mean of its clients' models; empty: it is the mean."""
-        if self.energy == 1:
-            return ""
-        return f"strategy.energy={self.energy:g} leaves out the mean's smallest directions"
+        return f"it drops what is beyond {self.energy:g} of the energy" if self.energy < 1 else ""
 
     @property
     def needs_updates(self) -> str:

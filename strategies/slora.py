@@ -175,6 +175,10 @@ class SLoRA(LoRAStrategy):
         return self._after_sparse(state, self._sparse_round(state, updates))
 
     @property
+    def inexact(self) -> str:
+        return self.aggregator.inexact
+
+    @property
     def needs_updates(self) -> str:
         if self.stage1_rounds and self.sparse_average == "coverage":
             return (

@@ -11,7 +11,6 @@ A state holds ``seen`` as int64 ``[clients]``, and ``round``, the rounds that ar
 
 from collections.abc import Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from fedlora.algebra.init import sample_a
@@ -77,6 +76,6 @@ def seeded_bytes(job: TrainJob, wire: str) -> int:
     scalars = sum(
         f.a.numel()
         for path, f in (factors or {}).items()
-        if torch.equal(f.a, sample_a(job.seed, path, *f.a.shape))
+        if bool((f.a == sample_a(job.seed, path, *f.a.shape)).all())  # of whatever dtype
     )
     return scalars * WIRE_BYTES[wire]
