@@ -68,6 +68,7 @@ FUSED = ("engine=fused", "engine.tokens=160", "engine.slots=4")
 PRUNED = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "fedavg": ("strategy=fedavg",),
+    "fedex": ("strategy=fedex", "strategy.heterogeneous=own"),
     "fedit": ("strategy=fedit",),
     "flexlora": ("strategy=flexlora",),
     "flora": ("strategy=flora",),
