@@ -5,17 +5,18 @@ r"""FlexLoRA: average the full-size updates, then give each client what its rank
 
 Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
 Resources", arXiv:2402.11505. Options from later work: ``weighting=covered`` is raFLoRA's
-(arXiv:2602.13486), ``residual=carry`` follows FedHL (arXiv:2505.18494). Where the authors' code and
-paper differ, see docs/fidelity.md.
+(arXiv:2602.13486), ``residual=carry`` follows FedHL (arXiv:2505.18494), ``train=b`` is FedSVD (Lee
+et al., NeurIPS 2025, arXiv:2505.12805): clients train B alone, over an A of orthonormal rows that
+is made anew every round. Where the authors' code and paper differ, see docs/fidelity.md.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fedlora.algebra.init import initial_a
+from fedlora.algebra.init import INITS, initial_factors
 from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
@@ -34,6 +35,7 @@ from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
     Kept,
     State,
+    integers,
     order,
     paths,
     prefixed,
@@ -41,12 +43,13 @@ from fedlora.algebra.state import (
     under,
 )
 from fedlora.algebra.summand import Product, Summands, product_change
-from fedlora.core.checks import one_of
+from fedlora.core.checks import at_least, one_of
 from fedlora.core.payload import Payload
-from fedlora.core.types import Adapter, Client, Factors, Ranks, Setting, Update
+from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, Setting, Update
+from fedlora.server.method import Setup
 from strategies.base import LoRAStrategy
 
-GLOBAL, SERVER = "global/", "server/"
+GLOBAL, SERVER, ROUND = "global/", "server/", "round"
 
 
 def stacked(
@@ -74,10 +77,31 @@ def left_behind(w: SVD, p: Sequence[float], ranks: Sequence[int], weighting: str
     return SVD(u=w.u[:, alive], s=w.s[alive] * kept[alive].to(w.s.dtype), v=w.v[alive])
 
 
+def over(sent: Adapter, start: Adapter) -> Adapter:
+    """What clients that train ``B`` alone have sent, over the ``A`` that they were sent."""
+    return {path: replace(f, a=start[path].a.to(f.b.dtype)) for path, f in sent.items()}
+
+
+def on_rows(b: Tensor, a: Tensor, rows: Tensor) -> SVD:
+    """``B A = C V`` for given rows ``V [k, n]`` that span those of the product: ``C``'s columns,
+    scaled to one, with their lengths, in place of singular vectors and values."""
+    v = rows.to(torch.promote_types(rows.dtype, a.dtype))
+    c = b.to(v.dtype) @ (a.to(v.dtype) @ torch.linalg.pinv(v))  # [m, k]
+    lengths = c.norm(dim=0)
+    unit = c / torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return SVD(u=unit, s=lengths, v=v.clone())
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FlexLoRA(LoRAStrategy):
     weights: str = "examples"
     """``examples`` (``n_k``) or ``uniform``."""
+    train: str = "both"
+    """The factors that clients train: ``both``, or ``b`` (FedSVD)."""
+    period: int = 1
+    """Of ``train=b``: rounds between two SVDs; in between, ``A`` stays."""
+    init_a: str = "kaiming"
+    """The first ``A``: ``kaiming``, or ``orthonormal`` rows that span the same."""
     weighting: str = "all"
     """The clients over which a rank index is averaged: ``all``, or those ``covered`` by their
     rank."""
@@ -96,6 +120,8 @@ class FlexLoRA(LoRAStrategy):
 
     def __post_init__(self) -> None:
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
+        one_of("strategy.train", self.train, ("both", "b"))
+        one_of("strategy.init_a", self.init_a, INITS)
         one_of("strategy.weighting", self.weighting, ("all", "covered"))
         one_of("strategy.svd_split", self.svd_split, SPLITS)
         one_of("strategy.residual", self.residual, ("drop", "carry"))
@@ -106,10 +132,31 @@ class FlexLoRA(LoRAStrategy):
                 "which strategy.residual='carry' promises to keep: choose residual=drop, or "
                 "backend=auto, dense, core or gram"
             )
+        at_least("strategy.period", self.period, 1)
+        if self.period > 1 and (self.train != "b" or self._steps):
+            raise ValueError(
+                f"strategy.period={self.period} keeps the A that clients have frozen, with "
+                "strategy.train=b and no server optimizer, whose step leaves its rows: choose "
+                "strategy.period=1, or strategy.train=b strategy/server_optimizer=none"
+            )
+        if self.train == "b" and self.svd_split != "b":
+            raise ValueError(
+                f"strategy.train=b with strategy.svd_split={self.svd_split}: the singular values "
+                "belong to the factor that is trained, over an A of orthonormal rows; choose "
+                "strategy.svd_split=b, or strategy.train=both"
+            )
+
+    def check(self, setup: Setup) -> None:
+        super().check(setup)
+        if self.train == "b" and not (setup.client.train_a and setup.client.train_b):
+            raise ValueError(
+                f"client.train_a={setup.client.train_a}, client.train_b={setup.client.train_b}: "
+                "strategy.train=b says that clients train B; leave both true"
+            )
 
     def init_state(self, setting: Setting) -> State:
-        top = setting.max_ranks
-        a0 = {m.path: initial_a(setting.seed, m, top[m.path]) for m in setting.modules}
+        first = initial_factors(setting, setting.max_ranks, self.init_a)
+        a0 = {path: f.a for path, f in first.items()}
         nothing = {m.path: torch.zeros(m.d_out, m.d_in) for m in setting.modules}
         state: dict[str, Tensor] = {
             "alpha": scalar(setting.alpha),
@@ -118,15 +165,25 @@ class FlexLoRA(LoRAStrategy):
         for m in setting.modules:
             empty = SVD(torch.zeros(m.d_out, 0), torch.zeros(0), torch.zeros(0, m.d_in))
             state |= _module_state(m.path, empty, a0[m.path])
+        if self.period > 1:
+            state[ROUND] = integers(0)
         return state | prefixed(self.server_optimizer.init(nothing), SERVER)
 
     def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         return self._at(state, client.ranks)
 
+    def plan(self, state: State, client: Client, base: LocalPlan) -> LocalPlan:
+        return replace(base, train_a=False) if self.train == "b" else base
+
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         p = normalized_weights(updates, self.weights)
+        sent = [u.adapter for u in updates]
+        if self.train == "b":
+            sent = [
+                over(f, self._at(state, u.client.ranks)) for u, f in zip(updates, sent, strict=True)
+            ]
         averages = {
-            path: self._average(_svd(state, path), [u.adapter[path] for u in updates], p)
+            path: self._average(_svd(state, path), [s[path] for s in sent], p)
             for path in paths(state, "s", GLOBAL)
         }
         return self._next(state, averages)
@@ -150,7 +207,8 @@ class FlexLoRA(LoRAStrategy):
         if self.needs_updates:
             return None
         assert isinstance(start, Mapping)
-        return {p: product_change(p, start[p], f) for p, f in update.adapter.items()}
+        sent = over(update.adapter, start) if self.train == "b" else update.adapter
+        return {p: product_change(p, start[p], f) for p, f in sent.items()}
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """``W + total / weight``, then its SVD."""
@@ -180,6 +238,11 @@ class FlexLoRA(LoRAStrategy):
         whole = {path: _svd(state, path) for path in paths(state, "s", GLOBAL)}
         return self._at(state, Ranks({path: max(1, w.rank) for path, w in whole.items()}))
 
+    @property
+    def _steps(self) -> bool:
+        """Whether a server optimizer acts on ``W``."""
+        return not isinstance(self.server_optimizer, NoServerOptimizer)
+
     def _at(self, state: State, ranks: Ranks) -> dict[str, Factors]:
         alpha = float(state["alpha"])
         return {
@@ -203,8 +266,15 @@ class FlexLoRA(LoRAStrategy):
 
     def _next(self, state: State, averages: Mapping[str, tuple[Tensor, Tensor]]) -> State:
         """The state whose ``W`` are these products, after the server optimizer."""
-        if not isinstance(self.server_optimizer, NoServerOptimizer):
+        if self._steps:
             return self._server_step(state, averages)
+        if self.period > 1:
+            state = dict(state) | {ROUND: state[ROUND] + 1}
+            if int(state[ROUND]) % self.period:
+                frozen = {path: state[f"{GLOBAL}{path}/v"] for path in averages}
+                return _replaced(
+                    state, {path: on_rows(b, a, frozen[path]) for path, (b, a) in averages.items()}
+                )
         top = {path: state[f"{GLOBAL}{path}/a0"].shape[0] for path in averages}
         return _replaced(
             state,

@@ -189,6 +189,10 @@ class HeteroLoRA(LoRAStrategy):
         return new
 
     @property
+    def inexact(self) -> str:
+        return "it averages A and B each by itself"
+
+    @property
     def needs_updates(self) -> str:
         if self.average == "value":
             return (

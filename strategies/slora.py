@@ -119,6 +119,7 @@ class SLoRA(LoRAStrategy):
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
+        self.aggregator.check(setup)
         term = setup.client.term
         if self.stage1_rounds and term is not None and term.needs_factors:
             raise ValueError(
@@ -172,6 +173,10 @@ class SLoRA(LoRAStrategy):
         if not self._sparse(state):
             return done | prefixed(self.aggregator.aggregate(nested, updates), NESTED)
         return self._after_sparse(state, self._sparse_round(state, updates))
+
+    @property
+    def inexact(self) -> str:
+        return self.aggregator.inexact
 
     @property
     def needs_updates(self) -> str:

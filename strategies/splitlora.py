@@ -219,7 +219,8 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} changes what a client "
                     f"does ({', '.join(changed)}), which a split client cannot do; "
-                    "with heterolora, set strategy.aggregator.prune=false"
+                    "with heterolora, set strategy.aggregator.prune=false; else use fedit or "
+                    "flexlora"
                 )
         return base
 
@@ -238,6 +239,10 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             if part.shared:
                 server |= self._start(new, part, self._host(new, part))
         return new | server_state(server)
+
+    @property
+    def inexact(self) -> str:
+        return self.aggregator.inexact
 
     @property
     def needs_updates(self) -> str:

@@ -194,6 +194,12 @@ class SPP(LoRAStrategy):
         return self._next(state, new)
 
     @property
+    def inexact(self) -> str:
+        if self.mode == "separate":
+            return "its mode=separate averages alpha and beta each by itself"
+        return ""
+
+    @property
     def needs_updates(self) -> str:
         if self.mode in ("stack", "separate"):
             return (

@@ -50,6 +50,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.server.method import Setup, StateAudit
+from fedlora.server.missed import SEEN, next_seen, seen_by
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.switchlora.audit import ReplicaAudit
@@ -233,7 +234,7 @@ class SwitchLoRA(LoRAStrategy):
         shapes = {m.path: (m.d_out, m.d_in) for m in setting.modules}
         timetable = self._timetable(setting.seed)
         made = Replica.begin(shapes, setting.max_ranks, setting.alpha, timetable)
-        return state | made.state() | {"seen": integers([0] * len(setting.clients))}
+        return state | made.state() | {SEEN: integers([0] * len(setting.clients))}
 
     def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Rebased:
         return self._at(state, client.ranks)
@@ -257,8 +258,7 @@ class SwitchLoRA(LoRAStrategy):
             }
             return dict(state) | mean | {"round": integers(done + 1)}
         shared = self._replica(state)
-        seen = state["seen"].clone()
-        seen[[u.client.id for u in updates if u.client.id < len(seen)]] = done
+        seen = next_seen(state, updates)[SEEN]
         return _install(state, shared, self._result(shared, updates, p), seen)
 
     @property
@@ -303,7 +303,7 @@ class SwitchLoRA(LoRAStrategy):
             return dict(state) | new | {"round": integers(done + 1)}
         shared = self._replica(state)
         result = {k: state[f"{LAYER}{k}"] + dense(x) / weight for k, x in total.items()}
-        return _install(state, shared, result, state["seen"].clone())
+        return _install(state, shared, result, state[SEEN].clone())
 
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         return client_weights(updates, self.weights)
@@ -347,8 +347,7 @@ class SwitchLoRA(LoRAStrategy):
             return width * sum(t.numel() for t in job.start.shift.values()) if done else 0
         if not self.replicas:
             return super().bytes_down(state, job, wire)
-        seen, client = state["seen"], job.client.id
-        known = int(seen[client]) if client < len(seen) else 0
+        known = seen_by(state, job.client.id)
         digest = DIGEST_BYTES if self.hash_every and done and done % self.hash_every == 0 else 0
         return news(state, known).bytes(width) + digest
 
@@ -423,7 +422,7 @@ def _install(
     """
     done = int(state["round"])
     shared.install(result)
-    kept = {"alpha": state["alpha"], "seed": state["seed"], "seen": seen}
+    kept = {"alpha": state["alpha"], "seed": state["seed"], SEEN: seen}
     history = {k: t for k, t in state.items() if k.startswith("history/")}
     after = kept | shared.state()
     return after | extend_history(after | history, done, result)

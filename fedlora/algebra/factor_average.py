@@ -12,7 +12,7 @@ remembers under ``server/``, and ``round`` if factors are aligned.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from fedlora.algebra.linalg import (
     normalized_weights,
     svd,
 )
-from fedlora.algebra.owners import mean_change
+from fedlora.algebra.owners import REFUSE, SMALLEST, at_ranks, common_ranks, mean_change
 from fedlora.algebra.ridge import corrected
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
@@ -46,6 +46,7 @@ from fedlora.core.payload import Payload
 from fedlora.core.types import Adapter, Client, Factors, Ranks, Setting, Update
 
 GLOBAL, SERVER = "global/", "server/"
+COVERED = "covered"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,13 +73,13 @@ class FactorAverage:
 
     def __post_init__(self) -> None:
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
-        one_of("strategy.heterogeneous", self.heterogeneous, ("smallest", "covered", "refuse"))
+        one_of("strategy.heterogeneous", self.heterogeneous, (SMALLEST, COVERED, REFUSE))
         one_of("strategy.align", self.align, ("none", "rotate"))
         one_of("strategy.correct", self.correct, ("none", "ridge"))
         at_least("strategy.ridge", self.ridge, 0)
         if not 0 <= self.align_strength <= 1:
             raise ValueError(f"strategy.align_strength={self.align_strength!r} must lie in [0, 1]")
-        if self.correct == "ridge" and self.heterogeneous == "covered":
+        if self.correct == "ridge" and self.heterogeneous == COVERED:
             raise ValueError(
                 "strategy.correct=ridge moves B towards the mean over all clients, and "
                 "strategy.heterogeneous=covered averages over those that have a rank index: choose "
@@ -91,27 +92,19 @@ class FactorAverage:
         Raises:
             ValueError: if clients hold unequal ranks and that was to be refused.
         """
-        patterns = setting.rank_patterns
-        if self.heterogeneous == "refuse" and len(patterns) > 1:
-            held = "; ".join(p.text for p in patterns)
-            raise ValueError(
-                f"averaging factors needs one rank for all clients, these hold {held}: "
-                "choose ranks=homogeneous, strategy.heterogeneous=smallest or covered, or a method "
-                "for unequal ranks"
-            )
-        ranks = setting.max_ranks if self.heterogeneous == "covered" else setting.min_ranks
+        ranks = common_ranks(setting, self.heterogeneous, COVERED)
         return self._state(initial_factors(setting, ranks), setting.alpha, round=0)
 
     def enlist(self, state: State, client: Client) -> Client:
         """The client at the rank that all clients train, or at its own."""
-        if self.heterogeneous == "covered":
+        if self.heterogeneous == COVERED:
             return client
         ranks = Ranks({path: state[f"{GLOBAL}{path}/a"].shape[0] for path in client.ranks})
-        return client if ranks == client.ranks else replace(client, ranks=ranks)
+        return at_ranks(client, ranks)
 
     def client_start(self, state: State, client: Client, kept: Kept | None = None) -> Adapter:
         found = factors(state)
-        if self.heterogeneous != "covered":
+        if self.heterogeneous != COVERED:
             return found
         return {path: first_of(found[path], r) for path, r in client.ranks.items()}
 
@@ -126,8 +119,12 @@ class FactorAverage:
         return self._stepped(state, pack(mean))
 
     @property
+    def inexact(self) -> str:
+        return "it averages A and B each by itself"
+
+    @property
     def needs_updates(self) -> str:
-        if self.heterogeneous == "covered":
+        if self.heterogeneous == COVERED:
             return (
                 "strategy.heterogeneous=covered divides by the weights of the clients that have a "
                 "rank index; choose strategy.heterogeneous=smallest"
@@ -172,7 +169,7 @@ class FactorAverage:
         found = factors(state)
         if ranks is None:
             return found
-        cut = first_of if self.heterogeneous == "covered" else at_rank
+        cut = first_of if self.heterogeneous == COVERED else at_rank
         return {path: cut(found[path], r) for path, r in ranks.items()}
 
     def _aligned(self, state: State, update: Update) -> Adapter:
@@ -191,7 +188,7 @@ class FactorAverage:
         self, path: str, old: Factors, sent: Sequence[Factors], p: Sequence[float]
     ) -> Factors:
         """One module's average."""
-        if self.heterogeneous == "covered":
+        if self.heterogeneous == COVERED:
             return covered_average(old, sent, p)
         mean = average(sent, p)
         if mean.a.shape != old.a.shape:

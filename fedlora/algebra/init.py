@@ -11,6 +11,7 @@ import zlib
 import torch
 from torch import Tensor
 
+from fedlora.core.checks import one_of
 from fedlora.core.seeding import torch_generator
 from fedlora.core.types import (
     Factors,
@@ -38,13 +39,32 @@ def sample_a(seed: int, path: str, rank: int, d_in: int) -> Tensor:
     return torch.empty(rank, d_in).uniform_(-bound, bound, generator=g)
 
 
-def initial_factors(setting: Setting, ranks: Ranks) -> dict[str, Factors]:
-    """``A`` as `initial_a` draws it and ``B = 0``, for every module, at these ranks."""
-    return {
-        m.path: Factors(
-            a=initial_a(setting.seed, m, ranks[m.path]),
-            b=torch.zeros(m.d_out, ranks[m.path]),
-            alpha=setting.alpha,
-        )
-        for m in setting.modules
-    }
+INITS = ("kaiming", "orthonormal")
+
+
+def orthonormal(a: Tensor) -> Tensor:
+    """Orthonormal rows of which the first ``r`` span what the first ``r`` rows of ``a`` do.
+
+    Args:
+        a: ``[r, n]`` of rank ``r``; computed in float64, returned in its dtype.
+    """
+    q, r = torch.linalg.qr(a.double().T)  # [n, r], [r, r]
+    rows: Tensor = (q * torch.sign(torch.diagonal(r))).T
+    return rows.contiguous().to(a.dtype)
+
+
+def initial_factors(setting: Setting, ranks: Ranks, init_a: str = "kaiming") -> dict[str, Factors]:
+    """``A`` as `initial_a` draws it and ``B = 0``, for every module, at these ranks.
+
+    Args:
+        setting: of the run.
+        ranks: per module.
+        init_a: ``kaiming``: as drawn; ``orthonormal``: made so from the first row on.
+    """
+    one_of("strategy.init_a", init_a, INITS)
+    found = {}
+    for m in setting.modules:
+        a = initial_a(setting.seed, m, ranks[m.path])
+        a = orthonormal(a) if init_a == "orthonormal" else a
+        found[m.path] = Factors(a, torch.zeros(m.d_out, ranks[m.path]), setting.alpha)
+    return found

@@ -11,14 +11,46 @@ whose owners did not move. At equal ranks both are the plain mean.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedlora.algebra.linalg import coverage
 from fedlora.core.checks import one_of
+from fedlora.core.types import Client, Ranks, Setting
 
 WEIGHTINGS = ("covered", "all")
+SMALLEST, REFUSE = "smallest", "refuse"
+
+
+def common_ranks(setting: Setting, heterogeneous: str, own: str) -> Ranks:
+    """The ranks of the global factors of a method that averages factors, per module.
+
+    Args:
+        setting: of the run.
+        heterogeneous: what becomes of unequal ranks: all clients train the ``smallest``, they are
+            refused (``refuse``), or each client trains its ``own`` first rank indices.
+        own: the method's word for the last.
+
+    Raises:
+        ValueError: if clients hold unequal ranks and that was to be refused.
+    """
+    one_of("strategy.heterogeneous", heterogeneous, (SMALLEST, own, REFUSE))
+    patterns = setting.rank_patterns
+    if heterogeneous == REFUSE and len(patterns) > 1:
+        held = "; ".join(p.text for p in patterns)
+        raise ValueError(
+            f"averaging factors needs one rank for all clients, these hold {held}: "
+            f"choose ranks=homogeneous, strategy.heterogeneous=smallest or {own}, or a method "
+            "for unequal ranks"
+        )
+    return setting.max_ranks if heterogeneous == own else setting.min_ranks
+
+
+def at_ranks(client: Client, ranks: Ranks) -> Client:
+    """The client at these ranks."""
+    return client if ranks == client.ranks else replace(client, ranks=ranks)
 
 
 def mean_change(

@@ -4,14 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from fedlora.algebra.init import sample_a
 from fedlora.algebra.state import State
-from fedlora.core.payload import plain_factors
 from fedlora.core.types import Failure, TrainJob, Update
 from fedlora.server.method import Method
-from fedlora.wire.codec import WIRE_BYTES
 
 
 @dataclass(frozen=True)
@@ -32,8 +27,7 @@ class ByteAccount:
         cls, method: Method, state: State, jobs: Sequence[TrainJob], wire: str
     ) -> "ByteAccount":
         """The account of a round that begins from a state."""
-        drawn = {id(j.start): seeded_bytes(j, wire) for j in jobs}
-        down = {j.client.id: method.bytes_down(state, j, wire) - drawn[id(j.start)] for j in jobs}
+        down = {j.client.id: method.bytes_down(state, j, wire) for j in jobs}
         return cls(method, state, {j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:
@@ -61,22 +55,6 @@ class ByteAccount:
             "wire/up_bytes": sum(self.up(r) for r in replies.values()),
             "wire/down_bytes": sum(self.down(r) for r in replies.values()),
         }
-
-
-def seeded_bytes(job: TrainJob, wire: str) -> int:
-    """The bytes of a start's frozen factors ``A`` that a client draws itself.
-
-    A factor that the plan does not train and that is, bit for bit, the initial one of the run's
-    seed has never changed. Factors that have, by another rule of averaging or a singular value
-    decomposition, must be sent.
-    """
-    factors = None if job.plan.train_a else plain_factors(job.start)
-    scalars = sum(
-        f.a.numel()
-        for path, f in (factors or {}).items()
-        if torch.equal(f.a, sample_a(job.seed, path, *f.a.shape))
-    )
-    return scalars * WIRE_BYTES[wire]
 
 
 def _exchanged(result: Update, name: str) -> int:

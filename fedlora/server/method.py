@@ -27,6 +27,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.server.missed import seeded_bytes
 from fedlora.wire.codec import payload_bytes, update_bytes
 
 StateAudit = Callable[[State], Mapping[str, float | int | str]]
@@ -208,12 +209,15 @@ class Method(ABC):
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """The bytes that a real client receives before it trains, given what it already has.
 
+        By default its whole start, except for a frozen ``A`` that still is the one of the run's
+        seed (`fedlora.server.missed.seeded_bytes`).
+
         Args:
             state: as in every hook.
             job: the enlisted client, its start and its plan of the round.
             wire: number format.
         """
-        return payload_bytes(job.start, wire)
+        return payload_bytes(job.start, wire) - seeded_bytes(job, wire)
 
     def bytes_up(self, state: State, update: Update, plan: LocalPlan, wire: str) -> int:
         """The bytes that a real client sends after it has trained.
@@ -245,6 +249,13 @@ class Method(ABC):
     @abstractmethod
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The next state."""
+
+    @property
+    def inexact(self) -> str:
+        """Why the global model is not the mean of its clients' models, with the weights of
+        `reference_weights`, even where all clients have one rank; empty: it is, and the laws of the
+        contract hold the method to it."""
+        return ""
 
     @property
     def needs_updates(self) -> str:

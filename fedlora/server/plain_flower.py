@@ -64,6 +64,8 @@ R = TypeVar("R")
 
 ALPHA = "lora_alpha"
 """Key of the train config: LoRA's alpha, needed to compute an update from its factors."""
+TRAIN_A, TRAIN_B = "train_a", "train_b"
+"""Keys of the train config, written here: whether a node is to train A, and B, in this round."""
 EXAMPLES = "num-examples"
 """Key of a reply's metrics, as in Flower's own strategies."""
 PREFIX, A, B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -112,6 +114,8 @@ class _Asked:
 
     client: Client
     start: Payload
+    plan: LocalPlan
+    """Which factors it is to train."""
 
 
 class PlainFlower(Strategy):
@@ -172,8 +176,10 @@ class PlainFlower(Strategy):
         for node in self._known(nodes):
             client = self.method.enlist(self.state, self._clients[node])
             start = self._start(client)
-            self._asked[node] = _Asked(client, start)
-            messages.append(_message(self._factors(start), config, node, MessageType.TRAIN))
+            plan = self._planned(client)
+            self._asked[node] = _Asked(client, start, plan)
+            said = ConfigRecord({**config, TRAIN_A: plan.train_a, TRAIN_B: plan.train_b})
+            messages.append(_message(self._factors(start), said, node, MessageType.TRAIN))
         return messages
 
     def aggregate_train(
@@ -321,7 +327,19 @@ class PlainFlower(Strategy):
         return found
 
     def _start(self, client: Client) -> Payload:
-        return self._plan.technique.payload(self.method.client_start(self.state, client))
+        start = self._plan.technique.payload(self.method.client_start(self.state, client))
+        if start.linear() is not None:
+            raise RunError(
+                f"{self.method.label} sends its clients a correction of their gradient, which "
+                "Flower's own clients do not add: use fedlora.server.flower.FederatedRun, or a "
+                "method without, such as FedIT"
+            )
+        return start
+
+    def _planned(self, client: Client) -> LocalPlan:
+        """Which factors a node is to train; how it trains them is its own affair."""
+        plan = self.method.plan(self.state, client, self._plan)
+        return replace(self._plan, train_a=plan.train_a, train_b=plan.train_b)
 
     def _factors(self, payload: Payload) -> Adapter:
         factors = plain_factors(payload)
@@ -387,8 +405,8 @@ class PlainFlower(Strategy):
                         f"{path} has rank {rank}, above the {self._largest[path]} of initial_arrays"
                     )
             enlisted = self.method.enlist(self.state, client)
-            return Expected(enlisted, self._start(enlisted), self._plan)
-        return Expected(asked.client, asked.start, self._plan)
+            return Expected(enlisted, self._start(enlisted), asked.plan)
+        return Expected(asked.client, asked.start, asked.plan)
 
 
 def _kind(path: str) -> Literal["attention", "mlp"]:

@@ -69,9 +69,12 @@ def encode_reply(
     moved = change.change(_on_cpu(payload), _on_cpu(start))
     if residual is None:
         return *_encoded(payload, moved, dtype, CHANGE), None
-    array, header = _encoded(payload, change.corrected(moved, residual), dtype, CHANGE)
+    # A tensor that did not move, as a frozen one, sends no correction: that waits until it moves.
+    waits = {name: e for name, e in residual.items() if name in moved and not moved[name].any()}
+    due = {name: e for name, e in residual.items() if name not in waits}
+    array, header = _encoded(payload, change.corrected(moved, due), dtype, CHANGE)
     read = unflatten(array, json.loads(header))
-    return array, header, change.residual(residual, moved, read)
+    return array, header, change.residual(due, moved, read) | waits
 
 
 def decode_payload(

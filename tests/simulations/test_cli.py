@@ -15,7 +15,7 @@ def test_help_names_commands_groups_and_choices(capsys):
     for name, (_, about) in COMMANDS.items():
         assert f"  {name}" in said and about in said
     assert "data: e2e, intents, jsonl, natural_instructions, sotu" in said
-    assert "strategy/server_optimizer: fedadam, fedavgm, none" in said
+    assert "strategy/server_optimizer: fedadagrad, fedadam, fedavgm, fedyogi, none" in said
     assert "fedlora run strategy=fedit" in said
     assert max(map(len, said.splitlines())) <= 100
 

@@ -23,11 +23,14 @@ import torch
 from torch import Tensor
 
 from fedlora.algebra import summand
+from fedlora.algebra.linalg import normalize
 from fedlora.algebra.server_optimizer import NoServerOptimizer
-from fedlora.algebra.state import Kept, State
+from fedlora.algebra.state import Kept, State, pack
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
+from fedlora.server.missed import SEEN
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -35,9 +38,12 @@ from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
+from strategies.drift import FedDyn
 from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
+METRICS = MappingProxyType({LR_SUM: 0.25})
+"""What every update states."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +82,24 @@ def cohort(
         moved = trained(start, 1000 * seed + c.id)
         sent = answer(start, moved, strategy.plan(state, c, PLAN))
         payload = _each(sent, lambda t: t.to(precision.dtype))
-        updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
+        updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
 
 def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
     """What a client sends that ended at ``trained``: a factor that its plan froze as it was, and
     after exchanges of its own what became of its weights."""
-    if not isinstance(start, Rebased):
+    if not isinstance(start, Rebased | Mapping):
         return trained
     assert not isinstance(trained, SparseDelta | Rebased)
     if isinstance(plan.technique, SwitchTraining):
         return Rebased(dense(Rebased(start.shift, trained)))
-    kept = start.factors
-    found = {
-        p: Factors(f.a if plan.train_a else kept[p].a, f.b if plan.train_b else kept[p].b, f.alpha)
-        for p, f in trained.items()
-    }
+    kept = start.factors if isinstance(start, Rebased) else start
+    found = {}
+    for path, f in trained.items():
+        a = f.a if plan.train_a else kept[path].a.clone()
+        b = f.b if plan.train_b else kept[path].b.clone()
+        found[path] = Factors(a, b, f.alpha)
     return LowRankPayload(found)
 
 
@@ -165,7 +172,7 @@ def _state_after(
     strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
 ) -> State:
     if not rounds:
-        return strategy.init_state(population)
+        return _in(precision, strategy.init_state(population))
     state = _copied(_state_after(strategy, population, seed, rounds - 1, precision))
     updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
     return strategy.aggregate(state, updates)
@@ -544,7 +551,7 @@ def everything_is_finite_when_nobody_trains(
         for client in population.clients:
             c = strategy.enlist(state, client)
             start = _untrained(strategy, state, c)
-            updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
+            updates.append(Update(c, start, c.num_examples, METRICS))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
             for key, t in as_payload(payload).tensors():
@@ -585,16 +592,68 @@ def a_pruned_base_keeps_its_zeros(
 def what_is_not_sent_is_not_read(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    """Garbage in factors that stay with their clients changes no state and no summand."""
+    """Garbage in factors that stay with their clients, or that the round has frozen, changes no
+    state and no summand."""
     population = population_for(strategy)
-    state, updates = after_rounds(strategy, population, seed, precision=precision)
-    spoilt = [dataclasses.replace(u, payload=_spoilt(u.adapter, strategy.private)) for u in updates]
-    one, other = (strategy.aggregate(state, u) for u in (updates, spoilt))
-    for key, t in one.items():
-        assert torch.equal(t, other[key]), f"{key} of the state depends on it"
-    for x, y in zip(added(strategy, state, updates), added(strategy, state, spoilt), strict=True):
-        for name, t in x.items():
-            assert torch.equal(summand.dense(t), summand.dense(y[name])), f"{name} depends on it"
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        spoilt = [
+            dataclasses.replace(u, payload=_spoilt(u.adapter, unsent(strategy, state, u.client)))
+            for u in updates
+        ]
+        one, other = (strategy.aggregate(state, u) for u in (updates, spoilt))
+        for key, t in one.items():
+            assert torch.equal(t, other[key]), f"{key} of the state depends on it"
+        summands = (added(strategy, state, u) for u in (updates, spoilt))
+        for x, y in zip(*summands, strict=True):
+            for name, t in x.items():
+                same = torch.equal(summand.dense(t), summand.dense(y[name]))
+                assert same, f"{name} depends on it"
+
+
+def unsent(strategy: LoRAStrategy, state: State, client: Client) -> str:
+    """The factors of an update that do not leave its client: its own, and those that its plan
+    freezes."""
+    return "".join(sorted({*strategy.private, *frozen(strategy, state, client)}))
+
+
+def frozen(strategy: LoRAStrategy, state: State, client: Client) -> str:
+    """The factors that the plan of an enlisted client freezes, of those that it starts from."""
+    if not _start_factors(strategy, state, client):
+        return ""
+    plan = strategy.plan(state, client, PLAN)
+    return "a" * (not plan.train_a) + "b" * (not plan.train_b)
+
+
+def _start_factors(strategy: LoRAStrategy, state: State, client: Client) -> Mapping[str, Factors]:
+    """The factors that an enlisted client starts from, over whatever base; empty: it has none."""
+    start = strategy.client_start(state, client)
+    if isinstance(start, Rebased):
+        return start.factors
+    return start if isinstance(start, Mapping) else {}
+
+
+def a_frozen_factor_is_the_same_for_all(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Clients of a smaller rank hold the first rows or columns of what the largest rank holds, so
+    that products with it can be averaged factor by factor. The scale is part of B."""
+    population = population_for(strategy)
+    for rounds in (0, 1, 2, 3):
+        state, _ = after_rounds(strategy, population, seed, rounds, precision)
+        clients = [strategy.enlist(state, c) for c in population.clients]
+        largest = max(clients, key=lambda c: sum(c.ranks.values()))
+        whole = _start_factors(strategy, state, largest)
+        for c in clients:
+            names, mine = frozen(strategy, state, c), _start_factors(strategy, state, c)
+            assert names == frozen(strategy, state, largest), f"client {c.id} freezes {names}"
+            for path, f in mine.items() if names else ():
+                w, what = whole[path], f"round {rounds}, client {c.id}: {path}"
+                if "a" in names:
+                    assert torch.equal(f.a, w.a[: f.rank]), f"{what}: A differs"
+                if "b" in names:
+                    want = w.scale * w.b[:, : f.rank]
+                    close(f.scale * f.b, want, precision.tolerance, f"{what}: B")
 
 
 def _spoilt(adapter: Mapping[str, Factors], names: str) -> LowRankPayload:
@@ -604,6 +663,118 @@ def _spoilt(adapter: Mapping[str, Factors], names: str) -> LowRankPayload:
             for path, f in adapter.items()
         }
     )
+
+
+def the_model_is_the_mean_of_its_clients(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """``Σ_k p_k s_k B_k A_k``, at equal ranks, with whatever factors the round trains."""
+    population = population_for(strategy, ("T4", "T4", "T4"))
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        p = normalize(strategy.reference_weights(updates))
+        mean = _weighted([reached(strategy, state, u) for u in updates], p)
+        before, after = _models(strategy, state, updates)
+        if type(before) is type(after):  # else it goes on with another kind of update
+            got = {path: dense(after)[path] for path in mean}  # of a split, what clients hold
+            assert_close(got, mean, precision, f"round {rounds}: mean of the clients' models")
+
+
+def the_model_moves_by_the_mean_of_changes(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """At unequal ranks: by what the clients' models have moved by, whatever their starts lack."""
+    population = population_for(strategy)
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        before, after = _models(strategy, state, updates)
+        if not added(strategy, state, updates) or type(before) is not type(after):
+            continue
+        p = normalize(strategy.reference_weights(updates))
+        ended = _weighted([reached(strategy, state, u) for u in updates], p)
+        began = _weighted([dense(strategy.client_start(state, u.client)) for u in updates], p)
+        want = {path: dense(before)[path] + d - began[path] for path, d in ended.items()}
+        got = {path: dense(after)[path] for path in want}
+        assert_close(got, want, precision, f"round {rounds}: mean of the clients' changes")
+
+
+def _models(
+    strategy: LoRAStrategy, state: State, updates: Sequence[Update]
+) -> tuple[Payload, Payload]:
+    """The global model before and after a round."""
+    return strategy.global_update(state), strategy.global_update(strategy.aggregate(state, updates))
+
+
+def _weighted(parts: Sequence[dict[str, Tensor]], p: Sequence[float]) -> dict[str, Tensor]:
+    scaled = [
+        {k: w * t.double() for k, t in part.items()} for w, part in zip(p, parts, strict=True)
+    ]
+    return {k: sum((x[k] for x in scaled[1:]), scaled[0][k]) for k in scaled[0]}
+
+
+def idle_clients_leave_the_model(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Clients of equal rank that send what they were sent."""
+    _leave_the_model(strategy, population_for(strategy, ("T4", "T4", "T4")), seed, precision)
+
+
+def idle_clients_of_unequal_rank_leave_the_model(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """What only few clients hold does not fade while nobody moves it."""
+    _leave_the_model(strategy, population_for(strategy), seed, precision)
+
+
+def _leave_the_model(
+    strategy: LoRAStrategy, population: Setting, seed: int, precision: Precision
+) -> None:
+    for rounds in (1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        still = [
+            dataclasses.replace(u, payload=_untrained(strategy, state, u.client)) for u in updates
+        ]
+        before, after = _models(strategy, state, still)
+        if type(before) is type(after):
+            assert_close(dense(after), dense(before), precision, f"round {rounds}")
+
+
+def what_is_counted_down_is_what_a_client_lacks(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """A client that keeps what it was sent lacks the factors of its start that have changed since;
+    in the beginning it has what follows from the seed. Never less is counted, and no more by
+    methods that remember who took part."""
+    population = population_for(strategy)
+    state = strategy.init_state(population)
+    has = {c.id: _named(strategy, state, c) for c in population.clients}
+    for t in range(7):
+        takes_part = [c for c in population.clients if not (c.id * (t + seed) + t) % 3]
+        for c in population.clients:
+            asked = dataclasses.replace(job(strategy, state, c), seed=population.seed)
+            mine = _named(strategy, state, c)
+            lacks = sum(x.numel() for name, x in mine.items() if _other(has[c.id].get(name), x))
+            counted = strategy.bytes_down(state, asked, "float32")
+            what = f"round {t}, client {c.id} lacks {4 * lacks} bytes and is counted {counted}"
+            assert counted >= 4 * lacks, what
+            assert counted == 4 * lacks or SEEN not in state, what
+            if c in takes_part:
+                has[c.id] = mine
+        if takes_part:
+            some = dataclasses.replace(population, clients=tuple(takes_part))
+            updates = cohort(strategy, state, some, seed + t, precision)
+            state = strategy.aggregate(state, updates)
+
+
+def _named(strategy: LoRAStrategy, state: State, client: Client) -> dict[str, Tensor]:
+    """The factors that a client is sent, by name."""
+    factors = _start_factors(strategy, state, strategy.enlist(state, client))
+    return {name: t for name, t in pack(factors).items() if name[-1] not in strategy.private}
+
+
+def _other(held: Tensor | None, sent: Tensor) -> bool:
+    """Whether a client has something else."""
+    return held is None or held.shape != sent.shape or bool((held != sent).any())
 
 
 def is_frozen_and_names_its_source(
@@ -797,6 +968,12 @@ LAWS: Sequence[Law] = (
     everybody_has_one_mask,
     a_pruned_base_keeps_its_zeros,
     what_is_not_sent_is_not_read,
+    a_frozen_factor_is_the_same_for_all,
+    the_model_is_the_mean_of_its_clients,
+    the_model_moves_by_the_mean_of_changes,
+    idle_clients_leave_the_model,
+    idle_clients_of_unequal_rank_leave_the_model,
+    what_is_counted_down_is_what_a_client_lacks,
     is_frozen_and_names_its_source,
     says_whether_sums_are_enough,
     absorbing_the_sum_is_aggregating,
@@ -811,6 +988,10 @@ LAWS: Sequence[Law] = (
 
 def _shares(strategy: LoRAStrategy) -> str:
     return "" if strategy.shares else "its clients share nothing"
+
+
+def _averages(strategy: LoRAStrategy) -> str:
+    return "its server goes beyond the average" if isinstance(strategy, FedDyn) else ""
 
 
 def _any_share(strategy: LoRAStrategy) -> str:
@@ -829,6 +1010,8 @@ def _no_share(strategy: LoRAStrategy) -> str:
 def _examples(strategy: LoRAStrategy) -> str:
     if strategy.private:
         return "the model of each of its clients is its own"
+    if reason := _averages(strategy):
+        return reason
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -842,8 +1025,69 @@ def _unequal(strategy: LoRAStrategy) -> str:
     return ""
 
 
-def _private(strategy: LoRAStrategy) -> str:
-    return "" if strategy.private else "all that its clients train is sent"
+@cache
+def _freezes(strategy: LoRAStrategy) -> str:
+    population = population_for(strategy)
+    state = strategy.init_state(population)
+    client = strategy.enlist(state, population.clients[0])
+    return "" if frozen(strategy, state, client) else "its clients train both factors"
+
+
+def _unsent(strategy: LoRAStrategy) -> str:
+    return "" if strategy.private else _freezes(strategy)
+
+
+def _exact(strategy: LoRAStrategy) -> str:
+    if _rule(strategy, "residual") == "carry":
+        return "its residual=carry adds what no client holds"
+    return _exact_changes(strategy)
+
+
+def _exact_changes(strategy: LoRAStrategy) -> str:
+    if strategy.private:
+        return "the model of each of its clients is its own"
+    return strategy.inexact or _stays(strategy)
+
+
+def _exact_sums(strategy: LoRAStrategy) -> str:
+    return _exact_changes(strategy) or _sums(strategy)
+
+
+def _forgets(strategy: LoRAStrategy) -> str:
+    """Why clients of one rank lose a part of the model when nobody trains."""
+    if _rule(strategy, "residual") == "drop" and _rule(strategy, "train") == "both":
+        return "its residual=drop forgets what a client's rank cannot hold"
+    return _averages(strategy) or _stays(strategy)
+
+
+def _fades(strategy: LoRAStrategy) -> str:
+    """The same for clients of several ranks."""
+    if _rule(strategy, "residual") == "drop":
+        return "its residual=drop forgets what a client's rank cannot hold"
+    if _rule(strategy, "average") == "value":
+        return "its average=value pads what a client's rank cannot hold with zeros"
+    return _averages(strategy) or _stays(strategy)
+
+
+def _rule(strategy: LoRAStrategy, option: str) -> str:
+    """An option of the rule by which a strategy averages; empty: it has no such option."""
+    return str(getattr(getattr(strategy, "aggregator", strategy), option, ""))
+
+
+def _plain(strategy: LoRAStrategy) -> str:
+    population = population_for(strategy)
+    state = strategy.init_state(population)
+    start = strategy.client_start(state, strategy.enlist(state, population.clients[0]))
+    return "" if isinstance(start, Mapping) else "its clients start from more than factors"
+
+
+def _whole(strategy: LoRAStrategy) -> str:
+    energy = getattr(strategy, "energy", 1.0)
+    return "" if energy == 1 else f"it drops what is beyond {energy:g} of the energy"
+
+
+def _whole_examples(strategy: LoRAStrategy) -> str:
+    return _examples(strategy) or _whole(strategy)
 
 
 def _pruned(strategy: LoRAStrategy) -> str:
@@ -859,21 +1103,32 @@ def _sums(strategy: LoRAStrategy) -> str:
     return "it needs its clients' updates, not their sum"
 
 
-def _sums_and_stays(strategy: LoRAStrategy) -> str:
+def _stays(strategy: LoRAStrategy) -> str:
     optimizer = getattr(strategy, "server_optimizer", NoServerOptimizer())
     if not isinstance(optimizer, NoServerOptimizer):
         return "its server optimizer moves on by itself"
-    return _sums(strategy)
+    return ""
+
+
+def _sums_and_stays(strategy: LoRAStrategy) -> str:
+    return _stays(strategy) or _sums(strategy)
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
+    a_lone_client_gets_its_update_back: lambda s: _whole(s) or _averages(s),
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
-    examples_are_what_is_averaged: _examples,
+    examples_are_what_is_averaged: _whole_examples,
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,
-    what_is_not_sent_is_not_read: _private,
+    what_is_not_sent_is_not_read: _unsent,
+    a_frozen_factor_is_the_same_for_all: _freezes,
+    the_model_is_the_mean_of_its_clients: _exact,
+    the_model_moves_by_the_mean_of_changes: _exact_sums,
+    idle_clients_leave_the_model: _forgets,
+    idle_clients_of_unequal_rank_leave_the_model: _fades,
+    what_is_counted_down_is_what_a_client_lacks: _plain,
     absorbing_the_sum_is_aggregating: _sums,
     who_did_not_move_adds_nothing: _sums,
     absorbing_nothing_changes_nothing: _sums_and_stays,

@@ -12,20 +12,23 @@ from typing import Any
 import pytest
 import torch
 
+from fedlora.algebra.linalg import normalize
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands
 from fedlora.core.payload import Payload
-from fedlora.core.types import Adapter, Client, Factors, Ranks, Update
+from fedlora.core.types import Adapter, Client, Factors, LocalPlan, Ranks, TrainJob, Update
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.techniques.spp.scale import place_in_blocks
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
+from strategies.alternate import Alternate
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
 from strategies.fedit import FedIT
 from strategies.fedsa import FedSA
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
+from strategies.rebase import Rebase
 from strategies.slora import SLoRA
 from strategies.spp import SPP
 from strategies.switchlora import ALTERNATE, DENSE, PRODUCT, SwitchLoRA
@@ -123,6 +126,23 @@ def base_not_moved(
     return dataclasses.replace(start, shift=shift)
 
 
+def restarts_from_nothing(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
+    """New factors that are zero, both of them, learn nothing."""
+    start = right(state, client, *kept)
+    zero = {p: Factors(0 * f.a, f.b, f.alpha) for p, f in start.factors.items()}
+    return dataclasses.replace(start, factors=zero)
+
+
+def base_of_another_rank(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Payload:
+    """One base for all ranks, under factors that differ."""
+    other = right(state, _of_other_ranks(self, state, client), *kept)
+    return dataclasses.replace(right(state, client, *kept), shift=other.shift)
+
+
 def residual_forgotten(
     self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
 ) -> State:
@@ -168,6 +188,117 @@ def rows_fade(self: LoRAStrategy, right: Hook, state: State, updates: Sequence[U
             total[: len(a)] += w / sum(weights) * a
         after[f"global/{path}/a"] = total
     return after
+
+
+def a_of_its_own(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Adapter:
+    """Every client draws its A."""
+    found = {}
+    for path, f in right(state, client, *kept).items():
+        g = torch.Generator().manual_seed(client.id)
+        found[path] = dataclasses.replace(f, a=torch.rand(f.a.shape, generator=g).to(f.a.dtype))
+    return found
+
+
+def both_are_trained(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, base: LocalPlan
+) -> LocalPlan:
+    """Names are frozen before the adapters exist: every client trains its A, and only B is
+    averaged."""
+    return base
+
+
+def begins_with_a(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, base: LocalPlan
+) -> LocalPlan:
+    plan = right(state, client, base)
+    return dataclasses.replace(plan, train_a=plan.train_b, train_b=plan.train_a)
+
+
+def frozen_is_averaged(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """What arrives in the place of a factor that was not sent is taken for it."""
+    after = dict(right(state, updates))
+    for path, f in updates[-1].adapter.items():
+        a = after[f"global/{path}/a"].clone()
+        a[: f.rank] = f.a
+        after[f"global/{path}/a"] = a
+    return after
+
+
+def indices_fade(self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]) -> State:
+    """Zero-padded results in place of changes: an index keeps the share of its owners."""
+    after, p = dict(right(state, updates)), normalize(self.reference_weights(updates))
+    for path in updates[0].adapter:
+        b = after[f"global/{path}/b"].clone()
+        for i in range(b.shape[1]):
+            owners = [w for u, w in zip(updates, p, strict=True) if u.adapter[path].rank > i]
+            b[:, i] -= (1 - sum(owners)) * state[f"global/{path}/b"][:, i]
+        after[f"global/{path}/b"] = b
+    return after
+
+
+def scale_of_prefixes_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, client: Client, *kept: Any
+) -> Adapter:
+    """``B[:, :r]`` at the scale ``alpha / r``: too large by ``R / r``."""
+    return {
+        p: dataclasses.replace(f, b=f.b * (state[f"global/{p}/b"].shape[1] / f.rank))
+        for p, f in right(state, client, *kept).items()
+    }
+
+
+def nobody_is_remembered(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Who took part is sent as much as who did not."""
+    return dict(right(state, updates)) | {"seen": state["seen"]}
+
+
+def everybody_is_up_to_date(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """Who did not take part is sent no more than who did."""
+    after = dict(right(state, updates))
+    return after | {"seen": torch.full_like(after["seen"], int(state["round"]))}
+
+
+def last_round_alone(
+    self: LoRAStrategy, right: Hook, state: State, job: TrainJob, wire: str
+) -> int:
+    """The factor that was averaged last, for everybody."""
+    done = int(state["round"])
+    side = self.schedule[(done - 1) % len(self.schedule)]
+    scalars = sum(getattr(f, side).numel() for f in job.start.values()) if done else 0
+    return 4 * scalars
+
+
+def a_root_is_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """``B = U √S`` over ``A = Vᵀ``."""
+    after = right(state, updates)
+    return {k: t.sqrt() if k.endswith("/s") else t for k, t in after.items()}
+
+
+def right_vectors_are_transposed(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """``V`` where ``Vᵀ`` is meant, which fits as far as the layer is square."""
+    after = dict(right(state, updates))
+    for key in (k for k in after if k.endswith("/v")):
+        v, n = after[key].clone(), min(after[key].shape)
+        v[:n, :n] = v[:n, :n].T.clone()
+        after[key] = v
+    return after
+
+
+def nothing_is_counted(
+    self: LoRAStrategy, right: Hook, state: State, job: TrainJob, wire: str
+) -> int:
+    return 0
 
 
 def zero_padded(
@@ -231,6 +362,8 @@ def scale_dropped_from_summands(
 ) -> Summands:
     """``B A`` is added where ``s B A`` is meant."""
     plain = dataclasses.replace(update, payload=_rescaled(update.payload, lambda f: 1 / f.scale))
+    if isinstance(start, Rebased):  # from B = 0
+        return right(state, start, plain)
     return right(state, _rescaled(start, lambda f: 1 / f.scale), plain)
 
 
@@ -293,6 +426,8 @@ def weight_twice(
 
 
 PERSONAL = FedSA()
+FFA, ROLORA = Alternate(), Alternate(schedule="ba")
+SVD_OF_B = FlexLoRA(train="b")
 COVERED, TURNED = FedIT(heterogeneous="covered"), FedIT(align="rotate")
 FLEX, HETERO = FlexLoRA(), HeteroLoRA(weights="examples")
 AVERAGE, FEDIT = FedAvg(), FedIT()
@@ -301,10 +436,18 @@ SECOND = SLoRA(aggregator=FlexLoRA(), stage1_rounds=0)
 CARRY = FlexLoRA(residual="carry")
 CHANGE = HeteroLoRA(weights="examples", average="change", prune=False)
 SCALED, STACKED = SPP(), SPP(mode="stack")
+FLORA, FEDEX, LEADING = Rebase(), Rebase(hold="mean"), Rebase(hold="svd")
 SWITCH = [
     SwitchLoRA(mode=mode, switching=Switching(interval=10.0, ratio=10.0), steps=3, horizon=40)
     for mode in (ALTERNATE, PRODUCT, DENSE)
 ]
+
+
+def _option(strategy: LoRAStrategy) -> Any:
+    """What tells two strategies of one class apart."""
+    found = (getattr(strategy, name, None) for name in ("stage1_rounds", "mode", "hold"))
+    return next((x for x in found if x is not None), "")
+
 
 FAULTS = [
     *[
@@ -326,6 +469,40 @@ FAULTS = [
     *[(s, "client_start", start_depends_on_the_client) for s in (COVERED, TURNED)],
     *[(s, "enlist", ranks_not_applied) for s in (COVERED,)],
     (TURNED, "absorb", weight_twice),
+    *[
+        (s, "aggregate", fault)
+        for s in (FFA, ROLORA)
+        for fault in (
+            first_counted_twice,
+            unweighted_mean,
+            never_loaded,
+            last_client_leaks,
+            frozen_is_averaged,
+            indices_fade,
+        )
+    ],
+    *[
+        (s, "client_start", fault)
+        for s in (FFA, ROLORA)
+        for fault in (a_of_its_own, scale_of_prefixes_forgotten, start_depends_on_the_client)
+    ],
+    *[(s, "plan", fault) for s in (FFA, ROLORA) for fault in (both_are_trained, begins_with_a)],
+    *[(s, "enlist", ranks_not_applied) for s in (FFA, ROLORA)],
+    *[(s, "absorb", weight_twice) for s in (FFA, ROLORA)],
+    (FFA, "adds", padded_at_the_wrong_end),
+    (ROLORA, "aggregate", nobody_is_remembered),
+    (ROLORA, "aggregate", everybody_is_up_to_date),
+    (ROLORA, "bytes_down", last_round_alone),
+    *[(s, "bytes_down", nothing_is_counted) for s in (FFA, ROLORA, FEDIT, SVD_OF_B, PERSONAL)],
+    *[(s, "aggregate", first_counted_twice) for s in (SVD_OF_B,)],
+    *[(s, "client_start", a_of_its_own) for s in (SVD_OF_B,)],
+    *[(s, "client_start", scale_dropped_on_redistribution) for s in (SVD_OF_B,)],
+    (SVD_OF_B, "plan", both_are_trained),
+    *[
+        (s, "aggregate", fault)
+        for s in (SVD_OF_B, FLEX)
+        for fault in (a_root_is_forgotten, right_vectors_are_transposed)
+    ],
     (PERSONAL, "aggregate", first_counted_twice),
     (PERSONAL, "aggregate", unweighted_mean),
     (PERSONAL, "aggregate", never_loaded),
@@ -347,6 +524,22 @@ FAULTS = [
     *[(s, "client_start", start_ignores_ranks) for s in (FLEX, HETERO, SPARSE, SECOND)],
     *[(s, "client_start", start_depends_on_the_client) for s in (AVERAGE, FLEX, HETERO)],
     *[(s, "client_start", zero_padded) for s in (AVERAGE, FLEX, HETERO, SECOND)],
+    *[
+        (s, "aggregate", fault)
+        for s in (FLORA, FEDEX, LEADING)
+        for fault in (
+            first_counted_twice,
+            unweighted_mean,
+            never_loaded,
+            scale_dropped_on_arrival,
+        )
+    ],
+    *[(s, "client_start", base_not_moved) for s in (FLORA, FEDEX, LEADING)],
+    *[(s, "client_start", base_of_another_rank) for s in (FEDEX, LEADING)],
+    *[(s, "client_start", start_ignores_ranks) for s in (FLORA, FEDEX)],
+    (FLORA, "client_start", restarts_from_nothing),
+    (FLORA, "adds", scale_dropped_from_summands),
+    (FLORA, "absorb", weight_twice),
     *[(s, "aggregate", first_counted_twice) for s in SWITCH],
     *[(s, "aggregate", unweighted_mean) for s in SWITCH],
     *[(s, "aggregate", never_loaded) for s in SWITCH],
@@ -366,10 +559,7 @@ FAULTS = [
 @pytest.mark.parametrize(
     ("strategy", "hook", "fault"),
     FAULTS,
-    ids=[
-        f"{f.__name__}-{type(s).__name__}{getattr(s, 'stage1_rounds', getattr(s, 'mode', ''))}"
-        for s, _, f in FAULTS
-    ],
+    ids=[f"{f.__name__}-{type(s).__name__}{_option(s)}" for s, _, f in FAULTS],
 )
 def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hook) -> None:
     broken = with_hook(strategy, hook, fault)
@@ -391,6 +581,9 @@ def test_a_planted_fault_is_caught(strategy: LoRAStrategy, hook: str, fault: Hoo
         AVERAGE,
         FEDIT,
         PERSONAL,
+        FFA,
+        ROLORA,
+        SVD_OF_B,
         FLEX,
         CARRY,
         HETERO,

@@ -62,7 +62,8 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
 
     def check(self, sender: Client, expected: Expected) -> str:
         """Modules, shapes, scales and ranks are those of the start, unless ranks may shrink; the
-        sender states the ranks that it sends."""
+        sender states the ranks that it sends; a factor that the plan freezes is the start's, bit
+        for bit."""
         start, client = expected.start.low_rank(), expected.client
         if start is None:
             return mismatch(type(self), type(expected.start))
@@ -78,7 +79,7 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
             stated = sender.ranks.get(path)
             if stated != f.rank:
                 return f"{path}: it states rank {stated} and sends rank {f.rank}"
-        return ""
+        return _wrong_frozen(self, start, expected.plan)
 
     def aligned(self, start: Payload) -> Payload:
         """The leading block of the start at these ranks, whose scale follows the rank: a client
@@ -190,6 +191,17 @@ def _wrong_factors(f: Factors, start: Factors, rank: int, shrink: bool) -> str:
         return f"rank {f.rank}, expected {'at most ' if shrink else ''}{rank}"
     if not math.isclose(f.alpha, start.alpha, rel_tol=1e-6):
         return f"alpha {f.alpha:g}, expected {start.alpha:g}"
+    return ""
+
+
+def _wrong_frozen(sent: Adapter, start: Adapter, plan: LocalPlan) -> str:
+    """Which factor has changed that the plan freezes; empty: none. Clients hold factors in float32,
+    whatever they are sent in. One that has pruned its ranks has scaled both factors."""
+    for side, trains in (("a", plan.train_a), ("b", plan.train_b)):
+        for path, f in () if trains else sent.items():
+            mine, due = getattr(f, side), getattr(start[path], side)
+            if mine.shape == due.shape and not torch.equal(mine.float(), due.float()):
+                return f"{path}: its {side.upper()} has changed, which this round does not train"
     return ""
 
 

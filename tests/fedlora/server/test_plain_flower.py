@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 from fedlora.core.errors import RunError
 from fedlora.server.plain_flower import PlainFlower, from_arrays, to_arrays
 from simulations.app.grid import InProcessGrid
+from strategies.alternate import Alternate
 from strategies.fedit import FedIT
 from strategies.fedsa import FedSA
 from strategies.flexlora import FlexLoRA
@@ -130,6 +131,44 @@ def test_a_run_begins_where_the_initial_adapter_stands():
     first = ArrayRecord({k: Array(v) for k, v in seen[0][0].items()})
     for path, d in deltas(given).items():
         assert torch.allclose(deltas(first)[path], d, atol=1e-5)
+
+
+def one_factor(asked, honest=True):
+    """Clients that send back what they were sent, but for the factors that they are to train."""
+    app = ClientApp()
+
+    @app.train()
+    def train(message, context):
+        config = message.content["config"]
+        trains = {"A": config["train_a"] or not honest, "B": config["train_b"]}
+        asked.append(f"{'A' * config['train_a']}{'B' * config['train_b']}")
+        got = {k: v.numpy() for k, v in message.content["arrays"].items()}
+        moved = {
+            k: Array(v + np.float32(0.1) * trains[k.split(".")[-2][-1]]) for k, v in got.items()
+        }
+        metrics = MetricRecord({"num-examples": 1})
+        content = RecordDict({"arrays": ArrayRecord(moved), "metrics": metrics})
+        return Message(content, reply_to=message)
+
+    @app.evaluate()
+    def evaluate(message, context):
+        return Message(RecordDict({"metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("strategy", "turns"),
+    [(Alternate(), "BBB"), (Alternate(schedule="ba"), "BAB"), (FlexLoRA(train="b"), "BBB")],
+)
+def test_nodes_are_told_which_factor_to_train_and_held_to_it(strategy, turns, caplog):
+    asked = []
+    grid = InProcessGrid(one_factor(asked), nodes=2)
+    strategy.start(grid, adapter(3, 0, b=False), num_rounds=3, train_config=CONFIG)
+    assert "".join(asked[::2]) == turns
+    driver, grid = PlainFlower(strategy), InProcessGrid(one_factor([], honest=False), nodes=2)
+    with pytest.raises(RunError, match="its A has changed, which this round does not train"):
+        driver.start(grid, adapter(3, 0, b=False), num_rounds=1, train_config=CONFIG)
 
 
 def wrong(change):

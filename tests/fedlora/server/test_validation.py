@@ -93,6 +93,24 @@ def test_bad_entries_are_found_wherever_they_are_planted(data, bad, count):
     assert f"{count} of {tensor.numel()}" in said
 
 
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_factor_comes_back_bit_for_bit(frozen):
+    """In float32, which clients compute in, whatever the wire carries."""
+    plan = LocalPlan(train_a=frozen != "a", train_b=frozen != "b")
+    end = adapter(RANKS, seed=2)
+    honest = {p: replace(f, **{frozen: getattr(START[p], frozen)}) for p, f in end.items()}
+    check(update(LowRankPayload(honest)), CLIENT, START, 0.0, plan)
+    held = {p: replace(f, **{frozen: getattr(f, frozen).float()}) for p, f in honest.items()}
+    check(update(LowRankPayload(held)), CLIENT, START, 0.0, plan)
+    for path in PATHS:
+        moved = getattr(START[path], frozen).float()
+        moved[-1, -1] = torch.nextafter(moved[-1, -1], torch.tensor(torch.inf))
+        wrong = honest | {path: replace(honest[path], **{frozen: moved})}
+        said = reason(update(LowRankPayload(wrong)), plan=plan)
+        assert said == f"{path}: its {frozen.upper()} has changed, which this round does not train"
+        check(update(LowRankPayload(wrong)), CLIENT, START, 0.0, PLAIN)
+
+
 def test_large_but_finite_entries_are_no_fault():
     """Their sum overflows, which is not what was asked."""
     end = adapter(RANKS, seed=2, dtype=torch.float16)

@@ -128,6 +128,33 @@ def test_what_rounding_withholds_comes_with_the_next_rounds() -> None:
         )
 
 
+def test_what_was_withheld_of_a_factor_waits_while_it_is_frozen() -> None:
+    """A client sends no frozen factor, so no correction of it: the server's stays bit for bit."""
+    client, own = starts(FedIT())[0]
+    residual: Named = {}
+    kept: dict[str, Tensor] = {}
+    for seed, frozen in enumerate(("a", "b", "a", "b")):
+        plan = LocalPlan(train_a=frozen != "a", train_b=frozen != "b")
+        job = TrainJob(0, 1, client, own, plan, residual)
+        (got,) = decode_jobs(encode_jobs([job], worker="{}", source="s", wire="bfloat16")).jobs
+        assert isinstance(got, TrainJob)
+        before = dict(got.start.tensors())
+        end = {n: before[n] if n[-1] == frozen else t for n, t in moved(got.start, seed).tensors()}
+        done = Update(client, own.from_header(own.header(), end), 1, {})
+        content = encode_results([done], wire="bfloat16", jobs=[got])
+        (update,) = decode_results(content, {client.id: client}, {client.id: own})
+        assert isinstance(update, Update)
+        sent, started = dict(update.payload.tensors()), dict(own.tensors())
+        assert update.residual is not None
+        residual = update.residual
+        for name, t in sent.items():
+            assert torch.equal(t, started[name]) == (name[-1] == frozen)
+            if name[-1] == frozen and name in kept:
+                assert torch.equal(residual[name], kept[name])
+        kept = dict(residual)
+    assert all(bool(e.any()) for e in residual.values())
+
+
 def _plus(total: Mapping[str, Tensor], end: Payload, start: Payload) -> dict[str, Tensor]:
     before = tensors(start)
     return {n: total.get(n, 0.0) + t - before[n] for n, t in tensors(end).items()}
