@@ -119,6 +119,7 @@ class SLoRA(LoRAStrategy):
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
+        self.aggregator.check(setup)
         term = setup.client.term
         if self.stage1_rounds and term is not None and term.needs_factors:
             raise ValueError(

@@ -151,6 +151,11 @@ class Payload(ABC):
         network's parameters; None: the model's own stays as it is."""
         return None
 
+    def linear(self) -> "Adapter | None":
+        """The gradient of a linear term of the client's objective, which its plan's local term adds
+        at every step: a pair for each pair of factors. None: it brings none."""
+        return None
+
     @property
     def travels(self) -> bool:
         """Whether a real client sends and receives its `head`; false: it keeps its own."""

@@ -41,6 +41,10 @@ class TrainedLayer:
     """``[d_out, r]``; None: B is not trained."""
     scale: float
     """``alpha / r``."""
+    linear_a: Tensor | None = None
+    """``[r, d_in]``: gradient of a linear term that came with the start (`Payload.linear`)."""
+    linear_b: Tensor | None = None
+    """``[d_out, r]``: the same for B."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -151,6 +151,16 @@ class Setting:
     """Identity of a pruned base's zeros (`fedlora.models.masks`); empty: it is dense."""
     density: float = 1.0
     """Fraction of the modules' weights that are not zero."""
+    trainable: tuple[int, ...] | None = None
+    """Ids of the clients that may be drawn for training; None: all that have examples."""
+
+    @property
+    def trained(self) -> tuple[Client, ...]:
+        """The clients that may be drawn for training: whatever is a mean over all clients is one
+        over these."""
+        if self.trainable is None:
+            return tuple(c for c in self.clients if c.num_examples)
+        return tuple(self.clients[i] for i in self.trainable)
 
     @property
     def max_ranks(self) -> Ranks:

@@ -14,6 +14,7 @@ from flwr.client import NumPyClient
 from numpy.typing import NDArray
 
 from fedlora.core.payload import Payload
+from fedlora.core.rates import LR_SUM, lr_sum
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -180,6 +181,8 @@ def completed(
 ) -> Update:
     """The update of a job: the part of the trained payload that the technique sends."""
     client, payload = job.plan.technique.completed(job, payload)
+    if job.plan.term is not None:
+        metrics = {**metrics, LR_SUM: lr_sum(int(metrics["steps"]), job.plan)}
     return Update(client, payload, num_examples, metrics)
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fedlora.core.errors import CLIENT_ERRORS
+from fedlora.core.payload import Payload
 from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
@@ -15,6 +17,8 @@ from fedlora.data.store import TokenStore
 from fedlora.engine.base import WorkerEngine, failure
 from fedlora.engine.client import LoRAClient
 from fedlora.models.language_model import LanguageModel
+
+J = TypeVar("J", TrainJob, EvaluateJob)
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,14 @@ class SequentialEngine:
         self._note, self._said = note, said
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
-        for job in jobs:
+        for job in by_base(jobs):
             try:
                 yield self._client(job).train(job)
             except CLIENT_ERRORS as error:
                 yield failure(job.client, error)
 
     def evaluate(self, jobs: Sequence[EvaluateJob]) -> Iterator[Evaluation | Failure]:
-        for job in jobs:
+        for job in by_base(jobs):
             try:
                 yield self._client(job).evaluate_job(job)
             except CLIENT_ERRORS as error:
@@ -67,3 +71,14 @@ class SequentialEngine:
 
     def _client(self, job: TrainJob | EvaluateJob) -> LoRAClient:
         return LoRAClient(self.model, self.store, job.client, job.seed)
+
+
+def by_base(jobs: Sequence[J]) -> list[J]:
+    """Jobs over the same base in a row, each base where it first comes: a model keeps the weights
+    of one moved base (`fedlora.models.language_model.LanguageModel.moved`)."""
+    rows: dict[str, list[J]] = {}
+    for job in jobs:
+        payload: Payload | None = job.start if isinstance(job, TrainJob) else job.adapter
+        base = None if payload is None else payload.base()
+        rows.setdefault("" if base is None else base.version, []).append(job)
+    return [job for row in rows.values() for job in row]

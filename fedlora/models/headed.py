@@ -151,6 +151,10 @@ class WithHead(Payload):
         """That of the update."""
         return self.update.base()
 
+    def linear(self) -> Adapter | None:
+        """That of the update."""
+        return self.update.linear()
+
     def trained(self, factors: Adapter) -> "WithHead":
         """With these factors in the update."""
         return replace(self, update=self.update.trained(factors))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.payload import MovedBase, Payload
+from fedlora.core.types import Factors
 from fedlora.data.batches import Batch, TokenExample, collate, supervised_tokens
 from fedlora.models.forward import supervised_logits
 from fedlora.models.layers import (
@@ -178,6 +179,10 @@ class LanguageModel:
     def payload(self) -> Payload | None:
         """A detached copy of what is mounted, as it has been trained (`Payload.read`)."""
         return None if self._payload is None else self._payload.read(self.mounted())
+
+    def linear(self) -> Mapping[str, Factors] | None:
+        """The correction that came with what is mounted (`Payload.linear`)."""
+        return None if self._payload is None else self._payload.linear()
 
     def mounted(self) -> dict[str, LinearUpdate]:
         """Module path -> what is mounted there, in module order."""

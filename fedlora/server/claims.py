@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from fedlora.core.checks import one_line
 from fedlora.core.metric import Held, Metric
+from fedlora.core.rates import LR_SUM, lr_sum
 from fedlora.core.types import EvaluateJob, Evaluation, Failure, LocalPlan, TrainJob, Update
-from fedlora.data.batches import subset
+from fedlora.data.batches import num_steps, subset
 from fedlora.data.store import TokenStore
 from fedlora.evaluation.scorers import scorers_of
 from fedlora.population.workload import examples_seen
@@ -106,6 +107,12 @@ def wrong_training(job: TrainJob, metrics: Mapping[str, float], store: TokenStor
     for name, bound in most.items():
         if not metrics.get(name, 0) <= bound:
             return f"its metric {name} is {metrics[name]:g}, at most {bound} are possible"
+    if job.plan.term is None:
+        return ""
+    due, said = lr_sum(num_steps(most["examples"], job.plan), job.plan), metrics.get(LR_SUM)
+    if said is None or not math.isclose(said, due, rel_tol=1e-9):
+        told = "no" if said is None else f"{said:g} as"
+        return f"it states {told} sum of its learning rates, which is {due:g}"
     return ""
 
 

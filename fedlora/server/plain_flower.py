@@ -321,7 +321,14 @@ class PlainFlower(Strategy):
         return found
 
     def _start(self, client: Client) -> Payload:
-        return self._plan.technique.payload(self.method.client_start(self.state, client))
+        start = self._plan.technique.payload(self.method.client_start(self.state, client))
+        if start.linear() is not None:
+            raise RunError(
+                f"{self.method.label} sends its clients a correction of their gradient, which "
+                "Flower's own clients do not add: use fedlora.server.flower.FederatedRun, or a "
+                "method without, such as FedIT"
+            )
+        return start
 
     def _factors(self, payload: Payload) -> Adapter:
         factors = plain_factors(payload)

@@ -263,7 +263,8 @@ class Session:
         record |= current.account.record(replies.by_client)
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
-        record |= diagnosis(self.method, self.state, self.setting, updates)
+        starts = {i: job.start for i, job in current.jobs.items()}
+        record |= diagnosis(self.method, self.state, self.setting, updates, starts)
         record |= self.method.report(self.state)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)

@@ -16,6 +16,7 @@ from fedlora.core.confusion import Confusion
 from fedlora.core.errors import RejectedUpdate
 from fedlora.core.metric import DERIVED, TIER, TOTAL, TRAINED, UNTRAINED, Metric
 from fedlora.core.payload import Payload, mismatch
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Evaluation, Expected, Update
 
 LARGEST = 1e6
@@ -27,7 +28,16 @@ LARGEST_METRIC = 1e15
 """Whole numbers up to here are exact, and sums over any population are finite."""
 COUNTS = frozenset(
     (
-        *("examples", "tokens", "steps", "seconds", "cpu_seconds", "grad_norm", "delta_norm"),
+        *(
+            "examples",
+            "tokens",
+            "steps",
+            LR_SUM,
+            "seconds",
+            "cpu_seconds",
+            "grad_norm",
+            "delta_norm",
+        ),
         *("fused", "dropped_steps", "step_tokens", "client_flops", "client_memory"),
         *("exchanged_up", "exchanged_down", "exchanged_tokens"),
     )

@@ -19,6 +19,7 @@ from fedlora.algebra.state import (
     unpack,
 )
 from fedlora.core.errors import ConfigError, ModelError
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan, TrainJob, Update
 from fedlora.data.batches import num_steps
 from fedlora.server.method import ClientChannel, Method, RoundOutcome
@@ -33,7 +34,6 @@ from fedlora.split.server import ClientInfo, SplitServer
 from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.training.loop import learning_rates
 
 log = logging.getLogger(__name__)
 

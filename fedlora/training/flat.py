@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
+from fedlora.core.types import Factors
 from fedlora.models.language_model import LanguageModel
 
 
@@ -94,10 +95,11 @@ def trained_state(model: LanguageModel, flat: FlatParameters) -> TrainedState:
         for b, start, grad in zip(flat.buffers, flat.starts, flat.grads, strict=True)
     ]
     starts, layers, factors = flat.start_of(), [], set[int]()
-    for layer in model.layers.values():
+    linear = model.linear() or {}
+    for path, layer in model.layers.items():
         update: object = layer.update
         if isinstance(update, LowRankLayer) and {id(update.a), id(update.b)} & starts.keys():
-            layers.append(_layer(update, starts))
+            layers.append(_layer(update, starts, linear.get(path)))
             factors |= {id(update.a), id(update.b)}
     own = {id(p) for p in model.own_parameters()}
     shared = [p for p in flat.parameters if id(p) not in own]
@@ -113,7 +115,9 @@ def _buffer(p: nn.Parameter, starts: Mapping[int, Tensor]) -> TrainedBuffer:
     return TrainedBuffer(p.detach().view(-1), starts[id(p)].reshape(-1), p.grad.view(-1))
 
 
-def _layer(update: LowRankLayer, starts: Mapping[int, Tensor]) -> TrainedLayer:
+def _layer(
+    update: LowRankLayer, starts: Mapping[int, Tensor], linear: Factors | None
+) -> TrainedLayer:
     """One layer's factors. A factor that is not trained keeps its value, so it is its own start."""
     return TrainedLayer(
         a=update.a.detach(),
@@ -123,4 +127,6 @@ def _layer(update: LowRankLayer, starts: Mapping[int, Tensor]) -> TrainedLayer:
         grad_a=update.a.grad if id(update.a) in starts else None,
         grad_b=update.b.grad if id(update.b) in starts else None,
         scale=update.scale,
+        linear_a=None if linear is None else linear.a.to(update.a),
+        linear_b=None if linear is None else linear.b.to(update.b),
     )

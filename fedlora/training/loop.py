@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import (
@@ -63,26 +64,6 @@ class Trace:
             "grad_norm": math.fsum(self.grad_norms) / len(self.grad_norms),
             "delta_norm": self.delta_norm,
         }
-
-
-def learning_rates(steps: int, plan: LocalPlan) -> list[float]:
-    """The learning rate of each optimizer step.
-
-    With ``w = round(warmup * steps)``: ``(i + 1) / (w + 1)`` of the peak for step ``i < w``, then
-    ``1 - p`` (linear), ``(1 + cos(pi p)) / 2`` (cosine) or 1, where ``p = (i - w) / (steps - w)``.
-    No step has rate zero. Without warm-up these are the schedules of ``transformers``.
-    """
-    warm = round(plan.warmup * steps)
-    return [plan.lr * _factor(i, warm, steps, plan.schedule) for i in range(steps)]
-
-
-def _factor(step: int, warm: int, steps: int, schedule: str) -> float:
-    if step < warm:
-        return (step + 1) / (warm + 1)
-    progress = (step - warm) / (steps - warm)
-    if schedule == "linear":
-        return 1 - progress
-    return (1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1.0
 
 
 def optimizer_for(plan: LocalPlan, buffers: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,6 +1,7 @@
-"""Terms of the local objective: the proximal term of FedProx.
+"""Terms of the local objective: the proximal term of FedProx, and corrections of client drift.
 
-Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127.
+Li et al., "Federated Optimization in Heterogeneous Networks", arXiv:1812.06127; SCAFFOLD,
+arXiv:1910.06378; FedDyn, arXiv:2111.04263.
 """
 
 from collections.abc import Sequence
@@ -82,3 +83,43 @@ class FedProx(LocalTerm):
         if layer.grad_b is not None:
             grad = moved_b @ (a @ a.t()) + layer.start_b @ (moved_a @ a.t())  # [d_out, r]
             layer.grad_b.add_(grad, alpha=weight)
+
+
+@dataclass(frozen=True)
+class Correction(LocalTerm):
+    """``⟨d, θ⟩ + proximal / 2 ‖θ - θ_0‖²`` over the factors ``θ``, of gradient
+    ``d + proximal (θ - θ_0)``; ``d`` came with the start (`Payload.linear`).
+
+    A head that trains beside the factors has neither.
+    """
+
+    proximal: float = 0.0
+    """Weight of the squared distance from the start."""
+
+    def __post_init__(self) -> None:
+        at_least("proximal", self.proximal, 0)
+
+    @property
+    def needs_factors(self) -> bool:
+        """Corrections are of factors."""
+        return True
+
+    def add_gradient(self, state: TrainedState) -> None:
+        """Add the gradient of the term to the gradients of the loss.
+
+        Raises:
+            ValueError: if the start brought no correction.
+        """
+        if not state.layers or any(x.linear_a is None for x in state.layers):
+            raise ValueError("the start brought no correction of the gradient of its factors")
+        for layer in state.layers:
+            sides = (
+                (layer.grad_a, layer.linear_a, layer.a, layer.start_a),
+                (layer.grad_b, layer.linear_b, layer.b, layer.start_b),
+            )
+            for grad, linear, now, start in sides:
+                if grad is None or linear is None:
+                    continue
+                grad.add_(linear)
+                if self.proximal:
+                    grad.add_(now - start, alpha=self.proximal)

@@ -59,6 +59,7 @@ class RunInputs:
             parts.seed,
             mask=self.info.mask,
             density=self.pruned.density if self.pruned else 1.0,
+            trainable=self.roster.trainable,
         )
 
 

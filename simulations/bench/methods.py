@@ -32,9 +32,11 @@ from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.reporting.tables import by_method
 
 CENTRALISED = "centralised"
+SGD_RATE = ("client.lr=0.5",)  # of conf/client/sgd.yaml, which an experiment's rate replaces
+OWN = ("evaluate.adapters=[own]",)
 BESIDE: Mapping[str, tuple[str, ...]] = {
-    "fedavg": ("client.lr=0.5",),  # of conf/client/sgd.yaml, which an experiment's rate replaces
-    "local": ("evaluate.adapters=[own]",),
+    **dict.fromkeys(("fedavg", "feddyn", "scaffold"), SGD_RATE),
+    **dict.fromkeys(("fedsa", "local"), OWN),
 }
 """What a method needs beside ``strategy=<name>``."""
 REFUSED = 2

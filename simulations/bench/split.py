@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import (
     Adapter,
     Client,
@@ -48,7 +49,7 @@ from fedlora.split.trainable import TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.training.loop import learning_rates, optimise
+from fedlora.training.loop import optimise
 from simulations.bench.engine.cases import (
     SEED,
     Case,

@@ -12,6 +12,7 @@ import torch
 
 from fedlora.core.confusion import Confusion
 from fedlora.core.metric import Metric, Scorer, count, macro_f1
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -31,6 +32,7 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.spec import Tiny
 from fedlora.server.claims import checked, held_by
 from fedlora.server.evaluation_round import evaluation_record, validate_evaluations
+from fedlora.training.terms import FedProx
 from fedlora.wire.messages import decode_results, encode_results
 from tests.fedlora.data.conftest import Listed
 from tests.fedlora.data.test_labels import Labelled
@@ -237,3 +239,22 @@ def test_an_update_does_not_weigh_more_than_its_data(place, name):
     assert isinstance(refused, Failure)
     assert refused.kind == "RejectedUpdate"
     assert f"its metric {name} is" in refused.message
+
+
+@pytest.mark.parametrize("wrong", [None, 0.0, 0.5, 1e9])
+@pytest.mark.parametrize(
+    "plan", [LocalPlan(term=FedProx(), epochs=2), LocalPlan(term=FedProx(), steps=5, warmup=0.4)]
+)
+def test_the_sum_of_learning_rates_is_that_of_the_plan(place, plan, wrong):
+    """SCAFFOLD divides by it; without a local term nobody asks."""
+    here = place(False)
+    for job, update in here.updates(plan):
+        assert checked(job, update, here.store) is update
+        said = dict(update.metrics)
+        due = said.pop(LR_SUM)
+        if wrong is not None:
+            said[LR_SUM] = wrong * due
+        found = checked(job, replace(update, metrics=said), here.store)
+        assert isinstance(found, Failure)
+        assert f"sum of its learning rates, which is {due:g}" in found.message
+        assert LR_SUM not in next(iter(here.updates(replace(plan, term=None))))[1].metrics

@@ -24,8 +24,8 @@ from simulations.app.grid import InProcessGrid
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
-from strategies.flora import FLoRA
 from strategies.heterolora import HeteroLoRA
+from strategies.rebase import Rebase
 from strategies.slora import SLoRA
 from strategies.spp import SPP
 from strategies.switchlora import SwitchLoRA
@@ -37,7 +37,8 @@ METHODS: Mapping[str, Callable[[], LoRAStrategy]] = {
     "flexlora": FlexLoRA,
     "sums": lambda: FlexLoRA(residual="carry"),
     "heterolora": HeteroLoRA,
-    "flora": FLoRA,
+    "flora": Rebase,
+    "fedex": lambda: Rebase(hold="mean"),
     "spp": SPP,
     "slora": lambda: SLoRA(aggregator=FlexLoRA(), stage1_rounds=1),
     "switchlora": lambda: SwitchLoRA(

@@ -1,7 +1,10 @@
 """Whole runs in one process, on the embedded model and the default data."""
 
+import functools
+import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,15 +60,40 @@ class Run:
         return json.loads((self.folder / "status.json").read_text())
 
 
+def small_run(output: Path, *overrides: str) -> Run:
+    """Do a small run with overrides."""
+    said: list[str] = []
+    text = [] if any(w.startswith("data=") for w in overrides) else TEXT
+    cfg = load([*SMALL, *text, f"output_dir={output}", *overrides])
+    folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
+    return Run(folder, said)
+
+
 @pytest.fixture
 def federate(tmp_path):
-    """Do a small run with overrides; ``Run`` even if it fails (then ``error`` is set)."""
+    """Do a small run with overrides."""
 
     def do(*overrides: str, output: str = "out") -> Run:
-        said: list[str] = []
-        text = [] if any(w.startswith("data=") for w in overrides) else TEXT
-        cfg = load([*SMALL, *text, f"output_dir={tmp_path / output}", *overrides])
-        folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
-        return Run(folder, said)
+        return small_run(tmp_path / output, *overrides)
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """Small runs that are done once in a session: to be read only."""
+    root, number = tmp_path_factory.mktemp("finished"), itertools.count()
+    return functools.cache(lambda *overrides: small_run(root / str(next(number)), *overrides))
+
+
+@pytest.fixture
+def finished(once, tmp_path):
+    """A small run that several tests look at, in a copy of its folder that may be changed and
+    continued (``federate("resume=auto", ...)`` finds it). Nothing is to be patched before it."""
+
+    def do(*overrides: str, output: str = "out") -> Run:
+        done = once(*overrides)
+        folder = shutil.copytree(done.folder, tmp_path / output / done.folder.name)
+        return Run(folder, done.said.splitlines())
 
     return do

@@ -13,8 +13,9 @@ import importlib
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from types import MappingProxyType
 
 import safetensors.torch
@@ -26,6 +27,7 @@ from fedlora.algebra.server_optimizer import NoServerOptimizer
 from fedlora.algebra.state import Kept, State
 from fedlora.algebra.summand import Product, Summands
 from fedlora.core.payload import Payload
+from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
@@ -34,9 +36,12 @@ from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.base import LoRAStrategy
+from strategies.drift import FedDyn
 from tests.generators import as_payload, dense, roomy_setting, setting, trained
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
+METRICS = MappingProxyType({LR_SUM: 0.25})
+"""What every update states."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ def cohort(
         start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
         payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
-        updates.append(Update(client=c, payload=payload, num_examples=c.num_examples))
+        updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
 
@@ -141,12 +146,30 @@ def after_rounds(
     rounds: int = 1,
     precision: Precision = DOUBLE,
 ) -> tuple[State, list[Update]]:
-    """A state some rounds in, and the updates of one more round."""
-    state = strategy.init_state(population)
-    for t in range(rounds):
-        updates = cohort(strategy, state, population, seed + 17 * t, precision)
-        state = strategy.aggregate(state, updates)
-    return state, cohort(strategy, state, population, seed + 1, precision)
+    """A state some rounds in, and the updates of one more round; copies, so that a law may do with
+    them what it likes."""
+    state = _state_after(strategy, population, seed, rounds, precision)
+    updates = _one_more_round(strategy, population, seed, rounds, precision)
+    return deepcopy(state), [dataclasses.replace(u, payload=deepcopy(u.payload)) for u in updates]
+
+
+@lru_cache(maxsize=64)  # most laws look at the same rounds of one strategy
+def _state_after(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> State:
+    if not rounds:
+        return strategy.init_state(population)
+    state = deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
+    updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
+    return strategy.aggregate(state, updates)
+
+
+@lru_cache(maxsize=64)
+def _one_more_round(
+    strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
+) -> list[Update]:
+    state = deepcopy(_state_after(strategy, population, seed, rounds, precision))
+    return cohort(strategy, state, population, seed + 1, precision)
 
 
 def kept_by(
@@ -514,7 +537,7 @@ def everything_is_finite_when_nobody_trains(
         for client in population.clients:
             c = strategy.enlist(state, client)
             start = _untrained(strategy, state, c)
-            updates.append(Update(client=c, payload=start, num_examples=c.num_examples))
+            updates.append(Update(c, start, c.num_examples, METRICS))
         state = strategy.aggregate(state, updates)
         for name, payload in everything(strategy, state, population):
             for key, t in as_payload(payload).tensors():
@@ -783,6 +806,10 @@ def _shares(strategy: LoRAStrategy) -> str:
     return "" if strategy.shares else "its clients share nothing"
 
 
+def _averages(strategy: LoRAStrategy) -> str:
+    return "its server goes beyond the average" if isinstance(strategy, FedDyn) else ""
+
+
 def _any_share(strategy: LoRAStrategy) -> str:
     if not strategy.shares:
         return ""
@@ -799,6 +826,8 @@ def _no_share(strategy: LoRAStrategy) -> str:
 def _examples(strategy: LoRAStrategy) -> str:
     if strategy.private:
         return "the model of each of its clients is its own"
+    if reason := _averages(strategy):
+        return reason
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
 
@@ -810,6 +839,15 @@ def _unequal(strategy: LoRAStrategy) -> str:
     if getattr(rule, "heterogeneous", "") == "smallest":
         return "all its clients train the smallest rank"
     return ""
+
+
+def _whole(strategy: LoRAStrategy) -> str:
+    energy = getattr(strategy, "energy", 1.0)
+    return "" if energy == 1 else f"it drops what is beyond {energy:g} of the energy"
+
+
+def _whole_examples(strategy: LoRAStrategy) -> str:
+    return _examples(strategy) or _whole(strategy)
 
 
 def _private(strategy: LoRAStrategy) -> str:
@@ -837,9 +875,10 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
+    a_lone_client_gets_its_update_back: lambda s: _whole(s) or _averages(s),
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
-    examples_are_what_is_averaged: _examples,
+    examples_are_what_is_averaged: _whole_examples,
     unequal_ranks_are_applied: _unequal,
     everybody_has_one_mask: _pruned,
     a_pruned_base_keeps_its_zeros: _pruned,

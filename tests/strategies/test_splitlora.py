@@ -445,8 +445,8 @@ def test_a_client_part_without_adapters_is_refused(world: Any) -> None:
 
 def test_rates_run_over_rounds(world: Any) -> None:
     """A schedule over the run's steps; a server's peak of its own; clients at a constant rate."""
+    from fedlora.core.rates import learning_rates
     from fedlora.split.run_round import SplitRound
-    from fedlora.training.loop import learning_rates
 
     plan = replace(PLAN, schedule="linear", warmup=0.25)
     m = method(horizon=8, client_schedule="constant", server_lr=0.5)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.errors import CLIENT_ERRORS
+from fedlora.core.rates import learning_rates
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
 from fedlora.core.types import (
@@ -43,7 +44,6 @@ from fedlora.training.loop import (
     Trace,
     check_trace,
     clip_and_step,
-    learning_rates,
     optimizer_for,
 )
 
@@ -176,6 +176,7 @@ class Resident:
             for sections in (trained, rest)
         )
         now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
+        linear = self.chain.job.start.linear() or {}
         layers = [
             TrainedLayer(
                 a=now[path][0],
@@ -185,6 +186,8 @@ class Resident:
                 grad_a=grads[path][0] if plan.train_a else None,
                 grad_b=grads[path][1].t() if plan.train_b else None,
                 scale=part.scale,
+                linear_a=linear[path].a.to(self.row) if path in linear else None,
+                linear_b=linear[path].b.to(self.row) if path in linear else None,
             )
             for path, part in zip(layout.paths, layout.parts, strict=True)
             if part is not None

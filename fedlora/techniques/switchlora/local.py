@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.types import TrainJob
 from fedlora.data.batches import (
@@ -30,7 +31,6 @@ from fedlora.training.loop import (
     backward,
     check_trace,
     clip_and_step,
-    learning_rates,
 )
 
 NO_START = (

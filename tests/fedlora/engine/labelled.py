@@ -8,9 +8,9 @@ import peft
 import torch
 from torch import Tensor
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.data.batches import step_indices
-from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED
 from tests.fedlora.models.classifiers import PAD, Labelled
 

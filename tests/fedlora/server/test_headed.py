@@ -21,7 +21,7 @@ from fedlora.server.validation import check_update
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.codec import decode_payload, encode_payload
 from tests.generators import setting, trained
-from tests.strategies.laws import answer
+from tests.strategies.laws import METRICS, answer
 from tests.strategies.test_contract import NAMES, composed
 
 HEADS = {"classifier.weight": (3, 5), "classifier.bias": (3,)}
@@ -55,7 +55,7 @@ def cohort(method, state, seed: int = 1) -> list[Update]:
             head(1000 * seed + c.id),
             start.travels,
         )
-        updates.append(Update(c, payload, c.num_examples))
+        updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
 

@@ -26,7 +26,7 @@ from fedlora.server.schedule import Rounds
 from fedlora.server.training_round import begin, client_rows, collect, training_jobs, validate
 from fedlora.techniques.lora.payload import LowRankPayload
 from strategies.fedit import FedIT
-from strategies.flora import FLoRA
+from strategies.rebase import Rebase
 from tests.fakes import Mean
 
 MODULES = (Module("q_proj", "attention", 6, 5),)
@@ -174,9 +174,9 @@ def test_what_is_counted_down_is_what_a_client_lacks(wire):
 
 
 def test_flora_sends_neither_the_factors_that_a_client_draws_nor_a_base_that_has_not_moved():
-    method = FLoRA()
+    method = Rebase()
     state = method.init_state(SETTING)
-    later = dict(state) | {"round": state["round"] + 1}
+    later = dict(state) | {"round": state["round"] + 1, "sent": torch.tensor([[99]])}
     sizes = [
         set(begin(method, s, jobs_at(method, s), 1, "float32").account.starts.values())
         for s in (state, later)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from flwr.app import RecordDict
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import Adapter, Client, Factors, Failure, LocalPlan
 from fedlora.data.batches import num_steps
 from fedlora.models.language_model import LanguageModel
@@ -22,7 +23,6 @@ from fedlora.split.server import ClientInfo, Rule, SplitServer
 from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.payload import LowRankPayload
-from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
 from tests.fedlora.models.networks import adapter, wrap

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import Factors, LocalPlan, Update
 from fedlora.engine.client import LoRAClient
 from fedlora.models.forward import supervised_logits
@@ -19,7 +20,6 @@ from fedlora.techniques.lora.technique import LoRA
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.training import loop
 from fedlora.training.flat import FlatParameters
-from fedlora.training.loop import learning_rates
 from tests.fedlora.engine.peft_loop import padded, reference
 from tests.fedlora.engine.world import (
     NETWORKS,

@@ -85,6 +85,7 @@ class Launched(Tagged):
                 cwd=folder,
                 env=self.environment,
                 start_new_session=True,
+                preexec_fn=hears_interrupts,
             )
 
     def said(self) -> str:
@@ -124,6 +125,11 @@ class Launched(Tagged):
     def clients(self) -> list[dict]:
         """The client records."""
         return read_jsonl(self.folder / "clients.jsonl")
+
+
+def hears_interrupts() -> None:
+    """Before a program is started: a shell's background job ignores Ctrl-C, and so would it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def until(condition: Callable[[], bool], seconds: float) -> None:

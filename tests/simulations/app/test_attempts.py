@@ -5,15 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
+import psutil
 import pytest
 
 from fedlora.core.errors import ClientsSuspected, RunError, WorkerDied
 from fedlora.run.tracking import read_jsonl
 from simulations.app.attempts import complete
 from simulations.app.status import COMPLETED, FAILED, RUNNING, read_status, write_status
-from tests.simulations.app.launched import ROOT, SAME, until
+from tests.simulations.app.launched import PATIENCE_S, ROOT, SAME, hears_interrupts
 
 DONE = None
 
@@ -112,10 +112,11 @@ class Alone:
             cwd=folder,
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             text=True,
+            preexec_fn=hears_interrupts,
         )
 
     def end(self) -> tuple[int, list[str]]:
-        said, _ = self.process.communicate(timeout=420)
+        said, _ = self.process.communicate(timeout=PATIENCE_S)
         return self.process.returncode, said.splitlines()
 
     @property
@@ -128,12 +129,9 @@ class Alone:
 
 
 @pytest.fixture(scope="module")
-def first_client(tmp_path_factory):
+def first_client(once):
     """A client of round 1 that is no client of its own message."""
-    run = Alone(tmp_path_factory.mktemp("plain"), "rounds=1")
-    code, said = run.end()
-    assert code == 0, said
-    return run.clients[0]["client"]
+    return once("engine=faulty", "runtime.nodes=64", "rounds=1").clients[0]["client"]
 
 
 @pytest.mark.slow
@@ -242,15 +240,14 @@ def test_a_stopped_run_has_an_end_and_leaves_no_process(tmp_path, what, code):
     for line in run.process.stdout:
         if line.startswith("round 1/500  done"):
             break
+    started = psutil.Process(run.process.pid).children(recursive=True)
+    assert started, "a process of its own does the run"
     run.process.send_signal(what)
     ended, said = run.end()
     assert ended == code
-    if what == signal.SIGKILL:  # nobody is left to write it, and nobody holds the folder
-        until(lambda: not (run.folder / "run.lock").exists(), 1)
-        time.sleep(1)
-        before = len(run.clients)
-        time.sleep(2)
-        assert len(run.clients) == before, "its process went with it"
+    _, left = psutil.wait_procs(started, timeout=PATIENCE_S)
+    assert not left, "its process went with it"
+    if what == signal.SIGKILL:  # nobody is left to say how it ended
         return
     assert said[-1].startswith("RUN FAILED: interrupted")
     assert run.status["status"] == FAILED

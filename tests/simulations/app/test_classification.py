@@ -45,8 +45,8 @@ def exported_head(done):
         ("local", "local"),
     ],
 )
-def test_a_run_trains_exports_and_is_read_by_plain_peft(federate, strategy, mode):
-    done = federate(*INTENTS, *OWN, f"strategy={strategy}", f"model.head={mode}")
+def test_a_run_trains_exports_and_is_read_by_plain_peft(finished, strategy, mode):
+    done = finished(*INTENTS, *OWN, f"strategy={strategy}", f"model.head={mode}")
     assert "WARNING" not in done.said
     folder, spec = done.folder / "adapter", spec_of(done)
     assert len(spec.labels) == 77
@@ -67,9 +67,9 @@ def test_a_run_trains_exports_and_is_read_by_plain_peft(federate, strategy, mode
     assert torch.equal(theirs.base_model.model.score.weight, exported_head(done))
 
 
-def test_heads_that_travel_are_counted_and_local_ones_are_kept(federate):
+def test_heads_that_travel_are_counted_and_local_ones_are_kept(finished):
     runs = {
-        mode: federate(*INTENTS, "strategy=fedit", f"model.head={mode}", output=mode)
+        mode: finished(*INTENTS, "strategy=fedit", f"model.head={mode}", "rounds=1", output=mode)
         for mode in ("frozen", "averaged", "local")
     }
     head = 4 * spec_of(runs["frozen"]).head_state()[SEED_HEAD].numel()
@@ -94,8 +94,8 @@ def test_a_run_with_heads_goes_on_as_if_unbroken(federate, mode):
     assert federate(*words).hash == whole.hash
 
 
-def test_tools_read_a_run_of_a_classifier(federate, tmp_path):
-    done = federate(*INTENTS, "strategy=flexlora", "model.head=averaged")
+def test_tools_read_a_run_of_a_classifier(finished, tmp_path):
+    done = finished(*INTENTS, *OWN, "strategy=flexlora", "model.head=averaged")
     config, spec = run_config(done.folder), spec_of(done)
     final = final_payload(done.folder, config, spec.describe(), lambda line: None)
     assert isinstance(final, WithHead)
@@ -111,8 +111,8 @@ def test_tools_read_a_run_of_a_classifier(federate, tmp_path):
     assert "AutoModelForSequenceClassification" in (tmp_path / "merged" / "README.md").read_text()
 
 
-def test_a_classifier_writes_no_text(federate, capsys):
-    done = federate(*INTENTS, "strategy=fedit")
+def test_a_classifier_writes_no_text(finished, capsys):
+    done = finished(*INTENTS, "strategy=fedit", "model.head=frozen", "rounds=1")
     assert generate.main([str(done.folder)]) == 2
     assert "writes no text" in capsys.readouterr().err
 

@@ -69,7 +69,7 @@ def test_all_clients_together_are_evaluated_on_the_official_test_set(federate):
         assert all(isinstance(v, int | float | str) for v in record.values())
 
 
-def test_the_labels_of_clients_are_those_of_the_data(federate):
+def test_the_labels_of_clients_are_those_of_the_data(federate, finished):
     done = federate(*LABELLED, "evaluate=none")
     written = json.loads((done.folder / "labels.json").read_text())
     worker = json.loads((done.folder / "worker.json").read_text())
@@ -77,7 +77,7 @@ def test_the_labels_of_clients_are_those_of_the_data(federate):
     assert tuple(written["labels"]) == store.labels
     for held, counts in zip(written["train"], store.label_counts("train"), strict=True):
         assert {i: n for i, n in enumerate(counts.tolist()) if n} == dict(held)
-    assert not (federate("rounds=1", output="tokens").folder / "labels.json").exists()
+    assert not (finished(output="tokens").folder / "labels.json").exists()
 
 
 def test_the_default_evaluation_follows_the_task(federate):

@@ -105,8 +105,8 @@ def test_masks_of_another_model_are_found_when_a_small_model_is_read(federate, t
         HuggingFace(path=str(folder)).folder()
 
 
-def test_only_a_model_with_zeros_can_be_written_without_them(federate, tmp_path, capsys):
-    done = federate("strategy=fedit", "rounds=1", "client.steps=1")
+def test_only_a_model_with_zeros_can_be_written_without_them(finished, tmp_path, capsys):
+    done = finished("strategy=fedit")
     assert main([str(done.folder), str(tmp_path / "m"), "--sparse"]) == 2
     assert "has no adapter that keeps a pruned model's zeros" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()

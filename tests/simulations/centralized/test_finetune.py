@@ -24,6 +24,7 @@ from simulations.centralized.baselines import (
 from simulations.centralized.finetune import main
 from tests.fedlora.models.networks import adapter, step, tokens
 from tests.fedlora.prune.models import pruned, zeros
+from tests.simulations.conftest import TEXT
 
 TRAINED = [name for name, mount in METHODS.items() if mount]
 
@@ -70,7 +71,7 @@ def test_masked_full_trains_every_weight_that_is_not_zero():
     assert len(mount_masked_lora(model, Start(2))) == 2 * len(model.layers)
 
 
-WORDS = ("data.clients=400", "population.clients=24", "model.method=magnitude", "model.pattern=2:4")
+WORDS = (*TEXT, "population.clients=24", "model.method=magnitude", "model.pattern=2:4")
 SHORT = ("client.steps=3", "client.batch_size=2", "--held", "4", "--rank", "4")
 
 
@@ -90,7 +91,7 @@ def test_what_is_written_is_what_was_trained(method, tmp_path, capsys):
     assert record["perplexity_after"] != record["perplexity_before"]
     assert record["parameters"] > 0
     # What was measured in training is what the folder computes.
-    hf = ("model=hf", f"model.path={tmp_path / 'm'}", "model.dtype=float32", *WORDS[:2])
+    hf = ("model=hf", f"model.path={tmp_path / 'm'}", "model.dtype=float32", *WORDS[:3])
     again = done(tmp_path / "n", "none", *hf)
     assert again["parameters"] == 0
     for name in ("perplexity_before", "perplexity_after"):
@@ -109,7 +110,10 @@ def test_lora_can_be_pruned_again(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("spp", "model=tiny"), "--method spp keeps a pruned model's zeros, and tiny is dense"),
+        (
+            ("spp", *TEXT, "model=tiny"),
+            "--method spp keeps a pruned model's zeros, and tiny is dense",
+        ),
         (
             ("lora", "model=tiny", "data=intents"),
             "data=intents with model.task=",

@@ -60,8 +60,8 @@ def accuracy(model):
 
 
 @needs_harness
-def test_the_harness_measures_the_mounted_model(federate, tasks, capsys):
-    done = federate("client.lr=2e-2")
+def test_the_harness_measures_the_mounted_model(finished, tasks, capsys):
+    done = finished("client.lr=2e-2")
     words = ["--tasks", "states", "--include", str(tasks), "--device", "cpu"]
     assert main([str(done.folder), *words]) == 0
     assert main([str(done.folder), *words, "--adapter", "none"]) == 0
@@ -80,15 +80,16 @@ def test_the_harness_measures_the_mounted_model(federate, tasks, capsys):
 
 
 @needs_harness
-def test_an_unknown_task_is_named_before_anything_is_loaded(federate, tasks, capsys):
-    done = federate()
+def test_an_unknown_task_is_named_before_anything_is_loaded(finished, tasks, capsys):
+    done = finished()
     assert main([str(done.folder), "--tasks", "state", "--include", str(tasks)]) == 2
     assert "has no task 'state'; near it: states" in capsys.readouterr().err
 
 
-def test_without_the_harness_one_sentence_says_what_to_install(federate, monkeypatch, capsys):
+def test_without_the_harness_one_sentence_says_what_to_install(finished, monkeypatch, capsys):
+    done = finished()
     monkeypatch.setattr(evaluate, "installed", lambda: False)
-    assert main([str(federate().folder), "--tasks", "boolq"]) == 2
+    assert main([str(done.folder), "--tasks", "boolq"]) == 2
     assert "pip install 'fedlora[evaluate]'" in capsys.readouterr().err
 
 

@@ -54,8 +54,8 @@ def test_an_adapter_that_peft_reads_otherwise_is_said_at_the_end(federate, monke
     assert "was not checked on it" in (done.folder / "adapter/README.md").read_text()
 
 
-def test_a_continued_run_leaves_no_export_of_its_earlier_end(federate, monkeypatch):
-    done = federate()
+def test_a_continued_run_leaves_no_export_of_its_earlier_end(federate, finished, monkeypatch):
+    done = finished()
     before = load_file(done.folder / "adapter" / WEIGHTS)
     save_file(before, done.folder / "adapter" / "left.safetensors")
     monkeypatch.setattr(LowRankPayload, "export", _fails)
@@ -71,8 +71,8 @@ def test_a_continued_run_leaves_no_export_of_its_earlier_end(federate, monkeypat
     assert any((after[k] != before[k]).any() for k in before)
 
 
-def test_an_interrupted_run_is_exported_and_merged_from_its_checkpoint(federate, tmp_path, capsys):
-    done = federate()
+def test_an_interrupted_run_is_exported_and_merged_from_its_checkpoint(finished, tmp_path, capsys):
+    done = finished()
     wanted = load_file(done.folder / "adapter" / WEIGHTS)
     assert merge([str(done.folder), str(tmp_path / "a")]) == 0
     for file in sorted((done.folder / "adapter").iterdir()):
@@ -87,8 +87,8 @@ def test_an_interrupted_run_is_exported_and_merged_from_its_checkpoint(federate,
     assert all((a[k] == b[k]).all() for k in a)
 
 
-def test_a_checkpoint_of_another_configuration_is_refused(federate, tmp_path, capsys):
-    done = federate()
+def test_a_checkpoint_of_another_configuration_is_refused(finished, tmp_path, capsys):
+    done = finished()
     for file in sorted((done.folder / "adapter").iterdir()):
         file.unlink()
     (done.folder / "adapter").rmdir()
@@ -118,8 +118,8 @@ class FakeHub:
 
 
 @pytest.mark.parametrize("what", ["adapter", "merged"])
-def test_push_uploads_the_whole_folder_as_one_commit(what, federate, tmp_path, monkeypatch, capsys):
-    done, fake = federate(), FakeHub()
+def test_push_uploads_the_whole_folder_as_one_commit(what, finished, tmp_path, monkeypatch, capsys):
+    done, fake = finished(), FakeHub()
     monkeypatch.setattr(hub, "HfApi", lambda: fake)
     words = ["--push", "me/model", "--private"]
     if what == "adapter":
@@ -135,8 +135,8 @@ def test_push_uploads_the_whole_folder_as_one_commit(what, federate, tmp_path, m
     assert "pushed: https://hub/me/model/commit/1" in capsys.readouterr().out
 
 
-def test_a_hub_that_refuses_is_one_sentence(federate, monkeypatch, capsys):
-    done = federate()
+def test_a_hub_that_refuses_is_one_sentence(finished, monkeypatch, capsys):
+    done = finished()
     for error in (
         RepositoryNotFoundError("401 Client Error", response=_response()),
         OSError("no route to host"),

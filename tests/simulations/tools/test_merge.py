@@ -33,8 +33,8 @@ SPLIT = ("model=tiny_gpt2", "model.split_qkv=true", "model.targets=[q_attn,v_att
         ),
     ],
 )
-def test_merged_model_equals_the_mounted_adapter(spec, options, federate, tmp_path):
-    done = federate("client.lr=2e-2", *options)
+def test_merged_model_equals_the_mounted_adapter(spec, options, finished, tmp_path):
+    done = finished("client.lr=2e-2", *options)
     assert main([str(done.folder), str(tmp_path / "merged")]) == 0
     model = spec.load(torch.device("cpu"))
     ids = torch.tensor([[1, 300, 400, 500, 600]])
@@ -66,8 +66,8 @@ def move(base):
     save_file(state, file, metadata={"format": "pt"})
 
 
-def test_a_second_merge_replaces_the_first_and_nothing_else(federate, tmp_path, capsys):
-    first, second = federate("client.lr=2e-2"), federate("client.lr=1e-2")
+def test_a_second_merge_replaces_the_first_and_nothing_else(finished, tmp_path, capsys):
+    first, second = finished("client.lr=2e-2"), finished()
     target = tmp_path / "x"
     assert main([str(first.folder), str(target)]) == 0
     before = load_file(target / "model.safetensors")
@@ -85,8 +85,8 @@ def test_a_second_merge_replaces_the_first_and_nothing_else(federate, tmp_path, 
     assert all(torch.equal(t, after[k]) for k, t in load_file(target / "model.safetensors").items())
 
 
-def test_a_merged_model_can_be_shared(federate, tmp_path):
-    assert main([str(federate().folder), str(tmp_path / "m")]) == 0
+def test_a_merged_model_can_be_shared(finished, tmp_path):
+    assert main([str(finished().folder), str(tmp_path / "m")]) == 0
     os.umask(mask := os.umask(0))
     modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "m").iterdir()}
     assert modes == {0o666 & ~mask}
@@ -95,7 +95,7 @@ def test_a_merged_model_can_be_shared(federate, tmp_path):
 
 
 def test_a_run_is_merged_onto_its_own_base_only(federate, own_base, tmp_path, capsys):
-    done = federate("model=hf", f"model.path={own_base}", "client.lr=2e-2")
+    done = federate("model=hf", f"model.path={own_base}", "rounds=1")
     move(own_base)
     for command in (main, generate):
         words = [str(done.folder)] + ([str(tmp_path / "m")] if command is main else [])
@@ -107,7 +107,7 @@ def test_a_run_is_merged_onto_its_own_base_only(federate, own_base, tmp_path, ca
 
 def test_an_adapter_of_another_base_is_refused(federate, own_base, tmp_path, capsys):
     """Copied from another run, say: shapes and names fit."""
-    done = federate("model=hf", f"model.path={own_base}")
+    done = federate("model=hf", f"model.path={own_base}", "rounds=1")
     record = json.loads((done.folder / "adapter/fedlora.json").read_text())
     record["base"] = "0" * 16
     (done.folder / "adapter/fedlora.json").write_text(json.dumps(record))
@@ -116,10 +116,10 @@ def test_an_adapter_of_another_base_is_refused(federate, own_base, tmp_path, cap
 
 
 def test_the_base_and_the_run_are_not_written_over(federate, own_base, capsys):
-    first = federate("model=hf", f"model.path={own_base}")
+    first = federate("model=hf", f"model.path={own_base}", "rounds=1")
     merged = own_base.parent / "merged"
     assert main([str(first.folder), str(merged)]) == 0
-    second = federate("model=hf", f"model.path={merged}")
+    second = federate("model=hf", f"model.path={merged}", "rounds=1")
     for target in (merged, second.folder):
         assert main([str(second.folder), str(target)]) == 2
         assert "is what would be merged: name another folder" in capsys.readouterr().err

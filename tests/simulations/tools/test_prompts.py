@@ -1,6 +1,7 @@
 """Answers to prompts: one, a file, a conversation, laid out as the training data is."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,8 +67,8 @@ def test_files_of_prompts(name, text, tmp_path):
     assert questions(tmp_path / name) == [Question("Name a tree."), Question("What is an oak?")]
 
 
-def test_one_prompt_a_file_and_a_conversation_are_answered(federate, tmp_path, capsys, monkeypatch):
-    run = str(federate().folder)
+def test_one_prompt_a_file_and_a_conversation_are_answered(finished, tmp_path, capsys, monkeypatch):
+    run = str(finished().folder)
     assert main([run, *SHORT, "--prompt", "Name a tree."]) == 0
     answer = capsys.readouterr().out
     (tmp_path / "p.txt").write_text("Name a tree.\nName a river.\n")
@@ -80,8 +81,8 @@ def test_one_prompt_a_file_and_a_conversation_are_answered(federate, tmp_path, c
     assert capsys.readouterr().out == answer
 
 
-def test_mistakes_are_one_sentence(federate, tmp_path, capsys):
-    run = str(federate().folder)
+def test_mistakes_are_one_sentence(finished, tmp_path, capsys):
+    run = str(finished().folder)
     (tmp_path / "bad.jsonl").write_text('{"instruction": "x"}\n{"question": "y"}\n')
     (tmp_path / "torn.jsonl").write_text('{"instruction": ')
     (tmp_path / "empty.txt").write_text("\n")
@@ -96,4 +97,4 @@ def test_mistakes_are_one_sentence(federate, tmp_path, capsys):
         assert main([*words, *SHORT]) == 2
         said = capsys.readouterr().err.strip().splitlines()
         assert message in said[-1] and len(said) == 1
-    assert not (federate().folder / "nlg.json").exists()
+    assert not (Path(run) / "nlg.json").exists()

@@ -5,7 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from fedlora.training.terms import FedProx
+from fedlora.core.types import Factors
+from fedlora.techniques.lora.corrected import CorrectedPayload
+from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.training.terms import Correction, FedProx
 from tests.fedlora.engine.fused.harness import (
     ADAMW,
     SGD,
@@ -38,6 +41,31 @@ def test_clients_are_those_of_the_sequential_engine(on, metric, layout, products
     wanted, updates = alone(jobs, store, on), trained(jobs, store, on, layout=layout)
     for k in wanted:
         assert_equal(updates[k], wanted[k])
+
+
+@pytest.mark.parametrize("layout", ["ragged", "padded"])
+@pytest.mark.parametrize("on", ["llama", "gpt2"])
+def test_corrections_are_those_of_the_sequential_engine(on, layout, products):
+    """Each client's own, with and without a proximal term, beside a client without."""
+    store = FakeStore({k: examples(6, k) for k in range(6)})
+    plans = [
+        dataclasses.replace(plan, term=Correction(2.0 * (k % 2))) for k, plan in enumerate(PLANS)
+    ]
+
+    def corrected(k):
+        factors = start(resident(on), mixed, k)
+        drawn = start(resident(on), mixed, 100 + k)
+        g = {p: Factors(0.1 * f.a, 0.1 * f.b, f.alpha) for p, f in drawn.items()}
+        return CorrectedPayload(factors, g)
+
+    jobs = [job(corrected(k), plan, k) for k, plan in enumerate(plans)]
+    jobs.append(job(start(resident(on), mixed, 5), PLANS[0], 5))
+    wanted, updates = alone(jobs, store, on), trained(jobs, store, on, layout=layout)
+    for k in wanted:
+        assert type(updates[k].payload) is type(wanted[k].payload) is LowRankPayload
+        assert_equal(updates[k], wanted[k])
+    free = alone([job(corrected(0), dataclasses.replace(plans[0], term=None), 0)], store, on)
+    assert distance(free[0].adapter, wanted[0].adapter) > 1e-3
 
 
 def test_clients_of_one_start_are_pulled_to_it_and_leave_it_alone(products):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from fedlora.core.rates import learning_rates
 from fedlora.core.types import Client, LocalPlan, Ranks, Setting, TrainJob
 from fedlora.data.batches import (
     micro_batches,
@@ -23,7 +24,7 @@ from fedlora.techniques.switchlora.layer import begin
 from fedlora.techniques.switchlora.optimizer import RowAdamW
 from fedlora.techniques.switchlora.peft import adapt, wrap_network
 from fedlora.techniques.switchlora.technique import SwitchTraining as Switching
-from fedlora.training.loop import clip_and_step, learning_rates
+from fedlora.training.loop import clip_and_step
 from strategies.switchlora import DENSE, SwitchLoRA
 from tests.fedlora.engine.world import NETWORKS, SEED, FakeStore, examples
 from tests.fedlora.models.networks import wrap
