@@ -19,7 +19,7 @@ from flwr.cli.build import build_fab_from_disk
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from fedlora.run.source_hash import NOT_SHIPPED
+from fedlora.core.source_hash import NOT_SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 CODE = ("fedlora", "strategies", "simulations")

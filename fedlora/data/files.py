@@ -24,10 +24,6 @@ from fedlora.data.conversations import FIELDS as CONVERSATIONS
 from fedlora.data.fields import Row, require
 from fedlora.data.values import SPLIT_NAMES
 
-SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
-"""Names of data files in a folder, but for a suffix of compression."""
-COMPRESSED = (".gz", ".zst", ".zstd")
-
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _FOREIGN = (  # how a file begins, what it is, what to do
     (b"PK\x03\x04", "a zip archive or an Excel workbook", "unpack it, or save the sheet as CSV"),

@@ -13,6 +13,7 @@ from fedlora.core.errors import DataError
 from fedlora.data import files
 from fedlora.data.fields import Row
 from fedlora.data.source import file_identity
+from fedlora.data.suffixes import COMPRESSED, SUFFIXES
 from fedlora.data.values import SPLIT_NAMES, missing
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -65,7 +66,7 @@ class Location:
         Raises:
             DataError: if it is none either.
         """
-        data_file = Path(self.path).suffix in (*files.SUFFIXES, *files.COMPRESSED)
+        data_file = Path(self.path).suffix in (*SUFFIXES, *COMPRESSED)
         if data_file or not _HUB_ID.fullmatch(self.path):
             raise DataError(
                 f"data.path={self.path!r} is neither a folder nor a file nor a hub id "
@@ -93,7 +94,7 @@ class Location:
             names = ", ".join(p.name for p in every[:8]) or "nothing"
             raise DataError(
                 f"data.path={self.path!r} is a folder without data files "
-                f"(*{', *'.join(files.SUFFIXES)}, also compressed); it has: {names}"
+                f"(*{', *'.join(SUFFIXES)}, also compressed); it has: {names}"
             )
         if others := [p.name for p in every if p not in set(data)]:
             log.info("data.path=%s: %d other files are ignored: %s", path, len(others), others[:8])
@@ -122,16 +123,16 @@ def _hidden(path: Path, root: Path) -> bool:
 def _is_data(path: Path) -> bool:
     """Whether a file has the name of a data file."""
     suffixes = [s.lower() for s in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in files.COMPRESSED:
+    if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
-    return bool(suffixes) and suffixes[-1] in files.SUFFIXES
+    return bool(suffixes) and suffixes[-1] in SUFFIXES
 
 
 def _stem(path: Path) -> Path:
     """A path without the suffixes of a data file."""
-    if path.suffix.lower() in files.COMPRESSED:
+    if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")
-    return path.with_suffix("") if path.suffix.lower() in files.SUFFIXES else path
+    return path.with_suffix("") if path.suffix.lower() in SUFFIXES else path
 
 
 # --- data sets of the library `datasets` ----------------------------------------------------------

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedlora.core.config import describe
 from fedlora.core.errors import DataError
 from fedlora.core.files import made_once
+from fedlora.core.memo import is_ours, remembered
 from fedlora.core.reading import checksum, is_intact
 from fedlora.data.build import (
     ARRAYS,
@@ -28,7 +30,7 @@ from fedlora.data.build import (
 from fedlora.data.encode import Tokenizer
 from fedlora.data.records import SPLITS
 from fedlora.data.source import Source
-from fedlora.data.template import prompt
+from fedlora.data.template import TEMPLATES, prompt
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +120,7 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
         DataError: if the source cannot be read or makes no sense.
     """
     key = store_key(source, tokenizer, tokenizer_id)
-    folder = cache / f"{source.name}-{key[:16]}"
+    folder = _place(source, key, cache)
 
     def build(draft: Path) -> None:
         if folder.exists():
@@ -126,6 +128,39 @@ def prepare(source: Source, tokenizer: Tokenizer, tokenizer_id: str, cache: Path
         write_store(source, tokenizer, tokenizer_id, draft, key)
 
     return made_once(folder, build, lambda made: made.exists() and not damage(made))
+
+
+def find_or_prepare(
+    source: Source, load_tokenizer: Callable[[], Tokenizer], tokenizer_id: str, cache: Path
+) -> Path:
+    """`prepare`, with a tokenizer that is loaded only where the store must be built.
+
+    The store's key is remembered (`fedlora.core.memo`) unless source or template are a user's own.
+
+    Args:
+        source: the data.
+        load_tokenizer: loads the tokenizer.
+        tokenizer_id: a hash of the tokenizer's files.
+        cache: the folder of all stores.
+
+    Raises:
+        DataError: as `prepare`.
+    """
+    if is_ours(source) and (source.labelled or source.template in TEMPLATES):
+        question = {"source": describe(source), "records": source.fingerprint()}
+
+        def keyed() -> dict[str, str]:
+            return {"key": store_key(source, load_tokenizer(), tokenizer_id)}
+
+        found = remembered("store", question | {"tokenizer": tokenizer_id}, keyed)
+        folder = _place(source, found["key"], cache)
+        if folder.exists() and not damage(folder):
+            return folder
+    return prepare(source, load_tokenizer(), tokenizer_id, cache)
+
+
+def _place(source: Source, key: str, cache: Path) -> Path:
+    return cache / f"{source.name}-{key[:16]}"
 
 
 def damage(folder: Path) -> str:

@@ -1,7 +1,7 @@
 """Which linear layers of a base model carry an adapter, and what they are."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -74,6 +74,27 @@ class ModelInfo:
     def classifies(self) -> bool:
         """Whether it predicts labels rather than tokens."""
         return self.task == CLASSIFICATION
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values that `from_json` understands."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> "ModelInfo":
+        """The inverse of `to_json`.
+
+        Raises:
+            TypeError: for values that are no model's.
+        """
+        lists: dict[str, tuple[Any, ...]] = {
+            name: tuple(v) for name, v in values.items() if isinstance(v, list | tuple)
+        }
+        lists["modules"] = tuple(Module(**m) for m in lists["modules"])
+        lists["splits"] = tuple(
+            Split(x["path"], tuple(Module(**m) for m in x["parts"])) for x in lists["splits"]
+        )
+        lists["head"] = tuple(HeadTensor(name, tuple(shape)) for name, shape in lists["head"])
+        return ModelInfo(**{**values, **lists})
 
 
 def is_linear(layer: nn.Module) -> bool:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 
 from fedlora.core.checks import one_of
+from fedlora.core.config import describe
 from fedlora.core.errors import ModelError
+from fedlora.core.memo import is_ours, remembered
 from fedlora.models import folder as folders
 from fedlora.models.blocks import adapted_blocks, check_layers
 from fedlora.models.context import limits
@@ -125,13 +127,28 @@ class ModelSpec(ABC):
         return self.task == CLASSIFICATION
 
     def describe(self) -> ModelInfo:
-        """Modules and size, from the configuration alone: no weight is loaded.
+        """Modules and size, from the configuration alone: no weight is loaded. The answer is
+        remembered (`fedlora.core.memo`): transformers is imported once for it, not by every run.
 
         Raises:
             ModelError: if the folder is incomplete, holds no model for the task, a target matches
                 none of its layers, or ``layers`` none of its blocks.
         """
         folder = self.folder()
+        folders.check(folder)
+        identity = folders.fingerprint(folder)
+
+        def described() -> dict[str, Any]:
+            return self._describe(folder, identity).to_json()
+
+        if not is_ours(self) or self._trust()["trust_remote_code"]:
+            return ModelInfo.from_json(described())
+        question = {"spec": describe(self), "files": [identity, folders.tokenizer_id(folder)]}
+        found = ModelInfo.from_json(remembered("model", question, described))
+        return dataclasses.replace(found, name=self.name)
+
+    def _describe(self, folder: Path, identity: str) -> ModelInfo:
+        """What transformers makes of a complete folder with this fingerprint."""
         config = self._config(folder)
         with torch.device("meta"):
             network = self._auto().from_config(config, **self._trust())
@@ -144,7 +161,7 @@ class ModelSpec(ABC):
             modules=modules,
             parameters=sum(p.numel() for p in network.parameters()),
             context=found.context,
-            fingerprint=folders.fingerprint(folder) + ("+split_qkv" if splits else ""),
+            fingerprint=identity + ("+split_qkv" if splits else ""),
             splits=splits,
             mask=mask_identity(folder),
             context_stated=found.stated,

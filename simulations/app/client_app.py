@@ -6,9 +6,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedlora.core.package import ROOT
+from fedlora.core.source_hash import source_hash
 from fedlora.core.types import EvaluateJob, TrainJob
 from fedlora.engine.worker import worker
-from fedlora.run.source_hash import source_hash
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.context import split_worker
 from fedlora.wire.messages import Result, decode_jobs, encode_results

@@ -86,7 +86,7 @@ def _anchor(cfg: DictConfig) -> None:
 
     What neither exists, nor is a pattern, nor ends like a data file may be a hub id and stays.
     """
-    from fedlora.data.files import COMPRESSED, SUFFIXES
+    from fedlora.data.suffixes import COMPRESSED, SUFFIXES
 
     endings = (*SUFFIXES, *COMPRESSED, ".zip")
     for group in ("data", "model", "model.base"):

@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
+from fedlora.core.source_hash import source_hash
 from fedlora.models.export import remove_exports
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
-from fedlora.run.source_hash import source_hash
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session

@@ -36,13 +36,19 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def end(mark: str) -> None:
-    """Terminate, wait, kill; twice, for those that were being started meanwhile."""
+def end(mark: str, grace_s: float = GRACE_S) -> None:
+    """Terminate, wait, kill; twice, for those that were being started meanwhile.
+
+    Args:
+        mark: of the processes.
+        grace_s: seconds that they are given; 0: they are killed at once.
+    """
     for _ in range(2):
-        processes = marked(mark)
-        for p in processes:
-            _send(p, signal.SIGTERM)
-        _, alive = psutil.wait_procs(processes, timeout=GRACE_S)
+        alive = marked(mark)
+        if grace_s:
+            for p in alive:
+                _send(p, signal.SIGTERM)
+            _, alive = psutil.wait_procs(alive, timeout=grace_s)
         for p in alive:
             _send(p, signal.SIGKILL)
         psutil.wait_procs(alive, timeout=GRACE_S)
@@ -80,7 +86,8 @@ def main() -> int:
     for watch in (watch_owner, watch_child):
         threading.Thread(target=watch, daemon=True).start()
     over.wait()
-    end(mark)
+    # A command that has ended has closed what it wrote; what it leaves has nothing to lose.
+    end(mark, grace_s=0 if child.poll() is not None else GRACE_S)
     if alone.is_set():  # else the owner may want to read what went wrong
         shutil.rmtree(scratch, ignore_errors=True)
     code = child.wait()

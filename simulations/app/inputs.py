@@ -15,7 +15,7 @@ from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.reading import json_in
 from fedlora.core.types import LocalPlan, Setting
-from fedlora.data.store import TokenStore, prepare
+from fedlora.data.store import TokenStore, find_or_prepare
 from fedlora.engine.base import EngineSpec
 from fedlora.engine.worker import WorkerSpec
 from fedlora.models.head import FROZEN, LOCAL
@@ -71,7 +71,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     check_model(parts, info)
     check_zeros_kept(parts.client, info, emit)
     pruned = _inspected(parts.client, info, model.folder()) if info.mask else None
-    folder = prepare(parts.data, model.tokenizer(), model.tokenizer_id(), cache_root())
+    folder = find_or_prepare(parts.data, model.tokenizer, model.tokenizer_id(), cache_root())
     store = TokenStore(folder)
     if model.classifies:
         model = model.with_labels(store.labels, parts.seed)

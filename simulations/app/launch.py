@@ -85,6 +85,7 @@ def _process(
     home, mark = Path(tempfile.mkdtemp(prefix="fedlora-run-")), uuid.uuid4().hex
     guard = [str(ROOT / "simulations" / "app" / "guard.py"), mark, str(home)]
     command = [sys.executable, "-m", "simulations.app.simulate", *overrides]
+    forks = {} if runtime.ray_address else {variables.FORKS: str(home)}
     process = subprocess.Popen(
         [sys.executable, *guard, *command],
         stdin=subprocess.PIPE,
@@ -93,7 +94,7 @@ def _process(
         text=True,
         errors="replace",
         cwd=home,
-        env=environment(runtime) | dict(more),
+        env=environment(runtime) | forks | dict(more),
         start_new_session=True,
     )
     try:

@@ -4,7 +4,10 @@ Ray imports this module when it starts a worker (``RAY_preload_python_modules``)
 as the server reads its data, so that the first message finds a worker that is ready.
 """
 
-import simulations.app.client_app  # noqa: F401
-from fedlora.models.loading import import_transformers
+from simulations.app.imports import without_collection
 
-import_transformers()
+with without_collection():
+    import simulations.app.client_app  # noqa: F401
+    from fedlora.models.loading import import_transformers
+
+    import_transformers()

@@ -9,6 +9,7 @@ Ray and the app's packages are started side by side: Ray spends most of its star
 
 import logging
 import os
+import subprocess
 import sys
 import threading
 import traceback
@@ -16,13 +17,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import NoReturn
 
-import ray
 from omegaconf import DictConfig
 
 from fedlora.core import variables
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from simulations.app.compose import load
+from simulations.app.imports import without_collection
 from simulations.app.runtime import Runtime
 
 REFUSED, FAILED = 2, 1
@@ -37,17 +38,34 @@ def say(line: str) -> None:
 def main(overrides: Sequence[str]) -> int:
     """One run; its exit code, after one clear line."""
     try:
+        import_for_workers()
         cfg = load(overrides)
         runtime = build(cfg.runtime, Runtime, "runtime")
         # Ray stays in the main thread: Linux ends its processes with the thread that started them.
         importing = threading.Thread(target=_import_and_check, args=(cfg,))
         importing.start()
         say(f"starting {runtime.describe()}")
-        ray.init(**runtime.ray_init(), include_dashboard=False, logging_level=logging.ERROR)
+        start_ray(runtime)
         importing.join()
         return _simulate(cfg, runtime)
     except Exception as error:
         return failed(error)
+
+
+def import_for_workers() -> None:
+    """Start the process of which workers are forks, if the run has a folder for it."""
+    if folder := os.environ.get(variables.FORKS):
+        subprocess.Popen([sys.executable, "-m", "simulations.app.ray_fork", folder])
+
+
+def start_ray(runtime: Runtime) -> None:
+    """Start Ray for the run, or connect to its cluster."""
+    import ray
+
+    from simulations.app.lean_ray import lean
+
+    with lean():
+        ray.init(**runtime.ray_init(), include_dashboard=False, logging_level=logging.ERROR)
 
 
 def failed(error: Exception) -> int:
@@ -62,12 +80,11 @@ def failed(error: Exception) -> int:
 def _import_and_check(cfg: DictConfig) -> None:
     """Import the app. A configuration that it refuses ends this process: the guard ends Ray."""
     try:
-        from fedlora.models.loading import import_transformers
-        from simulations.app import client_app, federate  # noqa: F401
-        from simulations.app.parts import build_parts, check_machine
+        with without_collection():
+            from simulations.app import client_app, federate  # noqa: F401
+            from simulations.app.parts import build_parts, check_machine
 
-        check_machine(build_parts(cfg).runtime)
-        import_transformers()  # while Ray starts
+            check_machine(build_parts(cfg).runtime)
     except Exception as error:
         leave(failed(error))
 
@@ -89,6 +106,8 @@ def _simulate(cfg: DictConfig, runtime: Runtime) -> int:
         with ending:
             server_app.federate(cfg, grid, ending.say)
             completed.set()
+        if completed.is_set() and not runtime.ray_address:
+            leave(0)  # Flower would take Ray apart in seconds; the guard does it at once
 
     # The server's exceptions arrive here too, after it has said them.
     with suppress(Exception):

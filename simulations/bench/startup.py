@@ -40,10 +40,12 @@ PHASES = (
     ("simulations/app/guard.py", "guard"),
     ("simulations.run", "launcher"),
     ("simulations.cli", "launcher"),
+    ("ray/core/src/ray/raylet/raylet", "Ray"),  # whose line holds those of all that it starts
+    ("ray/core/src/ray/gcs", "Ray"),
+    ("simulations.app.ray_fork", "workers"),
     ("ClientAppActor", "workers"),
     ("ray::IDLE", "workers"),
-    ("ray/core/src/ray/raylet/raylet", "Ray"),
-    ("ray/core/src/ray/gcs", "Ray"),
+    ("default_worker.py", "workers"),  # before it has given itself a name, or without ever doing so
     ("ray/dashboard", "Ray"),
     ("ray/autoscaler", "Ray"),
     ("ray/_private", "Ray"),

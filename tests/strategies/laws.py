@@ -80,7 +80,8 @@ def cohort(
         c = strategy.enlist(state, client)
         start = strategy.client_start(state, c)
         moved = trained(start, 1000 * seed + c.id)
-        payload = _cast(answer(start, moved, strategy.plan(state, c, PLAN)), precision.dtype)
+        sent = answer(start, moved, strategy.plan(state, c, PLAN))
+        payload = _each(sent, lambda t: t.to(precision.dtype))
         updates.append(Update(c, payload, c.num_examples, METRICS))
     return updates
 
@@ -122,18 +123,18 @@ def population_for(
     return usual
 
 
-def _cast(payload: Payload, dtype: torch.dtype) -> Payload:
+def _each(payload: Payload, do: Callable[[Tensor], Tensor]) -> Payload:
+    """What a client sends, with each of its tensors replaced; not those of a scale's merges."""
     if isinstance(payload, Rebased):
-        return Rebased({path: t.to(dtype) for path, t in payload.shift.items()})
+        return Rebased({path: do(t) for path, t in payload.shift.items()})
     if isinstance(payload, SparseDelta):
-        values = {path: v.to(dtype) for path, v in payload.values.items()}
+        values = {path: do(v) for path, v in payload.values.items()}
         return dataclasses.replace(payload, values=values)
     if isinstance(payload, MaskedScale):
         names = ("alpha", "beta", "change")
-        cast = {n: {p: t.to(dtype) for p, t in getattr(payload, n).items()} for n in names}
-        return dataclasses.replace(payload, **cast)
-    found = {p: Factors(f.a.to(dtype), f.b.to(dtype), f.alpha) for p, f in payload.items()}
-    return LowRankPayload(found)
+        done = {n: {p: do(t) for p, t in getattr(payload, n).items()} for n in names}
+        return dataclasses.replace(payload, **done)
+    return LowRankPayload({p: Factors(do(f.a), do(f.b), f.alpha) for p, f in payload.items()})
 
 
 def _in(precision: Precision, state: State) -> State:
@@ -153,7 +154,17 @@ def after_rounds(
     them what it likes."""
     state = _state_after(strategy, population, seed, rounds, precision)
     updates = _one_more_round(strategy, population, seed, rounds, precision)
-    return deepcopy(state), [dataclasses.replace(u, payload=deepcopy(u.payload)) for u in updates]
+    return _copied(state), [_update_copied(u) for u in updates]
+
+
+def _copied(state: State) -> State:
+    return {name: t.clone() for name, t in state.items()}
+
+
+def _update_copied(update: Update) -> Update:
+    if isinstance(update.payload, MaskedScale):  # its merges too
+        return dataclasses.replace(update, payload=deepcopy(update.payload))
+    return dataclasses.replace(update, payload=_each(update.payload, Tensor.clone))
 
 
 @lru_cache(maxsize=64)  # most laws look at the same rounds of one strategy
@@ -162,7 +173,7 @@ def _state_after(
 ) -> State:
     if not rounds:
         return _in(precision, strategy.init_state(population))
-    state = deepcopy(_state_after(strategy, population, seed, rounds - 1, precision))
+    state = _copied(_state_after(strategy, population, seed, rounds - 1, precision))
     updates = cohort(strategy, state, population, seed + 17 * (rounds - 1), precision)
     return strategy.aggregate(state, updates)
 
@@ -171,7 +182,7 @@ def _state_after(
 def _one_more_round(
     strategy: LoRAStrategy, population: Setting, seed: int, rounds: int, precision: Precision
 ) -> list[Update]:
-    state = deepcopy(_state_after(strategy, population, seed, rounds, precision))
+    state = _copied(_state_after(strategy, population, seed, rounds, precision))
     return cohort(strategy, state, population, seed + 1, precision)
 
 

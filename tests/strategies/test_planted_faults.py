@@ -275,6 +275,26 @@ def last_round_alone(
     return 4 * scalars
 
 
+def a_root_is_forgotten(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """``B = U √S`` over ``A = Vᵀ``."""
+    after = right(state, updates)
+    return {k: t.sqrt() if k.endswith("/s") else t for k, t in after.items()}
+
+
+def right_vectors_are_transposed(
+    self: LoRAStrategy, right: Hook, state: State, updates: Sequence[Update]
+) -> State:
+    """``V`` where ``Vᵀ`` is meant, which fits as far as the layer is square."""
+    after = dict(right(state, updates))
+    for key in (k for k in after if k.endswith("/v")):
+        v, n = after[key].clone(), min(after[key].shape)
+        v[:n, :n] = v[:n, :n].T.clone()
+        after[key] = v
+    return after
+
+
 def nothing_is_counted(
     self: LoRAStrategy, right: Hook, state: State, job: TrainJob, wire: str
 ) -> int:
@@ -478,6 +498,11 @@ FAULTS = [
     *[(s, "client_start", a_of_its_own) for s in (SVD_OF_B,)],
     *[(s, "client_start", scale_dropped_on_redistribution) for s in (SVD_OF_B,)],
     (SVD_OF_B, "plan", both_are_trained),
+    *[
+        (s, "aggregate", fault)
+        for s in (SVD_OF_B, FLEX)
+        for fault in (a_root_is_forgotten, right_vectors_are_transposed)
+    ],
     (PERSONAL, "aggregate", first_counted_twice),
     (PERSONAL, "aggregate", unweighted_mean),
     (PERSONAL, "aggregate", never_loaded),

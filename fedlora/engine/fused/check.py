@@ -1,11 +1,13 @@
 """Tests how many clients' sequences can be given to a model: end to end, one per row, or apart."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedlora.core.memo import remembered
 from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
@@ -84,6 +86,29 @@ def why_not_fused(model: LanguageModel) -> str:
             handle.remove()
     name = type(model.network).__name__
     return f"{name} gives {wrong[0]} more than the tokens" if wrong else ""
+
+
+def reason_of(check: Callable[[LanguageModel], str], model: LanguageModel) -> str:
+    """The answer of `why_not_fused` or `why_not_ragged`.
+
+    It takes up to ten forward passes, and every worker of a run asks it. It is remembered
+    (`fedlora.core.memo`) for a language model of transformers that was loaded from a folder: its
+    fingerprint and its configuration then say what it is. A classifier's head may be drawn.
+    """
+    network, info = model.network, model.info
+    theirs = type(network).__module__.startswith("transformers.")
+    if model.folder is None or info.classifies or not theirs:
+        return check(model)
+    config: Any = network.config
+    question = {
+        "check": check.__name__,
+        "model": info.to_json(),
+        "network": [type(network).__name__, str(getattr(config, "quantization_config", ""))],
+        "attention": str(getattr(config, "_attn_implementation", "")),
+        "dtype": str(network.dtype),
+        "device": model.device.type,
+    }
+    return str(remembered("fused", question, lambda: {"reason": check(model)})["reason"])
 
 
 def _every_other_changed(model: LanguageModel, sequences: Sequence[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, WorkerEngine
-from fedlora.engine.fused.check import why_not_fused, why_not_ragged
+from fedlora.engine.fused.check import reason_of, why_not_fused, why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
@@ -84,7 +84,7 @@ class Fused(WorkerEngine):
         """
         self.prepare()
         store, said = self.with_states(model, store)
-        if reason := why_not_fused(model):
+        if reason := reason_of(why_not_fused, model):
             if self.layout == "ragged":
                 raise ValueError(f"engine.layout=ragged: {reason}; use auto, or engine=sequential")
             return SequentialEngine(model, store, f"one by one, for {reason}", said)
@@ -117,7 +117,7 @@ class FusedEngine:
         self._cost = CostModel.of(model.info, model.network.dtype)
         self._alone = SequentialEngine(model, store)
         self._notes: dict[str, None] = {}  # since training last began
-        reason = "" if spec.layout == "padded" else why_not_ragged(model)
+        reason = "" if spec.layout == "padded" else reason_of(why_not_ragged, model)
         if reason and spec.layout == "ragged":
             raise ValueError(f"engine.layout=ragged: {reason}; use auto or padded")
         self._ragged = spec.layout != "padded" and not reason

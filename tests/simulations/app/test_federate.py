@@ -169,8 +169,11 @@ def test_a_new_run_never_writes_into_an_old_folder(federate, finished):
     assert second.folder.name == f"{first.folder.name}-2"
 
 
+TWELVE = ("engine=faulty", "population.per_round=12", "client.steps=1")
+
+
 def test_some_clients_raise_and_the_round_goes_on(federate):
-    done = federate("engine=faulty", "engine.raise_fraction=0.3", "population.per_round=12")
+    done = federate(*TWELVE, "engine.raise_fraction=0.3")
     failed = [row for row in done.clients if row.get("failure")]
     assert failed
     assert sum(r["failed"] for r in done.rounds) == len(failed)
@@ -180,7 +183,7 @@ def test_some_clients_raise_and_the_round_goes_on(federate):
 
 @pytest.mark.parametrize("fault", ["nan", "shape"])
 def test_a_bad_update_is_rejected_and_named(federate, fault):
-    done = federate("engine=faulty", f"engine.{fault}_fraction=0.3", "population.per_round=12")
+    done = federate(*TWELVE, f"engine.{fault}_fraction=0.3")
     rejected = [row for row in done.clients if row.get("failure") == "RejectedUpdate"]
     assert rejected
     assert sum(r["rejected"] for r in done.rounds) == len(rejected)
@@ -200,10 +203,10 @@ def test_too_many_failures_stop_the_run_and_keep_what_was_done(federate, tmp_pat
 def test_evaluation_is_written_and_summarised(federate):
     done = federate(
         "evaluate=fast",
-        "evaluate.clients=2",
+        "evaluate.clients=1",
         "evaluate.groups=[seen,unseen_random,participants]",
         "evaluate.adapters=[full,own]",
-        "evaluate.plan.max_new_tokens=4",
+        "evaluate.plan.max_new_tokens=2",
     )
     found = [r for r in done.records if r["kind"] == "evaluate"]
     assert {(r["round"], r["group"], r["adapter"]) for r in found} == {
@@ -236,11 +239,11 @@ def test_a_metric_is_one_file_and_one_line(federate, engine):
 
 def test_the_base_is_what_round_zero_measures(federate):
     """B = 0 before the first round: every rank and strategy measures the same base model."""
-    words = ("evaluate=loss", "evaluate.clients=2", "rounds=1", "evaluate.adapters=[full,own]")
+    words = ("evaluate=loss", "evaluate.clients=2", "rounds=1", "client.steps=1")
     losses = {
         r["loss_response"]
         for s in ("fedit", "flexlora", "heterolora")
-        for r in federate(f"strategy={s}", *words).records
+        for r in federate(f"strategy={s}", *words, "evaluate.adapters=[full,own]").records
         if r["kind"] == "evaluate" and r["round"] == 0
     }
     assert len(losses) == 1

@@ -82,7 +82,7 @@ MESSAGES = [*SPLIT, "strategy.transport=messages", "engine=faulty", "population.
 
 
 @pytest.mark.parametrize("fault", ["raise", "nan", "shape"])
-def test_planted_faults_cost_their_clients_alone(federate, fault):
+def test_planted_faults_cost_their_clients_alone(federate, finished, fault):
     """The same ones every time, whichever way they fail before they return anything."""
     done = federate(*MESSAGES, f"engine.{fault}_fraction=0.3", output=fault)
     assert done.status["status"] == "completed"
@@ -90,7 +90,7 @@ def test_planted_faults_cost_their_clients_alone(federate, fault):
     assert failed
     kinds = {r["failure"] for r in done.clients if "failure" in r}
     assert kinds == {"PlantedFault" if fault == "raise" else "RejectedUpdate"}
-    again = federate(*MESSAGES, "engine.raise_fraction=0.3", output="again")
+    again = finished(*MESSAGES, "engine.raise_fraction=0.3", output="again")
     assert {(r["round"], r["client"]) for r in again.clients if "failure" in r} == failed
 
 

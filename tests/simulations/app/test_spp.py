@@ -156,7 +156,7 @@ SLOW = {
     ],
 )
 def test_every_mode_runs_and_resumes(federate, options, merges):
-    options = (*SPP, "client.steps=1", *options)
+    options = (*SPP, "client.steps=1", "population.per_round=3", *options)
     whole = federate(*options)
     rounds = len(whole.rounds)
     for cut in range(1, rounds):

@@ -9,13 +9,14 @@ from simulations.bench import compare
 from simulations.bench.engine.cases import Case, World
 from simulations.bench.engine.measure import TOLERANCE, differences
 from simulations.bench.engine.sides import open_side
+from tests.simulations.conftest import TEXT
 
 CASE = Case(
     "test",
     "tiny",
     2,
     compare.LocalPlan(dropout=0.0),
-    overrides=(*compare.RANK, "data.clients=60", "client.steps=2"),
+    overrides=(*compare.RANK, *TEXT, "client.steps=2"),
 )
 
 

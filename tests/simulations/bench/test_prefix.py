@@ -9,7 +9,7 @@ from fedlora.core import variables
 from simulations.bench import prefix
 from simulations.bench.engine.measure import TOLERANCE
 
-SMALL = ["data.clients=40", "client.steps=2", "client.max_examples=4"]
+SMALL = ["data.clients=40", "data.max_length=64", "client.steps=2", "client.max_examples=4"]
 
 
 def test_sides_agree_and_states_are_counted():

@@ -34,7 +34,7 @@ from tests.planted import planted
 
 RAGGED = sorted(CONFIGS.keys() - {"deberta"})
 RANKS = (2, mixed, 3, 3, 1)
-PLAN = LocalPlan(steps=6, batch_size=3, lr=1e-3, dropout=0.0, weight_decay=0.1, eps=1e-4)
+PLAN = LocalPlan(steps=4, batch_size=3, lr=1e-3, dropout=0.0, weight_decay=0.1, eps=1e-4)
 PLANS = (
     PLAN,
     dataclasses.replace(PLAN, dropout=0.3),
@@ -118,17 +118,27 @@ def test_more_tokens_than_positions_lie_in_one_row():
         assert_equal(found[k], update)
 
 
+UNCLIPPED = [dataclasses.replace(p, max_grad_norm=0.0) for p in PLANS]
+AT_ONCE = fused(tokens=500, slots=9)
+
+
+@functools.cache
+def unclipped(family, products):
+    """Of honest clients, by either way to compute their products."""
+    on = resident(family)
+    return by_client(AT_ONCE.open(on, FakeStore(held())).train(jobs(on, UNCLIPPED)))
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e6])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "modernbert_mean", "gpt2"])
 def test_nothing_of_a_client_reaches_another_not_even_a_nan(family, poison, products):
-    on, plans = resident(family), [dataclasses.replace(p, max_grad_norm=0.0) for p in PLANS]
-    tasks, spec = jobs(on, plans), fused(tokens=500, slots=9)
-    wanted = by_client(spec.open(on, FakeStore(held())).train(tasks))
+    on, wanted = resident(family), unclipped(family, products)
+    tasks = jobs(on, UNCLIPPED)
     start = dict(tasks[1].start)
     path = next(iter(start))
     bad = dataclasses.replace(start[path], a=torch.full_like(start[path].a, poison))
-    tasks[1] = job(start | {path: bad}, plans[1], 1)
-    results = {r.client.id: r for r in spec.open(on, FakeStore(held())).train(tasks)}
+    tasks[1] = job(start | {path: bad}, UNCLIPPED[1], 1)
+    results = {r.client.id: r for r in AT_ONCE.open(on, FakeStore(held())).train(tasks)}
     assert isinstance(results[1], Failure) or poison == 1e6
     for k in (0, 2, 3, 4):
         assert same(results[k].adapter, wanted[k].adapter)
@@ -166,13 +176,18 @@ def headed_jobs(on, plans=PLANS):
     return [job(headed(on, j.client.id, j.start), j.plan, j.client.id) for j in jobs(on, plans)]
 
 
+@functools.cache
+def headed_alone(family):
+    tasks = headed_jobs(resident(family))
+    return by_client(Sequential().open(resident(family), FakeStore(held())).train(tasks))
+
+
 @pytest.mark.parametrize("layout", ["ragged", "padded"])
 @pytest.mark.parametrize("family", RAGGED)
 def test_heads_train_as_in_the_sequential_engine(family, layout):
     """Each client's own, beside clients whose head is frozen; factors frozen or not."""
     on, tasks = resident(family), headed_jobs(resident(family))
-    before = state(on.network)
-    wanted = by_client(Sequential().open(on, FakeStore(held())).train(tasks))
+    before, wanted = state(on.network), headed_alone(family)
     engine = fused(layout=layout).open(on, FakeStore(held()))
     found = by_client(engine.train(tasks))
     assert engine.notes() == (f"fused, {layout}, 80 tokens per step",)
@@ -273,7 +288,7 @@ def test_a_head_that_does_not_fit_fails_its_own_client_alone():
 
 def test_a_head_of_another_client_is_noticed():
     on, tasks = resident("bert"), headed_jobs(resident("bert"))
-    wanted = by_client(Sequential().open(on, FakeStore(held())).train(tasks))
+    wanted = headed_alone("bert")
     with planted(FusedModel._heads, "self._bank.head(x.slot,", "self._bank.head(0,"):
         results = fused(tokens=500).open(on, FakeStore(held())).train(tasks[2:4])
         found = {u.client.id: u for u in results}

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from fedlora.core.package import ROOT
 
+PACKAGES = ("fedlora", "strategies", "simulations")
 NOT_SHIPPED = ("simulations/bench/", "simulations/pretraining/", "simulations/study/")
 """Not in Flower's bundle (``fab-exclude``): no worker runs it, and editing it stops none."""
 
 
 def shipped_sources() -> Iterator[Path]:
     """The Python files that Flower's bundle holds, relative to `ROOT`, in order."""
-    for package in ("fedlora", "strategies", "simulations"):
+    for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             name = path.relative_to(ROOT)
             if path.name.startswith("test_") or path.name.endswith("_test.py"):
