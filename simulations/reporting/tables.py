@@ -131,11 +131,6 @@ def classification(records: Records) -> str:
     return markdown(names, rows)
 
 
-def methods(records: Records) -> str:
-    """BANKING77 under every method, several seeds."""
-    return by_method(records["methods-intents_banking77"]["runs"])
-
-
 def by_method(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Runs by method and seed as ``simulations.bench.methods`` records them, the best accuracy
     first; below the table why a method cannot run."""
@@ -244,7 +239,6 @@ TABLES: dict[str, Table] = {
     "printed": printed,
     "learning": learning,
     "classification": classification,
-    "methods": methods,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,
