@@ -68,17 +68,36 @@ FUSED = ("engine=fused", "engine.tokens=160", "engine.slots=4")
 PRUNED = ("model.pattern=2:4", "model.clients=2", "model.samples=1", "model.length=64")
 STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "fedavg": ("strategy=fedavg",),
+    "feddyn": ("strategy=feddyn",),
     "fedex": ("strategy=fedex", "strategy.heterogeneous=own"),
     "fedit": ("strategy=fedit",),
+    "fedrot": ("strategy=fedrot",),
+    "fedsa": ("strategy=fedsa",),
+    "fedsvd": ("strategy=fedsvd",),
+    "ffa": ("strategy=ffa",),
     "flexlora": ("strategy=flexlora",),
     "flora": ("strategy=flora",),
     "heterolora": ("strategy=heterolora", "strategy.prune=false"),
+    "local": ("strategy=local",),
+    "rbla": ("strategy=rbla",),
+    "rolora": ("strategy=rolora",),
+    "scaffold": ("strategy=scaffold", "client.lr=0.1"),
     "slora": ("strategy=slora", "strategy.stage1_rounds=1"),
     "splitlora": ("strategy=splitlora",),
     "switchlora": ("strategy=switchlora", "client.technique.interval=10", "strategy.horizon=3"),
     "spp": ("strategy=spp", *PRUNED),
 }
-RESUMED = ("fedit", "flexlora", "slora", "switchlora", "spp", "splitlora")
+RESUMED = (
+    "fedit",
+    "fedsa",
+    "flexlora",
+    "rolora",
+    "scaffold",
+    "slora",
+    "switchlora",
+    "spp",
+    "splitlora",
+)
 
 
 def strategies() -> Iterator[Case]:
