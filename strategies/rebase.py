@@ -18,7 +18,7 @@ this file differ, see docs/fidelity.md.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from fedlora.algebra.linalg import (
     svd,
     svd_of_product,
 )
+from fedlora.algebra.owners import at_ranks, common_ranks
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
     Kept,
@@ -133,13 +134,7 @@ class Rebase(LoRAStrategy):
         Raises:
             ValueError: if clients hold unequal ranks and that was to be refused.
         """
-        patterns = setting.rank_patterns
-        if self.heterogeneous == "refuse" and len(patterns) > 1:
-            raise ValueError(
-                f"clients hold {'; '.join(p.text for p in patterns)}, and "
-                "strategy.heterogeneous=refuse: choose ranks=homogeneous, or "
-                "strategy.heterogeneous=own or smallest"
-            )
+        ranks = common_ranks(setting, self.heterogeneous, "own")
         zero = {m.path: torch.zeros(m.d_out, m.d_in) for m in setting.modules}
         state = {
             "alpha": scalar(setting.alpha),
@@ -151,10 +146,9 @@ class Rebase(LoRAStrategy):
             **prefixed(self.server_optimizer.init(zero), SERVER),
         }
         if self.heterogeneous == "smallest":
-            state["ranks"] = integers(setting.min_ranks[m.path] for m in setting.modules)
+            state["ranks"] = integers(ranks[m.path] for m in setting.modules)
         if self.hold == "none":
             return state
-        ranks = setting.max_ranks if self.heterogeneous == "own" else setting.min_ranks
         return state | _packed(initial_factors(setting, ranks))
 
     def enlist(self, state: State, client: Client) -> Client:
@@ -163,7 +157,7 @@ class Rebase(LoRAStrategy):
             return client
         common = dict(zip(_shift(state), state["ranks"].tolist(), strict=True))
         ranks = Ranks({path: common[path] for path in client.ranks})
-        return client if ranks == client.ranks else replace(client, ranks=ranks)
+        return at_ranks(client, ranks)
 
     def variant(self, state: State, client: Client) -> Hashable:
         return client.id if self.own_a else client.ranks

@@ -41,7 +41,7 @@ def common_ranks(setting: Setting, heterogeneous: str, own: str) -> Ranks:
     if heterogeneous == REFUSE and len(patterns) > 1:
         held = "; ".join(p.text for p in patterns)
         raise ValueError(
-            f"averaging factors needs one rank for all clients, these hold {held}: "
+            f"strategy.heterogeneous=refuse wants one rank for all clients, these hold {held}: "
             f"choose ranks=homogeneous, strategy.heterogeneous=smallest or {own}, or a method "
             "for unequal ranks"
         )

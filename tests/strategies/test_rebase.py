@@ -465,6 +465,6 @@ def test_what_cannot_be_combined_is_refused() -> None:
             FLORA.check(setup)
     FLORA.check(Setup(PLAN))
     refuses = Rebase(heterogeneous="refuse")
-    with pytest.raises(ValueError, match=r"clients hold .*heterogeneous=own or smallest"):
+    with pytest.raises(ValueError, match=r"these hold .*heterogeneous=smallest or own"):
         refuses.init_state(setting())
     refuses.init_state(setting(("T3", "T3")))
