@@ -81,7 +81,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "local": ("strategy=local",),
     "rbla": ("strategy=rbla",),
     "rolora": ("strategy=rolora",),
-    "scaffold": ("strategy=scaffold", "client.lr=0.1"),
+    "scaffold": ("strategy=scaffold",),
     "slora": ("strategy=slora", "strategy.stage1_rounds=1"),
     "splitlora": ("strategy=splitlora",),
     "switchlora": ("strategy=switchlora", "client.technique.interval=10", "strategy.horizon=3"),
