@@ -81,8 +81,8 @@ class Alternate(LoRAStrategy):
     """Clients of unequal rank: each trains its first rank indices of the global pair (``nest``),
     all train the ``smallest`` rank, or ``refuse``."""
     weighting: str = "all"
-    """Of ``nest``: the clients over which a rank index is averaged: ``all``, which is exact, or
-    those ``covered`` by their rank."""
+    """The clients over which ``nest`` averages a rank index: ``all``, which is exact, or those
+    ``covered`` by their rank."""
     init_a: str = "kaiming"
     """The first ``A``: ``kaiming``, or ``orthonormal`` rows that span the same."""
     server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)

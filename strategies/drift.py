@@ -35,9 +35,9 @@ from fedlora.core.payload import Payload
 from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.method import Setup
+from fedlora.server.missed import changed_bytes
 from fedlora.techniques.lora.corrected import CorrectedPayload
 from fedlora.training.terms import Correction
-from fedlora.wire.codec import WIRE_BYTES
 from strategies.base import LoRAStrategy
 
 MEAN, TOTAL = "mean/", "total"
@@ -93,8 +93,8 @@ class DriftCorrected(FactorAverage, LoRAStrategy):
             )
         if plan.technique.shrinks:
             raise ValueError(
-                f"client.technique: {self.label} corrects factors of one rank, and clients that "
-                "prune their ranks have others; choose client.technique.self_prune=null"
+                f"client.technique={type(plan.technique).__name__} prunes ranks, and {self.label} "
+                "corrects factors of one rank; choose client.technique.self_prune=null"
             )
 
     def init_state(self, setting: Setting) -> State:
@@ -153,12 +153,6 @@ class DriftCorrected(FactorAverage, LoRAStrategy):
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
         return None
 
-    def _host_bytes(self, job: TrainJob, wire: str) -> int:
-        """The bytes of the factors alone."""
-        factors = job.start.low_rank()
-        assert factors is not None
-        return WIRE_BYTES[wire] * sum(f.a.numel() + f.b.numel() for f in factors.values())
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SCAFFOLD(DriftCorrected):
@@ -176,7 +170,7 @@ class SCAFFOLD(DriftCorrected):
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Those of the factors and of ``c``, which is zero before the first round."""
         moved = any(bool(t.any()) for t in under(state, MEAN).values())
-        return self._host_bytes(job, wire) * (2 if moved else 1)
+        return changed_bytes(job.start, "ab", wire) * (2 if moved else 1)
 
     def _gradient(self, state: State, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: c - own[name] for name, c in under(state, MEAN).items()}
@@ -216,7 +210,7 @@ class FedDyn(DriftCorrected):
 
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Those of the factors: the client has ``g_k``."""
-        return self._host_bytes(job, wire)
+        return changed_bytes(job.start, "ab", wire)
 
     def report(self, state: State) -> Mapping[str, float | int | str]:
         """``feddyn/shift``, ``‖h‖ / a``: how far the server's factors lie from their average."""

@@ -99,7 +99,7 @@ class FlexLoRA(LoRAStrategy):
     train: str = "both"
     """The factors that clients train: ``both``, or ``b`` (FedSVD)."""
     period: int = 1
-    """Of ``train=b``: rounds between two SVDs; in between, ``A`` stays."""
+    """Rounds between two SVDs under ``train=b``; in between, ``A`` stays."""
     init_a: str = "kaiming"
     """The first ``A``: ``kaiming``, or ``orthonormal`` rows that span the same."""
     weighting: str = "all"

@@ -1,7 +1,7 @@
 """Answers that take seconds to find, kept as files of the cache for the next process that asks.
 
 Such an answer follows from this package, the libraries of `LIBRARIES` and the question alone: their
-sources and versions are part of the key, and whoever asks puts everything else into the question,
+sources and versions are part of the key, and the caller puts everything else into the question,
 files by a hash of what they hold. What cannot be read, or was written for another question, is
 asked again; a cache that cannot be written costs time and nothing else.
 """

@@ -1,7 +1,7 @@
 """What a client lacks of a state: which rounds' results it knows, and the bytes of the rest.
 
 A client begins with all that follows from the run's seed, so it knows the results of no round:
-``seen = 0``. Whoever takes part in round ``t``, counted from 0, has been sent the results of the
+``seen = 0``. A client of round ``t``, counted from 0, has been sent the results of the
 rounds before it and keeps them: ``seen = t``, until it takes part again. Its own work of round
 ``t`` is not that round's result. A client whose update did not arrive, or was rejected, is taken
 for one that has missed the round.

@@ -44,14 +44,14 @@ class Request:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Import, then fork for whoever asks, until this process is ended."""
+    """Import, then fork on every request, until this process is ended."""
     os.chdir(arguments[0])
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(SOCKET)
         listener.listen(socket.SOMAXCONN)
         listener.settimeout(POLL_S)
         _import()
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the exit codes of forks are not read
         request = _fork(listener)
     _become(request)
 

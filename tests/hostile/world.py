@@ -86,7 +86,7 @@ class World:
     attack: Callable[[int], tuple[Spoil, Edit | None]] = lambda _: (honest, None)
     """By round."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the rounds."""
+    """The records of the rounds."""
     said: list[str] = field(default_factory=list)
 
     def play(self, rounds: int) -> "World":

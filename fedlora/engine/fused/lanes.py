@@ -75,7 +75,7 @@ class Shares:
     dropout."""
 
     def places(self, drawn: Sequence[int]) -> list[tuple[slice, Tensor | None]]:
-        """Of every lane: its rows, and which row of its own padded batch each is.
+        """The rows of every lane, and which row of its own padded batch each is.
 
         Args:
             drawn: rows of each lane's own padded batch.
