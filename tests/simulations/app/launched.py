@@ -49,14 +49,19 @@ class Tagged:
     def left(self, seconds: float) -> list[str]:
         """What still runs after so many seconds; returns as soon as nothing does."""
         until(lambda: not self.processes(), seconds)
-        return [" ".join(p.cmdline()[:6]) for p in self.processes()]
+        lines = []
+        for process in self.processes():
+            with suppress(psutil.NoSuchProcess):  # it ended since it was listed
+                lines.append(" ".join(process.cmdline()[:6]))
+        return lines
 
     def kill(self) -> None:
         """SIGKILL, until nothing is left."""
         for _ in range(50):
             found = self.processes()
             for process in found:
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # its parent's end can have ended it
+                    process.kill()
             if not found:
                 break
             psutil.wait_procs(found, timeout=1)
