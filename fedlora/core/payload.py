@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 from torch import Tensor
 
 if TYPE_CHECKING:  # `types` holds payloads in its jobs
+    from fedlora.core.choice import Indices
     from fedlora.core.types import Adapter, Client, Expected, LocalPlan
 
 _CLASSES: dict[str, type["Payload"]] = {}
@@ -81,6 +82,10 @@ class Payload(ABC):
         """Scalars that a client sends after training as planned: all, except those that the server
         already has."""
         return self.floats()
+
+    def index_bytes(self) -> int:
+        """Bytes that say which rank indices are sent, where a client has chosen them."""
+        return 0
 
     # --- validation ---------------------------------------------------------------------------
 
@@ -168,6 +173,15 @@ class Payload(ABC):
     def trained(self, factors: "Adapter") -> "Payload":
         """What a client sends whose `low_rank` factors an engine has trained to these."""
         raise TypeError(f"{self.noun} has no factors to be trained")
+
+    @property
+    def indices(self) -> "Indices | None":
+        """The rank indices that its client has trained; None: it has made no choice."""
+        return None
+
+    def with_indices(self, indices: "Indices") -> "Payload":
+        """The same as sent by a client that has trained these rank indices."""
+        raise TypeError(f"{self.noun} has no rank indices")
 
     # --- on disk ------------------------------------------------------------------------------
 
