@@ -45,7 +45,7 @@ def decided(job: TrainJob, probe: Update | None) -> TrainJob:
         ValueError: if its start has no rank indices to choose from.
     """
     assert job.plan.choice is not None
-    if job.start.low_rank() is None:
+    if not job.start.chooses:
         raise ValueError(f"client {job.client.id} cannot choose rank indices of {job.start.noun}")
     probed = None if probe is None else probe.payload.low_rank()
     indices = job.plan.choice.choose(job, probed)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,7 +22,14 @@ from fedlora.core.checks import wrong_names
 from fedlora.core.choice import Indices
 from fedlora.core.errors import ModelError
 from fedlora.core.files import write_file
-from fedlora.core.payload import MovedBase, Payload, mismatch, payload_class, target_of
+from fedlora.core.payload import (
+    MovedBase,
+    Parametrisation,
+    Payload,
+    mismatch,
+    payload_class,
+    target_of,
+)
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Client, Expected, LocalPlan
 from fedlora.models.modules import ModelInfo
@@ -58,6 +66,11 @@ class WithHead(Payload):
     def keeps_zeros(self) -> bool:  # type: ignore[override]
         """Whether the update does; the head is not pruned."""
         return self.update.keeps_zeros
+
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        """Whether clients that start from the update can."""
+        return self.update.chooses
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those of the update, then the head's."""
@@ -172,6 +185,14 @@ class WithHead(Payload):
     def with_indices(self, indices: Indices) -> "WithHead":
         """With these in the update; the head always trains."""
         return replace(self, update=self.update.with_indices(indices))
+
+    def parametrisation(self, dtype: torch.dtype, device: torch.device) -> Parametrisation | None:
+        """That of the update; the head trains as it is."""
+        return self.update.parametrisation(dtype, device)
+
+    def retrained(self, values: Mapping[str, Tensor]) -> "WithHead":
+        """With these values in the update."""
+        return replace(self, update=self.update.retrained(values))
 
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0

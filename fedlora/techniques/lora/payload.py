@@ -29,6 +29,7 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
     """
 
     noun = "factors"
+    chooses = True
 
     def __init__(self, factors: Adapter, indices: Indices | None = None) -> None:
         self._factors = dict(factors)

@@ -12,6 +12,7 @@ from fedlora.core.types import Adapter, Expected, Factors, Failure, LocalPlan, T
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.models.headed import WithHead
 from fedlora.server.claims import wrong_training
+from fedlora.techniques.cores.payload import CorePayload
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.training import flat, loop
@@ -191,8 +192,8 @@ def test_of_equal_scores_the_first_and_all_if_there_are_fewer():
         LargestChange(0)
 
 
-def test_what_has_no_rank_indices_is_a_failed_client():
-    begun = SparseDelta(1, 0.5, {})
+@pytest.mark.parametrize("begun", [SparseDelta(1, 0.5, {}), CorePayload({}, 1.0, 1)])
+def test_what_has_no_rank_indices_is_a_failed_client(begun):
     asked = dataclasses.replace(job(start(model(), 2, 1), with_choice(PLANS[0])), start=begun)
     (failed,) = SequentialEngine(model(), HELD).train([asked])
     assert isinstance(failed, Failure) and "cannot choose rank indices" in failed.message

@@ -10,6 +10,7 @@ from fedlora.engine import choice
 from fedlora.engine.fused import trainer
 from fedlora.engine.fused.bank import Layout
 from fedlora.engine.sequential import Sequential
+from fedlora.techniques.rebased.payload import Rebased
 from fedlora.training.choice import LargestChange
 from fedlora.training.terms import FedProx
 from tests.fedlora.engine.fused.harness import alone, assert_equal, engine, mixed, resident, trained
@@ -84,6 +85,20 @@ def test_classifiers_with_a_head_choose_alike(family):
         begun, moved = asked[k].start.values, update.payload.values
         assert all(bool((moved[n] != t).any()) for n, t in begun.items())
         assert float((vector(got[k].payload) - vector(update.payload)).norm()) < 1e-11
+
+
+def test_clients_of_a_moved_base_choose_alike():
+    on = resident("llama")
+    g = torch.Generator().manual_seed(1)
+    shift = {m.path: 0.01 * torch.randn(m.d_out, m.d_in, generator=g) for m in on.info.modules}
+    shift = {path: t.double() for path, t in shift.items()}
+    plan = with_choice(PLANS[1], LargestChange(6))
+    asked = [job(start(on, 3, k), plan, k) for k in range(3)]
+    asked = [dataclasses.replace(j, start=Rebased(shift, j.start)) for j in asked]
+    got = trained(asked, STORE)
+    assert_alike(got, alone(asked, STORE), [plan] * 3)
+    for j in asked:
+        assert_still(got[j.client.id], j.start.factors, plan)
 
 
 def test_one_client_that_cannot_choose_costs_itself_alone():
