@@ -73,6 +73,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
     "fedrot": ("strategy=fedrot",),
     "fedsa": ("strategy=fedsa",),
+    "fedsb": ("strategy=fedsb", "client.lr=2e-2"),
     "fedsvd": ("strategy=fedsvd",),
     "ffa": ("strategy=ffa",),
     "flexlora": ("strategy=flexlora",),
@@ -81,6 +82,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "local": ("strategy=local",),
     "lora_a2": ("strategy=lora_a2",),
     "rbla": ("strategy=rbla",),
+    "ravan": ("strategy=ravan", "client.lr=2e-2"),
     "rolora": ("strategy=rolora",),
     "scaffold": ("strategy=scaffold",),
     "slora": ("strategy=slora", "strategy.stage1_rounds=1"),
@@ -91,6 +93,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
 RESUMED = (
     "fedit",
     "fedsa",
+    "fedsb",
     "flexlora",
     "lora_a2",
     "rolora",
