@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,15 +13,14 @@ from fedlora.core.rates import learning_rates
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import step_indices
-from fedlora.models import layers
 from fedlora.techniques.cores.payload import CorePayload, fixed
 from tests.fedlora.engine import labelled
 from tests.fedlora.engine.peft_loop import (
-    d_in,
+    Masks,
+    SameDropout,
+    backward,
     epochs,
-    is_adaptable,
     optimizer_of,
-    padded,
     schedule_of,
 )
 from tests.fedlora.engine.world import SEED, FakeExample
@@ -32,7 +32,8 @@ class Beside(nn.Module):
     def __init__(self, base: nn.Module, start: CorePayload, path: str, p: float) -> None:
         super().__init__()
         core = start.cores[path]
-        self.base, self.p, self.gains = base, p, start.gains
+        self.base_layer = base  # as PEFT calls it, so that `peft_loop.Masks` knows the layer
+        self.lora_dropout = {"default": SameDropout(p) if p else nn.Identity()}
         u, v = fixed(start.seed, path, core, torch.float64, torch.device("cpu"))
         self.register_buffer("u", u.clone())
         self.register_buffer("v", v.clone())
@@ -40,7 +41,6 @@ class Beside(nn.Module):
         self.blocks = nn.ParameterList(b.clone().double() for b in core.blocks)
         self.g = nn.Parameter(torch.ones(len(core.blocks), dtype=torch.float64))
         self.g.requires_grad_(start.gains)
-        self.bits: Tensor | None = None
 
     def core(self) -> Tensor:
         rank = len(self.v)
@@ -52,8 +52,18 @@ class Beside(nn.Module):
         return r
 
     def forward(self, x: Tensor) -> Tensor:
-        seen = x if not self.p else layers.dropout(x, self.p, self.bits)
-        return self.base(x) + self.scale * (seen @ self.v.T @ self.core().T @ self.u.T)
+        seen = self.lora_dropout["default"](x)
+        return self.base_layer(x) + self.scale * (seen @ self.v.T @ self.core().T @ self.u.T)
+
+
+class Twin:
+    """A network where `peft_loop` expects PEFT's."""
+
+    def __init__(self, network: Any) -> None:
+        self.base_model = SimpleNamespace(model=network)
+
+    def __call__(self, **inputs: Tensor) -> Any:
+        return self.base_model.model(**inputs)
 
 
 def beside(network: Any, start: CorePayload, p: float) -> dict[str, Beside]:
@@ -75,30 +85,16 @@ def reference(
     Returns:
         Module path -> ``s R`` as it ended.
     """
-    paths = [path for path, layer in network.named_modules() if is_adaptable(path, layer)]
-    widths = [d_in(network.get_submodule(path)) for path in paths]
-    cores, seeds = beside(network, start, plan.dropout), dropout_seeds(SEED, 3, client)
+    cores = beside(network, start, plan.dropout)
+    twin = Twin(network)
+    masks = Masks(twin, cores, plan, dropout_seeds(SEED, 3, client))
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = optimizer_of(trained, plan)
     total = plan.steps or plan.epochs * math.ceil(len(held) / plan.batch_size)
     schedule = schedule_of(optimizer, plan, total)
     for rows in itertools.islice(epochs(len(held), plan, (SEED, 3, client)), total):
         optimizer.zero_grad()
-        batch, micro = [held[i] for i in rows], plan.micro_batch_size or plan.batch_size
-        parts = [padded(batch[i : i + micro], plan.loss) for i in range(0, len(batch), micro)]
-        tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in parts)
-        for ids, _, labels in parts:
-            bits = layers.dropout_bits(
-                ids[:, :-1].numel(), widths, next(seeds), torch.device("cpu")
-            )
-            for path, drawn in zip(paths, bits, strict=True):
-                if path in cores:
-                    cores[path].bits = drawn
-            logits = network(input_ids=ids[:, :-1]).logits
-            nll = nn.functional.cross_entropy(
-                logits.reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), reduction="sum"
-            )
-            (nll / tokens).backward()
+        backward(twin, [held[i] for i in rows], plan, masks)
         if plan.max_grad_norm:
             nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
         optimizer.step()
