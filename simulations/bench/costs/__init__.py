@@ -1,0 +1,1 @@
+"""What every method costs beside FedIT: times, traffic, exactness, and what clients keep."""
