@@ -77,7 +77,7 @@ def traffic(record: Mapping[str, Any]) -> str:
         verdict = f"{count - wrong} of {count}" if found["up"] else "no formula"
         formulas = [found[way] or "–" for way in ("up", "down")]
         if found["smallest"]:
-            formulas[0] += " at the smallest rank"
+            formulas[0] += "; r: the smallest"
         cells = [_bytes(x, modules) for x in (equal["up_bytes"], *when)]
         rows.append([code(name), *formulas, *cells, verdict])
     names = ["method", "up, scalars of a layer", "down", "up", "down, round 1"]

@@ -1,5 +1,6 @@
 """The benchmark of costs: formulas hold to the byte, and a byte too many is seen and named."""
 
+import importlib
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import pytest
 from fedlora.core.package import ROOT
 from fedlora.population.ranks import RankDistribution
 from fedlora.server.training_round import training_jobs
+from simulations.bench.__main__ import BENCHMARKS
 from simulations.bench.costs import __main__ as costs
 from simulations.bench.costs import runs, server, steps
 from simulations.bench.costs.formulas import FORMULAS, Past, Visit
@@ -79,7 +81,7 @@ def test_a_preset_without_a_formula_is_shown_all_the_same(monkeypatch, rolora):
     record = {"found": {"rolora": traffic(rolora)}}
     assert not costs.faults(record["found"])
     table = PARTS["traffic"](record)
-    assert "`rolora`" in table and "no formula" in table and "86,016 (3,072)" in table
+    assert "`rolora`" in table and "no formula" in table and "to 86,016 (2,560 to 3,072)" in table
 
 
 @pytest.mark.parametrize("preset", sorted(FORMULAS))
@@ -124,7 +126,7 @@ def test_what_clients_keep_is_found_and_is_the_formula():
 
 
 def test_a_client_that_keeps_too_much_is_named():
-    with planted(FedSA.kept, "/b", "/a"):
+    with planted(FedSA.kept, "f.b for path", "f.a for path"):
         found = memory(["fedsa"], [SMALL], clients=2)
     (wrong,) = costs.faults(found)
     assert wrong.startswith("SmolLM2-135M, fedsa: a client keeps")
@@ -188,10 +190,15 @@ def test_clients_of_a_split_have_no_step_of_their_own():
 
 
 def test_steps_are_measured_in_both_engines(tmp_path, capsys):
-    work = replace(steps.TINY, clients=2, steps=1, batch=1, length=16)
+    work = replace(steps.TINY, clients=2, steps=1, batch=1, length=32)
     found = steps.measure(["fedit", "flora"], work, 1, print)
     for row in found["presets"].values():
         assert row["fused"]["notes"][0].startswith("fused")
         assert row["sequential"]["notes"] == ["sequential"]
         assert all(row[e][clock][0] > 0 for e in row for clock in ("cpu_ms", "wall_ms"))
     json.dumps(found)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_with_a_command_has_one(name):
+    assert callable(importlib.import_module(f"simulations.bench.{name}").main)
