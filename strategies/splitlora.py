@@ -176,8 +176,8 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
             if not isinstance(self.aggregator.client_start(nested, first), Mapping):
                 raise ValueError(
                     f"strategy.aggregator={type(self.aggregator).__name__} begins with sparse "
-                    "updates or moves the base; the stages of a split train low-rank factors over "
-                    "a frozen one: choose fedit, flexlora or heterolora"
+                    "updates, cores or a moved base; the stages of a split train low-rank factors "
+                    "over a frozen one: choose fedit, flexlora or heterolora"
                 )
             state |= prefixed(nested, part.prefix)
         whole = initial_factors(setting, top)

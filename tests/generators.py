@@ -17,6 +17,7 @@ from fedlora.algebra.linalg import stack
 from fedlora.core.payload import Payload
 from fedlora.core.seeding import mask_noise, torch_generator
 from fedlora.core.types import Adapter, Client, Factors, Module, Ranks, Setting, Update
+from fedlora.techniques.cores.payload import CorePayload
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
@@ -94,9 +95,17 @@ def trained(payload: Payload | Adapter, seed: int, size: float = 1.0) -> Payload
         return replace(payload, values={p: moved(v) for p, v in payload.values.items()})
     if isinstance(payload, MaskedScale):
         return _trained_scale(payload, moved)
+    if isinstance(payload, CorePayload):
+        return with_tensors(payload, moved)
     if isinstance(payload, Rebased):
         payload = payload.factors
     return LowRankPayload({p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()})
+
+
+def with_tensors(payload: CorePayload, do: Callable[[Tensor], Tensor]) -> CorePayload:
+    """The same with each of its tensors replaced."""
+    tensors = {name: do(t) for name, t in payload.tensors()}
+    return CorePayload.from_header(payload.header(), tensors)
 
 
 def _trained_scale(payload: MaskedScale, moved: Callable[[Tensor], Tensor]) -> MaskedScale:
@@ -139,6 +148,8 @@ def dense(payload: Payload | Adapter, modules: Sequence[Module] = MODULES) -> di
             for p, f in payload.factors.items()
         }
         return {p: d.double() + products.get(p, 0.0) for p, d in payload.shift.items()}
+    if isinstance(payload, CorePayload):
+        payload = payload.low_rank()
     if not isinstance(payload, SparseDelta):
         return {p: f.delta() for p, f in payload.items()}
     out = {}

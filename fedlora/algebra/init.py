@@ -7,6 +7,7 @@ distributed as it should be for any smaller rank.
 
 import math
 import zlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -51,6 +52,36 @@ def orthonormal(a: Tensor) -> Tensor:
     q, r = torch.linalg.qr(a.double().T)  # [n, r], [r, r]
     rows: Tensor = (q * torch.sign(torch.diagonal(r))).T
     return rows.contiguous().to(a.dtype)
+
+
+@lru_cache(maxsize=4096)  # two for each module, rank, and form in which it is asked for
+def orthonormal_rows(
+    seed: int, name: str, rank: int, d: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """``[rank, d]``: orthonormal rows of a random direction; not to be written to.
+
+    Rows of `sample_a` by classical Gram-Schmidt, twice, in float64. A row depends on those before
+    it alone, so rows of a smaller rank are, bit for bit, the first rows of a larger one.
+
+    Args:
+        seed: of the run.
+        name: of the stream: a module's path, and what the rows are for.
+        rank: at most ``d``.
+        d: length of a row.
+        dtype: of the result, which is rounded to float32 first.
+        device: of the result.
+
+    Raises:
+        ValueError: if the rank exceeds ``d``.
+    """
+    if not 1 <= rank <= d:
+        raise ValueError(f"{name}: {rank} orthonormal rows of {d} entries: expected 1..{d} rows")
+    rows = sample_a(seed, name, rank, d).double()
+    for i, row in enumerate(rows):
+        for _ in range(2):  # the second pass removes what the first one has left by rounding
+            row -= (rows[:i] @ row) @ rows[:i]
+        row /= row.norm()
+    return rows.float().to(device, dtype)
 
 
 def initial_factors(setting: Setting, ranks: Ranks, init_a: str = "kaiming") -> dict[str, Factors]:

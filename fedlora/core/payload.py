@@ -7,11 +7,12 @@ the dotted path of its class, as configuration is, so that a new kind of update 
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # `types` holds payloads in its jobs
@@ -28,6 +29,17 @@ class MovedBase:
     """Identity of the shift: equal versions hold equal tensors."""
     shift: Mapping[str, Tensor]
     """Module path -> ``[d_out, d_in]``."""
+
+
+@dataclass(frozen=True)
+class Parametrisation:
+    """Low-rank factors that are functions of the scalars that train: ``B = U R`` of a trained ``R``
+    between fixed ``U`` and ``A``. What is no function of them is fixed."""
+
+    start: Mapping[str, Tensor]
+    """Name -> the values from which training begins."""
+    factors: "Callable[[Mapping[str, Tensor]], Adapter]"
+    """The factors that such values make, differentiable in each of them."""
 
 
 class Payload(ABC):
@@ -146,6 +158,15 @@ class Payload(ABC):
         """The moved base that it refers to; None: the model's own."""
         return None
 
+    def parametrisation(self, dtype: torch.dtype, device: torch.device) -> Parametrisation | None:
+        """What trains in place of its `low_rank` factors; None: they do themselves.
+
+        Args:
+            dtype: of the scalars that train and of the factors.
+            device: where they are.
+        """
+        return None
+
     def head(self) -> Mapping[str, Tensor] | None:
         """The head of a classifier that it brings, which trains beside it, by the names of the
         network's parameters; None: the model's own stays as it is."""
@@ -168,6 +189,10 @@ class Payload(ABC):
     def trained(self, factors: "Adapter") -> "Payload":
         """What a client sends whose `low_rank` factors an engine has trained to these."""
         raise TypeError(f"{self.noun} has no factors to be trained")
+
+    def retrained(self, values: Mapping[str, Tensor]) -> "Payload":
+        """What a client sends whose `parametrisation` an engine has trained to these values."""
+        raise TypeError(f"{self.noun} trains its factors themselves")
 
     # --- on disk ------------------------------------------------------------------------------
 

@@ -14,13 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.core.checks import wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.files import write_file
-from fedlora.core.payload import MovedBase, Payload, mismatch, payload_class, target_of
+from fedlora.core.payload import (
+    MovedBase,
+    Parametrisation,
+    Payload,
+    mismatch,
+    payload_class,
+    target_of,
+)
 from fedlora.core.reading import json_in, tensors_in
 from fedlora.core.types import Adapter, Client, Expected, LocalPlan
 from fedlora.models.modules import ModelInfo
@@ -158,6 +166,14 @@ class WithHead(Payload):
     def trained(self, factors: Adapter) -> "WithHead":
         """With these factors in the update."""
         return replace(self, update=self.update.trained(factors))
+
+    def parametrisation(self, dtype: torch.dtype, device: torch.device) -> Parametrisation | None:
+        """That of the update; the head trains as it is."""
+        return self.update.parametrisation(dtype, device)
+
+    def retrained(self, values: Mapping[str, Tensor]) -> "WithHead":
+        """With these values in the update."""
+        return replace(self, update=self.update.retrained(values))
 
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0

@@ -334,6 +334,12 @@ class PlainFlower(Strategy):
                 "Flower's own clients do not add: use fedlora.server.flower.FederatedRun, or a "
                 "method without, such as FedIT"
             )
+        if start.parametrisation(torch.float32, torch.device("cpu")) is not None:
+            raise RunError(
+                f"{self.method.label} sends its clients {start.noun}, and Flower's own clients "
+                "train LoRA's A and B: use fedlora.server.flower.FederatedRun, or a method whose "
+                "clients train factors, such as FedIT"
+            )
         return start
 
     def _planned(self, client: Client) -> LocalPlan:

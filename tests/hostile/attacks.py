@@ -165,8 +165,8 @@ def alpha(value: object) -> Edit:
         inner = h["header"]
         if isinstance(inner.get("alpha"), dict):
             inner["alpha"] = dict.fromkeys(inner["alpha"], value)
-        elif "lora_alpha" in inner:
-            inner["lora_alpha"] = value
+        elif name := next((n for n in ("alpha", "lora_alpha") if n in inner), ""):
+            inner[name] = value
         else:
             inner["density"] = value  # of a sparse update
 

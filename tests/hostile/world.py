@@ -17,12 +17,14 @@ from fedlora.server import flower
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
+from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.messages import Result, decode_jobs, encode_results
 from simulations.app.grid import InProcessGrid
 from strategies.base import LoRAStrategy
 from strategies.fedit import FedIT
+from strategies.fedsb import FedSB
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.rebase import Rebase
@@ -39,6 +41,8 @@ METHODS: Mapping[str, Callable[[], LoRAStrategy]] = {
     "heterolora": HeteroLoRA,
     "flora": Rebase,
     "fedex": lambda: Rebase(hold="mean"),
+    "fedsb": FedSB,
+    "ravan": lambda: FedSB(heads=3, gains=True, weighting="covered"),
     "spp": SPP,
     "slora": lambda: SLoRA(aggregator=FlexLoRA(), stage1_rounds=1),
     "switchlora": lambda: SwitchLoRA(
@@ -157,7 +161,7 @@ def moved(job: TrainJob) -> Update:
     start, plan = job.start, job.plan
     end = trained(start, 1000 * job.round + job.client.id, SIZE)
     factors = start.low_rank()
-    if factors is not None:
+    if factors is not None and isinstance(end, LowRankPayload):
         frozen = {"a": not plan.train_a, "b": not plan.train_b}
         sent = {
             n: getattr(factors[n[:-2]], n[-1]) if frozen[n[-1]] else t for n, t in end.tensors()

@@ -73,6 +73,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "fedit": ("strategy=fedit",),
     "fedrot": ("strategy=fedrot",),
     "fedsa": ("strategy=fedsa",),
+    "fedsb": ("strategy=fedsb", "client.lr=2e-2"),
     "fedsvd": ("strategy=fedsvd",),
     "ffa": ("strategy=ffa",),
     "flexlora": ("strategy=flexlora",),
@@ -80,6 +81,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
     "heterolora": ("strategy=heterolora", "strategy.prune=false"),
     "local": ("strategy=local",),
     "rbla": ("strategy=rbla",),
+    "ravan": ("strategy=ravan", "client.lr=2e-2"),
     "rolora": ("strategy=rolora",),
     "scaffold": ("strategy=scaffold",),
     "slora": ("strategy=slora", "strategy.stage1_rounds=1"),
@@ -90,6 +92,7 @@ STRATEGIES: Mapping[str, tuple[str, ...]] = {
 RESUMED = (
     "fedit",
     "fedsa",
+    "fedsb",
     "flexlora",
     "rolora",
     "scaffold",

@@ -31,15 +31,24 @@ from fedlora.core.payload import Payload
 from fedlora.core.rates import LR_SUM
 from fedlora.core.types import Client, Factors, LocalPlan, Ranks, Setting, TrainJob, Update
 from fedlora.server.missed import SEEN
+from fedlora.techniques.cores.payload import CorePayload
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.techniques.rebased.payload import Rebased
 from fedlora.techniques.sparse.payload import SparseDelta
 from fedlora.techniques.spp.payload import MaskedScale
 from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
+from fedlora.wire.codec import encode_payload
 from strategies.base import LoRAStrategy
 from strategies.drift import FedDyn
-from tests.generators import as_payload, dense, roomy_setting, setting, trained
+from tests.generators import (
+    as_payload,
+    dense,
+    roomy_setting,
+    setting,
+    trained,
+    with_tensors,
+)
 
 PLAN = LocalPlan(lr=0.02, weight_decay=0.1)
 METRICS = MappingProxyType({LR_SUM: 0.25})
@@ -134,6 +143,8 @@ def _each(payload: Payload, do: Callable[[Tensor], Tensor]) -> Payload:
         names = ("alpha", "beta", "change")
         done = {n: {p: do(t) for p, t in getattr(payload, n).items()} for n in names}
         return dataclasses.replace(payload, **done)
+    if isinstance(payload, CorePayload):
+        return with_tensors(payload, do)
     return LowRankPayload({p: Factors(do(f.a), do(f.b), f.alpha) for p, f in payload.items()})
 
 
@@ -443,6 +454,8 @@ def no_direction_is_dead(strategy: LoRAStrategy, seed: int, precision: Precision
                 payload = payload.factors
             if isinstance(payload, Mapping):
                 _assert_alive(payload, f"state {i}, client {c.id}")
+            if isinstance(payload, CorePayload):
+                _assert_core_alive(payload, f"state {i}, client {c.id}")
 
 
 def _assert_alive(adapter: Mapping[str, Factors], what: str) -> None:
@@ -454,6 +467,19 @@ def _assert_alive(adapter: Mapping[str, Factors], what: str) -> None:
         of_a = f.scale * f.b.double().T @ g  # [r, d_in]
         alive = of_b.norm(dim=0) + of_a.norm(dim=1)
         assert bool((alive > 1e-6).all()), f"{what}: {path} has a dead direction: {alive.tolist()}"
+
+
+def _assert_core_alive(payload: CorePayload, what: str) -> None:
+    """Every entry of every block has a gradient, ``s Uᵀ G Vᵀ``, whatever the blocks are."""
+    made = payload.parametrisation(torch.float64, torch.device("cpu"))
+    values = {name: t.clone().requires_grad_() for name, t in made.start.items()}
+    g = torch.Generator().manual_seed(1)
+    for path, f in made.factors(values).items():
+        delta = f.delta()
+        (delta * torch.randn(delta.shape, generator=g, dtype=delta.dtype)).sum().backward()
+        for name, t in values.items():
+            if name.startswith(f"{path}/core"):
+                assert t.grad is not None and bool((t.grad.abs() > 1e-9).all()), f"{what}: {name}"
 
 
 def starts_have_the_ranks_of_their_clients(
@@ -476,6 +502,9 @@ def starts_have_the_ranks_of_their_clients(
             for payload in payloads:
                 if isinstance(payload, Rebased):
                     got = Ranks({p: f.rank for p, f in payload.factors.items()})
+                    assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
+                elif isinstance(payload, CorePayload):
+                    got = Ranks({p: core.rank for p, core in payload.cores.items()})
                     assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
                 elif isinstance(payload, Mapping):
                     got = Ranks({p: f.rank for p, f in payload.items()})
@@ -663,6 +692,60 @@ def _spoilt(adapter: Mapping[str, Factors], names: str) -> LowRankPayload:
             for path, f in adapter.items()
         }
     )
+
+
+def what_trains_makes_the_start(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """A start whose parametrisation trains in place of its factors: the first values make those
+    factors and its own tensors, bit for bit, and what is no function of them is the same for all
+    clients, as far as their ranks go."""
+    population = population_for(strategy)
+    for rounds in (0, 1, 2):
+        state, _ = after_rounds(strategy, population, seed, rounds, precision)
+        clients = [strategy.enlist(state, c) for c in population.clients]
+        widest = max(clients, key=lambda c: sum(c.ranks.values()))
+        common = as_payload(strategy.client_start(state, widest)).low_rank()
+        for c in clients:
+            start = as_payload(strategy.client_start(state, c))
+            made = start.parametrisation(precision.dtype, torch.device("cpu"))
+            if made is None:
+                continue
+            assert_same(start.retrained(made.start), start, f"round {rounds}, client {c.id}")
+            values = {name: t.clone().requires_grad_() for name, t in made.start.items()}
+            due = start.low_rank()
+            assert due is not None and common is not None
+            for path, f in made.factors(values).items():
+                what = f"round {rounds}, client {c.id}: {path}"
+                assert f.alpha == due[path].alpha, what
+                assert torch.equal(f.a, due[path].a) and torch.equal(f.b, due[path].b), what
+                if not f.a.requires_grad:
+                    assert torch.equal(f.a, common[path].a[: f.rank]), f"{what}: A differs"
+                assert f.a.requires_grad or f.b.requires_grad, f"{what}: nothing trains"
+
+
+def what_trains_is_all_that_is_sent(
+    strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
+) -> None:
+    """Of such a start, and of such an update, every byte is a tensor of the payload, and neither is
+    larger than what trains: no fixed factor is sent."""
+    population = population_for(strategy)
+    for rounds in (0, 1, 2):
+        state, updates = after_rounds(strategy, population, seed, rounds, precision)
+        for u in updates:
+            asked = job(strategy, state, u.client)
+            made = asked.start.parametrisation(precision.dtype, torch.device("cpu"))
+            if made is None:
+                continue
+            held = 4 * sum(t.numel() for _, t in asked.start.tensors())
+            down = strategy.bytes_down(state, asked, "float32")
+            what = f"round {rounds}, client {u.client.id}"
+            assert down == (held if rounds else 0), f"{what}: {down} bytes down, it holds {held}"
+            up = strategy.bytes_up(state, u, asked.plan, "float32")
+            sent = encode_payload(u.payload)[0].nbytes
+            assert up == sent, f"{what}: {up} bytes up, it sends {sent}"
+            trains = 4 * sum(t.numel() for t in made.start.values())
+            assert max(down, up) <= trains, f"{what}: {down} down, {up} up, of {trains} trained"
 
 
 def the_model_is_the_mean_of_its_clients(
@@ -969,6 +1052,8 @@ LAWS: Sequence[Law] = (
     a_pruned_base_keeps_its_zeros,
     what_is_not_sent_is_not_read,
     a_frozen_factor_is_the_same_for_all,
+    what_trains_makes_the_start,
+    what_trains_is_all_that_is_sent,
     the_model_is_the_mean_of_its_clients,
     the_model_moves_by_the_mean_of_changes,
     idle_clients_leave_the_model,
@@ -1031,6 +1116,24 @@ def _freezes(strategy: LoRAStrategy) -> str:
     state = strategy.init_state(population)
     client = strategy.enlist(state, population.clients[0])
     return "" if frozen(strategy, state, client) else "its clients train both factors"
+
+
+@cache
+def _trains_factors(strategy: LoRAStrategy) -> str:
+    population = population_for(strategy)
+    for rounds in (0, 2):  # SLoRA begins with another kind of update
+        state, _ = after_rounds(strategy, population, 1, rounds)
+        client = strategy.enlist(state, population.clients[0])
+        start = as_payload(strategy.client_start(state, client))
+        if start.parametrisation(torch.float64, torch.device("cpu")) is not None:
+            return ""
+    return "its clients train factors, or no function of them"
+
+
+def _trains_factors_from_scratch(strategy: LoRAStrategy) -> str:
+    if hasattr(strategy, "aggregator"):
+        return "it begins with another kind of update"
+    return _trains_factors(strategy)
 
 
 def _unsent(strategy: LoRAStrategy) -> str:
@@ -1124,6 +1227,8 @@ ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
     a_pruned_base_keeps_its_zeros: _pruned,
     what_is_not_sent_is_not_read: _unsent,
     a_frozen_factor_is_the_same_for_all: _freezes,
+    what_trains_makes_the_start: _trains_factors,
+    what_trains_is_all_that_is_sent: _trains_factors_from_scratch,
     the_model_is_the_mean_of_its_clients: _exact,
     the_model_moves_by_the_mean_of_changes: _exact_sums,
     idle_clients_leave_the_model: _forgets,

@@ -37,6 +37,7 @@ from fedlora.engine.client import completed, training_examples
 from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.lanes import Lane
 from fedlora.engine.fused.model import FusedModel
+from fedlora.engine.fused.parametrised import Parametrised
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter, check_head
@@ -141,7 +142,7 @@ class Resident:
     """``[layout.size]``: their gradients, a view of the bank."""
     examples: Sequence[TokenExample]
     buffers: list[nn.Parameter] = field(init=False)
-    """The sections of the row that are trained."""
+    """What is trained: sections of the row, and scalars that make its factors."""
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
@@ -149,11 +150,18 @@ class Resident:
     cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        plan = self.chain.job.plan
-        trained = self.chain.layout.trained(plan.train_a, plan.train_b)
+        plan, layout, start = self.chain.job.plan, self.chain.layout, self.chain.job.start
+        made = start.parametrisation(self.row.dtype, self.row.device)
+        self._made = None if made is None else Parametrised(made, layout, self.row, self.grad)
+        self._sides = (plan.train_a, plan.train_b)  # the factors that need a gradient
+        trained = layout.trained(*self._sides)
+        if self._made is not None:
+            self._sides, trained = self._made.sides, layout.trained(False, False)  # the head
         self.buffers = [nn.Parameter(self.row[section]) for section in trained]
         for buffer, section in zip(self.buffers, trained, strict=True):
             buffer.grad = self.grad[section]
+        if self._made is not None:
+            self.buffers.insert(0, self._made.buffer)
         self._optimizer = optimizer_for(plan, self.buffers)
         self._forwards = self.chain.forwards
         self._rates = learning_rates(num_steps(len(self.examples), plan), plan)
@@ -175,6 +183,11 @@ class Resident:
             [TrainedBuffer(self.row[s], start[s], self.grad[s]) for s in sections]
             for sections in (trained, rest)
         )
+        if self._made is not None:
+            made, grad = self._made, self._made.buffer.grad
+            assert grad is not None
+            buffers.insert(0, TrainedBuffer(made.buffer.detach(), made.start, grad))
+            return TrainedState(buffers, (), others)
         now, begin, grads = (layout.factors(r) for r in (self.row, start, self.grad))
         linear = self.chain.job.start.linear() or {}
         layers = [
@@ -212,8 +225,7 @@ class Resident:
             [self.examples[i] for i in self.chain.steps[step][part]],
             plan.loss,
             self.tokens[-1],
-            plan.train_a,
-            plan.train_b,
+            *self._sides,
             self._dropped,
             next(self._seeds),
         )
@@ -235,12 +247,16 @@ class Resident:
 
         # The gradient of the step is complete: add penalty and local term, then clip and step.
         self._regularise()
+        if self._made is not None:
+            self._made.pull()
         if plan.term is not None and self._state is not None:
             with torch.no_grad():
                 plan.term.add_gradient(self._state)
         self.norms.append(
             clip_and_step(self._optimizer, self.buffers, self._rates[step], plan.max_grad_norm)
         )
+        if self._made is not None:
+            self._made.push()
         self.grad.zero_()
 
     def _regularise(self) -> None:
@@ -271,8 +287,7 @@ class Resident:
             FloatingPointError: if a loss or the result is not finite.
         """
         job, layout = self.chain.job, self.chain.layout
-        change = torch.linalg.vector_norm(self.row - self.chain.start)
-        trace = Trace.of(self.losses, self.tokens, self.norms, change)
+        trace = Trace.of(self.losses, self.tokens, self.norms, self._change())
         check_trace(trace, job.plan)
         spent = {
             "examples": float(len(self.examples)),
@@ -280,10 +295,22 @@ class Resident:
             "cpu_seconds": self.cpu_seconds,
             "fused": 1.0,
         }
-        payload = job.start.trained(layout.read(self.row))
+        if self._made is None:
+            payload = job.start.trained(layout.read(self.row))
+        else:
+            payload = job.start.retrained(self._made.values())
         if layout.head:
             payload = payload.with_head(layout.heads(self.row.clone()))
         return completed(job, payload, trace.metrics() | spent, num_examples)
+
+    def _change(self) -> Tensor:
+        """Euclidean norm of the change of what is trained, a scalar."""
+        moved = self.row - self.chain.start
+        if self._made is not None:  # the head's section, and what makes the factors
+            moved = moved[self.chain.layout.head_at :]
+            moved = torch.cat([self._made.buffer.detach() - self._made.start, moved])
+        norm: Tensor = torch.linalg.vector_norm(moved)
+        return norm
 
 
 @dataclass(frozen=True)
