@@ -8,13 +8,13 @@ they were. A client misses the rounds since the one before it last took part, as
 Sources: McMahan et al., arXiv:1602.05629 (FedIT and all that send both factors); Sun et al.,
 arXiv:2403.12313 (FFA-LoRA); Chen et al., arXiv:2502.01755 (RoLoRA); Lee et al., arXiv:2505.12805
 (FedSVD); Wang et al., arXiv:2409.05976 (FLoRA), whose stack a server that has merged it need not
-send beyond ``m n``; Singhal et al., arXiv:2410.09432 (FedEx-LoRA: a residual of rank
-``(K - 1) r``); arXiv:2506.09199 (FLoRIST); Guo et al., arXiv:2410.01463 (FedSA-LoRA); Karimireddy
-et al., arXiv:1910.06378 (SCAFFOLD: the control variate goes down and, by option II, not up); Acar
-et al., arXiv:2111.04263 (FedDyn); Babakniya et al., arXiv:2308.06522 (SLoRA); Lu et al.,
-arXiv:2405.16057 (SPP); Zhou et al., arXiv:2406.06564 (SwitchLoRA); Lin et al., arXiv:2407.00952
-(SplitLoRA). What follows from the run's seed is not sent. Nothing here calls the methods' own
-accounts: that is the point.
+send beyond ``m n``; Singhal et al., arXiv:2410.09432 (FedEx-LoRA: a residual of rank ``(K - 1)
+r``); arXiv:2506.09199 (FLoRIST); Guo et al., arXiv:2410.01463 (FedSA-LoRA); Singhal et al.,
+arXiv:2502.15436 (Fed-SB); Karimireddy et al., arXiv:1910.06378 (SCAFFOLD: the control variate goes
+down and, by option II, not up); Acar et al., arXiv:2111.04263 (FedDyn); Babakniya et al.,
+arXiv:2308.06522 (SLoRA); Lu et al., arXiv:2405.16057 (SPP); Zhou et al., arXiv:2406.06564
+(SwitchLoRA); Lin et al., arXiv:2407.00952 (SplitLoRA). What follows from the run's seed is not
+sent. Nothing here calls the methods' own accounts: that is the point.
 """
 
 from collections.abc import Callable, Mapping
@@ -113,6 +113,10 @@ def _b(v: Visit) -> int:
 
 def _both(v: Visit) -> int:
     return v.r * (v.m + v.n)
+
+
+def _core(v: Visit) -> int:
+    return v.r * v.r
 
 
 def _nothing(v: Visit) -> int:
@@ -233,6 +237,7 @@ FORMULAS: Mapping[str, Formula] = {
     ),
     "fedsa": Formula("r n", _a, "r n; round 1: 0", _later(_a), kept="r m", count_kept=_b),
     "local": Formula("0", _nothing, "0", _nothing, kept="r (m + n)", count_kept=_both),
+    "fedsb": Formula("r²", _core, "r²; round 1: 0", _later(_core)),
     "slora": Formula(
         "coordinates of the mask, then r (m + n)",
         _two_stages(_SLORA_ROUNDS, _masked, _both),

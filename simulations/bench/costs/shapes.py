@@ -81,7 +81,8 @@ def answered(job: TrainJob) -> Update:
         return t + MOVED * torch.randn(t.shape, generator=g)
 
     start, factors = job.start, job.start.low_rank()
-    if factors is None:
+    other = start.parametrisation(torch.float32, torch.device("cpu"))
+    if factors is None or other is not None:
         tensors = {name: moved(t) for name, t in start.tensors()}
         payload = start.from_header(start.header(), tensors)
     else:
