@@ -155,7 +155,7 @@ def backward(
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
-        model.seed_dropout(next(seeds), batch.inputs.numel())
+        model.seed_dropout(next(seeds), batch.inputs.numel(), batch.real)
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):

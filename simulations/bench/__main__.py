@@ -7,6 +7,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "compare": "our engines, a plain PEFT loop and Apple's pfl on the same clients",
     "methods": "one experiment under every method: quality over seeds, bytes and CPU time",
+    "costs": "every method beside FedIT: times, traffic by formula, exactness, what clients keep",
     "prefix": "frozen blocks once per example, beside a plain PEFT loop with the same adapters",
     "gpu": "everything to check on a GPU, within ten minutes",
 }

@@ -66,9 +66,14 @@ class Case:
         return [*chosen, *BESIDE.get(self.method, ()), *self.overrides, f"seed={self.seed}"]
 
 
+def presets() -> list[str]:
+    """All of conf/strategy."""
+    return sorted(f.stem for f in (ROOT / "conf/strategy").glob("*.yaml"))
+
+
 def methods() -> list[str]:
     """All of conf/strategy and the bound of one client that holds all data."""
-    return [*sorted(f.stem for f in (ROOT / "conf/strategy").glob("*.yaml")), CENTRALISED]
+    return [*presets(), CENTRALISED]
 
 
 def measure(case: Case) -> dict[str, Any]:

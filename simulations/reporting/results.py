@@ -19,12 +19,13 @@ from typing import Any
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
 from fedlora.core.reading import json_in
+from simulations.reporting.cost_tables import COST_TABLES
 from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
 from simulations.reporting.tables import TABLES, Records
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/configuration.md")
-ALL = TABLES | {"speed": speed, "overview": overview}
+ALL = TABLES | {"speed": speed, "overview": overview} | COST_TABLES
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

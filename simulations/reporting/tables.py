@@ -35,14 +35,19 @@ class Records:
             FileNotFoundError: if there is not exactly one; the message names the folders.
             ModelError: if it cannot be read.
         """
-        files = [
-            f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))
-        ]
+        files = self._files(name)
         exact = [f for f in files if f.stem == name] or files
         if len(exact) != 1:
             found = ", ".join(f.name for f in exact) or "none"
             raise FileNotFoundError(f"{name}: one JSON file is wanted in {FOLDERS}, found {found}")
         return json_in(exact[0], "the record")
+
+    def has(self, name: str) -> bool:
+        """Whether there is a record of this name."""
+        return bool(self._files(name))
+
+    def _files(self, name: str) -> list[Path]:
+        return [f for folder in FOLDERS for f in sorted((self.root / folder).glob(f"{name}*.json"))]
 
     def text(self, name: str) -> str:
         """A recorded text of docs/results/, such as what a run printed."""

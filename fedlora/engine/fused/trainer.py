@@ -358,7 +358,7 @@ class FusedTrainer:
             max(c.layout.size for c in chains),
             fused.model.dtype,
             fused.model.device,
-            fused.compute_dtype(autocast),
+            fused.factor_dtype(autocast),
         )
 
         # Each step: load admitted clients, run one forward pass of each active client, and finish

@@ -153,11 +153,16 @@ class Masks:
         self._widths = [d_in(network.get_submodule(path)) for path in self._paths]
         self._adapted, self._plan, self._seeds = adapted, plan, seeds
 
-    def draw(self, tokens: int) -> None:
-        drawn = layers.dropout_bits(tokens, self._widths, next(self._seeds), torch.device("cpu"))
+    def draw(self, mask: Any) -> None:
+        """Bits for the tokens, row after row; zeros for the padding."""
+        mask = mask.bool().flatten()
+        seed, tokens = next(self._seeds), int(mask.sum())
+        drawn = layers.dropout_bits(tokens, self._widths, seed, torch.device("cpu"))
         for path, bits in zip(self._paths, drawn, strict=True):
             if path in self._adapted and self._plan.dropout:
-                self._adapted[path].lora_dropout["default"].bits = bits
+                rows = bits.new_zeros(len(mask), bits.shape[1])
+                rows[mask] = bits
+                self._adapted[path].lora_dropout["default"].bits = rows
 
 
 def backward(twin: Any, batch: Sequence[FakeExample], plan: LocalPlan, masks: Masks) -> float:
@@ -166,7 +171,7 @@ def backward(twin: Any, batch: Sequence[FakeExample], plan: LocalPlan, masks: Ma
     prepared = [padded(batch[i : i + micro], plan.loss) for i in range(0, len(batch), micro)]
     tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in prepared)
     for ids, mask, labels in prepared:
-        masks.draw(ids[:, :-1].numel())
+        masks.draw(mask[:, 1:])
         if plan.dropout:  # the same shapes, so that the same random numbers fall alike
             logits = twin(input_ids=ids[:, :-1]).logits
         else:
