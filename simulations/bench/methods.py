@@ -34,10 +34,12 @@ from simulations.reporting.tables import by_method
 CENTRALISED = "centralised"
 SGD_RATE = ("client.lr=0.5",)  # of conf/client/sgd.yaml, which an experiment's rate replaces
 PLAIN_RATE = ("client.lr=0.1",)  # of conf/client/sgd_plain.yaml
+CORE_RATE = ("client.lr=0.02",)  # of conf/client/cores.yaml
 OWN = ("evaluate.adapters=[own]",)
 BESIDE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fedavg", "feddyn"), SGD_RATE),
     "scaffold": PLAIN_RATE,
+    **dict.fromkeys(("fedsb", "ravan"), CORE_RATE),
     **dict.fromkeys(("fedsa", "local"), OWN),
 }
 """What a method needs beside ``strategy=<name>``."""
