@@ -62,8 +62,8 @@ from fedlora.server.missed import (
     SEEN,
     changed_bytes,
     first_seen,
+    missed_sides,
     next_seen,
-    seen_by,
 )
 from strategies.base import LoRAStrategy
 
@@ -184,12 +184,7 @@ class Alternate(LoRAStrategy):
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """The bytes of the factors that have been averaged since the client took part, which is
         taken to keep what it was sent. The first pair follows from the seed, so it is not sent."""
-        done, seen = int(state[ROUND]), seen_by(state, job.client.id)
-        if seen == NOTHING:
-            sides = set(self.schedule)
-        else:  # two rounds train whatever is trained
-            sides = {self._side(t) for t in range(seen, min(done, seen + 2))}
-        return changed_bytes(job.start, sides, wire)
+        return changed_bytes(job.start, missed_sides(state, job.client.id, self.schedule), wire)
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state that begins at ``T_R`` of a dense update; with ``schedule=b``, whose ``A``

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # `types` holds payloads in its jobs
+    from fedlora.core.choice import Indices
     from fedlora.core.types import Adapter, Client, Expected, LocalPlan
 
 _CLASSES: dict[str, type["Payload"]] = {}
@@ -52,6 +53,8 @@ class Payload(ABC):
     folder: ClassVar[str] = "adapter"
     """Subfolder of a run folder to which the final payload is exported: ``adapter`` or ``update``;
     empty: no format can hold it."""
+    chooses: ClassVar[bool] = False
+    """Whether clients that start from it can choose the rank indices that they train."""
     alone: ClassVar[str] = "updates of another kind one by one"
     """The note of an engine that runs clients with this start one by one. Payloads with `low_rank`
     factors run together and need none."""
@@ -93,6 +96,10 @@ class Payload(ABC):
         """Scalars that a client sends after training as planned: all, except those that the server
         already has."""
         return self.floats()
+
+    def index_bytes(self) -> int:
+        """Bytes that say which rank indices are sent, where a client has chosen them."""
+        return 0
 
     # --- validation ---------------------------------------------------------------------------
 
@@ -189,6 +196,15 @@ class Payload(ABC):
     def trained(self, factors: "Adapter") -> "Payload":
         """What a client sends whose `low_rank` factors an engine has trained to these."""
         raise TypeError(f"{self.noun} has no factors to be trained")
+
+    @property
+    def indices(self) -> "Indices | None":
+        """The rank indices that its client has trained; None: it has made no choice."""
+        return None
+
+    def with_indices(self, indices: "Indices") -> "Payload":
+        """The same as sent by a client that has trained these rank indices."""
+        raise TypeError(f"{self.noun} has no rank indices")
 
     def retrained(self, values: Mapping[str, Tensor]) -> "Payload":
         """What a client sends whose `parametrisation` an engine has trained to these values."""

@@ -13,6 +13,7 @@ from typing import Literal, TypeAlias
 from torch import Tensor
 
 from fedlora.core.checks import at_least, fraction, one_of
+from fedlora.core.choice import Chosen, IndexChoice
 from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.technique import Technique, default_technique
@@ -221,6 +222,8 @@ class LocalPlan:
     train_b: bool = True
     term: LocalTerm | None = None
     """One term of the local objective that refers to the start of the round."""
+    choice: IndexChoice | None = None
+    """Which rank indices train, set by strategies; None: all."""
 
     def __post_init__(self) -> None:
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))
@@ -287,6 +290,9 @@ class TrainJob:
     residual: Mapping[str, Tensor] | None = None
     """The rounding error of the client's changes on the wire, summed so far; ``None``: not
     tracked (`fedlora.wire.change`)."""
+    chosen: Chosen | None = None
+    """The rank indices that train, by the plan's choice. The engine that executes the job decides
+    them, so that they never travel to a client; None: not decided, or there is no choice."""
 
 
 @dataclass(frozen=True)

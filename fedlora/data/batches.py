@@ -71,6 +71,8 @@ class Batch:
     the model is causal."""
     segments: Tensor | None = None
     """``[b, t]`` int64, 1 in the second of two texts (``token_type_ids``); None: all 0."""
+    real: Tensor | None = None
+    """Int64: which of ``inputs.flatten()`` are tokens rather than padding, ascending; None: all."""
     states: Tensor | None = None
     """``[b, t, d]``, what enters the first adapted block, zero at pads; None: unless all examples
     have it. With states a forward pass begins there (`fedlora.models.prefix`)."""
@@ -129,8 +131,22 @@ def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
         torch.from_numpy(inputs),
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
+        real=real_of([len(e.input_ids) - 1 for e in examples], width),
         states=padded_states(examples, width),
     )
+
+
+def real_of(lengths: Sequence[int], width: int) -> Tensor | None:
+    """`Batch.real` of rows of so many tokens, padded on the right to a width.
+
+    >>> real_of([2, 1], 2), real_of([2, 2], 2)
+    (tensor([0, 1, 2]), None)
+    """
+    if min(lengths) == width:
+        return None
+    # Row r begins at place r * width and fills as many places as it has tokens.
+    mask = np.arange(width) < np.array(lengths)[:, None]  # [b, width]
+    return torch.from_numpy(np.flatnonzero(mask))
 
 
 def padded_states(examples: Sequence[TokenExample], width: int) -> Tensor | None:

@@ -26,6 +26,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.batches import sample_examples
 from fedlora.data.store import Example, TokenStore
+from fedlora.engine.choice import decided, is_undecided, probe_of, with_probe
 from fedlora.evaluation import metrics as evaluate
 from fedlora.models.language_model import LanguageModel
 from fedlora.wire.codec import decode_payload, encode_payload, plan_from_json
@@ -54,6 +55,13 @@ class LoRAClient(NumPyClient):
             FloatingPointError: if a loss is not finite.
         """
         self._check_identity(job.client)
+        if is_undecided(job):
+            first = probe_of(job)
+            job = decided(job, None if first is None else self._train(first))
+        return self._train(job)
+
+    def _train(self, job: TrainJob) -> Update:
+        """One pass of training, with what the job has chosen."""
         wall, cpu = time.perf_counter(), time.process_time()
         examples = training_examples(self.store, job)
         try:
@@ -179,10 +187,14 @@ def examples_for(
 def completed(
     job: TrainJob, payload: Payload, metrics: Mapping[str, float], num_examples: int
 ) -> Update:
-    """The update of a job: the part of the trained payload that the technique sends."""
+    """The update of a job: the part of the trained payload that the technique sends, with the rank
+    indices that the client has chosen and the cost of their choice."""
     client, payload = job.plan.technique.completed(job, payload)
     if job.plan.term is not None:
         metrics = {**metrics, LR_SUM: lr_sum(int(metrics["steps"]), job.plan)}
+    if job.chosen is not None:
+        payload = payload.with_indices(job.chosen.indices)
+        metrics = with_probe(metrics, job.chosen.probe)
     return Update(client, payload, num_examples, metrics)
 
 

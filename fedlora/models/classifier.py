@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import Payload
-from fedlora.data.batches import Batch, TokenExample, padded_states
+from fedlora.data.batches import Batch, TokenExample, padded_states, real_of
 from fedlora.models.head import head_parameters
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import ModelInfo, check_head
@@ -70,6 +70,7 @@ class Classifier(LanguageModel):
             torch.arange(len(examples)),
             torch.tensor([e.label for e in examples], dtype=torch.int64),
             mask=torch.from_numpy(mask),
+            real=real_of(lengths.tolist(), mask.shape[1]),
             segments=None if segments is None else torch.from_numpy(segments),
             states=padded_states(examples, int(lengths.max())),
         )

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedlora.core.checks import wrong_names
+from fedlora.core.choice import Indices
 from fedlora.core.errors import ModelError
 from fedlora.core.files import write_file
 from fedlora.core.payload import (
@@ -66,6 +67,11 @@ class WithHead(Payload):
         """Whether the update does; the head is not pruned."""
         return self.update.keeps_zeros
 
+    @property
+    def chooses(self) -> bool:  # type: ignore[override]
+        """Whether clients that start from the update can."""
+        return self.update.chooses
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Those of the update, then the head's."""
         yield from self.update.tensors()
@@ -95,6 +101,10 @@ class WithHead(Payload):
     def sent_floats(self, plan: LocalPlan) -> int:
         """The same of what is sent after training."""
         return self.update.sent_floats(plan) + self._head_floats()
+
+    def index_bytes(self) -> int:
+        """Those of the update."""
+        return self.update.index_bytes()
 
     def _head_floats(self) -> int:
         return sum(t.numel() for t in self.values.values()) if self.travels else 0
@@ -166,6 +176,15 @@ class WithHead(Payload):
     def trained(self, factors: Adapter) -> "WithHead":
         """With these factors in the update."""
         return replace(self, update=self.update.trained(factors))
+
+    @property
+    def indices(self) -> Indices | None:
+        """Those of the update."""
+        return self.update.indices
+
+    def with_indices(self, indices: Indices) -> "WithHead":
+        """With these in the update; the head always trains."""
+        return replace(self, update=self.update.with_indices(indices))
 
     def parametrisation(self, dtype: torch.dtype, device: torch.device) -> Parametrisation | None:
         """That of the update; the head trains as it is."""

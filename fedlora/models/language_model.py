@@ -18,6 +18,8 @@ from fedlora.models.layers import (
     LinearUpdate,
     dense_weight,
     dropout_bits,
+    padded_bits,
+    places_of,
 )
 from fedlora.models.modules import ModelInfo
 from fedlora.models.prefix import Prefix
@@ -149,12 +151,13 @@ class LanguageModel:
         """Leave the base alone."""
         self.mount(None)
 
-    def seed_dropout(self, seed: int, rows: int) -> None:
+    def seed_dropout(self, seed: int, rows: int, real: Tensor | None = None) -> None:
         """Determine the masks of the next forward; without dropout nothing is drawn.
 
         Args:
             seed: of all its masks (`fedlora.core.seeding.dropout_seeds`).
             rows: tokens of the forward, padding included.
+            real: `Batch.real`: which rows are tokens; None: all.
         """
         dropping = [
             (path, layer.update)
@@ -163,17 +166,18 @@ class LanguageModel:
         ]
         if not dropping:
             return
-        bits = self.dropout_bits(seed, rows)
+        bits = self.dropout_bits(seed, rows if real is None else len(real))
+        places = None if real is None else places_of(real, rows)
         for path, update in dropping:
-            update.bits = bits[path]
+            update.bits = padded_bits(bits[path], places)
 
-    def dropout_bits(self, seed: int, rows: int) -> dict[str, Tensor]:
-        """Module path -> what the masks of one forward are a function of, ``[rows, d_in]`` int16.
+    def dropout_bits(self, seed: int, tokens: int) -> dict[str, Tensor]:
+        """Module path -> what the masks of one forward are a function of, ``[tokens, d_in]`` int16.
 
         For all modules, so that a stage with some of them draws the same bits as the whole model.
         """
         widths = [m.d_in for m in self.info.modules]
-        drawn = dropout_bits(rows, widths, seed, self.device)
+        drawn = dropout_bits(tokens, widths, seed, self.device)
         return dict(zip(self.layers, drawn, strict=True))
 
     def payload(self) -> Payload | None:

@@ -103,7 +103,11 @@ def wrong_training(job: TrainJob, metrics: Mapping[str, float], store: TokenStor
             return f"its metric {name} is counted by the server alone"
     if store is None:
         return ""
-    most = most_training(job.plan, store.supervised(job.client.id, "train", job.plan.loss))
+    supervised = store.supervised(job.client.id, "train", job.plan.loss)
+    most = most_training(job.plan, supervised)
+    probe = None if job.plan.choice is None else job.plan.choice.probe(job.plan)
+    if probe is not None:  # its tokens are part of the client's
+        most["tokens"] += most_training(probe, supervised)["tokens"]
     for name, bound in most.items():
         if not metrics.get(name, 0) <= bound:
             return f"its metric {name} is {metrics[name]:g}, at most {bound} are possible"

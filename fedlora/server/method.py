@@ -165,6 +165,11 @@ class Method(ABC):
                 "aggregator"
             )
         require(setup.client, self.technique, type(self).__name__)
+        if setup.client.choice is not None:
+            raise ValueError(
+                f"client.choice={type(setup.client.choice).__name__}: the strategy says which rank "
+                "indices its clients train; leave client.choice null, or use strategy=lora_a2"
+            )
 
     def rank_range(self, module: Module) -> tuple[int, int]:
         """The smallest and the largest rank that a client can train on a module."""

@@ -52,6 +52,22 @@ def next_seen(state: State, updates: Iterable[Update]) -> dict[str, Tensor]:
     return {SEEN: seen, ROUND: state[ROUND] + 1}
 
 
+def missed_sides(state: State, client: int, schedule: str) -> set[str]:
+    """The factors that have been averaged since a client took part, if a round averages one.
+
+    Args:
+        state: from which the next round begins.
+        client: its id.
+        schedule: the factors that successive rounds average, again and again: ``b`` or ``ba``.
+    """
+    done, seen = int(state[ROUND]), seen_by(state, client)
+    if seen == NOTHING:
+        return set(schedule)
+    # As many rounds as there are factors in the schedule average all of them.
+    rounds = range(seen, min(done, seen + len(schedule)))
+    return {schedule[t % len(schedule)] for t in rounds}
+
+
 def changed_bytes(start: Payload | Adapter, sides: Iterable[str], wire: str) -> int:
     """The bytes of some factors of a start.
 

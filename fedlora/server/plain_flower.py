@@ -345,6 +345,12 @@ class PlainFlower(Strategy):
     def _planned(self, client: Client) -> LocalPlan:
         """Which factors a node is to train; how it trains them is its own affair."""
         plan = self.method.plan(self.state, client, self._plan)
+        if plan.choice is not None:
+            raise RunError(
+                f"{self.method.label} has its clients choose the rank indices that they train, "
+                "which Flower's own clients do not: use fedlora.server.flower.FederatedRun, or a "
+                "method without a choice, such as RoLoRA"
+            )
         return replace(self._plan, train_a=plan.train_a, train_b=plan.train_b)
 
     def _factors(self, payload: Payload) -> Adapter:

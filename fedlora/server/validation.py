@@ -40,6 +40,7 @@ COUNTS = frozenset(
         ),
         *("fused", "dropped_steps", "step_tokens", "client_flops", "client_memory"),
         *("exchanged_up", "exchanged_down", "exchanged_tokens"),
+        *("probe_steps", "probe_tokens", "probe_seconds"),
     )
 )
 """Training metrics that cannot be negative."""

@@ -37,8 +37,10 @@ from fedlora.data.batches import (
     Batch,
     TokenExample,
     collate,
+    real_of,
     targets_of,
 )
+from fedlora.models.layers import places_of
 
 ROUND = 1
 """A split client's random streams are always those of this round."""
@@ -78,9 +80,12 @@ class Shape:
             width: of the padded batch; 0: that of the longest row.
         """
         width = width or self.width
-        # Row r begins at place r * width and fills as many places as it has tokens.
-        rows = [torch.arange(r * width, r * width + n) for r, n in enumerate(self.lengths)]
-        return torch.cat(rows)
+        real = real_of(self.lengths, width)
+        return torch.arange(self.tokens) if real is None else real
+
+    def places(self, width: int = 0) -> Tensor:
+        """``[b * width]`` int64: the number of the token at each place; 0 in padding."""
+        return places_of(self.index(width), len(self.lengths) * (width or self.width))
 
 
 @dataclass(frozen=True)

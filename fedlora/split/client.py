@@ -12,8 +12,9 @@ from fedlora.core.seeding import torch_seed
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import TokenExample
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
-from fedlora.split.batches import Order, Seeds, Step, pack, pad, step_of
+from fedlora.split.batches import Order, Seeds, Shape, Step, pack, pad, step_of
 from fedlora.split.compression import Parts
 from fedlora.split.loss import sum_loss
 from fedlora.split.protocol import Cut, Down, InitMessage, Up
@@ -156,7 +157,7 @@ class SplitClient:
         terms, device = self.init.terms, self.model.device
         self.trainable.zero_grad()
         batch = step.batch.to(device)
-        self._mount(self.head, number, batch.inputs.numel())
+        self._mount(self.head, number, step.shape)
         try:
             with autocast(self.model, self.init.plan):
                 hidden = self.head.hidden(batch.inputs)
@@ -181,7 +182,7 @@ class SplitClient:
         terms, step = self.init.terms, self._step(number)
         z = terms.activations.decode(middle).to(self.model.device, self.head.dtype).requires_grad_()
         shape, positions = step.shape, step.batch.positions.to(self.model.device)
-        self._mount(self.tail, number, step.batch.inputs.numel())
+        self._mount(self.tail, number, shape)
         try:
             with autocast(self.model, self.init.plan):
                 logits = self.tail.logits(pad(z, shape), positions)
@@ -195,12 +196,13 @@ class SplitClient:
             number, hidden=sent, loss=float(loss.nll / step.batch.tokens), tokens=step.batch.tokens
         )
 
-    def _mount(self, stage: Stage, number: int, rows: int) -> None:
+    def _mount(self, stage: Stage, number: int, shape: Shape) -> None:
         stage.mount(self.trainable.updates)
         if self.init.plan.dropout > 0 and stage.layers:
-            bits = self.model.dropout_bits(self._seeds[number], rows)
+            bits = self.model.dropout_bits(self._seeds[number], shape.tokens)
+            places = shape.places().to(self.model.device)
             for path in stage.layers:
-                self.trainable.updates[path].bits = bits[path]
+                self.trainable.updates[path].bits = padded_bits(bits[path], places)
 
     def _generator(self, purpose: str, step: int) -> torch.Generator:
         """A generator for the random numbers that a client uses in one step."""

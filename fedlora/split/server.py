@@ -16,12 +16,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fedlora.core.checks import at_least, one_of
 from fedlora.core.seeding import generator, torch_seed
 from fedlora.core.types import Client, LocalPlan
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
@@ -348,14 +348,14 @@ class SplitServer:
         if self.plan.dropout == 0 or not stage.layers:
             return
 
-        # A client's bits have the width of its own batch, [rows * own width, d_in]; they are padded
-        # to the common width and joined in the order of the rows.
+        # A client's bits are those of its tokens, [tokens, d_in]; they are padded to the common
+        # width and joined in the order of the rows.
         drawn = []
         for i in ids:
             shape = _shape(ups[i])
-            rows = len(shape.lengths) * shape.width
-            bits = self.model.dropout_bits(self.clients[i].seeds[ups[i].step], rows)
-            drawn.append({p: _widen(bits[p], len(shape.lengths), width) for p in stage.layers})
+            bits = self.model.dropout_bits(self.clients[i].seeds[ups[i].step], shape.tokens)
+            places = shape.places(width).to(self.model.device)
+            drawn.append({p: padded_bits(bits[p], places) for p in stage.layers})
         for path in stage.layers:
             trainable.updates[path].bits = torch.cat([d[path] for d in drawn])
 
@@ -469,14 +469,6 @@ def _pack(hidden: Tensor, up: Up) -> Tensor:
 
 def _scale_loss(weight: float, loss: Tensor) -> Tensor:
     return loss if weight == 1 else weight * loss
-
-
-def _widen(bits: Tensor, rows: int, width: int) -> Tensor:
-    """``[rows * own width, d]`` -> ``[rows * width, d]``, padded with zeros on the right."""
-    own = bits.view(rows, -1, bits.shape[1])
-    if own.shape[1] == width:
-        return bits
-    return functional.pad(own, (0, 0, 0, width - own.shape[1])).reshape(rows * width, -1)
 
 
 def _check_finite(losses: Mapping[int, Loss]) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from fedlora.core.choice import Indices
 from fedlora.core.terms import TrainedBuffer, TrainedLayer, TrainedState
 from fedlora.core.types import Factors
 from fedlora.models.language_model import LanguageModel
@@ -72,10 +73,55 @@ class FlatParameters:
             for p, values in zip(group, start.split([p.numel() for p in group]), strict=True)
         }
 
+    def masks(self, model: LanguageModel, indices: Indices) -> list[Tensor]:
+        """Which scalars of each buffer, ``[n]`` bool, belong to these rank indices of the pairs of
+        factors that are mounted on a model, or to no pair (a head)."""
+        marked = {id(p): torch.ones_like(p, dtype=torch.bool) for p in self.parameters}
+        for path, layer in model.layers.items():
+            update: object = layer.update
+            if isinstance(update, LowRankLayer):
+                for factor, dim in ((update.a, 0), (update.b, 1)):  # A [r, d_in], B [d_out, r]
+                    if id(factor) in marked:
+                        at = torch.tensor(indices[path], dtype=torch.int64, device=factor.device)
+                        marked[id(factor)].zero_().index_fill_(dim, at, True)
+        return [torch.cat([marked[id(p)].reshape(-1) for p in group]) for group in self._groups]
+
     def release(self) -> None:
         """Forget the gradients; the parameters keep their values."""
         for p in self.parameters:
             p.grad = None
+
+
+class ChosenScalars:
+    """Some scalars of flat buffers, gathered into buffers of their own, in which they train.
+
+    An optimizer of these buffers knows of no others: the rest has no state, no decay and no part in
+    a norm, and keeps every bit.
+
+    Args:
+        buffers: with gradients.
+        masks: ``[n]`` bool of each: its scalars that train.
+    """
+
+    def __init__(self, buffers: Sequence[nn.Parameter], masks: Sequence[Tensor]) -> None:
+        pairs = [(b, mask.nonzero()[:, 0]) for b, mask in zip(buffers, masks, strict=True)]
+        self._parts = [(b, at) for b, at in pairs if len(at)]
+        self.buffers = [nn.Parameter(b.detach()[at]) for b, at in self._parts]
+        for part in self.buffers:
+            part.grad = torch.zeros_like(part)
+
+    def gather(self) -> None:
+        """Copy the present gradients of the whole buffers."""
+        for part, (whole, at) in zip(self.buffers, self._parts, strict=True):
+            assert part.grad is not None
+            assert whole.grad is not None
+            torch.index_select(whole.grad, 0, at, out=part.grad)
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Copy the trained values back."""
+        for part, (whole, at) in zip(self.buffers, self._parts, strict=True):
+            whole.index_copy_(0, at, part)
 
 
 @runtime_checkable

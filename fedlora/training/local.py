@@ -12,7 +12,8 @@ from fedlora.training.loop import Trace, optimise
 def train_mounted(
     model: LanguageModel, job: TrainJob, examples: Sequence[TokenExample]
 ) -> tuple[Payload, Trace]:
-    """Train the parameters of a job's start that its plan does not freeze. They stay mounted.
+    """Train the parameters of a job's start that its plan does not freeze, of chosen rank indices
+    if the job has chosen. They stay mounted.
 
     Raises:
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
@@ -21,7 +22,8 @@ def train_mounted(
     parameters = model.mount(
         job.start, dropout=plan.dropout, train_a=plan.train_a, train_b=plan.train_b
     )
-    trace = optimise(model, parameters, examples, plan, **where)
+    chosen = None if job.chosen is None else job.chosen.indices
+    trace = optimise(model, parameters, examples, plan, chosen=chosen, **where)
     trained = model.payload()
     assert trained is not None
     return trained, trace

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from fedlora.core.choice import Indices
 from fedlora.core.rates import learning_rates
 from fedlora.core.seeding import dropout_seeds
 from fedlora.core.types import LocalPlan
@@ -25,7 +26,7 @@ from fedlora.data.batches import (
     step_indices,
 )
 from fedlora.models.language_model import LanguageModel
-from fedlora.training.flat import FlatParameters, trained_state
+from fedlora.training.flat import ChosenScalars, FlatParameters, trained_state
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,34 @@ def optimizer_for(plan: LocalPlan, buffers: list[nn.Parameter]) -> torch.optim.O
     )
 
 
+class Stepper:
+    """A fresh optimizer of flat buffers, or of the scalars in them that train.
+
+    Args:
+        plan: optimizer and clipping.
+        buffers: with gradients.
+        masks: ``[n]`` bool of each buffer: its scalars that train; None: all.
+    """
+
+    def __init__(
+        self, plan: LocalPlan, buffers: list[nn.Parameter], masks: Sequence[Tensor] | None = None
+    ) -> None:
+        self._chosen = None if masks is None else ChosenScalars(buffers, masks)
+        self._buffers = buffers if self._chosen is None else self._chosen.buffers
+        self.optimizer = optimizer_for(plan, self._buffers)
+        self._max_grad_norm = plan.max_grad_norm
+
+    def step(self, rate: float) -> Tensor:
+        """Clip the gradients and take one step at a learning rate; the global gradient norm before
+        clipping, a scalar."""
+        if self._chosen is not None:
+            self._chosen.gather()
+        norm = clip_and_step(self.optimizer, self._buffers, rate, self._max_grad_norm)
+        if self._chosen is not None:
+            self._chosen.scatter()
+        return norm
+
+
 def optimise(
     model: LanguageModel,
     parameters: Sequence[nn.Parameter],
@@ -91,6 +120,7 @@ def optimise(
     seed: int,
     round: int,
     client: int,
+    chosen: Indices | None = None,
 ) -> Trace:
     """Train the mounted parameters in place as the plan says.
 
@@ -103,12 +133,14 @@ def optimise(
             the dropout masks.
         round: counted from 1.
         client: the client's id.
+        chosen: rank indices that train of every pair of factors; None: all.
 
     Raises:
         FloatingPointError: naming step and loss, if a loss or the result is not finite.
     """
     flat = FlatParameters(parameters)
-    optimizer = optimizer_for(plan, flat.buffers)
+    masks = None if chosen is None else flat.masks(model, chosen)
+    stepper = Stepper(plan, flat.buffers, masks)
     rates = learning_rates(num_steps(len(examples), plan), plan)
     order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
     losses, norms, tokens = [], [], []
@@ -123,7 +155,7 @@ def optimise(
             if plan.term is not None and state is not None:
                 with torch.no_grad():
                     plan.term.add_gradient(state)
-            norms.append(clip_and_step(optimizer, flat.buffers, rate, plan.max_grad_norm))
+            norms.append(stepper.step(rate))
         change = flat.change()
     finally:
         flat.release()
@@ -155,7 +187,7 @@ def backward(
     total: Tensor | None = None
     for batch in batches:
         batch = batch.to(model.device)
-        model.seed_dropout(next(seeds), batch.inputs.numel())
+        model.seed_dropout(next(seeds), batch.inputs.numel(), batch.real)
         with torch.autocast(
             model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
         ):

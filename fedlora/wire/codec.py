@@ -259,8 +259,9 @@ def payload_bytes(payload: Payload, dtype: str = "float32") -> int:
 
 
 def update_bytes(payload: Payload, plan: LocalPlan, dtype: str = "float32") -> int:
-    """Bytes that a real client would send: a factor that the plan froze stays where it is."""
-    return payload.sent_floats(plan) * WIRE_BYTES[dtype]
+    """Bytes that a real client would send: a factor that the plan froze stays where it is, and so
+    do rank indices that the client has not chosen."""
+    return payload.sent_floats(plan) * WIRE_BYTES[dtype] + payload.index_bytes()
 
 
 def plan_to_json(plan: LocalPlan | EvaluatePlan) -> str:

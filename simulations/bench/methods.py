@@ -34,13 +34,16 @@ from simulations.reporting.tables import by_method
 CENTRALISED = "centralised"
 SGD_RATE = ("client.lr=0.5",)  # of conf/client/sgd.yaml, which an experiment's rate replaces
 PLAIN_RATE = ("client.lr=0.1",)  # of conf/client/sgd_plain.yaml
-OWN = ("evaluate.adapters=[own]",)
+CORE_RATE = ("client.lr=0.02",)  # of conf/client/cores.yaml
+FULL, OWN = ("evaluate.adapters=[full]",), ("evaluate.adapters=[own]",)
 BESIDE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fedavg", "feddyn"), SGD_RATE),
     "scaffold": PLAIN_RATE,
-    **dict.fromkeys(("fedsa", "local"), OWN),
+    **dict.fromkeys(("fedsb", "ravan"), CORE_RATE),
 }
 """What a method needs beside ``strategy=<name>``."""
+PERSONAL = ("fedsa", "local")
+"""Methods whose clients keep a part: each is evaluated with its own. The rest have one model."""
 REFUSED = 2
 """The exit code of a configuration that cannot be run."""
 SHOWN = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth", "loss_weighted")
@@ -61,7 +64,8 @@ class Case:
             chosen = [f"experiment={self.experiment}_{CENTRALISED}"]
         else:
             chosen = [f"experiment={self.experiment}", f"strategy={self.method}"]
-        return [*chosen, *BESIDE.get(self.method, ()), *self.overrides, f"seed={self.seed}"]
+        beside = (*(OWN if self.method in PERSONAL else FULL), *BESIDE.get(self.method, ()))
+        return [*chosen, *beside, *self.overrides, f"seed={self.seed}"]
 
 
 def presets() -> list[str]:

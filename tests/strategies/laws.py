@@ -109,7 +109,21 @@ def answer(start: Payload, trained: Payload, plan: LocalPlan) -> Payload:
         a = f.a if plan.train_a else kept[path].a.clone()
         b = f.b if plan.train_b else kept[path].b.clone()
         found[path] = Factors(a, b, f.alpha)
-    return LowRankPayload(found)
+    return LowRankPayload(found) if plan.choice is None else chosen(kept, found, plan)
+
+
+def chosen(start: Mapping[str, Factors], probed: Mapping[str, Factors], plan: LocalPlan) -> Payload:
+    """What a client sends whose trial and whose training both ended at ``probed``: the rank indices
+    that it chooses, and all others as they were."""
+    asked = Client(0, Ranks(dict.fromkeys(start, 1)), 1)
+    assert plan.choice is not None
+    indices = plan.choice.choose(TrainJob(0, 1, asked, LowRankPayload(start), plan), probed)
+    found = {}
+    for path, f in probed.items():
+        a, b, at = start[path].a.to(f.a, copy=True), start[path].b.to(f.b, copy=True), indices[path]
+        a[list(at)], b[:, list(at)] = f.a[list(at)], f.b[:, list(at)]
+        found[path] = Factors(a, b, f.alpha)
+    return LowRankPayload(found, indices)
 
 
 def reached(strategy: LoRAStrategy, state: State, update: Update) -> dict[str, Tensor]:
@@ -145,7 +159,8 @@ def _each(payload: Payload, do: Callable[[Tensor], Tensor]) -> Payload:
         return dataclasses.replace(payload, **done)
     if isinstance(payload, CorePayload):
         return with_tensors(payload, do)
-    return LowRankPayload({p: Factors(do(f.a), do(f.b), f.alpha) for p, f in payload.items()})
+    each = {p: Factors(do(f.a), do(f.b), f.alpha) for p, f in payload.items()}
+    return LowRankPayload(each, as_payload(payload).indices)
 
 
 def _in(precision: Precision, state: State) -> State:
@@ -354,7 +369,9 @@ def examples_are_what_is_averaged(
         updates = [
             dataclasses.replace(
                 u,
-                payload={p: Factors(first[p].a, f.b, f.alpha) for p, f in u.adapter.items()},
+                payload=LowRankPayload(
+                    {p: Factors(first[p].a, f.b, f.alpha) for p, f in u.adapter.items()}
+                ),
             )
             for u in updates
         ]
@@ -492,6 +509,9 @@ def starts_have_the_ranks_of_their_clients(
             e = strategy.enlist(state, c)
             whole = strategy.global_update(state, e.ranks)
             payloads = [strategy.client_start(state, e)]
+            if strategy.plan(state, e, PLAN).choice is not None:
+                _assert_room_to_choose(e, payloads[0], whole)
+                continue
             if isinstance(whole, Rebased) and not whole.factors:
                 exact = strategy.global_update(state)  # dense: nothing is cut for any rank
                 assert dict(whole.tensors()).keys() == dict(exact.tensors()).keys()
@@ -510,6 +530,14 @@ def starts_have_the_ranks_of_their_clients(
                     got = Ranks({p: f.rank for p, f in payload.items()})
                     assert got == e.ranks, f"client {c.id} of {e.ranks} got {got}"
                     assert all(f.alpha == population.alpha for f in payload.values())
+
+
+def _assert_room_to_choose(client: Client, start: Payload, whole: Payload) -> None:
+    """A client that chooses its rank indices starts from the global factors, at no smaller rank."""
+    assert isinstance(start, Mapping)
+    assert_same(start, whole, f"start of client {client.id}, which chooses")
+    for path, rank in client.ranks.items():
+        assert start[path].rank >= rank, f"client {client.id}: {path} has rank {start[path].rank}"
 
 
 def unequal_ranks_are_applied(
@@ -621,13 +649,13 @@ def a_pruned_base_keeps_its_zeros(
 def what_is_not_sent_is_not_read(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    """Garbage in factors that stay with their clients, or that the round has frozen, changes no
-    state and no summand."""
+    """Garbage in factors that stay with their clients, or that the round has frozen, or in rank
+    indices that a client has not chosen, changes no state and no summand."""
     population = population_for(strategy)
     for rounds in (0, 1, 2):
         state, updates = after_rounds(strategy, population, seed, rounds, precision)
         spoilt = [
-            dataclasses.replace(u, payload=_spoilt(u.adapter, unsent(strategy, state, u.client)))
+            dataclasses.replace(u, payload=_spoilt(u.payload, unsent(strategy, state, u.client)))
             for u in updates
         ]
         one, other = (strategy.aggregate(state, u) for u in (updates, spoilt))
@@ -685,13 +713,15 @@ def a_frozen_factor_is_the_same_for_all(
                     close(f.scale * f.b, want, precision.tolerance, f"{what}: B")
 
 
-def _spoilt(adapter: Mapping[str, Factors], names: str) -> LowRankPayload:
-    return LowRankPayload(
-        {
-            path: dataclasses.replace(f, **{n: 7 - 3 * getattr(f, n) for n in names})
-            for path, f in adapter.items()
-        }
-    )
+def _spoilt(payload: Payload, names: str) -> LowRankPayload:
+    indices, found = as_payload(payload).indices, {}
+    for path, f in payload.items():
+        f = dataclasses.replace(f, **{n: 7 - 3 * getattr(f, n) for n in names})
+        out = [] if indices is None else [i for i in range(f.rank) if i not in indices[path]]
+        a, b = f.a.clone(), f.b.clone()
+        a[out], b[:, out] = 7 - 3 * a[out], 7 - 3 * b[:, out]
+        found[path] = Factors(a, b, f.alpha)
+    return LowRankPayload(found, indices)
 
 
 def what_trains_makes_the_start(
@@ -1104,10 +1134,21 @@ def _examples(strategy: LoRAStrategy) -> str:
 def _unequal(strategy: LoRAStrategy) -> str:
     if strategy.technique is Scaling:
         return "its clients are all sent the common factors; ranks say what they train of them"
+    if _chooses(strategy):
+        return "its clients choose what they train of the common factors; ranks say how much"
     rule = getattr(strategy, "aggregator", strategy)
     if getattr(rule, "heterogeneous", "") == "smallest":
         return "all its clients train the smallest rank"
     return ""
+
+
+@cache
+def _chooses(strategy: LoRAStrategy) -> bool:
+    """Whether some client chooses the rank indices that it trains."""
+    population = population_for(strategy)
+    state = strategy.init_state(population)
+    clients = [strategy.enlist(state, c) for c in population.clients]
+    return any(strategy.plan(state, c, PLAN).choice is not None for c in clients)
 
 
 @cache

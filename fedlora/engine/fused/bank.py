@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedlora.core.choice import Indices
 from fedlora.core.types import (
     Adapter,
     Factors,
@@ -126,6 +127,21 @@ class Layout:
                 if found and found[-1].stop == start:
                     start = found.pop().start
                 found.append(slice(start, stop))
+        return found
+
+    def mask(self, indices: Indices, device: torch.device) -> Tensor:
+        """``[size]`` bool: the scalars of a row that belong to these rank indices, and the head.
+
+        >>> layout = Layout.of(adapter(2), modules)
+        >>> layout.mask({"w": (1,)}, torch.device("cpu")).int().tolist()
+        [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+        """
+        found = torch.zeros(self.size, dtype=torch.bool, device=device)
+        for path, pair in self.factors(found).items():
+            at = torch.tensor(indices[path], dtype=torch.int64, device=device)
+            for factor in pair:  # [r, d]
+                factor.index_fill_(0, at, True)
+        found[self.head_at :] = True
         return found
 
     @property

@@ -83,7 +83,7 @@ class FusedBatch:
     """Their shares of the rows that a classifier's head reads, one a sequence; None: no layer is
     given these alone (`fedlora.models.last_block`)."""
     drawn: tuple[int, ...]
-    """``K`` counts: rows of each lane's own padded batch."""
+    """``K`` counts: tokens of each lane, for which masks are drawn."""
     tokens: int
     """Real tokens."""
 
@@ -126,9 +126,9 @@ def _assemble(
         batch, owners = labelled(held.examples), held.lane
     weights = (1 / np.array([lane.tokens for lane in lanes]))[owners]  # [n]
 
-    # Where masks are drawn: the place of every row in the lanes' own batches.
-    drawn = _own_rows(held)
-    own = _own_places(held, rows) if any(lane.dropped for lane in lanes) else None
+    # Masks are drawn for tokens: the number of every row's among them.
+    drawn = np.bincount(held.lane, held.length).astype(np.int64)  # [K]
+    own = _token_numbers(rows) if any(lane.dropped for lane in lanes) else None
     read = own if own is None or not pooled else own.index_select(0, batch.positions)
 
     return FusedBatch(
@@ -317,8 +317,8 @@ def _shares(
         lanes: ``K``.
         counts: ``[K]`` rows of each.
         hidden: width of the model.
-        own: ``[N]``: the place of each row in the lanes' own padded batches; None: no dropout.
-        drawn: rows of these batches.
+        own: ``[N]``: the number of each row's token; None: no dropout.
+        drawn: tokens of all lanes.
 
     >>> shares = _shares(lanes, np.array([2, 1]), 16, own=torch.tensor([0, 3, 6]), drawn=11)
     >>> [g.rows for g in shares.groups], shares.source.tolist()
@@ -413,39 +413,12 @@ def _thresholds(groups: Sequence[Group]) -> Tensor | None:
     return torch.from_numpy(np.repeat(each, [g.rows for g in groups])).view(-1, 1)
 
 
-def _own_widths(held: _Sequences) -> Ids:
-    """``[K]``: width of each lane's own padded batch.
+def _token_numbers(rows: _Rows) -> Tensor:
+    """``[N]``: the number of every row's token, of all lanes' tokens in their order.
 
-    >>> _own_widths(_sequences(lanes)).tolist()
-    [3, 5]
+    A pad is no token; its mask does not matter, so it is given token 0's.
+
+    >>> _token_numbers(_padded_rows(_sequences(lanes))).tolist()
+    [0, 1, 2, 0, 0, 3, 0, 0, 0, 0, 4, 5, 6, 7, 8]
     """
-    widths = np.zeros(len(held.per_lane), np.int64)
-    np.maximum.at(widths, held.lane, held.length)
-    return widths
-
-
-def _own_rows(held: _Sequences) -> Ids:
-    """``[K]``: rows of each lane's own padded batch.
-
-    >>> _own_rows(_sequences(lanes)).tolist()
-    [6, 5]
-    """
-    rows: Ids = held.per_lane * _own_widths(held)
-    return rows
-
-
-def _own_places(held: _Sequences, rows: _Rows) -> Tensor:
-    """``[N]``: the place of every row in the lanes' own padded batches, one after another.
-
-    A pad of this batch has no place there; its mask does not matter, so it is given row 0.
-
-    >>> held = _sequences(lanes)
-    >>> _own_places(held, _padded_rows(held)).tolist()
-    [0, 1, 2, 0, 0, 3, 0, 0, 0, 0, 6, 7, 8, 9, 10]
-    """
-    # Row of each sequence's first token, [S]: its lane's batch, then its number in that batch.
-    widths, totals = _own_widths(held)[held.lane], _own_rows(held)
-    first = _starts(totals)[held.lane] + _within(held.per_lane) * widths
-
-    # Row of every token, [T]; then of every row of this batch, [N].
-    return torch.from_numpy(_fill(rows, np.repeat(first, held.length) + held.within, 0))
+    return torch.from_numpy(_fill(rows, np.arange(len(rows.of_token)), 0))

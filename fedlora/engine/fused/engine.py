@@ -17,6 +17,7 @@ from fedlora.core.types import (
 )
 from fedlora.data.store import TokenStore
 from fedlora.engine.base import Engine, WorkerEngine
+from fedlora.engine.choice import with_choices
 from fedlora.engine.fused.check import reason_of, why_not_fused, why_not_ragged
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
@@ -127,7 +128,10 @@ class FusedEngine:
 
     def train(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
         self._notes.clear()
+        yield from with_choices(jobs, self._train_decided)
 
+    def _train_decided(self, jobs: Sequence[TrainJob]) -> Iterator[Update | Failure]:
+        """Train jobs whose rank indices are decided, or that train all."""
         # Jobs that cannot be fused, with a note for each reason.
         reasons = [self._why_alone(j) for j in jobs]
         alone = [j for j, why in zip(jobs, reasons, strict=True) if why]

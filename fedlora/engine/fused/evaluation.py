@@ -134,7 +134,7 @@ class FusedEvaluator:
             max(layout.size for layout in layouts.values()),
             model.dtype,
             model.device,
-            self._fused.compute_dtype(False),
+            self._fused.factor_dtype(False),
         )
         for slot, (adapter, head) in adapters.items():
             bank.load(slot, layouts[slot].pack(adapter, model.dtype, model.device, head))

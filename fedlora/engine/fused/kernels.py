@@ -72,6 +72,8 @@ class LayerPlan:
     """``[M, 1]`` int16: a scalar is dropped if its bits are smaller."""
     spread: Spread | None = None
     """How ``N`` rows are copied to ``M``; None: segments are the rows themselves, ``M = N``."""
+    dtype: torch.dtype | None = None
+    """The factors' type, in which their products are computed; None: the layer's."""
 
     def mask(self, dtype: torch.dtype) -> Tensor | None:
         """``[M, d_in]``: one where a scalar survives dropout, zero elsewhere; None: no dropout."""
@@ -204,15 +206,15 @@ def add_adapters(y: Tensor, rows: Tensor, plan: LayerPlan) -> list[Tensor | None
     Returns:
         What `add_gradients` needs.
     """
-    mask = plan.mask(rows.dtype)
-    inputs = rows if mask is None else rows * mask
-    if plan.spread is None:
+    kind = plan.dtype or rows.dtype
+    inputs = _masked(rows.to(kind), plan.mask(kind))
+    if plan.spread is None and kind == y.dtype:
         return up(y, inputs, plan, fresh=False)
 
     # The products on the copy, [M, d_out], and back to the rows; pads are left out.
-    delta = y.new_empty(rows.shape[0], y.shape[1])
+    delta = y.new_empty(rows.shape[0], y.shape[1], dtype=kind)
     hidden = up(delta, inputs, plan, fresh=True)
-    y.add_(delta.index_select(0, plan.spread.back))
+    y.add_(_back(delta.to(y.dtype), plan.spread))
     return hidden
 
 
@@ -234,24 +236,31 @@ def add_gradients(
     """
     # Gradient of the output and input as the products see them, [M, d_out] and [M, d_in]. A pad has
     # no gradient. If no A is trained the input is not needed, and an empty one stands for it.
-    spread, mask = plan.spread, plan.mask(g.dtype)
-    grads = g if spread is None else gather_rows(g, spread.out, spread.pads)
-    if rows is None:
-        inputs = g.new_empty(grads.shape[0], 0)
-    else:
-        inputs = rows if mask is None else rows * mask
-    if spread is None and mask is None:
+    kind = plan.dtype or g.dtype
+    spread, mask = plan.spread, plan.mask(kind)
+    grads = (g if spread is None else gather_rows(g, spread.out, spread.pads)).to(kind)
+    inputs = grads.new_empty(grads.shape[0], 0) if rows is None else _masked(rows.to(kind), mask)
+    if spread is None and mask is None and kind == g.dtype:
         down(dx, grads, inputs, hidden, plan, fresh=False)
         return
 
     # Gradient of the adapters' input, [M, d_in]: through the mask, and back to the rows.
-    through = None if dx is None else dx.new_empty(grads.shape[0], dx.shape[1])
+    through = None if dx is None else grads.new_empty(grads.shape[0], dx.shape[1])
     down(through, grads, inputs, hidden, plan, fresh=True)
     if dx is None or through is None:
         return
     if mask is not None:
         through.mul_(mask)
-    dx.add_(through if spread is None else through.index_select(0, spread.back))
+    dx.add_(_back(through.to(dx.dtype), spread))
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
+
+
+def _back(x: Tensor, spread: Spread | None) -> Tensor:
+    """The rows ``[N, d]`` of a copy ``[M, d]``."""
+    return x if spread is None else x.index_select(0, spread.back)
 
 
 class FusedLinear(torch.autograd.Function):

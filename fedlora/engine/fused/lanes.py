@@ -67,27 +67,27 @@ class Shares:
     spread: Spread | None
     """None: the products with the clients' factors use the rows themselves, ``M = N``."""
     source: Tensor | None
-    """``[M]``: the row of the clients' own padded batches, one batch after another, that each row
-    is; None: they are the same rows in the same order, or there is no dropout. Masks are drawn for
-    those batches, exactly as for a client that is trained alone."""
+    """``[M]``: the number of each row's token, of all clients' tokens one after another; None: rows
+    are the tokens in this order, or there is no dropout. Masks are drawn for tokens, exactly as for
+    a client that is trained alone."""
     thresholds: Tensor | None
     """``[M, 1]`` int16: a scalar whose sixteen random bits lie below is dropped; None: no
     dropout."""
 
     def places(self, drawn: Sequence[int]) -> list[tuple[slice, Tensor | None]]:
-        """The rows of every lane, and which row of its own padded batch each is.
+        """The rows of every lane, and which of its tokens each is.
 
         Args:
-            drawn: rows of each lane's own padded batch.
+            drawn: tokens of each lane.
 
         Returns:
-            ``(slice of M, [m] int64)``; None instead of the rows if they are the same.
+            ``(slice of M, [m] int64)``; None instead of the tokens if they are the same.
         """
         found, at, before = [], 0, 0
         each = [g.rows // len(g.lanes) for g in self.groups for _ in g.lanes]
         for count, own in zip(each, drawn, strict=True):
             where = slice(at, at + count)
-            # A pad of the padded layout names the first row of all, wherever its lane begins.
+            # A pad of the padded layout names the first token of all, wherever its lane begins.
             own_rows = None if self.source is None else (self.source[where] - before).clamp_(min=0)
             found.append((where, own_rows))
             at, before = at + count, before + own

@@ -83,10 +83,14 @@ class FusedModel:
         self._batch: FusedBatch | None = None
         self._copied: tuple[Tensor, int, Tensor] | None = None
 
-    def compute_dtype(self, autocast: bool) -> torch.dtype:
-        """The type that adapted layers compute in: bfloat16 under autocast, else the base's."""
-        dtype: torch.dtype = torch.bfloat16 if autocast else self.model.network.dtype
-        return dtype
+    def factor_dtype(self, autocast: bool) -> torch.dtype:
+        """The type of products with factors: bfloat16 under autocast, else the base's; on a CPU
+        float32 at least, as in PEFT, where products this small are cheaper in it."""
+        if autocast:
+            return torch.bfloat16
+        dtype: torch.dtype = self.model.network.dtype
+        is_cpu = self.model.device.type == "cpu"
+        return torch.promote_types(dtype, torch.float32) if is_cpu else dtype
 
     def require_free(self) -> None:
         """Raise a RuntimeError if a bank is mounted: another stream of results is still open."""
@@ -264,7 +268,9 @@ class FusedModel:
             )
         sizes = [n * stretch for n in sizes]
         bits = self._bits[index] if self._bits else None
-        return LayerPlan(sizes, prepared.segments[index], bits, shares.thresholds, shares.spread)
+        segments, thresholds = prepared.segments[index], shares.thresholds
+        kind = self.factor_dtype(self._autocast)
+        return LayerPlan(sizes, segments, bits, thresholds, shares.spread, kind)
 
     def _of_layer(self, index: int) -> _Prepared:
         """What is prepared for the rows that a layer is given."""
@@ -273,8 +279,8 @@ class FusedModel:
     def _draw_bits(self, batch: FusedBatch) -> list[Tensor]:
         """Random bits ``[M, d_in]`` of every layer's dropout; an empty list without dropout.
 
-        Drawn client by client in the shape of the client's own padded batch, so that the masks are
-        those of the client trained alone. A layer that is given pooled rows has the bits of these.
+        Drawn client by client for the client's own tokens, so that the masks are those of the
+        client trained alone. A layer that is given pooled rows has the bits of these.
         """
         if batch.all.thresholds is None:
             return []
@@ -289,10 +295,10 @@ class FusedModel:
 
         # A lane's bits go to its rows of every layer before the next lane's are drawn. Those of a
         # client without dropout may be anything: its threshold drops nothing.
-        for number, (lane, rows) in enumerate(zip(batch.lanes, batch.drawn, strict=True)):
+        for number, (lane, tokens) in enumerate(zip(batch.lanes, batch.drawn, strict=True)):
             if not lane.dropped:
                 continue
-            drawn = dropout_bits(rows, widths, lane.seed, device)
+            drawn = dropout_bits(tokens, widths, lane.seed, device)
             for of_layer, to, s in zip(drawn, bits, shares, strict=True):
                 where, source = places[id(s)][number]
                 if source is None:

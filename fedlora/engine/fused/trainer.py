@@ -41,12 +41,7 @@ from fedlora.engine.fused.parametrised import Parametrised
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter, check_head
-from fedlora.training.loop import (
-    Trace,
-    check_trace,
-    clip_and_step,
-    optimizer_for,
-)
+from fedlora.training.loop import Stepper, Trace, check_trace
 
 log = logging.getLogger(__name__)
 
@@ -162,13 +157,21 @@ class Resident:
             buffer.grad = self.grad[section]
         if self._made is not None:
             self.buffers.insert(0, self._made.buffer)
-        self._optimizer = optimizer_for(plan, self.buffers)
+        self._stepper = Stepper(plan, self.buffers, self._masks(trained))
         self._forwards = self.chain.forwards
         self._rates = learning_rates(num_steps(len(self.examples), plan), plan)
         job = self.chain.job
         self._seeds = dropout_seeds(job.seed, job.round, job.client.id)
         self._dropped = dropped_share(plan.dropout)
         self._state = None if plan.term is None else self._trained_state(trained)
+
+    def _masks(self, trained: Sequence[slice]) -> list[Tensor] | None:
+        """The scalars of each trained section that belong to chosen rank indices; None: all do."""
+        chosen = self.chain.job.chosen
+        if chosen is None:
+            return None
+        mask = self.chain.layout.mask(chosen.indices, self.row.device)
+        return [mask[section] for section in trained]
 
     def _trained_state(self, trained: Sequence[slice]) -> TrainedState:
         """What the client trains, as views of its rows of the bank and of the common start."""
@@ -252,9 +255,7 @@ class Resident:
         if plan.term is not None and self._state is not None:
             with torch.no_grad():
                 plan.term.add_gradient(self._state)
-        self.norms.append(
-            clip_and_step(self._optimizer, self.buffers, self._rates[step], plan.max_grad_norm)
-        )
+        self.norms.append(self._stepper.step(self._rates[step]))
         if self._made is not None:
             self._made.push()
         self.grad.zero_()
@@ -358,7 +359,7 @@ class FusedTrainer:
             max(c.layout.size for c in chains),
             fused.model.dtype,
             fused.model.device,
-            fused.compute_dtype(autocast),
+            fused.factor_dtype(autocast),
         )
 
         # Each step: load admitted clients, run one forward pass of each active client, and finish

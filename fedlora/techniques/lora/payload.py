@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.checks import real, wrong_names
+from fedlora.core.choice import Indices
 from fedlora.core.payload import Payload, mismatch
 from fedlora.core.types import Adapter, Client, Expected, Factors, LocalPlan
 from fedlora.models.language_model import LanguageModel
@@ -23,12 +24,16 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
 
     Args:
         factors: of every module that is updated.
+        indices: the rank indices of each that its client has trained and sends; None: it has made
+            no choice.
     """
 
     noun = "factors"
+    chooses = True
 
-    def __init__(self, factors: Adapter) -> None:
+    def __init__(self, factors: Adapter, indices: Indices | None = None) -> None:
         self._factors = dict(factors)
+        self._indices = None if indices is None else dict(indices)
 
     def __getitem__(self, path: str) -> Factors:
         return self._factors[path]
@@ -47,39 +52,63 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
         return factor_tensors(self._factors)
 
     def header(self) -> dict[str, Any]:
-        """The scales."""
-        return {"alpha": {path: f.alpha for path, f in self.items()}}
+        """The scales, and the chosen indices if there are."""
+        alphas = {"alpha": {path: f.alpha for path, f in self.items()}}
+        if self._indices is None:
+            return alphas
+        return alphas | {"indices": {path: list(at) for path, at in self._indices.items()}}
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `header` and `tensors`."""
-        return cls(factors_from(header["alpha"], tensors))
+        found = cls(factors_from(header["alpha"], tensors))
+        if "indices" in header:
+            found._indices = _whole_numbers(header["indices"])
+        return found
 
     def sent_floats(self, plan: LocalPlan) -> int:
-        """Scalars of the factors that are sent; a factor that the plan freezes is not sent."""
-        sent = {"a": plan.train_a, "b": plan.train_b}
-        return sum(t.numel() for name, t in self.tensors() if sent[name[-1]])
+        """Scalars of the factors that are sent; a factor that the plan freezes is not sent, nor is
+        a rank index that the client has not chosen."""
+        # A rank index is a row of A, [d_in], and a column of B, [d_out].
+        chosen = self._indices or {}
+        return sum(
+            len(chosen[path] if chosen else range(f.rank))
+            * (f.a.shape[1] * plan.train_a + f.b.shape[0] * plan.train_b)
+            for path, f in self.items()
+        )
+
+    def index_bytes(self) -> int:
+        """2 for each chosen index, as its place among those of all modules; 4, if these are more
+        than 65,536."""
+        if self._indices is None:
+            return 0
+        places = sum(f.rank for f in self.values())
+        return (2 if places <= 2**16 else 4) * sum(map(len, self._indices.values()))
 
     def check(self, sender: Client, expected: Expected) -> str:
         """Modules, shapes, scales and ranks are those of the start, unless ranks may shrink; the
         sender states the ranks that it sends; a factor that the plan freezes is the start's, bit
-        for bit."""
+        for bit. If the plan has rank indices chosen, ranks say how much a client trains of its
+        start, and all that it has not chosen is the start's too."""
         start, client = expected.start.low_rank(), expected.client
         if start is None:
             return mismatch(type(self), type(expected.start))
         wrong = wrong_names(self.keys(), start.keys())
         if wrong:
             return wrong
-        shrinks = expected.plan.technique.shrinks
+        shrinks, chooses = expected.plan.technique.shrinks, expected.plan.choice is not None
         for path, f in self.items():
-            wrong = _wrong_factors(f, start[path], client.ranks[path], shrinks)
+            due = start[path].rank if chooses else client.ranks[path]
+            wrong = _wrong_factors(f, start[path], due, shrinks)
             if wrong:
                 return f"{path}: {wrong}"
         for path, f in self.items():
-            stated = sender.ranks.get(path)
-            if stated != f.rank:
-                return f"{path}: it states rank {stated} and sends rank {f.rank}"
-        return _wrong_frozen(self, start, expected.plan)
+            stated, rank = sender.ranks.get(path), client.ranks[path] if chooses else f.rank
+            if stated != rank:
+                return f"{path}: it states rank {stated} and sends rank {rank}"
+        return _wrong_frozen(self, start, expected.plan) or _wrong_indices(
+            self, start, expected.plan
+        )
 
     def aligned(self, start: Payload) -> Payload:
         """The leading block of the start at these ranks, whose scale follows the rank: a client
@@ -126,6 +155,15 @@ class LowRankPayload(Payload, Mapping[str, Factors]):
     def trained(self, factors: Adapter) -> "LowRankPayload":
         """These factors."""
         return LowRankPayload(factors)
+
+    @property
+    def indices(self) -> Indices | None:
+        """What its client has chosen."""
+        return self._indices
+
+    def with_indices(self, indices: Indices) -> "LowRankPayload":
+        """The same factors."""
+        return LowRankPayload(self, indices)
 
     def export(
         self, folder: Path, info: ModelInfo, base_name: str = "", dropout: float = 0.0
@@ -203,6 +241,44 @@ def _wrong_frozen(sent: Adapter, start: Adapter, plan: LocalPlan) -> str:
             if mine.shape == due.shape and not torch.equal(mine.float(), due.float()):
                 return f"{path}: its {side.upper()} has changed, which this round does not train"
     return ""
+
+
+def _wrong_indices(sent: LowRankPayload, start: Adapter, plan: LocalPlan) -> str:
+    """What is wrong with the rank indices that a client has chosen; empty: nothing. As many as the
+    plan says, and no other index has changed."""
+    choice, indices = plan.choice, sent.indices
+    if choice is None:
+        return "" if indices is None else "it names rank indices, and was to train all"
+    if indices is None:
+        return "it does not name the rank indices that it has trained"
+    wrong = wrong_names(indices, start)
+    if wrong:
+        return f"rank indices: {wrong}"
+    for path, at in indices.items():
+        last = start[path].rank - 1
+        if list(at) != sorted({i for i in at if 0 <= i <= last}):
+            return f"{path}: rank indices {list(at)!s:.80}, expected some of 0 to {last}, ascending"
+    count, due = sum(map(len, indices.values())), choice.count(start)
+    if count != due:
+        return f"it has trained {count} rank indices, {due} were asked for"
+    for path, f in sent.items():
+        kept = [i for i in range(f.rank) if i not in indices[path]]
+        for mine, was in ((f.a[kept], start[path].a[kept]), (f.b[:, kept], start[path].b[:, kept])):
+            if not torch.equal(mine.float(), was.float()):
+                return f"{path}: a rank index has changed that it has not chosen"
+    return ""
+
+
+def _whole_numbers(said: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Rank indices as they travel.
+
+    Raises:
+        ValueError: if one is no whole number.
+    """
+    for path, at in said.items():
+        if not (isinstance(at, list) and all(type(i) is int for i in at)):
+            raise ValueError(f"rank indices of {path:.80} are {at!r:.80}, expected whole numbers")
+    return {path: tuple(at) for path, at in said.items()}
 
 
 def _squared_change(start: Factors, end: Factors) -> float:

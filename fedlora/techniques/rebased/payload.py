@@ -39,6 +39,7 @@ class Rebased(Payload):
     """``W + shift + (alpha / r) B A``."""
 
     noun = "a dense update"
+    chooses = True
     folder = "update"
     alone = "moved bases one by one: without factors, or in half precision"
 

@@ -2,13 +2,14 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import peft
 import torch
 
+from fedlora.core.choice import Indices
 from fedlora.core.seeding import dropout_seeds, generator
 from fedlora.core.types import Adapter, Factors, LocalPlan
 from fedlora.models import layers
@@ -106,8 +107,12 @@ def reference(
     seed: int = SEED,
     round: int = 3,
     client: int = 0,
+    indices: Indices | None = None,
 ) -> tuple[Adapter, list[float]]:
     """A client trained by PEFT, a per-tensor optimizer, LambdaLR, clip_grad_norm_ and padding.
+
+    With ``indices``, gradients of all other rank indices are set to zero before they are clipped,
+    and after each step these indices are set to where they began.
 
     Returns:
         The trained adapter, and the mean loss per token of every optimizer step.
@@ -117,6 +122,7 @@ def reference(
         layer.lora_A["default"].weight.requires_grad_(plan.train_a)
         layer.lora_B["default"].weight.requires_grad_(plan.train_b)
     trained = [p for p in twin.parameters() if p.requires_grad]
+    still = [] if indices is None else left_out(adapted, indices)
     optimizer = optimizer_of(trained, plan)
     total = plan.steps or plan.epochs * math.ceil(len(held) / plan.batch_size)
     schedule = schedule_of(optimizer, plan, total)
@@ -125,9 +131,15 @@ def reference(
     for rows in itertools.islice(epochs(len(held), plan, (seed, round, client)), total):
         optimizer.zero_grad()
         losses.append(backward(twin, [held[i] for i in rows], plan, masks))
+        for p, out, _ in still:
+            if p.grad is not None:
+                p.grad[out] = 0.0
         if plan.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, plan.max_grad_norm)
         optimizer.step()
+        with torch.no_grad():
+            for p, out, before in still:
+                p[out] = before[out]
         schedule.step()
     result = LowRankPayload(
         {
@@ -142,6 +154,21 @@ def reference(
     return result, losses
 
 
+def left_out(
+    adapted: Mapping[str, Any], indices: Indices
+) -> list[tuple[torch.nn.Parameter, torch.Tensor, torch.Tensor]]:
+    """Every factor, which of its scalars are of no chosen index, and its values before training."""
+    found = []
+    for path, layer in adapted.items():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        out_a, out_b = (torch.ones_like(p, dtype=torch.bool) for p in (a, b))
+        for i in indices[path]:
+            out_a[i, :] = False
+            out_b[:, i] = False
+        found += [(p, out, p.detach().clone()) for p, out in ((a, out_a), (b, out_b))]
+    return found
+
+
 class Masks:
     """Gives every adapted layer the dropout masks of the next forward."""
 
@@ -153,11 +180,16 @@ class Masks:
         self._widths = [d_in(network.get_submodule(path)) for path in self._paths]
         self._adapted, self._plan, self._seeds = adapted, plan, seeds
 
-    def draw(self, tokens: int) -> None:
-        drawn = layers.dropout_bits(tokens, self._widths, next(self._seeds), torch.device("cpu"))
+    def draw(self, mask: Any) -> None:
+        """Bits for the tokens, row after row; zeros for the padding."""
+        mask = mask.bool().flatten()
+        seed, tokens = next(self._seeds), int(mask.sum())
+        drawn = layers.dropout_bits(tokens, self._widths, seed, torch.device("cpu"))
         for path, bits in zip(self._paths, drawn, strict=True):
             if path in self._adapted and self._plan.dropout:
-                self._adapted[path].lora_dropout["default"].bits = bits
+                rows = bits.new_zeros(len(mask), bits.shape[1])
+                rows[mask] = bits
+                self._adapted[path].lora_dropout["default"].bits = rows
 
 
 def backward(twin: Any, batch: Sequence[FakeExample], plan: LocalPlan, masks: Masks) -> float:
@@ -166,7 +198,7 @@ def backward(twin: Any, batch: Sequence[FakeExample], plan: LocalPlan, masks: Ma
     prepared = [padded(batch[i : i + micro], plan.loss) for i in range(0, len(batch), micro)]
     tokens = sum(int((labels[:, 1:] != -100).sum()) for *_, labels in prepared)
     for ids, mask, labels in prepared:
-        masks.draw(ids[:, :-1].numel())
+        masks.draw(mask[:, 1:])
         if plan.dropout:  # the same shapes, so that the same random numbers fall alike
             logits = twin(input_ids=ids[:, :-1]).logits
         else:

@@ -209,6 +209,18 @@ def test_dropout_follows_its_seeds_and_is_off_without_a_rate(model):
     assert torch.equal(draw(1, 0.0), draw(2, 0.0))
 
 
+def test_masks_of_tokens_do_not_depend_on_padding(model):
+    """The same two texts of three and two tokens, padded to three and to five."""
+    model.mount(adapter(model.info.modules, 3), dropout=0.2)
+    seen = []
+    for width in (3, 5):
+        real = torch.tensor([0, 1, 2, width, width + 1])
+        model.seed_dropout(7, 2 * width, real)
+        seen.append({p: update.bits[real] for p, update in model.mounted().items()})
+    one, other = seen
+    assert all(torch.equal(one[path], other[path]) for path in one)
+
+
 def test_dropout_without_a_seed_is_refused(model):
     model.mount(adapter(model.info.modules, 3), dropout=0.2)
     with pytest.raises(RuntimeError, match=r"dropout=0\.2 without a seed"):

@@ -127,12 +127,12 @@ def test_spread_rows_are_a_copy_in_which_nobody_borrows_from_another(lanes, buil
 
 
 @given(lanes=lane_lists(), build=BUILD, spread=st.booleans())
-def test_masks_are_drawn_for_the_clients_own_padded_batch(lanes, build, spread):
-    """Row ``source[i]`` of the lanes' own batches, one after another, holds what row ``i`` does."""
+def test_masks_are_drawn_for_the_clients_own_tokens(lanes, build, spread):
+    """Token ``source[i]`` of the lanes' tokens, one after another, is what row ``i`` holds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batches, "SPREAD_LANES", 1 if spread else 10**9)
         made = build(lanes, 6)
-    own = [collate(lane.examples, "full").inputs for lane in lanes]
+    own = [torch.cat([torch.as_tensor(e.input_ids[:-1]) for e in x.examples]) for x in lanes]
     assert made.drawn == tuple(ids.numel() for ids in own)
     inputs = made.batch.inputs.flatten()
     rows = inputs if made.all.spread is None else inputs[made.all.spread.out]

@@ -51,7 +51,7 @@ POPULATIONS = {
         Case(dataclasses.replace(ADAMW, lr=2e-3, schedule="cosine", steps=23), mixed, n=4),
         Case(dataclasses.replace(SGD, max_grad_norm=0.0, loss="response", batch_size=1), 4),
         Case(dataclasses.replace(ADAMW, batch_size=4, micro_batch_size=3, warmup=0.2), 3),
-        Case(dataclasses.replace(ADAMW, dropout=0.3, schedule="constant"), mixed, n=5),
+        Case(dataclasses.replace(ADAMW, dropout=0.3, schedule="constant"), mixed, n=6),
         Case(dataclasses.replace(SGD, train_a=False, dropout=0.2), 3),
         Case(dataclasses.replace(ADAMW, train_b=False, loss="response"), 3, longest=30),
         Case(dataclasses.replace(SGD, micro_batch_size=1), 1, every=3),

@@ -92,7 +92,9 @@ def test_who_does_not_run_keeps_every_bit(fused):
         run(resident, 0)
 
     def state(resident):
-        return bank.params[resident.slot].clone(), copy.deepcopy(resident._optimizer.state_dict())
+        return bank.params[resident.slot].clone(), copy.deepcopy(
+            resident._stepper.optimizer.state_dict()
+        )
 
     before = [state(r) for r in residents]
     for step in (1, 2):
