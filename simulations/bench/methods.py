@@ -35,14 +35,15 @@ CENTRALISED = "centralised"
 SGD_RATE = ("client.lr=0.5",)  # of conf/client/sgd.yaml, which an experiment's rate replaces
 PLAIN_RATE = ("client.lr=0.1",)  # of conf/client/sgd_plain.yaml
 CORE_RATE = ("client.lr=0.02",)  # of conf/client/cores.yaml
-OWN = ("evaluate.adapters=[own]",)
+FULL, OWN = ("evaluate.adapters=[full]",), ("evaluate.adapters=[own]",)
 BESIDE: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("fedavg", "feddyn"), SGD_RATE),
     "scaffold": PLAIN_RATE,
     **dict.fromkeys(("fedsb", "ravan"), CORE_RATE),
-    **dict.fromkeys(("fedsa", "local"), OWN),
 }
 """What a method needs beside ``strategy=<name>``."""
+PERSONAL = ("fedsa", "local")
+"""Methods whose clients keep a part: each is evaluated with its own. The rest have one model."""
 REFUSED = 2
 """The exit code of a configuration that cannot be run."""
 SHOWN = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth", "loss_weighted")
@@ -63,7 +64,8 @@ class Case:
             chosen = [f"experiment={self.experiment}_{CENTRALISED}"]
         else:
             chosen = [f"experiment={self.experiment}", f"strategy={self.method}"]
-        return [*chosen, *BESIDE.get(self.method, ()), *self.overrides, f"seed={self.seed}"]
+        beside = (*(OWN if self.method in PERSONAL else FULL), *BESIDE.get(self.method, ()))
+        return [*chosen, *beside, *self.overrides, f"seed={self.seed}"]
 
 
 def presets() -> list[str]:

@@ -35,13 +35,16 @@ def test_a_run_without_an_evaluation_is_no_result():
 
 def test_every_method_of_conf_is_compared():
     assert {f.stem for f in (ROOT / "conf/strategy").glob("*.yaml")} < set(methods.methods())
-    assert set(BESIDE) < set(methods.methods())
+    assert {*BESIDE, *methods.PERSONAL} < set(methods.methods())
 
 
 def test_the_bound_has_an_experiment_and_methods_share_the_seed():
-    assert Case("x", CENTRALISED, 3).words() == ["experiment=x_centralised", "seed=3"]
+    full, own = "evaluate.adapters=[full]", "evaluate.adapters=[own]"
+    assert Case("x", CENTRALISED, 3).words() == ["experiment=x_centralised", full, "seed=3"]
     words = Case("x", "local", 3, ("rounds=1",)).words()
-    assert words == ["experiment=x", "strategy=local", *BESIDE["local"], "rounds=1", "seed=3"]
+    assert words == ["experiment=x", "strategy=local", own, "rounds=1", "seed=3"]
+    words = Case("x", "scaffold", 3).words()
+    assert words == ["experiment=x", "strategy=scaffold", full, *BESIDE["scaffold"], "seed=3"]
 
 
 def test_what_was_measured_with_the_same_words_is_not_run_again(tmp_path, monkeypatch):
