@@ -96,7 +96,7 @@ OPTIONS = [
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=lora_a2"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedsb"],
     [
-        *("strategy=slora", "strategy.density=1.0", "strategy.stage1_rounds=1"),
+        *("strategy=slora", "strategy.stage1_rounds=2"),
         *("strategy@strategy.aggregator=fedsb", "strategy.aggregator.bases=svd"),
     ],
     ["strategy=spp", "strategy.merge_every=2"],
