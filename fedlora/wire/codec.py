@@ -4,13 +4,17 @@ A payload of any class is one flat array and a JSON header, because 192 small ar
 times more to pack than one of the same size. The header holds the dotted path of the class in
 ``_target_``, names and shapes of its tensors, and its own header. NumPy has no bfloat16, so it
 travels as the bit pattern in uint16 and comes back as float32. A format that rounds is given the
-change from the client's start rather than the reply itself (`fedlora.wire.change`).
+change from the client's start rather than the reply itself (`fedlora.wire.change`). Payloads of one
+message may hold the same tensors, as clients do that train factors of their own over one moved
+base: `encode_together` has such a tensor once.
 """
 
 import functools
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
 import numpy as np
@@ -49,6 +53,46 @@ def encode_payload(payload: Payload, dtype: str = "float32") -> tuple[Flat, str]
     return _encoded(payload, dict(payload.tensors()), dtype, VALUE)
 
 
+def encode_together(
+    payloads: Sequence[Payload], dtype: str = "float32"
+) -> tuple[list[tuple[Flat, str]], tuple[Flat, str]]:
+    """Payloads of one message, each without the tensors that another one of them holds too.
+
+    Tensors are the same if they are the same memory, seen in the same shape.
+
+    Returns:
+        As `encode_payload`, one for each payload; array and header (JSON) of all that several hold,
+        for `decode_shared`.
+    """
+    held = [dict(p.tensors()) for p in payloads]  # alive together: no memory is used twice
+    holders = Counter(key for tensors in held for key in {_memory(t) for t in tensors.values()})
+    numbers: dict[Any, int] = {}
+    shared: dict[str, Tensor] = {}
+    encoded = []
+    for payload, tensors in zip(payloads, held, strict=True):
+        found: dict[str, int] = {}
+        for name, t in tensors.items():
+            key = _memory(t)
+            if holders[key] > 1:
+                found[name] = numbers.setdefault(key, len(numbers))
+                shared[str(found[name])] = t
+        encoded.append(_encoded(payload, tensors, dtype, VALUE, found))
+    _require_floats(shared)
+    header = {"dtype": dtype, "tensors": shapes_of(shared)}
+    return encoded, (flatten(shared, dtype), json.dumps(header))
+
+
+def decode_shared(array: Flat, header: str) -> list[Tensor]:
+    """The tensors that several payloads of a message hold, by number."""
+    return list(unflatten(array, json.loads(header)).values())
+
+
+def _memory(t: Tensor) -> tuple[Any, ...]:
+    """What two tensors have in common that are the same elements of the same memory."""
+    where = (t.device, t.untyped_storage().data_ptr(), t.storage_offset())
+    return (*where, tuple(t.shape), t.stride(), t.dtype)
+
+
 def encode_reply(
     payload: Payload, dtype: str, start: Payload, residual: Named | None = None
 ) -> tuple[Flat, str, Named | None]:
@@ -84,9 +128,10 @@ def decode_payload(
     trusted: bool = True,
     start: Payload | None = None,
     wire: str = "",
+    shared: Sequence[Tensor] = (),
 ) -> Payload:
     """The inverse of `encode_payload` and `encode_reply`. Tensors are fresh (float32, or float64 if
-    sent so).
+    sent so), but for those that it shares with others of its message.
 
     Args:
         array: flat.
@@ -94,10 +139,12 @@ def decode_payload(
         trusted: whether the header may have modules imported for it; what clients send may not.
         start: what a change is added to, as this end holds it.
         wire: the wire dtype that is due; empty: any.
+        shared: what `decode_shared` gave for its message.
 
     Raises:
         ValueError: if the array is not what the header promises, its class is none that may travel,
-            it is a change and there is no start, or it is in another wire dtype than is due.
+            it is a change and there is no start, it is in another wire dtype than is due, or it
+            refers to tensors that its message does not share.
     """
     h = json.loads(header)
     if wire and h["dtype"] != wire:
@@ -106,7 +153,7 @@ def decode_payload(
     for part in h["header"].values():  # the class of a payload within
         if trusted and isinstance(part, dict) and "_target_" in part:
             payload_class(part["_target_"], load=True)
-    named = unflatten(array, h)
+    named = _own_and_shared(array, h, shared)
     one_of("of", h["of"], (VALUE, CHANGE))
     if h["of"] == CHANGE:
         if start is None:
@@ -118,8 +165,29 @@ def decode_payload(
     return payload
 
 
-def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Flat, str]:
-    """Tensors in the place of a payload's own: the value of each, or its change."""
+def _own_and_shared(
+    array: Flat, header: Mapping[str, Any], shared: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """A payload's tensors in the header's order: those of its array, and those that it shares."""
+    numbers = header.get("shared", {})
+    for name, number in numbers.items():
+        if type(number) is not int or not 0 <= number < len(shared):
+            raise ValueError(f"{name:.80} is shared tensor {number!r}, of {len(shared)}")
+    own = [entry for entry in header["tensors"] if entry[0] not in numbers]
+    found = unflatten(array, {**header, "tensors": own})
+    names = [entry[0] for entry in header["tensors"]]
+    return {n: shared[numbers[n]] if n in numbers else found[n] for n in names}
+
+
+def _encoded(
+    payload: Payload,
+    tensors: Named,
+    dtype: str,
+    of: str,
+    shared: Mapping[str, int] = MappingProxyType({}),
+) -> tuple[Flat, str]:
+    """Tensors in the place of a payload's own: the value of each, or its change; of those that are
+    shared, their number."""
     if dtype not in WIRE_BYTES:
         raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
     _require_floats(tensors)
@@ -130,7 +198,10 @@ def _encoded(payload: Payload, tensors: Named, dtype: str, of: str) -> tuple[Fla
         "tensors": shapes_of(tensors),
         "header": payload.header(),
     }
-    return flatten(tensors, dtype), json.dumps(header)
+    if shared:
+        header["shared"] = dict(shared)
+    own = {name: t for name, t in tensors.items() if name not in shared}
+    return flatten(own, dtype), json.dumps(header)
 
 
 def _require_floats(tensors: Named) -> None:

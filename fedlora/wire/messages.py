@@ -3,7 +3,8 @@
 A message carries a cohort: the distinct start payloads once, however many clients share them, and
 one row per job. Layout of a request (`RecordDict`):
 
-    starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload
+    starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload; "shared": that of
+                          the tensors that several of them hold, as a moved base under factors
     residuals ArrayRecord by client id, float32: what rounding has withheld of its replies so far
     cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source, wire, nonce
 
@@ -46,8 +47,10 @@ from fedlora.core.types import (
 from fedlora.wire.change import Named
 from fedlora.wire.codec import (
     decode_payload,
+    decode_shared,
     encode_payload,
     encode_reply,
+    encode_together,
     flatten,
     plan_from_json,
     plan_to_json,
@@ -57,6 +60,8 @@ from fedlora.wire.codec import (
 
 log = logging.getLogger(__name__)
 
+SHARED = "shared"
+"""The array of what several starts of a request hold."""
 MOST_NOTES = 16
 """Notes of one reply that are read."""
 
@@ -97,7 +102,8 @@ class _Distinct:
 def encode_jobs(
     jobs: Sequence[Job], *, worker: str, source: str, wire: str, nonce: str = ""
 ) -> RecordDict:
-    """A cohort as the content of one Flower message. Payloads shared by identity travel once."""
+    """A cohort as the content of one Flower message. Payloads shared by identity travel once, and
+    so do tensors that several payloads hold."""
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
     for job in jobs:
@@ -111,10 +117,11 @@ def encode_jobs(
         for j in jobs
         if isinstance(j, TrainJob) and j.residual is not None
     }
-    encoded = [encode_payload(p, wire) for p in payloads.values]
+    encoded, (common, common_header) = encode_together(payloads.values, wire)
     header = {
         "rows": rows,
         "payloads": [h for _, h in encoded],
+        "shared": common_header,
         "plans": [plan_to_json(p) for p in plans.values],
         "ranks": [dict(r) for r in ranks.values],
         "residuals": {cid: shapes_of(t) for cid, t in residuals.items()},
@@ -128,7 +135,8 @@ def encode_jobs(
             "nonce": nonce,
         }
     )
-    starts = ArrayRecord({str(i): Array(a) for i, (a, _) in enumerate(encoded)})
+    arrays = {str(i): Array(a) for i, (a, _) in enumerate(encoded)}
+    starts = ArrayRecord(arrays | ({SHARED: Array(common)} if common.size else {}))
     return RecordDict({"starts": starts, "residuals": _put_residuals(residuals), "cohort": config})
 
 
@@ -137,7 +145,11 @@ def decode_jobs(content: RecordDict) -> Envelope:
     config = content.config_records["cohort"]
     header = json.loads(str(config["header"]))
     arrays = content.array_records["starts"]
-    payloads = [decode_payload(arrays[str(i)].numpy(), h) for i, h in enumerate(header["payloads"])]
+    shared = decode_shared(arrays[SHARED].numpy(), header["shared"]) if SHARED in arrays else []
+    payloads = [
+        decode_payload(arrays[str(i)].numpy(), h, shared=shared)
+        for i, h in enumerate(header["payloads"])
+    ]
     plans = [plan_from_json(p) for p in header["plans"]]
     ranks = [Ranks(r) for r in header["ranks"]]
     residuals = _take_residuals(content, header["residuals"])
