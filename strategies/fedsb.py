@@ -96,8 +96,7 @@ class FedSB(LoRAStrategy):
         if plan.term is not None and plan.term.needs_factors:
             raise ValueError(
                 f"client.term={type(plan.term).__name__} compares pairs of factors, and clients of "
-                f"{self.label} train cores: use client.term.metric=factor, which is the same "
-                "distance up to a constant between orthonormal factors"
+                f"{self.label} train cores: use client.term.metric=factor, the distance of cores"
             )
         if isinstance(plan.technique, LoRA) and plan.technique.self_prune is not None:
             raise ValueError(

@@ -219,7 +219,7 @@ def test_plans_leave_a_alone() -> None:
 @pytest.mark.parametrize("heterogeneous", ["nest", "smallest"])
 @BOTH
 def test_traffic_is_the_core_to_the_byte(rule: FedSB, heterogeneous: str, wire: str) -> None:
-    """``Σ_modules Σ_heads b²`` each way, whoever missed what; nothing before the first round."""
+    """``Σ_modules Σ_heads b²`` each way, whatever a client missed; nothing before round 1."""
     rule = dataclasses.replace(rule, heterogeneous=heterogeneous)
     population = population_for(rule)
     width = {"float32": 4, "bfloat16": 2}[wire]

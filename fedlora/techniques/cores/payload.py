@@ -1,4 +1,4 @@
-"""The trained cores of a client, as they travel: between fixed factors that nobody has to send."""
+"""The trained cores of a client, as they travel. The fixed factors around them are not sent."""
 
 import itertools
 import math

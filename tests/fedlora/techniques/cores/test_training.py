@@ -8,7 +8,7 @@ import torch
 from fedlora.core.types import TrainJob
 from fedlora.engine.fused import Fused
 from fedlora.engine.fused.parametrised import Parametrised
-from fedlora.engine.sequential import Sequential
+from fedlora.engine.sequential import Sequential, SequentialEngine
 from fedlora.models.head import head_parameters
 from fedlora.models.headed import WithHead
 from fedlora.techniques.cores.layer import CoreLayer
@@ -24,7 +24,7 @@ from tests.fedlora.engine.fused.harness import (
     resident,
     trained,
 )
-from tests.fedlora.engine.world import NETWORKS, FakeStore, distance, examples, job, start
+from tests.fedlora.engine.world import NETWORKS, FakeStore, distance, examples, job, model, start
 from tests.fedlora.models import classifiers
 from tests.fedlora.techniques.cores.plain import labelled_reference, reference
 from tests.planted import planted
@@ -140,6 +140,34 @@ def test_a_core_of_zeros_learns_and_its_gains_come_later():
     )
     assert distance(one, gained) == 0
     assert all(bool((block != 0).all()) for c in one.cores.values() for block in c.blocks)
+
+
+@pytest.mark.parametrize("how", ["bf16 base", "autocast"])
+def test_bfloat16_stays_within_its_own_noise(how, products):
+    """The fused engine rounds U R, the sequential one R and U apart."""
+    on = model("llama")
+    on.network.float()
+    plan = dataclasses.replace(PLANS[0], max_grad_norm=1.0)
+    store = FakeStore({k: examples(7, k) for k in range(5)})
+    tasks = jobs(on, True, (plan,) * 5)
+    exact = by_client(SequentialEngine(on, store).train(tasks))
+    if how == "autocast":
+        half = dataclasses.replace(plan, autocast="bf16")
+        tasks = [dataclasses.replace(j, plan=half) for j in tasks]
+    else:
+        on.network.bfloat16()
+    rough = by_client(SequentialEngine(on, store).train(tasks))
+    fused = Fused(tokens=60, slots=5, reuse_memory=False).open(on, store)
+    found = by_client(fused.train(tasks))
+    assert not any("failed" in note for note in fused.notes())
+    for k, update in found.items():
+        assert update.metrics["fused"] == 1
+        assert update.metrics["loss"] == pytest.approx(rough[k].metrics["loss"], rel=2e-2)
+        assert all(t.dtype == torch.float32 for _, t in update.payload.tensors())
+    fused_noise, noise = (
+        sum(distance(of[k].payload, exact[k].payload) for k in exact) for of in (found, rough)
+    )
+    assert fused_noise < 2 * noise
 
 
 # ------------------------------------------------------------------------------- classification
