@@ -18,7 +18,7 @@ CONF = ROOT / "conf"
 
 COMMANDS = {
     "run": ("simulations.run", "one run: federated fine-tuning with any method"),
-    "study": ("simulations.run", "every combination of values that commas separate"),
+    "study": ("simulations.run", "a matrix of runs: a file of conf/study, or values with commas"),
     "report": ("simulations.reporting.report", "a run, or several side by side, as one HTML page"),
     "merge": ("simulations.tools.merge", "the base model with a run's update added"),
     "export": ("simulations.tools.export", "a run's adapter for PEFT, and its upload"),
@@ -49,6 +49,7 @@ examples
   fedlora run experiment=smoke                         a recorded experiment
   fedlora run strategy=fedit rounds=20 client.lr=1e-4  another method, longer
   fedlora study strategy=fedit,flexlora seed=0,1,2     six runs, one after another
+  fedlora study smoke --jobs 2                         a study of conf/study, two runs at a time
   fedlora report outputs/A outputs/B                   a page for each, and one that compares them
   fedlora merge outputs/A merged                       a model folder for transformers
   fedlora data stats data=sotu                         what the clients hold
@@ -58,11 +59,19 @@ Runs write into outputs/ of the current folder. Configuration: {conf}
 """
 
 STUDY = """\
-usage: fedlora study [group=choice,choice ...] [key=value,value ...]
+usage: fedlora study NAME [--jobs N] [--list] [key=value ...]
+       fedlora study [group=choice,choice ...] [key=value,value ...]
 
-Runs every combination of the values that commas separate, one run after another: a sweep, the same
-as `fedlora run --multirun`. A failed run does not keep the others from being done; the exit code is
-then not 0. Words, groups and choices: fedlora run --help.
+NAME is a study of conf/study, or a YAML file: methods, settings and seeds, several runs at a time.
+What is complete is kept, what was stopped continues, a failed run is named and the others go on.
+{studies}
+
+  fedlora study smoke --jobs 2
+  fedlora study mine.yaml --list                       the runs, without starting them
+
+Without a name, runs every combination of the values that commas separate, one run after another: a
+sweep, the same as `fedlora run --multirun`. In both, a failed run does not keep the others from
+being done; the exit code is then not 0. Words, groups and choices: fedlora run --help.
 
   fedlora study strategy=fedit,flexlora seed=0,1,2
   fedlora study experiment=smoke client.lr=1e-4,1e-3
@@ -91,15 +100,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if command == "study":
         if {"-h", "--help"} & set(rest):
-            print(STUDY, end="")
+            studies = sorted(file.stem for file in (CONF / "study").glob("*.yaml"))
+            print(STUDY.format(studies=f"Studies: {', '.join(studies)}"), end="")
             return 0
+        if rest and "=" not in rest[0] and rest[0][:1] not in "-~":
+            return call("study", rest, "simulations.study.__main__")
         rest = rest if set(SWEEP) & set(rest) else [SWEEP[0], *rest]
     return call(command, rest)
 
 
-def call(command: str, words: Sequence[str]) -> int:
-    """Import the module of a command and run its ``main``; a disk that refuses is one sentence."""
-    module = importlib.import_module(COMMANDS[command][0])
+def call(command: str, words: Sequence[str], name: str = "") -> int:
+    """Import the module of a command, or the named one, and run its ``main``; a disk that refuses
+    is one sentence."""
+    module = importlib.import_module(name or COMMANDS[command][0])
     try:
         return int(module.main(words))
     except OSError as error:
@@ -121,11 +134,12 @@ def usage() -> str:
 
 
 def group_choices(conf: Path = CONF) -> Iterator[tuple[str, list[str]]]:
-    """The groups of conf/ with their choices, groups within groups after the one they are in."""
+    """The groups of conf/ with their choices, groups within groups after the one they are in.
+    Hydra's own and studies are no groups of a run."""
     for folder in sorted(p for p in conf.rglob("*") if p.is_dir()):
         name = folder.relative_to(conf).as_posix()
         choices = sorted(p.stem for p in folder.glob("*.yaml"))
-        if choices and not name.startswith("hydra"):
+        if choices and not name.startswith(("hydra", "study")):
             yield name, choices
 
 

@@ -15,7 +15,7 @@ EXPERIMENTS = sorted(p.stem for p in (CONF / "experiment").glob("*.yaml"))
 OPTIONS = sorted(
     f"{p.parent.relative_to(CONF)}={p.stem}"
     for p in CONF.glob("*/**/*.yaml")
-    if p.relative_to(CONF).parts[0] not in ("experiment", "hydra")
+    if p.relative_to(CONF).parts[0] not in ("experiment", "hydra", "study")
 )
 NEEDED = {
     # options that name something only a user can name

@@ -15,6 +15,7 @@ from simulations.app.compose import load
 from simulations.reporting import results
 from simulations.reporting.results import ALL, main, outdated, written
 from simulations.reporting.tables import Records, Table, markdown
+from simulations.study.spec import study_names
 
 HISTORY = ("docs/log.md", "CHANGELOG.md")
 """Documents that speak of older versions."""
@@ -85,7 +86,11 @@ def commands(document: str) -> Iterator[list[str]]:
             words = f"experiment={words}"
         if not re.search(r"\.\.\.|[<|]", words) and "--" not in words:
             left_out = ("-m", "COMMAND", "hydra/launcher", "hydra.launcher")
-            yield [word for word in shlex.split(words) if not word.startswith(left_out)]
+            given = [word for word in shlex.split(words) if not word.startswith(left_out)]
+            if "fedlora study" in match[0] and given[:1]:
+                named = given[0] in study_names() or given[0].endswith(".yaml")
+                given = given[1:] if named else given
+            yield given
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -15,6 +15,8 @@ QUOTING = (
     "a value with spaces, commas or signs that Hydra reads goes in quotes of its own inside those "
     "of the shell: \"key='a, b'\""
 )
+NO_GROUPS = ("hydra", "study")
+"""Folders of conf/ that are no groups of a run."""
 MOST = 4
 """Suggestions shown."""
 
@@ -32,7 +34,7 @@ def sentence(error: Exception, overrides: Sequence[str], conf: Path) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     lines = [s for s in lines if not s.startswith(("full_key", "object_type", "Set the env"))]
     text = " ".join(lines).partition(" Config search path:")[0].partition(" To append to your")[0]
-    groups = sorted(p.name for p in conf.iterdir() if p.is_dir() and p.name != "hydra")
+    groups = sorted(p.name for p in conf.iterdir() if p.is_dir() and p.name not in NO_GROUPS)
     text = text.partition(" See https:")[0].rstrip(".")
     hint, allowed = "", f"groups: {', '.join(groups)}"
     if type(error).__name__ == "OverrideParseException":
@@ -85,7 +87,7 @@ def _other_choices(conf: Path) -> Iterator[tuple[str, str]]:
     """Keys of all choices of all groups, each with where it belongs."""
     for file in sorted(conf.glob("*/**/*.yaml")):
         group = file.parent.relative_to(conf)
-        if group.parts[0] in ("experiment", "hydra"):
+        if group.parts[0] in ("experiment", *NO_GROUPS):
             continue
         content = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         for key in content:

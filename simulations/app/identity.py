@@ -35,10 +35,20 @@ def run_hash(resolved: Mapping[str, Any], data: str, model: str) -> str:
     """
     from fedlora.run import checkpoint  # torch, which help and names of runs do without
 
-    stable = {k: v for k, v in resolved.items() if k not in VOLATILE}
+    return checkpoint.config_hash(stable(resolved) | {"_data": data, "_model": model})
+
+
+def stable(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that results depend on, beside the number of rounds and the
+    contents of data and base model.
+
+    Args:
+        resolved: the whole configuration as plain values.
+    """
+    kept = {k: v for k, v in resolved.items() if k not in VOLATILE}
     for group, keys in ELSEWHERE.items():
-        stable[group] = {k: v for k, v in resolved[group].items() if k not in keys}
-    return checkpoint.config_hash(stable | {"_data": data, "_model": model})
+        kept[group] = {k: v for k, v in resolved[group].items() if k not in keys}
+    return kept
 
 
 def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) -> str:

@@ -175,6 +175,15 @@ def test_a_study_says_what_it_is(capsys):
     assert "every combination" in said and "exit code" in said and "fedlora run --help" in said
 
 
+def test_a_name_is_a_study_and_its_mistakes_are_an_exit_code(capsys):
+    assert main(["study", "smoke", "--list", "seed=1"]) == 2
+    assert "a study sets seed itself" in capsys.readouterr().err
+    assert main(["study", "smoek", "--list"]) == 2
+    assert "'smoek' is neither a YAML file nor one of conf/study" in capsys.readouterr().err
+    assert main(["study", "smoke", "--list"]) == 0
+    assert capsys.readouterr().out.count("fedlora run ") == 4
+
+
 def test_a_mistake_in_a_sweep_is_an_exit_code(capsys):
     assert main(["study", "stragety=fedit,flexlora"]) == 2
     assert "'stragety'. Did you mean strategy?" in capsys.readouterr().out

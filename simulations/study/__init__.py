@@ -1,0 +1,1 @@
+"""Studies: matrices of runs over methods, settings and seeds, from one YAML file."""
