@@ -114,6 +114,16 @@ def test_a_failed_run_is_named_the_others_are_done_and_it_is_tried_again(tmp_pat
     assert again.started == [runs[2].name]
 
 
+def test_a_half_run_is_started_again(tmp_path):
+    runs = planned()
+    half = tmp_path / "runs" / runs[0].name
+    half.mkdir(parents=True)
+    (half / "status.json").write_text('{"status": "running"}')
+    starter = Starter()
+    do(runs, tmp_path, starter)
+    assert starter.started == [run.name for run in runs]
+
+
 def test_a_run_that_ends_well_but_is_not_complete_has_failed(tmp_path):
     class Empty(Stub):
         def poll(self):
