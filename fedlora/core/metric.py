@@ -142,6 +142,9 @@ class Due:
     """Which number of `Held` is its weight; where that is 0, the metric is left out."""
     highest: float = math.inf
     """The largest value that it can have; the smallest is 0."""
+    better: str = ""
+    """Whether its ``lowest`` or its ``highest`` values are better; empty: it does not say. Early
+    stopping asks (``federation.better``)."""
 
 
 class Scorer(ABC):

@@ -48,10 +48,10 @@ class Likelihood(Scorer):
 
     dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
         {
-            "loss_full": Due("tokens_full"),
-            "loss_response": Due("tokens_response"),
-            "perplexity": Due("tokens_response"),
-            "accuracy": Due("tokens_response", highest=1),
+            "loss_full": Due("tokens_full", better=LOWEST),
+            "loss_response": Due("tokens_response", better=LOWEST),
+            "perplexity": Due("tokens_response", better=LOWEST),
+            "accuracy": Due("tokens_response", highest=1, better=HIGHEST),
         }
     )
 
@@ -80,7 +80,7 @@ class Rouge(Scorer):
 
     needs_texts: ClassVar[bool] = True
     dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
-        {"rouge_l": Due(highest=1), "rouge_l_unicode": Due(highest=1)}
+        {name: Due(highest=1, better=HIGHEST) for name in ("rouge_l", "rouge_l_unicode")}
     )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
@@ -97,7 +97,9 @@ class ExactMatch(Scorer):
     """Fraction of generated texts that equal the reference but for white space at their ends."""
 
     needs_texts: ClassVar[bool] = True
-    dues: ClassVar[Mapping[str, Due]] = MappingProxyType({"exact_match": Due(highest=1)})
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
+        {"exact_match": Due(highest=1, better=HIGHEST)}
+    )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         return {"exact_match": Metric(texts_mean(outputs, exact_match), outputs.examples)}
@@ -110,7 +112,9 @@ class TeacherForcedRouge(Scorer):
     It measures how predictable the prompt is, not generation: see docs/fidelity.md.
     """
 
-    dues: ClassVar[Mapping[str, Due]] = MappingProxyType({"rouge_l_teacher_forced": Due(highest=1)})
+    dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
+        {"rouge_l_teacher_forced": Due(highest=1, better=HIGHEST)}
+    )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:
         decode = outputs.decode
@@ -132,7 +136,11 @@ class Classification(Scorer):
 
     reads_labels: ClassVar[bool] = True
     dues: ClassVar[Mapping[str, Due]] = MappingProxyType(
-        {"loss": Due(), "accuracy": Due(highest=1), "macro_f1": Due(highest=1)}
+        {
+            "loss": Due(better=LOWEST),
+            "accuracy": Due(highest=1, better=HIGHEST),
+            "macro_f1": Due(highest=1, better=HIGHEST),
+        }
     )
 
     def score(self, outputs: Outputs) -> Mapping[str, Metric]:

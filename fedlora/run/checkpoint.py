@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def save(
     *,
     config_hash: str = "",
     extra: Mapping[str, Any] | None = None,
+    also: Collection[int] = (),
 ) -> Path:
     """Write the state after a round, then remove what is no longer kept.
 
@@ -122,6 +123,7 @@ def save(
         keep: how many checkpoints to keep; 0: all.
         config_hash: hash of the run's configuration; a resumed run must have the same.
         extra: plain values for JSON that belong to the state.
+        also: earlier rounds whose checkpoints are kept beside the last ones.
 
     Returns:
         ``<folder>/round_<round>``.
@@ -142,7 +144,7 @@ def save(
     with whole_folder(target) as draft:
         (draft / "state.safetensors").write_bytes(blob)
         (draft / "meta.json").write_bytes(json.dumps(sealed(meta), indent=1).encode())
-    _forget(folder, round, keep)
+    _forget(folder, round, keep, also)
     return target
 
 
@@ -197,6 +199,16 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
+def of_round(folder: Path, round: int) -> Checkpoint | None:
+    """The checkpoint of one round; None if it is not kept.
+
+    Raises:
+        CheckpointError: if it cannot be read.
+    """
+    path = dict(_saved(folder)).get(round)
+    return load(path) if path else None
+
+
 def saved_rounds(folder: Path) -> list[int]:
     """Rounds of which there is a checkpoint, ascending; whether it can be read is not looked at."""
     return sorted(number for number, _ in _saved(folder))
@@ -209,11 +221,13 @@ def _saved(folder: Path) -> Iterator[tuple[int, Path]]:
             yield int(match[1]), path
 
 
-def _forget(folder: Path, newest: int, keep: int) -> None:
-    """Remove all but the last ``keep`` checkpoints up to ``newest``, and all later ones."""
+def _forget(folder: Path, newest: int, keep: int, also: Collection[int]) -> None:
+    """Remove all but the last ``keep`` checkpoints up to ``newest`` and those named, and all later
+    ones."""
     saved = sorted(_saved(folder))
-    past = [path for number, path in saved if number <= newest]
-    for path in [*(p for n, p in saved if n > newest), *(past[:-keep] if keep else ())]:
+    past = [(number, path) for number, path in saved if number <= newest]
+    old = [path for number, path in (past[:-keep] if keep else ()) if number not in also]
+    for path in [*(p for n, p in saved if n > newest), *old]:
         shutil.rmtree(path, ignore_errors=True)
 
 

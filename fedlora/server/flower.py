@@ -90,6 +90,8 @@ class FederatedRun:
         if session.evaluation_missing():
             self._evaluate(session.done, delivery)
         for round in range(session.done + 1, session.rounds.rounds + 1):
+            if session.stopped():
+                break
             self._train(round, delivery)
             self._evaluate(round, delivery)
 

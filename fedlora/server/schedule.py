@@ -3,9 +3,12 @@
 from dataclasses import dataclass, field, replace
 
 from fedlora.core.checks import MOST_THREADS, at_least, distinct, fraction, one_of, within
+from fedlora.core.metric import HIGHEST, LOWEST
 from fedlora.core.types import EvaluatePlan, LocalPlan
 from fedlora.server.norm_bound import COHORT, OFF
 from fedlora.wire.codec import ROUNDING, WIRE_BYTES
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,19 @@ class Rounds:
     """Seconds that a worker has for one message, before its clients are dropped from the round."""
     keep: int = 3
     """Checkpoints kept."""
+    patience: int = 0
+    """The run stops after so many evaluations in a row that have not improved; 0: it does not."""
+    min_delta: float = 0.0
+    """An evaluation improves if it is better by more than this than the last one that did."""
+    watch: str = AUTO
+    """Which metric of ``metrics.jsonl`` decides; ``auto``: the loss of all responses (of a
+    classifier: of all labels) together."""
+    watch_group: str = AUTO
+    """Of which of `EvaluationSchedule.groups`; ``auto``: the first."""
+    watch_adapter: str = AUTO
+    """With which of `EvaluationSchedule.adapters`; ``auto``: the first."""
+    better: str = AUTO
+    """Whether ``lowest`` or ``highest`` values are better; ``auto``: as the metric says."""
     threads: int = 1
     """Intra-op threads of the server's linear algebra. More are faster on large layers; the
     last bits of results depend on it, so it does not follow the machine."""
@@ -103,6 +119,9 @@ class Rounds:
         at_least("clients_per_message", self.clients_per_message, 0)
         at_least("timeout_s", self.timeout_s, 0, strict=True)
         at_least("keep", self.keep, 1)
+        at_least("patience", self.patience, 0)
+        at_least("min_delta", self.min_delta, 0)
+        one_of("better", self.better, (AUTO, LOWEST, HIGHEST))
         within("threads", self.threads, 1, MOST_THREADS)
         one_of("wire", self.wire, WIRE_BYTES)
         if self.error_feedback and self.wire not in ROUNDING:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.algebra.state import State
-from fedlora.core.errors import RunError
+from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
     EvaluateJob,
@@ -31,6 +31,7 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import NUMERICAL, combine, unusable
+from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
     evaluation_record,
@@ -89,6 +90,8 @@ class Session:
     """Applied to accepted changes before they are averaged; empty: none."""
     store: TokenStore | None = None
     """What clients hold: what they say of it is compared with it; None: it is not known."""
+    watch: Watch | None = None
+    """What ends the run early; None: nothing does."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -143,6 +146,58 @@ class Session:
         records = read_jsonl(self.folder / "metrics.jsonl")
         mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
         return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+
+    # --- early stopping -----------------------------------------------------------------------
+
+    def stopped(self) -> str:
+        """The sentence with which the run ends before its last round; empty: it goes on.
+
+        Raises:
+            RunError: if evaluations do not report what is watched.
+        """
+        if self.watch is None or self.done >= self.rounds.rounds:
+            return ""
+        return stopped(self.standing(self.watch), self.watch)
+
+    def standing(self, watch: Watch) -> Standing:
+        """How the run stands by the evaluations on record.
+
+        One that the present schedule does not ask for does not count: it followed what was once the
+        last round.
+
+        Raises:
+            RunError: if evaluations do not report what is watched.
+        """
+        records = [
+            r
+            for r in read_jsonl(self.folder / "metrics.jsonl")
+            if r["round"] <= self.done and self.schedule.due(r["round"], self.rounds.rounds)
+        ]
+        try:
+            return standing(watched_values(records, watch), watch)
+        except ValueError as error:
+            raise RunError(f"{error}. {self.safe()}") from error
+
+    def best(self, ranks: Ranks | None = None) -> tuple[int, Payload] | None:
+        """The round with the best evaluation, and the global update after it; None: nothing is
+        watched or was measured, or that round's checkpoint is gone or cannot be read (which is
+        said)."""
+        found = self.standing(self.watch) if self.watch else Standing()
+        if found.best is None:
+            return None
+        round = found.best_round
+        if round in (0, self.done):
+            state = self.state if round else self.method.init_state(self.setting)
+            return round, self.global_payload(ranks, state)
+        try:
+            saved = checkpoint.of_round(self.folder / "checkpoints", round)
+        except CheckpointError as error:
+            self.emit(f"best/ is not written: {error}")
+            return None
+        if saved is None:
+            self.emit(f"best/ is not written: the checkpoint of round {round} is no longer kept")
+            return None
+        return round, self.global_payload(ranks, dict(saved.state))
 
     def safe(self) -> str:
         """A sentence about the completed rounds, for messages."""
@@ -289,6 +344,7 @@ class Session:
             self.rounds.keep,
             config_hash=self.config_hash,
             extra={CLIENT_STATE: index} if index else {},
+            also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])
         self.done = current.round
@@ -297,9 +353,11 @@ class Session:
 
     # --- evaluation ---------------------------------------------------------------------------
 
-    def global_payload(self, ranks: Ranks | None = None) -> Payload:
-        """The global model's update (`Method.global_update`) as a payload."""
-        return self.method.technique.payload(self.method.global_update(self.state, ranks))
+    def global_payload(self, ranks: Ranks | None = None, state: State | None = None) -> Payload:
+        """The global model's update (`Method.global_update`) as a payload; of the present state
+        unless another is given."""
+        update = self.method.global_update(self.state if state is None else state, ranks)
+        return self.method.technique.payload(update)
 
     def evaluate_cohorts(self, round: int) -> list[tuple[str, list[EvaluateJob]]]:
         """Tagged batches of evaluation jobs after this round; empty if no evaluation is due."""

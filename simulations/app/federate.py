@@ -15,6 +15,7 @@ from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
 from fedlora.core.source_hash import source_hash
 from fedlora.models.export import remove_exports
+from fedlora.models.spec import ModelSpec
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
@@ -22,7 +23,7 @@ from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
-from simulations.app.export import export
+from simulations.app.export import BEST, export
 from simulations.app.identity import changed
 from simulations.app.inputs import RunInputs, as_it_began, headline, method_of, prepare_inputs
 from simulations.app.parts import Parts, build_parts
@@ -78,11 +79,12 @@ def run(
                     source=source_hash(),
                     journal=folder / UNDER_WAY if watched else None,
                 )
-                if session.done < session.rounds.rounds or session.evaluation_missing():
+                if session.evaluation_missing() or not over(session):
                     emit("starting rounds: workers load the model")
                     federated.start(grid_of(parts))
-                payload = session.global_payload(session.setting.max_ranks)
-                export(payload, folder, inputs.worker.model, parts.client.dropout, emit)
+                if end := session.stopped():
+                    emit(end)
+                export_end(session, inputs.worker.model, parts.client.dropout)
             if trackers.lost:
                 raise RunError(
                     f"all {session.done} rounds are complete in {folder}, and tracking missed some "
@@ -121,10 +123,25 @@ def new_session(
             audit=audit,
             postprocess=parts.postprocess,
             store=inputs.store,
+            watch=parts.watch,
             emit=emit,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def over(session: Session) -> bool:
+    """Whether no round is left to do."""
+    return session.done >= session.rounds.rounds or bool(session.stopped())
+
+
+def export_end(session: Session, model: ModelSpec, dropout: float) -> None:
+    """Export the state after the last round and, where evaluations decide, after the best one."""
+    ranks, folder = session.setting.max_ranks, session.folder
+    export(session.global_payload(ranks), folder, model, dropout, session.emit)
+    if best := session.best(ranks):
+        round, payload = best
+        export(payload, folder, model, dropout, session.emit, best=round)
 
 
 def resume(session: Session, parts: Parts, inputs: RunInputs) -> None:
@@ -146,7 +163,8 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
     """Write the first files of the run, and open its trackers and return them."""
     folder, roster = session.folder, session.roster
     if session.done < session.rounds.rounds:
-        remove_exports(folder)  # of the end that a continued run had before
+        for place in (folder, folder / BEST):  # of the end that a continued run had before
+            remove_exports(place)
     write_start(parts, inputs, folder)
     session.tracker = trackers = track(parts.tracking, folder, parts.name, session.done or -1)
     if lost := missing_rounds(folder / "metrics.jsonl", session.done):
@@ -154,6 +172,8 @@ def open_session(session: Session, parts: Parts, inputs: RunInputs) -> Trackers:
             f"metrics.jsonl has no record of {_listed(lost)}: reports lack them; the state of the "
             f"run, from the checkpoint of round {session.done}, does not depend on records"
         )
+        if session.watch:
+            session.emit("early stopping counts the evaluations that metrics.jsonl still has")
     about = {"environment": environment(), "clients_by_rank": roster.rank_counts()}
     trackers.config(parts.resolved | about)
     if inputs.pruned is not None and not session.done:

@@ -18,7 +18,10 @@ LABELS = "labels.json"
 VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
 """Keys that may change between a run and its continuation: results do not depend on them."""
 ELSEWHERE = {
-    "federation": ("rounds", "timeout_s", "keep", "clients_per_message"),
+    "federation": (
+        *("rounds", "timeout_s", "keep", "clients_per_message"),
+        *("patience", "min_delta", "watch", "watch_group", "watch_adapter", "better"),
+    ),
     "data": ("path",),
     "model": ("path",),
 }

@@ -13,11 +13,13 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.data.source import Source
 from fedlora.engine.base import EngineSpec
+from fedlora.evaluation.scorers import scorers_of
 from fedlora.models.head import AVERAGED, FROZEN, LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
+from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
@@ -55,6 +57,21 @@ class Parts:
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
+    @property
+    def watch(self) -> Watch | None:
+        """What ends the run early; None: nothing does.
+
+        Raises:
+            ConfigError: if no evaluation reports it.
+        """
+        classifies = self.model.classifies
+        scorers = scorers_of(self.evaluate.plan, classifies)
+        loss = "loss_weighted" if classifies else "loss_response_weighted"
+        try:
+            return watch_of(self.federation, self.evaluate, scorers, loss)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
     def hash(self, data: str, model: str) -> str:
         """Identity of everything that results depend on (`simulations.app.identity.run_hash`)."""
         return run_hash(self.resolved, data, model)
@@ -77,6 +94,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    _ = parts.watch  # refuses what no evaluation reports
     try:
         parts.tracking.check(parts.name)
     except ValueError as error:

@@ -111,7 +111,7 @@ def status_file(folder: Path, session: Session) -> Iterator[None]:
         with suppress(OSError):  # a full disk is told by the error itself
             write_status(folder, FAILED, session.done, error)
         raise
-    write_status(folder, COMPLETED, session.done)
+    write_status(folder, COMPLETED, session.done, said=session.stopped())
 
 
 def _write_json(path: Path, value: object) -> None:

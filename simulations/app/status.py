@@ -11,12 +11,24 @@ RUNNING, COMPLETED, FAILED = "running", "completed", "failed"
 
 
 def write_status(
-    folder: Path, status: str, rounds_done: int, error: BaseException | None = None
+    folder: Path,
+    status: str,
+    rounds_done: int,
+    error: BaseException | None = None,
+    said: str = "",
 ) -> None:
-    """Write the file."""
+    """Write the file.
+
+    Args:
+        folder: the run folder.
+        status: one of those above.
+        rounds_done: complete rounds.
+        error: why the run failed.
+        said: a sentence on how it ended without one.
+    """
     kind = type(error).__name__ if error else ""
     value = {"status": status, "rounds_done": rounds_done, "kind": kind}
-    value["message"] = (str(error) or kind) if error else ""
+    value["message"] = (str(error) or kind) if error else said
     write_file(folder / FILE, json.dumps(value, indent=1) + "\n")
 
 

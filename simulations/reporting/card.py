@@ -1,6 +1,7 @@
 """Model cards: the README.md beside exported weights, with front matter in the hub's format."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,24 @@ _OURS = """\
 """
 
 
-def adapter_card(folder: Path, payload: Payload, found: ReadBack | None) -> str:
+def adapter_card(
+    folder: Path, payload: Payload, found: ReadBack | None, last: int | None = None
+) -> str:
     """The card of a run's exported payload.
 
     Args:
         folder: the run's folder.
         payload: that was exported.
         found: what reading it back by another program has shown; None: there is no such program.
+        last: the round that the payload is of; None: the run's last.
     """
     run = read_run(folder)
+    if last is not None:
+        run = replace(
+            run,
+            rounds=[r for r in run.rounds if r["round"] <= last],
+            evaluations=[r for r in run.evaluations if r["round"] <= last],
+        )
     base, labels = run.model.get("hub_id") or "<its base model>", _labels(run)
     text = _PEFT_CLASSIFIER if labels else _PEFT
     use = _OURS if found is None else text.format(base=base, labels=len(labels))

@@ -78,6 +78,7 @@ def run_page(run: Run) -> dict[str, Any]:
         "name": run.name,
         "facts": run_tables.facts(run),
         "message": str(run.status.get("message", "")),
+        "failed": not run_tables.ended_early(run),
         "tiles": run_tables.tiles(run),
         "learning": _section(
             "Learning",

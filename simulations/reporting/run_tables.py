@@ -101,7 +101,8 @@ def tiles(run: Run) -> list[Tile]:
     """The large values at the top of a run's page."""
     t = totals(run)
     planned = run.config.get("rounds")
-    shown = [("rounds", f"{t['rounds']}" + (f" of {planned}" if planned else ""), "")]
+    early = "stopped early" if ended_early(run) else ""
+    shown = [("rounds", f"{t['rounds']}" + (f" of {planned}" if planned else ""), early)]
     if "loss" in t:
         shown.append(("training loss", f"{t['loss']:.3f}", f"{t['first_loss']:.3f} in round 1"))
     if "evaluated" in t:
@@ -121,6 +122,12 @@ def tiles(run: Run) -> list[Tile]:
         rate = t["clients"] / t["seconds"] if t["seconds"] else 0.0
         shown.append(("time", clock(t["seconds"]), f"{rate:.1f} clients/s, all included"))
     return [Tile(*tile) for tile in shown]
+
+
+def ended_early(run: Run) -> str:
+    """The sentence with which a complete run ended before its last round; empty: it did not."""
+    message = str(run.status.get("message", ""))
+    return message if run.status.get("status") == "completed" else ""
 
 
 def facts(run: Run) -> Iterator[Fact]:
