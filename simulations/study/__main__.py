@@ -24,6 +24,8 @@ from simulations.reporting.run_folder import RecordError
 from simulations.run import INTERRUPTED, interrupts
 from simulations.study.analysis import analyse
 from simulations.study.board import Board
+from simulations.study.figures import FIGURES, all_figures, pdf
+from simulations.study.page import PAGE, report_html
 from simulations.study.plan import Planned, command, plan, write_plan
 from simulations.study.results import PARQUET, check_metrics, recorded, write_parquet
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
@@ -72,7 +74,7 @@ def _done(study: Study, runs: Sequence[Planned], folder: Path, jobs: int, start:
 
 
 def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> None:
-    """Write results.parquet and the tables from the complete runs.
+    """Write results.parquet, tables, figures and report.html from the complete runs.
 
     Raises:
         ConfigError: if the study asks for a metric that no evaluation has.
@@ -88,6 +90,13 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
     analysis = analyse(study, runs)
     for name, text_of in WRITERS.items():
         write_file(folder / name, text_of(study, analysis))
+    figures = list(all_figures(study, runs, analysis))
+    (folder / FIGURES).mkdir(exist_ok=True)
+    for old in (folder / FIGURES).glob("*.pdf"):
+        old.unlink()
+    for name, figure in figures:
+        write_file(folder / FIGURES / f"{name}.pdf", pdf(figure))
+    write_file(folder / PAGE, report_html(study, analysis, figures))
 
 
 def _listed(runs: Sequence[Planned], folder: Path) -> int:

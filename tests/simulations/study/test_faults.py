@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from simulations.study import analysis, runner, spec, statistics
+from simulations.study import analysis, page, runner, spec, statistics
 from tests.planted import planted
 from tests.simulations.study import test_results, test_runner, test_statistics
 from tests.simulations.study.test_plan import (
@@ -40,6 +40,8 @@ RECORDED = [
      test_results.test_lines_are_means_and_paired_differences_of_the_records),
     (statistics.rank, "len(blocks) - n)", "0)",
      test_results.test_a_missing_run_is_said_and_its_seed_is_no_pair),
+    (page.themed, "f'id=\"{prefix}-'", "'id=\"'",
+     test_results.test_the_page_stands_alone_and_has_every_line),
 ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ import csv
 import json
 import re
 from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
 
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ from simulations.study.plan import Planned
 from simulations.study.results import recorded
 from simulations.study.runner import progress_of
 from simulations.study.spec import parse
-from simulations.study.tables import tex
+from simulations.study.tables import table_csv, table_md, table_tex, tex
 
 MIB = 2**20
 SPEC = {
@@ -61,16 +63,21 @@ def folder(tmp_path):
     return study, runs, tmp_path
 
 
+def written(folder):
+    study, runs, place = folder
+    write_results(study, progress_of(runs, place), place)
+    return analysed(folder)
+
+
 def analysed(folder):
     study, runs, place = folder
     standing = progress_of(runs, place)
-    write_results(study, standing, place)
     found = [recorded(one.run, one.folder) for one in standing if one.state.name == "DONE"]
     return analyse(study, found)
 
 
 def test_every_evaluation_is_a_row_with_its_costs(folder):
-    analysed(folder)
+    written(folder)
     table = pq.read_table(folder[2] / "results.parquet")
     assert table.column_names[:8] == [
         "method", "ranks", "seed", "run", "group", "adapter", "round", "bytes",
@@ -115,7 +122,7 @@ def test_a_missing_run_is_said_and_its_seed_is_no_pair(folder):
     ranking = analysis.rankings["loss"]
     assert (ranking.blocks, ranking.left_out) == (5, 1)
     assert ranking.ranks == {"fe_dit": 2.0, "50%": 1.0}
-    text = (folder[2] / "table.md").read_text()
+    text = table_md(folder[0], analysis)
     assert "- method 50%, ranks normal: no complete run of seed 2" in text
     assert "accuracy, rounds to 0.55: not in seed 0, 1, 2" in text
     assert "1 left out because a run is missing" in text
@@ -123,21 +130,20 @@ def test_a_missing_run_is_said_and_its_seed_is_no_pair(folder):
 
 def test_tables_are_well_formed_and_say_the_same(folder):
     analysis = analysed(folder)
-    rows = list(csv.DictReader((folder[2] / "table.csv").read_text().splitlines()))
+    rows = list(csv.DictReader(table_csv(folder[0], analysis).splitlines()))
     assert len(rows) == len(analysis.lines)
     for row, line in zip(rows, analysis.lines, strict=True):
         mean = float(row["mean"]) if row["mean"] else None
         assert mean == (line.estimate.mean if line.estimate else None)
         assert row["method"] == dict(line.cell)["method"]
-    blocks = (folder[2] / "table.md").read_text().split("\n\n")
+    blocks = table_md(folder[0], analysis).split("\n\n")
     for block in blocks:
         assert len({line.count("|") for line in block.splitlines() if line[:1] == "|"}) <= 1
     assert "| 50% | uniform | 3 of 3 | 0.610 [0.585, 0.635] |" in "\n".join(blocks)
 
 
 def test_the_latex_table_is_balanced(folder):
-    analysed(folder)
-    text = (folder[2] / "table.tex").read_text()
+    text = table_tex(folder[0], analysed(folder))
     begun = Counter(re.findall(r"\\begin\{(\w+)\}", text))
     assert begun == Counter(re.findall(r"\\end\{(\w+)\}", text)) == Counter(["tabular"])
     assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1] * 3
@@ -187,3 +193,66 @@ def test_mistakes_of_the_statistics_are_one_sentence(change, said):
     with pytest.raises(ConfigError) as error:
         parse("mine", SPEC | change)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------- page and figures
+
+
+class Page(HTMLParser):
+    """What a page has: elements, ids, addresses, text of the results' cells."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.ids, self.used, self.keys = Counter(), [], [], set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        at = dict(attrs)
+        self.tags[tag] += 1
+        if tag not in ("meta", "input", "br"):
+            self.open.append(tag)
+        self.ids += [at["id"]] if "id" in at else []
+        self.used |= {v for k, v in attrs if k in ("href", "xlink:href", "src")}
+        self.used |= {v[4:-1] for v in at.values() if v and v.startswith("url(")}
+        self.keys += [at["data-key"]] if "data-key" in at else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag):
+        if self.open and tag not in ("meta", "input", "br"):
+            assert self.open.pop() == tag
+
+
+def test_the_page_stands_alone_and_has_every_line(folder):
+    analysis = written(folder)
+    text = (folder[2] / "report.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert len(page.ids) == len(set(page.ids)) and page.used
+    assert {used.removeprefix("#") for used in page.used} <= set(page.ids)
+    assert len(page.keys) == len(analysis.lines) * 9
+    means = page.keys[5::9]
+    assert means == [str(x.estimate.mean) if x.estimate else "" for x in analysis.lines]
+    figures = sorted(f.stem for f in (folder[2] / "figures").glob("*.pdf"))
+    # for each metric the final values, and three costs in two settings
+    assert len(figures) == page.tags["svg"] == 2 * (1 + 3 * 2)
+    assert "no complete run of seed 2" in text and "prefers-color-scheme: dark" in text
+    assert not re.search(r"(?:#ffffff|#000000)\b(?![^<]*</style>)", text.partition("<svg")[2])
+
+
+def test_the_page_escapes_what_was_recorded(folder):
+    study, runs, place = folder
+    odd = replace(study, name="<b>&")
+    write_results(odd, progress_of(runs, place), place)
+    text = (place / "report.html").read_text()
+    assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
+
+
+def test_files_are_the_same_for_the_same_records(folder):
+    written(folder)
+    names = ["report.html", "table.md", "results.parquet", "figures/accuracy-final.pdf"]
+    before = [(folder[2] / name).read_bytes() for name in names]
+    written(folder)
+    assert [(folder[2] / name).read_bytes() for name in names] == before

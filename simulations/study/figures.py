@@ -1,0 +1,137 @@
+"""The figures of a study: curves with bands over seeds, and final values with their intervals.
+
+Colours are those of `simulations.reporting.drawing`, which people with any kind of colour vision
+tell apart; levels beyond them differ in the style of their lines.
+"""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from simulations.reporting.drawing import COLOURS, by_round, framed
+from simulations.study.analysis import FINAL, Analysis, Quantity
+from simulations.study.plan import label
+from simulations.study.results import COSTS, Recorded
+from simulations.study.spec import Cell, Study
+from simulations.study.statistics import estimate
+
+FIGURES = "figures"
+"""Their folder."""
+STYLES = ("-", "--", ":", "-.")
+_AXES = {"bytes": "MiB sent and received, all clients", "seconds": "seconds"}
+
+
+def all_figures(
+    study: Study, runs: Sequence[Recorded], analysis: Analysis
+) -> Iterator[tuple[str, Figure]]:
+    """File names without ending, and figures: for each metric and setting the curves over each
+    cost, and for each metric the final values."""
+    for metric in study.metrics:
+        name = metric.replace("/", "_")
+        yield f"{name}-final", final(study, metric, analysis)
+        for number, (setting, cells) in enumerate(settings(study).items()):
+            for cost in COSTS:
+                title = f"{metric}: {label(setting)}" if setting else metric
+                figure = curves(title, cost, metric, cells, runs)
+                if figure is not None:
+                    yield f"{name}-by-{cost}-{number}", figure
+
+
+def settings(study: Study) -> dict[Cell, dict[str, Cell]]:
+    """By setting of the other axes: the levels of the compared axis with their cells. Without a
+    reference all cells are compared in one setting."""
+    found: dict[Cell, dict[str, Cell]] = {}
+    for cell in study.cells():
+        if study.compared is None:
+            found.setdefault((), {})[", ".join(level for _, level in cell)] = cell
+            continue
+        rest = tuple(pair for pair in cell if pair[0] != study.compared)
+        found.setdefault(rest, {})[dict(cell)[study.compared]] = cell
+    return found
+
+
+def pen(index: int) -> dict[str, Any]:
+    """Colour and style of the i-th level."""
+    style = STYLES[index // len(COLOURS) % len(STYLES)]
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
+
+
+def curves(
+    title: str, cost: str, metric: str, cells: Mapping[str, Cell], runs: Sequence[Recorded]
+) -> Figure | None:
+    """Mean over seeds by cost, with the interval as a band; None if there is nothing to draw.
+
+    Evaluations are averaged round by round, over the seeds that have the round; so are their costs.
+    """
+    found = {name: _points(cost, metric, cell, runs) for name, cell in cells.items()}
+    if not any(found.values()):
+        return None
+
+    def draw(ax: Axes) -> None:
+        for index, (name, points) in enumerate(found.items()):
+            if points:
+                x, y, low, high = zip(*points, strict=True)
+                ax.plot(x, y, label=name, marker="o" if len(x) <= 30 else "", **pen(index))
+                ax.fill_between(x, low, high, color=pen(index)["color"], alpha=0.15, linewidth=0)
+        if cost == "round":
+            by_round(ax, title, metric)
+            return
+        ax.set_title(title)
+        ax.set_xlabel(_AXES[cost])
+        ax.set_ylabel(metric)
+
+    return framed(draw)
+
+
+def _points(
+    cost: str, metric: str, cell: Cell, runs: Sequence[Recorded]
+) -> list[tuple[float, float, float, float]]:
+    """Mean cost, mean, low and high end of the interval, round by round."""
+    by_round_: dict[float, dict[int, tuple[float, float]]] = {}
+    for one in runs:
+        if one.run.cell == cell:
+            rounds, values = one.curve("round", metric)
+            costs, _ = one.curve(cost, metric)
+            for at, c, v in zip(rounds, costs, values, strict=True):
+                by_round_.setdefault(at, {})[one.run.seed] = (c, v)
+    scale = 2**20 if cost == "bytes" else 1
+    points = []
+    for _, pairs in sorted(by_round_.items()):
+        got = estimate({seed: v for seed, (_, v) in pairs.items()})
+        spent = estimate({seed: c / scale for seed, (c, _) in pairs.items()}).mean
+        low = got.mean if got.low is None else got.low
+        points.append((spent, got.mean, low, got.mean if got.high is None else got.high))
+    return points
+
+
+def final(study: Study, metric: str, analysis: Analysis) -> Figure:
+    """A row for each cell: the mean at the end with its interval."""
+    lines = [line for line in analysis.lines if line.quantity == Quantity(metric, FINAL)]
+    levels = list(study.axes[study.compared]) if study.compared else []
+
+    def draw(ax: Axes) -> None:
+        for row, line in enumerate(lines):
+            if line.estimate is None:
+                continue
+            mean, low, high = line.estimate.mean, line.estimate.low, line.estimate.high
+            level = dict(line.cell).get(study.compared or "")
+            colour = pen(levels.index(level) if level in levels else 0)["color"]
+            ax.plot([mean], [row], "o", color=colour)
+            if low is not None and high is not None:
+                ax.plot([low, high], [row, row], "-", color=colour)
+        ax.set_yticks(range(len(lines)), [", ".join(at for _, at in o.cell) for o in lines])
+        ax.set_ylim(len(lines) - 0.5, -0.5)
+        ax.set_title(f"{metric} at the end")
+        ax.set_xlabel("mean and 95 % interval over seeds")
+
+    return framed(draw, height=max(2.0, 0.9 + 0.28 * len(lines)))
+
+
+def pdf(figure: Figure) -> bytes:
+    """A figure as PDF, with the same bytes for the same records."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="pdf", metadata={"CreationDate": None})
+    return buffer.getvalue()
