@@ -208,6 +208,10 @@ class FedDyn(DriftCorrected):
             after[f"{GLOBAL}{name}"] = after[f"{GLOBAL}{name}"] - h / self.strength
         return after
 
+    @property
+    def beyond_average(self) -> str:
+        return "its server subtracts h / a from the average"
+
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
         """Those of the factors: the client has ``g_k``."""
         return changed_bytes(job.start, "ab", wire)

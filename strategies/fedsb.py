@@ -12,10 +12,12 @@ arXiv:2502.15436. RAVAN has several, its heads, each with a gain that trains bes
 Federated Fine-Tuning", arXiv:2506.05568.
 
 U and V are orthonormal and follow from the run's seed, so they are never sent; ``R = 0``, which has
-a gradient, ``s Uᵀ G Vᵀ``. Fed-SB's code takes U, R and V from the SVD of a gradient instead, which
-it computes from the pooled data of all clients: a run here has no such data, and an exchange of
-dense gradients costs as much as many rounds of cores. `adopt` begins at a given update, as far as
-the spans of U and V hold it.
+a gradient, ``s Uᵀ G Vᵀ``. Fed-SB's code takes U, R and V from the SVD of a gradient's signs
+instead, which it computes from the pooled data of all clients: a run here has no such data, and an
+exchange of dense gradients costs as much as many rounds of cores. Its federated form is a first
+stage of SLoRA with ``density=1.0``, after which ``bases=svd`` begins at the leading directions of
+what the clients have learnt together (the first step of AdamW is a gradient's signs); U and V are
+then sent to each client once.
 
 The papers have one rank for all. Here a client of rank ``r`` has the leading block of the core:
 whole heads, and a part of one where its rank ends.
@@ -54,12 +56,14 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.server.method import Setup
+from fedlora.server.missed import NOTHING, SEEN, first_seen, next_seen, seen_by
 from fedlora.techniques.cores.payload import Core, CorePayload, blocks_in, fixed, named
 from fedlora.techniques.lora.technique import LoRA
-from fedlora.wire.codec import payload_bytes
+from fedlora.wire.codec import payload_bytes, update_bytes
 from strategies.base import LoRAStrategy
 
 GLOBAL, SERVER, NEST, SIZE = "global/", "server/", "nest", "size"
+SEED, SVD = "seed", "svd"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -76,6 +80,9 @@ class FedSB(LoRAStrategy):
     weighting: str = "all"
     """The clients over which ``nest`` averages an entry of the core: ``all``, which is exact, or
     those ``covered`` by their rank."""
+    bases: str = SEED
+    """U and V of a run that goes on from an update (SLoRA; `adopt`): those of the ``seed``, or the
+    update's leading singular vectors (``svd``), as those of Fed-SB's code are a gradient's."""
     server_optimizer: ServerOptimizer = field(default_factory=NoServerOptimizer)
     """Acts on the core."""
 
@@ -84,6 +91,7 @@ class FedSB(LoRAStrategy):
         one_of("strategy.weights", self.weights, ("examples", "uniform"))
         one_of("strategy.heterogeneous", self.heterogeneous, (NEST, SMALLEST, REFUSE))
         one_of("strategy.weighting", self.weighting, WEIGHTINGS)
+        one_of("strategy.bases", self.bases, (SEED, SVD))
 
     def check(self, setup: Setup) -> None:
         super().check(setup)
@@ -117,7 +125,9 @@ class FedSB(LoRAStrategy):
             m.path: Core(m.d_out, m.d_in, zeros(ranks[m.path], self.heads)) for m in setting.modules
         }
         sizes = {f"{p}/{SIZE}": integers([c.d_out, c.d_in]) for p, c in cores.items()}
+        clients = len(setting.clients)
         return {
+            **(first_seen(clients, NOTHING) if self.bases == SVD else {}),
             "alpha": scalar(setting.alpha),
             "seed": integers(setting.seed),
             f"{GLOBAL}order": order(cores),
@@ -145,7 +155,7 @@ class FedSB(LoRAStrategy):
             for i, (name, block) in enumerate(named(path, core.blocks).items()):
                 owners = [(w, c[i]) for w, c in zip(p, changes, strict=True) if i < len(c)]
                 moved[name] = mean_block(owners, len(block), self.weighting)
-        return self._moved(state, moved)
+        return self._moved(state, moved, updates)
 
     @property
     def needs_updates(self) -> str:
@@ -169,7 +179,9 @@ class FedSB(LoRAStrategy):
         return found
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
-        return self._moved(state, {name: dense(x) / weight for name, x in total.items()})
+        """The state after a sum. A sum does not say which clients took part, so fixed factors that
+        do not follow from the seed count as not sent to them."""
+        return self._moved(state, {name: dense(x) / weight for name, x in total.items()}, ())
 
     def global_update(self, state: State, ranks: Ranks | None = None) -> Adapter:
         """``A = V`` and ``B = U R``, or what clients of these ranks hold of them."""
@@ -180,32 +192,48 @@ class FedSB(LoRAStrategy):
         return client_weights(updates, self.weights)
 
     def bytes_down(self, state: State, job: TrainJob, wire: str) -> int:
-        """The bytes of the core; of none, as long as it is the one that all begin with."""
-        if not any(bool(t.any()) for _, t in job.start.tensors()):
+        """The bytes of the core; of none, as long as it is the one that all begin with. Fixed
+        factors that do not follow from the seed are sent once."""
+        start = job.start
+        assert isinstance(start, CorePayload)
+        if not any(bool(t.any()) for _, t in start.tensors()):
             return 0
-        return payload_bytes(job.start, wire)
+        if start.bases is None or seen_by(state, job.client.id) == NOTHING:
+            return payload_bytes(start, wire)
+        return update_bytes(start, job.plan, wire)
 
     def adopt(self, state: State, delta: Mapping[str, Tensor]) -> State:
         """The state that begins at a dense update's projection on what the core can express: the
-        spans of U and V, head by head."""
-        alpha, begun = float(state["alpha"]), {}
+        spans of U and V, head by head. With ``bases=svd`` these are the update's own leading
+        directions, R is diagonal, and the start is the best approximation of its rank."""
+        alpha, begun, bases = float(state["alpha"]), dict[str, Core](), dict[str, Tensor]()
         for path, core in _cores(state).items():
             d = delta[path]
-            u, v = fixed(int(state["seed"]), path, core, d.dtype, d.device)
+            if self.bases == SVD:
+                left, _, right = torch.linalg.svd(d, full_matrices=False)
+                u, v = left[:, : core.rank].contiguous(), right[: core.rank].contiguous()
+                bases |= {f"{GLOBAL}{path}/u": u, f"{GLOBAL}{path}/v": v}
+            else:
+                u, v = fixed(int(state["seed"]), path, core, d.dtype, d.device)
             whole = u.T @ d @ v.T * (core.rank / alpha)  # [R, R]
             blocks, at = [], 0
             for n in core.sizes:
                 blocks.append(whole[at : at + n, at : at + n].clone())
                 at += n
             begun[path] = replace(core, blocks=tuple(blocks))
-        return dict(state) | self._begun(begun)
+        seen = first_seen(len(state[SEEN]), NOTHING) if self.bases == SVD else {}
+        return dict(state) | seen | bases | self._begun(begun)
 
     # --- pieces ---------------------------------------------------------------------------------
 
     def _payload(self, state: State, ranks: Ranks) -> CorePayload:
         cores = _cores(state)
         own = {path: leading(cores[path], r) for path, r in ranks.items()}
-        return CorePayload(own, float(state["alpha"]), int(state["seed"]), self.gains)
+        bases = None
+        if all(f"{GLOBAL}{path}/u" in state for path in own):
+            both = {path: [state[f"{GLOBAL}{path}/{n}"] for n in "uv"] for path in own}
+            bases = {p: (u[:, : ranks[p]], v[: ranks[p]]) for p, (u, v) in both.items()}
+        return CorePayload(own, float(state["alpha"]), int(state["seed"]), self.gains, bases)
 
     def _begun(self, cores: Mapping[str, Core]) -> dict[str, Tensor]:
         """The part of a state that begins at a global core."""
@@ -215,12 +243,21 @@ class FedSB(LoRAStrategy):
         memory = self.server_optimizer.init(packed)
         return prefixed(packed, GLOBAL) | prefixed(memory, SERVER)
 
-    def _moved(self, state: State, changes: Mapping[str, Tensor]) -> State:
-        """The state after a round in which blocks move by these changes."""
+    def _moved(
+        self, state: State, changes: Mapping[str, Tensor], updates: Sequence[Update]
+    ) -> State:
+        """The state after a round in which blocks move by these changes.
+
+        Args:
+            state: from which the round began.
+            changes: by the names of blocks.
+            updates: of the clients that took part, if they are known.
+        """
         old = {name: state[f"{GLOBAL}{name}"] for name in changes}
         mean = {name: t + changes[name] for name, t in old.items()}
         new, memory = self.server_optimizer.step(old, mean, under(state, SERVER))
-        return dict(state) | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
+        seen = next_seen(state, updates) if SEEN in state else {}
+        return dict(state) | seen | prefixed(new, GLOBAL) | prefixed(memory, SERVER)
 
 
 def _cores(state: State) -> dict[str, Core]:

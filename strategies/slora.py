@@ -179,6 +179,10 @@ class SLoRA(LoRAStrategy):
         return self.aggregator.inexact
 
     @property
+    def beyond_average(self) -> str:
+        return self.aggregator.beyond_average
+
+    @property
     def needs_updates(self) -> str:
         if self.stage1_rounds and self.sparse_average == "coverage":
             return (

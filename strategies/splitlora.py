@@ -245,6 +245,10 @@ class SplitLoRA(SplitConfig, LoRAStrategy):
         return self.aggregator.inexact
 
     @property
+    def beyond_average(self) -> str:
+        return self.aggregator.beyond_average
+
+    @property
     def needs_updates(self) -> str:
         if self.average_every:
             return (

@@ -96,7 +96,8 @@ def trained(payload: Payload | Adapter, seed: int, size: float = 1.0) -> Payload
     if isinstance(payload, MaskedScale):
         return _trained_scale(payload, moved)
     if isinstance(payload, CorePayload):
-        return with_tensors(payload, moved)
+        own = {n: moved(t) if "/core" in n else t for n, t in payload.tensors()}
+        return CorePayload.from_header(payload.header(), own)
     if isinstance(payload, Rebased):
         payload = payload.factors
     return LowRankPayload({p: Factors(moved(f.a), moved(f.b), f.alpha) for p, f in payload.items()})

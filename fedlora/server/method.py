@@ -263,6 +263,13 @@ class Method(ABC):
         return ""
 
     @property
+    def beyond_average(self) -> str:
+        """Why the server goes beyond what its clients average to, so that a client that is alone
+        does not get its own model back and clients that do not move may see the model move; empty:
+        it does not, and the laws of the contract hold the method to it."""
+        return ""
+
+    @property
     def needs_updates(self) -> str:
         """Why `aggregate` needs more than a sum of what clients add, and what to choose instead;
         empty: a sum is enough, and `adds` is never ``None``."""

@@ -74,7 +74,8 @@ def traffic(record: Mapping[str, Any]) -> str:
         when = equal["down_bytes"].values()
         wrong = sum(len(found[ranks]["wrong"]) for ranks in RANKS)
         count = sum(found[ranks]["client_rounds"] for ranks in RANKS)
-        verdict = f"{count - wrong} of {count}" if found["up"] else "no formula"
+        compared = sum(found[ranks]["compared"] for ranks in RANKS)
+        verdict = f"{compared - wrong} of {count}" if found["up"] else "no formula"
         formulas = [found[way] or "–" for way in ("up", "down")]
         if found["smallest"]:
             formulas[0] += "; r: the smallest"

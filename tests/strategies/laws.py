@@ -40,7 +40,6 @@ from fedlora.techniques.spp.technique import Scaling
 from fedlora.techniques.switchlora.technique import SwitchTraining
 from fedlora.wire.codec import encode_payload
 from strategies.base import LoRAStrategy
-from strategies.drift import FedDyn
 from tests.generators import (
     as_payload,
     dense,
@@ -1105,10 +1104,6 @@ def _shares(strategy: LoRAStrategy) -> str:
     return "" if strategy.shares else "its clients share nothing"
 
 
-def _averages(strategy: LoRAStrategy) -> str:
-    return "its server goes beyond the average" if isinstance(strategy, FedDyn) else ""
-
-
 def _any_share(strategy: LoRAStrategy) -> str:
     if not strategy.shares:
         return ""
@@ -1125,7 +1120,7 @@ def _no_share(strategy: LoRAStrategy) -> str:
 def _examples(strategy: LoRAStrategy) -> str:
     if strategy.private:
         return "the model of each of its clients is its own"
-    if reason := _averages(strategy):
+    if reason := strategy.beyond_average:
         return reason
     found = weights(strategy, round=1)
     return "" if found == "examples" else f"its weights={found} are not n_k"
@@ -1201,7 +1196,7 @@ def _forgets(strategy: LoRAStrategy) -> str:
     """Why clients of one rank lose a part of the model when nobody trains."""
     if _rule(strategy, "residual") == "drop" and _rule(strategy, "train") == "both":
         return "its residual=drop forgets what a client's rank cannot hold"
-    return _averages(strategy) or _stays(strategy)
+    return strategy.beyond_average or _stays(strategy)
 
 
 def _fades(strategy: LoRAStrategy) -> str:
@@ -1210,7 +1205,7 @@ def _fades(strategy: LoRAStrategy) -> str:
         return "its residual=drop forgets what a client's rank cannot hold"
     if _rule(strategy, "average") == "value":
         return "its average=value pads what a client's rank cannot hold with zeros"
-    return _averages(strategy) or _stays(strategy)
+    return strategy.beyond_average or _stays(strategy)
 
 
 def _rule(strategy: LoRAStrategy, option: str) -> str:
@@ -1259,7 +1254,7 @@ def _sums_and_stays(strategy: LoRAStrategy) -> str:
 
 
 ABOUT: Mapping[Law, Callable[[LoRAStrategy], str]] = {
-    a_lone_client_gets_its_update_back: lambda s: _whole(s) or _averages(s),
+    a_lone_client_gets_its_update_back: lambda s: _whole(s) or s.beyond_average,
     splitting_a_client_in_two_changes_nothing: _any_share,
     splitting_a_client_in_two_doubles_its_vote: _no_share,
     examples_are_what_is_averaged: _whole_examples,

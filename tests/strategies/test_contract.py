@@ -95,6 +95,10 @@ OPTIONS = [
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedex"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=lora_a2"],
     ["strategy=slora", "strategy.stage1_rounds=2", "strategy@strategy.aggregator=fedsb"],
+    [
+        *("strategy=slora", "strategy.stage1_rounds=2"),
+        *("strategy@strategy.aggregator=fedsb", "strategy.aggregator.bases=svd"),
+    ],
     ["strategy=spp", "strategy.merge_every=2"],
     ["strategy=spp", "strategy.mode=beta_only", "strategy.merge_every=1"],
     ["strategy=spp", "strategy.mode=stack"],

@@ -288,6 +288,56 @@ def test_slora_goes_on_with_it(rule: FedSB) -> None:
     assert not outer.plan(state, updates[0].client, PLAN).train_a
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_it_goes_on_from_the_leading_directions_of_an_update(heads: int) -> None:
+    """Fed-SB's first U, R and V: the best approximation, with R diagonal, at every rank."""
+    rule, population = FedSB(bases="svd", heads=heads), single_module_setting(9, 7, (2, 4))
+    state = rule.init_state(population)
+    delta = factors(9, 7, 6, seed=1).delta()
+    after = rule.adopt(state, {"w": delta})
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    for client, rank in zip(population.clients, (2, 4), strict=True):
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        start = rule.client_start(after, client)
+        close(dense(start)["w"], best, 1e-11)
+        core = torch.block_diag(*start.cores["w"].blocks)
+        close(core, torch.diag(torch.diagonal(core)), 1e-11)
+        close(dense(rule.global_update(after, client.ranks))["w"], best, 1e-11)
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+def test_directions_of_an_update_are_sent_to_each_client_once(wire: str) -> None:
+    rule, population = FedSB(bases="svd"), single_module_setting(9, 7, (3, 3, 3))
+    width = {"float32": 4, "bfloat16": 2}[wire]
+    core, both = width * 3**2, width * 3 * (9 + 7)
+    state = rule.adopt(rule.init_state(population), {"w": factors(9, 7, 6, seed=1).delta()})
+    for told in ([], [0], [0, 2], [0, 2]):
+        if told:
+            updates = cohort(rule, state, population, len(told))
+            state = rule.aggregate(state, [u for u in updates if u.client.id in told])
+        for client in population.clients:
+            due = core if client.id in told else core + both
+            asked = job(rule, state, client)
+            assert rule.bytes_down(state, asked, wire) == due
+            update = Update(client, asked.start, client.num_examples)
+            assert rule.bytes_up(state, update, asked.plan, wire) == core
+
+
+def test_a_federated_start_after_one_dense_stage() -> None:
+    """``strategy=slora`` of density 1: the best approximation of the clients' mean."""
+    rule = FedSB(bases="svd")
+    outer = SLoRA(stage1_rounds=1, density="1.0", aggregator=rule)
+    population = population_for(outer)
+    first, updates = after_rounds(outer, population, 1, 0)
+    state = outer.aggregate(first, updates)
+    p = normalize([u.num_examples for u in updates])
+    for path, d in dense(outer.global_update(state)).items():
+        mean = sum(w * dense(u.payload)[path] for w, u in zip(p, updates, strict=True))
+        rank = population.max_ranks[path]
+        u, s, v = torch.linalg.svd(mean, full_matrices=False)
+        close(d, (u[:, :rank] * s[:rank]) @ v[:rank], 1e-11)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -296,6 +346,7 @@ def test_slora_goes_on_with_it(rule: FedSB) -> None:
     [
         ({"heads": 0}, r"strategy\.heads=0 must be >= 1"),
         ({"heterogeneous": "covered"}, r"strategy\.heterogeneous='covered'"),
+        ({"bases": "gradient"}, r"strategy\.bases='gradient'"),
         ({"weighting": "owners"}, r"strategy\.weighting='owners'"),
         ({"weights": "sparsity"}, r"strategy\.weights='sparsity'"),
     ],

@@ -14,7 +14,14 @@ from fedlora.core.types import Adapter, Client, LocalPlan, Ranks, TrainJob, Upda
 from fedlora.techniques.cores.payload import Core, CorePayload
 from fedlora.wire.codec import payload_bytes
 from strategies.fedsb import FedSB
+from tests.planted import planted
 from tests.strategies.laws import LAWS, SINGLE, why_not
+from tests.strategies.test_fedsb import (
+    test_directions_of_an_update_are_sent_to_each_client_once as directions_are_sent_once,
+)
+from tests.strategies.test_fedsb import (
+    test_it_goes_on_from_the_leading_directions_of_an_update as leading_directions,
+)
 from tests.strategies.test_planted_faults import (
     first_counted_twice,
     never_loaded,
@@ -239,3 +246,22 @@ def test_rows_that_are_not_orthonormal_bend_the_norm_of_a_change(monkeypatch) ->
     )
     whole = float((two.low_rank()["w"].delta() - one.low_rank()["w"].delta()).norm())
     assert abs(two.change_norm(one) - whole) > 0.1 * whole
+
+
+STARTS = {
+    "fixed factors go to those who have them": (FedSB.bytes_down, "== NOTHING", "!= NOTHING"),
+    "who took part is forgotten": (FedSB._moved, "next_seen(state, updates)", "{}"),
+    "V is cut where U is": (FedSB.adopt, "right[: core.rank]", "right[-core.rank :]"),
+    "the scale of the first R is forgotten": (FedSB.adopt, "* (core.rank / alpha)", "* 1.0"),
+}
+
+
+@pytest.mark.parametrize("fault", STARTS)
+def test_a_planted_fault_of_the_other_start_is_caught(fault: str) -> None:
+    def laws() -> None:
+        directions_are_sent_once("float32")
+        leading_directions(1)
+
+    laws()
+    with planted(*STARTS[fault]), pytest.raises(AssertionError):
+        laws()

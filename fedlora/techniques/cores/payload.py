@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from fedlora.algebra.init import orthonormal_rows
 from fedlora.core.checks import real, wrong_names
 from fedlora.core.errors import ModelError
 from fedlora.core.payload import Parametrisation, Payload
-from fedlora.core.types import Adapter, Client, Expected, Factors
+from fedlora.core.types import Adapter, Client, Expected, Factors, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import LinearUpdate
 from fedlora.models.modules import ModelInfo, check_adapter
@@ -23,6 +23,8 @@ from fedlora.techniques.cores.layer import CoreLayer, core_of, gained
 from fedlora.techniques.lora.payload import LowRankPayload
 
 GAINS = "gains"
+Bases: TypeAlias = tuple[Tensor, Tensor]
+"""``U [d_out, r]`` and ``V [r, d_in]``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +66,18 @@ class CorePayload(Payload):
     """The run's: the fixed factors follow from it (`fixed`), so that they are not sent."""
     gains: bool = False
     """Whether clients train a gain beside each block (RAVAN); what they send are the products."""
+    bases: Mapping[str, Bases] | None = None
+    """``U [d_out, r]`` and ``V [r, d_in]`` of every module, orthonormal, where they do not follow
+    from the seed. Clients that have them are not sent them again."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """``<path>/core0``, ``<path>/core1``, ...: the blocks of every module."""
+        """``<path>/core0``, ``<path>/core1``, ...: the blocks of every module; then ``<path>/u``
+        and ``<path>/v``, if they do not follow from the seed."""
         for path, core in self.cores.items():
             yield from named(path, core.blocks).items()
+        for path, (u, v) in (self.bases or {}).items():
+            yield f"{path}/u", u
+            yield f"{path}/v", v
 
     def header(self) -> dict[str, Any]:
         """The scale, and what the fixed factors follow from."""
@@ -76,6 +85,7 @@ class CorePayload(Payload):
             "alpha": self.alpha,
             "seed": self.seed,
             "gains": self.gains,
+            "bases": self.bases is not None,
             "cores": {p: [c.d_out, c.d_in] for p, c in self.cores.items()},
         }
 
@@ -86,7 +96,13 @@ class CorePayload(Payload):
             path: Core(d_out, d_in, blocks_in(tensors, path))
             for path, (d_out, d_in) in header["cores"].items()
         }
-        return cls(cores, real("alpha", header["alpha"]), header["seed"], bool(header["gains"]))
+        bases = {p: (tensors[f"{p}/u"], tensors[f"{p}/v"]) for p in cores if header["bases"]}
+        alpha, gains = real("alpha", header["alpha"]), bool(header["gains"])
+        return cls(cores, alpha, header["seed"], gains, bases if header["bases"] else None)
+
+    def sent_floats(self, plan: LocalPlan) -> int:
+        """Those of the cores alone: what is fixed comes from the server."""
+        return sum(b.numel() for core in self.cores.values() for b in core.blocks)
 
     def check(self, sender: Client, expected: Expected) -> str:
         """Everything but the numbers is that of the start."""
@@ -96,7 +112,7 @@ class CorePayload(Payload):
         if wrong:
             return wrong
         mine, due = self.header(), start.header()
-        for name in ("alpha", "seed", "gains"):
+        for name in ("alpha", "seed", "gains", "bases"):
             if mine[name] != due[name]:
                 return f"{name} {mine[name]!r:.80}, expected {due[name]!r}"
         for path, core in self.cores.items():
@@ -109,6 +125,14 @@ class CorePayload(Payload):
             if not sender.ranks.get(path) == client.ranks[path] == core.rank:
                 stated, rank = sender.ranks.get(path), client.ranks[path]
                 return f"{path}: it states rank {stated}, and has {core.rank} of {rank}"
+        return self._wrong_bases(start)
+
+    def _wrong_bases(self, start: "CorePayload") -> str:
+        """Which fixed factor has changed that came with the start; empty: none."""
+        for path, own in (self.bases or {}).items():
+            for name, t, sent in zip("UV", own, (start.bases or {})[path], strict=True):
+                if t.shape != sent.shape or not torch.equal(t.float(), sent.float()):
+                    return f"{path}: its {name} has changed, which no round trains"
         return ""
 
     def change_norm(self, start: Payload) -> float:
@@ -135,7 +159,7 @@ class CorePayload(Payload):
         for path in model.layers:
             if path in self.cores:
                 core = self.cores[path]
-                u, v = fixed(self.seed, path, core, model.dtype, model.device)
+                u, v = self.fixed(path, model.dtype, model.device)
                 scale = self.alpha / core.rank
                 found[path] = CoreLayer(u, core.blocks, v, scale, self.gains, dropout)
         return found
@@ -150,6 +174,13 @@ class CorePayload(Payload):
             }
         )
 
+    def fixed(self, path: str, dtype: torch.dtype, device: torch.device) -> Bases:
+        """``U [d_out, r]`` and ``V [r, d_in]`` of a module, not to be written to."""
+        if self.bases is None:
+            return fixed(self.seed, path, self.cores[path], dtype, device)
+        u, v = self.bases[path]
+        return u.to(device, dtype), v.to(device, dtype)
+
     def low_rank(self) -> Adapter:
         """``A = V`` and ``B = U R``: what the cores are to those who do not train them."""
         return self._factors
@@ -159,13 +190,13 @@ class CorePayload(Payload):
         found = {}
         for path, core in self.cores.items():
             block = core.blocks[0]
-            u, v = fixed(self.seed, path, core, block.dtype, block.device)
+            u, v = self.fixed(path, block.dtype, block.device)
             found[path] = Factors(v.clone(), u @ core_of(core.blocks), self.alpha)
         return found
 
     def parametrisation(self, dtype: torch.dtype, device: torch.device) -> Parametrisation:
         """The blocks and the gains, and the factors that they make."""
-        bases = {p: fixed(self.seed, p, core, dtype, device) for p, core in self.cores.items()}
+        bases = {path: self.fixed(path, dtype, device) for path in self.cores}
         start: dict[str, Tensor] = {}
         for path, core in self.cores.items():
             start |= named(path, [b.to(device, dtype) for b in core.blocks])
@@ -218,9 +249,7 @@ class CorePayload(Payload):
         )
 
 
-def fixed(
-    seed: int, path: str, core: Core, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def fixed(seed: int, path: str, core: Core, dtype: torch.dtype, device: torch.device) -> Bases:
     """The fixed factors ``U [d_out, r]`` and ``V [r, d_in]`` of a module, not to be written to.
 
     Columns of U and rows of V are orthonormal, and those of a smaller rank are the first ones of a

@@ -10,11 +10,12 @@ arXiv:2403.12313 (FFA-LoRA); Chen et al., arXiv:2502.01755 (RoLoRA); Lee et al.,
 (FedSVD); Wang et al., arXiv:2409.05976 (FLoRA), whose stack a server that has merged it need not
 send beyond ``m n``; Singhal et al., arXiv:2410.09432 (FedEx-LoRA: a residual of rank ``(K - 1)
 r``); arXiv:2506.09199 (FLoRIST); Guo et al., arXiv:2410.01463 (FedSA-LoRA); Singhal et al.,
-arXiv:2502.15436 (Fed-SB); Karimireddy et al., arXiv:1910.06378 (SCAFFOLD: the control variate goes
-down and, by option II, not up); Acar et al., arXiv:2111.04263 (FedDyn); Babakniya et al.,
-arXiv:2308.06522 (SLoRA); Lu et al., arXiv:2405.16057 (SPP); Zhou et al., arXiv:2406.06564
-(SwitchLoRA); Lin et al., arXiv:2407.00952 (SplitLoRA). What follows from the run's seed is not
-sent. Nothing here calls the methods' own accounts: that is the point.
+arXiv:2502.15436 (Fed-SB); Raje et al., arXiv:2506.05568 (RAVAN); Koo et al., arXiv:2410.22815
+(LoRA-A²); Karimireddy et al., arXiv:1910.06378 (SCAFFOLD: the control variate goes down and, by
+option II, not up); Acar et al., arXiv:2111.04263 (FedDyn); Babakniya et al., arXiv:2308.06522
+(SLoRA); Lu et al., arXiv:2405.16057 (SPP); Zhou et al., arXiv:2406.06564 (SwitchLoRA); Lin et al.,
+arXiv:2407.00952 (SplitLoRA). What follows from the run's seed is not sent. Nothing here calls the
+methods' own accounts: that is the point.
 """
 
 from collections.abc import Callable, Mapping
@@ -89,6 +90,9 @@ class Formula:
     kept: str = ""
     """What a client keeps between rounds; empty: nothing."""
     count_kept: Scalars | None = None
+    chooses: bool = False
+    """Whether a client of less than the largest rank chooses what it sends up, by what it has
+    learnt: no formula says how much that is."""
     smallest: bool = False
     """Whether all clients train the smallest rank."""
     beside_up: Callable[[Tokens], int] | None = None
@@ -121,6 +125,16 @@ def _core(v: Visit) -> int:
 
 def _nothing(v: Visit) -> int:
     return 0
+
+
+def _heads(v: Visit) -> int:
+    """Cores of four heads, which share ``R`` evenly; a client has the first ones up to ``r``."""
+    sizes = [(v.highest + i) // 4 for i in (3, 2, 1, 0)]
+    left, count = v.r, 0
+    for size in sizes:
+        own = min(size, left)
+        left, count = left - own, count + own * own
+    return count
 
 
 def _later(then: Scalars) -> Scalars:
@@ -238,6 +252,16 @@ FORMULAS: Mapping[str, Formula] = {
     "fedsa": Formula("r n", _a, "r n; round 1: 0", _later(_a), kept="r m", count_kept=_b),
     "local": Formula("0", _nothing, "0", _nothing, kept="r (m + n)", count_kept=_both),
     "fedsb": Formula("r²", _core, "r²; round 1: 0", _later(_core)),
+    "ravan": Formula(
+        "Σ r_h² of its heads, r in all", _heads, "the same; round 1: 0", _later(_heads)
+    ),
+    "lora_a2": Formula(
+        "r m or r n, by turns, and 2 bytes of each chosen index",
+        _turns("ba"),
+        "what missed rounds trained: R m, R n or both",
+        lambda v: _missed_turns("ba")(replace(v, r=v.highest)),
+        chooses=True,
+    ),
     "slora": Formula(
         "coordinates of the mask, then r (m + n)",
         _two_stages(_SLORA_ROUNDS, _masked, _both),

@@ -96,6 +96,11 @@ class Row:
     formula_down: int | None
 
     @property
+    def compared(self) -> bool:
+        """Whether formulas say both."""
+        return self.formula_up is not None and self.formula_down is not None
+
+    @property
     def wrong(self) -> str:
         """Which direction differs from its formula, and by how much; empty: none."""
         pairs = (("up", self.up, self.formula_up), ("down", self.down, self.formula_down))
@@ -151,13 +156,14 @@ def rows(trace: Trace) -> list[Row]:
     return found
 
 
-def _due(formula: Formula, visits: Sequence[Visit], tokens: Tokens) -> tuple[int, int]:
-    """Bytes up and down by formula, all layers together."""
+def _due(formula: Formula, visits: Sequence[Visit], tokens: Tokens) -> tuple[int | None, int]:
+    """Bytes up and down by formula, all layers together; ``None``: no formula says."""
     trained = [formula.trained(v) for v in visits]
     up, down = sum(map(formula.count_up, trained)), sum(map(formula.count_down, trained))
     up += formula.beside_up(tokens) if formula.beside_up else 0
     down += formula.beside_down(tokens) if formula.beside_down else 0
-    return WIDTH * up, WIDTH * down
+    unknown = formula.chooses and any(v.r < v.highest for v in visits)
+    return None if unknown else WIDTH * up, WIDTH * down
 
 
 def _tokens(trace: Trace, record: Mapping[str, Any]) -> Tokens:
@@ -219,6 +225,7 @@ def traffic(traces: Mapping[str, Trace]) -> dict[str, Any]:
         found[name] = {
             "modules": len(one.setting.modules),
             "client_rounds": len(seen),
+            "compared": sum(r.compared for r in seen),
             "up_bytes": _range(r.up for r in seen),
             "down_bytes": {w: r for w, r in down.items() if r},
             "wrong": [r.wrong for r in seen if r.wrong],

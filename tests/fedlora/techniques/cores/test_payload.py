@@ -132,6 +132,55 @@ def test_an_update_is_validated():
         decode_payload(array, gap)
 
 
+def given(held: CorePayload) -> CorePayload:
+    """The same with fixed factors that are another seed's."""
+    other = dataclasses.replace(held, seed=held.seed + 1)
+    return dataclasses.replace(
+        held, bases={p: other.fixed(p, torch.float64, CPU) for p in held.cores}
+    )
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "float64"])
+def test_fixed_factors_that_come_with_them_travel_down_alone(wire):
+    sent = given(payload(gains=True))
+    array, header = encode_payload(sent, wire)
+    back = decode_payload(array, header)
+    for (name, x), (other, y) in zip(sent.tensors(), back.tensors(), strict=True):
+        assert name == other and torch.equal(x.to(getattr(torch, wire)).float(), y.float())
+    assert array.nbytes == payload_bytes(sent, wire)
+    assert update_bytes(sent, LocalPlan(), wire) == payload_bytes(payload(), wire) < array.nbytes
+    answer, head, _ = encode_reply(back, wire, back)
+    again = decode_payload(answer, head, start=sent)
+    client = Client(5, Ranks(dict.fromkeys(sent.cores, 5)), 9)
+    check_update(Update(client, again, 9), Expected(client, sent, LocalPlan()), max_norm=1.0)
+
+
+def test_they_make_the_factors_and_must_not_change():
+    start = given(payload())
+    seeded = dataclasses.replace(start, seed=start.seed + 1, bases=None)
+    for path, f in start.low_rank().items():
+        torch.testing.assert_close(f.delta(), seeded.low_rank()[path].delta())
+    model = wrap(NETWORKS["llama"]().double())
+    model.mount(start)
+    found = logits(model.network)
+    model.mount(seeded)
+    torch.testing.assert_close(found, logits(model.network), rtol=1e-12, atol=1e-12)
+    client = Client(5, Ranks(dict.fromkeys(start.cores, 5)), 9)
+    expected = Expected(client, start, LocalPlan())
+    path, (u, v) = next(iter(start.bases.items()))
+    faults = {
+        f"{path}: its V has changed, which no round trains": {**start.bases, path: (u, 1.01 * v)},
+        f"{path}: its U has changed, which no round trains": {**start.bases, path: (u[:-1], v)},
+    }
+    for said, bases in faults.items():
+        bad = dataclasses.replace(start, bases=bases)
+        with pytest.raises(RejectedUpdate, match=said):
+            check_update(Update(client, bad, 9), expected, max_norm=0.0)
+    none = dataclasses.replace(start, bases=None)
+    with pytest.raises(RejectedUpdate, match="bases False, expected True"):
+        check_update(Update(client, none, 9), expected, max_norm=0.0)
+
+
 def test_what_is_no_core_is_refused():
     with pytest.raises(ValueError, match=r"a block \(2, 3\) of a core must be square"):
         Core(4, 5, (torch.zeros(2, 3),))

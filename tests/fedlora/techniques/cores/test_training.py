@@ -118,6 +118,27 @@ def test_a_common_start_is_left_alone_and_its_clients_do_not_meet(products):
 
 
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
+def test_fixed_factors_that_come_with_the_start_train_alike(on):
+    """They are those of another seed: the result is that of a start of this seed."""
+    store = FakeStore({k: examples(6, k) for k in range(len(PLANS))})
+    seeded = jobs(resident(on), True)
+
+    def given(start: CorePayload) -> CorePayload:
+        cpu = torch.device("cpu")
+        bases = {p: start.fixed(p, torch.float64, cpu) for p in start.cores}
+        return dataclasses.replace(start, seed=99, bases=bases)
+
+    tasks = [dataclasses.replace(j, start=given(j.start)) for j in seeded]
+    wanted, found = alone(tasks, store, on), trained(tasks, store, on)
+    plain = alone(seeded, store, on)
+    for k in wanted:
+        assert_equal(found[k], wanted[k], tolerance=1e-11)
+        for path, core in plain[k].payload.cores.items():
+            mine = wanted[k].payload.cores[path]
+            assert all(torch.equal(x, y) for x, y in zip(mine.blocks, core.blocks, strict=True))
+
+
+@pytest.mark.parametrize("on", ["llama", "gpt2"])
 def test_a_proximal_term_pulls_the_cores(on):
     plans = tuple(dataclasses.replace(p, term=FedProx(2.0)) for p in PLANS)
     store = FakeStore({k: examples(6, k) for k in range(len(plans))})
