@@ -37,10 +37,15 @@ TIMES = ("server", "steps")
 """Parts whose record depends on the machine."""
 
 
+def _say(text: str) -> None:
+    """At once, into a file too."""
+    print(text, flush=True)
+
+
 @cache
 def _traces(preset: str) -> Mapping[str, runs.Trace]:
     """The short runs of a preset, which two parts look at."""
-    print(f"running strategy={preset}", flush=True)
+    _say(f"running strategy={preset}")
     return {name: runs.trace(preset, words) for name, words in runs.RANKS.items()}
 
 
@@ -53,9 +58,9 @@ def _steps(given: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for work in (steps.TINY, steps.SMOLLM2):
         if missing := work.missing():
-            print(missing, flush=True)
+            _say(missing)
         else:
-            found[work.model] = steps.measure(given.presets, work, given.repeats, print)
+            found[work.model] = steps.measure(given.presets, work, given.repeats, _say)
     return found
 
 
@@ -103,7 +108,7 @@ def measured(part: str, given: argparse.Namespace) -> list[str]:
     }
     name = f"costs-{part}-{machine()}" if part in TIMES else f"costs-{part}"
     write(given.out / f"{name}.json", record)
-    print(f"\n{part}, {record['threads']} thread(s)\n\n{PARTS[part](record)}\n", flush=True)
+    _say(f"\n{part}, {record['threads']} thread(s)\n\n{PARTS[part](record)}\n")
     return faults(record["found"])
 
 

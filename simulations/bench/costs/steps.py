@@ -10,7 +10,7 @@ each time, after one pass that is not measured.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -146,7 +146,7 @@ def training_of(preset: str, work: Work, opened: dict[str, Mapping[str, Engine]]
             for j, u in zip(asked, updates, strict=True)
         }
         state = method.aggregate(state, updates)
-        jobs += [replace(j, round=number) for j in asked]
+        jobs += asked
     return Training(jobs, len(jobs) * work.steps, opened[key])
 
 
