@@ -17,14 +17,18 @@ from pathlib import Path
 
 from fedlora.core import variables
 from fedlora.core.errors import ConfigError, RunFolderError
-from fedlora.core.files import claim
+from fedlora.core.files import claim, write_file
 from simulations.app.own_modules import find_own_modules
 from simulations.app.words import SEARCH_PATH, absolute, with_search_path
+from simulations.reporting.run_folder import RecordError
 from simulations.run import INTERRUPTED, interrupts
+from simulations.study.analysis import analyse
 from simulations.study.board import Board
 from simulations.study.plan import Planned, command, plan, write_plan
-from simulations.study.runner import Start, State, do_all, progress_of, start_process
-from simulations.study.spec import read_study
+from simulations.study.results import PARQUET, check_metrics, recorded, write_parquet
+from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
+from simulations.study.spec import Study, read_study
+from simulations.study.tables import WRITERS
 
 
 def main(arguments: Sequence[str] | None = None, start: Start = start_process) -> int:
@@ -46,8 +50,8 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
             return _listed(runs, folder)
         with interrupts(), claim(folder):
             write_plan(folder, study, runs)
-            return _done(runs, folder, given.jobs, start)
-    except (ConfigError, RunFolderError) as error:
+            return _done(study, runs, folder, given.jobs, start)
+    except (ConfigError, RunFolderError, RecordError) as error:
         print(f"fedlora study: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -55,15 +59,35 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         return INTERRUPTED
 
 
-def _done(runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
-    """Do what is missing; the exit code."""
+def _done(study: Study, runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
+    """Do what is missing, then write the results; the exit code."""
     standing, board = progress_of(runs, folder), Board()
     try:
         do_all(standing, jobs, start, board.show)
     finally:
         board.finish(standing)
         print(f"study folder: {folder}", flush=True)
+    write_results(study, standing, folder)
     return int(any(one.state is State.FAILED for one in standing))
+
+
+def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> None:
+    """Write results.parquet and the tables from the complete runs.
+
+    Raises:
+        ConfigError: if the study asks for a metric that no evaluation has.
+    """
+    runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
+    runs = [one for one in runs if one.rows]
+    if not runs:
+        return
+    write_parquet(folder / PARQUET, runs, list(study.axes))
+    if not study.metrics:
+        return
+    check_metrics(list(study.metrics), runs, f"study {study.name}: metrics")
+    analysis = analyse(study, runs)
+    for name, text_of in WRITERS.items():
+        write_file(folder / name, text_of(study, analysis))
 
 
 def _listed(runs: Sequence[Planned], folder: Path) -> int:

@@ -87,6 +87,8 @@ class Board:
 
     def show(self, runs: Sequence[Progress]) -> None:
         """Show how the runs stand."""
+        if not self._states:  # what an earlier attempt has done is no news
+            self._states = {o.run.name: o.state for o in runs if o.state is State.DONE}
         changed = [o for o in runs if self._states.get(o.run.name, State.WAITING) is not o.state]
         self._states = {o.run.name: o.state for o in runs}
         if not self.out.isatty():

@@ -8,15 +8,20 @@
       ranks: [uniform, homogeneous]        # an axis that is a key: each level is a value
     seeds: [0, 1, 2]
     skip: [{method: fedavg, ranks: uniform}]      # combinations that are left out
+    metrics: {accuracy_weighted: higher, loss_weighted: lower}     # and which way is better
+    reference: {method: fedit}             # what the other levels of that axis are compared with
+    budgets: {rounds: [5], bytes: [1e8]}   # metrics are also reported at these costs
+    targets: {accuracy_weighted: [0.5]}    # and what it costs to reach these values
 
 A run is one level of each axis and one seed. Every mistake is one sentence that names the file, the
 key, the value and what is allowed.
 """
 
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -27,7 +32,11 @@ from fedlora.core.package import ROOT
 from simulations.app.words import absolute
 
 FOLDER = ROOT / "conf" / "study"
-KEYS = ("base", "axes", "seeds", "skip")
+KEYS = ("base", "axes", "seeds", "skip", "metrics", "reference", "budgets", "targets")
+BUDGETS = ("rounds", "bytes", "seconds")
+BETTER = {"higher": True, "lower": False}
+COLUMNS = ("run", "seed", "group", "adapter", "round", "bytes", "bytes_up", "bytes_down", "seconds")
+"""Columns of the results that no axis may take the name of."""
 OURS = ("seed", "name", "output_dir", "resume")
 """Keys that a study sets for each of its runs."""
 Cell = tuple[tuple[str, str], ...]
@@ -45,6 +54,26 @@ class Study:
     """By axis and level: the words of that level."""
     seeds: tuple[int, ...]
     skip: tuple[Mapping[str, str], ...] = ()
+    metrics: Mapping[str, bool] = field(default_factory=dict)
+    """Metrics of the evaluations, and whether higher is better."""
+    reference: tuple[str, str] | None = None
+    """An axis and the level that its other levels are compared with."""
+    budgets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By kind: rounds, bytes or seconds."""
+    targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """By metric."""
+
+    @property
+    def compared(self) -> str | None:
+        """The axis whose levels are compared and ranked."""
+        return self.reference[0] if self.reference else None
+
+    def reference_of(self, cell: Cell) -> Cell | None:
+        """The cell with the reference level and else the same levels; None without a reference."""
+        if self.reference is None:
+            return None
+        axis, level = self.reference
+        return tuple((a, level if a == axis else b) for a, b in cell)
 
     def cells(self) -> Iterator[Cell]:
         """Every combination of levels that is not left out, the last axis changing fastest."""
@@ -108,6 +137,10 @@ def parse(name: str, found: Any, more: Sequence[str] = ()) -> Study:
         axes,
         _seeds(found.get("seeds", [0]), where),
         _skip(found.get("skip", []), axes, where),
+        _metrics(found.get("metrics", {}), where),
+        _reference(found.get("reference"), axes, where),
+        _budgets(found.get("budgets", {}), where),
+        _targets(found.get("targets", {}), found.get("metrics", {}), where),
     )
     if not any(study.cells()):
         raise ConfigError(f"{where}: skip leaves no cell of the axes {', '.join(axes)}")
@@ -119,6 +152,9 @@ def _axes(found: Any, where: str) -> dict[str, dict[str, tuple[str, ...]]]:
         raise ConfigError(
             f"{where}: axes is {found!r}; it must name axes, such as strategy: [a, b]"
         )
+    for axis in found:
+        if axis in COLUMNS:
+            raise ConfigError(f"{where}: axes.{axis} is a column of the results; name it otherwise")
     axes = {str(axis): _levels(str(axis), levels, where) for axis, levels in found.items()}
     if not axes:
         raise ConfigError(f"{where}: axes names no axis; it must, such as strategy: [fedit]")
@@ -172,8 +208,11 @@ def _seeds(found: Any, where: str) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _skip(found: Any, axes: Mapping[str, Mapping[str, Any]], where: str) -> tuple[Any, ...]:
-    here = f"{where}: skip"
+def _skip(
+    found: Any, axes: Mapping[str, Mapping[str, Any]], where: str, key: str = "skip"
+) -> tuple[dict[str, str], ...]:
+    """Levels by axis, of axes and levels that there are."""
+    here = f"{where}: {key}"
     if not isinstance(found, list) or not all(isinstance(s, Mapping) and s for s in found):
         raise ConfigError(f"{here} is {found!r}; it must be a list such as [{{axis: level}}]")
     entries = [{str(axis): scalar(level) for axis, level in s.items()} for s in found]
@@ -185,6 +224,59 @@ def _skip(found: Any, axes: Mapping[str, Mapping[str, Any]], where: str) -> tupl
                 levels = ", ".join(axes[axis])
                 raise ConfigError(f"{here} names {axis}={level!r}; its levels are {levels}")
     return tuple(entries)
+
+
+def _metrics(found: Any, where: str) -> dict[str, bool]:
+    here = f"{where}: metrics"
+    if not isinstance(found, Mapping):
+        raise ConfigError(f"{here} is {found!r}; it must be names with higher or lower")
+    for name, better in found.items():
+        if better not in BETTER:
+            raise ConfigError(f"{here}.{name} is {better!r}; it must be {' or '.join(BETTER)}")
+    return {str(name): BETTER[better] for name, better in found.items()}
+
+
+def _reference(
+    found: Any, axes: Mapping[str, Mapping[str, Any]], where: str
+) -> tuple[str, str] | None:
+    here = f"{where}: reference"
+    if found is None:
+        return None
+    if not isinstance(found, Mapping) or len(found) != 1:
+        raise ConfigError(f"{here} is {found!r}; it must be one axis with a level: {{axis: level}}")
+    ((axis, level),) = _skip([found], axes, where, "reference")[0].items()
+    return axis, level
+
+
+def _budgets(found: Any, where: str) -> dict[str, tuple[float, ...]]:
+    here = f"{where}: budgets"
+    if not isinstance(found, Mapping) or not set(found) <= set(BUDGETS):
+        raise ConfigError(f"{here} is {found!r}; it may have {', '.join(BUDGETS)}")
+    budgets = {kind: _numbers(values, f"{here}.{kind}") for kind, values in found.items()}
+    for kind, values in budgets.items():
+        if min(values) <= 0:
+            raise ConfigError(f"{here}.{kind} has {min(values):g}; a budget is more than 0")
+    return budgets
+
+
+def _targets(found: Any, metrics: Any, where: str) -> dict[str, tuple[float, ...]]:
+    here = f"{where}: targets"
+    if not isinstance(found, Mapping) or not set(found) <= set(metrics):
+        listed = ", ".join(map(str, metrics)) or "none"
+        raise ConfigError(f"{here} is {found!r}; it may have those of metrics: {listed}")
+    return {str(name): _numbers(values, f"{here}.{name}") for name, values in found.items()}
+
+
+def _numbers(found: Any, where: str) -> tuple[float, ...]:
+    """Numbers; YAML takes ``1e8`` for a word."""
+    values = found if isinstance(found, list) else [found]
+    try:
+        numbers = tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise ConfigError(f"{where} is {found!r}; it must be a list of numbers")
+    return numbers
 
 
 def scalar(value: Any) -> str:

@@ -9,6 +9,7 @@ import sys
 import time
 from itertools import count
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from filelock import FileLock
@@ -22,9 +23,11 @@ from simulations.study.plan import Planned
 from simulations.study.runner import State, do_all, is_held, log_of, progress_of
 
 TINY = {
-    "base": ["experiment=smoke", "evaluate=none", "rounds=1", "client.steps=1"],
+    "base": "experiment=smoke evaluate=loss evaluate.clients=1 rounds=1 client.steps=1",
     "axes": {"method": {"fedit": "strategy=fedit", "fedsvd": "strategy=fedsvd"}},
     "seeds": [0, 1],
+    "metrics": {"loss_response": "lower"},
+    "reference": {"method": "fedit"},
 }
 
 
@@ -48,6 +51,7 @@ class Stub:
             return None
         self.folder.mkdir(exist_ok=True)
         status = "failed" if self.code else "completed"
+        (self.folder / "metrics.jsonl").touch()
         (self.folder / "status.json").write_text(json.dumps({"status": status, "message": ""}))
         return self.code
 
@@ -108,6 +112,16 @@ def test_a_failed_run_is_named_the_others_are_done_and_it_is_tried_again(tmp_pat
     again = Starter()
     do(runs, tmp_path, again)
     assert again.started == [runs[2].name]
+
+
+def test_a_half_run_is_started_again(tmp_path):
+    runs = planned()
+    half = tmp_path / "runs" / runs[0].name
+    half.mkdir(parents=True)
+    (half / "status.json").write_text('{"status": "running"}')
+    starter = Starter()
+    do(runs, tmp_path, starter)
+    assert starter.started == [run.name for run in runs]
 
 
 def test_a_run_that_ends_well_but_is_not_complete_has_failed(tmp_path):
@@ -275,3 +289,8 @@ def test_a_killed_study_leaves_no_process_and_continues_with_paired_runs(mine):
         cohorts.setdefault(one["seed"], set()).add(drawn)
     assert [len(found) for found in cohorts.values()] == [1, 1]
     assert cohorts[0] != cohorts[1]
+    table = pq.read_table(folder / "results.parquet").to_pylist()
+    assert {(row["method"], row["seed"]) for row in table} == {
+        (method, seed) for method in ("fedit", "fedsvd") for seed in (0, 1)
+    }
+    assert "| fedsvd | 2 of 2 |" in (folder / "table.md").read_text()

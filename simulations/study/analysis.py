@@ -1,0 +1,154 @@
+"""What a study found: numbers of every run, then statistics over seeds and cells.
+
+A *quantity* is one number of a complete run: a metric at the end, at a budget, its mean over the
+rounds, or what it cost to reach a target. `analyse` takes each over the seeds of a cell, and seed
+by seed against the cell with the reference level.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from simulations.study import statistics
+from simulations.study.results import Recorded
+from simulations.study.spec import Cell, Study
+from simulations.study.statistics import Difference, Estimate, Ranking
+
+FINAL, AREA = "final", "mean over rounds"
+UNITS = {"rounds": "round", "bytes": "bytes", "seconds": "seconds"}
+"""Kinds of budgets, and the cost that each is compared with."""
+
+
+@dataclass(frozen=True, order=True)
+class Quantity:
+    """What is measured of a run."""
+
+    metric: str
+    what: str
+    """``final``, ``mean over rounds``, ``at 5 rounds``, ``bytes to 0.5``."""
+    unit: str = ""
+    """``bytes``, ``seconds`` or ``rounds`` of a cost; empty: that of the metric."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A quantity in a cell."""
+
+    cell: Cell
+    quantity: Quantity
+    estimate: Estimate | None
+    """None if no run of the cell is complete, or a complete one has no such number."""
+    without: tuple[int, ...]
+    """Seeds whose run is complete and has no such number: a target that it does not reach."""
+    complete: int
+    """Complete runs."""
+    missing: tuple[int, ...]
+    """Seeds without a complete run."""
+    difference: Difference | None = None
+    """From the reference; None for the reference itself, and where there is no pair of runs."""
+    p_holm: float | None = None
+    """Adjusted over all differences of the quantity."""
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The statistics of a study."""
+
+    lines: Sequence[Line]
+    rankings: Mapping[str, Ranking]
+    """By metric: the levels of the compared axis, ranked at the end of the runs, a block being a
+    seed and a setting of the other axes."""
+
+
+def analyse(study: Study, runs: Sequence[Recorded]) -> Analysis:
+    """All statistics that a study asks for, from its complete runs."""
+    found = {(one.run.cell, one.run.seed): dict(quantities(study, one)) for one in runs}
+    lines: list[Line] = []
+    for quantity in dict.fromkeys(q for values in found.values() for q in values):
+        lines += _lines(study, quantity, found)
+    return Analysis(lines, dict(_rankings(study, found)))
+
+
+Found = Mapping[tuple[Cell, int], Mapping[Quantity, float | None]]
+
+
+def quantities(study: Study, one: Recorded) -> Iterator[tuple[Quantity, float | None]]:
+    """The numbers of a run; None for what it does not have."""
+    for metric, higher in study.metrics.items():
+        rounds, values = one.curve("round", metric)
+        yield Quantity(metric, FINAL), values[-1] if values else None
+        yield Quantity(metric, AREA), statistics.area(rounds, values)
+        for kind, budgets in study.budgets.items():
+            costs, _ = one.curve(UNITS[kind], metric)
+            for budget in budgets:
+                yield (
+                    Quantity(metric, f"at {budget:,g} {kind}"),
+                    statistics.at_budget(costs, values, budget),
+                )
+        for target in study.targets.get(metric, ()):
+            for kind, cost in UNITS.items():
+                costs, _ = one.curve(cost, metric)
+                yield (
+                    Quantity(metric, f"{kind} to {target:g}", kind),
+                    statistics.cost_to_target(costs, values, target, higher),
+                )
+
+
+def _lines(study: Study, quantity: Quantity, found: Found) -> list[Line]:
+    """A quantity in all cells, with differences adjusted together."""
+    cells = list(study.cells())
+    values = {cell: _by_seed(cell, quantity, study.seeds, found) for cell in cells}
+    apart: dict[Cell, Difference] = {}
+    for cell in cells:
+        against = study.reference_of(cell)
+        if against in values and against != cell:
+            between = statistics.difference(values[cell], values[against])
+            if between is not None:
+                apart[cell] = between
+    names = {str(i): cell for i, cell in enumerate(apart)}
+    adjusted = statistics.holm({name: apart[cell].p for name, cell in names.items()})
+    p_holm = {cell: adjusted[name] for name, cell in names.items()}
+    lines = []
+    for cell in cells:
+        complete = [seed for seed in study.seeds if (cell, seed) in found]
+        without = tuple(seed for seed in complete if seed not in values[cell])
+        whole = complete and not without
+        lines.append(
+            Line(
+                cell,
+                quantity,
+                statistics.estimate(values[cell]) if whole else None,
+                without,
+                len(complete),
+                tuple(seed for seed in study.seeds if seed not in complete),
+                apart.get(cell),
+                p_holm.get(cell),
+            )
+        )
+    return lines
+
+
+def _by_seed(
+    cell: Cell, quantity: Quantity, seeds: Sequence[int], found: Found
+) -> dict[int, float]:
+    """The numbers that the complete runs of a cell have."""
+    values = {seed: found.get((cell, seed), {}).get(quantity) for seed in seeds}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def _rankings(study: Study, found: Found) -> Iterator[tuple[str, Ranking]]:
+    """The levels of the compared axis by metric."""
+    if study.compared is None:
+        return
+    levels = list(study.axes[study.compared])
+    for metric, higher in study.metrics.items():
+        blocks: dict[tuple[object, ...], dict[str, float]] = {}
+        for cell in study.cells():
+            rest = tuple(pair for pair in cell if pair[0] != study.compared)
+            for seed in study.seeds:
+                block = blocks.setdefault((rest, seed), {})
+                value = found.get((cell, seed), {}).get(Quantity(metric, FINAL))
+                if value is not None:
+                    block[dict(cell)[study.compared]] = value
+        ranking = statistics.rank(levels, list(blocks.values()), higher)
+        if ranking is not None:
+            yield metric, ranking

@@ -1,0 +1,107 @@
+"""The recorded runs of a study read back: one row for each run and evaluation.
+
+Everything comes from the run folders (`simulations.reporting.run_folder`) of complete runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedlora.core.errors import ConfigError
+from fedlora.core.files import write_file
+from simulations.reporting.run_folder import number, read_run
+from simulations.study.plan import Planned
+
+PARQUET = "results.parquet"
+COSTS = ("round", "bytes", "seconds")
+"""What a quality is bought with, each up to an evaluation: rounds, bytes that all clients together
+have sent and received, and seconds of training rounds."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The evaluations of one complete run."""
+
+    run: Planned
+    rows: Sequence[Mapping[str, Any]]
+    """One for each evaluation, in the order of the rounds."""
+
+    def curve(self, cost: str, metric: str) -> tuple[list[float], list[float]]:
+        """Cost and metric of the evaluations of the run's first group and adapter; what is null or
+        missing is left out.
+
+        Args:
+            cost: of `COSTS`.
+            metric: a key of the evaluation records.
+        """
+        first = (self.rows[0]["group"], self.rows[0]["adapter"]) if self.rows else ()
+        pairs = [
+            (float(row[cost]), value)
+            for row in self.rows
+            if (row["group"], row["adapter"]) == first
+            and (value := number(row.get(metric))) is not None
+        ]
+        return [c for c, _ in pairs], [v for _, v in pairs]
+
+
+def recorded(run: Planned, folder: Path) -> Recorded:
+    """Read a complete run.
+
+    Args:
+        run: of the plan.
+        folder: its run folder.
+    """
+    found = read_run(folder)
+    rounds = [int(r["round"]) for r in found.rounds]
+    spent: dict[str, dict[int, float]] = {}
+    for name in ("wire/up_bytes", "wire/down_bytes", "round/seconds"):
+        sums = accumulate(number(r.get(name)) or 0.0 for r in found.rounds)
+        spent[name] = {0: 0.0} | dict(zip(rounds, sums, strict=True))
+    rows = []
+    for record in found.evaluations:
+        at = int(record["round"])
+        up, down, seconds = (spent[name].get(at, 0.0) for name in spent)
+        metrics = {k: v for k, x in record.items() if (v := number(x)) is not None}
+        rows.append(
+            metrics
+            | {"run": run.name, "seed": run.seed, **dict(run.cell)}
+            | {"group": str(record.get("group", "")), "adapter": str(record.get("adapter", ""))}
+            | {"round": at, "bytes_up": up, "bytes_down": down, "bytes": up + down}
+            | {"seconds": seconds}
+        )
+    return Recorded(run, rows)
+
+
+def write_parquet(file: Path, runs: Sequence[Recorded], axes: Sequence[str]) -> None:
+    """Write all rows: axes and seed first, then cost, then every number of the evaluations."""
+    rows = [row for one in runs for row in one.rows]
+    first = [*axes, "seed", "run", "group", "adapter", *COSTS, "bytes_up", "bytes_down"]
+    columns = [*first, *sorted({key for row in rows for key in row} - set(first))]
+    table = pa.table({name: [row.get(name) for row in rows] for name in columns})
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    write_file(file, sink.getvalue().to_pybytes())
+
+
+def metrics_of(runs: Sequence[Recorded]) -> list[str]:
+    """The keys that evaluations of these runs have."""
+    return sorted({key for one in runs for row in one.rows for key in row})
+
+
+def check_metrics(metrics: Sequence[str], runs: Sequence[Recorded], where: str) -> None:
+    """Refuse metrics that no run has.
+
+    Raises:
+        ConfigError: naming the metric and those that there are.
+    """
+    there = metrics_of(runs)
+    for metric in metrics:
+        if metric not in there:
+            raise ConfigError(
+                f"{where}: no evaluation has the metric {metric!r}; there are {', '.join(there)}"
+            )

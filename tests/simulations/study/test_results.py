@@ -1,0 +1,189 @@
+"""From recorded runs to tables: every number is that of the records, what is missing is said."""
+
+import csv
+import json
+import re
+from collections import Counter
+
+import pyarrow.parquet as pq
+import pytest
+
+from fedlora.core.errors import ConfigError
+from simulations.study.__main__ import write_results
+from simulations.study.analysis import FINAL, Quantity, analyse
+from simulations.study.plan import Planned
+from simulations.study.results import recorded
+from simulations.study.runner import progress_of
+from simulations.study.spec import parse
+from simulations.study.tables import tex
+
+MIB = 2**20
+SPEC = {
+    "axes": {"method": {"fe_dit": "strategy=fedit", "50%": "strategy=flora"},
+             "ranks": ["uniform", "normal"]},
+    "seeds": [0, 1, 2],
+    "metrics": {"accuracy": "higher", "loss": "lower"},
+    "reference": {"method": "fe_dit"},
+    "budgets": {"rounds": [1], "bytes": [3 * MIB]},
+    "targets": {"accuracy": [0.55, 0.515]},
+}  # fmt: skip
+
+
+def accuracy(cell, seed, at):
+    """A number of every evaluation: falls out of the cell, the seed and the round."""
+    base = {"fe_dit": 0.3, "50%": 0.4}[dict(cell)["method"]]
+    return base + 0.1 * at + 0.01 * seed * (1 + (dict(cell)["ranks"] == "normal"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """All runs but one, two rounds each, as run folders."""
+    study = parse("mine", SPEC)
+    runs = [
+        Planned(cell, seed, (), 2, f"{i}{seed}" * 8)
+        for i, cell in enumerate(study.cells())
+        for seed in study.seeds
+    ]
+    for one in progress_of(runs, tmp_path)[:-1]:
+        one.folder.mkdir(parents=True)
+        records = []
+        for at in range(3):
+            if at:
+                records.append({"kind": "round", "round": at, "wire/up_bytes": MIB,
+                                "wire/down_bytes": 2 * MIB, "round/seconds": 1.5})  # fmt: skip
+            value = accuracy(one.run.cell, one.run.seed, at)
+            first = {"kind": "evaluate", "round": at, "group": "seen", "adapter": "full"}
+            records.append(first | {"accuracy": value, "loss": 1 - value, "nothing": None})
+            records.append(first | {"adapter": "own", "accuracy": 0.0, "loss": 9.0})
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        (one.folder / "metrics.jsonl").write_text(lines)
+        (one.folder / "status.json").write_text('{"status": "completed"}')
+    return study, runs, tmp_path
+
+
+def analysed(folder):
+    study, runs, place = folder
+    standing = progress_of(runs, place)
+    write_results(study, standing, place)
+    found = [recorded(one.run, one.folder) for one in standing if one.state.name == "DONE"]
+    return analyse(study, found)
+
+
+def test_every_evaluation_is_a_row_with_its_costs(folder):
+    analysed(folder)
+    table = pq.read_table(folder[2] / "results.parquet")
+    assert table.column_names[:8] == [
+        "method", "ranks", "seed", "run", "group", "adapter", "round", "bytes",
+    ]  # fmt: skip
+    rows = table.to_pylist()
+    assert len(rows) == 11 * 3 * 2
+    last = [r for r in rows if r["adapter"] == "full" and r["round"] == 2]
+    assert {(r["bytes_up"], r["bytes_down"], r["bytes"], r["seconds"]) for r in last} == {
+        (2.0 * MIB, 4.0 * MIB, 6.0 * MIB, 3.0)
+    }
+    for row in last:
+        cell = (("method", row["method"]), ("ranks", row["ranks"]))
+        assert row["accuracy"] == accuracy(cell, row["seed"], 2)
+
+
+def test_lines_are_means_and_paired_differences_of_the_records(folder):
+    found = {(line.cell, line.quantity): line for line in analysed(folder).lines}
+    cell = (("method", "50%"), ("ranks", "uniform"))
+    final = found[cell, Quantity("accuracy", FINAL)]
+    assert final.estimate.mean == pytest.approx(0.61) and final.missing == ()
+    assert final.difference.estimate.mean == pytest.approx(0.1)
+    assert found[cell, Quantity("accuracy", "at 1 rounds")].estimate.mean == pytest.approx(0.51)
+    assert found[cell, Quantity("accuracy", "at 3.14573e+06 bytes")].estimate.mean == (
+        pytest.approx(0.51)
+    )
+    reached = found[cell, Quantity("accuracy", "bytes to 0.55", "bytes")]
+    assert reached.estimate.mean == 6 * MIB
+    never = found[(("method", "fe_dit"), cell[1]), Quantity("accuracy", "rounds to 0.55", "rounds")]
+    assert never.estimate is None and never.without == (0, 1, 2)
+    some = found[never.cell, Quantity("accuracy", "rounds to 0.515", "rounds")]
+    assert some.estimate is None and some.without == (0, 1)
+    reference = found[(("method", "fe_dit"), cell[1]), Quantity("accuracy", FINAL)]
+    assert reference.difference is None and reference.p_holm is None
+
+
+def test_a_missing_run_is_said_and_its_seed_is_no_pair(folder):
+    analysis = analysed(folder)
+    cell = (("method", "50%"), ("ranks", "normal"))
+    (line,) = [x for x in analysis.lines if (x.cell, x.quantity) == (cell, Quantity("loss", FINAL))]
+    assert (line.missing, line.complete, line.estimate.seeds) == ((2,), 2, 2)
+    assert line.difference.missing == (2,) and line.difference.estimate.seeds == 2
+    ranking = analysis.rankings["loss"]
+    assert (ranking.blocks, ranking.left_out) == (5, 1)
+    assert ranking.ranks == {"fe_dit": 2.0, "50%": 1.0}
+    text = (folder[2] / "table.md").read_text()
+    assert "- method 50%, ranks normal: no complete run of seed 2" in text
+    assert "accuracy, rounds to 0.55: not in seed 0, 1, 2" in text
+    assert "1 left out because a run is missing" in text
+
+
+def test_tables_are_well_formed_and_say_the_same(folder):
+    analysis = analysed(folder)
+    rows = list(csv.DictReader((folder[2] / "table.csv").read_text().splitlines()))
+    assert len(rows) == len(analysis.lines)
+    for row, line in zip(rows, analysis.lines, strict=True):
+        mean = float(row["mean"]) if row["mean"] else None
+        assert mean == (line.estimate.mean if line.estimate else None)
+        assert row["method"] == dict(line.cell)["method"]
+    blocks = (folder[2] / "table.md").read_text().split("\n\n")
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines() if line[:1] == "|"}) <= 1
+    assert "| 50% | uniform | 3 of 3 | 0.610 [0.585, 0.635] |" in "\n".join(blocks)
+
+
+def test_the_latex_table_is_balanced(folder):
+    analysed(folder)
+    text = (folder[2] / "table.tex").read_text()
+    begun = Counter(re.findall(r"\\begin\{(\w+)\}", text))
+    assert begun == Counter(re.findall(r"\\end\{(\w+)\}", text)) == Counter(["tabular"])
+    assert [text.count(rule) for rule in (r"\toprule", r"\midrule", r"\bottomrule")] == [1] * 3
+    columns = len(re.search(r"\\begin\{tabular\}\{(\w+)\}", text)[1])
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 1 + 4
+    for row in rows:
+        assert len(re.findall(r"(?<!\\)&", row)) == columns - 1
+        assert len(re.findall(r"(?<!\\)\$", row)) % 2 == 0
+        bare = re.sub(r"\$[^$]*\$", "", row.replace(r"\$", ""))
+        assert not re.search(r"(?<!\\)[_%#^]", bare)
+    assert r"fe\_dit" in text and r"50\%" in text
+
+
+@pytest.mark.parametrize(
+    ("raw", "escaped"),
+    [("a_b&c", r"a\_b\&c"), ("~\\", r"\textasciitilde{}\textbackslash{}"), ("plain", "plain")],
+)
+def test_special_characters_of_latex(raw, escaped):
+    assert tex(raw) == escaped
+
+
+def test_a_metric_that_no_run_has_is_refused(folder):
+    _, runs, place = folder
+    study = parse("mine", SPEC | {"metrics": {"acuracy": "higher"}, "targets": {}})
+    with pytest.raises(
+        ConfigError, match=r"metrics: no evaluation has .* 'acuracy'; there are acc"
+    ):
+        write_results(study, progress_of(runs, place), place)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"metrics": {"loss": "min"}}, "metrics.loss is 'min'; it must be higher or lower"),
+        ({"metrics": ["loss"]}, "must be names with higher or lower"),
+        ({"reference": "fedit"}, "one axis with a level"),
+        ({"reference": {"method": "x"}}, "reference names method='x'; its levels are fe_dit, 50%"),
+        ({"budgets": {"rounds": [0]}}, "budgets.rounds has 0; a budget is more than 0"),
+        ({"budgets": {"euros": [1]}}, "it may have rounds, bytes, seconds"),
+        ({"budgets": {"bytes": ["many"]}}, "it must be a list of numbers"),
+        ({"targets": {"f1": [1]}}, "it may have those of metrics: accuracy, loss"),
+        ({"axes": {"seed": [1]}}, "axes.seed is a column of the results"),
+    ],
+)
+def test_mistakes_of_the_statistics_are_one_sentence(change, said):
+    with pytest.raises(ConfigError) as error:
+        parse("mine", SPEC | change)
+    assert said in str(error.value) and "\n" not in str(error.value)
