@@ -208,6 +208,8 @@ class LocalPlan:
     """Examples per forward; 0: the whole batch. Gradients accumulate with token weights, so that
     without dropout the result does not depend on it (up to rounding). With dropout every forward
     draws masks of its own: another division into forwards is another draw."""
+    group_by_length: bool = False
+    """Whether examples of like length share a batch (`fedlora.data.batches.epoch_order`)."""
     max_examples: int = 0
     """If positive, a client draws at most so many of its training examples each round."""
     max_grad_norm: float = 1.0

@@ -174,20 +174,81 @@ def num_steps(n: int, plan: LocalPlan) -> int:
 
 
 def step_indices(
-    n: int, plan: LocalPlan, *, seed: int, round: int, client: int
+    n: int,
+    plan: LocalPlan,
+    *,
+    seed: int,
+    round: int,
+    client: int,
+    lengths: Sequence[int] | None = None,
 ) -> Iterator[NDArray[np.int64]]:
     """The examples of each optimizer step: a fresh permutation per epoch, cut into batches.
 
     The last batch of an epoch may be smaller. With ``plan.steps`` epochs follow one another until
-    so many steps are done.
+    so many steps are done. With ``plan.group_by_length`` examples of like length share a batch
+    (`epoch_order`).
+
+    Args:
+        n: number of examples.
+        plan: batch size, epochs or steps, and whether to group.
+        seed: of the run; with ``round`` and ``client`` it decides the order.
+        round: counted from 1.
+        client: the client's id.
+        lengths: of the examples (`lengths_of`); may be left out where the plan does not group.
     """
     order = generator(seed, "order", round, client)
     per_epoch = math.ceil(n / plan.batch_size)
     for step in range(num_steps(n, plan)):
         at = step % per_epoch
         if at == 0:
-            permutation = order.permutation(n)
+            permutation = epoch_order(order.permutation(n), plan, lengths)
         yield permutation[at * plan.batch_size : (at + 1) * plan.batch_size]
+
+
+MOST_BATCHES = 50
+"""Batches among which examples are sorted by length, at most."""
+
+
+def lengths_of(examples: Sequence[TokenExample]) -> list[int]:
+    """The tokens of each example."""
+    return [len(e.input_ids) for e in examples]
+
+
+def epoch_order(
+    permutation: NDArray[np.int64], plan: LocalPlan, lengths: Sequence[int] | None
+) -> NDArray[np.int64]:
+    """The order of an epoch: the permutation, or that order grouped by length.
+
+    Grouped as by transformers' ``get_length_grouped_indices``: the permutation is cut into spans of
+    a fourth of the epoch's batches (at most `MOST_BATCHES`), and each span is sorted, longest
+    first. Then the longest of all examples changes places with the first one, so that a batch that
+    does not fit into memory comes first. Of less than eight batches a span is one: nothing is
+    grouped.
+
+    Args:
+        permutation: ``[n]``, drawn for the epoch.
+        plan: batch size, and whether to group.
+        lengths: of the ``n`` examples.
+
+    Raises:
+        ValueError: if the plan groups and no lengths are given.
+
+    >>> plan, lengths = LocalPlan(batch_size=1, group_by_length=True), [3, 1, 4, 1, 5, 9, 2, 6]
+    >>> epoch_order(np.arange(8), plan, lengths).tolist()  # spans of two; 5 is the longest
+    [5, 1, 2, 3, 0, 4, 7, 6]
+    """
+    if not plan.group_by_length:
+        return permutation
+    if lengths is None:
+        raise ValueError("client.group_by_length=true: the lengths of the examples are not given")
+    size = plan.batch_size * max(1, min(len(permutation) // (4 * plan.batch_size), MOST_BATCHES))
+    length = np.asarray(lengths)
+    spans = [permutation[i : i + size] for i in range(0, len(permutation), size)]
+    order = np.concatenate([span[np.argsort(-length[span], kind="stable")] for span in spans])
+    # The longest example begins its span; the first of several that are equally long.
+    longest = size * int(np.argmax(length[order[::size]]))
+    order[[0, longest]] = order[[longest, 0]]
+    return order
 
 
 def parts(indices: NDArray[np.int64], plan: LocalPlan) -> list[list[int]]:

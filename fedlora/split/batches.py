@@ -37,6 +37,7 @@ from fedlora.data.batches import (
     Batch,
     TokenExample,
     collate,
+    epoch_order,
     real_of,
     targets_of,
 )
@@ -168,10 +169,27 @@ def pad(packed: Tensor, shape: Shape, width: int = 0) -> Tensor:
 
 
 class Order:
-    """The examples of any step of a client: a new permutation per epoch, cut into batches."""
+    """The examples of any step of a client: a new permutation per epoch, cut into batches.
 
-    def __init__(self, n: int, plan: LocalPlan, *, seed: int, client: int) -> None:
+    Args:
+        n: number of examples.
+        plan: batch size, and whether to group by length.
+        seed: of the run.
+        client: its id.
+        lengths: of the examples; may be left out where the plan does not group.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        plan: LocalPlan,
+        *,
+        seed: int,
+        client: int,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self.n = n
+        self._plan, self._lengths = plan, lengths
         self.size = plan.batch_size
         self.per_epoch = math.ceil(n / plan.batch_size)
         self._keys = (seed, client)
@@ -190,7 +208,8 @@ class Order:
         if epoch < self._epoch:
             self._restart()
         while self._epoch < epoch:
-            self._permutation = self._generator.permutation(self.n)
+            drawn = self._generator.permutation(self.n)
+            self._permutation = epoch_order(drawn, self._plan, self._lengths)
             self._epoch += 1
         found: list[int] = self._permutation[at * self.size : (at + 1) * self.size].tolist()
         return found

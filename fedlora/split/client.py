@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fedlora.core.seeding import torch_seed
 from fedlora.core.types import LocalPlan
-from fedlora.data.batches import TokenExample
+from fedlora.data.batches import TokenExample, lengths_of
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
@@ -58,7 +58,9 @@ class SplitClient:
         self.model = stages.model
         self.head, self.tail = client_stages(stages, init.cut)
         self.trainable = trainable_of(stages, init)
-        self._order = Order(len(examples), plan, seed=terms.seed, client=client.id)
+        self._order = Order(
+            len(examples), plan, seed=terms.seed, client=client.id, lengths=lengths_of(examples)
+        )
         self._seeds = Seeds(seed=terms.seed, client=client.id)
         self._pending: _Pending | None = None
 

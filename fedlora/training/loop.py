@@ -21,6 +21,7 @@ from fedlora.core.types import LocalPlan
 from fedlora.data.batches import (
     Batch,
     TokenExample,
+    lengths_of,
     micro_batches,
     num_steps,
     step_indices,
@@ -142,7 +143,8 @@ def optimise(
     masks = None if chosen is None else flat.masks(model, chosen)
     stepper = Stepper(plan, flat.buffers, masks)
     rates = learning_rates(num_steps(len(examples), plan), plan)
-    order = step_indices(len(examples), plan, seed=seed, round=round, client=client)
+    stream = {"seed": seed, "round": round, "client": client}
+    order = step_indices(len(examples), plan, **stream, lengths=lengths_of(examples))
     losses, norms, tokens = [], [], []
     seeds = dropout_seeds(seed, round, client)
     state = None if plan.term is None else trained_state(model, flat)

@@ -26,6 +26,7 @@ from fedlora.core.types import (
 from fedlora.data.batches import (
     TokenExample,
     check_vocabulary,
+    lengths_of,
     num_steps,
     parts,
     step_indices,
@@ -105,7 +106,9 @@ class Planner:
         who = {"seed": job.seed, "round": job.round, "client": job.client.id}
         steps = tuple(
             tuple(tuple(part) for part in parts(indices, job.plan))
-            for indices in step_indices(len(examples), job.plan, **who)
+            for indices in step_indices(
+                len(examples), job.plan, **who, lengths=lengths_of(examples)
+            )
         )
 
         # Their size in input tokens.

@@ -1,4 +1,5 @@
-"""The trained cores of a client, as they travel. The fixed factors around them are not sent."""
+"""The trained cores of a client, as they travel; what is fixed is sent once, or follows from the
+seed."""
 
 import itertools
 import math
@@ -93,12 +94,13 @@ class CorePayload(Payload):
     def from_header(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `header` and `tensors`."""
         cores = {
-            path: Core(d_out, d_in, blocks_in(tensors, path))
+            path: Core(_whole(path, d_out), _whole(path, d_in), blocks_in(tensors, path))
             for path, (d_out, d_in) in header["cores"].items()
         }
         bases = {p: (tensors[f"{p}/u"], tensors[f"{p}/v"]) for p in cores if header["bases"]}
         alpha, gains = real("alpha", header["alpha"]), bool(header["gains"])
-        return cls(cores, alpha, header["seed"], gains, bases if header["bases"] else None)
+        seed = _whole("seed", header["seed"])
+        return cls(cores, alpha, seed, gains, bases if header["bases"] else None)
 
     def sent_floats(self, plan: LocalPlan) -> int:
         """Those of the cores alone: what is fixed comes from the server."""
@@ -268,6 +270,14 @@ def blocks_in(tensors: Mapping[str, Tensor], path: str) -> tuple[Tensor, ...]:
     """The inverse of `named`, among other tensors."""
     names = (_name(path, i) for i in itertools.count())
     return tuple(tensors[n] for n in itertools.takewhile(tensors.__contains__, names))
+
+
+def _whole(name: str, value: object) -> int:
+    """A whole number of a header, which a client may have written. 7.0 equals 7, but no stream can
+    be drawn from it."""
+    if type(value) is not int:
+        raise ValueError(f"{name:.80} is {value!r:.80}, expected a whole number")
+    return value
 
 
 def _name(path: str, i: int) -> str:

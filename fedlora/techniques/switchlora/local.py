@@ -14,6 +14,7 @@ from fedlora.core.seeding import dropout_seeds
 from fedlora.core.types import TrainJob
 from fedlora.data.batches import (
     TokenExample,
+    lengths_of,
     micro_batches,
     num_steps,
     step_indices,
@@ -103,7 +104,7 @@ def _steps(
     plan, switching = job.plan, controller.switching
     where = {"seed": job.seed, "round": job.round, "client": job.client.id}
     rates = learning_rates(num_steps(len(examples), plan), plan)
-    order = step_indices(len(examples), plan, **where)
+    order = step_indices(len(examples), plan, **where, lengths=lengths_of(examples))
     seeds = dropout_seeds(job.seed, job.round, job.client.id)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     losses, norms, tokens = [], [], []

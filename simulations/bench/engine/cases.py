@@ -31,6 +31,7 @@ from fedlora.core.types import (
     TrainJob,
 )
 from fedlora.data.batches import (
+    lengths_of,
     sample_examples,
     step_indices,
     supervised_tokens,
@@ -259,7 +260,8 @@ def steps(job: TrainJob, store: Any) -> list[list[Example]]:
     held: list[Any] = list(
         sample_examples(store.examples(job.client.id, "train"), job.plan, **stream)
     )
-    return [[held[int(i)] for i in rows] for rows in step_indices(len(held), job.plan, **stream)]
+    order = step_indices(len(held), job.plan, **stream, lengths=lengths_of(held))
+    return [[held[int(i)] for i in rows] for rows in order]
 
 
 def fed(job: TrainJob, store: Any) -> list[list[Fed]]:

@@ -88,12 +88,19 @@ def test_rows_that_no_model_takes_are_refused(lengths: tuple[int, ...]) -> None:
         Shape(lengths).check(32, 3)
 
 
-@given(st.integers(1, 9), st.integers(1, 4), st.lists(st.integers(0, 12), min_size=1, max_size=6))
-def test_any_step_is_that_of_an_unsplit_client(n: int, size: int, steps: list[int]) -> None:
+@given(
+    st.lists(st.integers(2, 30), min_size=1, max_size=20),
+    st.integers(1, 4),
+    st.booleans(),
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+)
+def test_any_step_is_that_of_an_unsplit_client(
+    lengths: list[int], size: int, group: bool, steps: list[int]
+) -> None:
     """In whatever order they are asked for."""
-    plan = LocalPlan(batch_size=size, steps=13)
-    order, seeds = Order(n, plan, seed=5, client=3), Seeds(seed=5, client=3)
-    want = list(step_indices(n, plan, seed=5, round=ROUND, client=3))
+    n, plan = len(lengths), LocalPlan(batch_size=size, steps=13, group_by_length=group)
+    order, seeds = Order(n, plan, seed=5, client=3, lengths=lengths), Seeds(seed=5, client=3)
+    want = list(step_indices(n, plan, seed=5, round=ROUND, client=3, lengths=lengths))
     stream = dropout_seeds(5, ROUND, 3)
     drawn = [next(stream) for _ in range(13)]
     for step in steps:

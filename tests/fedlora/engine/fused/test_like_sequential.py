@@ -51,6 +51,7 @@ PLANS = st.builds(
     steps=st.integers(0, 4),
     batch_size=st.integers(1, 4),
     micro_batch_size=st.integers(0, 3),
+    group_by_length=st.booleans(),
     max_examples=st.sampled_from([0, 2]),
     max_grad_norm=st.sampled_from([0.0, 0.1]),
     dropout=st.sampled_from([0.0, 0.25, 1.0]),

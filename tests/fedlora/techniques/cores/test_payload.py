@@ -132,6 +132,18 @@ def test_an_update_is_validated():
         decode_payload(array, gap)
 
 
+@pytest.mark.parametrize("value", ["7.0", "true", '"7"', "null", "[7]"])
+@pytest.mark.parametrize("which", ["seed", "size"])
+def test_a_header_holds_whole_numbers(which, value):
+    """What equals the right number passes a comparison, and would stop the server later."""
+    array, header = encode_payload(payload())
+    right = '"seed": 7' if which == "seed" else ": [16, "
+    wrong = right.replace("7" if which == "seed" else "16", value)
+    assert right in header
+    with pytest.raises(ValueError, match="expected a whole number"):
+        decode_payload(array, header.replace(right, wrong, 1))
+
+
 def given(held: CorePayload) -> CorePayload:
     """The same with fixed factors that are another seed's."""
     other = dataclasses.replace(held, seed=held.seed + 1)
