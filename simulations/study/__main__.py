@@ -79,6 +79,8 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
     Raises:
         ConfigError: if the study asks for a metric that no evaluation has.
     """
+    for old in (PARQUET, *WRITERS, PAGE, *(folder / FIGURES).glob("*.pdf")):
+        (folder / old).unlink(missing_ok=True)  # of other runs, if the study has changed
     runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
     runs = [one for one in runs if one.rows]
     if not runs:
@@ -92,8 +94,6 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
         write_file(folder / name, text_of(study, analysis))
     figures = list(all_figures(study, runs, analysis))
     (folder / FIGURES).mkdir(exist_ok=True)
-    for old in (folder / FIGURES).glob("*.pdf"):
-        old.unlink()
     for name, figure in figures:
         write_file(folder / FIGURES / f"{name}.pdf", pdf(figure))
     write_file(folder / PAGE, report_html(study, analysis, figures))

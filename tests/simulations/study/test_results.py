@@ -250,6 +250,13 @@ def test_the_page_escapes_what_was_recorded(folder):
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
 
 
+def test_results_of_a_study_that_has_changed_do_not_stay(folder):
+    study, _, place = folder
+    written(folder)
+    write_results(study, [], place)
+    assert [f.name for f in place.rglob("*") if f.is_file() and "runs" not in f.parts] == []
+
+
 def test_files_are_the_same_for_the_same_records(folder):
     written(folder)
     names = ["report.html", "table.md", "results.parquet", "figures/accuracy-final.pdf"]
