@@ -79,8 +79,9 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
     Raises:
         ConfigError: if the study asks for a metric that no evaluation has.
     """
-    for old in (PARQUET, *WRITERS, PAGE, *(folder / FIGURES).glob("*.pdf")):
-        (folder / old).unlink(missing_ok=True)  # of other runs, if the study has changed
+    files = [folder / name for name in (PARQUET, *WRITERS, PAGE)]
+    for old in (*files, *(folder / FIGURES).glob("*.pdf")):
+        old.unlink(missing_ok=True)  # of other runs, if the study has changed
     runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
     runs = [one for one in runs if one.rows]
     if not runs:
