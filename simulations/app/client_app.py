@@ -8,6 +8,7 @@ from flwr.clientapp import ClientApp
 from fedlora.core.package import ROOT
 from fedlora.core.source_hash import source_hash
 from fedlora.core.types import EvaluateJob, TrainJob
+from fedlora.engine.memory import limit_freed_memory
 from fedlora.engine.worker import worker
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.context import split_worker
@@ -24,6 +25,7 @@ def answer(message: Message) -> Message:
     Raises:
         RuntimeError: if this process imported other sources than the server's.
     """
+    limit_freed_memory()  # what the last message has left
     envelope = decode_jobs(message.content)
     check_source(envelope.source)
     engine = worker(envelope.worker)
