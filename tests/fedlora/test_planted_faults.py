@@ -213,7 +213,7 @@ JOINT = partial(
 )
 SPLIT: list[Fault] = [
     (client.SplitClient._learn, "gradient.to(pending.packed)", "-gradient.to(pending.packed)", CUT),
-    (client.SplitClient._forward, "number, batch.inputs", "number + 1, batch.inputs", CUT),
+    (client.SplitClient._forward, "number, step.shape", "number + 1, step.shape", CUT),
     (client.SplitClient._finish, "/ step.batch.tokens).backward", ").backward", U_SHAPED),
     (server.SplitServer._backward, "losses[i].total / ups[i].tokens", "losses[i].total", CUT),
     (server.SplitServer._answer, "gradient / done.weights[i]", "gradient", JOINT),

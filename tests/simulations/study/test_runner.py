@@ -263,6 +263,7 @@ def wait_for(condition, seconds=120.0):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_study_leaves_no_process_and_continues_with_paired_runs(mine):
     """A real study of four runs, killed when the first of them is complete."""
     file, folder = mine
