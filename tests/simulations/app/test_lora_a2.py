@@ -44,6 +44,7 @@ def test_budgets_are_what_is_sent_and_a_trial_is_paid_for(federate):
         assert row["bytes_down"] == 12 * sum(WHOLE[side] for side in sides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["sequential", "fused"])
 def test_classifiers_with_a_head_and_rounded_replies(federate, engine):
     done = federate(
