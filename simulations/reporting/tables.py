@@ -159,6 +159,11 @@ def by_method(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "\n".join(lines[:1] + [""] * bool(refused) + lines[1:])
 
 
+def methods(records: Records) -> str:
+    """BANKING77 under the methods that have been run so far."""
+    return by_method(records["methods-intents_banking77"]["runs"])
+
+
 def _of(records: Records, metric: str) -> list[Mapping[str, Any]]:
     """The runs that measured this."""
     return [r for r in records["runs"]["rows"] if metric in r["last"]]
@@ -244,6 +249,7 @@ TABLES: dict[str, Table] = {
     "printed": printed,
     "learning": learning,
     "classification": classification,
+    "methods": methods,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,
