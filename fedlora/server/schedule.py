@@ -98,7 +98,7 @@ class Rounds:
     """Which metric of ``metrics.jsonl`` decides; ``auto``: the loss of all responses (of a
     classifier: of all labels) together."""
     watch_group: str = AUTO
-    """Of which of `EvaluationSchedule.groups`; ``auto``: the first."""
+    """The group that is watched, one of `EvaluationSchedule.groups`; ``auto``: the first."""
     watch_adapter: str = AUTO
     """With which of `EvaluationSchedule.adapters`; ``auto``: the first."""
     better: str = AUTO

@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-"""Of all intervals; 1 - LEVEL is the significance of critical differences."""
+"""Confidence level of all intervals; 1 - LEVEL is the significance of critical differences."""
 By = Mapping[int, float]
 """A number of each seed."""
 
@@ -50,7 +50,7 @@ class Ranking:
     critical: float | None
     """Mean ranks closer than this do not differ; None for fewer than two methods or blocks."""
     p: float | None
-    """Of Friedman's test; None for fewer than three methods or two blocks, or ties everywhere."""
+    """P-value of Friedman's test; None for fewer than three methods or two blocks, or if all tie."""
     blocks: int
     left_out: int
     """Blocks in which a method is missing."""

@@ -756,7 +756,7 @@ def what_trains_makes_the_start(
 def what_trains_is_all_that_is_sent(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    """Of such a start, and of such an update, every byte is a tensor of the payload, and neither is
+    """Every byte of such a start and of such an update is a tensor of the payload, and neither is
     larger than what trains: no fixed factor is sent."""
     population = population_for(strategy)
     for rounds in (0, 1, 2):

@@ -143,8 +143,8 @@ def test_the_product_moves_by_the_mean_of_the_clients_products(seed: int, data: 
     assert float((got - mean).norm()) <= 1e-12 * float(f.delta().norm())
     other = "b" if side == "a" else "a"
     assert torch.equal(after[f"global/w/{other}"], f.a if other == "a" else f.b)
-    nobody = set(range(5)) - {i for u in updates for i in u.payload.indices["w"]}
-    for i in nobody:  # every bit
+    unchosen = set(range(5)) - {i for u in updates for i in u.payload.indices["w"]}
+    for i in unchosen:  # every bit
         new, old = after[f"global/w/{side}"], getattr(f, side)
         assert torch.equal(*((t[i] if side == "a" else t[:, i]) for t in (new, old)))
 

@@ -34,7 +34,7 @@ class Past:
     round: int
     """Counted from 0."""
     ranks: tuple[int, ...]
-    """Of the clients that took part."""
+    """Ranks of the clients that took part."""
     changed: int = 0
     """The rank that the server says its base has changed by."""
 
@@ -62,7 +62,7 @@ class Visit:
     blocks: int = 1
     """The layer's transformer block, and how many there are."""
     seed: int = 0
-    """Of the run."""
+    """Seed of the run."""
 
 
 @dataclass(frozen=True)

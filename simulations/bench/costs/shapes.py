@@ -17,7 +17,7 @@ MASK = "0123456789abcdef"
 """Identity of the zeros of a base that may be pruned; only SPP looks at it."""
 DENSITY = 0.5
 EXAMPLES = 20
-"""Of every client."""
+"""Examples of every client."""
 MOVED = 0.01
 """Standard deviation of what training adds to each scalar."""
 
@@ -29,7 +29,8 @@ class Shapes:
     name: str
     modules: tuple[Module, ...]
     parameters: int
-    """Of the model, in proportion to the blocks: budgets of ranks and masks refer to them."""
+    """Parameters of the model, in proportion to the blocks: budgets of ranks and masks refer to
+    them."""
     blocks: int
     model_blocks: int
 

@@ -80,9 +80,9 @@ class Training:
     """A preset's clients, ready to be trained."""
 
     jobs: Sequence[TrainJob]
-    """Of both rounds."""
+    """The jobs of both rounds."""
     steps: int
-    """Of all of them."""
+    """Optimizer steps of all jobs together."""
     engines: Mapping[str, Engine]
 
     def once(self, name: str) -> tuple[dict[str, float], list[str]]:

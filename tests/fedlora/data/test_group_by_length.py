@@ -26,7 +26,7 @@ GROUPED = LocalPlan(batch_size=2, group_by_length=True)
 @LAWS
 @given(LENGTHS, st.integers(1, 5), st.integers(0, 2**31))
 def test_the_order_is_that_of_transformers(lengths, size, seed):
-    """Of the same permutation."""
+    """The order is transformers' own, for the same permutation."""
     drawn = np.random.default_rng(seed).permutation(len(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "randperm", lambda n, generator=None: torch.from_numpy(drawn))
@@ -74,7 +74,7 @@ def padding(steps, lengths) -> int:
 @LAWS
 @given(st.integers(8, 30), st.integers(2, 5), st.integers(0, 2**31))
 def test_there_is_less_padding_on_average(count, size, seed):
-    """Of clients with at least eight batches, over draws of the order."""
+    """Clients with at least eight batches pad less, over draws of the order."""
     lengths = (5 + np.random.default_rng(seed).lognormal(3, 1, count * size)).astype(int).tolist()
     plain = replace(GROUPED, group_by_length=False, batch_size=size)
     grouped, apart = (
