@@ -50,7 +50,7 @@ class Ranking:
     critical: float | None
     """Mean ranks closer than this do not differ; None for fewer than two methods or blocks."""
     p: float | None
-    """P-value of Friedman's test; None for fewer than three methods or two blocks, or if all tie."""
+    """P-value of Friedman's test; None below three methods or two blocks, or if all tie."""
     blocks: int
     left_out: int
     """Blocks in which a method is missing."""
