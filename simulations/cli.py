@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("simulations.tools.generate", "answers of a run's model, or texts with scores"),
     "evaluate": ("simulations.tools.evaluate", "a run's model on lm-evaluation-harness tasks"),
     "data": ("simulations.tools.data", "statistics and examples of a data set"),
+    "keys": ("simulations.tools.keys", "keys and certificates of a deployment with silos"),
     "pretrain": ("simulations.pretraining.pretrain", "a small base model from nothing"),
     "finetune": (
         "simulations.centralized.finetune",

@@ -66,6 +66,7 @@ def _one_run(overrides: list[str], emit: Callable[[str], None]) -> int:
     cfg = load(overrides)
     emit("starting Python packages")
     runtime = build(cfg.runtime, Runtime, "runtime")
+    runtime.check_launch()
     if runtime.in_process:  # another process loads torch, and may die of what clients do
 
         def alone(words: Sequence[str], attempt: Attempt, _: Callable[[str], None]) -> None:

@@ -192,11 +192,17 @@ Attach: TypeAlias = Callable[[int, str, list[Example]], list[Example]]
 class TokenStore:
     """A built store, memory-mapped: opening costs milliseconds, examples are read on demand."""
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, only: int | None = None) -> None:
         """Open a store that `prepare` returned.
+
+        Args:
+            folder: of the store.
+            only: id under which the single client of the store is asked for; None: ids are those of
+                the store.
 
         Raises:
             DataError: if it is damaged.
+            ValueError: if there is an id for a single client, and there are several.
         """
         self.folder = Path(folder)
         reason = damage(self.folder)
@@ -210,6 +216,9 @@ class TokenStore:
         self._responses: NDArray[np.bool_] | None = flags if len(flags) else None
 
         self._attach: Attach | None = None
+        self._only = only
+        if only is not None and self.num_clients != 1:
+            raise ValueError(f"{self.folder} has {self.num_clients} clients, expected one")
 
     def with_states(self, attach: "Attach") -> "TokenStore":
         """The same store, whose `examples` pass through a function that gives them `states`."""
@@ -217,8 +226,8 @@ class TokenStore:
         vars(other).update(vars(self) | {"_attach": attach})
         return other
 
-    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
-        return TokenStore, (self.folder,)
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path, int | None]]:
+        return TokenStore, (self.folder, self._only)
 
     @property
     def key(self) -> str:
@@ -346,6 +355,10 @@ class TokenStore:
         return np.memmap(path, dtype=np.uint8, mode="r")
 
     def _rows(self, client: int, split: str) -> tuple[int, int]:
+        if self._only is not None:
+            if client != self._only:
+                raise IndexError(f"client {client} is not here, client {self._only} is")
+            client = 0
         if not 0 <= client < self.num_clients:
             raise IndexError(f"client {client} is not in 0..{self.num_clients - 1}")
         if split not in SPLITS:

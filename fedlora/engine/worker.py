@@ -28,18 +28,19 @@ class WorkerSpec:
     engine: EngineSpec
     device: str = "auto"
     """``auto``: the first CUDA device that Ray left visible, else the CPU."""
+    client: int | None = None
+    """Id of the only client that the store is of; None: the store has the clients of all."""
 
     def to_json(self) -> str:
         """The description that `worker` understands."""
-        return json.dumps(
-            {
-                "model": describe(self.model),
-                "store": str(self.store),
-                "engine": describe(self.engine),
-                "device": self.device,
-            },
-            sort_keys=True,
-        )
+        plain = {
+            "model": describe(self.model),
+            "store": str(self.store),
+            "engine": describe(self.engine),
+            "device": self.device,
+        }
+        only = {} if self.client is None else {"client": self.client}
+        return json.dumps(plain | only, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
@@ -50,6 +51,7 @@ class WorkerSpec:
             Path(raw["store"]),
             build(raw["engine"], EngineSpec, "engine"),  # type: ignore[type-abstract]
             raw["device"],
+            raw.get("client"),
         )
 
     def open(self) -> Engine:
@@ -70,7 +72,7 @@ def resident(spec: str) -> tuple[LanguageModel, TokenStore]:
     """
     described = WorkerSpec.from_json(spec)
     model = described.model.load(resolve_device(described.device))
-    return model, TokenStore(described.store)
+    return model, TokenStore(described.store, described.client)
 
 
 @functools.lru_cache(maxsize=1)

@@ -75,6 +75,9 @@ class Delivery:
         safe: says what of the run is on disk, for messages.
         emit: shows one line.
         journal: file that names the message that is being worked on; ``None``: none is written.
+        poll_s: seconds between two looks for replies.
+        homes: whether every message goes to a node that works for nobody else: all are under way at
+            once, each has a deadline of its own, and what happens to one ends nothing.
     """
 
     grid: Grid
@@ -84,6 +87,8 @@ class Delivery:
     safe: Callable[[], str]
     emit: Callable[[str], None]
     journal: Path | None = None
+    poll_s: float = POLL_S
+    homes: bool = False
     _late: set[str] = field(default_factory=set)
     """Dropped messages that were not answered: each keeps a worker busy."""
 
@@ -97,6 +102,7 @@ class Delivery:
         """
         replies: dict[int, Message] = {}
         ahead = 1 if self.journal else AHEAD * self.workers
+        ahead = len(parcels) if self.homes else ahead
         try:
             self._batch([p for p in parcels if not p.alone], phase, ahead, replies)
             for parcel in parcels:
@@ -120,10 +126,11 @@ class Delivery:
             if lost:
                 self._died(lost, phase, bool(replies))
             self._drop_overdue(under_way, phase, bool(replies))
-            if (waiting or under_way) and len(self._late) >= self.workers:
+            blocked = len(self._late) >= self.workers and not self.homes
+            if (waiting or under_way) and blocked:
                 raise self.incidents.blocked(phase.name, phase.round, self.safe())
             if under_way and not arrived:
-                time.sleep(POLL_S)
+                time.sleep(self.poll_s)
 
     def _push(
         self, parcel: Parcel, phase: Phase, under_way: dict[str, _UnderWay], answered: bool
@@ -150,7 +157,7 @@ class Delivery:
             return []
         if reply.has_error():
             reason = reply.error.reason or ""
-            if any(mark in reason for mark in DEATH):
+            if not self.homes and any(mark in reason for mark in DEATH):
                 return [found.parcel]
         else:
             self.on_reply(reply)
@@ -163,14 +170,15 @@ class Delivery:
     def _drop_overdue(self, under_way: dict[str, _UnderWay], phase: Phase, answered: bool) -> None:
         """Start the clocks of the oldest messages, and drop those whose time is over."""
         now = time.monotonic()
-        free = max(0, self.workers - len(self._late))
+        free = len(under_way) if self.homes else max(0, self.workers - len(self._late))
         for key, one in list(under_way.items())[:free]:
             if one.since is None:
                 one.since = now
             elif now - one.since > phase.timeout_s:
                 del under_way[key]
                 self._late.add(key)
-                self.incidents.add(_incident(phase, DEADLINE, [one.parcel], answered))
+                if not self.homes:  # a silo that was late once is asked again in the next round
+                    self.incidents.add(_incident(phase, DEADLINE, [one.parcel], answered))
                 self.emit(
                     f"round {phase.round}: no answer within {phase.timeout_s:g} s "
                     f"(federation.timeout_s) for clients {named(one.parcel.clients)}"

@@ -26,7 +26,8 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.server.claims import checked
-from fedlora.server.delivery import Delivery, Parcel, Phase
+from fedlora.server.delivery import POLL_S, Delivery, Parcel, Phase
+from fedlora.server.homes import Homes
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.norm_bound import COHORT
@@ -52,13 +53,21 @@ class FederatedRun:
         worker: JSON description of what a worker process has to build.
         source: hash of this process's sources; workers with others refuse to work.
         journal: see `fedlora.server.delivery.Delivery`.
+        homes: where clients are nodes of their own; None: nodes are slots for virtual clients.
     """
 
     def __init__(
-        self, session: Session, *, worker: str, source: str, journal: Path | None = None
+        self,
+        session: Session,
+        *,
+        worker: str,
+        source: str,
+        journal: Path | None = None,
+        homes: Homes | None = None,
     ) -> None:
         self.session, self.worker, self.source = session, worker, source
         self.incidents = Incidents(session.folder)
+        self.homes = homes
         self._journal = journal
 
     def start(self, grid: Grid) -> None:
@@ -75,9 +84,11 @@ class FederatedRun:
             len(session.roster.clients),
             session.roster.per_round,
         )
-        empty = encode_jobs((), worker=self.worker, source=self.source, wire=session.rounds.wire)
-        patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
-        check_workers(grid, nodes_of(grid), session.workers, empty, patience)
+        if self.homes is None:  # silos have introduced themselves
+            wire = session.rounds.wire
+            empty = encode_jobs((), worker=self.worker, source=self.source, wire=wire)
+            patience = max(session.rounds.timeout_s, SETUP_PATIENCE_S)
+            check_workers(grid, nodes_of(grid), session.workers, empty, patience)
         delivery = Delivery(
             grid,
             session.workers,
@@ -86,6 +97,8 @@ class FederatedRun:
             session.safe,
             session.emit,
             self._journal,
+            poll_s=self.homes.poll_s if self.homes else POLL_S,
+            homes=self.homes is not None,
         )
         if session.evaluation_missing():
             self._evaluate(session.done, delivery)
@@ -102,6 +115,8 @@ class FederatedRun:
     def _train(self, round: int, delivery: Delivery) -> None:
         session, phase = self.session, self.phase(round, TRAIN)
         cohorts = session.train_cohorts(round)
+        if self.homes:
+            self.homes.refresh(delivery.grid)
         out = self._left_out([job for jobs in cohorts for job in jobs], phase)
         jobs = [job for jobs in cohorts for job in jobs if job.client.id not in out]
         jobs.sort(key=lambda job: job.client.id)
@@ -116,6 +131,8 @@ class FederatedRun:
     def _evaluate(self, round: int, delivery: Delivery) -> None:
         phase = self.phase(round, EVALUATE)
         batches = self.session.evaluate_cohorts(round)
+        if self.homes and batches:
+            self.homes.refresh(delivery.grid)
         found = self._results([jobs for _, jobs in batches], MessageType.EVALUATE, delivery, phase)
         results: dict[str, list[Evaluation | Failure]] = {tag: [] for tag, _ in batches}
         for (tag, jobs), part in zip(batches, found, strict=True):
@@ -125,9 +142,15 @@ class FederatedRun:
 
     def _left_out(self, jobs: Sequence[Job], phase: Phase) -> dict[int, Failure]:
         """The clients of these jobs that are not sent anything, as failures."""
-        out = self.incidents.left_out(phase.name, phase.round)
+        out, kind = self._out(phase), "Unavailable" if self.homes else "LeftOut"
         clients = {job.client.id: job.client for job in jobs}
-        return {i: Failure(c, "LeftOut", out[i]) for i, c in clients.items() if i in out}
+        return {i: Failure(c, kind, out[i]) for i, c in clients.items() if i in out}
+
+    def _out(self, phase: Phase) -> dict[int, str]:
+        """The clients that are not sent anything now, with the reason."""
+        if self.homes:
+            return self.homes.away()
+        return self.incidents.left_out(phase.name, phase.round)
 
     def _results(
         self, batches: Sequence[Sequence[Job]], kind: str, delivery: Delivery, phase: Phase
@@ -141,12 +164,11 @@ class FederatedRun:
         parts = [(i, part) for i, jobs in enumerate(batches) for part in self._parts(jobs, phase)]
         if not parts:
             return [[] for _ in batches]
-        nodes, wire = nodes_of(delivery.grid), self.session.rounds.wire
-        nonce = secrets.token_hex(8)
-        described = {"worker": self.worker, "source": self.source, "wire": wire, "nonce": nonce}
+        wire, nonce = self.session.rounds.wire, secrets.token_hex(8)
+        described = {"source": self.source, "wire": wire, "nonce": nonce}
         parcels = []
-        for n, (_, jobs) in enumerate(parts):
-            message = Message(encode_jobs(jobs, **described), nodes[n % len(nodes)], kind)
+        for (_, jobs), (node, worker) in zip(parts, self._routes(parts, delivery), strict=True):
+            message = Message(encode_jobs(jobs, worker=worker, **described), node, kind)
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
@@ -155,10 +177,22 @@ class FederatedRun:
             found[i] += [checked(asked[r.client.id], r, self.session.store) for r in read]
         return found
 
+    def _routes(
+        self, parts: Sequence[tuple[int, Sequence[Job]]], delivery: Delivery
+    ) -> list[tuple[int, str]]:
+        """The node that each part of the batches is sent to, and what it is to open."""
+        if self.homes:
+            ids = [jobs[0].client.id for _, jobs in parts]
+            return [(self.homes.nodes[i], self.homes.workers[i]) for i in ids]
+        nodes = nodes_of(delivery.grid)
+        return [(nodes[n % len(nodes)], self.worker) for n in range(len(parts))]
+
     def _parts(self, jobs: Sequence[Job], phase: Phase) -> list[list[Job]]:
         """A batch without the clients that are left out; those that are sent one to a message are
         parts of their own."""
-        out = self.incidents.left_out(phase.name, phase.round)
+        out = self._out(phase)
+        if self.homes:
+            return [[job] for job in jobs if job.client.id not in out]
         single = self.incidents.one_by_one(phase.name, phase.round)
         crowd = [job for job in jobs if job.client.id not in single | out.keys()]
         own = [[job] for job in jobs if job.client.id in single - out.keys()]

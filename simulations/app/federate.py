@@ -21,13 +21,22 @@ from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
+from fedlora.server.homes import Homes
 from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import BEST, export
 from simulations.app.identity import changed
-from simulations.app.inputs import RunInputs, as_it_began, headline, method_of, prepare_inputs
+from simulations.app.inputs import (
+    RunInputs,
+    as_it_began,
+    headline,
+    method_of,
+    prepare_inputs,
+    prepare_silos,
+)
 from simulations.app.parts import Parts, build_parts
 from simulations.app.run_folder import run_folder, status_file, write_start
+from simulations.app.silo_runtime import SiloRuntime
 from simulations.app.words import absolute
 
 
@@ -59,7 +68,10 @@ def run(
     torch.set_num_threads(parts.federation.threads)
     emit("starting model and data")
     with disk_faults(place := absolute(parts.output_dir) / parts.name):
-        inputs = prepare_inputs(parts, emit)
+        if isinstance(parts.runtime, SiloRuntime):
+            inputs = prepare_silos(parts, grid_of(parts), emit)
+        else:
+            inputs = prepare_inputs(parts, emit)
         folder = run_folder(parts)
     session = new_session(parts, inputs, folder, emit)
     emit(headline(inputs, parts.data.name, session))
@@ -78,6 +90,7 @@ def run(
                     worker=inputs.worker.to_json(),
                     source=source_hash(),
                     journal=folder / UNDER_WAY if watched else None,
+                    homes=homes_of(parts, inputs),
                 )
                 if session.evaluation_missing() or not over(session):
                     emit("starting rounds: workers load the model")
@@ -119,7 +132,7 @@ def new_session(
             messages_per_worker=parts.engine.messages_per_worker,
             folder=folder,
             tracker=Trackers([]),
-            config_hash=parts.hash(inputs.store.folder.name, info.fingerprint),
+            config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
             store=inputs.store,
@@ -128,6 +141,14 @@ def new_session(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def homes_of(parts: Parts, inputs: RunInputs) -> Homes | None:
+    """Where the clients of the run live; None: they are virtual."""
+    if inputs.silos is None:
+        return None
+    assert isinstance(parts.runtime, SiloRuntime)
+    return inputs.silos.homes(parts.runtime, inputs.worker)
 
 
 def over(session: Session) -> bool:
@@ -154,7 +175,7 @@ def resume(session: Session, parts: Parts, inputs: RunInputs) -> None:
         if parts.resume != "never" and session.resume():
             session.emit(f"resuming after round {session.done} of {session.rounds.rounds}")
     except RunError as error:
-        data, model = inputs.store.folder.name, inputs.info.fingerprint
+        data, model = inputs.data, inputs.info.fingerprint
         differs = changed(session.folder, parts.resolved, data, model)
         raise RunError(f"{error}{differs}") from error
 

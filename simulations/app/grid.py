@@ -1,7 +1,7 @@
 """A Flower grid inside one process: no Ray, but the same messages and bitwise
 identical results."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -18,9 +18,16 @@ class InProcessGrid(Grid):
 
     Flower 1.41 builds messages only inside a task, so this process takes the identity of one: the
     single use of a non-public name.
+
+    Args:
+        app: answers the messages.
+        nodes: how many there are, with the ids from 1.
+        configs: what each node's config has beside its number, as by ``--node-config``.
     """
 
-    def __init__(self, app: ClientApp, nodes: int = 4) -> None:
+    def __init__(
+        self, app: ClientApp, nodes: int = 4, configs: Sequence[Mapping[str, str]] = ()
+    ) -> None:
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._app = app
         self._queue: dict[str, Message] = {}
@@ -28,7 +35,8 @@ class InProcessGrid(Grid):
             i: Context(
                 run_id=1,
                 node_id=i,
-                node_config={"partition-id": i - 1, "num-partitions": nodes},
+                node_config={"partition-id": i - 1, "num-partitions": nodes}
+                | dict(configs[i - 1] if configs else {}),
                 state=RecordDict(),
                 run_config={},
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.serverapp import Grid
 
 from fedlora.core.cache import cache_root
 from fedlora.core.config import describe
@@ -16,7 +17,7 @@ from fedlora.core.errors import ConfigError, ModelError
 from fedlora.core.reading import json_in
 from fedlora.core.types import LocalPlan, Setting
 from fedlora.data.store import TokenStore, find_or_prepare
-from fedlora.engine.base import EngineSpec
+from fedlora.engine.base import EngineSpec, WorkerEngine
 from fedlora.engine.worker import WorkerSpec
 from fedlora.models.head import FROZEN, LOCAL
 from fedlora.models.masks import load_masks
@@ -33,6 +34,7 @@ from fedlora.server.session import Session
 from simulations.app.limits import check_model, check_rounds, check_tokens, data_notes
 from simulations.app.parts import Parts
 from simulations.app.prefix import settled_prefix
+from simulations.app.silos import Silos, meet
 from simulations.app.unseen import unseen_model
 
 
@@ -41,13 +43,18 @@ class RunInputs:
     """The model, the data, the clients and what a worker needs, before round 1."""
 
     info: ModelInfo
-    store: TokenStore
+    store: TokenStore | None
+    """None: clients are silos, and the server holds none of their data."""
+    data: str
+    """Identity of the data: the store's name, or `simulations.app.silos.Silos.key`."""
     roster: Roster
     worker: WorkerSpec
     pruned: PrunedBase | None = None
     """Facts of a pruned model; None: the model is dense."""
     notes: tuple[str, ...] = ()
     """What was done to the examples so that they fit (`simulations.app.limits.data_notes`)."""
+    silos: Silos | None = None
+    """The silos of the run; None: its clients are virtual."""
 
     def setting(self, parts: Parts) -> Setting:
         """What the method of the run is told."""
@@ -92,7 +99,25 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     check_rounds(parts.federation, roster, emit)
     engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
     worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
-    return RunInputs(info, store, roster, worker, pruned, data_notes(store))
+    return RunInputs(info, store, store.folder.name, roster, worker, pruned, data_notes(store))
+
+
+def prepare_silos(parts: Parts, grid: Grid, emit: Callable[[str], None]) -> RunInputs:
+    """Describe the model and meet the silos; no data is opened here."""
+    parts = dataclasses.replace(parts, model=settled_model(parts, emit))
+    info = parts.model.describe()
+    check_model(parts, info)
+    check_zeros_kept(parts.client, info, emit)
+    pruned = _inspected(parts.client, info, parts.model.folder()) if info.mask else None
+    engine = settled_engine(parts, info, emit)
+    if isinstance(engine, WorkerEngine):
+        engine = dataclasses.replace(engine, prefix="off")
+    silos = meet(grid, parts, info, engine, emit)
+    roster = silos.enroll(parts, info)
+    check_groups(parts.evaluate, roster)
+    check_rounds(parts.federation, roster, emit)
+    worker = WorkerSpec(parts.model.resolved(), Path(), engine, parts.runtime.worker_device)
+    return RunInputs(info, None, silos.key, roster, worker, pruned, silos=silos)
 
 
 def method_of(parts: Parts, inputs: RunInputs) -> Method:

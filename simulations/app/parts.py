@@ -28,6 +28,8 @@ from simulations.app.compose import CONF
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.silo_checks import check_silos
+from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
 
 T = TypeVar("T")
@@ -94,6 +96,8 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    if isinstance(parts.runtime, SiloRuntime):
+        check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
     try:
         parts.tracking.check(parts.name)

@@ -1,5 +1,6 @@
 """The folder of a run, and its files with configuration, environment and final status."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -67,7 +68,7 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
     _write_json(folder / MODEL, model)
     write_file(folder / "worker.json", inputs.worker.to_json() + "\n")
     population = {
-        "fingerprint": inputs.store.folder.name,
+        "fingerprint": inputs.data,
         "clients": len(roster.clients),
         "per_round": roster.per_round,
         "tiers": roster.tier_counts(),
@@ -75,9 +76,14 @@ def write_start(parts: Parts, inputs: RunInputs, folder: Path) -> None:
         "groups": {name: len(ids) for name, ids in roster.groups.items()},
         "unseen_model": unseen_of(parts),
     }
+    if inputs.silos is not None:
+        population["silos"] = [
+            {"client": client, "node": inputs.silos.nodes[client]} | dataclasses.asdict(one)
+            for client, one in enumerate(inputs.silos.infos)
+        ]
     _write_json(folder / "population.json", population)
     store = inputs.store
-    if store.labels:
+    if store is not None and store.labels:
         write_file(folder / LABELS, json.dumps(label_record(store)) + "\n")
 
 

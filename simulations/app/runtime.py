@@ -98,6 +98,9 @@ class Runtime:
             return "cuda"
         return "auto" if self.in_process else "cpu"
 
+    def check_launch(self) -> None:
+        """Refuse to start on this machine what another command starts; a simulation is not."""
+
     def check_machine(self, cpus: int, gpus: int) -> None:
         """Refuse what this machine does not have: Ray would wait for it, or do without in silence.
 

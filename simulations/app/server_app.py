@@ -19,6 +19,7 @@ from simulations.app.federate import run
 from simulations.app.own_modules import find_own_modules
 from simulations.app.ray_setup import TMPDIR, check_cluster, too_long
 from simulations.app.runtime import Runtime
+from simulations.app.silo_runtime import SiloRuntime
 from simulations.app.status import close_status
 
 app = ServerApp()
@@ -67,8 +68,9 @@ def main(grid: Grid, context: Context) -> None:
     with ending:
         config = context.run_config
         cfg = load(split_overrides(str(config["experiment"]), str(config["overrides"])))
-        say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
-        check_ray()
+        if not isinstance(build(cfg.runtime, Runtime, "runtime"), SiloRuntime):
+            say(f"(CPUs, GPUs and nodes are Flower's: {federation_hint(cfg)})")
+            check_ray()
         federate(cfg, grid, ending.say)
 
 

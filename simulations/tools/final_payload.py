@@ -50,7 +50,7 @@ def final_payload(
     emit(f"{run.name}: no adapter/; the checkpoint after round {saved.round} is taken")
     parts = build_parts(config)
     inputs = prepare_inputs(parts, lambda line: None)
-    now = parts.hash(inputs.store.folder.name, inputs.info.fingerprint)
+    now = parts.hash(inputs.data, inputs.info.fingerprint)
     if saved.config_hash != now:
         raise CheckpointError(
             f"{run}: the checkpoint of round {saved.round} was written under another configuration "

@@ -125,10 +125,11 @@ def training_of(preset: str, work: Work, opened: dict[str, Mapping[str, Engine]]
     """
     parts = parts_of(preset, *work.words(preset))
     inputs = prepare_inputs(parts, lambda _: None)
-    key, model = inputs.info.fingerprint, inputs.worker.model
+    key, model, store = inputs.info.fingerprint, inputs.worker.model, inputs.store
+    assert store is not None
     if key not in opened:
         opened[key] = {
-            name: engine.open(model.load(torch.device("cpu")), inputs.store)
+            name: engine.open(model.load(torch.device("cpu")), store)
             for name, engine in ENGINES.items()
         }
     method, setting = parts.strategy, inputs.setting(parts)
