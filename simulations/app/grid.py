@@ -31,12 +31,12 @@ class InProcessGrid(Grid):
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
         self._app = app
         self._queue: dict[str, Message] = {}
+        own: list[Mapping[str, str]] = [*configs] or [{}] * nodes
         self._contexts = {
             i: Context(
                 run_id=1,
                 node_id=i,
-                node_config={"partition-id": i - 1, "num-partitions": nodes}
-                | dict(configs[i - 1] if configs else {}),
+                node_config={"partition-id": i - 1, "num-partitions": nodes, **own[i - 1]},
                 state=RecordDict(),
                 run_config={},
             )

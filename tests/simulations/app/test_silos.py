@@ -63,9 +63,7 @@ def test_no_reply_holds_text_or_tokens_of_the_records(tmp_path, data, cards):
     grid = SiloGrid([*cards.values()])
     words = ("evaluate=loss", "evaluate.groups=[seen]", "evaluate.clients=0")
     federate(tmp_path / "silos", grid, *words)
-    assert (
-        len(grid.replies) == 2 * 3 + 2 * 3 + 3 * 3
-    )
+    assert len(grid.replies) == 2 * 3 + 2 * 3 + 3 * 3
     received = [of_reply(reply) for reply in grid.replies]
     for name in RANKS:
         hidden = secrets_of(data / f"{name}.jsonl")
