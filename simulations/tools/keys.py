@@ -81,6 +81,8 @@ def write_keys(
     for name in silos:
         if not NAME.fullmatch(name):
             raise ValueError(f"--silo {name!r} must be up to 64 letters, digits and any of '_.-'")
+    for host in hosts:
+        _general(host)
     if days < 1:
         raise ValueError(f"--days {days} must be at least 1")
     server = ["ca.crt", "server.pem", "server.key"] if hosts else []
