@@ -75,6 +75,45 @@ def test_words_of_the_command_line_win():
     assert {run.rounds for run in plan(study)} == {4}
 
 
+def test_words_of_the_command_line_win_over_those_of_axes():
+    runs = plan(parse("two", TWO, ["client.lr=0.25"]))
+    assert {load(run.words).client.lr for run in runs} == {0.25}
+
+
+def test_cells_have_seeds_of_their_own_and_only_those_asked_for_are_there():
+    axes = {"x": ["a", "b", "c"], "y": ["u", "v"]}
+    found = parse("s", {
+        "axes": axes, "seeds": [0], "only": [{"x": ["a", "b"]}, {"x": "c", "y": "v"}],
+        "seeds_for": [{"cells": {"y": "v"}, "seeds": [0, 1]}, {"cells": {"x": "c"}, "seeds": [7]}],
+    })  # fmt: skip
+    assert {tuple(dict(c).values()): found.seeds_of(c) for c in found.cells()} == {
+        ("a", "u"): (0,), ("a", "v"): (0, 1), ("b", "u"): (0,), ("b", "v"): (0, 1),
+        ("c", "v"): (7,),
+    }  # fmt: skip
+    assert found.all_seeds() == (0, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "panels"),
+    [
+        ({}, {"a": (["unseen_random"], ["full"]), "b": (["unseen_random"], ["full"])}),
+        ({"evaluation": {"group": "seen", "adapter": "auto"}},
+         {"a": (["seen"], ["full"]), "b": (["seen"], ["own"])}),
+        ({"evaluation": {"adapter": "own"}, "metrics": {"loss@seen/full": "lower"}},
+         {level: (["unseen_random", "seen"], ["own", "full"]) for level in "ab"}),
+        ({"metrics": {"loss@seen": "lower", "loss": "lower"}},
+         {level: (["unseen_random", "seen"], ["full"]) for level in "ab"}),
+    ],
+)  # fmt: skip
+def test_runs_are_evaluated_on_what_the_metrics_are_of(change, panels):
+    axes = {"method": {"a": "strategy=fedit", "b": "strategy=local"}}
+    found = {}
+    for run in plan(parse("two", TWO | {"axes": axes, "seeds": [0]} | change)):
+        asked = load(run.words).evaluate
+        found[dict(run.cell)["method"]] = (list(asked.groups), list(asked.adapters))
+    assert found == panels
+
+
 @given(
     sizes=st.lists(st.integers(1, 3), min_size=1, max_size=4),
     seeds=st.lists(st.integers(0, 9), min_size=1, max_size=4, unique=True),
@@ -98,7 +137,7 @@ def test_cells_are_all_combinations_without_those_left_out(sizes, seeds, data):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"axis": {}}, "unknown key 'axis'; there are base, axes, seeds, skip"),
+        ({"axis": {}}, "unknown key 'axis'; there are base, axes, seeds, seeds_for, only"),
         ({"axes": {}}, "axes names no axis"),
         ({"axes": ["strategy"]}, "must name axes"),
         ({"axes": {"strategy": "fedit"}}, "axes.strategy is 'fedit'; it must be a list of values"),
@@ -115,8 +154,14 @@ def test_cells_are_all_combinations_without_those_left_out(sizes, seeds, data):
         ({"seeds": ["1"]}, "list of different whole numbers"),
         ({"skip": [{"method": "c"}]}, "skip names method='c'; its levels are a, b"),
         ({"skip": [{"rank": "c"}]}, "skip names 'rank'; the axes are method"),
-        ({"skip": ["a"]}, "must be a list such as"),
-        ({"skip": [{"method": "a"}, {"method": "b"}]}, "skip leaves no cell"),
+        ({"skip": {"method": "a"}}, "must be a list such as"),
+        ({"skip": ["a"]}, "skip is 'a'; it must name levels such as"),
+        ({"only": [{"method": "c"}]}, "only names method='c'; its levels are a, b"),
+        ({"seeds_for": [{"cells": {"method": "a"}}]}, "seeds_for.seeds is None"),
+        ({"seeds_for": [{"seeds": [1]}]}, "seeds_for.cells is None"),
+        ({"evaluation": {"adapter": "best"}}, "it must be full, largest, own, auto"),
+        ({"evaluation": ["own"]}, "it must have the keys group, adapter"),
+        ({"skip": [{"method": "a"}, {"method": "b"}]}, "only and skip leave no cell"),
     ],
 )
 def test_mistakes_are_one_sentence(change, said):
