@@ -78,6 +78,7 @@ def test_the_hash_ignores_what_cannot_matter():
         return build_parts(load(list(words))).hash("data", "model")
 
     assert of() == of("rounds=9", "output_dir=/elsewhere", "runtime=multi_gpu", "name=x")
+    assert of() == of("analyses=all") == of("analyses=none")
     assert of() == of("federation.keep=1", "tracking=wandb", "federation.clients_per_message=1")
     assert of() != of("seed=1")
     assert of() == of("model.path=/moved/tiny")

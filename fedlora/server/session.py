@@ -29,6 +29,7 @@ from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import NUMERICAL, combine, unusable
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
@@ -88,6 +89,8 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
+    """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
     """What clients hold: what they say of it is compared with it; None: it is not known."""
     watch: Watch | None = None
@@ -320,6 +323,9 @@ class Session:
         record["round/aggregate_seconds"] = seconds
         starts = {i: job.start for i, job in current.jobs.items()}
         record |= diagnosis(self.method, self.state, self.setting, updates, starts)
+        record |= self.analyses.record(
+            self.method, self.state, self.setting, current.round, updates, starts
+        )
         record |= self.method.report(self.state)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)

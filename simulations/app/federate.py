@@ -122,6 +122,7 @@ def new_session(
             config_hash=parts.hash(inputs.store.folder.name, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,
             emit=emit,

@@ -15,7 +15,10 @@ MODEL = "model.json"
 """The file of a run folder that describes the base model and its location."""
 LABELS = "labels.json"
 """That which names the labels of a classification and counts those of each client."""
-VOLATILE = ("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "experiment")
+VOLATILE = (
+    *("rounds", "output_dir", "resume", "report", "name", "runtime", "tracking", "analyses"),
+    "experiment",
+)
 """Keys that may change between a run and its continuation: results do not depend on them."""
 ELSEWHERE = {
     "federation": (

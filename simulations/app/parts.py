@@ -19,6 +19,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
+from fedlora.server.analyses import Analyses
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
@@ -51,6 +52,7 @@ class Parts:
     engine: EngineSpec
     evaluate: EvaluationSchedule
     runtime: Runtime
+    analyses: Analyses
     tracking: Tracking
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
@@ -153,6 +155,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         engine=part("engine", EngineSpec),  # type: ignore[type-abstract]
         evaluate=part("evaluate", EvaluationSchedule),
         runtime=part("runtime", Runtime),
+        analyses=part("analyses", Analyses),
         tracking=part("tracking", Tracking),  # type: ignore[type-abstract]
         federation=part("federation", Rounds),
         postprocess=tuple(

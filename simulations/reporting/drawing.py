@@ -66,11 +66,12 @@ def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
             ax.set_xlim(low - 0.5, low + 0.5)
         handles, labels = _keys(ax)
         if 1 < len(labels) <= 12:
+            longest = max(map(len, labels))
             figure.legend(
                 handles,
                 labels,
                 loc="outside lower center",
-                ncols=max(1, min(4, len(labels), 64 // max(map(len, labels)))),
+                ncols=max(1, min(6 if longest <= 6 else 4, len(labels), 64 // longest)),
                 handlelength=2.6,
             )
     return figure

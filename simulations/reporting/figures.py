@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -234,6 +235,14 @@ def examples(run: Run) -> Figure | None:
     return _histogram({"clients": list(held.values())}, title, "examples") if held else None
 
 
+def _bins(column: Sequence[float], low: float, high: float) -> dict[str, Any]:
+    """One bin for each whole number where there are few of them; else by the number of values."""
+    if high - low < 30 and all(v == int(v) for v in (low, high, *column)):
+        return {"bins": int(high - low) + 1, "range": (low - 0.5, high + 0.5), "rwidth": 0.9}
+    inside = (low, high) if high > low else (low - 0.5, low + 0.5)
+    return {"bins": min(30, max(8, len(column) // 3)), "range": inside}
+
+
 def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> Figure:
     values = [v for column in shown.values() for v in column]
 
@@ -242,8 +251,7 @@ def _histogram(shown: Mapping[str, Sequence[float]], title: str, unit: str) -> F
         for name, column in shown.items():
             ax.hist(
                 column,
-                bins=min(30, max(8, len(column) // 3)),
-                range=(low, high) if high > low else (low - 0.5, low + 0.5),
+                **_bins(column, low, high),
                 alpha=0.55,
                 label=f"{name} ({len(column):,})",
             )

@@ -21,12 +21,21 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from fedlora.core.package import places
-from simulations.reporting import class_figures, class_tables, drawing, figures, run_tables
+from simulations.reporting import (
+    analysis_figures,
+    class_figures,
+    class_tables,
+    drawing,
+    figures,
+    run_tables,
+)
 from simulations.reporting.run_folder import RecordError, Run, read_run
 
 TEMPLATES = "simulations/reporting/templates"
 
 _BAND = "Of all examples together; the band reaches down to the worst tenth of the clients."
+_MAP = "A row that grows dark: rank collapse. Dashed: the ranks that clients have."
+_DRIFT = "Mean over the clients of the round; band: one standard deviation."
 _BOXES = "All rounds. Box: middle half; line: median; outliers hidden."
 
 
@@ -99,10 +108,19 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.seconds(run), "Wall time of the simulation."),
         ),
         "clients": _clients(run),
+        "drift": _section(
+            "Client drift",
+            (analysis_figures.drift_cosine(run), _DRIFT),
+            (analysis_figures.drift_norm(run), _DRIFT),
+            (analysis_figures.diversity(only), "1: all clients do the same."),
+        ),
         "aggregation": _section(
             "Aggregation",
+            (analysis_figures.energy_map(run), _MAP),
+            (analysis_figures.energy_by_tier(run), "A straight line decays at a constant rate."),
+            (analysis_figures.ranks(only), ""),
             (figures.energy(run), "A curve that rises late: the update needs a high rank."),
-            (figures.truncation(run), ""),
+            _loss_by_rank(run),
             (figures.exactness(only), "Averaging factors is not averaging their products."),
             (figures.update_norm(only), ""),
         ),
@@ -110,6 +128,13 @@ def run_page(run: Run) -> dict[str, Any]:
         "configuration": run_tables.config_table(run),
         "yaml": OmegaConf.to_yaml(OmegaConf.create(dict(run.config))) if run.config else "",
     }
+
+
+def _loss_by_rank(run: Run) -> tuple[Figure | None, str]:
+    """What each tier loses of the global update: measured where it is on record."""
+    if (lost := analysis_figures.lost(run)) is not None:
+        return lost, "Dotted: what even the best update of that rank would lose."
+    return figures.truncation(run), ""
 
 
 def _clients(run: Run) -> Section:
@@ -143,6 +168,8 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
             "Cost and aggregation",
             (figures.traffic(runs), ""),
             (figures.exactness(runs), ""),
+            (analysis_figures.ranks(runs), ""),
+            (analysis_figures.diversity(runs), ""),
             (figures.update_norm(runs), ""),
         ),
         "differences": run_tables.difference_table(runs),

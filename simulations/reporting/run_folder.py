@@ -11,10 +11,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedlora.core.metric import TIER
 from fedlora.run.tracking import read_jsonl
 from simulations.app.identity import LABELS, MODEL
 
 Record = Mapping[str, Any]
+ANALYSES = ("aggregate/", "spectrum/", "drift/", TIER)
+"""What the names of a round's analyses begin with."""
 
 
 class RecordError(ValueError):
@@ -79,6 +82,16 @@ class Run:
     def groups(self) -> dict[str, list[Record]]:
         """The evaluations by label, for example ``unseen random`` or ``seen, own rank``."""
         return _by_label(self.evaluations)
+
+    def analyses(self, round: int) -> dict[str, float]:
+        """The numbers of global update and clients (docs/analyses.md) after so many rounds, each as
+        it was last recorded."""
+        found: dict[str, float] = {}
+        for row in self.rounds:
+            if int(row["round"]) <= round:
+                named = {k: number(v) for k, v in row.items() if k.startswith(ANALYSES)}
+                found |= {k: v for k, v in named.items() if v is not None}
+        return found
 
     def suffixes(self, prefix: str) -> list[str]:
         """The ends of the rounds' keys with this prefix, ranks in ascending order."""

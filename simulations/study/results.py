@@ -72,7 +72,9 @@ def recorded(run: Planned, folder: Path) -> Recorded:
     for record in found.evaluations:
         at = int(record["round"])
         up, down, seconds = (spent[name].get(at, 0.0) for name in spent)
-        metrics = {k: v for k, x in record.items() if (v := number(x)) is not None}
+        metrics = found.analyses(at) | {
+            k: v for k, x in record.items() if (v := number(x)) is not None
+        }
         rows.append(
             metrics
             | {"run": run.name, "seed": run.seed, **dict(run.cell)}

@@ -19,7 +19,7 @@ from fedlora.core.types import (
 )
 from fedlora.evaluation.summary import summarise
 from fedlora.run.tracking import JsonlTracker
-from simulations.reporting import drawing, figures
+from simulations.reporting import analysis_figures, drawing, figures
 from simulations.reporting.report import (
     main,
     write_comparison,
@@ -107,6 +107,24 @@ def round_record(n, rows, failed, random, speed) -> dict:
         record[f"aggregate/energy_at_rank_{rank}"] = 1 - left
         label = "30/200" if rank == 200 else str(rank)
         record[f"aggregate/truncation_error_{label}"] = math.sqrt(left)
+    return record | analysed(n)
+
+
+def analysed(n: int) -> dict[str, float]:
+    """The analyses of a round whose energy leaves the indices beyond 4."""
+    left = 0.5**n
+    record = {
+        "spectrum/energy_1-4": 1 - left, "spectrum/energy_5-8": left / 2,
+        "spectrum/energy_9-30": left / 4,
+        "spectrum/energy_31-200": left / 4, "spectrum/energy_rest": 0.0,
+        "spectrum/effective_rank": 4 + left, "spectrum/stable_rank": 2.0,
+        "drift/norm": 1.0, "drift/norm_std": 0.1, "drift/cosine": 0.5, "drift/cosine_std": 0.1,
+        "drift/pairs": 0.2, "drift/diversity": 3.0,
+    }  # fmt: skip
+    for i, tier in enumerate(TIERS):
+        record |= {f"tier/{tier}/lost": 0.5 / (i + 1), f"tier/{tier}/truncation_error": 0.2}
+        for name in ("norm", "cosine"):
+            record |= {f"tier/{tier}/drift_{name}": 0.3, f"tier/{tier}/drift_{name}_std": 0.0}
     return record
 
 
@@ -152,9 +170,10 @@ def titles(page: str) -> set[str]:
 
 def test_everything_that_was_recorded_is_shown(folder, undrawn):
     page = write_report(folder).read_text(encoding="utf-8")
-    for section in ("Learning", "Last evaluation", "Cost", "Clients", "Aggregation", "Failures"):
+    for section in ("Learning", "Last evaluation", "Cost", "Clients", "Client drift",
+                    "Aggregation", "Failures"):  # fmt: skip
         assert f"<h2>{section}</h2>" in page
-    assert len(titles(page)) == 16
+    assert len(titles(page)) == 22
     run = read_run(folder)
     assert folder.name in page
     assert f"{run.rounds[-1]['train/loss']:.3f}" in page
@@ -275,7 +294,38 @@ def test_several_runs_are_told_apart(folder, tmp_path):
     for key in ("seed", "client.lr"):
         assert f'<td class="key">{key}</td>' in differing
     assert "ranks.alpha" not in differing
-    assert len(titles(page)) == 7
+    assert len(titles(page)) == 9
+
+
+def test_analyses_that_were_not_recorded_cost_nothing_but_their_figures(folder, tmp_path, undrawn):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        if row["kind"] == "round":
+            for key in analysed(1):
+                del row[key]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "Client drift" not in page
+    assert "Lost when the global update is cut to a client&#39;s rank" in titles(page)
+    whole = titles(write_report(folder).read_text(encoding="utf-8"))
+    assert {"Lost of the global update, by tier", "Energy in the indices of each rank"} <= whole
+
+
+def test_the_energies_of_ranks_are_the_sums_of_their_ranges(folder):
+    figure = analysis_figures.energy_by_tier(read_run(folder))
+    assert figure is not None
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert set(drawn) == {"indices 1-4", "indices 5-8", "indices 9-30", "indices 31-200"}
+    assert drawn["indices 1-4"] == pytest.approx([1 - 0.5**n for n in range(1, 7)])
+
+
+def test_the_last_recorded_analysis_counts(folder):
+    run = read_run(folder)
+    assert run.analyses(0) == {}
+    for n in (1, 4, 9):
+        assert run.analyses(n).items() >= analysed(min(n, 6)).items()
+    assert "train/loss" not in run.analyses(3)
 
 
 def test_the_command_writes_each_report_and_one_comparison(tmp_path, undrawn):

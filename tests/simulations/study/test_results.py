@@ -184,9 +184,8 @@ def test_a_metric_is_read_from_the_group_and_the_adapter_that_it_names(folder):
               if x.quantity.what == FINAL and x.estimate}  # fmt: skip
     assert finals["accuracy@/own"] == finals["accuracy@seen/own"] == 0.0
     assert finals["accuracy@seen"] == finals["accuracy"] > 0.0
+    study = parse("mine", SPEC | {"metrics": {"accuracy@other": "higher"}, "targets": {}})
     with pytest.raises(ConfigError, match=r"'accuracy@other'; groups and .* seen/full, seen/own"):
-        metrics = {"accuracy@other": "higher"}
-        study = parse("mine", SPEC | {"metrics": metrics, "targets": {}})
         write_results(study, progress_of(runs, place), place)
 
 
