@@ -10,20 +10,23 @@ import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from simulations.app.compose import load
 from simulations.app.identity import stable
+from simulations.app.words import readable
 from simulations.study.spec import Evaluation, Study
 from simulations.study.tuning import VALIDATION, key_words
 from simulations.study.values import Cell, panel_of
@@ -109,8 +112,8 @@ def plan(
         if tuning is not None and chosen is not None:
             values = chosen.get(tuning.group(cell))
         if values is not None:
-            words = (*study.words(cell), *key_words(values), *study.last)
-            composed = _composed(study, cell, words, search_path)
+            last = (*key_words(values), *study.last)
+            composed = _composed(study, cell, study.words(cell), search_path, last)
             planned.append([composed.run(cell, seed) for seed in study.seeds_of(cell)])
     return _distinct(study, by_seed(planned))
 
@@ -132,8 +135,9 @@ def tuning_plan(study: Study, search_path: Sequence[str] = ()) -> list[Planned]:
     for group in study.groups():
         for values in tuning.candidates(group):
             for cell in tuning.cells(cells, group):
-                words = (*study.words(cell), *tuning.words, *key_words(values), *study.last)
-                composed = _composed(study, cell, (*words, VALIDATION), search_path)
+                words = (*study.words(cell), *tuning.words)
+                last = (*key_words(values), *study.last, VALIDATION)
+                composed = _composed(study, cell, words, search_path, last)
                 runs = [composed.run((*cell, *values), seed, TUNING) for seed in tuning.seeds]
                 planned.append(runs)
     return _distinct(study, by_seed(planned))
@@ -158,7 +162,7 @@ def _distinct(study: Study, runs: list[Planned]) -> list[Planned]:
 
 @dataclass
 class _Composed:
-    """A cell composed once; a seed changes values that follow it."""
+    """A cell composed once; a seed changes the values that follow it."""
 
     words: tuple[str, ...]
     cfg: Any
@@ -180,25 +184,56 @@ class _Composed:
 
 
 def _composed(
-    study: Study, cell: Cell, words: Sequence[str], search_path: Sequence[str]
+    study: Study,
+    cell: Cell,
+    words: Sequence[str],
+    search_path: Sequence[str],
+    last: Sequence[str] = (),
 ) -> _Composed:
-    """Compose a cell, with what is evaluated if the study says so."""
+    """Compose a cell.
+
+    Args:
+        study: the study; its metrics say what is evaluated.
+        cell: for messages.
+        words: of the cell.
+        search_path: words that tell Hydra of further folders of configuration.
+        last: words that follow, and usually set single values.
+    """
     where = f"study {study.name}, {label(cell)}"
     all_words = (*search_path, *WHERE, *words)
     try:
-        cfg = _loaded(all_words)
+        cfg = _followed(all_words, tuple(last))
+        all_words = (*all_words, *last)
         evaluated = evaluation_words(study, cfg)
-        if evaluated:
-            all_words = (*all_words, *evaluated)
-            cfg = _loaded(all_words)
+        cfg = _followed(all_words, tuple(evaluated), cfg)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return _Composed(all_words, cfg, where)
+    return _Composed((*all_words, *evaluated), cfg, where)
+
+
+def _followed(words: tuple[str, ...], last: tuple[str, ...], cfg: Any = None) -> Any:
+    """A configuration with further words. Those that set a value which is there are set without
+    composing all anew, as Hydra would do it: a study has many runs that differ in little else.
+
+    Args:
+        words: of the configuration.
+        last: further ones.
+        cfg: the configuration, if it has been composed.
+    """
+    found = deepcopy(_loaded(words) if cfg is None else cfg)
+    for override in OverridesParser.create().parse_overrides(readable(last)):
+        key = override.key_or_group
+        plain = "." in key and "@" not in key and not (override.is_add() or override.is_delete())
+        there = OmegaConf.select(found, key) if plain else None
+        if there is None or isinstance(there, DictConfig):
+            return deepcopy(_loaded((*words, *last)))
+        OmegaConf.update(found, key, override.value(), merge=True)
+    return found
 
 
 @cache
 def _loaded(words: tuple[str, ...]) -> Any:
-    """A configuration, of which only the seed may be changed."""
+    """A configuration, which is not to be changed."""
     return load(words)
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from simulations.study import analysis, page, runner, spec, statistics, values
+from simulations.study import analysis, page, runner, spec, statistics
 from tests.planted import planted
 from tests.simulations.study import test_results, test_runner, test_statistics
 from tests.simulations.study.test_plan import (
@@ -31,7 +31,7 @@ PLAIN = [
      test_statistics.test_critical_differences_are_those_of_demsar),
     (statistics.at_budget, "within[-1]", "within[0]",
      test_statistics.test_budgets_areas_and_targets),
-    (values.matches, "all(", "any(", combinations),
+    (spec.Study.cells, "wanted and not any", "wanted or not any", combinations),
 ]  # fmt: skip
 RECORDED = [
     (analysis._lines, "if whole else None", "if values[cell] else None",

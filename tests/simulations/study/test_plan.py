@@ -1,18 +1,23 @@
 """Studies as plans: what a file says, which runs it makes, what is refused."""
 
+import hashlib
 import json
+import re
 import shlex
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
 from simulations.app.compose import load
-from simulations.study.plan import command, plan, write_plan
-from simulations.study.spec import parse, read_study, study_names
+from simulations.app.identity import stable
+from simulations.study.__main__ import main
+from simulations.study.plan import command, plan, tuning_plan, write_plan
+from simulations.study.spec import Study, parse, read_study, study_names
 
 TWO = {
     "base": ["experiment=smoke", "rounds=1"],
@@ -21,12 +26,57 @@ TWO = {
 }
 
 
+def some_cells(found):
+    """The first cell of every level."""
+    first = {}
+    for cell in found.cells():
+        for pair in cell:
+            first.setdefault(pair, cell)
+    return set(first.values())
+
+
 @pytest.mark.parametrize("name", study_names())
-def test_every_recorded_study_is_a_plan_and_says_what_it_claims(name):
-    assert (ROOT / "conf/study" / f"{name}.yaml").read_text().startswith("# ")
-    study = read_study(name)
-    runs = plan(study)
-    assert len(runs) == len(list(study.cells())) * len(study.seeds)
+def test_every_recorded_study_says_what_it_claims_and_has_no_unknown_word(name, monkeypatch):
+    """Each level once; all runs are planned in a slow test."""
+    text = (ROOT / "conf/study" / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and re.search(r"minute|hour", text.partition("base:")[0])
+    found = read_study(name)
+    wanted = some_cells(found) if len(list(found.cells())) < 9 else set(list(found.cells())[:2])
+    monkeypatch.setattr(Study, "cells", lambda self: iter(sorted(wanted)))
+    assert {run.cell for run in plan(found)} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", study_names())
+def test_every_recorded_study_is_listed_whole(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FEDLORA_OUTPUT", str(tmp_path))
+    found = read_study(name)
+    assert main([name, "--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    reported = sum(len(found.seeds_of(cell)) for cell in found.cells())
+    tuning = len(tuning_plan(found))
+    waiting = "waiting  fedlora run "
+    assert sum(line.startswith(waiting) for line in lines) == (tuning or reported)
+    assert sum(line.startswith("after tuning: ") for line in lines) == reported * bool(tuning)
+    for run in [*tuning_plan(found), *plan(found)]:
+        assert (run.stage == "tuning") == ("evaluate.plan.split=eval" in run.words)
+    personal = [run for run in plan(found) if {"strategy=local", "strategy=fedsa"} & {*run.words}]
+    assert all("evaluate.adapters=[own]" in run.words for run in personal)
+
+
+def test_a_run_has_the_identity_of_its_whole_command():
+    found = parse("two", TWO | {
+        "axes": {"method": {"b": ["strategy=fedavg", "client.steps=3"]}}, "seeds": [0],
+        "evaluation": {"group": "seen", "adapter": "own"},
+        "tuning": {"grid": {"client.lr": [1e-3], "ranks": ["uniform", "normal"]}, "seeds": [9],
+                   "metric": {"loss": "lower"}, "per": ["method"], "words": ["rounds=2"]},
+    })  # fmt: skip
+    for run in [*tuning_plan(found), *plan(found)]:
+        values = {
+            str(k): v for k, v in OmegaConf.to_container(load(run.words), resolve=True).items()
+        }
+        content = json.dumps(stable(values) | {"rounds": run.rounds}, sort_keys=True, default=str)
+        assert run.identity == hashlib.sha256(content.encode()).hexdigest()
 
 
 def test_coupled_levels_seeds_and_names():
@@ -193,5 +243,5 @@ def test_a_file_that_holds_no_study(text, tmp_path):
         read_study(str(file))
     file.write_text(yaml.safe_dump(TWO))
     assert read_study(str(file)).seeds == (0, 3)
-    with pytest.raises(ConfigError, match=r"'nothing' is neither .* banking77, smoke"):
+    with pytest.raises(ConfigError, match=r"'nothing' is neither .* banking77, .*smoke"):
         read_study("nothing")
