@@ -55,6 +55,7 @@ SMALL = (
     "ranks=uniform",
     "ranks.alpha=12",
     "evaluate=none",
+    "analyses=none",
     "engine=sequential",
     "runtime=in_process",
     "runtime.nodes=3",
