@@ -56,7 +56,7 @@ COLOURS = {"fedit": "#0072B2", "flexlora": "#D55E00"}
 
 # %%
 text = """\
-base: [experiment=smoke, evaluate=loss, evaluate.clients=4, ranks=uniform, rounds=2, client.lr=5e-3]
+base: experiment=smoke evaluate=loss evaluate.first=false ranks=uniform rounds=2 client.lr=5e-3
 axes:
   method:
     fedit: strategy=fedit
@@ -127,7 +127,9 @@ for seed in study.seeds:
     axes[0].plot(list(COLOURS), pair, "o-", color="#8a8f98", linewidth=1)
     axes[0].annotate(f"seed {seed}", (1.04, pair[1]), fontsize=8, color="#555")
 for i, (method, values) in enumerate(final.items()):
-    axes[0].plot(i, estimate(values).mean, "_", color=COLOURS[method], markersize=40)
+    axes[0].plot(
+        i, estimate(values).mean, "_", color=COLOURS[method], markersize=40, markeredgewidth=3
+    )
 axes[0].set_title("The pairs", loc="left", fontweight="bold")
 axes[0].set_ylabel("nats per response token")
 axes[0].set_xlim(-0.4, 1.5)
