@@ -20,8 +20,13 @@ from fedlora.core.confusion import Confusion
 
 MEAN, TOTAL, EXP_MEAN, MACRO_F1 = "mean", "total", "exp_mean", "macro_f1"
 LOWEST, HIGHEST = "lowest", "highest"
-DERIVED = ("_weighted", "_low", "_high", "_worst_tenth", "_std", "_p10", "_p90")
+DERIVED = (
+    *("_weighted", "_low", "_high", "_worst_tenth", "_std", "_p10", "_p90"),
+    *("_gini", "_jain", "_tier_gap"),
+)
 """Endings of the names that a summary gives (`fedlora.evaluation.summary`)."""
+SPREADS = ("_std", "_gini", "_jain", "_tier_gap")
+"""Those of numbers that say how far clients are apart, not how good they are."""
 TIER = "tier/"
 """What it begins the names of one tier's metrics with."""
 TRAINED, UNTRAINED = "trained/", "untrained/"

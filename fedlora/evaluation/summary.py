@@ -1,7 +1,7 @@
 """Metrics of many clients as the scalars of one record."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -37,8 +37,10 @@ def summarise(
 
     Where a metric says which clients are worst off, ``<name>_worst_tenth`` is the mean over the
     worst tenth of the clients (at least one), ``<name>_std`` the standard deviation over clients,
-    ``<name>_p10`` and ``<name>_p90`` are the quantiles, and ``tier/<tier>/<name>`` is the weighted
-    value of each tier, if there are several.
+    ``<name>_p10`` and ``<name>_p90`` are the quantiles, ``<name>_gini`` and ``<name>_jain`` the
+    indices of `gini` and `jain` where no value is negative, and ``tier/<tier>/<name>`` is the
+    weighted value of each tier, if there are several, and ``<name>_tier_gap`` the largest of them
+    minus the smallest.
 
     Args:
         evaluations: in any order, one per client; values that are not finite are left out.
@@ -99,7 +101,38 @@ def _distribution(name: str, values: Sequence[float], worst: str) -> dict[str, f
         f"{name}_std": float(np.std(sorted(values))),
         f"{name}_p10": float(low),
         f"{name}_p90": float(high),
+        **(
+            {f"{name}_gini": gini(values), f"{name}_jain": jain(values)} if min(values) >= 0 else {}
+        ),
     }
+
+
+def gini(values: Sequence[float]) -> float:
+    """Gini's coefficient ``Σ_i Σ_j |x_i - x_j| / (2 n Σ_i x_i)``: 0 if all are equal or nobody has
+    anything, ``(n - 1) / n`` if one has everything.
+
+    Args:
+        values: at least one, none negative.
+    """
+    ordered, n = sorted(values), len(values)
+    total = math.fsum(ordered)
+    if total == 0:
+        return 0.0
+    return max(0.0, math.fsum((2 * i - n + 1) * x for i, x in enumerate(ordered)) / (n * total))
+
+
+def jain(values: Sequence[float]) -> float:
+    """Jain's fairness index ``(Σ_i x_i)² / (n Σ_i x_i²)`` (Jain, Chiu and Hawe, 1984): 1 if all are
+    equal, ``1 / n`` if one has everything; 1 if nobody has anything.
+
+    Args:
+        values: at least one, none negative.
+    """
+    top = max(values)
+    if top == 0:
+        return 1.0
+    shares = [x / top for x in values]  # whose squares neither overflow nor vanish
+    return math.fsum(shares) ** 2 / (len(shares) * math.fsum(x * x for x in shares))
 
 
 def _by_tier(evaluations: Sequence[Evaluation]) -> dict[str, float]:
@@ -117,7 +150,19 @@ def _by_tier(evaluations: Sequence[Evaluation]) -> dict[str, float]:
                 described[f"{TIER}{tier}/{name}"] = means[f"{name}_weighted"]
         if described:
             values |= {f"{TIER}{tier}/clients": len(tiers[tier])} | described
-    return values
+    return values | _tier_gaps(values)
+
+
+def _tier_gaps(values: Mapping[str, float]) -> dict[str, float]:
+    """How far the best and the worst tier are apart, of each metric that several have."""
+    by_metric: dict[str, list[float]] = {}
+    for key, value in values.items():
+        by_metric.setdefault(key.rpartition("/")[2], []).append(value)
+    return {
+        f"{name}_tier_gap": max(found) - min(found)
+        for name, found in by_metric.items()
+        if name != "clients" and len(found) > 1
+    }
 
 
 def _by_history(evaluations: Sequence[Evaluation], trained: Collection[int]) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.core.checks import is_real
-from fedlora.core.metric import DERIVED, LOWEST, TIER, TRAINED, UNTRAINED, Scorer
+from fedlora.core.metric import DERIVED, LOWEST, SPREADS, TIER, TRAINED, UNTRAINED, Scorer
 from fedlora.server.schedule import AUTO, EvaluationSchedule, Rounds
 
 
@@ -159,7 +159,7 @@ def watch_of(
         )
     better = rounds.better
     if better == AUTO:  # of a spread over clients no metric says what is better
-        better = known.better if known and not metric.endswith("_std") else ""
+        better = known.better if known and not metric.endswith(SPREADS) else ""
     if not better:
         raise ValueError(
             f"federation.better=auto: {metric} does not say which of its values are better; "

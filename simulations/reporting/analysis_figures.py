@@ -1,6 +1,6 @@
 """The figures of a run's analyses (docs/analyses.md); None where nothing was recorded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import matplotlib as mpl
 import numpy as np
@@ -51,7 +51,7 @@ def energy_map(run: Run) -> Figure | None:
         ax.grid(visible=False)
         for i, (_, last) in enumerate(bands):
             if last in ranks and i + 1 < len(names):
-                ax.axhline(i + 0.5, color="white", linewidth=1.2, linestyle=(0, (4, 2)))
+                ax.axhline(i + 0.5, color="#fefefe", linewidth=1.2, linestyle=(0, (4, 2)))
         labels = [f"> {bands[-1][1]}" if name == REST else name for name in names]
         ax.set_yticks(range(len(names)), labels)
         by_round(ax, "Energy of the global update by rank index", "rank index")
@@ -177,8 +177,13 @@ def diversity(runs: Sequence[Run]) -> Figure | None:
     return framed(draw) if any(r.series(key)[0] for r in runs) else None
 
 
-def tiers(run: Run) -> list[str]:
-    """The tiers, in the order of the configuration where it is known."""
+def tiers(run: Run, more: Iterable[str] = ()) -> list[str]:
+    """The tiers, in the order of the configuration where it is known.
+
+    Args:
+        run: whose records name some.
+        more: further ones.
+    """
     named = [str(t) for t in run.population.get("tiers", {})]
     rows = (*run.rounds, *run.evaluations)
     found = dict.fromkeys(
@@ -186,7 +191,7 @@ def tiers(run: Run) -> list[str]:
         for row in rows
         for key in row
         if key.startswith(TIER)
-    )
+    ) | dict.fromkeys(more)
     return [t for t in named if t in found] + sorted(t for t in found if t not in named)
 
 

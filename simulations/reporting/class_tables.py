@@ -14,6 +14,8 @@ _SPREAD = {
     "_std": "standard deviation",
     "_p10": "10 % quantile",
     "_p90": "90 % quantile",
+    "_gini": "Gini",
+    "_jain": "Jain",
 }
 
 

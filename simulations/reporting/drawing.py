@@ -4,6 +4,7 @@ Figures are built without pyplot, so nothing global is touched and any thread ma
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -55,6 +56,37 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue()
 
 
+_INK = {"#000000": "ink", "#ffffff": "card", "#444444": "soft", "#555555": "soft"} | {
+    "#bbbbbb": "line",
+    "#e9e9ee": "grid",
+    "#d6e6f2": "box",
+}
+"""Colours of style `_STYLE` and of figures that follow the reader's scheme, light or dark."""
+_SCHEMES = """<style>
+:root { --ink: #000000; --card: #ffffff; --soft: #4a4a4a; --line: #bbbbbb; --grid: #e9e9ee;
+  --box: #d6e6f2; fill: var(--ink); }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --card: #1b2029; --soft: #b4bccb;
+  --line: #5a6372; --grid: #2a303b; --box: #23405a; } }
+</style>"""
+
+
+def adaptive(text: str) -> str:
+    """An SVG in whose ink, axes and background follow the reader's colour scheme; data keep their
+    colours, which are seen on either.
+
+    Args:
+        text: of `svg`.
+    """
+    start = text.index(">", text.index("<svg")) + 1
+    body = re.sub(r"#[0-9a-f]{6}\b", _scheme_colour, text[start:])
+    return text[:start] + _SCHEMES + body
+
+
+def _scheme_colour(found: re.Match[str]) -> str:
+    name = _INK.get(found[0])
+    return f"var(--{name})" if name else found[0]
+
+
 def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
     """Draw on new axes; the legend goes below them, where it hides nothing."""
     with mpl.rc_context(_STYLE):
@@ -66,12 +98,13 @@ def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
             ax.set_xlim(low - 0.5, low + 0.5)
         handles, labels = _keys(ax)
         if 1 < len(labels) <= 12:
-            longest = max(map(len, labels))
+            points = sum(5.2 * len(label) + 42 for label in labels)  # of all in one row
+            few = max(1, min(4, 64 // max(map(len, labels))))
             figure.legend(
                 handles,
                 labels,
                 loc="outside lower center",
-                ncols=max(1, min(6 if longest <= 6 else 4, len(labels), 64 // longest)),
+                ncols=len(labels) if points <= 72 * width else few,
                 handlelength=2.6,
             )
     return figure

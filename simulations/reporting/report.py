@@ -26,6 +26,7 @@ from simulations.reporting import (
     class_figures,
     class_tables,
     drawing,
+    fairness_figures,
     figures,
     run_tables,
 )
@@ -97,6 +98,15 @@ def run_page(run: Run) -> dict[str, Any]:
             (class_figures.accuracy(only), _BAND),
             (class_figures.client_accuracy(run), ""),
             (figures.quality_per_byte(only), "What the communication bought."),
+            (fairness_figures.quality_by_bytes(only), ""),
+        ),
+        "fairness": _section(
+            "Fairness",
+            (
+                fairness_figures.tier_quality(run),
+                "First group. Each client counts by its examples.",
+            ),
+            (fairness_figures.inequality(run), "Over the clients of the first group."),
         ),
         "evaluation": run_tables.evaluation_table(run),
         "apart": class_tables.spread_table(run),
@@ -163,6 +173,7 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
             (figures.accuracy(runs), ""),
             (class_figures.accuracy(runs), _BAND),
             (figures.quality_per_byte(runs), ""),
+            (fairness_figures.quality_by_bytes(runs), ""),
         ),
         "cost": _section(
             "Cost and aggregation",
@@ -182,7 +193,7 @@ def _section(title: str, *shown: tuple[Figure | None, str]) -> Section:
 
 
 def _card(figure: Figure, caption: str) -> Card:
-    svg = base64.b64encode(drawing.svg(figure).encode()).decode()
+    svg = base64.b64encode(drawing.adaptive(drawing.svg(figure)).encode()).decode()
     return Card(figure.axes[0].get_title(loc="left"), svg, caption)
 
 

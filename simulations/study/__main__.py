@@ -24,13 +24,16 @@ from simulations.reporting.run_folder import RecordError
 from simulations.run import INTERRUPTED, interrupts
 from simulations.study.analysis import analyse
 from simulations.study.board import Board
+from simulations.study.choice import Tuned
 from simulations.study.figures import FIGURES, all_figures, pdf
 from simulations.study.page import PAGE, report_html
-from simulations.study.plan import Planned, command, plan, write_plan
+from simulations.study.plan import Planned, command, label, plan, tuning_plan, write_plan
 from simulations.study.results import PARQUET, check_metrics, recorded, write_parquet
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
 from simulations.study.spec import Study, read_study
+from simulations.study.stages import chosen_before, label_of, reported, tune, warnings
 from simulations.study.tables import WRITERS
+from simulations.study.tuning_tables import TUNING_CSV, tuning_csv
 
 
 def main(arguments: Sequence[str] | None = None, start: Start = start_process) -> int:
@@ -46,13 +49,13 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         paths = [word for word in words if word.startswith(SEARCH_PATH)]
         study = read_study(given.study, [word for word in words if word not in paths])
         find_own_modules()
-        runs = plan(study, paths)
         folder = absolute(os.environ.get(variables.OUTPUT, "outputs")) / f"study-{study.name}"
+        tuning = tuning_plan(study, paths)
+        plan(study, paths)  # mistakes show before anything is started
         if given.list:
-            return _listed(runs, folder)
+            return _listed(study, tuning, folder, paths)
         with interrupts(), claim(folder):
-            write_plan(folder, study, runs)
-            return _done(study, runs, folder, given.jobs, start)
+            return _done(study, tuning, folder, given.jobs, start, paths)
     except (ConfigError, RunFolderError, RecordError) as error:
         print(f"fedlora study: {error}", file=sys.stderr)
         return 2
@@ -61,27 +64,46 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         return INTERRUPTED
 
 
-def _done(study: Study, runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
+def _done(
+    study: Study,
+    tuning: Sequence[Planned],
+    folder: Path,
+    jobs: int,
+    start: Start,
+    paths: Sequence[str],
+) -> int:
     """Do what is missing, then write the results; the exit code."""
+    if tuning and chosen_before(folder, tuning) is None:
+        write_plan(folder, study, tuning)
+    tried, tuned = tune(study, tuning, folder, jobs, start, Board())
+    runs = reported(study, tuned, paths)
+    write_plan(folder, study, [*tuning, *runs], [one.record() for one in tuned])
     standing, board = progress_of(runs, folder), Board()
     try:
         do_all(standing, jobs, start, board.show)
     finally:
         board.finish(standing)
+        for line in warnings(tuned):
+            print(line)
         print(f"study folder: {folder}", flush=True)
-    write_results(study, standing, folder)
-    return int(any(one.state is State.FAILED for one in standing))
+    write_results(study, standing, folder, tuned)
+    failed = any(one.state is State.FAILED for one in (*tried, *standing))
+    return int(failed or any(one.chosen is None for one in tuned))
 
 
-def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> None:
+def write_results(
+    study: Study, standing: Sequence[Progress], folder: Path, tuned: Sequence[Tuned] = ()
+) -> None:
     """Write results.parquet, tables, figures and report.html from the complete runs.
 
     Raises:
         ConfigError: if the study asks for a metric that no evaluation has.
     """
-    files = [folder / name for name in (PARQUET, *WRITERS, PAGE)]
+    files = [folder / name for name in (PARQUET, TUNING_CSV, *WRITERS, PAGE)]
     for old in (*files, *(folder / FIGURES).glob("*.pdf")):
         old.unlink(missing_ok=True)  # of other runs, if the study has changed
+    if study.tuning is not None:
+        write_file(folder / TUNING_CSV, tuning_csv(study, tuned))
     runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
     runs = [one for one in runs if one.rows]
     if not runs:
@@ -90,7 +112,7 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
     if not study.metrics:
         return
     check_metrics(list(study.metrics), runs, f"study {study.name}: metrics")
-    analysis = analyse(study, runs)
+    analysis = analyse(study, runs, tuned)
     for name, text_of in WRITERS.items():
         write_file(folder / name, text_of(study, analysis))
     figures = list(all_figures(study, runs, analysis))
@@ -100,10 +122,19 @@ def write_results(study: Study, standing: Sequence[Progress], folder: Path) -> N
     write_file(folder / PAGE, report_html(study, analysis, figures))
 
 
-def _listed(runs: Sequence[Planned], folder: Path) -> int:
-    """Print the runs with their commands."""
+def _listed(study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]) -> int:
+    """Print the runs with their commands; what awaits its tuning has none yet."""
+    tuned = chosen_before(folder, tuning) if tuning else []
+    runs = [*tuning, *(reported(study, tuned, paths) if tuned is not None else [])]
     for one in progress_of(runs, folder):
         print(f"{one.state.value:<8} {command(one.run)}")
+    if tuned is None:
+        for cell in study.cells():
+            for seed in study.seeds_of(cell):
+                print(f"after tuning: {label(cell)}, seed {seed}")
+    for found in tuned or ():
+        chosen = label_of(found.chosen.values) if found.chosen else "nothing"
+        print(f"chosen for {label(found.group) or 'all cells'}: {chosen}")
     return 0
 
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from simulations.study import statistics
+from simulations.study.choice import Tuned
 from simulations.study.results import Recorded
-from simulations.study.spec import Cell, Study
+from simulations.study.spec import Study
 from simulations.study.statistics import Difference, Estimate, Ranking
+from simulations.study.values import Cell
 
 FINAL, AREA = "final", "mean over rounds"
 UNITS = {"rounds": "round", "bytes": "bytes", "seconds": "seconds"}
@@ -57,15 +59,25 @@ class Analysis:
     rankings: Mapping[str, Ranking]
     """By metric: the levels of the compared axis, ranked at the end of the runs, a block being a
     seed and a setting of the other axes."""
+    tuned: Sequence[Tuned] = ()
+    """What was chosen for each group; empty without a tuning stage."""
+
+    def values_of(self, study: Study, cell: Cell) -> dict[str, str]:
+        """The tuned keys of a cell with their values; empty values if there is no choice."""
+        if study.tuning is None:
+            return {}
+        group = study.tuning.group(cell)
+        found = next((one.chosen for one in self.tuned if one.group == group), None)
+        return dict(found.values) if found else dict.fromkeys(study.tuning.grid, "")
 
 
-def analyse(study: Study, runs: Sequence[Recorded]) -> Analysis:
-    """All statistics that a study asks for, from its complete runs."""
+def analyse(study: Study, runs: Sequence[Recorded], tuned: Sequence[Tuned] = ()) -> Analysis:
+    """All statistics that a study asks for, from its complete runs and what was tuned."""
     found = {(one.run.cell, one.run.seed): dict(quantities(study, one)) for one in runs}
     lines: list[Line] = []
     for quantity in dict.fromkeys(q for values in found.values() for q in values):
         lines += _lines(study, quantity, found)
-    return Analysis(lines, dict(_rankings(study, found)))
+    return Analysis(lines, dict(_rankings(study, found)), tuned)
 
 
 Found = Mapping[tuple[Cell, int], Mapping[Quantity, float | None]]
@@ -96,7 +108,7 @@ def quantities(study: Study, one: Recorded) -> Iterator[tuple[Quantity, float | 
 def _lines(study: Study, quantity: Quantity, found: Found) -> list[Line]:
     """A quantity in all cells, with differences adjusted together."""
     cells = list(study.cells())
-    values = {cell: _by_seed(cell, quantity, study.seeds, found) for cell in cells}
+    values = {cell: _by_seed(cell, quantity, study.seeds_of(cell), found) for cell in cells}
     apart: dict[Cell, Difference] = {}
     for cell in cells:
         against = study.reference_of(cell)
@@ -109,7 +121,8 @@ def _lines(study: Study, quantity: Quantity, found: Found) -> list[Line]:
     p_holm = {cell: adjusted[name] for name, cell in names.items()}
     lines = []
     for cell in cells:
-        complete = [seed for seed in study.seeds if (cell, seed) in found]
+        seeds = study.seeds_of(cell)
+        complete = [seed for seed in seeds if (cell, seed) in found]
         without = tuple(seed for seed in complete if seed not in values[cell])
         whole = complete and not without
         lines.append(
@@ -119,7 +132,7 @@ def _lines(study: Study, quantity: Quantity, found: Found) -> list[Line]:
                 statistics.estimate(values[cell]) if whole else None,
                 without,
                 len(complete),
-                tuple(seed for seed in study.seeds if seed not in complete),
+                tuple(seed for seed in seeds if seed not in complete),
                 apart.get(cell),
                 p_holm.get(cell),
             )
@@ -136,19 +149,30 @@ def _by_seed(
 
 
 def _rankings(study: Study, found: Found) -> Iterator[tuple[str, Ranking]]:
-    """The levels of the compared axis by metric."""
+    """The levels of the compared axis by metric, in the settings that have all of them."""
     if study.compared is None:
         return
     levels = list(study.axes[study.compared])
+    settings: dict[Cell, dict[str, Cell]] = {}
+    for cell in study.cells():
+        rest = tuple(pair for pair in cell if pair[0] != study.compared)
+        settings.setdefault(rest, {})[dict(cell)[study.compared]] = cell
+    whole = [cells for cells in settings.values() if len(cells) == len(levels)]
     for metric, higher in study.metrics.items():
-        blocks: dict[tuple[object, ...], dict[str, float]] = {}
-        for cell in study.cells():
-            rest = tuple(pair for pair in cell if pair[0] != study.compared)
-            for seed in study.seeds:
-                block = blocks.setdefault((rest, seed), {})
-                value = found.get((cell, seed), {}).get(Quantity(metric, FINAL))
-                if value is not None:
-                    block[dict(cell)[study.compared]] = value
-        ranking = statistics.rank(levels, list(blocks.values()), higher)
+        blocks = [
+            _block(Quantity(metric, FINAL), cells, seed, found)
+            for cells in whole
+            for seed in study.all_seeds()
+            if all(seed in study.seeds_of(cell) for cell in cells.values())
+        ]
+        ranking = statistics.rank(levels, blocks, higher)
         if ranking is not None:
             yield metric, ranking
+
+
+def _block(
+    quantity: Quantity, cells: Mapping[str, Cell], seed: int, found: Found
+) -> dict[str, float]:
+    """What the levels of one setting have with one seed."""
+    values = {level: found.get((cell, seed), {}).get(quantity) for level, cell in cells.items()}
+    return {level: value for level, value in values.items() if value is not None}

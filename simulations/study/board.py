@@ -34,7 +34,7 @@ def _standing(one: Progress | None) -> str:
     if one is None:
         return "-"
     state = str(one.state.value)
-    if one.state is State.DONE or one.state is State.FAILED:
+    if one.state is State.FAILED or (one.state is State.DONE and one.run.wanted == one.run.rounds):
         return state
     return f"{state}, {one.rounds}/{one.run.rounds}" if one.rounds else state
 
@@ -47,11 +47,12 @@ def summary(runs: Sequence[Progress], elapsed: float) -> str:
         elapsed: seconds since this attempt began.
     """
     count = {state: sum(one.state is state for one in runs) for state in State}
-    line = f"{count[State.DONE]} of {len(runs)} runs done"
-    for state in (State.RUNNING, State.FAILED):
+    stage = f"{runs[0].run.stage} " if runs[0].run.stage else ""
+    line = f"{count[State.DONE]} of {len(runs)} {stage}runs done"
+    for state in (State.RUNNING, State.PRUNED, State.FAILED):
         line += f", {count[state]} {state.value}" if count[state] else ""
     open_runs = [one for one in runs if one.state in (State.RUNNING, State.WAITING)]
-    left = sum(one.run.rounds - one.rounds for one in open_runs)
+    left = sum(max(0, one.run.wanted - one.rounds) for one in open_runs)
     done = sum(one.rounds - one.before for one in runs)
     line += f"   elapsed {clock(elapsed)}"
     return line + (f"   ETA {clock(elapsed * left / done)}" if open_runs and done else "")
@@ -66,7 +67,9 @@ def missing(runs: Sequence[Progress]) -> list[str]:
     """A line for each cell that lacks runs."""
     lines = []
     for cell in dict.fromkeys(one.run.cell for one in runs):
-        lacking = [o.run.seed for o in runs if o.run.cell == cell and o.state is not State.DONE]
+        of_cell = [one for one in runs if one.run.cell == cell]
+        done = (State.DONE, State.PRUNED)
+        lacking = [one.run.seed for one in of_cell if one.state not in done]
         if lacking:
             lines.append(f"missing {label(cell)}: seed {', '.join(map(str, lacking))}")
     return lines
@@ -93,7 +96,7 @@ class Board:
         self._states = {o.run.name: o.state for o in runs}
         if not self.out.isatty():
             elapsed = self.now() - self._began
-            for one in changed:
+            for one in [o for o in changed if o.state is not State.WAITING]:
                 why = f": {one.why}" if one.why else ""
                 said = f"{one.state.value} {one.run.label}{why}"
                 self.out.write(f"{said}   ({summary(runs, elapsed)})\n")
@@ -104,6 +107,8 @@ class Board:
 
     def finish(self, runs: Sequence[Progress]) -> None:
         """Show the last table with what failed and what is missing."""
+        if not runs:
+            return
         lines = [*table(runs), summary(runs, self.now() - self._began)]
         self._draw([*lines, *failures(runs), *missing(runs)])
         self._drawn = 0

@@ -5,6 +5,7 @@ tell apart; levels beyond them differ in the style of their lines.
 """
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,10 +14,14 @@ from matplotlib.figure import Figure
 
 from simulations.reporting.drawing import COLOURS, by_round, framed
 from simulations.study.analysis import FINAL, Analysis, Quantity
+from simulations.study.choice import Tuned, as_number
 from simulations.study.plan import label
 from simulations.study.results import COSTS, Recorded
-from simulations.study.spec import Cell, Study
+from simulations.study.spec import Study
 from simulations.study.statistics import estimate
+from simulations.study.tuning import Tuning
+from simulations.study.tuning_tables import Sensitivity, sensitivity, values_of
+from simulations.study.values import Cell
 
 FIGURES = "figures"
 """Their folder."""
@@ -30,7 +35,7 @@ def all_figures(
     """File names without ending, and figures: for each metric and setting the curves over each
     cost, and for each metric the final values."""
     for metric in study.metrics:
-        name = metric.replace("/", "_")
+        name = re.sub(r"[^\w.-]", "_", metric)
         yield f"{name}-final", final(study, metric, analysis)
         for number, (setting, cells) in enumerate(settings(study).items()):
             for cost in COSTS:
@@ -38,6 +43,7 @@ def all_figures(
                 figure = curves(title, cost, metric, cells, runs)
                 if figure is not None:
                     yield f"{name}-by-{cost}-{number}", figure
+    yield from sensitivities(study, analysis)
 
 
 def settings(study: Study) -> dict[Cell, dict[str, Cell]]:
@@ -128,6 +134,63 @@ def final(study: Study, metric: str, analysis: Analysis) -> Figure:
         ax.set_xlabel("mean and 95 % interval over seeds")
 
     return framed(draw, height=max(2.0, 0.9 + 0.28 * len(lines)))
+
+
+def sensitivities(study: Study, analysis: Analysis) -> Iterator[tuple[str, Figure]]:
+    """For each tuned key and setting of the groups' other axes: the metric by value, with standard
+    deviations over tuning seeds; the chosen values are large."""
+    if study.tuning is None:
+        return
+    for key in study.tuning.grid:
+        found = sensitivity(key, study.tuning, analysis.tuned)
+        settings: dict[Cell, dict[str, Tuned]] = {}
+        for one in analysis.tuned:
+            rest = tuple(pair for pair in one.group if pair[0] != study.compared)
+            name = dict(one.group).get(study.compared or "", label(one.group) or "all cells")
+            settings.setdefault(rest if rest != one.group else (), {})[name] = one
+        for number, (setting, groups) in enumerate(settings.items()):
+            name = f"sensitivity-{re.sub(r'[^A-Za-z0-9_.-]', '_', key)}-{number}"
+            title = f"{key}: {label(setting)}" if setting else f"sensitivity to {key}"
+            yield name, _by_value(title, key, study.tuning, groups, found)
+
+
+def _by_value(
+    title: str, key: str, tuning: Tuning, groups: Mapping[str, Tuned], found: Sensitivity
+) -> Figure:
+    values = values_of(found)
+    numbers = [as_number(value) for value in values]
+    known = [x for x in numbers if x is not None]
+    plain = len(known) < len(values)  # words, at equal distances
+
+    def draw(ax: Axes) -> None:
+        for index, (name, one) in enumerate(groups.items()):
+            of_group = found[one.group]
+            points = [
+                (float(values.index(v)) if plain else float(v), c.mean, c.spread or 0.0, c)
+                for v, c in sorted(of_group.items(), key=lambda pair: values.index(pair[0]))
+                if c.mean is not None
+            ]
+            if not points:
+                continue
+            x, y, spread, tried = zip(*points, strict=True)
+            ax.errorbar(x, y, spread, label=name, marker="o", capsize=3, **pen(index))
+            best = [at for at, c in enumerate(tried) if c is one.chosen]
+            ax.plot(
+                [x[i] for i in best], [y[i] for i in best], "o", ms=9, color=pen(index)["color"]
+            )
+        ax.set_title(title)
+        ax.set_xlabel(key)
+        ax.set_ylabel(f"{tuning.metric}, validation")
+        if plain:
+            ax.set_xticks(range(len(values)), values)
+        elif min(known) > 0 and max(known) >= 4 * min(known):
+            ax.set_xscale("log")
+            ax.set_xticks(known, values)
+            ax.minorticks_off()
+        else:
+            ax.set_xticks(known, values)
+
+    return framed(draw)
 
 
 def pdf(figure: Figure) -> bytes:

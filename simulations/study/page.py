@@ -13,13 +13,14 @@ from simulations.reporting.drawing import svg
 from simulations.reporting.report import TEMPLATES
 from simulations.study.analysis import FINAL, Analysis
 from simulations.study.spec import Study
+from simulations.study.stages import warnings
 from simulations.study.tables import (
-    NOTHING,
     interval,
     missing_lines,
     p_text,
     seeds_text,
 )
+from simulations.study.tuning_tables import NOTHING, basis, score_text
 
 PAGE = "report.html"
 
@@ -57,7 +58,8 @@ def report_html(study: Study, analysis: Analysis, figures: Sequence[tuple[str, F
         "metrics": list(study.metrics),
         "reference": " ".join(study.reference) if study.reference else "",
         "rankings": [_ranking(metric, analysis) for metric in analysis.rankings],
-        "missing": list(missing_lines(analysis)),
+        "missing": [*missing_lines(analysis), *warnings(analysis.tuned)],
+        "tuning": _tuning(study, analysis),
         "figures": [(name, themed(svg(figure), name)) for name, figure in figures],
     }
     return environment.get_template("study.html").render(values)
@@ -82,6 +84,21 @@ def _rows(analysis: Analysis) -> list[list[Entry]]:
             ]
         )
     return rows
+
+
+def _tuning(study: Study, analysis: Analysis) -> dict[str, Any] | None:
+    """The table of what was tried: a row for each group and its values."""
+    if study.tuning is None:
+        return None
+    axes = [axis for axis in study.axes if axis in study.tuning.per]
+    rows = []
+    for one in analysis.tuned:
+        for candidate in one.candidates:
+            chosen = "chosen" if candidate is one.chosen else ""
+            values = [*(level for _, level in one.group), *(v for _, v in candidate.values)]
+            rows.append(([*values, score_text(candidate), chosen], bool(chosen)))
+    heads = [*axes, *study.tuning.grid, f"{study.tuning.metric}, validation", ""]
+    return {"basis": basis(study.tuning), "heads": heads, "rows": rows}
 
 
 def _ranking(metric: str, analysis: Analysis) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from simulations.reporting.run_folder import number, read_run
 from simulations.study.plan import Planned
+from simulations.study.values import panel_of
 
 PARQUET = "results.parquet"
 COSTS = ("round", "bytes", "seconds")
@@ -32,21 +33,26 @@ class Recorded:
     """One for each evaluation, in the order of the rounds."""
 
     def curve(self, cost: str, metric: str) -> tuple[list[float], list[float]]:
-        """Cost and metric of the evaluations of the run's first group and adapter; what is null or
-        missing is left out.
+        """Cost and metric of the evaluations of the run's first group and adapter, or of those that
+        the metric names; what is null or missing is left out.
 
         Args:
             cost: of `COSTS`.
-            metric: a key of the evaluation records.
+            metric: a key of the evaluation records, alone or as ``key@group/adapter``.
         """
-        first = (self.rows[0]["group"], self.rows[0]["adapter"]) if self.rows else ()
         pairs = [
             (float(row[cost]), value)
-            for row in self.rows
-            if (row["group"], row["adapter"]) == first
-            and (value := number(row.get(metric))) is not None
+            for row in self.rows_of(metric)
+            if (value := number(row.get(panel_of(metric)[0]))) is not None
         ]
         return [c for c, _ in pairs], [v for _, v in pairs]
+
+    def rows_of(self, metric: str) -> list[Mapping[str, Any]]:
+        """The evaluations of the group and the adapter that a metric is of."""
+        _, group, adapter = panel_of(metric)
+        first = self.rows[0] if self.rows else {}
+        panel = group or first.get("group"), adapter or first.get("adapter")
+        return [row for row in self.rows if (row["group"], row["adapter"]) == panel]
 
 
 def recorded(run: Planned, folder: Path) -> Recorded:
@@ -90,20 +96,19 @@ def write_parquet(file: Path, runs: Sequence[Recorded], axes: Sequence[str]) -> 
     write_file(file, sink.getvalue().to_pybytes())
 
 
-def metrics_of(runs: Sequence[Recorded]) -> list[str]:
-    """The keys that evaluations of these runs have."""
-    return sorted({key for one in runs for row in one.rows for key in row})
-
-
 def check_metrics(metrics: Sequence[str], runs: Sequence[Recorded], where: str) -> None:
     """Refuse metrics that no run has.
 
     Raises:
         ConfigError: naming the metric and those that there are.
     """
-    there = metrics_of(runs)
     for metric in metrics:
-        if metric not in there:
-            raise ConfigError(
-                f"{where}: no evaluation has the metric {metric!r}; there are {', '.join(there)}"
-            )
+        there = {key for one in runs for row in one.rows_of(metric) for key in row}
+        if panel_of(metric)[0] in there:
+            continue
+        if there:
+            known = f"there are {', '.join(sorted(there))}"
+        else:
+            panels = {f"{row['group']}/{row['adapter']}" for one in runs for row in one.rows}
+            known = f"groups and adapters are {', '.join(sorted(panels))}"
+        raise ConfigError(f"{where}: no evaluation has the metric {metric!r}; {known}")

@@ -44,6 +44,7 @@ class State(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     DONE = "done"
+    PRUNED = "pruned"
     FAILED = "FAILED"
 
 
@@ -78,7 +79,7 @@ class Progress:
     @property
     def rounds(self) -> int:
         """Rounds done by now."""
-        return self.run.rounds if self.state is State.DONE else rounds_done(self.folder)
+        return self.run.wanted if self.state is State.DONE else rounds_done(self.folder)
 
 
 def progress_of(runs: Sequence[Planned], folder: Path) -> list[Progress]:
@@ -90,7 +91,7 @@ def progress_of(runs: Sequence[Planned], folder: Path) -> list[Progress]:
     """
     found = [Progress(run, folder / RUNS / run.name) for run in runs]
     for one in found:
-        one.state = State.DONE if is_complete(one.folder) else State.WAITING
+        one.state = State.DONE if is_complete(one.folder, one.run.wanted) else State.WAITING
         one.before = one.rounds
     return found
 
@@ -111,6 +112,8 @@ def do_all(
         show: is called with the runs after every change, and while nothing changes.
         sleep: waits for some seconds.
     """
+    if not runs:
+        return
     try:
         while True:
             for one in runs:
@@ -121,7 +124,7 @@ def do_all(
                 if one.state is State.WAITING and active < jobs and not is_held(one.folder):
                     _begin(one, start)
             show(runs)
-            if all(one.state in (State.DONE, State.FAILED) for one in runs):
+            if all(one.process is None and one.state is not State.WAITING for one in runs):
                 return
             sleep(POLL_S)
     finally:
@@ -132,7 +135,7 @@ def do_all(
 
 def _begin(one: Progress, start: Start) -> None:
     """Start a run that another process has not completed meanwhile."""
-    if is_complete(one.folder):
+    if is_complete(one.folder, one.run.wanted):
         one.state = State.DONE
         return
     one.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +150,7 @@ def _settle(one: Progress) -> None:
     if code is None:
         return
     one.process = None
-    if code == 0 and is_complete(one.folder):
+    if code == 0 and is_complete(one.folder, one.run.wanted):
         one.state = State.DONE
         return
     one.state, one.why = State.FAILED, _reason(one.folder, code)
@@ -165,9 +168,13 @@ def _reason(folder: Path, code: int) -> str:
     return message or f"its process {ended}; see {log_of(folder).name}"
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether the run of a folder has completed."""
-    return read_status(folder).get("status") == COMPLETED
+def is_complete(folder: Path, rounds: int) -> bool:
+    """Whether the run of a folder has completed so many rounds, or ended early by its own rule."""
+    status = read_status(folder)
+    done = status.get("rounds_done", rounds)
+    if status.get("status") == COMPLETED and (done >= rounds or status.get("message")):
+        return True
+    return rounds_done(folder) > rounds  # half of a longer run, which has evaluated that round
 
 
 def is_held(folder: Path) -> bool:
@@ -226,6 +233,8 @@ class _Worker:
 def start_process(run: Planned, folder: Path) -> Process:
     """Start a run; it ends with this process, whatever becomes of that."""
     place = [f"output_dir={folder}", f"name={run.name}", "resume=auto"]
+    if run.wanted < run.rounds:  # all else is as in the whole run, which continues this one
+        place.append(f"federation.rounds={run.wanted}")
     environment = THREADS | os.environ
     if Path(sysconfig.get_path("purelib")) != ROOT:  # a checkout, found through the directory
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -7,19 +7,21 @@
         fedavg: [strategy=fedavg, client=sgd, client.lr=0.5]
       ranks: [uniform, homogeneous]        # an axis that is a key: each level is a value
     seeds: [0, 1, 2]
+    seeds_for: [{cells: {ranks: uniform}, seeds: [0, 1, 2, 3, 4]}]      # other seeds of some cells
+    only: [{ranks: uniform}, {method: fedit}]     # combinations that there are; default: all
     skip: [{method: fedavg, ranks: uniform}]      # combinations that are left out
+    evaluation: {group: seen, adapter: auto}      # what the clients are evaluated on
     metrics: {accuracy_weighted: higher, loss_weighted: lower}     # and which way is better
     reference: {method: fedit}             # what the other levels of that axis are compared with
     budgets: {rounds: [5], bytes: [1e8]}   # metrics are also reported at these costs
     targets: {accuracy_weighted: [0.5]}    # and what it costs to reach these values
+    tuning: {...}                          # see `simulations.study.tuning`
 
 A run is one level of each axis and one seed. Every mistake is one sentence that names the file, the
 key, the value and what is allowed.
 """
 
-import math
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -30,18 +32,42 @@ import yaml
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
 from simulations.app.words import absolute
+from simulations.study.tuning import Tuning, read_tuning
+from simulations.study.values import (
+    Axes,
+    Cell,
+    Where,
+    cells,
+    entries,
+    mapping,
+    matches,
+    metrics,
+    numbers,
+    scalar,
+    seeds,
+    words,
+)
 
 FOLDER = ROOT / "conf" / "study"
-KEYS = ("base", "axes", "seeds", "skip", "metrics", "reference", "budgets", "targets")
+KEYS = (
+    *("base", "axes", "seeds", "seeds_for", "only", "skip", "evaluation", "metrics", "reference"),
+    *("budgets", "targets", "tuning"),
+)
 BUDGETS = ("rounds", "bytes", "seconds")
-BETTER = {"higher": True, "lower": False}
 COLUMNS = ("run", "seed", "group", "adapter", "round", "bytes", "bytes_up", "bytes_down", "seconds")
 """Columns of the results that no axis may take the name of."""
-OURS = ("seed", "name", "output_dir", "resume")
-"""Keys that a study sets for each of its runs."""
-Cell = tuple[tuple[str, str], ...]
-"""Axis and level, for each axis in the order of the file."""
-_WORD = re.compile(r"~[\w.@/-]+(=|$)|\+{0,2}[\w.@/-]+=")
+ADAPTERS = ("full", "largest", "own", "auto")
+"""What clients are evaluated with; ``auto``: their own where a method has no global model."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the clients of every run are evaluated on."""
+
+    group: str = ""
+    """Of ``evaluate.groups``; empty: the run's first."""
+    adapter: str = ""
+    """Of `ADAPTERS`; empty: the run's first."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +76,9 @@ class Study:
 
     name: str
     base: tuple[str, ...]
-    axes: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """By axis and level: the words of that level."""
+    axes: Axes
     seeds: tuple[int, ...]
-    skip: tuple[Mapping[str, str], ...] = ()
+    skip: tuple[Where, ...] = ()
     metrics: Mapping[str, bool] = field(default_factory=dict)
     """Metrics of the evaluations, and whether higher is better."""
     reference: tuple[str, str] | None = None
@@ -62,6 +87,14 @@ class Study:
     """By kind: rounds, bytes or seconds."""
     targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By metric."""
+    last: tuple[str, ...] = ()
+    """Words of the command line, which win over all."""
+    only: tuple[Where, ...] = ()
+    """Combinations that there are; empty: all."""
+    seeds_for: tuple[tuple[Where, tuple[int, ...]], ...] = ()
+    """Other seeds of some cells; the last one that fits counts."""
+    evaluation: Evaluation = Evaluation()
+    tuning: Tuning | None = None
 
     @property
     def compared(self) -> str | None:
@@ -79,12 +112,28 @@ class Study:
         """Every combination of levels that is not left out, the last axis changing fastest."""
         for levels in product(*self.axes.values()):
             cell = tuple(zip(self.axes, levels, strict=True))
-            if not any(set(left_out.items()) <= set(cell) for left_out in self.skip):
+            wanted = not self.only or any(matches(kept, cell) for kept in self.only)
+            if wanted and not any(matches(left_out, cell) for left_out in self.skip):
                 yield cell
 
+    def seeds_of(self, cell: Cell) -> tuple[int, ...]:
+        """The seeds of a cell."""
+        fitting = [some for where, some in self.seeds_for if matches(where, cell)]
+        return fitting[-1] if fitting else self.seeds
+
+    def all_seeds(self) -> tuple[int, ...]:
+        """The seeds of all cells together."""
+        return tuple(sorted({seed for cell in self.cells() for seed in self.seeds_of(cell)}))
+
     def words(self, cell: Cell) -> tuple[str, ...]:
-        """The words of a cell's runs, without the seed."""
+        """The words of a cell's runs, without those of the command line and the seed."""
         return (*self.base, *(word for axis, level in cell for word in self.axes[axis][level]))
+
+    def groups(self) -> list[Cell]:
+        """The groups of cells that are tuned separately; none without a tuning stage."""
+        if self.tuning is None:
+            return []
+        return list(dict.fromkeys(self.tuning.group(cell) for cell in self.cells()))
 
 
 def study_names() -> list[str]:
@@ -127,23 +176,35 @@ def parse(name: str, found: Any, more: Sequence[str] = ()) -> Study:
         raise ConfigError(f"{where}: its file name must be letters, digits, '_', '.' and '-'")
     if not isinstance(found, Mapping):
         raise ConfigError(f"{where}: the file holds {found!r}, not the keys {', '.join(KEYS)}")
-    for key in found:
-        if key not in KEYS:
-            raise ConfigError(f"{where}: unknown key {key!r}; there are {', '.join(KEYS)}")
+    mapping(found, KEYS, where)
     axes = _axes(found.get("axes", {}), where)
+    own_seeds = seeds(found.get("seeds", [0]), f"{where}: seeds")
+    seeds_for = tuple(_seeds_for(found.get("seeds_for", []), axes, f"{where}: seeds_for"))
+    reported = [*own_seeds, *(seed for _, some in seeds_for for seed in some)]
     study = Study(
         name,
-        (*_words(found.get("base", []), f"{where}: base"), *_words(list(more), where)),
+        words(found.get("base", []), f"{where}: base"),
         axes,
-        _seeds(found.get("seeds", [0]), where),
-        _skip(found.get("skip", []), axes, where),
-        _metrics(found.get("metrics", {}), where),
+        own_seeds,
+        _some(found.get("skip", []), axes, f"{where}: skip"),
+        metrics(found.get("metrics", {}), f"{where}: metrics"),
         _reference(found.get("reference"), axes, where),
         _budgets(found.get("budgets", {}), where),
         _targets(found.get("targets", {}), found.get("metrics", {}), where),
+        words(list(more), where),
+        _some(found.get("only", []), axes, f"{where}: only"),
+        seeds_for,
+        _evaluation(found.get("evaluation", {}), f"{where}: evaluation"),
+        read_tuning(found.get("tuning"), axes, reported, f"{where}: tuning"),
     )
-    if not any(study.cells()):
-        raise ConfigError(f"{where}: skip leaves no cell of the axes {', '.join(axes)}")
+    all_cells = list(study.cells())
+    if not all_cells:
+        raise ConfigError(f"{where}: only and skip leave no cell of the axes {', '.join(axes)}")
+    if study.tuning is not None:
+        for group in study.groups():
+            if not study.tuning.cells(all_cells, group):
+                at = ", ".join(f"{axis} {level}" for axis, level in group) or "the only group"
+                raise ConfigError(f"{where}: tuning.at leaves no cell of {at}")
     return study
 
 
@@ -165,7 +226,7 @@ def _levels(axis: str, found: Any, where: str) -> dict[str, tuple[str, ...]]:
     """The levels of an axis with their words."""
     here = f"{where}: axes.{axis}"
     if isinstance(found, Mapping) and found:
-        return {str(level): _words(words, f"{here}.{level}") for level, words in found.items()}
+        return {str(level): words(some, f"{here}.{level}") for level, some in found.items()}
     if not isinstance(found, list) or not found or any(isinstance(v, list | dict) for v in found):
         raise ConfigError(
             f"{here} is {found!r}; it must be a list of values of the key {axis}, or levels with "
@@ -174,85 +235,49 @@ def _levels(axis: str, found: Any, where: str) -> dict[str, tuple[str, ...]]:
     levels: dict[str, tuple[str, ...]] = {scalar(v): (f"{axis}={scalar(v)}",) for v in found}
     if len(levels) < len(found):
         raise ConfigError(f"{here} has a value twice: {found!r}")
-    _words([word for words in levels.values() for word in words], here)
+    words([word for some in levels.values() for word in some], here)
     return levels
 
 
-def _words(found: Any, where: str) -> tuple[str, ...]:
-    """Words of Hydra's grammar from a list of them, or from one string as a shell would split it.
-
-    Raises:
-        ConfigError: for what is no word, and for keys that a study sets itself.
-    """
-    try:
-        words = shlex.split(found) if isinstance(found, str) else found
-    except ValueError as error:
-        raise ConfigError(f"{where} is {found!r}: {error}") from error
-    if not isinstance(words, list):
-        raise ConfigError(f"{where} is {found!r}; it must be a list of words such as rounds=2")
-    for word in words:
-        if not isinstance(word, str) or not _WORD.match(word):
-            raise ConfigError(f"{where} has {word!r}; a word is key=value, such as rounds=2")
-        if (key := word.lstrip("+~").partition("=")[0]) in OURS:
-            instead = "list seeds under seeds" if key == "seed" else "leave it out"
-            raise ConfigError(f"{where} has {word!r}: a study sets {key} itself; {instead}")
-    return tuple(words)
+def _some(found: Any, axes: Axes, where: str) -> tuple[Where, ...]:
+    """Combinations of levels, of axes and levels that there are."""
+    return tuple(cells(entry, axes, where) for entry in entries(found, where))
 
 
-def _seeds(found: Any, where: str) -> tuple[int, ...]:
-    right = isinstance(found, list) and found and all(type(s) is int and s >= 0 for s in found)
-    if not right or len(set(found)) < len(found):
-        raise ConfigError(
-            f"{where}: seeds is {found!r}; it must be a list of different whole numbers from 0 up"
+def _seeds_for(found: Any, axes: Axes, where: str) -> Iterator[tuple[Where, tuple[int, ...]]]:
+    for entry in entries(found, where):
+        given = mapping(entry, ("cells", "seeds"), where)
+        yield (
+            cells(given.get("cells"), axes, f"{where}.cells"),
+            seeds(given.get("seeds"), f"{where}.seeds"),
         )
-    return tuple(found)
 
 
-def _skip(
-    found: Any, axes: Mapping[str, Mapping[str, Any]], where: str, key: str = "skip"
-) -> tuple[dict[str, str], ...]:
-    """Levels by axis, of axes and levels that there are."""
-    here = f"{where}: {key}"
-    if not isinstance(found, list) or not all(isinstance(s, Mapping) and s for s in found):
-        raise ConfigError(f"{here} is {found!r}; it must be a list such as [{{axis: level}}]")
-    entries = [{str(axis): scalar(level) for axis, level in s.items()} for s in found]
-    for entry in entries:
-        for axis, level in entry.items():
-            if axis not in axes:
-                raise ConfigError(f"{here} names {axis!r}; the axes are {', '.join(axes)}")
-            if level not in axes[axis]:
-                levels = ", ".join(axes[axis])
-                raise ConfigError(f"{here} names {axis}={level!r}; its levels are {levels}")
-    return tuple(entries)
+def _evaluation(found: Any, where: str) -> Evaluation:
+    given = mapping(found, ("group", "adapter"), where)
+    adapter = str(given.get("adapter", ""))
+    if adapter and adapter not in ADAPTERS:
+        raise ConfigError(f"{where}.adapter is {adapter!r}; it must be {', '.join(ADAPTERS)}")
+    return Evaluation(str(given.get("group", "")), adapter)
 
 
-def _metrics(found: Any, where: str) -> dict[str, bool]:
-    here = f"{where}: metrics"
-    if not isinstance(found, Mapping):
-        raise ConfigError(f"{here} is {found!r}; it must be names with higher or lower")
-    for name, better in found.items():
-        if better not in BETTER:
-            raise ConfigError(f"{here}.{name} is {better!r}; it must be {' or '.join(BETTER)}")
-    return {str(name): BETTER[better] for name, better in found.items()}
-
-
-def _reference(
-    found: Any, axes: Mapping[str, Mapping[str, Any]], where: str
-) -> tuple[str, str] | None:
+def _reference(found: Any, axes: Axes, where: str) -> tuple[str, str] | None:
     here = f"{where}: reference"
     if found is None:
         return None
     if not isinstance(found, Mapping) or len(found) != 1:
         raise ConfigError(f"{here} is {found!r}; it must be one axis with a level: {{axis: level}}")
-    ((axis, level),) = _skip([found], axes, where, "reference")[0].items()
-    return axis, level
+    ((axis, levels),) = cells(found, axes, here).items()
+    if len(levels) != 1:
+        raise ConfigError(f"{here} is {found!r}; it must be one axis with a level: {{axis: level}}")
+    return axis, levels[0]
 
 
 def _budgets(found: Any, where: str) -> dict[str, tuple[float, ...]]:
     here = f"{where}: budgets"
     if not isinstance(found, Mapping) or not set(found) <= set(BUDGETS):
         raise ConfigError(f"{here} is {found!r}; it may have {', '.join(BUDGETS)}")
-    budgets = {kind: _numbers(values, f"{here}.{kind}") for kind, values in found.items()}
+    budgets = {kind: numbers(values, f"{here}.{kind}") for kind, values in found.items()}
     for kind, values in budgets.items():
         if min(values) <= 0:
             raise ConfigError(f"{here}.{kind} has {min(values):g}; a budget is more than 0")
@@ -264,23 +289,4 @@ def _targets(found: Any, metrics: Any, where: str) -> dict[str, tuple[float, ...
     if not isinstance(found, Mapping) or not set(found) <= set(metrics):
         listed = ", ".join(map(str, metrics)) or "none"
         raise ConfigError(f"{here} is {found!r}; it may have those of metrics: {listed}")
-    return {str(name): _numbers(values, f"{here}.{name}") for name, values in found.items()}
-
-
-def _numbers(found: Any, where: str) -> tuple[float, ...]:
-    """Numbers; YAML takes ``1e8`` for a word."""
-    values = found if isinstance(found, list) else [found]
-    try:
-        numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        numbers = ()
-    if not numbers or not all(map(math.isfinite, numbers)):
-        raise ConfigError(f"{where} is {found!r}; it must be a list of numbers")
-    return numbers
-
-
-def scalar(value: Any) -> str:
-    """A value of YAML as Hydra reads it."""
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return {str(name): numbers(values, f"{here}.{name}") for name, values in found.items()}

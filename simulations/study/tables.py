@@ -9,8 +9,8 @@ from simulations.reporting.tables import markdown, traffic
 from simulations.study.analysis import FINAL, Analysis, Line, Quantity
 from simulations.study.spec import Study
 from simulations.study.statistics import LEVEL, Estimate
+from simulations.study.tuning_tables import NOTHING, basis, tuning_sections
 
-NOTHING = "–"
 _TEX = {c: f"\\{c}" for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -78,6 +78,7 @@ def _md_sections(study: Study, analysis: Analysis) -> Iterator[str]:
             yield _differences(study, metric, analysis)
         if metric in analysis.rankings:
             yield _ranks(metric, analysis)
+    yield from tuning_sections(study, analysis.tuned)
     if lines := list(missing_lines(analysis)):
         yield "## Missing\n\n" + "\n".join(f"- {line}" for line in lines)
 
@@ -155,13 +156,15 @@ def table_csv(study: Study, analysis: Analysis) -> str:
     """A row for each cell and quantity, numbers in full."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*study.axes, *CSV])
+    keys = list(study.tuning.grid) if study.tuning else []
+    writer.writerow([*study.axes, *keys, *CSV])
     for line in analysis.lines:
         mean, apart = line.estimate, line.difference
         of = apart.estimate if apart else None
         writer.writerow(
             [
                 *(level for _, level in line.cell),
+                *analysis.values_of(study, line.cell).values(),
                 *(line.quantity.metric, line.quantity.what, line.quantity.unit),
                 *((mean.mean, mean.low, mean.high, mean.seeds) if mean else (None,) * 3 + (0,)),
                 *((of.mean, of.low, of.high, of.seeds) if of else (None,) * 4),
@@ -178,19 +181,32 @@ def table_tex(study: Study, analysis: Analysis) -> str:
     """The metrics at the end for LaTeX with booktabs; a star marks p (Holm) below 0.05."""
     asked = [q for q in _asked(analysis) if q.what == FINAL]
     found = {(line.cell, line.quantity): line for line in analysis.lines}
-    names = [tex(name) for name in (*study.axes, "seeds", *(q.metric for q in asked))]
+    keys = list(study.tuning.grid) if study.tuning else []
+    names = [tex(name) for name in (*study.axes, *keys, "seeds", *(q.metric for q in asked))]
     lines = [
         f"% Study {study.name}: mean and half-width of the {100 * LEVEL:g} \\% interval.",
-        f"\\begin{{tabular}}{{{'l' * (len(study.axes) + 1)}{'r' * len(asked)}}}",
+        *_tex_tuning(study),
+        f"\\begin{{tabular}}{{{'l' * (len(study.axes) + len(keys) + 1)}{'r' * len(asked)}}}",
         r"\toprule",
         _tex_row(names),
         r"\midrule",
     ]
     for cell in dict.fromkeys(line.cell for line in analysis.lines):
         of_cell = [found[cell, q] for q in asked]
-        cells = [tex(level) for _, level in cell] + [seeds_text(of_cell[0])]
+        values_ = analysis.values_of(study, cell).values()
+        names = [level for _, level in cell] + [value_ or NOTHING for value_ in values_]
+        cells = [*map(tex, names), seeds_text(of_cell[0])]
         lines.append(_tex_row([*cells, *map(_tex_value, of_cell)]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _tex_tuning(study: Study) -> list[str]:
+    """A comment on how values were chosen, and among which."""
+    if study.tuning is None:
+        return []
+    grids = [study.tuning.grid, *(grid for _, grid in study.tuning.grid_for)]
+    among = " or ".join(f"{key} {', '.join(v)}" for grid in grids for key, v in grid.items())
+    return [f"% Tuned among {among}: {basis(study.tuning)}."]
 
 
 def _tex_row(cells: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ from fedlora.core.metric import (
     macro_f1,
 )
 from fedlora.core.types import Client, Evaluation, Ranks
-from fedlora.evaluation.summary import bootstrap, summarise
+from fedlora.evaluation.summary import bootstrap, gini, jain, summarise
 
 LAWS = settings(derandomize=True, deadline=None, max_examples=40)
 
@@ -200,6 +200,49 @@ def test_the_distribution_over_clients_is_that_of_their_values(clients):
         assert summary[f"{name}_std"] == pytest.approx(values.std())
         assert summary[f"{name}_p10"] == pytest.approx(np.quantile(values, 0.1))
         assert summary[f"{name}_p90"] == pytest.approx(np.quantile(values, 0.9))
+        assert summary[f"{name}_gini"] == pytest.approx(gini(values))
+        assert summary[f"{name}_jain"] == pytest.approx(jain(values))
+
+
+amounts = st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=8)
+
+
+@given(values=amounts, factor=st.floats(1e-3, 1e3))
+def test_fairness_indices_are_bounded_scale_free_and_blind_to_order(values, factor):
+    n = len(values)
+    assert -1e-12 <= gini(values) <= (n - 1) / n + 1e-12
+    assert 1 / n - 1e-12 <= jain(values) <= 1 + 1e-12
+    scaled = [factor * x for x in values]
+    if min(x for x in [*values, 1.0] if x) > 1e-200:
+        assert gini(scaled) == pytest.approx(gini(values), abs=1e-9)
+        assert jain(scaled) == pytest.approx(jain(values), abs=1e-9)
+    assert gini(values[::-1]) == gini(values)
+    assert jain(values[::-1]) == pytest.approx(jain(values), rel=1e-12)
+
+
+@given(values=amounts)
+def test_gini_is_the_mean_difference_of_all_pairs(values):
+    total = sum(values)
+    pairs = sum(abs(x - y) for x in values for y in values)
+    wanted = pairs / (2 * len(values) * total) if total else 0.0
+    assert gini(values) == pytest.approx(wanted, abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 9])
+def test_fairness_of_equal_shares_and_of_one_who_has_everything(n):
+    assert gini([0.3] * n) == pytest.approx(0, abs=1e-12)
+    assert jain([0.3] * n) == pytest.approx(1)
+    alone = [0.0] * (n - 1) + [7.0]
+    assert gini(alone) == pytest.approx((n - 1) / n)
+    assert jain(alone) == pytest.approx(1 / n)
+    assert (gini([0.0] * n), jain([0.0] * n)) == (0.0, 1.0)
+
+
+def test_a_metric_with_negative_values_has_no_fairness_index():
+    found = [evaluation(i, x=Metric(float(i - 1), worst=LOWEST)) for i in range(3)]
+    summary = summarise(found)
+    assert "x_std" in summary
+    assert not [k for k in summary if k.endswith(("_gini", "_jain"))]
 
 
 @pytest.mark.parametrize(("clients", "wanted"), [(1, 1), (10, 1), (11, 2), (70, 7), (71, 8)])

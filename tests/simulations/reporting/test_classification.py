@@ -128,7 +128,7 @@ def test_how_far_clients_are_apart_is_shown_for_each_metric(run):
     shown = cells(class_tables.spread_table(run))
     assert [row[:2] for row in shown[:3]] == [["seen", m] for m in ("loss", "accuracy", "macro F1")]
     record = run.groups()["seen"][-1]
-    ends = ("", "_worst_tenth", "_std", "_p10", "_p90")
+    ends = ("", "_worst_tenth", "_std", "_p10", "_p90", "_gini", "_jain")
     wanted = [record[f"accuracy{end}"] for end in ends]
     assert [float(x) for x in shown[1][2:]] == pytest.approx(wanted, abs=1e-3)
 

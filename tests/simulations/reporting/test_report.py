@@ -19,7 +19,8 @@ from fedlora.core.types import (
 )
 from fedlora.evaluation.summary import summarise
 from fedlora.run.tracking import JsonlTracker
-from simulations.reporting import analysis_figures, drawing, figures
+from fedlora.server.evaluation_round import evaluation_rows
+from simulations.reporting import analysis_figures, drawing, fairness_figures, figures
 from simulations.reporting.report import (
     main,
     write_comparison,
@@ -134,7 +135,7 @@ def evaluate(tracker, n, rounds, random, speed) -> None:
         done = 1 - math.exp(-2 * speed * n / rounds)
         found = [
             Evaluation(
-                Client(k, Ranks({"q": 4}), 9),
+                Client(k, Ranks({"q": 4}), 9, "phone" if k % 2 else "server"),
                 {
                     "examples": count(4), "tokens_full": count(300), "tokens_response": count(80),
                     "loss_full": Metric(3.3 + worse - done + 0.1 * random.normal(), 300),
@@ -151,6 +152,7 @@ def evaluate(tracker, n, rounds, random, speed) -> None:
         ]  # fmt: skip
         head = {"kind": "evaluate", "round": n, "group": group, "adapter": adapter, "failed": 0}
         tracker.round(head | {"round/evaluate_seconds": 0.7} | summarise(found))
+        tracker.evaluated(evaluation_rows(f"{group}:{adapter}", found, round=n))
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are made but not rendered, for tests of what surrounds them."""
-    monkeypatch.setattr(drawing, "svg", lambda figure: "<svg/>")
+    monkeypatch.setattr(drawing, "svg", lambda figure: "<svg></svg>")
 
 
 def titles(page: str) -> set[str]:
@@ -173,7 +175,7 @@ def test_everything_that_was_recorded_is_shown(folder, undrawn):
     for section in ("Learning", "Last evaluation", "Cost", "Clients", "Client drift",
                     "Aggregation", "Failures"):  # fmt: skip
         assert f"<h2>{section}</h2>" in page
-    assert len(titles(page)) == 22
+    assert len(titles(page)) == 25
     run = read_run(folder)
     assert folder.name in page
     assert f"{run.rounds[-1]['train/loss']:.3f}" in page
@@ -203,11 +205,22 @@ def test_the_same_records_give_the_same_picture(folder):
     assert drawing.svg(figures.loss([read_run(folder)])) == first
 
 
+def test_figures_follow_the_readers_scheme_and_keep_the_colours_of_data(folder):
+    plain = drawing.svg(figures.loss([read_run(folder)]))
+    found = drawing.adaptive(plain)
+    ElementTree.fromstring(found)
+    assert "prefers-color-scheme: dark" in found
+    body = found[found.index("</style>") :]
+    assert not re.findall("#ffffff|#444444|#555555", body)
+    for colour in drawing.COLOURS[:3]:
+        assert body.count(colour.lower()) == plain.count(colour.lower()) > 0
+
+
 def test_the_report_reads_the_folder_and_nothing_else(folder, tmp_path, undrawn):
     copy = tmp_path / folder.name
     copy.mkdir()
     for name in ("metrics.jsonl", "clients.jsonl", "config.yaml", "population.json",
-                 "environment.json", "status.json"):  # fmt: skip
+                 "environment.json", "status.json", "evaluations.jsonl"):  # fmt: skip
         (copy / name).write_bytes((folder / name).read_bytes())
     assert write_report(copy).read_bytes() == write_report(folder).read_bytes()
 
@@ -294,7 +307,7 @@ def test_several_runs_are_told_apart(folder, tmp_path):
     for key in ("seed", "client.lr"):
         assert f'<td class="key">{key}</td>' in differing
     assert "ranks.alpha" not in differing
-    assert len(titles(page)) == 9
+    assert len(titles(page)) == 10
 
 
 def test_analyses_that_were_not_recorded_cost_nothing_but_their_figures(folder, tmp_path, undrawn):
@@ -318,6 +331,31 @@ def test_the_energies_of_ranks_are_the_sums_of_their_ranges(folder):
     drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
     assert set(drawn) == {"indices 1-4", "indices 5-8", "indices 9-30", "indices 31-200"}
     assert drawn["indices 1-4"] == pytest.approx([1 - 0.5**n for n in range(1, 7)])
+
+
+def test_the_quality_of_tiers_is_pooled_over_their_clients(folder):
+    run = read_run(folder)
+    figure = fairness_figures.tier_quality(run)
+    assert figure is not None
+    drawn = {line.get_label(): line.get_ydata() for line in figure.axes[0].lines}
+    assert list(drawn) == ["phone", "server", "worst tenth"]
+    rows = run.last_clients()["seen"]
+    losses = sorted(r["metrics"]["loss_response"] for r in rows)
+    phones = [r["metrics"]["loss_response"] for r in rows if r["tier"] == "phone"]
+    assert drawn["phone"][-1] == pytest.approx(np.mean(phones))
+    assert drawn["worst tenth"][-1] == pytest.approx(np.mean(losses[-2:]))
+
+
+def test_quality_is_drawn_against_all_bytes_so_far(folder):
+    run = read_run(folder)
+    figure = fairness_figures.quality_by_bytes([run])
+    assert figure is not None
+    whole, sent = figure.axes[0].lines
+    up, down = (sum(run.series(f"wire/{way}_bytes")[1]) for way in ("up", "down"))
+    scale, _ = drawing.byte_scale([run])
+    assert whole.get_xdata()[-1] == pytest.approx((up + down) / scale)
+    assert sent.get_xdata()[-1] == pytest.approx(up / scale)
+    assert list(whole.get_ydata()) == list(sent.get_ydata())
 
 
 def test_the_last_recorded_analysis_counts(folder):

@@ -31,7 +31,7 @@ PLAIN = [
      test_statistics.test_critical_differences_are_those_of_demsar),
     (statistics.at_budget, "within[-1]", "within[0]",
      test_statistics.test_budgets_areas_and_targets),
-    (spec.Study.cells, "<= set(cell)", "< set(cell)", combinations),
+    (spec.Study.cells, "wanted and not any", "wanted or not any", combinations),
 ]  # fmt: skip
 RECORDED = [
     (analysis._lines, "if whole else None", "if values[cell] else None",
@@ -60,7 +60,9 @@ def test_a_fault_in_the_reading_of_records_is_caught(function, right, wrong, law
 def test_a_fault_in_the_runner_is_caught(tmp_path):
     laws = test_runner
     with (
-        planted(runner.progress_of, "if is_complete(one.folder)", "if one.folder.is_dir()"),
+        planted(
+            runner.progress_of, "is_complete(one.folder, one.run.wanted)", "one.folder.is_dir()"
+        ),
         pytest.raises(AssertionError),
     ):
         laws.test_a_half_run_is_started_again(tmp_path / "a")
@@ -70,7 +72,9 @@ def test_a_fault_in_the_runner_is_caught(tmp_path):
     ):
         laws.test_a_run_that_a_dying_process_holds_waits_and_the_others_begin(tmp_path / "b")
     with (
-        planted(runner._settle, "code == 0 and is_complete(one.folder)", "code == 0"),
+        planted(
+            runner._settle, "code == 0 and is_complete(one.folder, one.run.wanted)", "code == 0"
+        ),
         pytest.raises(AssertionError),
     ):
         laws.test_a_run_that_ends_well_but_is_not_complete_has_failed(tmp_path / "c")

@@ -175,6 +175,20 @@ def test_a_metric_that_no_run_has_is_refused(folder):
         write_results(study, progress_of(runs, place), place)
 
 
+def test_a_metric_is_read_from_the_group_and_the_adapter_that_it_names(folder):
+    _, runs, place = folder
+    names = ["accuracy@/own", "accuracy@seen/own", "accuracy@seen", "accuracy"]
+    study = parse("mine", SPEC | {"metrics": dict.fromkeys(names, "higher"), "targets": {}})
+    found = analysed((study, runs, place))
+    finals = {x.quantity.metric: x.estimate.mean for x in found.lines
+              if x.quantity.what == FINAL and x.estimate}  # fmt: skip
+    assert finals["accuracy@/own"] == finals["accuracy@seen/own"] == 0.0
+    assert finals["accuracy@seen"] == finals["accuracy"] > 0.0
+    study = parse("mine", SPEC | {"metrics": {"accuracy@other": "higher"}, "targets": {}})
+    with pytest.raises(ConfigError, match=r"'accuracy@other'; groups and .* seen/full, seen/own"):
+        write_results(study, progress_of(runs, place), place)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
