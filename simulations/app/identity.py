@@ -1,5 +1,7 @@
 """The identity of a run: the configuration keys that its results depend on."""
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,17 @@ def stable(resolved: Mapping[str, Any]) -> dict[str, Any]:
     for group, keys in ELSEWHERE.items():
         kept[group] = {k: v for k, v in resolved[group].items() if k not in keys}
     return kept
+
+
+def digest(resolved: Mapping[str, Any]) -> str:
+    """SHA-256 of what results depend on and of the number of rounds, without the contents of data
+    and base model: to tell runs apart that have not begun.
+
+    Args:
+        resolved: the whole configuration as plain values.
+    """
+    content = stable(resolved) | {"rounds": resolved["rounds"]}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) -> str:

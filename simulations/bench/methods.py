@@ -9,8 +9,9 @@ two bounds: every client alone, and one client that holds all data (`<experiment
 Runs of equal seeds share partition, head, starts and batches, and all learning rates are the
 experiment's but that of plain SGD: nothing is tuned. Every run is a process of its own on one
 thread, `--jobs` of them at a time; its cost is the CPU time of that process. A row goes into the
-JSON file as soon as there is one, and what is there is not run again. A method that the experiment
-cannot run is recorded with the sentence of its refusal.
+JSON file as soon as there is one, with the machine that it comes from, and what is there with the
+same configuration is not run again. A method that the experiment cannot run is recorded with the
+sentence of its refusal.
 """
 
 import argparse
@@ -22,12 +23,17 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from fedlora.core.package import ROOT
 from fedlora.core.reading import json_in
 from fedlora.run.tracking import read_jsonl
+from simulations.app.compose import load as compose
+from simulations.app.identity import digest
 from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.reporting.tables import by_method
 
@@ -66,6 +72,13 @@ class Case:
             chosen = [f"experiment={self.experiment}", f"strategy={self.method}"]
         beside = (*(OWN if self.method in PERSONAL else FULL), *BESIDE.get(self.method, ()))
         return [*chosen, *beside, *self.overrides, f"seed={self.seed}"]
+
+    @cached_property
+    def identity(self) -> str:
+        """What tells its configuration from others, the experiment's own keys among them."""
+        resolved = OmegaConf.to_container(compose(self.words()), resolve=True)
+        assert isinstance(resolved, dict)
+        return digest({str(k): v for k, v in resolved.items()})[:16]
 
 
 def presets() -> list[str]:
@@ -144,14 +157,13 @@ class Record:
         self._lock = threading.Lock()
 
     def has(self, case: Case) -> bool:
-        """Whether it was measured with these overrides."""
-        return bool(
-            self.runs.get(case.method, {}).get(str(case.seed), {}).get("words") == case.words()
-        )
+        """Whether it was measured with this configuration."""
+        found = self.runs.get(case.method, {}).get(str(case.seed), {})
+        return bool(found.get("identity") == case.identity)
 
     def add(self, case: Case) -> None:
         """Measure and write it."""
-        found = measure(case)
+        found = {"identity": case.identity, "machine": machine()} | measure(case)
         with self._lock:
             self.runs.setdefault(case.method, {})[str(case.seed)] = found
             self.runs = dict(sorted(self.runs.items()))
@@ -177,7 +189,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=None)
     given = parser.parse_intermixed_args(words)
-    record = Record(given.out or RESULTS / f"methods-{given.experiment}-{machine()}.json")
+    record = Record(given.out or RESULTS / f"methods-{given.experiment}.json")
     cases = [
         Case(given.experiment, method, seed, tuple(given.overrides))
         for seed in given.seeds

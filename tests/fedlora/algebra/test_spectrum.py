@@ -21,6 +21,7 @@ from fedlora.algebra.spectrum import (
 )
 from fedlora.core.types import Factors, Ranks
 from tests.generators import factors, seeds, shapes, stacks
+from tests.planted import planted
 
 ranks = st.lists(st.integers(1, 300), min_size=1, max_size=5)
 values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=8)
@@ -120,3 +121,56 @@ def test_nothing_moved_has_no_energy() -> None:
     assert energy_by_index(nothing, index_ranges([2])) == {}
     assert mean_ranks(nothing) == {}
     assert tail(nothing, Ranks({"w": 1})) == 0
+
+
+def energies_alone() -> None:
+    test_energies_sum_to_the_squared_norm.hypothesis.inner_test(  # type: ignore[attr-defined]
+        ([factors(7, 5, r, r) for r in (4, 3, 5)], []), [2, 4]
+    )
+
+
+def tail_alone() -> None:
+    test_the_tail_is_what_the_best_approximation_loses.hypothesis.inner_test(  # type: ignore[attr-defined]
+        (7, 5), 3
+    )
+
+
+def equal_alone() -> None:
+    test_equal_values_have_full_rank_and_a_single_one_has_rank_one(7)
+
+
+def gauge_alone() -> None:
+    """Of numbers that are taken from the factors themselves."""
+    one = factors(7, 5, 4, 1)
+    s, other = (spectra({"w": f}) for f in (one, regauged(one, 2)))
+    assert mean_ranks(s) == pytest.approx(mean_ranks(other), rel=1e-6)
+
+
+FAULTS = {
+    "a range begins late": (
+        energy_by_index,
+        "x[first - 1 : last]",
+        "x[first:last]",
+        energies_alone,
+    ),
+    "values for squares": (energy_by_index, "s.double().square()", "s.double()", energies_alone),
+    "the rest forgotten": (
+        energy_by_index,
+        "ranges[-1][1] :",
+        "ranges[-1][1] + 1 :",
+        energies_alone,
+    ),
+    "one index too many": (tail, "x[ranks[path] :]", "x[ranks[path] - 1 :]", tail_alone),
+    "squared loss": (tail, "math.sqrt(lost / total)", "lost / total", tail_alone),
+    "no exponential": (effective_rank, ".sum().exp()", ".sum()", equal_alone),
+    "spectral norm for its square": (stable_rank, "/ top", "/ top**0.5", equal_alone),
+    "a side of the product alone": (spectra, "*stack([f], [1.0])", "f.b, f.b.T", gauge_alone),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(name: str) -> None:
+    function, right, wrong, law = FAULTS[name]
+    law()
+    with planted(function, right, wrong), pytest.raises(AssertionError):
+        law()

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.package import ROOT
+from simulations.app.compose import load as compose
 from simulations.bench import methods
 from simulations.bench.methods import BESIDE, CENTRALISED, Case, Record, row
 from simulations.reporting.tables import by_method
@@ -47,18 +49,23 @@ def test_the_bound_has_an_experiment_and_methods_share_the_seed():
     assert words == ["experiment=x", "strategy=scaffold", full, *BESIDE["scaffold"], "seed=3"]
 
 
-def test_what_was_measured_with_the_same_words_is_not_run_again(tmp_path, monkeypatch):
+def test_what_was_measured_with_this_configuration_is_not_run_again(tmp_path, monkeypatch):
     def measured(case: Case) -> dict[str, object]:
         return {"words": case.words(), "refused": "no"}
 
+    def rate(words: list[str]) -> DictConfig:
+        return OmegaConf.merge(compose(words), {"client": {"lr": 0.125}})
+
     monkeypatch.setattr(methods, "measure", measured)
     file = tmp_path / "record.json"
-    case = Case("x", "fedit", 0)
+    case = Case("smoke", "fedit", 0)
     Record(file).add(case)
     again = Record(Path(file))
-    assert again.has(case)
-    assert not again.has(Case("x", "fedit", 1))
-    assert not again.has(Case("x", "fedit", 0, ("rounds=1",)))
+    assert again.has(Case("smoke", "fedit", 0))
+    assert not again.has(Case("smoke", "fedit", 1))
+    assert not again.has(Case("smoke", "fedit", 0, ("rounds=9",)))
+    monkeypatch.setattr(methods, "compose", rate)  # the experiment's file has another rate now
+    assert not again.has(Case("smoke", "fedit", 0))
     assert json.loads(file.read_text())["runs"]["fedit"]["0"]["refused"] == "no"
 
 
