@@ -29,7 +29,7 @@ from fedlora.algebra.linalg import (
     at_rank,
     client_weights,
     factors_of_rank,
-    normalized_weights,
+    normalize,
     svd,
 )
 from fedlora.algebra.owners import (
@@ -136,7 +136,7 @@ class Alternate(LoRAStrategy):
         return replace(base, train_a=side == "a", train_b=side == "b")
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p, side = normalized_weights(updates, self.weights), self._side(int(state[ROUND]))
+        p, side = normalize(self.reference_weights(updates)), self._side(int(state[ROUND]))
         moved = {}
         for path, pair in _pair(state).items():
             changes = [change(pair, u.adapter[path], side) for u in updates]

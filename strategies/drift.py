@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from fedlora.algebra.factor_average import GLOBAL, FactorAverage
-from fedlora.algebra.linalg import client_weights, weighted_sum
+from fedlora.algebra.linalg import weighted_sum
 from fedlora.algebra.server_optimizer import NoServerOptimizer
 from fedlora.algebra.state import Kept, State, pack, prefixed, scalar, under, unpack
 from fedlora.algebra.summand import Summands, factor_changes
@@ -120,7 +120,7 @@ class DriftCorrected(FactorAverage, LoRAStrategy):
         """The average of the factors, and the means over all clients as they are now."""
         start, mean = self.global_update(state), under(state, MEAN)
         changes = [self._moved(state, start, u) for u in updates]
-        w = client_weights(updates, self.weights)
+        w = self.reference_weights(updates)  # in the unit of the total over all clients
         q = [x / float(state[TOTAL]) for x in w]
         found = {
             name: (t + weighted_sum([c[name] for c in changes], q)).to(t.dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedlora.algebra.init import initial_factors
-from fedlora.algebra.linalg import client_weights, normalized_weights
+from fedlora.algebra.linalg import client_weights, normalize
 from fedlora.algebra.owners import WEIGHTINGS, mean_change
 from fedlora.algebra.state import Kept, State, integers, order, pack, scalar, unpack
 from fedlora.algebra.summand import Summands, dense
@@ -79,7 +79,7 @@ class FedSA(LoRAStrategy):
         return {path: replace(f, b=kept[f"{path}/b"]) for path, f in start.items()}
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         moved = {}
         for path, old in self.global_update(state).items():
             changes = [u.adapter[path].a - old.a[: u.adapter[path].rank] for u in updates]

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fedlora.algebra.linalg import client_weights, normalized_weights
+from fedlora.algebra.linalg import client_weights, normalize
 from fedlora.algebra.owners import REFUSE, SMALLEST, WEIGHTINGS, at_ranks, common_ranks
 from fedlora.algebra.server_optimizer import NoServerOptimizer, ServerOptimizer
 from fedlora.algebra.state import (
@@ -149,7 +149,7 @@ class FedSB(LoRAStrategy):
         return replace(base, train_a=False)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p, moved = normalized_weights(updates, self.weights), {}
+        p, moved = normalize(self.reference_weights(updates)), {}
         for path, core in _cores(state).items():
             changes = [change(core, _sent(u).cores[path]) for u in updates]
             for i, (name, block) in enumerate(named(path, core.blocks).items()):

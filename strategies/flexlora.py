@@ -26,7 +26,7 @@ from fedlora.algebra.linalg import (
     coverage,
     covered_weights,
     factors_of_rank,
-    normalized_weights,
+    normalize,
     stack,
     svd,
     svd_of_product,
@@ -176,7 +176,7 @@ class FlexLoRA(LoRAStrategy):
         return replace(base, train_a=False) if self.train == "b" else base
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         sent = [u.adapter for u in updates]
         if self.train == "b":
             sent = [

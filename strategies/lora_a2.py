@@ -22,7 +22,7 @@ from fedlora.algebra.init import initial_factors
 from fedlora.algebra.linalg import (
     client_weights,
     factors_of_rank,
-    normalized_weights,
+    normalize,
     svd,
     weighted_sum,
 )
@@ -125,7 +125,7 @@ class LoRAA2(LoRAStrategy):
         return replace(self._turn(base, side), choice=choice)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p, side = normalized_weights(updates, self.weights), _side(state)
+        p, side = normalize(self.reference_weights(updates)), _side(state)
         moved = {
             f"{path}/{side}": weighted_sum([change(f, u, path, side) for u in updates], p)
             for path, f in _pair(state).items()

@@ -31,7 +31,7 @@ from fedlora.algebra.linalg import (
     client_weights,
     complete,
     factors_of_rank,
-    normalized_weights,
+    normalize,
     stack,
     svd,
     svd_of_product,
@@ -177,7 +177,7 @@ class Rebase(LoRAStrategy):
         return Rebased(base, factors)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         shift, old = _shift(state), _held(state)
         changes: dict[str, Summand] = {}
         new: dict[str, Factors] = {}

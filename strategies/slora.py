@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.algebra.linalg import client_weights, normalized_weights
+from fedlora.algebra.linalg import client_weights, normalize
 from fedlora.algebra.state import (
     Kept,
     State,
@@ -296,7 +296,7 @@ class SLoRA(LoRAStrategy):
         return dict(state) | done | {f"{SPARSE}{path}/delta": d for path, d in delta.items()}
 
     def _sparse_round(self, state: State, updates: Sequence[Update]) -> dict[str, Tensor]:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         payloads = [_sparse_payload(u) for u in updates]
         densities = [s.density for s in payloads]
         out: dict[str, Tensor] = {}

@@ -24,7 +24,7 @@ from torch import Tensor
 from fedlora.algebra.init import initial_a, sample_a
 from fedlora.algebra.linalg import (
     client_weights,
-    normalized_weights,
+    normalize,
     weighted_sum,
 )
 from fedlora.algebra.state import (
@@ -169,7 +169,7 @@ class SPP(LoRAStrategy):
         return replace(whole, tied={} if trains == "beta" else smaller, trains=trains)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         sent = [_scale_of(u) for u in updates]
         new = dict(state) | {"round": state["round"] + 1}
         lost, moved, merge = 0.0, 0.0, _next_merge(state)

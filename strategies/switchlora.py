@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.algebra.linalg import client_weights, normalized_weights
+from fedlora.algebra.linalg import client_weights, normalize
 from fedlora.algebra.state import (
     Kept,
     State,
@@ -249,7 +249,7 @@ class SwitchLoRA(LoRAStrategy):
         return replace(base, technique=LoRA(), train_a="a" in trained, train_b="b" in trained)
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         done = int(state["round"])
         if self.mode == DENSE:
             mean = {

@@ -23,7 +23,7 @@ from fedlora.algebra.linalg import (
     average,
     client_weights,
     factors_of_rank,
-    normalized_weights,
+    normalize,
     svd,
 )
 from fedlora.algebra.owners import REFUSE, SMALLEST, at_ranks, common_ranks, mean_change
@@ -110,7 +110,7 @@ class FactorAverage:
 
     def aggregate(self, state: State, updates: Sequence[Update]) -> State:
         """The weighted average of the updates' factors, passed through the server optimizer."""
-        p = normalized_weights(updates, self.weights)
+        p = normalize(self.reference_weights(updates))
         sent = [self._aligned(state, u) for u in updates]
         mean = {
             path: self._mean(path, old, [s[path] for s in sent], p)

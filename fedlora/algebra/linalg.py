@@ -44,11 +44,6 @@ def client_weights(updates: Sequence[Update], weights: str) -> list[float]:
     return [1.0 if weights == "uniform" else float(u.num_examples) for u in updates]
 
 
-def normalized_weights(updates: Sequence[Update], weights: str) -> list[float]:
-    """`client_weights`, made to sum to 1."""
-    return normalize(client_weights(updates, weights))
-
-
 def covered_weights(p: Sequence[float], ranks: Sequence[int]) -> list[Tensor]:
     """``[r_k]`` for each client: its fraction among the clients that have rank index ``i`` at all.
 

@@ -355,8 +355,9 @@ class Method(ABC):
     def reference_weights(self, updates: Sequence[Update]) -> list[float]:
         """The weights ``w_k`` of the clients in the method's average, not normalized.
 
-        `fedlora.server.combine` sums with them what clients add, and the exactness gap is measured
-        against the average with them. Methods with a choice of weights override this.
+        `fedlora.server.combine` sums with them what clients add, ``aggregate`` averages with them,
+        and the exactness gap is measured against that. Methods with a choice of weights override
+        this.
         """
         return [float(u.num_examples) for u in updates]
 

@@ -60,19 +60,20 @@ _INK = {"#000000": "ink", "#ffffff": "card", "#444444": "soft", "#555555": "soft
     "#bbbbbb": "line",
     "#e9e9ee": "grid",
     "#d6e6f2": "box",
+    "#7a5195": "violet",
 }
 """Colours of style `_STYLE` and of figures that follow the reader's scheme, light or dark."""
 _SCHEMES = """<style>
 :root { --ink: #000000; --card: #ffffff; --soft: #4a4a4a; --line: #bbbbbb; --grid: #e9e9ee;
-  --box: #d6e6f2; fill: var(--ink); }
+  --box: #d6e6f2; --violet: #7a5195; fill: var(--ink); }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --card: #1b2029; --soft: #b4bccb;
-  --line: #5a6372; --grid: #2a303b; --box: #23405a; } }
+  --line: #5a6372; --grid: #2a303b; --box: #23405a; --violet: #a884c6; } }
 </style>"""
 
 
 def adaptive(text: str) -> str:
     """An SVG in whose ink, axes and background follow the reader's colour scheme; data keep their
-    colours, which are seen on either.
+    colours where these are seen on either.
 
     Args:
         text: of `svg`.

@@ -4,6 +4,7 @@ fedlora study smoke                        # conf/study/smoke.yaml
 fedlora study mine.yaml --jobs 4           # a file of your own, four runs at a time
 fedlora study smoke rounds=2               # overrides of every run
 fedlora study smoke --list                 # the runs, and what is done; nothing is started
+fedlora study smoke --record               # results as JSON into docs/results
 
 Results are in outputs/study-<name>. The same command continues a study that was stopped: complete
 runs are kept, half ones go on from their checkpoints, and what has changed is done anew.
@@ -11,23 +12,27 @@ runs are kept, half ones go on from their checkpoints, and what has changed is d
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from fedlora.core import variables
 from fedlora.core.errors import ConfigError, RunFolderError
 from fedlora.core.files import claim, write_file
+from fedlora.core.package import ROOT
 from simulations.app.own_modules import find_own_modules
 from simulations.app.words import SEARCH_PATH, absolute, with_search_path
 from simulations.reporting.run_folder import RecordError
 from simulations.run import INTERRUPTED, interrupts
-from simulations.study.analysis import analyse
+from simulations.study.analysis import Analysis, analyse
 from simulations.study.board import Board
 from simulations.study.choice import Tuned
 from simulations.study.figures import FIGURES, all_figures, pdf
 from simulations.study.page import PAGE, report_html
 from simulations.study.plan import Planned, command, label, plan, tuning_plan, write_plan
+from simulations.study.record import record_of, write_record
 from simulations.study.results import PARQUET, check_metrics, recorded, write_parquet
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
 from simulations.study.spec import Study, read_study
@@ -55,7 +60,10 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         if given.list:
             return _listed(study, tuning, folder, paths)
         with interrupts(), claim(folder):
-            return _done(study, tuning, folder, given.jobs, start, paths)
+            code, record = _done(study, tuning, folder, given.jobs, start, paths)
+            if given.record is not None and record is not None:
+                print(f"recorded: {write_record(given.record, record)}")
+            return code
     except (ConfigError, RunFolderError, RecordError) as error:
         print(f"fedlora study: {error}", file=sys.stderr)
         return 2
@@ -71,8 +79,8 @@ def _done(
     jobs: int,
     start: Start,
     paths: Sequence[str],
-) -> int:
-    """Do what is missing, then write the results; the exit code."""
+) -> tuple[int, dict[str, Any] | None]:
+    """Do what is missing, then write the results; the exit code, and what can be recorded."""
     if tuning and chosen_before(folder, tuning) is None:
         write_plan(folder, study, tuning)
     tried, tuned = tune(study, tuning, folder, jobs, start, Board())
@@ -86,15 +94,20 @@ def _done(
         for line in warnings(tuned):
             print(line)
         print(f"study folder: {folder}", flush=True)
-    write_results(study, standing, folder, tuned)
+    analysis = write_results(study, standing, folder, tuned)
     failed = any(one.state is State.FAILED for one in (*tried, *standing))
-    return int(failed or any(one.chosen is None for one in tuned))
+    did = shlex.join(["fedlora", "study", study.name, *study.last])
+    record = None if analysis is None else record_of(study, analysis, tried, standing, did)
+    return int(failed or any(one.chosen is None for one in tuned)), record
 
 
 def write_results(
     study: Study, standing: Sequence[Progress], folder: Path, tuned: Sequence[Tuned] = ()
-) -> None:
+) -> Analysis | None:
     """Write results.parquet, tables, figures and report.html from the complete runs.
+
+    Returns:
+        The statistics; None if there is no complete run, or the study has no metrics.
 
     Raises:
         ConfigError: if the study asks for a metric that no evaluation has.
@@ -107,10 +120,10 @@ def write_results(
     runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
     runs = [one for one in runs if one.rows]
     if not runs:
-        return
+        return None
     write_parquet(folder / PARQUET, runs, list(study.axes))
     if not study.metrics:
-        return
+        return None
     check_metrics(list(study.metrics), runs, f"study {study.name}: metrics")
     analysis = analyse(study, runs, tuned)
     for name, text_of in WRITERS.items():
@@ -120,6 +133,7 @@ def write_results(
     for name, figure in figures:
         write_file(folder / FIGURES / f"{name}.pdf", pdf(figure))
     write_file(folder / PAGE, report_html(study, analysis, figures))
+    return analysis
 
 
 def _listed(study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]) -> int:
@@ -152,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=_jobs, default=cores, help=f"runs at a time ({cores})")
     parser.add_argument("--list", action="store_true", help="show the runs, start nothing")
+    results = ROOT / "docs" / "results"
+    parser.add_argument(
+        "--record", type=Path, nargs="?", const=results, metavar="FOLDER",
+        help="write the results as JSON into docs/results, or into another folder",
+    )  # fmt: skip
     parser.add_argument(
         "--config-dir", type=lambda p: f"--config-dir={p}", nargs=1, default=[],
         help="a further folder of configuration",

@@ -11,8 +11,11 @@ import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
 from simulations import run
+from simulations.study.cost import add_cost
 
 
 def _end_with_owner() -> None:
@@ -23,9 +26,14 @@ def _end_with_owner() -> None:
 
 def main() -> int:
     """Do the run; its exit code."""
+    began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_owner, daemon=True).start()
-    return run.main(sys.argv[1:])
+    try:
+        return run.main(sys.argv[1:])
+    finally:
+        given = dict(word.partition("=")[::2] for word in sys.argv[1:])
+        add_cost(Path(given["output_dir"], given["name"]), began)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Every strategy under conf/strategy obeys the laws: a new file is tested on arrival."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -10,7 +12,21 @@ import conf
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from strategies.base import LoRAStrategy
-from tests.strategies.laws import ABOUT, DOUBLE, LAWS, SINGLE, Law, Precision, why_not
+from tests.strategies.laws import (
+    ABOUT,
+    DOUBLE,
+    LAWS,
+    SINGLE,
+    Law,
+    Precision,
+    after_rounds,
+    assert_close,
+    effects,
+    kept_by,
+    population_for,
+    weights,
+    why_not,
+)
 
 CONF = Path(next(iter(conf.__path__)))
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
@@ -140,6 +156,24 @@ def test_laws(strategy: LoRAStrategy, law: Law, precision: Precision) -> None:
     if reason := why_not(law, strategy):
         pytest.skip(reason)
     law(strategy, 1, precision)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_of_ones_own_weighs_clients_by_one_hook(name: str) -> None:
+    """What a subclass says of weights is what is averaged with (docs/own_method.md)."""
+    strategy = composed(f"strategy={name}")
+    if weights(strategy, 2) != "examples" or hasattr(strategy, "aggregator"):
+        pytest.skip("its clients weigh otherwise, or another method's rule averages them")
+    population = population_for(strategy)
+    state, updates = after_rounds(strategy, population, 1)
+    own = [2.0 + k for k in range(len(updates))]
+    as_examples = [replace(u, num_examples=int(w)) for u, w in zip(updates, own, strict=True)]
+    kept = kept_by(strategy, state, updates)
+    wanted = effects(strategy, strategy.aggregate(state, as_examples), population, kept)
+    with mock.patch.object(type(strategy), "reference_weights", return_value=own):
+        found = strategy.aggregate(state, updates)
+    for x, y in zip(effects(strategy, found, population, kept), wanted, strict=True):
+        assert_close(x, y, DOUBLE, "weights of its own")
 
 
 @pytest.mark.parametrize("law", ABOUT, ids=lambda law: law.__name__)

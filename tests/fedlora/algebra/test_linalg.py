@@ -24,7 +24,6 @@ from fedlora.algebra.linalg import (
     exactness_gap,
     factors_of_rank,
     normalize,
-    normalized_weights,
     product_norm,
     singular_value_energy,
     spectra,
@@ -207,13 +206,10 @@ def test_normalize() -> None:
         with pytest.raises(ValueError, match="weights"):
             normalize(bad)
     updates = vector_updates((1, 2, 3))
-    assert normalized_weights(updates, "examples") == pytest.approx([1 / 6, 2 / 6, 3 / 6])
-    assert normalized_weights(updates, "uniform") == pytest.approx([1 / 3] * 3)
     for weights, want in (("examples", list(VECTOR_EXAMPLES)), ("uniform", [1, 1, 1])):
         assert client_weights(updates, weights) == want
-        assert normalized_weights(updates, weights) == normalize(want)
     with pytest.raises(ValueError, match="weights='tokens'"):
-        normalized_weights(updates, "tokens")
+        client_weights(updates, "tokens")
 
 
 def test_averages_of_different_shapes_are_refused() -> None:

@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.core.errors import ConfigError
+from simulations.reporting.study_tables import studies
+from simulations.reporting.tables import Records
 from simulations.study.__main__ import write_results
 from simulations.study.analysis import FINAL, Quantity, analyse
+from simulations.study.cost import cost_file
 from simulations.study.plan import Planned
+from simulations.study.record import record_of, write_record
 from simulations.study.results import recorded
 from simulations.study.runner import progress_of
 from simulations.study.spec import parse
@@ -207,6 +211,38 @@ def test_mistakes_of_the_statistics_are_one_sentence(change, said):
     with pytest.raises(ConfigError) as error:
         parse("mine", SPEC | change)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------- records
+
+
+def test_a_record_has_every_cell_with_its_cost_and_makes_a_table(folder, tmp_path):
+    study, runs, place = folder
+    analysis = analysed(folder)
+    standing = progress_of(runs, place)
+    for seconds, one in enumerate(standing):
+        line = {"cpu_s": seconds, "wall_s": 2 * seconds, "machine": "box", "load": 1.5}
+        cost_file(one.folder).write_text(2 * (json.dumps(line) + "\n"))
+    record = record_of(study, analysis, [], standing, "fedlora study mine")
+    results = tmp_path / "docs" / "results"
+    assert write_record(results, record) == results / "study-mine.json"
+    assert json.loads((results / "study-mine.json").read_text()) == json.loads(json.dumps(record))
+    assert [tuple(row["cell"].items()) for row in record["rows"]] == list(study.cells())
+    assert record["cost"]["cpu_s"] == 2 * sum(range(12))
+    for i, row in enumerate(record["rows"]):
+        assert row["cpu_s"] == 2 * (3 * i + 1)
+        finals = [x for x in analysis.lines if dict(x.cell) == row["cell"]
+                  and x.quantity == Quantity("accuracy", FINAL)]  # fmt: skip
+        assert row["metrics"]["accuracy"]["interval"][0] == round(finals[0].estimate.mean, 6)
+    text = studies(Records(tmp_path))
+    assert "`fedlora study mine`: 11 runs, 132 CPU seconds" in text and "on box" in text
+    assert "no complete run of seed 2" in text
+    for block in text.split("\n\n"):
+        assert len({line.count("|") for line in block.splitlines() if line[:1] == "|"}) <= 1
+
+
+def test_without_a_record_documents_say_so(tmp_path):
+    assert studies(Records(tmp_path)) == "No study has been recorded yet."
 
 
 # ----------------------------------------------------------------------------- page and figures
