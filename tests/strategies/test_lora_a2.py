@@ -355,8 +355,8 @@ FAULTS: list[tuple[Callable[..., Any], str, str, Check]] = [
     ),
     (
         lora_a2.LoRAA2.aggregate,
-        "(updates, self.weights)",
-        "([*updates, *updates], self.weights)[: len(updates)]",
+        "(updates))",
+        "([*updates, *updates]))[: len(updates)]",
         of(laws.a_lone_client_gets_its_update_back),
     ),
     (
