@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedlora.core.types import LocalPlan
+from simulations.bench import peak
 from simulations.bench.engine.cases import (
     Case,
     Draw,
@@ -57,7 +58,8 @@ def test_nothing_needs_fewer_multiplications_than_the_limit():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_peak_leaves_threads_as_they_were(dtype):
+def test_the_peak_leaves_threads_as_they_were(dtype, monkeypatch):
+    monkeypatch.setattr(peak, "SIZES", (64, 128))  # not every processor multiplies bfloat16 itself
     threads = torch.get_num_threads()
     assert gemm_peak(dtype, repeats=1) > 0
     assert torch.get_num_threads() == threads
