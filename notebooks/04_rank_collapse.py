@@ -21,7 +21,7 @@
 # as $\pi_i^t$, which the server's own code follows to rounding. With training those few clients
 # refill what is lost, and the energy of their directions still falls by an order of magnitude in a
 # few rounds. Averaging each direction over the clients that cover it (`weighting="covered"`), or
-# keeping on the server what nobody could be sent (`residual="carry"`), stops the decay.
+# keeping on the server what no client could be sent (`residual="carry"`), stops the decay.
 #
 # The effect is described as *rank collapse* in raFLoRA (arXiv:2602.13486). No network is needed.
 
@@ -112,7 +112,7 @@ for label, share in energy_by_index(start, bands).items():
 # %% [markdown]
 # ## The prediction
 #
-# Now nobody trains: each client sends back what it was sent, $T_{r_k}(W)$, the leading $r_k$
+# Now no client trains: each client sends back what it was sent, $T_{r_k}(W)$, the leading $r_k$
 # directions of $W = \sum_i \sigma_i u_i v_i^\top$. The average is
 #
 # $$\sum_k p_k\, T_{r_k}(W) = \sum_i \Big(\sum_{k:\ r_k \ge i} p_k\Big)\, \sigma_i u_i v_i^\top
@@ -224,7 +224,7 @@ for t in range(ROUNDS):
 fig, ax = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
 for (name, values), colour in zip(beyond.items(), COLOURS, strict=False):
     ax.semilogy(range(1, ROUNDS + 1), values, "o-", markersize=4, color=colour, label=name)
-ax.semilogy(range(1, ROUNDS + 1), law, ":", color="#8a8f98", label="$\\pi_i^{2t}$, nobody trains")
+ax.semilogy(range(1, ROUNDS + 1), law, ":", color="#8a8f98", label="$\\pi_i^{2t}$, no training")
 ax.set_title("Share of the energy beyond index 2")
 ax.set_xlabel("round")
 fig.legend(loc="outside lower center", ncols=4, fontsize=8)

@@ -108,7 +108,7 @@ def _distribution(name: str, values: Sequence[float], worst: str) -> dict[str, f
 
 
 def gini(values: Sequence[float]) -> float:
-    """Gini's coefficient ``Σ_i Σ_j |x_i - x_j| / (2 n Σ_i x_i)``: 0 if all are equal or nobody has
+    """Gini's coefficient ``Σ_i Σ_j |x_i - x_j| / (2 n Σ_i x_i)``: 0 if all are equal or none has
     anything, ``(n - 1) / n`` if one has everything.
 
     Args:
@@ -123,7 +123,7 @@ def gini(values: Sequence[float]) -> float:
 
 def jain(values: Sequence[float]) -> float:
     """Jain's fairness index ``(Σ_i x_i)² / (n Σ_i x_i²)`` (Jain, Chiu and Hawe, 1984): 1 if all are
-    equal, ``1 / n`` if one has everything; 1 if nobody has anything.
+    equal, ``1 / n`` if one has everything; 1 if all have nothing.
 
     Args:
         values: at least one, none negative.

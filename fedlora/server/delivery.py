@@ -76,7 +76,7 @@ class Delivery:
         emit: shows one line.
         journal: file that names the message that is being worked on; ``None``: none is written.
         poll_s: seconds between two looks for replies.
-        homes: whether every message goes to a node that works for nobody else: all are under way at
+        homes: whether every message has a node with no other client: all are under way at
             once, each has a deadline of its own, and what happens to one ends nothing.
     """
 

@@ -25,7 +25,7 @@ from fedlora.core.checks import at_least
 from fedlora.core.errors import ConfigError
 
 KEY = "silo"
-"""Of ``--node-config``: the path of the card."""
+"""Key of ``--node-config`` that holds the path of the card."""
 NAME = re.compile(r"[\w][\w.-]{0,63}")
 DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 

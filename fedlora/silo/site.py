@@ -44,7 +44,7 @@ class Assignment:
     """How records are read; its path is the server's and is not used."""
     engine: EngineSpec
     fingerprint: str
-    """Of the server's base model."""
+    """Fingerprint of the server's base model."""
     records: str = ""
     """Key of the token store that the silo has introduced itself with; empty: not yet."""
 

@@ -204,7 +204,7 @@ def _text(reply: Message) -> str | Exception:
 
 
 def _all(answers: Mapping[int, str | Exception]) -> dict[int, str]:
-    """The answers, if nobody failed.
+    """The answers, if no silo failed.
 
     Raises:
         RunError: the first failure, and how many there are.

@@ -23,7 +23,7 @@ from fedlora.core import variables
 from fedlora.core.package import ROOT
 
 NAME = "loopback"
-"""Of the connection in Flower's config.toml."""
+"""Name of the connection in Flower's config.toml."""
 UP_S = 120.0
 """Seconds that a SuperLink has to answer: it imports for several on a busy machine."""
 OVER = "finished:"
@@ -31,7 +31,7 @@ OVER = "finished:"
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody listens on."""
+    """A TCP port of 127.0.0.1 without a listener."""
     with closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])

@@ -18,10 +18,10 @@ from simulations.bench.machine import load, machine
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one run, all recorded attempts together."""
+    """Cost of one run: all recorded attempts together."""
 
     cpu_s: float
-    """Of its process and of those that it has started and ended."""
+    """CPU seconds of its process and of those that it has started and ended."""
     wall_s: float
     machines: tuple[str, ...]
     load: float

@@ -65,9 +65,9 @@ class Evaluation:
     """What the clients of every run are evaluated on."""
 
     group: str = ""
-    """Of ``evaluate.groups``; empty: the run's first."""
+    """One of ``evaluate.groups``; empty: the run's first."""
     adapter: str = ""
-    """Of `ADAPTERS`; empty: the run's first."""
+    """One of `ADAPTERS`; empty: the run's first."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class Tuning:
     at: Where
     """Levels of other axes at which is tuned; of an axis that is not named, all."""
     words: tuple[str, ...]
-    """Of tuning runs alone."""
+    """Words of tuning runs alone."""
     grid_for: tuple[tuple[Where, Grid], ...] = ()
     """Grids of some groups; the last one that fits counts."""
     prune: Prune | None = None

@@ -7,7 +7,7 @@ writes into FOLDER
     ca.crt       the authority's certificate; every silo, and whoever calls ``flwr``, gets a copy
     server.pem   the SuperLink's certificate, for the host names and addresses given
     server.key   its key
-    NAME         the key of a silo (ECDSA, NIST P-384, OpenSSH), which nobody else gets
+    NAME         the key of a silo (ECDSA, NIST P-384, OpenSSH), for this silo alone
     NAME.pub     its public half, which the server registers
 
 The authority's own key is used once and is not kept: with another server or host everything is
