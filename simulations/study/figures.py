@@ -193,6 +193,13 @@ def _by_value(
     return framed(draw)
 
 
+def png(figure: Figure) -> bytes:
+    """A figure as a picture of 150 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
 def pdf(figure: Figure) -> bytes:
     """A figure as PDF, with the same bytes for the same records."""
     buffer = io.BytesIO()

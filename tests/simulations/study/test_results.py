@@ -117,6 +117,26 @@ def test_lines_are_means_and_paired_differences_of_the_records(folder):
     assert reference.difference is None and reference.p_holm is None
 
 
+def test_an_equal_budget_is_the_least_that_a_run_has_spent(folder):
+    _, runs, place = folder
+    file = place / "runs" / runs[0].name / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    shorter = [line for line in lines if line["round"] < 2]
+    file.write_text("".join(json.dumps(line) + "\n" for line in shorter))
+    study = parse("mine", SPEC | {"budgets": {"rounds": "equal", "bytes": ["equal", 6 * MIB]}})
+    assert study.budgets == {"bytes": (6.0 * MIB,)}
+    found = {(x.cell, x.quantity.what): x for x in analysed((study, runs, place)).lines
+             if x.quantity.metric == "accuracy"}  # fmt: skip
+    for cell in list(study.cells())[1:3]:
+        last, at = found[cell, FINAL], found[cell, "at 6.29146e+06 bytes"]
+        assert last.estimate == at.estimate
+        expected = [accuracy(cell, seed, 1) for seed in study.seeds]
+        for what in ("at equal bytes, 3.0 MiB", "at equal rounds, 1"):
+            assert found[cell, what].estimate.mean == pytest.approx(sum(expected) / 3)
+    text = table_md(study, analysed((study, runs, place)))
+    assert "### accuracy at equal bytes, 3.0 MiB, less that of method fe_dit" in text
+
+
 def test_a_missing_run_is_said_and_its_seed_is_no_pair(folder):
     analysis = analysed(folder)
     cell = (("method", "50%"), ("ranks", "normal"))
@@ -201,6 +221,8 @@ def test_a_metric_is_read_from_the_group_and_the_adapter_that_it_names(folder):
         ({"reference": "fedit"}, "one axis with a level"),
         ({"reference": {"method": "x"}}, "reference names method='x'; its levels are fe_dit, 50%"),
         ({"budgets": {"rounds": [0]}}, "budgets.rounds has 0; a budget is more than 0"),
+        ({"budgets": {"bytes": []}}, "budgets.bytes is []; it must be a list of numbers"),
+        ({"budgets": {"bytes": "same"}}, "it must be a list of numbers"),
         ({"budgets": {"euros": [1]}}, "it may have rounds, bytes, seconds"),
         ({"budgets": {"bytes": ["many"]}}, "it must be a list of numbers"),
         ({"targets": {"f1": [1]}}, "it may have those of metrics: accuracy, loss"),
