@@ -18,7 +18,7 @@ from simulations.study.choice import Tuned, as_number
 from simulations.study.plan import label
 from simulations.study.results import COSTS, Recorded
 from simulations.study.spec import Study
-from simulations.study.statistics import estimate
+from simulations.study.statistics import Ranking, estimate
 from simulations.study.tuning import Tuning
 from simulations.study.tuning_tables import Sensitivity, sensitivity, values_of
 from simulations.study.values import Cell
@@ -26,6 +26,8 @@ from simulations.study.values import Cell
 FIGURES = "figures"
 """Their folder."""
 STYLES = ("-", "--", ":", "-.")
+BAND = "#e9e9ee"
+"""A colour that pages replace in their dark scheme."""
 _AXES = {"bytes": "MiB sent and received, all clients", "seconds": "seconds"}
 
 
@@ -33,10 +35,13 @@ def all_figures(
     study: Study, runs: Sequence[Recorded], analysis: Analysis
 ) -> Iterator[tuple[str, Figure]]:
     """File names without ending, and figures: for each metric and setting the curves over each
-    cost, and for each metric the final values."""
+    cost, for each metric the final values and the mean ranks, and what was tuned."""
     for metric in study.metrics:
         name = re.sub(r"[^\w.-]", "_", metric)
         yield f"{name}-final", final(study, metric, analysis)
+        ranking = analysis.rankings.get(metric)
+        if ranking is not None and ranking.critical is not None and study.compared:
+            yield f"{name}-ranks", mean_ranks(metric, ranking, list(study.axes[study.compared]))
         for number, (setting, cells) in enumerate(settings(study).items()):
             for cost in COSTS:
                 title = f"{metric}: {label(setting)}" if setting else metric
@@ -134,6 +139,33 @@ def final(study: Study, metric: str, analysis: Analysis) -> Figure:
         ax.set_xlabel("mean and 95 % interval over seeds")
 
     return framed(draw, height=max(2.0, 0.9 + 0.28 * len(lines)))
+
+
+def mean_ranks(metric: str, ranking: Ranking, levels: Sequence[str]) -> Figure:
+    """The mean rank of each level of the compared axis, the best first; a band has those that
+    Nemenyi's critical difference does not tell from it.
+
+    Args:
+        metric: that is ranked.
+        ranking: with a critical difference.
+        levels: in the order of their colours.
+    """
+    ordered = sorted(ranking.ranks.items(), key=lambda pair: pair[1])
+    best, right = ordered[0][1], len(ordered) + 0.25
+
+    def draw(ax: Axes) -> None:
+        if ranking.critical is not None:
+            ax.axvspan(best, min(best + ranking.critical, right), color=BAND, zorder=0)
+        for row, (name, mean) in enumerate(ordered):
+            ax.plot([mean], [row], "o", markersize=7, color=pen(levels.index(name))["color"])
+        ax.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+        ax.set_ylim(len(ordered) - 0.5, -0.5)
+        ax.set_xlim(0.75, right)
+        ax.set_xticks(range(1, len(ordered) + 1))
+        ax.set_title(f"{metric}: ranks")
+        ax.set_xlabel(f"mean of {ranking.blocks} blocks, 1 is best; band: not told from the best")
+
+    return framed(draw, height=max(2.0, 0.9 + 0.28 * len(ordered)))
 
 
 def sensitivities(study: Study, analysis: Analysis) -> Iterator[tuple[str, Figure]]:

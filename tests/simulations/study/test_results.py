@@ -308,8 +308,8 @@ def test_the_page_stands_alone_and_has_every_line(folder):
     means = page.keys[5::9]
     assert means == [str(x.estimate.mean) if x.estimate else "" for x in analysis.lines]
     figures = sorted(f.stem for f in (folder[2] / "figures").glob("*.pdf"))
-    # for each metric the final values, and three costs in two settings
-    assert len(figures) == page.tags["svg"] == 2 * (1 + 3 * 2)
+    # for each metric the final values, the ranks, and three costs in two settings
+    assert len(figures) == page.tags["svg"] == 2 * (2 + 3 * 2)
     assert "no complete run of seed 2" in text and "prefers-color-scheme: dark" in text
     assert not re.search(r"(?:#ffffff|#000000)\b(?![^<]*</style>)", text.partition("<svg")[2])
 
