@@ -221,11 +221,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_jobs, default=cores, help=f"runs at a time ({cores})")
     parser.add_argument("--list", action="store_true", help="show the runs, start nothing")
     parser.add_argument(
-        "--only", nargs="+", metavar="KEY=VALUE",
+        "--only",
+        nargs="+",
+        metavar="KEY=VALUE",
         help="do these runs alone: levels of axes, tuned values, seed=0, run=NAME; no results",
     )
     parser.add_argument(
-        "--sweep-yaml", nargs="?", const="-", metavar="FILE",
+        "--sweep-yaml",
+        nargs="?",
+        const="-",
+        metavar="FILE",
         help="print the file for `wandb sweep` that does the same runs, or write it",
     )
     results = ROOT / "docs" / "results"

@@ -180,9 +180,7 @@ def score(
     return Candidate(values, scores, tuple(left_out), at)
 
 
-def _number(
-    one: Progress, metric: str, higher: bool, until: int
-) -> tuple[float | None, str]:
+def _number(one: Progress, metric: str, higher: bool, until: int) -> tuple[float | None, str]:
     """The metric of a run after so many rounds, or why there is none."""
     if one.state not in (State.DONE, State.PRUNED):
         return None, one.why or "not done"

@@ -97,14 +97,14 @@ def test_a_part_is_done_without_results_and_the_whole_study_does_the_rest(
     assert study.main([str(file), "--sweep-yaml", str(tmp_path / "sweep.yaml")]) == 0
     first, *_ = expanded((tmp_path / "sweep.yaml").read_text())
     assert first[0] == str(file)
-    assert study.main(first, one := Starter()) == 0
+    one, two, rest = Starter(), Starter(), Starter()
+    assert study.main(first, one) == 0
     assert len(one.started) == 1
-    words = ["--only", "seed=0", "seed=1", "method=fedit"]
-    assert study.main([str(file), *words], two := Starter()) == 0
+    assert study.main([str(file), "--only", "seed=0", "seed=1", "method=fedit"], two) == 0
     assert study.main([str(file), "--only", "seed=0", "method=fedit"], Starter()) == 0
     place = tmp_path / "outputs" / "study-tiny"
     assert sorted(f.name for f in place.iterdir()) == ["runs"]
-    assert study.main([str(file)], rest := Starter()) == 0
+    assert study.main([str(file)], rest) == 0
     started = [*one.started, *two.started, *rest.started]
     assert len(started) == len(set(started)) == 4 and len(rest.started) == 2
     assert study.main([str(file), "--sweep-yaml"]) == 0
