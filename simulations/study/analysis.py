@@ -119,8 +119,9 @@ def quantities(
         for kind, budgets in study.budgets.items():
             costs, _ = one.curve(UNITS[kind], metric)
             for budget in budgets:
+                unit = kind.removesuffix("s") if budget == 1 else kind
                 yield (
-                    Quantity(metric, f"at {budget:,g} {kind}"),
+                    Quantity(metric, f"at {budget:,g} {unit}"),
                     statistics.at_budget(costs, values, budget),
                 )
         for kind, budget in equal.items():

@@ -26,6 +26,7 @@ from simulations.study.values import Cell
 FIGURES = "figures"
 """Their folder."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = "#e9e9ee"
 """A colour that pages replace in their dark scheme."""
 _AXES = {"bytes": "MiB sent and received, all clients", "seconds": "seconds"}
@@ -65,9 +66,13 @@ def settings(study: Study) -> dict[Cell, dict[str, Cell]]:
 
 
 def pen(index: int) -> dict[str, Any]:
-    """Colour and style of the i-th level."""
+    """Colour and style of the i-th level; a line that another one hides shows by its markers."""
     style = STYLES[index // len(COLOURS) % len(STYLES)]
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
+    size = 4 if len(STYLES) <= index else 7 - index
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style} | {
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": size,
+    }
 
 
 def curves(
@@ -85,7 +90,7 @@ def curves(
         for index, (name, points) in enumerate(found.items()):
             if points:
                 x, y, low, high = zip(*points, strict=True)
-                ax.plot(x, y, label=name, marker="o" if len(x) <= 30 else "", **pen(index))
+                ax.plot(x, y, label=name, **pen(index) | ({} if len(x) <= 30 else {"marker": ""}))
                 ax.fill_between(x, low, high, color=pen(index)["color"], alpha=0.15, linewidth=0)
         if cost == "round":
             by_round(ax, title, metric)
@@ -94,7 +99,7 @@ def curves(
         ax.set_xlabel(_AXES[cost])
         ax.set_ylabel(metric)
 
-    return framed(draw)
+    return framed(draw, most=len(found))
 
 
 def _points(
@@ -205,11 +210,10 @@ def _by_value(
             if not points:
                 continue
             x, y, spread, tried = zip(*points, strict=True)
-            ax.errorbar(x, y, spread, label=name, marker="o", capsize=3, **pen(index))
+            ax.errorbar(x, y, spread, label=name, capsize=3, **pen(index))
             best = [at for at, c in enumerate(tried) if c is one.chosen]
-            ax.plot(
-                [x[i] for i in best], [y[i] for i in best], "o", ms=9, color=pen(index)["color"]
-            )
+            large = {"linestyle": "", "markersize": 10}
+            ax.plot([x[i] for i in best], [y[i] for i in best], **pen(index) | large)
         ax.set_title(title)
         ax.set_xlabel(key)
         ax.set_ylabel(f"{tuning.metric}, validation")
@@ -222,7 +226,7 @@ def _by_value(
         else:
             ax.set_xticks(known, values)
 
-    return framed(draw)
+    return framed(draw, most=len(groups))
 
 
 def png(figure: Figure) -> bytes:

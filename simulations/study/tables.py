@@ -207,7 +207,7 @@ def table_tex(study: Study, analysis: Analysis) -> str:
         values_ = analysis.values_of(study, cell).values()
         names = [level for _, level in cell] + [value_ or NOTHING for value_ in values_]
         cells = [*map(tex, names), seeds_text(of_cell[0])]
-        lines.append(_tex_row([*cells, *map(_tex_value, of_cell)]))
+        lines.append(_tex_row([*cells, *(_tex_value(line, study) for line in of_cell)]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -224,10 +224,13 @@ def _tex_row(cells: Sequence[str]) -> str:
     return f"{' & '.join(cells)} \\\\"
 
 
-def _tex_value(line: Line) -> str:
+def _tex_value(line: Line, study: Study) -> str:
+    """Mean and half-width; as wide with a star as without, so that columns stay aligned."""
     if line.estimate is None:
         return tex(NOTHING)
-    star = "^{*}" if line.p_holm is not None and line.p_holm < 1 - LEVEL else ""
+    star = r"^{\phantom{*}}" if study.reference else ""
+    if line.p_holm is not None and line.p_holm < 1 - LEVEL:
+        star = "^{*}"
     high = line.estimate.high
     spread = "" if high is None else f" \\pm {value(high - line.estimate.mean)}"
     return f"${value(line.estimate.mean)}{spread}{star}$"
