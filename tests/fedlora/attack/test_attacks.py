@@ -3,6 +3,7 @@
 import math
 import statistics
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,7 +275,8 @@ def test_poisoned_records_are_those_of_attackers() -> None:
 
 
 def test_workers_are_told_who_attacks() -> None:
-    spec = WorkerSpec(HuggingFace("x"), "store", Sequential(), attack=Squad(Sign(), (1, 5), 3))
+    squad = Squad(Sign(), (1, 5), 3)
+    spec = WorkerSpec(HuggingFace(path="x"), Path("store"), Sequential(), attack=squad)
     assert WorkerSpec.from_json(spec.to_json()).attack == spec.attack
     assert "attack" not in replace(spec, attack=None).to_json()
 

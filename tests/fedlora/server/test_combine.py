@@ -25,7 +25,7 @@ from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA
 from strategies.heterolora import HeteroLoRA
 from strategies.spp import SPP
-from tests.generators import dense, setting
+from tests.generators import as_payload, dense, setting
 from tests.strategies.laws import DOUBLE, added, after_rounds, assert_close
 
 NOW = Moment(seed=3, round=2)
@@ -51,7 +51,8 @@ class Doubled(Postprocessor):
 
 def a_round(method: LoRAStrategy) -> tuple[State, list[Update], dict[int, Payload]]:
     state, updates = after_rounds(method, setting(), 1)
-    return state, updates, {u.client.id: method.client_start(state, u.client) for u in updates}
+    starts = {u.client.id: as_payload(method.client_start(state, u.client)) for u in updates}
+    return state, updates, starts
 
 
 @pytest.mark.parametrize("method", [*SUMMING, FlexLoRA(), HeteroLoRA()])
