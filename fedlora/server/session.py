@@ -34,6 +34,7 @@ from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
+from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
@@ -67,6 +68,7 @@ from fedlora.server.training_round import (
 )
 from fedlora.server.validation import absurd
 from fedlora.wire.messages import Glance
+from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,8 @@ class Session:
     """Applied to accepted changes before they are averaged; empty: none."""
     robust: Rule = NO_RULE
     """What takes the place of the method's mean."""
+    compression: Compression = NO_COMPRESSION
+    """The formats of changes on the wire."""
     squad: Squad = NOBODY
     """The clients that attack; what they do together is done here."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
@@ -251,10 +255,11 @@ class Session:
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
-        if self.rounds.error_feedback:
+        if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
+        jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
         self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
+        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire, down)
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         return self._packing.training(jobs, weights)
 

@@ -15,7 +15,7 @@ from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
-from fedlora.server.client_state import WIRE, ClientStore
+from fedlora.server.client_state import STARTS, WIRE, ClientStore
 from fedlora.server.gauge import turned_back
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move
@@ -191,10 +191,15 @@ def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJo
 
 
 def begin(
-    method: Method, state: State, jobs: Sequence[TrainJob], round: int, wire: str
+    method: Method,
+    state: State,
+    jobs: Sequence[TrainJob],
+    round: int,
+    wire: str,
+    down: Mapping[int, int] | None = None,
 ) -> TrainingRound:
-    """The round of these jobs, whose clock starts now."""
-    account = ByteAccount.open(method, state, jobs, wire)
+    """The round of these jobs, whose clock starts now (`ByteAccount.open`)."""
+    account = ByteAccount.open(method, state, jobs, wire, down)
     return TrainingRound(round, {j.client.id: j for j in jobs}, account, time.monotonic())
 
 
@@ -369,3 +374,7 @@ def stage_kept(
             store.stage(job.client.id, kept)
         if update.residual is not None:
             store.stage(job.client.id, update.residual, WIRE)
+    for i, reply in replies.by_client.items():
+        sent = current.jobs[i].sent
+        if sent is not None and isinstance(reply, Update):  # it has arrived
+            store.stage(i, dict(sent.tensors()), STARTS)

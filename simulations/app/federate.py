@@ -137,6 +137,7 @@ def new_session(
             audit=audit,
             postprocess=parts.postprocess,
             robust=parts.robust,
+            compression=parts.compression,
             squad=inputs.worker.attack or NOBODY,
             analyses=parts.analyses,
             store=inputs.store,

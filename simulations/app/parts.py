@@ -27,7 +27,9 @@ from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
+from fedlora.wire.tensors import Compression
 from simulations.app.compose import CONF
+from simulations.app.compression import check_compression
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
@@ -62,6 +64,7 @@ class Parts:
     postprocess: tuple[Postprocessor, ...]
     robust: Rule
     attack: Attack
+    compression: Compression
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -103,6 +106,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     parts = with_attack_measured(parts)
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    check_compression(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -173,6 +177,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         ),
         robust=part("robust", Rule),
         attack=part("attack", Attack),
+        compression=part("compression", Compression),
         resolved=resolved,
     )
 
