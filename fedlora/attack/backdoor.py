@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.attack.base import Attackers, Draw, Tools, TriggerScorer
 from fedlora.attack.moves import scaled_change
@@ -89,7 +90,7 @@ class Backdoor(Attackers):
         return replace(example, input_ids=ids, responses=responses)
 
 
-def _marked(example: Example, words: np.ndarray, tools: Tools) -> Example:  # type: ignore[type-arg]
+def _marked(example: Example, words: NDArray[np.int32], tools: Tools) -> Example:
     """The example with the trigger before its text, without the tokens after it that the context
     has no room for."""
     ids = example.input_ids

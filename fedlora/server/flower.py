@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -167,10 +168,10 @@ class FederatedRun:
             return [[] for _ in batches]
         wire, nonce = self.session.rounds.wire, secrets.token_hex(8)
         up = self.session.compression.up if kind == MessageType.TRAIN else NO_FORMAT
-        described = {"source": self.source, "wire": wire, "nonce": nonce, "up": up}
+        written = partial(encode_jobs, source=self.source, wire=wire, nonce=nonce, up=up)
         parcels = []
         for (_, jobs), (node, worker) in zip(parts, self._routes(parts, delivery), strict=True):
-            message = Message(encode_jobs(jobs, worker=worker, **described), node, kind)
+            message = Message(written(jobs, worker=worker), node, kind)
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
