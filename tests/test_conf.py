@@ -27,6 +27,10 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    **{
+        f"robust={name}": ["strategy=fedit"]
+        for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
+    },
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],
