@@ -27,6 +27,8 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    "secagg=simulated": ["strategy=fedit"],
+    "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],

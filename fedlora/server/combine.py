@@ -48,14 +48,49 @@ def combine(
     if not postprocessors:
         return method.aggregate(state, updates)
     weights = method.reference_weights(updates)
-    terms = []
-    for update in updates:
-        x = _added(method, state, starts[update.client.id], update)
-        for p in postprocessors:
-            x = p.each(x, update.client, now)
-        terms.append(x)
-    weight = math.fsum(weights)
-    summed: Summands = total(terms, weights)
+    terms = [added(method, state, starts[u.client.id], u, now, postprocessors) for u in updates]
+    return absorbed(method, state, total(terms, weights), math.fsum(weights), now, postprocessors)
+
+
+def added(
+    method: Method,
+    state: State,
+    start: Payload,
+    update: Update,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> Summands:
+    """What one client adds, after the postprocessors.
+
+    Raises:
+        RunError: if the method needs the updates themselves.
+    """
+    x = method.adds(state, start, update)
+    if x is None:
+        raise RunError(f"it is no sum of changes: {method.needs_updates}")
+    for p in postprocessors:
+        x = p.each(x, update.client, now)
+    return x
+
+
+def absorbed(
+    method: Method,
+    state: State,
+    summed: Summands,
+    weight: float,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> State:
+    """The state after a sum of what clients add, and after the postprocessors.
+
+    Args:
+        method: its `absorb` is called.
+        state: from which the round began.
+        summed: ``Σ_k w_k x_k``.
+        weight: ``Σ_k w_k``.
+        now: seed and round.
+        postprocessors: of the run.
+    """
     for p in postprocessors:
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)
@@ -75,10 +110,3 @@ def unusable(method: Method, state: State) -> str:
         return f"there is no global model: {error}"
     wrong = absurd(payload.tensors())
     return f"the global model's {wrong}" if wrong else ""
-
-
-def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
-    found = method.adds(state, start, update)
-    if found is None:
-        raise RunError(f"postprocess: {method.needs_updates}")
-    return found

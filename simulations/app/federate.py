@@ -135,6 +135,7 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            secagg=parts.secagg,
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,

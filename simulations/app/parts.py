@@ -19,6 +19,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
+from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Setup
@@ -29,6 +30,7 @@ from simulations.app.compose import CONF
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.secagg_checks import check_secagg
 from simulations.app.silo_checks import check_silos
 from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
@@ -58,6 +60,7 @@ class Parts:
     tracking: Tracking
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
+    secagg: SecAgg
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -98,6 +101,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    check_secagg(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -166,6 +170,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
             build(node, Postprocessor, f"postprocess.{name}")
             for name, node in cfg.postprocess.items()
         ),
+        secagg=part("secagg", SecAgg),
         resolved=resolved,
     )
 

@@ -1,0 +1,75 @@
+"""What secure aggregation cannot be combined with, refused before anything is loaded."""
+
+from typing import Protocol
+
+from fedlora.core.errors import ConfigError
+from fedlora.models.head import LOCAL
+from fedlora.models.spec import ModelSpec
+from fedlora.secagg.config import SecAgg
+from fedlora.server.method import Method
+from fedlora.server.norm_bound import OFF
+from fedlora.server.schedule import Rounds
+from fedlora.wire.codec import ROUNDING
+from simulations.app.silo_checks import keeps
+
+
+class Asked(Protocol):
+    """The groups that are looked at (`simulations.app.parts.Parts`)."""
+
+    @property
+    def secagg(self) -> SecAgg: ...
+    @property
+    def strategy(self) -> Method: ...
+    @property
+    def model(self) -> ModelSpec: ...
+    @property
+    def federation(self) -> Rounds: ...
+
+
+def check_secagg(parts: Asked) -> None:
+    """Refuse what needs the server to see an update.
+
+    Raises:
+        ConfigError: one sentence that says why and what to use instead.
+    """
+    if not parts.secagg.on:
+        return
+    for wrong, why in _refusals(parts):
+        if wrong:
+            raise ConfigError(f"secagg={parts.secagg.kind}: {why}")
+
+
+def _refusals(parts: Asked) -> list[tuple[bool, str]]:
+    """Conditions with the sentences that refuse them."""
+    strategy, rounds, model = parts.strategy, parts.federation, parts.model
+    nested = getattr(strategy, "aggregator", None)
+    state = next((m for m in (strategy, nested) if isinstance(m, Method) and keeps(m)), None)
+    return [
+        (
+            type(strategy).run_round is not Method.run_round,
+            f"{strategy.label} sends activations at every step, of which there is no sum; use a "
+            "strategy whose clients train alone, such as fedit",
+        ),
+        (bool(strategy.needs_updates), strategy.needs_updates),
+        (
+            state is not None or model.head == LOCAL,
+            f"{(state or strategy).label} keeps a state of each client at the server, made of its "
+            "update; use a strategy whose clients keep nothing, such as fedit, and model.head "
+            "frozen or averaged",
+        ),
+        (
+            rounds.norm_bound != OFF,
+            f"federation.norm_bound={rounds.norm_bound} compares updates, and the server sees "
+            "their sum alone; use federation.norm_bound=off, with postprocess=bound at the clients",
+        ),
+        (
+            rounds.max_update_norm > 0,
+            f"federation.max_update_norm={rounds.max_update_norm:g} rejects updates, and the "
+            "server sees their sum alone; use postprocess=bound, which clients apply themselves",
+        ),
+        (
+            rounds.wire in ROUNDING,
+            f"federation.wire={rounds.wire} rounds updates, and sums have a fixed-point format of "
+            "their own; use federation.wire=float32 with secagg.bits and secagg.levels",
+        ),
+    ]
