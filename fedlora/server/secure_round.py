@@ -150,7 +150,7 @@ class Exchange:
         if why:
             lost = list(self.round.failures.values())
             first = f"; first failure: {lost[0].kind}: {lost[0].message}" if lost else ""
-            raise RunError(f"round {self.plan.now.round}: {why}{first}")
+            raise RunError(f"round {self.plan.now.round}: {why}{first}. {self.plan.safe}")
 
     # --- stages -------------------------------------------------------------------------------
 

@@ -55,6 +55,8 @@ class SumPlan:
     """By client id; the largest is 1."""
     needed: int
     """``t``."""
+    safe: str
+    """What of the run is on disk, for messages."""
     job_bytes: Mapping[int, int]
     """Client id -> bytes of its start and of the state that its summand is made with."""
 
@@ -68,6 +70,7 @@ class SumPlan:
         postprocessors: Sequence[Postprocessor],
         ranks: Mapping[str, int],
         starts: Mapping[int, int],
+        safe: str,
     ) -> "SumPlan":
         """The plan of a round.
 
@@ -79,6 +82,7 @@ class SumPlan:
             postprocessors: of the run.
             ranks: the largest rank of any client, by module path.
             starts: client id -> bytes of its start.
+            safe: what of the run is on disk, for messages.
 
         Raises:
             RunError: if the method needs the updates themselves.
@@ -100,6 +104,7 @@ class SumPlan:
             template=template,
             weights={j.client.id: w / most for j, w in zip(jobs, weights, strict=True)},
             needed=config.shares_needed(len(jobs)),
+            safe=safe,
             job_bytes={j.client.id: starts[j.client.id] + own for j in jobs},
         )
 
@@ -228,7 +233,7 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
             plan.needed,
         )
         if why:
-            raise RunError(f"round {plan.now.round}: {why}")
+            raise RunError(f"round {plan.now.round}: {why}. {plan.safe}")
         total, cut, bases = np.zeros(0, plan.form.fixed.dtype), 0, tally.bases
         for i in sorted(stages.vector):
             codes, beyond = plan.form.codes(terms[i], plan.weights[i], i, exchange, bases)

@@ -261,9 +261,8 @@ class Session:
         """
         assert self._current is not None
         account, ranks = self._current.account, self.setting.max_ranks
-        return SumPlan.open(
-            self.secagg, self.method, self.state, jobs, self.postprocess, ranks, account.starts
-        )
+        run = self.secagg, self.method, self.state, jobs, self.postprocess
+        return SumPlan.open(*run, ranks, account.starts, self.safe())
 
     def finish_training(
         self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None

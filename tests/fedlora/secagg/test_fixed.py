@@ -7,6 +7,7 @@ import pytest
 
 from fedlora.secagg.config import SecAgg
 from fedlora.secagg.fixed import FixedPoint, uniform
+from tests.planted import planted
 
 SMALL = FixedPoint(bits=16, levels=6, range=0.5)
 """Coarse, so that an error of one step is seen."""
@@ -43,7 +44,7 @@ def test_the_error_of_a_mean_has_the_size_of_the_formula(clients):
 def test_what_is_beyond_the_range_is_cut_and_counted():
     codes, cut = SMALL.encode(np.array([0.6, -0.7, 0.5, 0.0]), np.full(4, 0.999))
     assert cut == 2
-    assert SMALL.decode(codes[:2], 1).tolist() == [0.5, -0.5 + 1 / 63]
+    assert SMALL.decode(codes[:2], 1).tolist() == [0.5, -0.5]
     assert int(codes.max()) == 2**SMALL.levels - 1
 
 
@@ -97,3 +98,45 @@ def test_no_two_groups_of_holders_recover_a_secret_each(degree, threshold):
         holders, needed = config.degree_of(clients) + 1, config.shares_needed(clients)
         assert 2 * needed > holders
         assert 2 <= needed <= holders
+
+
+FAULTS = {
+    "rounding biased": (
+        FixedPoint.encode,
+        "np.floor(steps + uniform)",
+        "np.floor(steps)",
+        test_rounding_is_unbiased,
+    ),
+    "rounding twice": (
+        FixedPoint.encode,
+        "np.floor(steps + uniform)",
+        "np.rint(steps + uniform)",
+        test_rounding_is_unbiased,
+    ),
+    "one offset for all": (
+        FixedPoint.decode,
+        "summands * self.range",
+        "self.range",
+        test_rounding_is_unbiased,
+    ),
+    "capacity exceeded silently": (
+        SecAgg.check_cohort,
+        "clients > self.capacity",
+        "clients > 2 * self.capacity",
+        lambda: test_the_largest_cohort_passes_and_one_more_is_refused(16, 8, 257),
+    ),
+    "a majority for two": (
+        SecAgg.shares_needed,
+        "math.floor(holders * self.threshold) + 1",
+        "math.floor(holders * self.threshold)",
+        lambda: test_no_two_groups_of_holders_recover_a_secret_each(0, 0.5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_noticed(name):
+    function, right, wrong, law = FAULTS[name]
+    noticed = (AssertionError, pytest.fail.Exception)
+    with planted(function, right, wrong), pytest.raises(noticed):
+        law()

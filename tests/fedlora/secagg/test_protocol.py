@@ -50,7 +50,6 @@ def test_clients_lost_in_one_stage(stage, gone):
     is_the_survivors_sum_or_nothing({stage: gone})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_subset_lost_in_a_stage(stage):
     """K = 6: all 64 subsets."""
