@@ -72,7 +72,7 @@ class SecAgg:
     @property
     def capacity(self) -> int:
         """The most clients whose sum cannot wrap around: ``K (2^v - 1) < 2^b``."""
-        return (2**self.bits - 1) // (2**self.levels - 1)
+        return ((1 << self.bits) - 1) // ((1 << self.levels) - 1)
 
     def degree_of(self, clients: int) -> int:
         """Neighbours of each of so many clients."""

@@ -24,7 +24,7 @@ def split(secret: bytes, threshold: int, holders: int) -> list[bytes]:
     """
     if not 1 < threshold <= holders:
         raise ValueError(f"a secret of {holders} holders cannot need {threshold} shares")
-    return [share for _, share in Shamir.split(threshold, holders, secret)]
+    return [share for _, share in Shamir.split(threshold, holders, secret, ssss=False)]
 
 
 def combined(shares: Mapping[int, bytes], threshold: int) -> bytes:
@@ -41,4 +41,4 @@ def combined(shares: Mapping[int, bytes], threshold: int) -> bytes:
         raise ValueError(f"{len(shares)} shares are there, {threshold} are needed")
     if any(len(s) != SHARE for s in shares.values()):
         raise ValueError(f"a share has another length than {SHARE} bytes")
-    return Shamir.combine(sorted(shares.items())[:threshold])
+    return Shamir.combine(sorted(shares.items())[:threshold], ssss=False)

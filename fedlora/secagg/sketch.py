@@ -127,7 +127,8 @@ class Sketch:
         """``[rows, columns]``, float64, ``columns <= rows``."""
         keys = (self.round, zlib.crc32(name.encode()))
         g = torch_generator(self.seed, f"secagg {which}", *keys)
-        return torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64)).Q
+        q: Tensor = torch.linalg.qr(torch.randn(rows, columns, generator=g, dtype=torch.float64)).Q
+        return q
 
 
 def sketch_of(

@@ -50,13 +50,13 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             f"{strategy.label} sends activations at every step, of which there is no sum; use a "
             "strategy whose clients train alone, such as fedit",
         ),
-        (bool(strategy.needs_updates), strategy.needs_updates),
         (
             state is not None or model.head == LOCAL,
             f"{(state or strategy).label} keeps a state of each client at the server, made of its "
             "update; use a strategy whose clients keep nothing, such as fedit, and model.head "
             "frozen or averaged",
         ),
+        (bool(strategy.needs_updates), strategy.needs_updates),
         (
             rounds.norm_bound != OFF,
             f"federation.norm_bound={rounds.norm_bound} compares updates, and the server sees "
