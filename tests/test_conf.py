@@ -27,6 +27,10 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    **{
+        f"robust={name}": ["strategy=fedit"]
+        for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
+    },
     "secagg=simulated": ["strategy=fedit"],
     "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],

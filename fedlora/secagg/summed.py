@@ -1,5 +1,6 @@
 """The sum of a round, and what it cost."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,8 +15,8 @@ class Summed:
 
     total: Summands
     """``Σ_k w_k x_k`` over the clients in the sum."""
-    weight: float
-    """``Σ_k w_k``, where the largest weight of the cohort is 1."""
+    weights: Mapping[int, float]
+    """``w_k`` of the clients in the sum; the largest of the cohort is 1."""
     lost: Mapping[int, str]
     """Client id -> the stage in which it was lost, of those that are not in the sum."""
     traffic: Mapping[int, Traffic]
@@ -24,20 +25,28 @@ class Summed:
     """Numbers of a client's vectors."""
     cut: int
     """Numbers of all clients that were beyond ``±ρ``."""
-    clients: int
-    """In the sum."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage, and of unmasking (``server``); empty: nothing was sent."""
+
+    @property
+    def weight(self) -> float:
+        """``Σ_k w_k``."""
+        return math.fsum(self.weights.values())
+
+    @property
+    def influence(self) -> dict[int, float]:
+        """Client id -> its fraction of the sum."""
+        return {i: w / self.weight for i, w in self.weights.items()}
 
     def record(self) -> dict[str, float | int | str]:
         """For the round's record: bytes and seconds by stage, and the fraction of numbers that were
         cut."""
         whole = summed(list(self.traffic.values()))
         found: dict[str, float | int | str] = {
-            "secagg/clients": self.clients,
+            "secagg/clients": len(self.weights),
             "secagg/lost": len(self.lost),
             "secagg/numbers": self.numbers,
-            "secagg/cut": self.cut / max(1, self.numbers * self.clients),
+            "secagg/cut": self.cut / max(1, self.numbers * len(self.weights)),
         }
         for stage in STAGES:
             found[f"secagg/{stage}_up_bytes"] = whole.up[stage]

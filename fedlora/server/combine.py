@@ -3,10 +3,12 @@
 no postprocessors    state ← aggregate(state, updates)
 postprocessors       x_k ← each(adds(state, start_k, update_k))
                      state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
+robust rule          state ← absorb(state, whole(R(x_1, ..., x_K)), 1)
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,12 +17,24 @@ from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Update
+from fedlora.robust.rule import NO_RULE, Rule, Term
 from fedlora.server.method import Method
+from fedlora.server.ownership import owned_elements
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.validation import absurd
 
 NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Errors of an average whose numbers are beyond any use, such as an SVD that is not finite."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The next state, and what is known of how it was made."""
+
+    state: State
+    influence: Mapping[int, float]
+    """Client id -> its fraction of what was absorbed; of a method that aggregates by itself, the
+    one that `Method.reference_weights` gives it."""
 
 
 def combine(
@@ -31,7 +45,8 @@ def combine(
     *,
     starts: Mapping[int, Payload],
     postprocessors: Sequence[Postprocessor] = (),
-) -> State:
+    rule: Rule = NO_RULE,
+) -> Combined:
     """The next state.
 
     Args:
@@ -41,15 +56,32 @@ def combine(
         now: seed and round.
         starts: client id -> its start of the round.
         postprocessors: none: the method aggregates the updates themselves.
+        rule: what takes the place of the mean.
 
     Raises:
-        RunError: if there are postprocessors and the method needs the updates themselves.
+        RunError: if there are postprocessors or a rule and the method needs the updates themselves,
+            or if there are too few updates for the rule.
     """
-    if not postprocessors:
-        return method.aggregate(state, updates)
     weights = method.reference_weights(updates)
+    weight = math.fsum(weights)
+    ids = [u.client.id for u in updates]
+    shares = {i: w / weight if weight else 0.0 for i, w in zip(ids, weights, strict=True)}
+    if not postprocessors and not rule.acts:
+        return Combined(method.aggregate(state, updates), shares)
     terms = [added(method, state, starts[u.client.id], u, now, postprocessors) for u in updates]
-    return absorbed(method, state, total(terms, weights), math.fsum(weights), now, postprocessors)
+    if rule.acts:
+        try:
+            rule.check(len(updates))
+        except ValueError as error:
+            raise RunError(f"round {now.round}: {error}") from error
+        owned = owned_elements(method, state, updates, starts)
+        of = [Term(x, u.num_examples, o) for x, u, o in zip(terms, updates, owned, strict=True)]
+        centre = rule.centre(of)
+        summed, weight = centre.value, 1.0
+        shares = dict(zip(ids, centre.influence, strict=True))
+    else:
+        summed = total(terms, weights)
+    return Combined(absorbed(method, state, summed, weight, now, postprocessors), shares)
 
 
 def added(
@@ -67,7 +99,7 @@ def added(
     """
     x = method.adds(state, start, update)
     if x is None:
-        raise RunError(f"it is no sum of changes: {method.needs_updates}")
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
     for p in postprocessors:
         x = p.each(x, update.client, now)
     return x
@@ -86,7 +118,7 @@ def absorbed(
     Args:
         method: its `absorb` is called.
         state: from which the round began.
-        summed: ``Σ_k w_k x_k``.
+        summed: ``Σ_k w_k x_k``, or what takes its place.
         weight: ``Σ_k w_k``.
         now: seed and round.
         postprocessors: of the run.

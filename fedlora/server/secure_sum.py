@@ -8,7 +8,6 @@ lost. The simulation rounds, loses clients, sums and counts bytes as the protoco
 masks. Masks cancel exactly, so it gives the same state.
 """
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -187,12 +186,11 @@ class Tally:
         width = plan.form.fixed.dtype.itemsize
         return Summed(
             total=plan.form.summed(self.sums, plan.template),
-            weight=math.fsum(plan.weights[i] for i in sorted(inside)),
+            weights={i: plan.weights[i] for i in sorted(inside)},
             lost=self.lost,
             traffic=found,
             numbers=sum(size for _, _, size, _ in self.parts) // width,
             cut=self.cut,
-            clients=len(inside),
             seconds=seconds or {},
         )
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.algebra.state import State
+from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
@@ -26,6 +27,7 @@ from fedlora.core.types import (
 from fedlora.data.store import TokenStore
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
+from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
@@ -33,7 +35,8 @@ from fedlora.secagg.config import REAL, SecAgg
 from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, combine, unusable
+from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
+from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
@@ -44,7 +47,12 @@ from fedlora.server.evaluation_round import (
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.round_metrics import diagnosis, engine_record, training_record
+from fedlora.server.round_metrics import (
+    diagnosis,
+    engine_record,
+    influence_record,
+    training_record,
+)
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.secure_sum import SumPlan, after_sum, simulated_round
 from fedlora.server.training_round import (
@@ -58,11 +66,13 @@ from fedlora.server.training_round import (
     stage_kept,
     training_jobs,
     validate,
+    with_collusion,
     with_residuals,
     withheld,
 )
 from fedlora.server.validation import absurd
 from fedlora.wire.messages import Glance
+from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +103,12 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    robust: Rule = NO_RULE
+    """What takes the place of the method's mean."""
+    compression: Compression = NO_COMPRESSION
+    """The formats of changes on the wire."""
+    squad: Squad = NOBODY
+    """The clients that attack; what they do together is done here."""
     secagg: SecAgg = field(default_factory=SecAgg)
     """How sums are secure, or simulated to be."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
@@ -109,6 +125,7 @@ class Session:
     """Rounds complete."""
 
     def __post_init__(self) -> None:
+        self.robust.check(self.roster.per_round)
         if self.secagg.on:
             self.secagg.check_cohort(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
@@ -246,10 +263,11 @@ class Session:
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
-        if self.rounds.error_feedback:
+        if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
+        jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
         self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
+        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire, down)
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         return self._packing.training(jobs, weights)
 
@@ -284,6 +302,7 @@ class Session:
         assert current is not None
         found = collect(current, results)
         if summed is None:
+            found = with_collusion(self.squad, current, found)
             replies = validate(current, found, self.rounds, self.setting)
         else:
             replies = withheld(current, found, self.setting)
@@ -292,24 +311,26 @@ class Session:
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
         if self.secagg.on:
-            after, replies, summed = self._absorb(current, replies, state, summed)
+            combined, replies, summed = self._absorb(current, replies, state, summed)
             account = replace(current.account, sums=summed.traffic)
             current = replace(current, account=account)
         else:
-            after, replies = self._aggregate(current, replies, state)
+            combined, replies = self._aggregate(current, replies, state)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        before, self.state = self.state, after
+        before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
         record |= {} if summed is None else summed.record()
+        record |= influence_record(self.robust, combined.influence)
+        record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
         return record
 
     def _aggregate(
         self, current: TrainingRound, replies: Replies, state: State
-    ) -> tuple[State, Replies]:
+    ) -> tuple[Combined, Replies]:
         """The next state, from which clients can go on, and the replies without those that would
         have spoiled it; the state as it was if too few are left.
 
@@ -320,25 +341,26 @@ class Session:
         """
         while enough(current, replies, self.rounds):
             try:
-                after = combine(
+                found = combine(
                     self.method,
                     state,
                     replies.updates,
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
                     postprocessors=self.postprocess,
+                    rule=self.robust,
                 )
-                wrong = unusable(self.method, after)
+                wrong = unusable(self.method, found.state)
             except NUMERICAL as error:
                 wrong = f"the average cannot be computed: {error}"
             if not wrong:
-                return after, replies
+                return found, replies
             replies = replies.without_furthest(wrong)
-        return state, replies
+        return Combined(state, {}), replies
 
     def _absorb(
         self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
-    ) -> tuple[State, Replies, Summed]:
+    ) -> tuple[Combined, Replies, Summed]:
         """The next state from a secure sum, the replies of those in it, and the sum; it is
         simulated unless it has been computed.
 
@@ -350,7 +372,7 @@ class Session:
             replies, summed = simulated_round(self.sum_plan(asked), replies)
         now = Moment(self.setting.seed, current.round)
         after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())
-        return after, replies, summed
+        return Combined(after, summed.influence), replies, summed
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.

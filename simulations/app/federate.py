@@ -10,6 +10,7 @@ import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
+from fedlora.attack.base import NOBODY
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
@@ -135,6 +136,9 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            robust=parts.robust,
+            compression=parts.compression,
+            squad=inputs.worker.attack or NOBODY,
             secagg=parts.secagg,
             analyses=parts.analyses,
             store=inputs.store,

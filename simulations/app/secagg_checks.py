@@ -2,14 +2,17 @@
 
 from typing import Protocol
 
+from fedlora.attack.base import Attack
 from fedlora.core.errors import ConfigError
 from fedlora.models.head import LOCAL
 from fedlora.models.spec import ModelSpec
+from fedlora.robust.rule import Rule
 from fedlora.secagg.config import SecAgg
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
 from fedlora.server.schedule import Rounds
 from fedlora.wire.codec import ROUNDING
+from fedlora.wire.tensors import Compression
 from simulations.app.silo_checks import keeps
 
 
@@ -24,6 +27,12 @@ class Asked(Protocol):
     def model(self) -> ModelSpec: ...
     @property
     def federation(self) -> Rounds: ...
+    @property
+    def robust(self) -> Rule: ...
+    @property
+    def attack(self) -> Attack: ...
+    @property
+    def compression(self) -> Compression: ...
 
 
 def check_secagg(parts: Asked) -> None:
@@ -63,9 +72,26 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             "their sum alone; use federation.norm_bound=off, with postprocess=bound at the clients",
         ),
         (
-            rounds.max_update_norm > 0,
-            f"federation.max_update_norm={rounds.max_update_norm:g} rejects updates, and the "
-            "server sees their sum alone; use postprocess=bound, which clients apply themselves",
+            rounds.max_update_norm > 0 or rounds.max_factor_norm > 0 or rounds.rebalance,
+            f"federation.max_update_norm={rounds.max_update_norm:g}, federation.max_factor_norm="
+            f"{rounds.max_factor_norm:g} and federation.rebalance={rounds.rebalance} look at "
+            "updates, and the server sees their sum alone; leave them at 0, 0 and false, with "
+            "postprocess=bound, which clients apply themselves",
+        ),
+        (
+            parts.robust.acts,
+            f"robust={type(parts.robust).__name__.lower()} compares clients' changes, and the "
+            "server sees their sum alone; use robust=none, with postprocess=bound at the clients",
+        ),
+        (
+            parts.compression.acts,
+            "compression: sums have a fixed-point format of their own; use compression=none, with "
+            "secagg.bits=16 for fewer bytes",
+        ),
+        (
+            type(parts.attack).together is not Attack.together,
+            f"attack={type(parts.attack).__name__.lower()}: its attackers see all updates, which "
+            "nobody does here; use an attack of single clients, such as attack=sign",
         ),
         (
             rounds.wire in ROUNDING,
