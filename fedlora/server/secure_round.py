@@ -8,6 +8,7 @@ that stage, and the others go on as long as there are enough of them.
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -304,8 +305,8 @@ class Exchange:
             nonce=nonce,
         )
         train = stage == VECTOR and self.number == 0
-        text = {"worker": worker, "source": channel.source, "wire": channel.wire, "nonce": nonce}
-        return encode_request(request, encode_jobs(jobs, **text) if train else None)
+        told = partial(encode_jobs, worker=worker, source=channel.source, wire=channel.wire)
+        return encode_request(request, told(jobs, nonce=nonce) if train else None)
 
     def _lose(self, i: int, failure: Failure) -> None:
         self.round.failures.setdefault(i, failure)

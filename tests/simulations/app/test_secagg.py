@@ -59,7 +59,7 @@ def test_silos_add_up_as_their_simulation(tmp_path):
         ("strategy=splitlora", "sends activations at every step"),
         ("strategy=slora strategy@strategy.aggregator=fedit", "keeps a state of each client"),
         ("strategy=fedit federation.norm_bound=cohort", "use federation.norm_bound=off"),
-        ("strategy=fedit federation.max_update_norm=1", "use postprocess=bound"),
+        ("strategy=fedit federation.max_update_norm=1", "with postprocess=bound"),
         ("strategy=fedit federation.wire=bfloat16", "use federation.wire=float32"),
         ("strategy=fedit federation.rebalance=true", "federation.rebalance=True"),
         ("strategy=fedit robust=median", "use robust=none"),
