@@ -21,6 +21,7 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
+from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Method, Setup
@@ -33,6 +34,7 @@ from simulations.app.compression import check_compression
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.secagg_checks import check_secagg
 from simulations.app.silo_checks import check_silos
 from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
@@ -65,6 +67,7 @@ class Parts:
     robust: Rule
     attack: Attack
     compression: Compression
+    secagg: SecAgg
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -107,6 +110,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     parts = with_attack_measured(parts)
     _check_strategy(parts, postprocess=[*cfg.postprocess])
     check_compression(parts)
+    check_secagg(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -178,6 +182,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         robust=part("robust", Rule),
         attack=part("attack", Attack),
         compression=part("compression", Compression),
+        secagg=part("secagg", SecAgg),
         resolved=resolved,
     )
 
