@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fedlora.core.seeding import torch_generator
 from fedlora.wire.tensors import Format
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rank", type=int, default=8)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    start, moved = {}, {}
+    start, moved = dict[str, Tensor](), dict[str, Tensor]()
     for path, f in SHAPES[options.shapes].factors(0, options.rank).items():
         for name, t in ((f"{path}/a", f.a), (f"{path}/b", f.b)):
             g = torch_generator(7, "bench-compression", len(moved))

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from fedlora.robust.bound import Bound
 from fedlora.robust.coordinate import Median, Trimmed
 from fedlora.robust.geometric import Geometric
 from fedlora.robust.krum import Krum, MultiKrum
-from fedlora.robust.rule import NO_RULE, Rule, Term
+from fedlora.robust.rule import NO_RULE, Rule, Term, Withstands
 from simulations.bench.machine import RESULTS, command, machine, write
 from simulations.bench.shapes import SHAPES
 
@@ -68,8 +69,8 @@ def _error(rule: Rule, sent: Tensor, attackers: float, want: Tensor) -> float:
     if not rule.acts:
         got = sent.mean(dim=0)
     else:
-        if hasattr(rule, "attackers"):
-            rule = type(rule)(attackers=attackers)
+        if isinstance(rule, Withstands):
+            rule = replace(rule, attackers=attackers)
         value = rule.centre([Term(x, 1, {}) for x in terms]).value["w"]
         assert isinstance(value, Tensor)
         got = value
