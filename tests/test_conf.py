@@ -31,6 +31,7 @@ NEEDED = {
         f"robust={name}": ["strategy=fedit"]
         for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
     },
+    "ranks=by_device": ["devices=lognormal"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedlora.algebra.state import State
 from fedlora.core.types import Failure, TrainJob, Update
@@ -21,6 +21,9 @@ class ByteAccount:
     """Client id -> bytes that it receives before it trains."""
     wire: str
     """Number format of payloads."""
+    charged: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """Client id -> bytes down and up of clients that were asked and did not train
+    (`fedlora.server.virtual_time`)."""
 
     @classmethod
     def open(
@@ -46,6 +49,8 @@ class ByteAccount:
 
     def up(self, result: Update | Failure) -> int:
         """The bytes that a client sent, accepted or not; 0 for a failed client."""
+        if result.client.id in self.charged:
+            return self.charged[result.client.id][1]
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
@@ -56,6 +61,8 @@ class ByteAccount:
 
     def down(self, result: Update | Failure) -> int:
         """The bytes that a client received: its start and, in a split round, all later messages."""
+        if result.client.id in self.charged:
+            return self.charged[result.client.id][0]
         start = self.starts[result.client.id]
         if not isinstance(result, Update):
             return start

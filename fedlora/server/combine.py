@@ -16,7 +16,7 @@ from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
-from fedlora.core.types import Update
+from fedlora.core.types import Client, Update
 from fedlora.robust.rule import NO_RULE, Rule, Term
 from fedlora.server.method import Method
 from fedlora.server.ownership import owned_elements
@@ -68,12 +68,7 @@ def combine(
     shares = {i: w / weight if weight else 0.0 for i, w in zip(ids, weights, strict=True)}
     if not postprocessors and not rule.acts:
         return Combined(method.aggregate(state, updates), shares)
-    terms = []
-    for update in updates:
-        x = _added(method, state, starts[update.client.id], update)
-        for p in postprocessors:
-            x = p.each(x, update.client, now)
-        terms.append(x)
+    terms = [added(method, state, starts[u.client.id], u, now, postprocessors) for u in updates]
     if rule.acts:
         try:
             rule.check(len(updates))
@@ -86,9 +81,68 @@ def combine(
         shares = dict(zip(ids, centre.influence, strict=True))
     else:
         summed = total(terms, weights)
+    return Combined(absorbed(method, state, summed, weight, now, postprocessors), shares)
+
+
+def added(
+    method: Method,
+    state: State,
+    start: Payload,
+    update: Update,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> Summands:
+    """What one client adds, after the postprocessors.
+
+    Raises:
+        RunError: if the method needs the updates themselves.
+    """
+    x = method.adds(state, start, update)
+    if x is None:
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
+    for p in postprocessors:
+        x = p.each(x, update.client, now)
+    return x
+
+
+def absorbed(
+    method: Method,
+    state: State,
+    summed: Summands,
+    weight: float,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> State:
+    """The state after a sum of what clients add, and after the postprocessors.
+
+    Args:
+        method: its `absorb` is called.
+        state: from which the round began.
+        summed: ``Σ_k w_k x_k``, or what takes its place.
+        weight: ``Σ_k w_k``.
+        now: seed and round.
+        postprocessors: of the run.
+    """
     for p in postprocessors:
         summed = p.whole(summed, weight, now)
-    return Combined(method.absorb(state, summed, weight), shares)
+    return method.absorb(state, summed, weight)
+
+
+def zero_summand(method: Method, state: State, client: Client) -> Summands:
+    """The summand of a client that did not move: exact zeros of the names and shapes of all.
+
+    Args:
+        method: its hooks are called.
+        state: the state of the round.
+        client: any of the population.
+
+    Raises:
+        RunError: if the method needs the updates themselves.
+    """
+    enlisted = method.enlist(state, client)
+    start = method.technique.payload(method.client_start(state, enlisted))
+    update = Update(enlisted, start, client.num_examples)
+    return added(method, state, start, update, Moment(0, 0), ())
 
 
 def unusable(method: Method, state: State) -> str:
@@ -105,10 +159,3 @@ def unusable(method: Method, state: State) -> str:
         return f"there is no global model: {error}"
     wrong = absurd(payload.tensors())
     return f"the global model's {wrong}" if wrong else ""
-
-
-def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
-    found = method.adds(state, start, update)
-    if found is None:
-        raise RunError(f"postprocess, robust: {method.needs_updates}")
-    return found
