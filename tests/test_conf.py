@@ -32,6 +32,8 @@ NEEDED = {
         for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
     },
     "ranks=by_device": ["devices=lognormal"],
+    "secagg=simulated": ["strategy=fedit"],
+    "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],

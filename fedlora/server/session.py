@@ -7,7 +7,7 @@ driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results o
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.secagg.config import REAL, SecAgg
+from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
@@ -58,6 +60,7 @@ from fedlora.server.round_metrics import (
     training_record,
 )
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.secure_sum import SumPlan, after_sum, simulated_round
 from fedlora.server.training_round import (
     Replies,
     TrainingRound,
@@ -71,6 +74,7 @@ from fedlora.server.training_round import (
     validate,
     with_collusion,
     with_residuals,
+    withheld,
 )
 from fedlora.server.validation import absurd
 from fedlora.server.virtual_time import VirtualTime
@@ -114,6 +118,8 @@ class Session:
     """The formats of changes on the wire."""
     squad: Squad = NOBODY
     """The clients that attack; what they do together is done here."""
+    secagg: SecAgg = field(default_factory=SecAgg)
+    """How sums are secure, or simulated to be."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
@@ -131,6 +137,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.robust.check(self.roster.per_round)
+        if self.secagg.on:
+            self.secagg.check_cohort(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
@@ -284,7 +292,20 @@ class Session:
         jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
         return begin(self.method, self.state, jobs, round, self.rounds.wire, down)
 
-    def finish_training(self, results: Iterable[Update | Failure], state: State) -> Record:
+    def sum_plan(self, jobs: Sequence[TrainJob]) -> SumPlan:
+        """The secure sum of the current round.
+
+        Args:
+            jobs: of the clients that are asked, by id, at least one.
+        """
+        assert self._current is not None
+        account, ranks = self._current.account, self.setting.max_ranks
+        run = self.secagg, self.method, self.state, jobs, self.postprocess
+        return SumPlan.open(*run, ranks, account.starts, self.safe())
+
+    def finish_training(
+        self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
+    ) -> Record:
         """Validate and aggregate a round's results, write the records and the checkpoint.
 
         Clients without a reply count as failed.
@@ -293,25 +314,36 @@ class Session:
             results: the results of the round's clients.
             state: the state into which they are aggregated: that of the round's start, or the one
                 that a split round returned (`fedlora.server.method.RoundOutcome`).
+            summed: the secure sum that the updates went into; None: they are here.
 
         Raises:
             RunError: if too few clients succeeded. Completed rounds stay on disk.
         """
         current, arrived = self._current, time.monotonic()
         assert current is not None
-        sent = with_collusion(self.squad, current, collect(current, results))
-        replies = validate(current, sent, self.rounds, self.setting)
+        found = collect(current, results)
+        if summed is None:
+            found = with_collusion(self.squad, current, found)
+            replies = validate(current, found, self.rounds, self.setting)
+        else:
+            replies = withheld(current, found, self.setting)
         if state is not self.state and (wrong := absurd(state.items())):
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
-        combined, replies = self._aggregate(current, replies, state)
+        if self.secagg.on:
+            combined, replies, summed = self._absorb(current, replies, state, summed)
+            account = replace(current.account, sums=summed.traffic)
+            current = replace(current, account=account)
+        else:
+            combined, replies = self._aggregate(current, replies, state)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
         before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
+        record |= {} if summed is None else summed.record()
         record |= influence_record(self.robust, combined.influence)
         record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
@@ -350,6 +382,22 @@ class Session:
             replies = replies.without_furthest(wrong)
         return Combined(state, {}), replies
 
+    def _absorb(
+        self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
+    ) -> tuple[Combined, Replies, Summed]:
+        """The next state from a secure sum, the replies of those in it, and the sum; it is
+        simulated unless it has been computed.
+
+        Raises:
+            RunError: if too few clients are in it, or no client could go on from the state.
+        """
+        if summed is None:
+            asked = [j for i, j in current.jobs.items() if i in replies.asked]
+            replies, summed = simulated_round(self.sum_plan(asked), replies)
+        now = Moment(self.setting.seed, current.round)
+        after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())
+        return Combined(after, summed.influence), replies, summed
+
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.
 
@@ -369,10 +417,11 @@ class Session:
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
         starts = {i: job.start for i, job in current.jobs.items()}
+        known = bool(updates) and self.secagg.kind != REAL  # whose sum alone is seen
         mixed = self.virtual is not None and self.virtual.mixes
-        if updates and not mixed:  # of one state alone is there an exact mean
+        if known and not mixed:  # of one state alone is there an exact mean
             record |= diagnosis(self.method, self.state, self.setting, updates, starts)
-        if updates:
+        if known:
             record |= self.analyses.record(
                 self.method, self.state, self.setting, current.round, updates, starts
             )

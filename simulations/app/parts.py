@@ -22,6 +22,7 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
+from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
 from fedlora.server.buffered import Buffered
 from fedlora.server.early_stop import Watch, watch_of
@@ -36,6 +37,7 @@ from simulations.app.device_checks import check_devices
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.secagg_checks import check_secagg
 from simulations.app.silo_checks import check_silos
 from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
@@ -68,6 +70,7 @@ class Parts:
     robust: Rule
     attack: Attack
     compression: Compression
+    secagg: SecAgg
     devices: Devices | None
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
@@ -129,6 +132,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     parts = with_attack_measured(parts)
     _check_strategy(parts, postprocess=[*cfg.postprocess])
     check_compression(parts)
+    check_secagg(parts)
     check_devices(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
@@ -201,6 +205,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         robust=part("robust", Rule),
         attack=part("attack", Attack),
         compression=part("compression", Compression),
+        secagg=part("secagg", SecAgg),
         devices=part("devices", Devices) if cfg.devices else None,
         resolved=resolved,
     )
