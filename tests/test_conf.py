@@ -31,6 +31,7 @@ NEEDED = {
         f"robust={name}": ["strategy=fedit"]
         for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
     },
+    "ranks=by_device": ["devices=lognormal"],
     "secagg=simulated": ["strategy=fedit"],
     "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
