@@ -16,7 +16,7 @@ from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
-from fedlora.core.types import Update
+from fedlora.core.types import Client, Update
 from fedlora.robust.rule import NO_RULE, Rule, Term
 from fedlora.server.method import Method
 from fedlora.server.ownership import owned_elements
@@ -126,6 +126,23 @@ def absorbed(
     for p in postprocessors:
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)
+
+
+def zero_summand(method: Method, state: State, client: Client) -> Summands:
+    """The summand of a client that did not move: exact zeros of the names and shapes of all.
+
+    Args:
+        method: its hooks are called.
+        state: the state of the round.
+        client: any of the population.
+
+    Raises:
+        RunError: if the method needs the updates themselves.
+    """
+    enlisted = method.enlist(state, client)
+    start = method.technique.payload(method.client_start(state, enlisted))
+    update = Update(enlisted, start, client.num_examples)
+    return added(method, state, start, update, Moment(0, 0), ())
 
 
 def unusable(method: Method, state: State) -> str:

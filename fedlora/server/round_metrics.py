@@ -44,15 +44,14 @@ def training_record(
         values = [u.metrics.get(name, 0.0) for u in updates]
         return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
 
+    losses = ("loss", "loss_first", "loss_last") if updates else ()
     return {
         "kind": "round",
         "round": round,
         "clients": len(updates),
         "failed": len(failures) - rejected,
         "rejected": rejected,
-        "train/loss": mean("loss"),
-        "train/loss_first": mean("loss_first"),
-        "train/loss_last": mean("loss_last"),
+        **{f"train/{name}": mean(name) for name in losses},
         "train/tokens": tokens,
         "round/train_seconds": seconds,
         "round/clients_per_second": (len(updates) + len(failures)) / max(seconds, 1e-9),

@@ -8,13 +8,18 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fedlora.algebra.state import State
 from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
+    Client,
     EvaluateJob,
     Evaluation,
     Failure,
@@ -39,6 +44,7 @@ from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
 from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
+    evaluated_pairs,
     evaluation_jobs,
     evaluation_record,
     evaluation_rows,
@@ -71,11 +77,14 @@ from fedlora.server.training_round import (
     withheld,
 )
 from fedlora.server.validation import absurd
+from fedlora.server.virtual_time import VirtualTime
 from fedlora.wire.messages import Glance
 from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
+VIRTUAL = "virtual"
+"""The key of the virtual clock in a checkpoint."""
 CLIENT_STATE = "client_state"
 """The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
@@ -117,6 +126,8 @@ class Session:
     """What clients hold: what they say of it is compared with it; None: it is not known."""
     watch: Watch | None = None
     """What ends the run early; None: nothing does."""
+    virtual: VirtualTime | None = None
+    """The clock of a run whose clients have devices; None: rounds take no virtual time."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -159,6 +170,8 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
+        if self.virtual is not None:
+            self.virtual.restore(found.extra[VIRTUAL], found.beside)
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
@@ -167,13 +180,7 @@ class Session:
         was killed between a checkpoint and its evaluation."""
         due = self.schedule.due(self.done, self.rounds.rounds)
         panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
-        return due and bool(panels - self._evaluated_pairs(self.done))
-
-    def _evaluated_pairs(self, round: int) -> set[tuple[str, str]]:
-        """The (group, adapter) pairs of a round that metrics.jsonl already holds."""
-        records = read_jsonl(self.folder / "metrics.jsonl")
-        mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
-        return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+        return due and bool(panels - evaluated_pairs(self.folder, self.done))
 
     # --- early stopping -----------------------------------------------------------------------
 
@@ -255,10 +262,27 @@ class Session:
 
     # --- training -----------------------------------------------------------------------------
 
+    def drawn(self, round: int) -> list[Client]:
+        """The clients that a round asks."""
+        if self.virtual is not None:
+            return self.virtual.drawn(self.roster, self.setting.seed, round)[1]
+        return cohort(self.roster, self.setting.seed, round)
+
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
+        if self.virtual is None:
+            current = self._made(round, self.drawn(round))
+        else:
+            made = partial(self._made, round)
+            current = self.virtual.open(self.roster, self.setting.seed, round, made)
+        self._current, jobs = current, list(current.jobs.values())
+        self._begin_phase(round, "train", len(jobs))
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+        return self._packing.training(jobs, weights)
+
+    def _made(self, round: int, clients: Sequence[Client]) -> TrainingRound:
+        """The round of these clients, which begins now."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        clients = cohort(self.roster, seed, round)
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
@@ -266,10 +290,7 @@ class Session:
         if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
         jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
-        self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire, down)
-        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
-        return self._packing.training(jobs, weights)
+        return begin(self.method, self.state, jobs, round, self.rounds.wire, down)
 
     def sum_plan(self, jobs: Sequence[TrainJob]) -> SumPlan:
         """The secure sum of the current round.
@@ -339,9 +360,10 @@ class Session:
             replies: its results, validated.
             state: into which they are aggregated.
         """
+        combined = combine if self.virtual is None else self.virtual.combine
         while enough(current, replies, self.rounds):
             try:
-                found = combine(
+                found = combined(
                     self.method,
                     state,
                     replies.updates,
@@ -355,6 +377,8 @@ class Session:
                 wrong = f"the average cannot be computed: {error}"
             if not wrong:
                 return found, replies
+            if not replies.moves:
+                raise RunError(f"round {current.round}: {wrong}. {self.safe()}")
             replies = replies.without_furthest(wrong)
         return Combined(state, {}), replies
 
@@ -388,12 +412,16 @@ class Session:
         record |= engine_record(updates, self._notes)
         if replies.bound.median:
             record["round/median_change_norm"] = replies.bound.median
-        record |= current.account.record(replies.by_client)
+        record |= current.account.record({**replies.by_client, **current.absent})
+        record |= {**current.timing, **(self.virtual.report() if self.virtual else {})}
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
-        if self.secagg.kind != REAL:  # there the updates are not known
-            starts = {i: job.start for i, job in current.jobs.items()}
+        starts = {i: job.start for i, job in current.jobs.items()}
+        known = bool(updates) and self.secagg.kind != REAL  # whose sum alone is seen
+        mixed = self.virtual is not None and self.virtual.mixes
+        if known and not mixed:  # of one state alone is there an exact mean
             record |= diagnosis(self.method, self.state, self.setting, updates, starts)
+        if known:
             record |= self.analyses.record(
                 self.method, self.state, self.setting, current.round, updates, starts
             )
@@ -414,13 +442,19 @@ class Session:
         """
         self.tracker.round(record)
         folder, index = self.folder / "checkpoints", self.client_store.index()
+        extra: dict[str, Any] = {CLIENT_STATE: index} if index else {}
+        beside: dict[str, Tensor] = {}
+        if self.virtual is not None:
+            self.virtual.close()
+            extra[VIRTUAL], beside = self.virtual.saved()
         checkpoint.save(
             folder,
             current.round,
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra={CLIENT_STATE: index} if index else {},
+            extra=extra,
+            beside=beside,
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])
@@ -441,7 +475,7 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        evaluated = self._evaluated_pairs(round)
+        evaluated = evaluated_pairs(self.folder, round)
         for group in self.schedule.groups:
             for adapter in self.schedule.adapters:
                 if (group, adapter) in evaluated:
@@ -458,8 +492,7 @@ class Session:
         schedule, roster, split = self.schedule, self.roster, self.schedule.plan.split
         seed = roster.seed if schedule.seed is None else schedule.seed
         if group == "participants":
-            drawn = cohort(roster, self.setting.seed, round + 1)
-            clients = [c for c in drawn if roster.shards[c.id].holds(split)[0]]
+            clients = [c for c in self.drawn(round + 1) if roster.shards[c.id].holds(split)[0]]
         else:
             clients = panel(roster, group, schedule.clients, seed, split)
         return evaluation_jobs(
