@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fedlora.core.config import build, describe
 from fedlora.core.errors import ConfigError
 from fedlora.run.tracking import (
+    Findings,
     JsonlTracker,
     Silent,
     Tracking,
@@ -315,6 +318,29 @@ def test_a_resumed_run_is_the_same_run(tmp_path, no_account):
     ids = {r["run"]["run_id"] for records in (before, after) for r in records if r["type"] == "run"}
     assert len(ids) == 1
     assert [h["_step"] for h in history(before) + history(after)] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_what_many_runs_have_found_can_be_read_back(tmp_path, no_account):
+    pytest.importorskip("wandb")
+    picture = BytesIO()
+    Image.new("RGB", (3, 2)).save(picture, "png")
+    rows = [["a", 0.5], ["b", None]]
+    found = Findings(
+        {"seeds": [0, 1]}, {"loss": (["method", "mean"], rows)}, {"curve": picture.getvalue()}
+    )
+    Wandb(group="s", job_type="summary").summarise(tmp_path, "study-s", found)
+    Wandb("disabled").summarise(tmp_path / "none", "study-s", found)
+    Silent().summarise(tmp_path / "none", "study-s", found)
+    assert not (tmp_path / "none").exists()
+    (records,) = wandb_records(tmp_path)
+    (run,) = [r["run"] for r in records if r["type"] == "run"]
+    assert (run["run_group"], run["job_type"], run["display_name"]) == ("s", "summary", "study-s")
+    (logged,) = history(records)
+    assert {key.split(".")[0] for key in logged if "/" in key} == {"table/loss", "figure/curve"}
+    table = json.loads(next(tmp_path.glob("wandb/*/files/media/table/**/*.table.json")).read_text())
+    assert (table["columns"], table["data"]) == (["method", "mean"], rows)
+    assert Image.open(next(tmp_path.glob("wandb/*/files/media/**/*.png"))).size == (3, 2)
 
 
 def test_evaluations_of_different_groups_do_not_collide():
