@@ -1,8 +1,11 @@
 """What holds for every test: laws are checked on the same examples each time, on one thread."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from omegaconf import OmegaConf
 
 settings.register_profile(
     "laws",
@@ -13,6 +16,26 @@ settings.register_profile(
 )
 settings.load_profile("laws")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_are_parsed_once():
+    """Hydra parses all files of a configuration whenever it composes one: a text that has been
+    parsed is copied."""
+    load, parsed = OmegaConf.load, {}
+
+    def load_once(file):
+        if not hasattr(file, "read"):
+            return load(file)
+        text = file.read()
+        if text not in parsed:
+            file.seek(0)
+            parsed[text] = load(file)
+        return deepcopy(parsed[text])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", load_once)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -215,17 +215,17 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
     Raises:
         RunError: if too many clients are lost.
     """
-    terms = {
-        u.client.id: added(
-            plan.method, plan.state, plan.jobs[u.client.id].start, u, plan.now, plan.postprocessors
-        )
-        for u in updates
-    }
+    of = {u.client.id: u for u in updates}
+
+    def term(i: int) -> Summands:  # of one client at a time: all of them may not fit into memory
+        start = plan.jobs[i].start
+        return added(plan.method, plan.state, start, of[i], plan.now, plan.postprocessors)
+
     tally = Tally(plan)
     for exchange in range(plan.exchanges):
         stages, graph, why = simulated_stages(
             tally.members,
-            terms,
+            of,
             lambda ids, e=exchange: plan.graph(ids, e),  # type: ignore[misc]
             lambda i, stage, e=exchange: plan.lost(i, e, stage),  # type: ignore[misc]
             plan.needed,
@@ -234,7 +234,7 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
             raise RunError(f"round {plan.now.round}: {why}. {plan.safe}")
         total, cut, bases = np.zeros(0, plan.form.fixed.dtype), 0, tally.bases
         for i in sorted(stages.vector):
-            codes, beyond = plan.form.codes(terms[i], plan.weights[i], i, exchange, bases)
+            codes, beyond = plan.form.codes(term(i), plan.weights[i], i, exchange, bases)
             total = codes if not total.size else total + codes
             cut += beyond
         tally.add(stages, graph, total, cut)
