@@ -1,9 +1,10 @@
 """The schedule of buffered asynchrony in virtual time (FedBuff, Nguyen et al., arXiv:2106.06639).
 
-At most ``concurrency`` clients are at work. Each starts from the version of the model that the
-server has then, and its result waits in a buffer. When ``size`` results have arrived, the server
-makes the next version of them and fills up to ``concurrency`` again; it also does so when fewer
-clients are at work than the buffer still waits for, because some went away or were too late.
+At most ``concurrency`` clients are at work, or have sent results that wait. Each starts from the
+version of the model that the server has then, and its result waits in a buffer. When ``size``
+results have arrived, the server makes the next version of them and fills up to ``concurrency``
+again; it also does so when fewer clients are at work than the buffer still waits for, because some
+went away or were too late.
 
 When a result arrives follows from devices and tokens alone, so the schedule is known before anybody
 trains, and all clients that start from one version train together.
@@ -84,7 +85,7 @@ class Buffer:
     size: int
     """Results of which a version is made."""
     concurrency: int
-    """Clients at work at once."""
+    """Clients at work at once, those included whose results wait in the buffer."""
     deadline: float = math.inf
     """Seconds after which a client's result is no longer waited for."""
 
@@ -93,11 +94,10 @@ class Buffer:
         them do."""
         busy = {f.client for f in queue.flights}
         on = self.fleet.trace.on([i for i in clients if i not in busy], queue.now)
-        return on, self._free(queue.flights, queue.now, on)
+        return on, self._free(queue.flights, on)
 
-    def _free(self, flights: Sequence[Flight], now: float, on: Sequence[int]) -> int:
-        at_work = sum(f.ends > now for f in flights)
-        return max(0, min(self.concurrency - at_work, len(on)))
+    def _free(self, flights: Sequence[Flight], on: Sequence[int]) -> int:
+        return max(0, min(self.concurrency - len(flights), len(on)))
 
     def advance(self, queue: Queue, clients: Sequence[int], start: Start) -> Version:
         """All that happens until the next version.
@@ -119,10 +119,10 @@ class Buffer:
         arrived: list[Flight] = []
 
         def fill() -> None:
-            """Ask as many clients as are not at work."""
+            """Ask as many clients as may work besides those that do."""
             nonlocal draws
             on = self.fleet.trace.on(idle(), now)
-            wanted = self._free(flights, now, on)
+            wanted = self._free(flights, on)
             if not wanted:
                 return
             draws += 1

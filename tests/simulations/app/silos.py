@@ -7,7 +7,7 @@ from pathlib import Path
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedlora.population.ranks import quotas
+from fedlora.population.ranks import Tier, quotas
 from fedlora.population.sampling import _assign
 from simulations.app.client_app import app
 from simulations.app.compose import load
@@ -95,7 +95,8 @@ def simulate(output: Path, data: Path, *overrides: str, ranks=RANKS) -> Run:
     tiers = [f"t{i}" for i in range(len(ranks))]
     share = 1 / len(ranks)
     assert quotas([share] * len(ranks), len(ranks)) == [1] * len(ranks)
-    of = dict(zip(_assign(tiers, [share] * len(ranks), len(ranks), "exact", 0), ranks, strict=True))
+    drawn = _assign([Tier(t, share, 1, 1) for t in tiers], len(ranks), "exact", 0)
+    of = dict(zip(drawn, ranks, strict=True))
     rows = [
         f"{{name:{t},fraction:{share!r},attention:{ranks[of[t]]},mlp:{ranks[of[t]]}}}"
         for t in tiers
