@@ -1,22 +1,22 @@
 """Combines a round's accepted updates into the next state, with postprocessors if there are any.
 
-no postprocessors    state ← aggregate(state, updates)
-postprocessors       x_k ← each(adds(state, start_k, update_k))
-                     state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
+nothing between   state ← aggregate(state, updates)
+otherwise         x_k ← each(adds(state, start_k, update_k))
+                  state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
 from fedlora.algebra.state import State
-from fedlora.algebra.summand import Summands, total
+from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
-from fedlora.core.types import Update
+from fedlora.core.types import Client, Update
 from fedlora.server.method import Method
-from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.server.postprocess import Moment, Postprocessor, Summation
 from fedlora.server.validation import absurd
 
 NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -31,23 +31,30 @@ def combine(
     *,
     starts: Mapping[int, Payload],
     postprocessors: Sequence[Postprocessor] = (),
+    summation: Summation | None = None,
+    zero: Callable[[], Summands] | None = None,
 ) -> State:
     """The next state.
 
     Args:
         method: its `aggregate` is called, or its `adds` and `absorb`.
         state: the state after the round's messages.
-        updates: accepted, sorted by client id, at least one.
+        updates: accepted, sorted by client id; at least one, unless ``zero`` is given.
         now: seed and round.
         starts: client id -> its start of the round.
-        postprocessors: none: the method aggregates the updates themselves.
+        postprocessors: the first sees each change first and the sum last.
+        summation: how changes are summed; None: they are added up. With neither postprocessors nor
+            this, the method aggregates the updates themselves.
+        zero: makes the summand of a client that did not move, for a round without clients.
 
     Raises:
-        RunError: if there are postprocessors and the method needs the updates themselves.
+        RunError: if something is between and the method needs the updates themselves.
     """
-    if not postprocessors:
+    if not postprocessors and summation is None:
         return method.aggregate(state, updates)
-    weights = method.reference_weights(updates)
+    weights: Sequence[float] = method.reference_weights(updates) if updates else []
+    for p in postprocessors:
+        weights = p.weights(weights)
     terms = []
     for update in updates:
         x = _added(method, state, starts[update.client.id], update)
@@ -55,10 +62,29 @@ def combine(
             x = p.each(x, update.client, now)
         terms.append(x)
     weight = math.fsum(weights)
-    summed: Summands = total(terms, weights)
     for p in postprocessors:
+        weight = p.weight(weight)
+    if not terms and zero is not None:
+        summed = zero()
+    else:
+        clients = [update.client for update in updates]
+        summed = (summation or Summation()).total(terms, weights, clients, now)
+    for p in reversed(postprocessors):
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)
+
+
+def zero_summand(method: Method, state: State, client: Client) -> Summands:
+    """The summand of a client that did not move: exact zeros of the names and shapes of all.
+
+    Args:
+        method: its hooks are called.
+        state: the state of the round.
+        client: any of the population.
+    """
+    enlisted = method.enlist(state, client)
+    start = method.technique.payload(method.client_start(state, enlisted))
+    return _added(method, state, start, Update(enlisted, start, client.num_examples))
 
 
 def unusable(method: Method, state: State) -> str:
@@ -80,5 +106,5 @@ def unusable(method: Method, state: State) -> str:
 def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
     found = method.adds(state, start, update)
     if found is None:
-        raise RunError(f"postprocess: {method.needs_updates}")
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
     return found

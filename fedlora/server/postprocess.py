@@ -2,14 +2,19 @@
 
 A postprocessor acts on summands (`fedlora.algebra.summand`), whatever the method and its ranks are:
 on each client's before they are summed, and on the sum. One class, one file under
-``conf/postprocess``; a run has any number of them, in their order.
+``conf/postprocess``; a run has any number of them: the first is the first to see a client's change
+and the last to see the sum.
+
+A `Summation` says how the changes of a round become one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.algebra.summand import Summands, norm, scaled
+from fedlora.algebra.summand import Summands, norm, scaled, total
 from fedlora.core.checks import at_least
 from fedlora.core.types import Client
+from fedlora.server.composes import NORM_BOUND, Part
 
 
 @dataclass(frozen=True)
@@ -23,8 +28,24 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Postprocessor:
+class Postprocessor(Part):
     """Does nothing. Pure: its inputs are never changed."""
+
+    def weights(self, weights: Sequence[float]) -> Sequence[float]:
+        """The clients' weights ``w_k`` in the sum.
+
+        Args:
+            weights: those of the method.
+        """
+        return weights
+
+    def weight(self, weight: float) -> float:
+        """What the sum is divided by.
+
+        Args:
+            weight: ``Σ_k w_k``, 0 if no client took part.
+        """
+        return weight
 
     def each(self, summands: Summands, client: Client, now: Moment) -> Summands:
         """The summand that replaces one client's change.
@@ -41,10 +62,36 @@ class Postprocessor:
 
         Args:
             total: ``Σ_k w_k x_k``.
-            weight: ``Σ_k w_k``.
+            weight: what it will be divided by.
             now: seed and round.
         """
         return total
+
+
+@dataclass(frozen=True)
+class Summation(Part):
+    """Adds up: ``Σ_k w_k x_k``. Pure.
+
+    Others compute the same sum in another way, or say what stands in its place: a robust mean ``m``
+    returns ``m Σ_k w_k``.
+    """
+
+    def total(
+        self,
+        terms: Sequence[Summands],
+        weights: Sequence[float],
+        clients: Sequence[Client],
+        now: Moment,
+    ) -> Summands:
+        """The total of a round.
+
+        Args:
+            terms: one per accepted client, after all postprocessors; at least one.
+            weights: ``w_k``, one per term.
+            clients: that made them, by ascending id.
+            now: seed and round.
+        """
+        return total(terms, weights)
 
 
 @dataclass(frozen=True)
@@ -61,6 +108,11 @@ class Bound(Postprocessor):
 
     def __post_init__(self) -> None:
         at_least("postprocess.bound.norm", self.norm, 0, strict=True)
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """A norm bound."""
+        return frozenset({NORM_BOUND})
 
     def each(self, summands: Summands, client: Client, now: Moment) -> Summands:
         length = norm(summands)

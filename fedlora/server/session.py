@@ -31,7 +31,7 @@ from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, combine, unusable
+from fedlora.server.combine import NUMERICAL, combine, unusable, zero_summand
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
@@ -41,7 +41,7 @@ from fedlora.server.evaluation_round import (
 )
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
-from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.server.postprocess import Moment, Postprocessor, Summation
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.training_round import (
@@ -89,6 +89,8 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    summation: Summation | None = None
+    """How accepted changes are summed; None: as the method averages them."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
@@ -295,6 +297,8 @@ class Session:
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
                     postprocessors=self.postprocess,
+                    summation=self.summation,
+                    zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
                 )
                 wrong = unusable(self.method, after)
             except NUMERICAL as error:

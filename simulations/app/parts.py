@@ -20,6 +20,7 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.run.tracking import Tracking
 from fedlora.server.analyses import Analyses
+from fedlora.server.composes import SILOS, Around, Part, Trait, check_composition
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
@@ -62,6 +63,17 @@ class Parts:
     """The whole configuration as plain values, for the run folder."""
 
     @property
+    def between(self) -> dict[str, Part]:
+        """What is on of the parts that may exclude each other, by the words that choose it."""
+        found: dict[str, Part] = {
+            f"postprocess={name}": p
+            for name, p in zip(self.resolved["postprocess"], self.postprocess, strict=True)
+        }
+        if isinstance(self.runtime, SiloRuntime):
+            found["runtime=silos"] = Trait(SILOS)
+        return found
+
+    @property
     def watch(self) -> Watch | None:
         """What ends the run early; None: nothing does.
 
@@ -97,7 +109,7 @@ def build_parts(cfg: DictConfig) -> Parts:
             raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
-    _check_strategy(parts, postprocess=[*cfg.postprocess])
+    _check_strategy(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -222,23 +234,18 @@ def _check_head(parts: Parts) -> None:
         )
 
 
-def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
-    """Check that the strategy can be combined with the other groups.
-
-    Args:
-        parts: all groups.
-        postprocess: the names of the postprocessors.
+def _check_strategy(parts: Parts) -> None:
+    """Check that the strategy can be combined with the other groups, and these with each other.
 
     Raises:
         ConfigError: one sentence that says why not and what to use instead.
     """
     quantization = str(getattr(parts.model, "quantization", "none"))
+    wire, feedback = parts.federation.wire, parts.federation.error_feedback
+    classifies, faults = parts.model.classifies, parts.engine.faults is not None
+    setup = Setup(parts.client, wire, quantization, feedback, classifies, faults)
     try:
-        wire, feedback = parts.federation.wire, parts.federation.error_feedback
-        classifies, faults = parts.model.classifies, parts.engine.faults is not None
-        setup = Setup(parts.client, wire, quantization, feedback, classifies, faults)
         parts.strategy.check(setup)
+        check_composition(parts.between, Around(parts.strategy, setup, parts.federation))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if parts.postprocess and parts.strategy.needs_updates:
-        raise ConfigError(f"postprocess={postprocess}: {parts.strategy.needs_updates}")
