@@ -14,6 +14,7 @@ from fedlora.algebra.state import State
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
+    Client,
     EvaluateJob,
     Evaluation,
     Failure,
@@ -42,6 +43,7 @@ from fedlora.server.evaluation_round import (
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor, Summation
+from fedlora.server.protection import Protection
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.training_round import (
@@ -62,6 +64,8 @@ from fedlora.wire.messages import Glance
 
 log = logging.getLogger(__name__)
 
+PRIVACY = "privacy"
+"""The key of the privacy mechanism's values in a checkpoint."""
 CLIENT_STATE = "client_state"
 """The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
@@ -91,6 +95,8 @@ class Session:
     """Applied to accepted changes before they are averaged; empty: none."""
     summation: Summation | None = None
     """How accepted changes are summed; None: as the method averages them."""
+    privacy: Protection | None = None
+    """Who takes part and what hides each client's change in the sum; None: all as configured."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
@@ -136,6 +142,8 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
+        if self.privacy is not None:
+            self.privacy.restore(found.extra[PRIVACY])
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
@@ -160,7 +168,11 @@ class Session:
         Raises:
             RunError: if evaluations do not report what is watched.
         """
-        if self.watch is None or self.done >= self.rounds.rounds:
+        if self.done >= self.rounds.rounds:
+            return ""
+        if self.privacy is not None and (why := self.privacy.exhausted(self.done)):
+            return why
+        if self.watch is None:
             return ""
         return stopped(self.standing(self.watch), self.watch)
 
@@ -232,10 +244,22 @@ class Session:
 
     # --- training -----------------------------------------------------------------------------
 
+    def claims(self) -> list[str]:
+        """What is claimed of the run's privacy, line by line; nothing without any."""
+        if self.privacy is None:
+            return []
+        return self.privacy.statement(zero_summand(self.method, self.state, self.roster.clients[0]))
+
+    def drawn(self, round: int) -> list[Client]:
+        """The clients of a round."""
+        if self.privacy is not None:
+            return self.privacy.cohort(round)
+        return cohort(self.roster, self.setting.seed, round)
+
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        clients = cohort(self.roster, seed, round)
+        clients = self.drawn(round)
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
@@ -267,9 +291,14 @@ class Session:
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
-        after, replies = self._aggregate(current, replies, state)
+        release = None if self.privacy is None else self.privacy.release(current.round)
+        after, replies = self._aggregate(current, replies, state, release)
         self.tracker.clients(client_rows(current, replies))
+        if self.privacy is not None and not enough(current, replies, self.rounds):
+            self.privacy.aborted()
         require_enough(current, replies, self.rounds, self.emit, self.safe())
+        if self.privacy is not None and release is not None:
+            self.privacy.released(release)
         before, self.state = self.state, after
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
@@ -278,7 +307,11 @@ class Session:
         return record
 
     def _aggregate(
-        self, current: TrainingRound, replies: Replies, state: State
+        self,
+        current: TrainingRound,
+        replies: Replies,
+        state: State,
+        release: Postprocessor | None = None,
     ) -> tuple[State, Replies]:
         """The next state, from which clients can go on, and the replies without those that would
         have spoiled it; the state as it was if too few are left.
@@ -287,7 +320,13 @@ class Session:
             current: the round.
             replies: its results, validated.
             state: into which they are aggregated.
+            release: bounds each change last and adds noise to their sum first; None: no privacy.
+
+        Raises:
+            RunError: if a private round gives no usable state: leaving out whom it fits least would
+                tell about the others.
         """
+        private = [] if release is None else [release]
         while enough(current, replies, self.rounds):
             try:
                 after = combine(
@@ -296,7 +335,7 @@ class Session:
                     replies.updates,
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
-                    postprocessors=self.postprocess,
+                    postprocessors=[*self.postprocess, *private],
                     summation=self.summation,
                     zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
                 )
@@ -305,6 +344,8 @@ class Session:
                 wrong = f"the average cannot be computed: {error}"
             if not wrong:
                 return after, replies
+            if private:
+                raise RunError(f"round {current.round}: under privacy, {wrong}. {self.safe()}")
             replies = replies.without_furthest(wrong)
         return state, replies
 
@@ -326,11 +367,14 @@ class Session:
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
         starts = {i: job.start for i, job in current.jobs.items()}
-        record |= diagnosis(self.method, self.state, self.setting, updates, starts)
-        record |= self.analyses.record(
-            self.method, self.state, self.setting, current.round, updates, starts
-        )
+        if updates:
+            record |= diagnosis(self.method, self.state, self.setting, updates, starts)
+            record |= self.analyses.record(
+                self.method, self.state, self.setting, current.round, updates, starts
+            )
         record |= self.method.report(self.state)
+        if self.privacy is not None:
+            record |= self.privacy.record(current.round)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)
         if self.audit is not None:
@@ -353,7 +397,8 @@ class Session:
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra={CLIENT_STATE: index} if index else {},
+            extra=({CLIENT_STATE: index} if index else {})
+            | ({} if self.privacy is None else {PRIVACY: self.privacy.saved()}),
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])
@@ -391,8 +436,7 @@ class Session:
         schedule, roster, split = self.schedule, self.roster, self.schedule.plan.split
         seed = roster.seed if schedule.seed is None else schedule.seed
         if group == "participants":
-            drawn = cohort(roster, self.setting.seed, round + 1)
-            clients = [c for c in drawn if roster.shards[c.id].holds(split)[0]]
+            clients = [c for c in self.drawn(round + 1) if roster.shards[c.id].holds(split)[0]]
         else:
             clients = panel(roster, group, schedule.clients, seed, split)
         return evaluation_jobs(

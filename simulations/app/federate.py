@@ -80,6 +80,8 @@ def run(
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts, inputs)
+        for line in session.claims():
+            emit(line)
         if session.done:
             inputs = as_it_began(inputs, parts, folder, emit)
         with status_file(folder, session), disk_faults(folder):
@@ -125,7 +127,7 @@ def new_session(
             method=method_of(parts, inputs),
             setting=inputs.setting(parts),
             roster=roster,
-            plan=parts.client,
+            plan=parts.privacy.plan(parts.client),
             schedule=parts.evaluate,
             rounds=parts.federation,
             workers=parts.runtime.expected_workers,
@@ -135,6 +137,7 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            privacy=parts.privacy.begin(roster, parts.seed, parts.federation.rounds, folder),
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,

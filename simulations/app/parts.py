@@ -24,6 +24,7 @@ from fedlora.server.composes import SILOS, Around, Part, Trait, check_compositio
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Setup
 from fedlora.server.postprocess import Postprocessor
+from fedlora.server.protection import PrivacySpec
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
 from simulations.app.compose import CONF
@@ -59,6 +60,7 @@ class Parts:
     tracking: Tracking
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
+    privacy: PrivacySpec
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -69,6 +71,8 @@ class Parts:
             f"postprocess={name}": p
             for name, p in zip(self.resolved["postprocess"], self.postprocess, strict=True)
         }
+        if self.privacy.words:
+            found[f"privacy={self.privacy.words}"] = self.privacy
         if isinstance(self.runtime, SiloRuntime):
             found["runtime=silos"] = Trait(SILOS)
         return found
@@ -178,6 +182,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
             build(node, Postprocessor, f"postprocess.{name}")
             for name, node in cfg.postprocess.items()
         ),
+        privacy=part("privacy", PrivacySpec),
         resolved=resolved,
     )
 
