@@ -26,11 +26,11 @@ from fedlora.privacy.account import Releases, accountant, calibrated, required
 from fedlora.privacy.adaptive import Adaptive
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import Noise, noised, scalars, shapes_of
-from fedlora.server.composes import NOISE, STALE, STATISTIC, Around
+from fedlora.server.composes import NOISE, SILOS, STALE, STATISTIC, Around
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.protection import PrivacySpec, Protection
+from fedlora.server.protection import PlannedRun, PrivacySpec, Protection
 
 POISSON, FIXED, GAUSSIAN, BANDED = "poisson", "fixed", "gaussian", "banded"
 ABORTED = "privacy_aborted.json"
@@ -138,6 +138,8 @@ class ClientLevel(PrivacySpec):
         return {
             STATISTIC: "one client moves such a statistic by more than the clip; the clip is a "
             "bound of norms itself, so use robust=none",
+            SILOS: "a few silos take part in every round, where this claim is worth nothing; use "
+            "privacy=example",
             STALE: "changes that are weighted by age have no fixed bound, and their clients are "
             "not sampled anew each round; use synchronous rounds",
         }
@@ -166,8 +168,8 @@ class ClientLevel(PrivacySpec):
                 "empty; use federation.min_clients=1"
             )
 
-    def begin(self, roster: Roster, seed: int, rounds: int, folder: Path) -> "ClientPrivacy":
-        return ClientPrivacy(self, roster, seed, rounds, folder)
+    def begin(self, run: PlannedRun) -> "ClientPrivacy":
+        return ClientPrivacy(self, run.roster, run.seed, run.rounds, run.folder)
 
 
 def unequal(strategy: Method) -> str:

@@ -21,6 +21,23 @@ from fedlora.server.postprocess import Postprocessor
 Record = Mapping[str, float | int | str]
 
 
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a protection must know of its run."""
+
+    roster: Roster
+    """The population."""
+    plan: LocalPlan
+    """Of the clients, as configured."""
+    seed: int
+    rounds: int
+    """That are planned."""
+    folder: Path
+    """Of the run."""
+    seeded: bool = True
+    """Whether clients draw from the run's seed; False: real ones, from their operating systems."""
+
+
 class Protection(ABC):
     """The privacy of one run over its rounds."""
 
@@ -40,22 +57,28 @@ class Protection(ABC):
     def exhausted(self, done: int) -> str:
         """Why no round may follow those that are done; empty: one may."""
 
-    @abstractmethod
-    def release(self, round: int) -> Postprocessor:
-        """What bounds each change of a round and what is added to their sum. The same for the same
-        round, however often it is asked."""
+    def release(self, round: int) -> Postprocessor | None:
+        """What bounds each change of a round and what is added to their sum, the same for the same
+        round, however often it is asked; None: sums are left as they are."""
+        return None
 
-    @abstractmethod
-    def released(self, release: Postprocessor) -> None:
+    def released(self, release: Postprocessor) -> None:  # noqa: B027
         """A round was aggregated.
 
         Args:
             release: what `release` gave for it, after its use.
         """
 
-    @abstractmethod
-    def aborted(self) -> None:
-        """A round was ended because too few clients succeeded: it counts as released."""
+    def aborted(self) -> None:  # noqa: B027
+        """A round was ended because too few clients succeeded."""
+
+    def plan(self, base: LocalPlan) -> LocalPlan:
+        """What clients do, with what this changes in it.
+
+        Args:
+            base: of the round, as configured.
+        """
+        return base
 
     @abstractmethod
     def record(self, done: int) -> Record:
@@ -87,24 +110,10 @@ class PrivacySpec(Part):
         """The value of the group ``privacy`` that chooses it; empty: it protects nothing."""
         return ""
 
-    def begin(self, roster: Roster, seed: int, rounds: int, folder: Path) -> Protection | None:
+    def begin(self, run: PlannedRun) -> Protection | None:
         """The protection of a run; None: sessions need not know of it.
-
-        Args:
-            roster: the population.
-            seed: of the run.
-            rounds: that are planned.
-            folder: of the run.
 
         Raises:
             ValueError: one sentence, if the specification cannot be met.
         """
         return None
-
-    def plan(self, base: LocalPlan) -> LocalPlan:
-        """What clients do, with what this changes in it.
-
-        Args:
-            base: as configured.
-        """
-        return base

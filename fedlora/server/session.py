@@ -259,6 +259,8 @@ class Session:
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
+        if self.privacy is not None:
+            plan = self.privacy.plan(plan)
         clients = self.drawn(round)
         kept = self.client_store.get
         jobs = training_jobs(

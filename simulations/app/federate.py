@@ -22,6 +22,7 @@ from fedlora.run.environment import environment
 from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.flower import FederatedRun
 from fedlora.server.homes import Homes
+from fedlora.server.protection import PlannedRun
 from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import BEST, export
@@ -121,13 +122,21 @@ def new_session(
     """
     info, roster = inputs.info, inputs.roster
     model = inputs.worker.model
+    planned = PlannedRun(
+        roster=roster,
+        plan=parts.client,
+        seed=parts.seed,
+        rounds=parts.federation.rounds,
+        folder=folder,
+        seeded=inputs.silos is None,
+    )
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         return Session(
             method=method_of(parts, inputs),
             setting=inputs.setting(parts),
             roster=roster,
-            plan=parts.privacy.plan(parts.client),
+            plan=parts.client,
             schedule=parts.evaluate,
             rounds=parts.federation,
             workers=parts.runtime.expected_workers,
@@ -137,7 +146,7 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
-            privacy=parts.privacy.begin(roster, parts.seed, parts.federation.rounds, folder),
+            privacy=parts.privacy.begin(planned),
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,

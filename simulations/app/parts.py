@@ -248,7 +248,8 @@ def _check_strategy(parts: Parts) -> None:
     quantization = str(getattr(parts.model, "quantization", "none"))
     wire, feedback = parts.federation.wire, parts.federation.error_feedback
     classifies, faults = parts.model.classifies, parts.engine.faults is not None
-    setup = Setup(parts.client, wire, quantization, feedback, classifies, faults)
+    head = parts.model.head
+    setup = Setup(parts.client, wire, quantization, feedback, classifies, faults, head)
     try:
         parts.strategy.check(setup)
         check_composition(parts.between, Around(parts.strategy, setup, parts.federation))

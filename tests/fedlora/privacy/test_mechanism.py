@@ -38,7 +38,7 @@ def released(run: ClientPrivacy, round: int) -> torch.Tensor:
     return torch.cat([found[n].double().reshape(-1) for n in sorted(found)])
 
 
-# --- noise -----------------------------------------------------------------------------------------
+# --- noise ------------------------------------------------------------------------
 
 
 def test_noise_has_the_moments_of_its_formula_and_is_a_function_of_the_round() -> None:
@@ -73,7 +73,7 @@ def test_dtype_and_names_of_a_sum_stay() -> None:
     assert all(found[n].dtype == t.dtype and found[n].shape == t.shape for n, t in total.items())
 
 
-# --- banded noise ----------------------------------------------------------------------------------
+# --- banded noise ------------------------------------------------------------------------
 
 
 def matrix(bands: int, rounds: int) -> np.ndarray:
@@ -127,7 +127,7 @@ def test_under_bands_a_client_takes_part_every_so_many_rounds_at_most() -> None:
     assert privacy(spec, trainable=12, per_round=5).cohort_size == 4  # a third of all, each time
 
 
-# --- sampling --------------------------------------------------------------------------------------
+# --- sampling ------------------------------------------------------------------------
 
 
 def test_clients_are_sampled_independently_at_the_rate() -> None:
@@ -147,7 +147,7 @@ def test_clients_are_sampled_independently_at_the_rate() -> None:
     assert sizes.min() < 5 < sizes.max()
 
 
-# --- the adaptive clip -----------------------------------------------------------------------------
+# --- the adaptive clip ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", [0.1, 10.0])
@@ -182,7 +182,7 @@ def test_the_spec_of_the_page_costs_half_a_percent() -> None:
     assert Adaptive().left_for_changes(0.824, 80) == pytest.approx(0.8284, abs=1e-3)
 
 
-# --- the books -------------------------------------------------------------------------------------
+# --- the books ------------------------------------------------------------------------
 
 
 def test_a_resumed_run_goes_on_with_its_clip_its_noise_and_its_epsilon(tmp_path: Path) -> None:
