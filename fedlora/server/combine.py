@@ -1,8 +1,8 @@
 """Combines a round's accepted updates into the next state, with postprocessors if there are any.
 
-nothing between   state ← aggregate(state, updates)
-otherwise         x_k ← each(adds(state, start_k, update_k))
-                  state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
+no postprocessors    state ← aggregate(state, updates)
+postprocessors       x_k ← each(adds(state, start_k, update_k))
+                     state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
 """
 
 import math
@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from fedlora.algebra.state import State
-from fedlora.algebra.summand import Summands
+from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Update
 from fedlora.server.method import Method
-from fedlora.server.postprocess import Moment, Postprocessor, Summation
+from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.validation import absurd
 
 NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
@@ -31,7 +31,6 @@ def combine(
     *,
     starts: Mapping[int, Payload],
     postprocessors: Sequence[Postprocessor] = (),
-    summation: Summation | None = None,
     zero: Callable[[], Summands] | None = None,
 ) -> State:
     """The next state.
@@ -42,15 +41,14 @@ def combine(
         updates: accepted, sorted by client id; at least one, unless ``zero`` is given.
         now: seed and round.
         starts: client id -> its start of the round.
-        postprocessors: the first sees each change first and the sum last.
-        summation: how changes are summed; None: they are added up. With neither postprocessors nor
-            this, the method aggregates the updates themselves.
+        postprocessors: the first sees each change first and the sum last; none: the method
+            aggregates the updates themselves.
         zero: makes the summand of a client that did not move, for a round without clients.
 
     Raises:
-        RunError: if something is between and the method needs the updates themselves.
+        RunError: if there are postprocessors and the method needs the updates themselves.
     """
-    if not postprocessors and summation is None:
+    if not postprocessors:
         return method.aggregate(state, updates)
     weights: Sequence[float] = method.reference_weights(updates) if updates else []
     for p in postprocessors:
@@ -64,11 +62,7 @@ def combine(
     weight = math.fsum(weights)
     for p in postprocessors:
         weight = p.weight(weight)
-    if not terms and zero is not None:
-        summed = zero()
-    else:
-        clients = [update.client for update in updates]
-        summed = (summation or Summation()).total(terms, weights, clients, now)
+    summed: Summands = zero() if zero is not None and not terms else total(terms, weights)
     for p in reversed(postprocessors):
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)

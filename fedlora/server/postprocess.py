@@ -4,14 +4,12 @@ A postprocessor acts on summands (`fedlora.algebra.summand`), whatever the metho
 on each client's before they are summed, and on the sum. One class, one file under
 ``conf/postprocess``; a run has any number of them: the first is the first to see a client's change
 and the last to see the sum.
-
-A `Summation` says how the changes of a round become one.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.algebra.summand import Summands, norm, scaled, total
+from fedlora.algebra.summand import Summands, norm, scaled
 from fedlora.core.checks import at_least
 from fedlora.core.types import Client
 from fedlora.server.composes import NORM_BOUND, Part
@@ -66,32 +64,6 @@ class Postprocessor(Part):
             now: seed and round.
         """
         return total
-
-
-@dataclass(frozen=True)
-class Summation(Part):
-    """Adds up: ``Σ_k w_k x_k``. Pure.
-
-    Others compute the same sum in another way, or say what stands in its place: a robust mean ``m``
-    returns ``m Σ_k w_k``.
-    """
-
-    def total(
-        self,
-        terms: Sequence[Summands],
-        weights: Sequence[float],
-        clients: Sequence[Client],
-        now: Moment,
-    ) -> Summands:
-        """The total of a round.
-
-        Args:
-            terms: one per accepted client, after all postprocessors; at least one.
-            weights: ``w_k``, one per term.
-            clients: that made them, by ascending id.
-            now: seed and round.
-        """
-        return total(terms, weights)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ from fedlora.server.evaluation_round import (
 )
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
-from fedlora.server.postprocess import Moment, Postprocessor, Summation
+from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.protection import Protection
 from fedlora.server.round_metrics import diagnosis, engine_record, training_record
 from fedlora.server.schedule import EvaluationSchedule, Rounds
@@ -93,8 +93,6 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
-    summation: Summation | None = None
-    """How accepted changes are summed; None: as the method averages them."""
     privacy: Protection | None = None
     """Who takes part and what hides each client's change in the sum; None: all as configured."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
@@ -338,7 +336,6 @@ class Session:
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
                     postprocessors=[*self.postprocess, *private],
-                    summation=self.summation,
                     zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
                 )
                 wrong = unusable(self.method, after)
