@@ -27,6 +27,11 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    "privacy=client": [
+        "strategy=fedit",
+        "strategy.weights=uniform",
+        "federation.norm_bound=off",
+    ],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],
