@@ -1,8 +1,8 @@
 """What privacy costs the server: time and memory of an average of 80 clients, with it off and on.
 
-    python -m simulations.bench.privacy                     tiny whole and two blocks of SmolLM2-135M
+    python -m simulations.bench.privacy                tiny whole, two blocks of SmolLM2-135M
     python -m simulations.bench.privacy --repeats 5 --blocks 6
-    fedlora study privacy                                   accuracy under epsilon, another command
+    fedlora study privacy                              accuracy under epsilon, another command
 
 80 clients in tiers of unequal ranks have trained (random changes, no model); timed is what follows
 their replies. ``off`` is the method's own average, ``sum`` the sum of changes without privacy,

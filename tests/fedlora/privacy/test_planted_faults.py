@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 
+from fedlora.core.example_privacy import ExamplePrivacy
+from fedlora.engine.fused.private import ExampleRows
 from fedlora.population import sampling
 from fedlora.privacy import account, adaptive, client, clip, noise
+from fedlora.training import private
+from tests.fedlora.engine.fused import test_private
 from tests.fedlora.privacy import test_account, test_mechanism, test_sensitivity
 from tests.planted import planted
 
@@ -37,6 +41,15 @@ RESUMED = in_folder(
 )
 BUDGET = in_folder(test_mechanism.test_the_run_ends_before_the_round_that_would_exceed_the_budget)
 INVERSE = partial(test_mechanism.test_banded_noise_is_the_inverse_of_its_matrix, 3)
+
+MEAN = partial(
+    test_private.test_a_step_without_noise_and_clip_is_the_mean_of_gradients_by_example,
+    (True, True),
+    "llama",
+)
+ONE = test_private.test_one_example_moves_a_step_by_at_most_the_clip_over_the_batch
+DRAWN = test_private.test_noise_is_a_function_of_the_step_and_has_its_size
+FUSED = partial(test_private.test_the_fused_engine_is_the_sequential_one, "llama", True)
 
 FAULTS = [
     # A clip of each module by itself, or of none but the first.
@@ -121,6 +134,27 @@ FAULTS = [
     ),
     (noise.coefficients, "[x / length for x in c]", "c", INVERSE),
     (noise.Noise._step, "z -= c[k]", "z += c[k]", INVERSE),
+    # DP-SGD: a mean over the batch's tokens, gradients that pile up, no clip, the drawn batch's size.
+    (private.add_private_gradient, "seeds, own, plan", "seeds, sum(tokens), plan", MEAN),
+    (private.add_private_gradient, "flat.zero_grad()", "None", MEAN),
+    (private.add_private_gradient, "factor * grad", "grad", ONE),
+    (
+        private.add_private_gradient,
+        "grad /= plan.batch_size",
+        "grad /= max(1, len(examples))",
+        FUSED,
+    ),
+    (ExampleRows.add_clipped, "factors @ rows[:, s]", "rows[:, s].sum(0)", FUSED),
+    (ExampleRows.add_clipped, "if self._empty:", "if False:", FUSED),
+    (ExampleRows.finish, "bt.t()", "bt", FUSED),
+    (ExamplePrivacy.noise, "round, client, step", "round, client", DRAWN),
+    (ExamplePrivacy.noise, "if not self.seeded", "if False", DRAWN),
+    (
+        ExamplePrivacy.batches,
+        "size / n",
+        "size / (n + 9)",
+        test_private.test_batches_have_the_expected_size,
+    ),
 ]
 
 

@@ -97,6 +97,12 @@ def test_noise_is_a_function_of_the_step_and_has_its_size() -> None:
     assert drawn[0] != drawn[1]
 
 
+def test_batches_have_the_expected_size() -> None:
+    sizes = [len(b) for b in SHARP.batches(40, 4, 3000, **WHO)]
+    assert sum(sizes) / 3000 == pytest.approx(4, abs=4 * math.sqrt(3.6 / 3000))
+    assert [b.tolist() for b in SHARP.batches(3, 4, 2, **WHO)] == [[0, 1, 2]] * 2
+
+
 @pytest.mark.parametrize("on", ["llama", "gpt2"])
 @pytest.mark.parametrize("train_a", [True, False])
 def test_the_fused_engine_is_the_sequential_one(on: str, train_a: bool) -> None:
