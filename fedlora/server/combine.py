@@ -75,10 +75,18 @@ def zero_summand(method: Method, state: State, client: Client) -> Summands:
         method: its hooks are called.
         state: the state of the round.
         client: any of the population.
+
+    Raises:
+        RunError: for a method whose clients send something of another form than they receive.
     """
     enlisted = method.enlist(state, client)
     start = method.technique.payload(method.client_start(state, enlisted))
-    return _added(method, state, start, Update(enlisted, start, client.num_examples))
+    factors = None if start.base() is None else start.low_rank()
+    sent = start if factors is None else start.trained(factors)  # factors over a moved base
+    try:
+        return _added(method, state, start, Update(enlisted, sent, client.num_examples))
+    except TypeError as error:
+        raise RunError(f"{method.label} has no empty rounds: {error}") from error
 
 
 def unusable(method: Method, state: State) -> str:

@@ -134,7 +134,7 @@ FAULTS = [
     ),
     (noise.coefficients, "[x / length for x in c]", "c", INVERSE),
     (noise.Noise._step, "z -= c[k]", "z += c[k]", INVERSE),
-    # DP-SGD: a mean over the batch's tokens, gradients that pile up, no clip, the drawn batch's size.
+    # DP-SGD: a mean over all tokens, gradients that pile up, no clip, the size that was drawn.
     (private.add_private_gradient, "seeds, own, plan", "seeds, sum(tokens), plan", MEAN),
     (private.add_private_gradient, "flat.zero_grad()", "None", MEAN),
     (private.add_private_gradient, "factor * grad", "grad", ONE),
