@@ -23,11 +23,13 @@ from fedlora.core.types import (
 )
 from fedlora.server.method import Method
 
+LOSSES = ("loss", "loss_first", "loss_last")
+
 
 def training_record(
     round: int, updates: Sequence[Update], failures: Sequence[Failure], seconds: float
 ) -> dict[str, float | int | str]:
-    """Numbers of clients, losses as means over tokens, and speed.
+    """Numbers of clients, losses as means over tokens (of no client there are none), and speed.
 
     Args:
         round: counted from 1.
@@ -49,9 +51,7 @@ def training_record(
         "clients": len(updates),
         "failed": len(failures) - rejected,
         "rejected": rejected,
-        "train/loss": mean("loss"),
-        "train/loss_first": mean("loss_first"),
-        "train/loss_last": mean("loss_last"),
+        **({f"train/{name}": mean(name) for name in LOSSES} if updates else {}),
         "train/tokens": tokens,
         "round/train_seconds": seconds,
         "round/clients_per_second": (len(updates) + len(failures)) / max(seconds, 1e-9),
