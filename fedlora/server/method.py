@@ -170,6 +170,10 @@ class Method(ABC):
                 "aggregator"
             )
         require(setup.client, self.technique, type(self).__name__)
+        if setup.client.privacy is not None:
+            raise ValueError(
+                "client.privacy is set by privacy=example, which accounts for it: leave it null"
+            )
         if setup.client.choice is not None:
             raise ValueError(
                 f"client.choice={type(setup.client.choice).__name__}: the strategy says which rank "
