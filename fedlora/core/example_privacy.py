@@ -80,5 +80,5 @@ class ExamplePrivacy:
         drawn = torch_generator(seed, "example_noise", round, client, step)
         if not self.seeded:
             drawn.manual_seed(secrets.randbits(63))
-        std = self.sigma * self.clip
+        std = self.sigma * self.clip if self.sigma else 0.0  # the clip may be infinite
         return [std * torch.randn(*s, generator=drawn, dtype=torch.float64) for s in shapes]

@@ -96,7 +96,7 @@ def test_what_is_claimed() -> None:
         (FedIT(), Setup(PLAN, head="averaged"), "model.head=frozen"),
         (FedIT(), Setup(replace(PLAN, technique=Scaling())), "of LoRA"),
         (LoRAA2(), Setup(PLAN), "choose by their examples"),
-        (SplitLoRA(), Setup(PLAN), "sends activations"),
+        (SplitLoRA(aggregator=FedIT()), Setup(PLAN), "sends activations"),
     ],
 )
 def test_what_would_break_the_claim_is_refused(

@@ -166,6 +166,7 @@ def test_a_client_that_is_missing_counts_as_neither_short_nor_long() -> None:
     adaptive = Adaptive(quantile=0.5)
     assert adaptive.moved(1.0, [], 10, 0.0, 1, 1) == 1.0
     assert adaptive.moved(1.0, [0.5, 2.0], 10, 0.0, 1, 1) == 1.0
+    assert adaptive.moved(1.0, [0.5], 10, 0.0, 1, 1) == pytest.approx(math.exp(-0.2 * 0.05))
     assert adaptive.moved(1.0, [0.5], 10, 0.0, 1, 1) < 1 < adaptive.moved(1.0, [2.0], 10, 0.0, 1, 1)
 
 
@@ -208,15 +209,15 @@ def test_a_resumed_run_goes_on_with_its_clip_its_noise_and_its_epsilon(tmp_path:
 
 
 def test_the_run_ends_before_the_round_that_would_exceed_the_budget(tmp_path: Path) -> None:
-    run = privacy(replace(FIXED_CLIP, max_epsilon=3.0), folder=tmp_path)
+    run = privacy(replace(FIXED_CLIP, max_epsilon=6.0), folder=tmp_path)
     done = next(t for t in range(100) if run.exhausted(t))
-    assert run.epsilon(done) <= 3.0 < run.epsilon(done + 1)
+    assert run.epsilon(done) <= 6.0 < run.epsilon(done + 1)
     assert done > 1
-    assert "above 3" in run.exhausted(done)
+    assert "above 6" in run.exhausted(done)
     run.aborted()
     assert run.exhausted(done - 1)
     assert run.record(1)["privacy/epsilon"] == run.epsilon(2)
-    later = privacy(replace(FIXED_CLIP, max_epsilon=3.0), folder=tmp_path)
+    later = privacy(replace(FIXED_CLIP, max_epsilon=6.0), folder=tmp_path)
     assert later.exhausted(done - 1), "the aborted round is forgotten"
     calibrated = privacy(ClientLevel(epsilon=2.0, clip=1.0), folder=tmp_path / "other")
     assert not calibrated.exhausted(9)

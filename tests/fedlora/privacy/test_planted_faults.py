@@ -53,8 +53,13 @@ FUSED = partial(test_private.test_the_fused_engine_is_the_sequential_one, "llama
 
 FAULTS = [
     # A clip of each module by itself, or of none but the first.
-    (clip.clipped, "length = norm(summands)", "length = max(map(norm, _each(summands)))", BOUND),
-    (clip.clipped, "MARGIN * clip / length", "clip / max(1.0, length)", BOUND),
+    (
+        clip.clipped,
+        "length = norm(summands)",
+        "length = max(norm({n: x}) for n, x in summands.items())",
+        BOUND,
+    ),
+    (clip.clipped, "if length <= clip", "if True", BOUND),
     # Weights by examples, and the cohort's own denominator.
     (client.Release.weights, "[1.0] * len(weights)", "weights", BOUND),
     (client.Release.weights, "[1.0] * len(weights)", "[x + 1 for x in range(len(weights))]", BOUND),

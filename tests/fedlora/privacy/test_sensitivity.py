@@ -19,6 +19,7 @@ from fedlora.privacy.client import Release
 from fedlora.privacy.noise import Noise
 from fedlora.server.combine import combine, zero_summand
 from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.techniques.switchlora.technique import SwitchTraining
 from strategies.alternate import Alternate
 from strategies.base import LoRAStrategy
 from strategies.fedavg import FedAvg
@@ -49,9 +50,9 @@ LINEAR: dict[str, LoRAStrategy] = {
     "fedsa": FedSA(weights="uniform", weighting="all"),
     "fedsb": FedSB(weights="uniform"),
     "lora_a2": LoRAA2(weights="uniform"),
-    "slora": SLoRA(weights="uniform"),
+    "slora": SLoRA(weights="uniform", aggregator=FedIT(weights="uniform")),
     "spp": SPP(weights="uniform"),
-    "switchlora": SwitchLoRA(weights="uniform"),
+    "switchlora": SwitchLoRA(weights="uniform", switching=SwitchTraining(), steps=3, horizon=40),
 }
 SIZES = (0.0, 1e-9, 1.0, 1.0, 1e6, 3.0)
 """How far the clients of a round move, in units of the third one's training."""
@@ -83,7 +84,7 @@ def released(
     method: LoRAStrategy, state: State, updates: Sequence[Update], clip: float
 ) -> tuple[Summands, float, State]:
     """What a round releases of these clients without noise, its denominator, and the next state."""
-    seen = Seen()
+    seen, ranks = Seen(), population_for(method).clients[0].ranks
     release = Release(2, clip, 0.0, COHORT, Noise(3))
     after = combine(
         method,
@@ -92,7 +93,7 @@ def released(
         NOW,
         starts={u.client.id: as_payload(method.client_start(state, u.client)) for u in updates},
         postprocessors=[seen, release],
-        zero=lambda: zero_summand(method, state, updates[0].client),
+        zero=lambda: zero_summand(method, state, Client(0, ranks, 5)),
     )
     (found,) = seen.released
     return *found, after
@@ -131,7 +132,8 @@ def test_without_noise_and_clip_the_bits_are_those_of_the_sum(name: str) -> None
     method = LINEAR[name]
     state, updates = a_round(method, 1)
     starts = {u.client.id: as_payload(method.client_start(state, u.client)) for u in updates}
-    plain = combine(method, state, updates, NOW, starts=starts, postprocessors=[Postprocessor()])
+    alike = replace(method, weights="uniform")
+    plain = combine(alike, state, updates, NOW, starts=starts, postprocessors=[Postprocessor()])
     _, _, private = released(method, state, updates, math.inf)
     assert plain.keys() == private.keys()
     assert all(torch.equal(t, private[n]) for n, t in plain.items())

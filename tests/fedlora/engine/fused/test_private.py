@@ -112,15 +112,16 @@ def test_the_fused_engine_is_the_sequential_one(on: str, train_a: bool) -> None:
         train_a=train_a,
         dropout=0.25,
         micro_batch_size=2,
-        steps=6,
-        batch_size=1,
+        steps=8,
+        batch_size=2,
         loss="response",
         momentum=0.5,
     )
-    store = FakeStore({k: examples(1 + 2 * k, k) for k in range(3)})
+    counts = (4, 7, 10)
+    store = FakeStore({k: examples(n, k) for k, n in enumerate(counts)})
     jobs = [job(start(resident(on), 1 + k, k), plan, k) for k in range(3)]
     sizes = [
-        len(b) for k in range(3) for b in SHARP.batches(1 + 2 * k, 1, 6, seed=11, round=3, client=k)
+        len(b) for k, n in enumerate(counts) for b in SHARP.batches(n, 2, 8, **WHO | {"client": k})
     ]
     assert min(sizes) == 0 and max(sizes) > 2
     fused, wanted = trained(jobs, store, on), alone(jobs, store, on)
@@ -142,9 +143,9 @@ def test_a_private_round_says_what_it_was_and_moves() -> None:
 
 def test_a_client_whose_steps_drew_no_example_sends_noise() -> None:
     plan = with_privacy(SHARP, steps=1, batch_size=1)
-    n = next(n for n in range(2, 60) if not len(next(SHARP.batches(n, 1, 1, **WHO))))
-    store = FakeStore({0: examples(n, 1, longest=5)})
-    jobs = [job(start(resident("llama"), 2, 1), plan, 0)]
+    who = next(k for k in range(99) if not len(next(SHARP.batches(3, 1, 1, **WHO | {"client": k}))))
+    store = FakeStore({who: examples(3, 1, longest=5)})
+    jobs = [job(start(resident("llama"), 2, 1), plan, who)]
     (one,), (two,) = alone(jobs, store).values(), trained(jobs, store).values()
     assert one.metrics["tokens"] == 0 == one.metrics["loss"]
     assert one.metrics["delta_norm"] > 0
