@@ -52,11 +52,12 @@ DRAWN = test_private.test_noise_is_a_function_of_the_step_and_has_its_size
 FUSED = partial(test_private.test_the_fused_engine_is_the_sequential_one, "llama", True)
 
 FAULTS = [
-    # A clip of each module by itself, or of none but the first.
+    # A clip of each module by itself, and none.
     (
         clip.clipped,
-        "length = norm(summands)",
-        "length = max(norm({n: x}) for n, x in summands.items())",
+        "found, left = scaled(summands, MARGIN * clip / length), length",
+        "return {n: scaled({n: x}, min(1.0, clip / max(1e-99, norm({n: x}))))[n] "
+        "for n, x in summands.items()}, length",
         BOUND,
     ),
     (clip.clipped, "if length <= clip", "if True", BOUND),
