@@ -32,6 +32,10 @@ NEEDED = {
         "strategy.weights=uniform",
         "federation.norm_bound=off",
     ],
+    **{
+        f"robust={name}": ["strategy=fedit"]
+        for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
+    },
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],

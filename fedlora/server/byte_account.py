@@ -24,10 +24,24 @@ class ByteAccount:
 
     @classmethod
     def open(
-        cls, method: Method, state: State, jobs: Sequence[TrainJob], wire: str
+        cls,
+        method: Method,
+        state: State,
+        jobs: Sequence[TrainJob],
+        wire: str,
+        down: Mapping[int, int] | None = None,
     ) -> "ByteAccount":
-        """The account of a round that begins from a state."""
-        down = {j.client.id: method.bytes_down(state, j, wire) for j in jobs}
+        """The account of a round that begins from a state.
+
+        Args:
+            method: counts what is sent as values.
+            state: of the round's start.
+            jobs: of the round.
+            wire: number format.
+            down: client id -> bytes of its compressed start; None: starts are values.
+        """
+        if down is None:
+            down = {j.client.id: method.bytes_down(state, j, wire) for j in jobs}
         return cls(method, state, {j.client.id: j for j in jobs}, down, wire)
 
     def up(self, result: Update | Failure) -> int:
@@ -35,6 +49,8 @@ class ByteAccount:
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
+        if result.sent_bytes:
+            return result.sent_bytes + result.payload.index_bytes()
         sent = self.method.bytes_up(self.state, result, plan, self.wire)
         return sent + _exchanged(result, "exchanged_up")
 

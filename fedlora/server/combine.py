@@ -3,10 +3,12 @@
 no postprocessors    state ← aggregate(state, updates)
 postprocessors       x_k ← each(adds(state, start_k, update_k))
                      state ← absorb(state, whole(Σ_k w_k x_k), Σ_k w_k)
+robust rule          state ← absorb(state, whole(R(x_1, ..., x_K)), 1)
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,12 +17,24 @@ from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Update
+from fedlora.robust.rule import NO_RULE, Centre, Rule, Term
 from fedlora.server.method import Method
+from fedlora.server.ownership import owned_elements
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.validation import absurd
 
 NUMERICAL = (ArithmeticError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 """Errors of an average whose numbers are beyond any use, such as an SVD that is not finite."""
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The next state, and what is known of how it was made."""
+
+    state: State
+    influence: Mapping[int, float]
+    """Client id -> its fraction of what was absorbed; of a method that aggregates by itself, the
+    one that `Method.reference_weights` gives it."""
 
 
 def combine(
@@ -31,8 +45,9 @@ def combine(
     *,
     starts: Mapping[int, Payload],
     postprocessors: Sequence[Postprocessor] = (),
+    rule: Rule = NO_RULE,
     zero: Callable[[], Summands] | None = None,
-) -> State:
+) -> Combined:
     """The next state.
 
     Args:
@@ -43,14 +58,17 @@ def combine(
         starts: client id -> its start of the round.
         postprocessors: the first sees each change first and the sum last; none: the method
             aggregates the updates themselves.
+        rule: what takes the place of the mean.
         zero: makes the summand of a client that did not move, for a round without clients.
 
     Raises:
-        RunError: if there are postprocessors and the method needs the updates themselves.
+        RunError: if there are postprocessors or a rule and the method needs the updates themselves,
+            or if there are too few updates for the rule.
     """
-    if not postprocessors:
-        return method.aggregate(state, updates)
+    ids = [u.client.id for u in updates]
     weights: Sequence[float] = method.reference_weights(updates) if updates else []
+    if not postprocessors and not rule.acts:
+        return Combined(method.aggregate(state, updates), _shares(ids, weights))
     for p in postprocessors:
         weights = p.weights(weights)
     terms = []
@@ -59,13 +77,39 @@ def combine(
         for p in postprocessors:
             x = p.each(x, update.client, now)
         terms.append(x)
-    weight = math.fsum(weights)
+    shares, weight = _shares(ids, weights), math.fsum(weights)
+    if rule.acts:
+        owned = owned_elements(method, state, updates, starts)
+        of = [Term(x, u.num_examples, o) for x, u, o in zip(terms, updates, owned, strict=True)]
+        centre = _centre(rule, of, now)
+        summed, weight = centre.value, 1.0
+        shares = dict(zip(ids, centre.influence, strict=True))
+    else:
+        summed = zero() if zero is not None and not terms else total(terms, weights)
     for p in postprocessors:
         weight = p.weight(weight)
-    summed: Summands = zero() if zero is not None and not terms else total(terms, weights)
     for p in reversed(postprocessors):
         summed = p.whole(summed, weight, now)
-    return method.absorb(state, summed, weight)
+    return Combined(method.absorb(state, summed, weight), shares)
+
+
+def _centre(rule: Rule, terms: Sequence[Term], now: Moment) -> Centre:
+    """What a rule makes of the terms.
+
+    Raises:
+        RunError: if there are too few of them.
+    """
+    try:
+        rule.check(len(terms))
+    except ValueError as error:
+        raise RunError(f"round {now.round}: {error}") from error
+    return rule.centre(terms)
+
+
+def _shares(ids: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
+    """Client id -> its fraction of all weights."""
+    whole = math.fsum(weights)
+    return {i: w / whole if whole else 0.0 for i, w in zip(ids, weights, strict=True)}
 
 
 def zero_summand(method: Method, state: State, client: Client) -> Summands:
@@ -108,5 +152,5 @@ def unusable(method: Method, state: State) -> str:
 def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
     found = method.adds(state, start, update)
     if found is None:
-        raise RunError(f"between accepted and averaged: {method.needs_updates}")
+        raise RunError(f"postprocess, privacy, robust: {method.needs_updates}")
     return found

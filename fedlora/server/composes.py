@@ -71,11 +71,13 @@ class Trait(Part):
 
     name: str = ""
     """One of the constants above."""
+    sums: bool = False
+    """Whether it acts on what clients add."""
 
     @property
     def on_summands(self) -> bool:
-        """It does not."""
-        return False
+        """As it says."""
+        return self.sums
 
     @property
     def traits(self) -> frozenset[str]:

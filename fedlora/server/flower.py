@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -34,6 +35,7 @@ from fedlora.server.norm_bound import COHORT
 from fedlora.server.session import Session
 from fedlora.server.workers import check_workers
 from fedlora.wire.messages import decode_results, encode_jobs, glance
+from fedlora.wire.tensors import NO_FORMAT, Format
 
 log = logging.getLogger(__name__)
 
@@ -165,15 +167,16 @@ class FederatedRun:
         if not parts:
             return [[] for _ in batches]
         wire, nonce = self.session.rounds.wire, secrets.token_hex(8)
-        described = {"source": self.source, "wire": wire, "nonce": nonce}
+        up = self.session.compression.up if kind == MessageType.TRAIN else NO_FORMAT
+        written = partial(encode_jobs, source=self.source, wire=wire, nonce=nonce, up=up)
         parcels = []
         for (_, jobs), (node, worker) in zip(parts, self._routes(parts, delivery), strict=True):
-            message = Message(encode_jobs(jobs, worker=worker, **described), node, kind)
+            message = Message(written(jobs, worker=worker), node, kind)
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
             asked = {job.client.id: job for job in jobs}
-            read = _read(reply, jobs, wire, nonce)
+            read = _read(reply, jobs, wire, nonce, up)
             found[i] += [checked(asked[r.client.id], r, self.session.store) for r in read]
         return found
 
@@ -263,7 +266,7 @@ def _answer(reply: Message | None) -> RecordDict | str:
 
 
 def _read(
-    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str
+    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str, up: Format
 ) -> Sequence[Update | Evaluation | Failure]:
     """The results of one reply to these jobs, whatever it holds."""
     clients = {j.client.id: j.client for j in jobs}
@@ -274,7 +277,7 @@ def _read(
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
         starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
-        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce)
+        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce, up=up)
     except Exception as error:  # a reply is foreign input: it must not end the run
         why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
         return [Failure(c, "WorkerError", why) for c in clients.values()]

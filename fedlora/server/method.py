@@ -284,7 +284,8 @@ class Method(ABC):
         empty: a sum is enough, and `adds` is never ``None``."""
         return (
             f"strategy {type(self).__name__} averages whole updates, not a sum of their changes; "
-            "choose none, or a strategy that says what clients add, such as fedit"
+            "choose none of what acts on sums, or a strategy that says what clients add, such as "
+            "fedit"
         )
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:

@@ -72,6 +72,12 @@ class Rounds:
     max_update_norm: float = 0.0
     """Updates with a larger change (Frobenius norm) are rejected; 0: no absolute bound but
     `fedlora.server.validation.LARGEST`."""
+    max_factor_norm: float = 0.0
+    """The same for the tensors that are sent (of LoRA the factors): ``(c B, A / c)`` are the same
+    weights, and ruin an average of factors; 0: no absolute bound."""
+    rebalance: bool = False
+    """Whether factors are turned back towards the start before they are compared and averaged
+    (`fedlora.server.gauge`): then no client chooses which factors of its product are averaged."""
     norm_bound: str = COHORT
     """``cohort``: updates that move much further than those of most clients of their round are
     rejected (`fedlora.server.norm_bound`); ``off``: they are averaged."""
@@ -114,6 +120,7 @@ class Rounds:
         fraction("min_success", self.min_success)
         at_least("min_clients", self.min_clients, 1)
         at_least("max_update_norm", self.max_update_norm, 0)
+        at_least("max_factor_norm", self.max_factor_norm, 0)
         one_of("norm_bound", self.norm_bound, (COHORT, OFF))
         at_least("norm_factor", self.norm_factor, 1)
         at_least("clients_per_message", self.clients_per_message, 0)

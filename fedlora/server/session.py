@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedlora.algebra.state import State
+from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
@@ -27,12 +28,14 @@ from fedlora.core.types import (
 from fedlora.data.store import TokenStore
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
+from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, combine, unusable, zero_summand
+from fedlora.server.combine import NUMERICAL, Combined, combine, unusable, zero_summand
+from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
     evaluation_jobs,
@@ -44,7 +47,12 @@ from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.protection import Protection
-from fedlora.server.round_metrics import diagnosis, engine_record, training_record
+from fedlora.server.round_metrics import (
+    diagnosis,
+    engine_record,
+    influence_record,
+    training_record,
+)
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.training_round import (
     Replies,
@@ -57,10 +65,12 @@ from fedlora.server.training_round import (
     stage_kept,
     training_jobs,
     validate,
+    with_collusion,
     with_residuals,
 )
 from fedlora.server.validation import absurd
 from fedlora.wire.messages import Glance
+from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +105,12 @@ class Session:
     """Applied to accepted changes before they are averaged; empty: none."""
     privacy: Protection | None = None
     """Who takes part and what hides each client's change in the sum; None: all as configured."""
+    robust: Rule = NO_RULE
+    """What takes the place of the method's mean."""
+    compression: Compression = NO_COMPRESSION
+    """The formats of changes on the wire."""
+    squad: Squad = NOBODY
+    """The clients that attack; what they do together is done here."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
@@ -109,6 +125,7 @@ class Session:
     """Rounds complete."""
 
     def __post_init__(self) -> None:
+        self.robust.check(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
@@ -264,10 +281,11 @@ class Session:
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
-        if self.rounds.error_feedback:
+        if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
+        jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
         self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
+        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire, down)
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         return self._packing.training(jobs, weights)
 
@@ -286,23 +304,26 @@ class Session:
         """
         current, arrived = self._current, time.monotonic()
         assert current is not None
-        replies = validate(current, collect(current, results), self.rounds, self.setting)
+        sent = with_collusion(self.squad, current, collect(current, results))
+        replies = validate(current, sent, self.rounds, self.setting)
         if state is not self.state and (wrong := absurd(state.items())):
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
         release = None if self.privacy is None else self.privacy.release(current.round)
-        after, replies = self._aggregate(current, replies, state, release)
+        combined, replies = self._aggregate(current, replies, state, release)
         self.tracker.clients(client_rows(current, replies))
         if self.privacy is not None and not enough(current, replies, self.rounds):
             self.privacy.aborted()
         require_enough(current, replies, self.rounds, self.emit, self.safe())
         if self.privacy is not None and release is not None:
             self.privacy.released(release)
-        before, self.state = self.state, after
+        before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
+        record |= influence_record(self.robust, combined.influence)
+        record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
         return record
 
@@ -312,7 +333,7 @@ class Session:
         replies: Replies,
         state: State,
         release: Postprocessor | None = None,
-    ) -> tuple[State, Replies]:
+    ) -> tuple[Combined, Replies]:
         """The next state, from which clients can go on, and the replies without those that would
         have spoiled it; the state as it was if too few are left.
 
@@ -329,24 +350,25 @@ class Session:
         private = [] if release is None else [release]
         while enough(current, replies, self.rounds):
             try:
-                after = combine(
+                found = combine(
                     self.method,
                     state,
                     replies.updates,
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
                     postprocessors=[*self.postprocess, *private],
+                    rule=self.robust,
                     zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
                 )
-                wrong = unusable(self.method, after)
+                wrong = unusable(self.method, found.state)
             except NUMERICAL as error:
                 wrong = f"the average cannot be computed: {error}"
             if not wrong:
-                return after, replies
+                return found, replies
             if private:
                 raise RunError(f"round {current.round}: under privacy, {wrong}. {self.safe()}")
             replies = replies.without_furthest(wrong)
-        return state, replies
+        return Combined(state, {}), replies
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.

@@ -9,12 +9,14 @@ from typing import Generic, TypeVar
 import torch
 
 from fedlora.algebra.state import Kept, State
+from fedlora.attack.base import Squad
 from fedlora.core.checks import one_line
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
-from fedlora.server.client_state import WIRE, ClientStore
+from fedlora.server.client_state import STARTS, WIRE, ClientStore
+from fedlora.server.gauge import turned_back
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move
 from fedlora.server.schedule import Rounds
@@ -189,10 +191,15 @@ def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJo
 
 
 def begin(
-    method: Method, state: State, jobs: Sequence[TrainJob], round: int, wire: str
+    method: Method,
+    state: State,
+    jobs: Sequence[TrainJob],
+    round: int,
+    wire: str,
+    down: Mapping[int, int] | None = None,
 ) -> TrainingRound:
-    """The round of these jobs, whose clock starts now."""
-    account = ByteAccount.open(method, state, jobs, wire)
+    """The round of these jobs, whose clock starts now (`ByteAccount.open`)."""
+    account = ByteAccount.open(method, state, jobs, wire, down)
     return TrainingRound(round, {j.client.id: j for j in jobs}, account, time.monotonic())
 
 
@@ -208,6 +215,15 @@ def collect(
         i: found[i] if i in found else Failure(job.client, "NoReply", "no reply came")
         for i, job in sorted(current.jobs.items())
     }
+
+
+def with_collusion(
+    squad: Squad, current: TrainingRound, by_client: Mapping[int, Update | Failure]
+) -> dict[int, Update | Failure]:
+    """The results after the attackers have seen all of them (`Attack.together`)."""
+    updates = {i: r for i, r in by_client.items() if isinstance(r, Update)}
+    starts = {i: job.start for i, job in current.jobs.items()}
+    return {**by_client, **squad.together(current.round, updates, starts)}
 
 
 def validate(
@@ -228,7 +244,11 @@ def validate(
             expected = Expected(job.client, job.start, job.plan, setting.density)
             check_update(result, expected, rounds.max_update_norm)
             _check_residual(result, job)
-            moves.append(move(result, expected))
+            if rounds.rebalance:
+                result = turned_back(result, job.start, job.plan)
+            moved = move(result, expected)
+            _check_factors(moved, rounds.max_factor_norm)
+            moves.append(moved)
         except RejectedUpdate as error:
             failures.append(_rejected(job.client, error.reason))
     replies = Replies(by_client, moves, failures, NormBound({}))
@@ -236,6 +256,16 @@ def validate(
         return replies
     bound = compare(moves, rounds.norm_factor)
     return replace(replies.without(bound.refused), bound=bound)
+
+
+def _check_factors(moved: Move, most: float) -> None:
+    """Refuse an update whose tensors have moved further than ``most``; 0: any."""
+    if most and not moved.sent <= most:
+        raise RejectedUpdate(
+            moved.update.client.id,
+            f"the change of what it sent has norm {moved.sent:.6g}, above "
+            f"federation.max_factor_norm={most:g}",
+        )
 
 
 def _rejected(client: Client, reason: str) -> Failure:
@@ -346,3 +376,7 @@ def stage_kept(
             store.stage(job.client.id, kept)
         if update.residual is not None:
             store.stage(job.client.id, update.residual, WIRE)
+    for i, reply in replies.by_client.items():
+        sent = current.jobs[i].sent
+        if sent is not None and isinstance(reply, Update):  # it has arrived
+            store.stage(i, dict(sent.tensors()), STARTS)

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from fedlora.models.modules import find_modules
 from fedlora.models.stages import block_of
-from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut
+from fedlora.wire.rows import Wire
 
 LABEL_BYTES = 4
 """Bytes of an int32 label."""

@@ -73,6 +73,7 @@ def answer(message: Message, card: SiloCard | None = None) -> Message:
         notes=engine.notes(),
         jobs=envelope.jobs,
         nonce=envelope.nonce,
+        up=envelope.up,
     )
     return Message(content, reply_to=message)
 

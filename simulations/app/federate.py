@@ -10,6 +10,7 @@ import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
+from fedlora.attack.base import NOBODY
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
@@ -147,6 +148,9 @@ def new_session(
             audit=audit,
             postprocess=parts.postprocess,
             privacy=parts.privacy.begin(planned),
+            robust=parts.robust,
+            compression=parts.compression,
+            squad=inputs.worker.attack or NOBODY,
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from fedlora.attack.base import Squad
 from fedlora.core.cache import cache_root
 from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
@@ -98,7 +99,9 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     check_groups(parts.evaluate, roster)
     check_rounds(parts.federation, roster, emit)
     engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
-    worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
+    squad = Squad.drawn(parts.attack, roster.trainable, parts.seed) if parts.attack.acts else None
+    device = parts.runtime.worker_device
+    worker = WorkerSpec(model, folder, engine, device, attack=squad)
     return RunInputs(info, store, store.folder.name, roster, worker, pruned, data_notes(store))
 
 

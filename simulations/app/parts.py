@@ -8,26 +8,30 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from fedlora.attack.base import Attack
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.data.source import Source
 from fedlora.engine.base import EngineSpec
-from fedlora.evaluation.scorers import scorers_of
+from fedlora.evaluation.scorers import DEFAULT, scorers_of
 from fedlora.models.head import AVERAGED, FROZEN, LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
+from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
 from fedlora.server.analyses import Analyses
-from fedlora.server.composes import SILOS, Around, Part, Trait, check_composition
+from fedlora.server.composes import SILOS, STATISTIC, Around, Part, Trait, check_composition
 from fedlora.server.early_stop import Watch, watch_of
-from fedlora.server.method import Setup
+from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.protection import PrivacySpec
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
+from fedlora.wire.tensors import Compression
 from simulations.app.compose import CONF
+from simulations.app.compression import check_compression
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
@@ -61,6 +65,9 @@ class Parts:
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
     privacy: PrivacySpec
+    robust: Rule
+    attack: Attack
+    compression: Compression
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -73,6 +80,8 @@ class Parts:
         }
         if self.privacy.words:
             found[f"privacy={self.privacy.words}"] = self.privacy
+        if self.robust.acts:
+            found[f"robust={type(self.robust).__name__.lower()}"] = Trait(STATISTIC, sums=True)
         if isinstance(self.runtime, SiloRuntime):
             found["runtime=silos"] = Trait(SILOS)
         return found
@@ -113,7 +122,9 @@ def build_parts(cfg: DictConfig) -> Parts:
             raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
+    parts = with_attack_measured(parts)
     _check_strategy(parts)
+    check_compression(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -183,6 +194,9 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
             for name, node in cfg.postprocess.items()
         ),
         privacy=part("privacy", PrivacySpec),
+        robust=part("robust", Rule),
+        attack=part("attack", Attack),
+        compression=part("compression", Compression),
         resolved=resolved,
     )
 
@@ -208,6 +222,33 @@ def _of_task(parts: Parts) -> Parts:
     if not classifies or not parts.evaluate.plan.generate:
         return parts
     plan = dataclasses.replace(parts.evaluate.plan, generate=False)
+    return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
+
+
+def with_attack_measured(parts: Parts) -> Parts:
+    """The parts whose evaluations also measure the attack, if it can be measured.
+
+    Raises:
+        ConfigError: if no client of the run could carry it out.
+    """
+    attack, plan = parts.attack, parts.evaluate.plan
+    if not attack.acts:
+        return parts
+    named = f"attack={type(attack).__name__.lower()}"
+    if isinstance(parts.runtime, SiloRuntime):
+        raise ConfigError(
+            f"{named}: a silo does what its own operator says; use attack=none, or a simulation"
+        )
+    if type(parts.strategy).run_round is not Method.run_round:
+        raise ConfigError(
+            f"{named}: clients of {parts.strategy.label} train together with the server, and "
+            "attacks are on clients that train alone; use another strategy, such as fedit"
+        )
+    scorer = attack.scorer(parts.model.classifies)
+    if scorer is None:
+        return parts
+    metrics = (*(DEFAULT if plan.metrics is None else plan.metrics), scorer)
+    plan = dataclasses.replace(plan, metrics=metrics)
     return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
 
 
