@@ -108,7 +108,8 @@ def main(words: Sequence[str] | None = None) -> int:
     models = given.models or ["tiny", "smollm2"]
     if given.one:
         shapes = shapes_named(models[0], given.blocks)
-        print(json.dumps(measured(*given.one, shapes, given.clients)))
+        method, mode = given.one
+        print(json.dumps(measured(method, mode, shapes, given.clients)))
         return 0
     rows: list[dict[str, Any]] = []
     for model in models:
