@@ -10,7 +10,7 @@ McMahan et al., "Learning Differentially Private Recurrent Language Models", arX
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -369,10 +369,10 @@ class ClientPrivacy(Protection):
 
     # --- what is said ---------------------------------------------------------------------------
 
-    def statement(self, zero: Summands) -> list[str]:
+    def statement(self, zero: Callable[[], Summands]) -> list[str]:
         if not self.multiplier:
             return [f"privacy=client without noise (clip {self.spec.clip:g}): no guarantee"]
-        count, mean = scalars(shapes_of(zero)), self._left() * self._scale / self.cohort_size
+        count, mean = scalars(shapes_of(zero())), self._left() * self._scale / self.cohort_size
         return [
             self._claim(),
             f"privacy: the noise of a round's mean has norm {mean * math.sqrt(count):.3g} clips "

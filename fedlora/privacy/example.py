@@ -8,7 +8,7 @@ each client has an ``ε`` of its own (`fedlora.core.example_privacy` has the mec
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -197,7 +197,7 @@ class ExampleLevelRun(Protection):
     def restore(self, saved: Mapping[str, Any]) -> None:
         self.multiplier = float(saved["multiplier"])
 
-    def statement(self, zero: Summands) -> list[str]:
+    def statement(self, zero: Callable[[], Summands]) -> list[str]:
         spec = self.spec
         if not self.multiplier:
             return [f"privacy=example without noise (clip {spec.clip:g}): no guarantee"]

@@ -7,7 +7,7 @@ checkpoint. Implementations are in `fedlora.privacy`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,11 +42,11 @@ class Protection(ABC):
     """The privacy of one run over its rounds."""
 
     @abstractmethod
-    def statement(self, zero: Summands) -> list[str]:
+    def statement(self, zero: Callable[[], Summands]) -> list[str]:
         """What is claimed, at which noise, and what is not covered; one line each.
 
         Args:
-            zero: a summand of the run, for its number of scalars.
+            zero: makes a summand of the run, for its number of scalars.
         """
 
     @abstractmethod

@@ -263,7 +263,8 @@ class Session:
         """What is claimed of the run's privacy, line by line; nothing without any."""
         if self.privacy is None:
             return []
-        return self.privacy.statement(zero_summand(self.method, self.state, self.roster.clients[0]))
+        first = self.roster.clients[0]
+        return self.privacy.statement(lambda: zero_summand(self.method, self.state, first))
 
     def drawn(self, round: int) -> list[Client]:
         """The clients of a round."""

@@ -81,10 +81,10 @@ def test_the_plan_carries_the_mechanism_and_silos_draw_their_own_noise() -> None
 
 
 def test_what_is_claimed() -> None:
-    said = " ".join(ExampleLevelRun(SPEC, planned()).statement({}))
+    said = " ".join(ExampleLevelRun(SPEC, planned()).statement(dict))
     for part in ("8 to 200 examples", "delta 1e-05", "3 rounds", "Not covered", "0.25 clips"):
         assert part in said
-    (nothing,) = ExampleLevelRun(replace(SPEC, sigma=0.0), planned()).statement({})
+    (nothing,) = ExampleLevelRun(replace(SPEC, sigma=0.0), planned()).statement(dict)
     assert "no guarantee" in nothing
 
 

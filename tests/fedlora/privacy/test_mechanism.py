@@ -61,7 +61,7 @@ def test_the_mean_of_a_run_that_stands_for_a_larger_one_has_the_larger_ones_nois
     mean = released(run, 1) / run.release(1).weight(0.0)
     assert float(mean.std()) == pytest.approx(1.0 * 0.5 / 5000, rel=0.005)
     assert run.releases.rate == 0.005
-    assert "as if 5,000 of 1,000,000" in "".join(run.statement(ZERO)).lower()
+    assert "as if 5,000 of 1,000,000" in "".join(run.statement(lambda: ZERO)).lower()
     plain = privacy()
     assert plain.releases.rate == 4 / 12  # of those that can train, not of all 15
 
@@ -225,17 +225,17 @@ def test_the_run_ends_before_the_round_that_would_exceed_the_budget(tmp_path: Pa
 
 
 def test_what_is_claimed_names_what_is_not_covered() -> None:
-    said = " ".join(privacy(ClientLevel(epsilon=2.0, clip=1.0)).statement(ZERO))
+    said = " ".join(privacy(ClientLevel(epsilon=2.0, clip=1.0)).statement(lambda: ZERO))
     for part in ("delta 1e-05", "10 rounds", "4 of 12", "Not covered", "seed", "dp-accounting"):
         assert part in said
     count = sum(x.numel() for x in ZERO.values())
     sigma = privacy().multiplier
-    _, ratio, _ = privacy().statement(ZERO)
+    _, ratio, _ = privacy().statement(lambda: ZERO)
     assert f"norm {sigma * math.sqrt(count) / 4:.3g} clips" in ratio
-    nothing = privacy(replace(FIXED_CLIP, sigma=0)).statement(ZERO)
+    nothing = privacy(replace(FIXED_CLIP, sigma=0)).statement(lambda: ZERO)
     assert len(nothing) == 1
     assert "no guarantee" in nothing[0]
-    fixed = " ".join(privacy(replace(FIXED_CLIP, sampling="fixed")).statement(ZERO))
+    fixed = " ".join(privacy(replace(FIXED_CLIP, sampling="fixed")).statement(lambda: ZERO))
     assert "replaced by another" in fixed and "Rényi" in fixed
 
 

@@ -30,6 +30,7 @@ def test_a_private_run_records_its_epsilon_and_a_resumed_one_draws_the_same_nois
     assert [r["privacy/clip"] for r in cut.rounds] == [r["privacy/clip"] for r in whole.rounds]
 
 
+@pytest.mark.slow
 def test_the_run_ends_before_its_budget_is_exceeded_and_empty_rounds_go_on(federate):
     """One client in ten rounds or so: most rounds are empty and release noise alone."""
     done = federate(
@@ -75,7 +76,10 @@ def test_examples_are_private_under_both_engines_with_one_result(federate):
         (["strategy=flexlora"], "choose strategy.residual=carry"),
         (["strategy=heterolora"], "strategy.average"),
         (["robust=median"], "use robust=none"),
-        (["strategy=slora"], "its aggregator FedIT weighs clients by their examples"),
+        (
+            ["strategy=slora", "strategy@strategy.aggregator=fedit"],
+            "its aggregator FedIT weighs clients by their examples",
+        ),
         (["runtime=silos", "data=jsonl", "data.path=x.jsonl"], "use privacy=example"),
     ],
 )
