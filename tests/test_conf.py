@@ -36,6 +36,8 @@ NEEDED = {
         f"robust={name}": ["strategy=fedit"]
         for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
     },
+    "secagg=simulated": ["strategy=fedit"],
+    "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],

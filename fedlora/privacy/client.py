@@ -26,11 +26,11 @@ from fedlora.privacy.account import Releases, accountant, calibrated, required
 from fedlora.privacy.adaptive import Adaptive
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import Noise, noised, scalars, shapes_of
-from fedlora.server.composes import NOISE, SILOS, STALE, STATISTIC, Around
+from fedlora.server.composes import MASKED, NOISE, SILOS, STALE, STATISTIC, Around
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.protection import PlannedRun, PrivacySpec, Protection
+from fedlora.server.protection import SAVED, PlannedRun, PrivacySpec, Protection
 
 POISSON, FIXED, GAUSSIAN, BANDED = "poisson", "fixed", "gaussian", "banded"
 ABORTED = "privacy_aborted.json"
@@ -138,6 +138,8 @@ class ClientLevel(PrivacySpec):
         return {
             STATISTIC: "one client moves such a statistic by more than the clip; the clip is a "
             "bound of norms itself, so use robust=none",
+            MASKED: "rounding to the format of secure sums has a sensitivity that no account here "
+            "counts; use secagg=none, or privacy=example, whose clients add the noise",
             SILOS: "a few silos take part in every round, where this claim is worth nothing; use "
             "privacy=example",
             STALE: "changes that are weighted by age have no fixed bound, and their clients are "
@@ -317,10 +319,10 @@ class ClientPrivacy(Protection):
 
     # --- rounds ---------------------------------------------------------------------------------
 
-    def cohort(self, round: int) -> list[Client]:
+    def cohort(self, roster: Roster, seed: int, round: int) -> list[Client]:
         if self.spec.sampling == FIXED:
-            return cohort(self.roster, self.seed, round)
-        return poisson(self.roster, self.seed, round, self.actual_rate, self.spec.bands)
+            return cohort(roster, seed, round)
+        return poisson(roster, seed, round, self.actual_rate, self.spec.bands)
 
     def exhausted(self, done: int) -> str:
         if math.isinf(self.budget):
@@ -362,10 +364,11 @@ class ClientPrivacy(Protection):
         return found
 
     def saved(self) -> dict[str, Any]:
-        return {"clip": self.clip, "multiplier": self.multiplier}
+        return {SAVED: {"clip": self.clip, "multiplier": self.multiplier}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self.clip, self.multiplier = float(saved["clip"]), float(saved["multiplier"])
+        own = saved[SAVED]
+        self.clip, self.multiplier = float(own["clip"]), float(own["multiplier"])
 
     # --- what is said ---------------------------------------------------------------------------
 

@@ -16,14 +16,14 @@ from fedlora.algebra.summand import Summands
 from fedlora.core.checks import at_least
 from fedlora.core.example_privacy import ExamplePrivacy
 from fedlora.core.technique import default_technique
-from fedlora.core.types import Client, LocalPlan
+from fedlora.core.types import LocalPlan
 from fedlora.data.batches import num_steps
 from fedlora.models.head import FROZEN
 from fedlora.population.sampling import cohort
 from fedlora.privacy.account import Releases, accountant, calibrated, required
 from fedlora.server.composes import Around
 from fedlora.server.method import Method
-from fedlora.server.protection import PlannedRun, PrivacySpec, Protection
+from fedlora.server.protection import SAVED, PlannedRun, PrivacySpec, Protection
 
 NOT_COVERED = (
     "Not covered: the number of a client's examples and steps, its losses, tokens and failures in "
@@ -156,7 +156,9 @@ class ExampleLevelRun(Protection):
 
     def _frontier(self, rounds: int) -> list[Point]:
         """What could be told most: no other client has both a larger rate and more releases."""
-        took_part = Counter(c.id for t in range(1, rounds + 1) for c in self.cohort(t))
+        took_part = Counter(
+            c.id for t in range(1, rounds + 1) for c in cohort(self.roster, self.seed, t)
+        )
         points = {self._point(client, times) for client, times in took_part.items()}
         return _maximal(points)
 
@@ -174,9 +176,6 @@ class ExampleLevelRun(Protection):
         privacy = ExamplePrivacy(self.spec.clip, self.multiplier, self._seeded)
         return replace(base, privacy=privacy)
 
-    def cohort(self, round: int) -> list[Client]:
-        return cohort(self.roster, self.seed, round)
-
     def exhausted(self, done: int) -> str:
         if math.isinf(self.budget):
             return ""
@@ -192,10 +191,10 @@ class ExampleLevelRun(Protection):
         return {"privacy/epsilon": self.epsilon(done)} if self.multiplier else {}
 
     def saved(self) -> dict[str, Any]:
-        return {"multiplier": self.multiplier}
+        return {SAVED: {"multiplier": self.multiplier}}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        self.multiplier = float(saved["multiplier"])
+        self.multiplier = float(saved[SAVED]["multiplier"])
 
     def statement(self, zero: Callable[[], Summands]) -> list[str]:
         spec = self.spec

@@ -1,11 +1,12 @@
 """The traffic of a round for real clients, independent of what the simulation itself sends."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from fedlora.algebra.state import State
 from fedlora.core.types import Failure, TrainJob, Update
+from fedlora.secagg.cost import Traffic
 from fedlora.server.method import Method
 
 
@@ -21,6 +22,9 @@ class ByteAccount:
     """Client id -> bytes that it receives before it trains."""
     wire: str
     """Number format of payloads."""
+    sums: Mapping[int, Traffic] | None = None
+    """Client id -> the bytes of its secure sum, which are all that it sends and receives; None:
+    updates are sent."""
 
     @classmethod
     def open(
@@ -46,6 +50,8 @@ class ByteAccount:
 
     def up(self, result: Update | Failure) -> int:
         """The bytes that a client sent, accepted or not; 0 for a failed client."""
+        if self.sums is not None:
+            return _whole(self.sums, result.client.id, lambda t: t.up)
         if not isinstance(result, Update):
             return 0
         plan = self.jobs[result.client.id].plan
@@ -56,6 +62,8 @@ class ByteAccount:
 
     def down(self, result: Update | Failure) -> int:
         """The bytes that a client received: its start and, in a split round, all later messages."""
+        if self.sums is not None:
+            return _whole(self.sums, result.client.id, lambda t: t.down)
         start = self.starts[result.client.id]
         if not isinstance(result, Update):
             return start
@@ -71,6 +79,13 @@ class ByteAccount:
             "wire/up_bytes": sum(self.up(r) for r in replies.values()),
             "wire/down_bytes": sum(self.down(r) for r in replies.values()),
         }
+
+
+def _whole(
+    sums: Mapping[int, Traffic], client: int, side: Callable[[Traffic], Mapping[str, int]]
+) -> int:
+    """The bytes of all stages; 0 for a client that was not asked."""
+    return sum(side(sums[client]).values()) if client in sums else 0
 
 
 def _exchanged(result: Update, name: str) -> int:

@@ -71,12 +71,7 @@ def combine(
         return Combined(method.aggregate(state, updates), _shares(ids, weights))
     for p in postprocessors:
         weights = p.weights(weights)
-    terms = []
-    for update in updates:
-        x = _added(method, state, starts[update.client.id], update)
-        for p in postprocessors:
-            x = p.each(x, update.client, now)
-        terms.append(x)
+    terms = [added(method, state, starts[u.client.id], u, now, postprocessors) for u in updates]
     shares, weight = _shares(ids, weights), math.fsum(weights)
     if rule.acts:
         owned = owned_elements(method, state, updates, starts)
@@ -86,11 +81,53 @@ def combine(
         shares = dict(zip(ids, centre.influence, strict=True))
     else:
         summed = zero() if zero is not None and not terms else total(terms, weights)
+    return Combined(absorbed(method, state, summed, weight, now, postprocessors), shares)
+
+
+def added(
+    method: Method,
+    state: State,
+    start: Payload,
+    update: Update,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> Summands:
+    """What one client adds, after the postprocessors.
+
+    Raises:
+        RunError: if the method needs the updates themselves.
+    """
+    x = method.adds(state, start, update)
+    if x is None:
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
+    for p in postprocessors:
+        x = p.each(x, update.client, now)
+    return x
+
+
+def absorbed(
+    method: Method,
+    state: State,
+    summed: Summands,
+    weight: float,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+) -> State:
+    """The state after a sum of what clients add, and after the postprocessors.
+
+    Args:
+        method: its `absorb` is called.
+        state: from which the round began.
+        summed: ``Σ_k w_k x_k``, or what takes its place.
+        weight: ``Σ_k w_k``.
+        now: seed and round.
+        postprocessors: of the run.
+    """
     for p in postprocessors:
         weight = p.weight(weight)
     for p in reversed(postprocessors):
         summed = p.whole(summed, weight, now)
-    return Combined(method.absorb(state, summed, weight), shares)
+    return method.absorb(state, summed, weight)
 
 
 def _centre(rule: Rule, terms: Sequence[Term], now: Moment) -> Centre:
@@ -128,9 +165,12 @@ def zero_summand(method: Method, state: State, client: Client) -> Summands:
     factors = None if start.base() is None else start.low_rank()
     sent = start if factors is None else start.trained(factors)  # factors over a moved base
     try:
-        return _added(method, state, start, Update(enlisted, sent, client.num_examples))
+        found = method.adds(state, start, Update(enlisted, sent, client.num_examples))
     except TypeError as error:
         raise RunError(f"{method.label} has no empty rounds: {error}") from error
+    if found is None:
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
+    return found
 
 
 def unusable(method: Method, state: State) -> str:
@@ -147,10 +187,3 @@ def unusable(method: Method, state: State) -> str:
         return f"there is no global model: {error}"
     wrong = absurd(payload.tensors())
     return f"the global model's {wrong}" if wrong else ""
-
-
-def _added(method: Method, state: State, start: Payload, update: Update) -> Summands:
-    found = method.adds(state, start, update)
-    if found is None:
-        raise RunError(f"postprocess, privacy, robust: {method.needs_updates}")
-    return found

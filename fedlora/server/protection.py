@@ -6,7 +6,6 @@ specification becomes in a run: it knows the rounds that were released and is pa
 checkpoint. Implementations are in `fedlora.privacy`.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 
 from fedlora.algebra.summand import Summands
 from fedlora.core.types import Client, LocalPlan
-from fedlora.population.sampling import Roster
+from fedlora.population.sampling import Roster, cohort
 from fedlora.server.composes import Part
 from fedlora.server.postprocess import Postprocessor
 
 Record = Mapping[str, float | int | str]
+SAVED = "privacy"
+"""The key of a mechanism's values in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -38,38 +39,44 @@ class PlannedRun:
     """Whether clients draw from the run's seed; False: real ones, from their operating systems."""
 
 
-class Protection(ABC):
-    """The privacy of one run over its rounds."""
+class Protection:
+    """The privacy of one run over its rounds. This one protects nothing."""
 
-    @abstractmethod
     def statement(self, zero: Callable[[], Summands]) -> list[str]:
         """What is claimed, at which noise, and what is not covered; one line each.
 
         Args:
             zero: makes a summand of the run, for its number of scalars.
         """
+        return []
 
-    @abstractmethod
-    def cohort(self, round: int) -> list[Client]:
-        """The clients that take part in a round, perhaps none."""
+    def cohort(self, roster: Roster, seed: int, round: int) -> list[Client]:
+        """The clients that take part in a round, perhaps none.
 
-    @abstractmethod
+        Args:
+            roster: the population.
+            seed: of the run.
+            round: counted from 1.
+        """
+        return cohort(roster, seed, round)
+
     def exhausted(self, done: int) -> str:
         """Why no round may follow those that are done; empty: one may."""
+        return ""
 
     def release(self, round: int) -> Postprocessor | None:
         """What bounds each change of a round and what is added to their sum, the same for the same
         round, however often it is asked; None: sums are left as they are."""
         return None
 
-    def released(self, release: Postprocessor) -> None:  # noqa: B027
+    def released(self, release: Postprocessor) -> None:
         """A round was aggregated.
 
         Args:
             release: what `release` gave for it, after its use.
         """
 
-    def aborted(self) -> None:  # noqa: B027
+    def aborted(self) -> None:
         """A round was ended because too few clients succeeded."""
 
     def plan(self, base: LocalPlan) -> LocalPlan:
@@ -80,25 +87,27 @@ class Protection(ABC):
         """
         return base
 
-    @abstractmethod
     def record(self, done: int) -> Record:
         """Metrics after a round, for its record.
 
         Args:
             done: rounds, with this one.
         """
+        return {}
 
-    @abstractmethod
     def saved(self) -> dict[str, Any]:
-        """Plain values for the checkpoint."""
+        """Plain values for the checkpoint, by keys of its own."""
+        return {}
 
-    @abstractmethod
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on after a checkpoint.
 
         Args:
-            saved: what `saved` returned then.
+            saved: what the checkpoint has beside the state.
         """
+
+
+UNPROTECTED = Protection()
 
 
 @dataclass(frozen=True)
@@ -110,10 +119,10 @@ class PrivacySpec(Part):
         """The value of the group ``privacy`` that chooses it; empty: it protects nothing."""
         return ""
 
-    def begin(self, run: PlannedRun) -> Protection | None:
-        """The protection of a run; None: sessions need not know of it.
+    def begin(self, run: PlannedRun) -> Protection:
+        """The protection of a run.
 
         Raises:
             ValueError: one sentence, if the specification cannot be met.
         """
-        return None
+        return UNPROTECTED

@@ -7,7 +7,7 @@ driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results o
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from fedlora.algebra.state import State
@@ -26,15 +26,18 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.population.sampling import Roster, cohort, panel
+from fedlora.population.sampling import Roster, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.secagg.config import REAL, SecAgg
+from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
+from fedlora.server.average import usable_average
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, Combined, combine, unusable, zero_summand
+from fedlora.server.combine import Combined, zero_summand
 from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
@@ -46,7 +49,7 @@ from fedlora.server.evaluation_round import (
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.protection import Protection
+from fedlora.server.protection import UNPROTECTED, Protection
 from fedlora.server.round_metrics import (
     diagnosis,
     engine_record,
@@ -54,6 +57,7 @@ from fedlora.server.round_metrics import (
     training_record,
 )
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.secure_sum import SumPlan, after_sum, simulated_round
 from fedlora.server.training_round import (
     Replies,
     TrainingRound,
@@ -67,6 +71,7 @@ from fedlora.server.training_round import (
     validate,
     with_collusion,
     with_residuals,
+    withheld,
 )
 from fedlora.server.validation import absurd
 from fedlora.wire.messages import Glance
@@ -74,8 +79,6 @@ from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
-PRIVACY = "privacy"
-"""The key of the privacy mechanism's values in a checkpoint."""
 CLIENT_STATE = "client_state"
 """The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
@@ -103,14 +106,16 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
-    privacy: Protection | None = None
-    """Who takes part and what hides each client's change in the sum; None: all as configured."""
+    privacy: Protection = UNPROTECTED
+    """Who takes part, and what hides each client's change in the sum."""
     robust: Rule = NO_RULE
     """What takes the place of the method's mean."""
     compression: Compression = NO_COMPRESSION
     """The formats of changes on the wire."""
     squad: Squad = NOBODY
     """The clients that attack; what they do together is done here."""
+    secagg: SecAgg = field(default_factory=SecAgg)
+    """How sums are secure, or simulated to be."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
@@ -126,6 +131,8 @@ class Session:
 
     def __post_init__(self) -> None:
         self.robust.check(self.roster.per_round)
+        if self.secagg.on:
+            self.secagg.check_cohort(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
@@ -157,8 +164,7 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
-        if self.privacy is not None:
-            self.privacy.restore(found.extra[PRIVACY])
+        self.privacy.restore(found.extra)
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
@@ -185,7 +191,7 @@ class Session:
         """
         if self.done >= self.rounds.rounds:
             return ""
-        if self.privacy is not None and (why := self.privacy.exhausted(self.done)):
+        if why := self.privacy.exhausted(self.done):
             return why
         if self.watch is None:
             return ""
@@ -261,22 +267,17 @@ class Session:
 
     def claims(self) -> list[str]:
         """What is claimed of the run's privacy, line by line; nothing without any."""
-        if self.privacy is None:
-            return []
         first = self.roster.clients[0]
         return self.privacy.statement(lambda: zero_summand(self.method, self.state, first))
 
     def drawn(self, round: int) -> list[Client]:
         """The clients of a round."""
-        if self.privacy is not None:
-            return self.privacy.cohort(round)
-        return cohort(self.roster, self.setting.seed, round)
+        return self.privacy.cohort(self.roster, self.setting.seed, round)
 
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        if self.privacy is not None:
-            plan = self.privacy.plan(plan)
+        plan = self.privacy.plan(plan)
         clients = self.drawn(round)
         kept = self.client_store.get
         jobs = training_jobs(
@@ -290,7 +291,20 @@ class Session:
         weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
         return self._packing.training(jobs, weights)
 
-    def finish_training(self, results: Iterable[Update | Failure], state: State) -> Record:
+    def sum_plan(self, jobs: Sequence[TrainJob]) -> SumPlan:
+        """The secure sum of the current round.
+
+        Args:
+            jobs: of the clients that are asked, by id, at least one.
+        """
+        assert self._current is not None
+        account, ranks = self._current.account, self.setting.max_ranks
+        run = self.secagg, self.method, self.state, jobs, self.postprocess
+        return SumPlan.open(*run, ranks, account.starts, self.safe())
+
+    def finish_training(
+        self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
+    ) -> Record:
         """Validate and aggregate a round's results, write the records and the checkpoint.
 
         Clients without a reply count as failed.
@@ -299,77 +313,73 @@ class Session:
             results: the results of the round's clients.
             state: the state into which they are aggregated: that of the round's start, or the one
                 that a split round returned (`fedlora.server.method.RoundOutcome`).
+            summed: the secure sum that the updates went into; None: they are here.
 
         Raises:
             RunError: if too few clients succeeded. Completed rounds stay on disk.
         """
         current, arrived = self._current, time.monotonic()
         assert current is not None
-        sent = with_collusion(self.squad, current, collect(current, results))
-        replies = validate(current, sent, self.rounds, self.setting)
+        found = collect(current, results)
+        if summed is None:
+            found = with_collusion(self.squad, current, found)
+            replies = validate(current, found, self.rounds, self.setting)
+        else:
+            replies = withheld(current, found, self.setting)
         if state is not self.state and (wrong := absurd(state.items())):
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
-        release = None if self.privacy is None else self.privacy.release(current.round)
-        combined, replies = self._aggregate(current, replies, state, release)
+        release = self.privacy.release(current.round)
+        if self.secagg.on:
+            combined, replies, summed = self._absorb(current, replies, state, summed)
+            account = replace(current.account, sums=summed.traffic)
+            current = replace(current, account=account)
+        else:
+            combined, replies = usable_average(
+                self.method,
+                state,
+                current,
+                replies,
+                now=Moment(self.setting.seed, current.round),
+                rounds=self.rounds,
+                postprocessors=self.postprocess,
+                release=release,
+                rule=self.robust,
+                zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
+                safe=self.safe(),
+            )
         self.tracker.clients(client_rows(current, replies))
-        if self.privacy is not None and not enough(current, replies, self.rounds):
+        if not enough(current, replies, self.rounds):
             self.privacy.aborted()
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        if self.privacy is not None and release is not None:
+        if release is not None:
             self.privacy.released(release)
         before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
+        record |= {} if summed is None else summed.record()
         record |= influence_record(self.robust, combined.influence)
         record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
         return record
 
-    def _aggregate(
-        self,
-        current: TrainingRound,
-        replies: Replies,
-        state: State,
-        release: Postprocessor | None = None,
-    ) -> tuple[Combined, Replies]:
-        """The next state, from which clients can go on, and the replies without those that would
-        have spoiled it; the state as it was if too few are left.
-
-        Args:
-            current: the round.
-            replies: its results, validated.
-            state: into which they are aggregated.
-            release: bounds each change last and adds noise to their sum first; None: no privacy.
+    def _absorb(
+        self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
+    ) -> tuple[Combined, Replies, Summed]:
+        """The next state from a secure sum, the replies of those in it, and the sum; it is
+        simulated unless it has been computed.
 
         Raises:
-            RunError: if a private round gives no usable state: leaving out whom it fits least would
-                tell about the others.
+            RunError: if too few clients are in it, or no client could go on from the state.
         """
-        private = [] if release is None else [release]
-        while enough(current, replies, self.rounds):
-            try:
-                found = combine(
-                    self.method,
-                    state,
-                    replies.updates,
-                    Moment(self.setting.seed, current.round),
-                    starts={i: job.start for i, job in current.jobs.items()},
-                    postprocessors=[*self.postprocess, *private],
-                    rule=self.robust,
-                    zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
-                )
-                wrong = unusable(self.method, found.state)
-            except NUMERICAL as error:
-                wrong = f"the average cannot be computed: {error}"
-            if not wrong:
-                return found, replies
-            if private:
-                raise RunError(f"round {current.round}: under privacy, {wrong}. {self.safe()}")
-            replies = replies.without_furthest(wrong)
-        return Combined(state, {}), replies
+        if summed is None:
+            asked = [j for i, j in current.jobs.items() if i in replies.asked]
+            replies, summed = simulated_round(self.sum_plan(asked), replies)
+        now = Moment(self.setting.seed, current.round)
+        after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())
+        return Combined(after, summed.influence), replies, summed
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.
@@ -388,15 +398,14 @@ class Session:
         record |= current.account.record(replies.by_client)
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
-        starts = {i: job.start for i, job in current.jobs.items()}
-        if updates:
+        if self.secagg.kind != REAL and updates:  # with REAL the updates are not known
+            starts = {i: job.start for i, job in current.jobs.items()}
             record |= diagnosis(self.method, self.state, self.setting, updates, starts)
             record |= self.analyses.record(
                 self.method, self.state, self.setting, current.round, updates, starts
             )
         record |= self.method.report(self.state)
-        if self.privacy is not None:
-            record |= self.privacy.record(current.round)
+        record |= self.privacy.record(current.round)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)
         if self.audit is not None:
@@ -419,8 +428,7 @@ class Session:
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra=({CLIENT_STATE: index} if index else {})
-            | ({} if self.privacy is None else {PRIVACY: self.privacy.saved()}),
+            extra=({CLIENT_STATE: index} if index else {}) | self.privacy.saved(),
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])

@@ -1,8 +1,9 @@
 """One round of training: its jobs, the acceptance of replies, and its record."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -18,11 +19,15 @@ from fedlora.server.byte_account import ByteAccount
 from fedlora.server.client_state import STARTS, WIRE, ClientStore
 from fedlora.server.gauge import turned_back
 from fedlora.server.method import Method
-from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move
+from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move, steps_of
 from fedlora.server.schedule import Rounds
 from fedlora.server.validation import absurd, check_update
 
 log = logging.getLogger(__name__)
+
+
+UNASKED = ("Unavailable", "LeftOut")
+"""Kinds of failures of clients that were sent nothing."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,12 @@ class Replies:
     """What the accepted ones were compared with."""
 
     @property
+    def asked(self) -> frozenset[int]:
+        """The clients that were sent something."""
+        unasked = {f.client.id for f in self.failures if f.kind in UNASKED}
+        return frozenset(self.by_client.keys() - unasked)
+
+    @property
     def updates(self) -> list[Update]:
         """The accepted updates."""
         return [m.update for m in self.moves]
@@ -68,6 +79,16 @@ class Replies:
             if m.update.client.id in refused
         ]
         return replace(self, moves=kept, failures=[*self.failures, *more])
+
+    def only(self, clients: Collection[int], lost: Sequence[Failure]) -> "Replies":
+        """The replies whose updates went into a secure sum.
+
+        Args:
+            clients: in the sum.
+            lost: failures of the others that were accepted.
+        """
+        kept = [m for m in self.moves if m.update.client.id in clients]
+        return replace(self, moves=kept, failures=[*self.failures, *lost])
 
     def without_furthest(self, why: str) -> "Replies":
         """The replies without the update that moved furthest.
@@ -268,6 +289,23 @@ def _check_factors(moved: Move, most: float) -> None:
         )
 
 
+def withheld(
+    current: TrainingRound, by_client: Mapping[int, Update | Failure], setting: Setting
+) -> Replies:
+    """The replies of a round whose updates went into a secure sum: nothing of them is known but
+    their clients' reports."""
+    moves, failures = [], []
+    for i, result in by_client.items():
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        job = current.jobs[i]
+        expected = Expected(job.client, job.start, job.plan, setting.density)
+        steps = steps_of(job.client.num_examples, expected)
+        moves.append(Move(result, math.nan, math.nan, steps, 1))
+    return Replies(by_client, moves, failures, NormBound({}))
+
+
 def _rejected(client: Client, reason: str) -> Failure:
     return Failure(client, "RejectedUpdate", one_line(reason, 1000))
 
@@ -305,7 +343,9 @@ def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, obje
         }
 
     rows = [
-        row(m.update.client, m.update.metrics) | {"change_norm": m.weights} for m in replies.moves
+        row(m.update.client, m.update.metrics)
+        | ({"change_norm": m.weights} if math.isfinite(m.weights) else {})
+        for m in replies.moves
     ]
     return rows + [
         row(f.client, {}) | {"failure": f.kind, "message": f.message} for f in replies.failures

@@ -151,6 +151,7 @@ def new_session(
             robust=parts.robust,
             compression=parts.compression,
             squad=inputs.worker.attack or NOBODY,
+            secagg=parts.secagg,
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,

@@ -21,8 +21,9 @@ from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
 from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
+from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
-from fedlora.server.composes import SILOS, STATISTIC, Around, Part, Trait, check_composition
+from fedlora.server.composes import MASKED, SILOS, STATISTIC, Around, Part, Trait, check_composition
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
@@ -35,6 +36,7 @@ from simulations.app.compression import check_compression
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.secagg_checks import check_secagg
 from simulations.app.silo_checks import check_silos
 from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
@@ -68,6 +70,7 @@ class Parts:
     robust: Rule
     attack: Attack
     compression: Compression
+    secagg: SecAgg
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -82,6 +85,8 @@ class Parts:
             found[f"privacy={self.privacy.words}"] = self.privacy
         if self.robust.acts:
             found[f"robust={type(self.robust).__name__.lower()}"] = Trait(STATISTIC, sums=True)
+        if self.secagg.on:
+            found[f"secagg={self.secagg.kind}"] = Trait(MASKED)
         if isinstance(self.runtime, SiloRuntime):
             found["runtime=silos"] = Trait(SILOS)
         return found
@@ -125,6 +130,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     parts = with_attack_measured(parts)
     _check_strategy(parts)
     check_compression(parts)
+    check_secagg(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -197,6 +203,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         robust=part("robust", Rule),
         attack=part("attack", Attack),
         compression=part("compression", Compression),
+        secagg=part("secagg", SecAgg),
         resolved=resolved,
     )
 

@@ -242,7 +242,7 @@ def test_what_is_claimed_names_what_is_not_covered() -> None:
 def test_the_noise_of_fixed_cohorts_is_accounted_over_twice_the_clip() -> None:
     run = privacy(replace(FIXED_CLIP, sampling="fixed"))
     assert run.epsilon(5) > privacy().epsilon(5)
-    assert len(run.cohort(1)) == 4
+    assert len(run.cohort(run.roster, 7, 1)) == 4
 
 
 @pytest.mark.parametrize(

@@ -118,13 +118,13 @@ FAULTS = [
     # The account is lost on resume, or an aborted round is.
     (
         client.ClientPrivacy.restore,
-        'float(saved["clip"])',
+        'float(own["clip"])',
         "self.clip",
         RESUMED,
     ),
     (
         client.ClientPrivacy.restore,
-        'float(saved["multiplier"])',
+        'float(own["multiplier"])',
         "self.multiplier",
         RESUMED,
     ),

@@ -76,6 +76,7 @@ def test_examples_are_private_under_both_engines_with_one_result(federate):
         (["strategy=flexlora"], "choose strategy.residual=carry"),
         (["strategy=heterolora"], "strategy.average"),
         (["robust=median"], "use robust=none"),
+        (["secagg=simulated"], "use secagg=none, or privacy=example"),
         (
             ["strategy=slora", "strategy@strategy.aggregator=fedit"],
             "its aggregator FedIT weighs clients by their examples",
