@@ -267,8 +267,8 @@ class Session:
 
     def claims(self) -> list[str]:
         """What is claimed of the run's privacy, line by line; nothing without any."""
-        first = self.roster.clients[0]
-        return self.privacy.statement(lambda: zero_summand(self.method, self.state, first))
+        client = self.roster.clients[0]
+        return self.privacy.statement(lambda: zero_summand(self.method, self.state, client))
 
     def drawn(self, round: int) -> list[Client]:
         """The clients of a round."""
@@ -277,8 +277,7 @@ class Session:
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        plan = self.privacy.plan(plan)
-        clients = self.drawn(round)
+        plan, clients = self.privacy.plan(plan), self.drawn(round)
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
@@ -305,9 +304,8 @@ class Session:
     def finish_training(
         self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
     ) -> Record:
-        """Validate and aggregate a round's results, write the records and the checkpoint.
-
-        Clients without a reply count as failed.
+        """Validate and aggregate a round's results, write the records and the checkpoint. Clients
+        without a reply count as failed.
 
         Args:
             results: the results of the round's clients.

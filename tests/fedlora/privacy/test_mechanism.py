@@ -120,7 +120,7 @@ def test_under_bands_a_client_takes_part_every_so_many_rounds_at_most() -> None:
     run = privacy(spec, trainable=30, per_round=5)
     assert run.actual_rate == 0.5
     assert run.cohort_size == 5
-    rounds = [{c.id for c in run.cohort(t)} for t in range(1, 31)]
+    rounds = [{c.id for c in run.cohort(run.roster, 7, t)} for t in range(1, 31)]
     assert all(a.isdisjoint(b | c) for a, b, c in zip(rounds, rounds[1:], rounds[2:], strict=False))
     assert 3 <= sum(map(len, rounds)) / 30 <= 7
     assert (run.releases.rate, run._events(9)) == (0.5, 3)
