@@ -26,7 +26,7 @@ from fedlora.privacy.account import Releases, accountant, calibrated, required
 from fedlora.privacy.adaptive import Adaptive
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import Noise, noised, scalars, shapes_of
-from fedlora.server.composes import MASKED, NOISE, SILOS, STALE, STATISTIC, Around
+from fedlora.server.composes import MASKED, NOISE, SILOS, STALE, STATISTIC, VIRTUAL_TIME, Around
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -138,6 +138,8 @@ class ClientLevel(PrivacySpec):
         return {
             STATISTIC: "one client moves such a statistic by more than the clip; the clip is a "
             "bound of norms itself, so use robust=none",
+            VIRTUAL_TIME: "devices decide who takes part, which no account here knows; use "
+            "devices=none",
             MASKED: "rounding to the format of secure sums has a sensitivity that no account here "
             "counts; use secagg=none, or privacy=example, whose clients add the noise",
             SILOS: "a few silos take part in every round, where this claim is worth nothing; use "

@@ -21,7 +21,7 @@ from fedlora.data.batches import num_steps
 from fedlora.models.head import FROZEN
 from fedlora.population.sampling import cohort
 from fedlora.privacy.account import Releases, accountant, calibrated, required
-from fedlora.server.composes import Around
+from fedlora.server.composes import VIRTUAL_TIME, Around
 from fedlora.server.method import Method
 from fedlora.server.protection import SAVED, PlannedRun, PrivacySpec, Protection
 
@@ -70,6 +70,13 @@ class ExampleLevel(PrivacySpec):
     def on_summands(self) -> bool:
         """Clients add noise themselves, so any average of theirs is protected."""
         return False
+
+    @property
+    def refuses(self) -> Mapping[str, str]:
+        return {
+            VIRTUAL_TIME: "devices decide who takes part, which no account here knows; use "
+            "devices=none",
+        }
 
     def check(self, around: Around) -> None:
         strategy, setup = around.strategy, around.setup

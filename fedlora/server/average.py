@@ -3,10 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from fedlora.algebra.state import State
-from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
 from fedlora.robust.rule import Rule
-from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
+from fedlora.server.combine import NUMERICAL, Combined, unusable
 from fedlora.server.method import Method
 from fedlora.server.postprocess import Moment, Postprocessor
 from fedlora.server.schedule import Rounds
@@ -19,12 +18,12 @@ def usable_average(
     current: TrainingRound,
     replies: Replies,
     *,
+    average: Callable[..., Combined],
     now: Moment,
     rounds: Rounds,
     postprocessors: Sequence[Postprocessor],
     release: Postprocessor | None,
     rule: Rule,
-    zero: Callable[[], Summands],
     safe: str,
 ) -> tuple[Combined, Replies]:
     """The next state, from which clients can go on, and the replies without those that would have
@@ -35,23 +34,23 @@ def usable_average(
         state: into which the updates are aggregated.
         current: the round.
         replies: its results, validated.
+        average: as `fedlora.server.combine.combine`.
         now: seed and round.
         rounds: how many clients must succeed.
         postprocessors: of the run.
         release: bounds each change last and adds noise to their sum first; None: no privacy.
         rule: what takes the place of the mean.
-        zero: makes the summand of a client that did not move, for a round without clients.
         safe: what of the run is on disk, for messages.
 
     Raises:
-        RunError: if a private round gives no usable state: leaving out whom it fits least would
-            tell about the others.
+        RunError: if no update is left, or a private round gives no usable state: leaving out whom
+            it fits least would tell about the others.
     """
     between = [*postprocessors, *([] if release is None else [release])]
     starts = {i: job.start for i, job in current.jobs.items()}
     while enough(current, replies, rounds):
         try:
-            found = combine(
+            found = average(
                 method,
                 state,
                 replies.updates,
@@ -59,7 +58,6 @@ def usable_average(
                 starts=starts,
                 postprocessors=between,
                 rule=rule,
-                zero=zero,
             )
             wrong = unusable(method, found.state)
         except NUMERICAL as error:
@@ -68,5 +66,7 @@ def usable_average(
             return found, replies
         if release is not None:
             raise RunError(f"round {current.round}: under privacy, {wrong}. {safe}")
+        if not replies.moves:
+            raise RunError(f"round {current.round}: {wrong}. {safe}")
         replies = replies.without_furthest(wrong)
     return Combined(state, {}), replies

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedlora.algebra.state import State
 from fedlora.core.types import Failure, TrainJob, Update
@@ -22,6 +22,9 @@ class ByteAccount:
     """Client id -> bytes that it receives before it trains."""
     wire: str
     """Number format of payloads."""
+    charged: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """Client id -> bytes down and up of clients that were asked and did not train
+    (`fedlora.server.virtual_time`)."""
     sums: Mapping[int, Traffic] | None = None
     """Client id -> the bytes of its secure sum, which are all that it sends and receives; None:
     updates are sent."""
@@ -50,6 +53,8 @@ class ByteAccount:
 
     def up(self, result: Update | Failure) -> int:
         """The bytes that a client sent, accepted or not; 0 for a failed client."""
+        if result.client.id in self.charged:
+            return self.charged[result.client.id][1]
         if self.sums is not None:
             return _whole(self.sums, result.client.id, lambda t: t.up)
         if not isinstance(result, Update):
@@ -62,6 +67,8 @@ class ByteAccount:
 
     def down(self, result: Update | Failure) -> int:
         """The bytes that a client received: its start and, in a split round, all later messages."""
+        if result.client.id in self.charged:
+            return self.charged[result.client.id][0]
         if self.sums is not None:
             return _whole(self.sums, result.client.id, lambda t: t.down)
         start = self.starts[result.client.id]

@@ -24,8 +24,6 @@ from fedlora.core.types import (
 from fedlora.robust.rule import Rule
 from fedlora.server.method import Method
 
-LOSSES = ("loss", "loss_first", "loss_last")
-
 
 def training_record(
     round: int, updates: Sequence[Update], failures: Sequence[Failure], seconds: float
@@ -46,13 +44,14 @@ def training_record(
         values = [u.metrics.get(name, 0.0) for u in updates]
         return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
 
+    losses = ("loss", "loss_first", "loss_last") if updates else ()
     return {
         "kind": "round",
         "round": round,
         "clients": len(updates),
         "failed": len(failures) - rejected,
         "rejected": rejected,
-        **({f"train/{name}": mean(name) for name in LOSSES} if updates else {}),
+        **{f"train/{name}": mean(name) for name in losses},
         "train/tokens": tokens,
         "round/train_seconds": seconds,
         "round/clients_per_second": (len(updates) + len(failures)) / max(seconds, 1e-9),

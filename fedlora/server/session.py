@@ -8,7 +8,11 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fedlora.algebra.state import State
 from fedlora.attack.base import NOBODY, Squad
@@ -37,10 +41,11 @@ from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
 from fedlora.server.average import usable_average
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import Combined, zero_summand
+from fedlora.server.combine import Combined, combine, zero_summand
 from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
+    evaluated_pairs,
     evaluation_jobs,
     evaluation_record,
     evaluation_rows,
@@ -74,11 +79,14 @@ from fedlora.server.training_round import (
     withheld,
 )
 from fedlora.server.validation import absurd
+from fedlora.server.virtual_time import VirtualTime
 from fedlora.wire.messages import Glance
 from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
+VIRTUAL = "virtual"
+"""The key of the virtual clock in a checkpoint."""
 CLIENT_STATE = "client_state"
 """The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
@@ -122,6 +130,8 @@ class Session:
     """What clients hold: what they say of it is compared with it; None: it is not known."""
     watch: Watch | None = None
     """What ends the run early; None: nothing does."""
+    virtual: VirtualTime | None = None
+    """The clock of a run whose clients have devices; None: rounds take no virtual time."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -165,6 +175,8 @@ class Session:
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
         self.privacy.restore(found.extra)
+        if self.virtual is not None:
+            self.virtual.restore(found.extra[VIRTUAL], found.beside)
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
@@ -173,13 +185,7 @@ class Session:
         was killed between a checkpoint and its evaluation."""
         due = self.schedule.due(self.done, self.rounds.rounds)
         panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
-        return due and bool(panels - self._evaluated_pairs(self.done))
-
-    def _evaluated_pairs(self, round: int) -> set[tuple[str, str]]:
-        """The (group, adapter) pairs of a round that metrics.jsonl already holds."""
-        records = read_jsonl(self.folder / "metrics.jsonl")
-        mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
-        return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+        return due and bool(panels - evaluated_pairs(self.folder, self.done))
 
     # --- early stopping -----------------------------------------------------------------------
 
@@ -260,24 +266,38 @@ class Session:
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
     def on_step(self, step: int, steps: int, loss: float) -> None:
-        """Show progress in a round whose clients take their steps together."""
+        """Show progress in a round whose clients step together."""
         self._progress.on_step(step, steps, loss)
 
     # --- training -----------------------------------------------------------------------------
 
     def claims(self) -> list[str]:
         """What is claimed of the run's privacy, line by line; nothing without any."""
-        client = self.roster.clients[0]
-        return self.privacy.statement(lambda: zero_summand(self.method, self.state, client))
+        method, client = self.method, self.roster.clients[0]
+        return self.privacy.statement(lambda: zero_summand(method, self.state, client))
 
     def drawn(self, round: int) -> list[Client]:
-        """The clients of a round."""
+        """The clients that a round asks."""
+        if self.virtual is not None:
+            return self.virtual.drawn(self.roster, self.setting.seed, round)[1]
         return self.privacy.cohort(self.roster, self.setting.seed, round)
 
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
-        seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        plan, clients = self.privacy.plan(plan), self.drawn(round)
+        if self.virtual is None:
+            current = self._made(round, self.drawn(round))
+        else:
+            made = partial(self._made, round)
+            current = self.virtual.open(self.roster, self.setting.seed, round, made)
+        self._current, jobs = current, list(current.jobs.values())
+        self._begin_phase(round, "train", len(jobs))
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+        return self._packing.training(jobs, weights)
+
+    def _made(self, round: int, clients: Sequence[Client]) -> TrainingRound:
+        """The round of these clients, which begins now."""
+        seed = self.setting.seed
+        plan = self.privacy.plan(self.rounds.plan(self.plan, round))
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
@@ -285,10 +305,7 @@ class Session:
         if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
         jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
-        self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire, down)
-        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
-        return self._packing.training(jobs, weights)
+        return begin(self.method, self.state, jobs, round, self.rounds.wire, down)
 
     def sum_plan(self, jobs: Sequence[TrainJob]) -> SumPlan:
         """The secure sum of the current round.
@@ -339,12 +356,12 @@ class Session:
                 state,
                 current,
                 replies,
+                average=self._combine(state),
                 now=Moment(self.setting.seed, current.round),
                 rounds=self.rounds,
                 postprocessors=self.postprocess,
                 release=release,
                 rule=self.robust,
-                zero=lambda: zero_summand(self.method, state, self.roster.clients[0]),
                 safe=self.safe(),
             )
         self.tracker.clients(client_rows(current, replies))
@@ -362,6 +379,13 @@ class Session:
         record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
         return record
+
+    def _combine(self, state: State) -> Callable[..., Combined]:
+        """What makes the next state of a round's updates."""
+        if self.virtual is not None:
+            return self.virtual.combine
+        nothing = partial(zero_summand, self.method, state, self.roster.clients[0])
+        return partial(combine, zero=nothing)
 
     def _absorb(
         self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
@@ -393,12 +417,16 @@ class Session:
         record |= engine_record(updates, self._notes)
         if replies.bound.median:
             record["round/median_change_norm"] = replies.bound.median
-        record |= current.account.record(replies.by_client)
+        record |= current.account.record({**replies.by_client, **current.absent})
+        record |= {**current.timing, **(self.virtual.report() if self.virtual else {})}
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
-        if self.secagg.kind != REAL and updates:  # with REAL the updates are not known
-            starts = {i: job.start for i, job in current.jobs.items()}
+        starts = {i: job.start for i, job in current.jobs.items()}
+        known = bool(updates) and self.secagg.kind != REAL  # whose sum alone is seen
+        mixed = self.virtual is not None and self.virtual.mixes
+        if known and not mixed:  # of one state alone is there an exact mean
             record |= diagnosis(self.method, self.state, self.setting, updates, starts)
+        if known:
             record |= self.analyses.record(
                 self.method, self.state, self.setting, current.round, updates, starts
             )
@@ -420,13 +448,19 @@ class Session:
         """
         self.tracker.round(record)
         folder, index = self.folder / "checkpoints", self.client_store.index()
+        extra: dict[str, Any] = {CLIENT_STATE: index} if index else {}
+        beside: dict[str, Tensor] = {}
+        if self.virtual is not None:
+            self.virtual.close()
+            extra[VIRTUAL], beside = self.virtual.saved()
         checkpoint.save(
             folder,
             current.round,
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra=({CLIENT_STATE: index} if index else {}) | self.privacy.saved(),
+            extra=extra | self.privacy.saved(),
+            beside=beside,
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])
@@ -447,7 +481,7 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        evaluated = self._evaluated_pairs(round)
+        evaluated = evaluated_pairs(self.folder, round)
         for group in self.schedule.groups:
             for adapter in self.schedule.adapters:
                 if (group, adapter) in evaluated:

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
@@ -40,6 +40,13 @@ class TrainingRound:
     account: ByteAccount
     started: float
     """Start of the round in seconds of the monotonic clock."""
+    absent: Mapping[int, Failure] = field(default_factory=dict)
+    """Clients that were asked and have no job, for their results would not arrive in time
+    (`fedlora.server.virtual_time`)."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """What the round's record says of virtual time."""
+    about: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    """Client id -> more of its row in clients.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -331,16 +338,20 @@ def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, obje
     """One row per client for clients.jsonl, accepted clients first. What the server knows wins over
     what a client says."""
 
+    by_client = {**replies.by_client, **current.absent}
+
     def row(client: Client, said: Mapping[str, object]) -> dict[str, object]:
-        reply = replies.by_client[client.id]
-        return {"round": current.round, "examples": client.num_examples, **said} | {
+        reply = by_client[client.id]
+        known: dict[str, object] = {
             "round": current.round,
             "client": client.id,
             "tier": client.tier,
             "rank": client.ranks.label,
             "bytes_down": current.account.down(reply),
             "bytes_up": current.account.up(reply),
+            **current.about.get(client.id, {}),
         }
+        return {"round": current.round, "examples": client.num_examples, **said} | known
 
     rows = [
         row(m.update.client, m.update.metrics)
@@ -348,7 +359,8 @@ def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, obje
         for m in replies.moves
     ]
     return rows + [
-        row(f.client, {}) | {"failure": f.kind, "message": f.message} for f in replies.failures
+        row(f.client, {}) | {"failure": f.kind, "message": f.message}
+        for f in (*replies.failures, *current.absent.values())
     ]
 
 

@@ -21,6 +21,7 @@ from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.tracking import Trackers, missing_rounds, track
+from fedlora.server.buffered import check_averages
 from fedlora.server.flower import FederatedRun
 from fedlora.server.homes import Homes
 from fedlora.server.protection import PlannedRun
@@ -133,9 +134,12 @@ def new_session(
     )
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
+        method, setting = method_of(parts, inputs), inputs.setting(parts)
+        if parts.buffered is not None:
+            check_averages(method, setting)
         return Session(
-            method=method_of(parts, inputs),
-            setting=inputs.setting(parts),
+            method=method,
+            setting=setting,
             roster=roster,
             plan=parts.client,
             schedule=parts.evaluate,
@@ -155,6 +159,7 @@ def new_session(
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,
+            virtual=inputs.virtual,
             emit=emit,
         )
     except ValueError as error:

@@ -13,6 +13,7 @@ from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.data.source import Source
+from fedlora.devices.table import Devices
 from fedlora.engine.base import EngineSpec
 from fedlora.evaluation.scorers import DEFAULT, scorers_of
 from fedlora.models.head import AVERAGED, FROZEN, LOCAL
@@ -23,16 +24,28 @@ from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
 from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
-from fedlora.server.composes import MASKED, SILOS, STATISTIC, Around, Part, Trait, check_composition
+from fedlora.server.buffered import Buffered
+from fedlora.server.composes import (
+    MASKED,
+    SILOS,
+    STALE,
+    STATISTIC,
+    VIRTUAL_TIME,
+    Around,
+    Part,
+    Trait,
+    check_composition,
+)
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.protection import PrivacySpec
-from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.schedule import BUFFERED, EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.tensors import Compression
 from simulations.app.compose import CONF
 from simulations.app.compression import check_compression
+from simulations.app.device_checks import check_devices
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
@@ -71,6 +84,7 @@ class Parts:
     attack: Attack
     compression: Compression
     secagg: SecAgg
+    devices: Devices | None
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
 
@@ -89,7 +103,29 @@ class Parts:
             found[f"secagg={self.secagg.kind}"] = Trait(MASKED)
         if isinstance(self.runtime, SiloRuntime):
             found["runtime=silos"] = Trait(SILOS)
+        if self.buffered is not None:
+            found["federation.mode=buffered"] = Trait(STALE)
+        if self.devices is not None:
+            found["devices"] = Trait(VIRTUAL_TIME)
         return found
+
+    @property
+    def buffered(self) -> Buffered | None:
+        """How results are buffered; None: rounds are synchronous.
+
+        Raises:
+            ValueError: naming a setting that makes no sense.
+        """
+        rounds = self.federation
+        if rounds.mode != BUFFERED:
+            return None
+        return Buffered(
+            rounds.buffer,
+            rounds.concurrency,
+            rounds.staleness,
+            rounds.max_staleness,
+            rounds.normalise,
+        )
 
     @property
     def watch(self) -> Watch | None:
@@ -131,6 +167,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_strategy(parts)
     check_compression(parts)
     check_secagg(parts)
+    check_devices(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -204,6 +241,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
         attack=part("attack", Attack),
         compression=part("compression", Compression),
         secagg=part("secagg", SecAgg),
+        devices=part("devices", Devices) if cfg.devices else None,
         resolved=resolved,
     )
 
