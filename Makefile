@@ -20,7 +20,7 @@ setup: $(STAMP)  ## install everything into .venv (or the active environment), o
 $(STAMP): pyproject.toml requirements.in constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip > /dev/null
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks]'
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,notebooks,privacy]'
 	@touch $@
 
 run: setup  ## the default experiment; `make run ARGS="strategy=flexlora rounds=20"` changes it
@@ -77,7 +77,7 @@ bench: setup  ## the benchmarks; `make bench ARGS=...` passes options to each
 
 lock:  ## renew constraints.txt from the newest versions that pyproject.toml and requirements.in allow
 	$(PYTHON) -m venv --clear build/lock
-	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,smollm2,joblib,slurm]'
+	build/lock/bin/python -m pip install --quiet '.[dev,notebooks,privacy,smollm2,joblib,slurm]'
 	( sed '/^$$/q' constraints.txt; \
 	  build/lock/bin/python -m pip freeze --all --exclude fedlora --exclude pip \
 	  | sed -e '/^nvidia-/d' -e '/^cuda-/d' -e '/^triton==/d' -e 's/+[a-z0-9.]*$$//' ) > build/constraints.txt

@@ -51,8 +51,8 @@ class Local(LoRAStrategy):
     @property
     def needs_updates(self) -> str:
         return (
-            "strategy local sends no update that a postprocessor could change; choose "
-            "postprocess=none and robust=none"
+            "strategy local sends no update that could be changed on its way; choose none, or "
+            "strategy=fedit"
         )
 
     def kept(

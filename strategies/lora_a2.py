@@ -15,6 +15,7 @@ Adaptation with Heterogeneous Clients", ACL 2025, arXiv:2410.22815. See docs/fid
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -58,6 +59,7 @@ GLOBAL, SCHEDULE = "global/", "ba"
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LoRAA2(LoRAStrategy):
+    chooses: ClassVar[bool] = True
     global_rank: int = 0
     """Rank of the server's factors, at most what a module can hold; 0: the largest rank of any
     client, module by module."""

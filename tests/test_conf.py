@@ -27,6 +27,11 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    "privacy=client": [
+        "strategy=fedit",
+        "strategy.weights=uniform",
+        "federation.norm_bound=off",
+    ],
     **{
         f"robust={name}": ["strategy=fedit"]
         for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")

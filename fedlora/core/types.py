@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.core.checks import at_least, fraction, one_of
 from fedlora.core.choice import Chosen, IndexChoice
+from fedlora.core.example_privacy import ExamplePrivacy
 from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload, plain_factors
 from fedlora.core.technique import Technique, default_technique
@@ -226,6 +227,9 @@ class LocalPlan:
     """One term of the local objective that refers to the start of the round."""
     choice: IndexChoice | None = None
     """Which rank indices train, set by strategies; None: all."""
+    privacy: ExamplePrivacy | None = None
+    """Set by ``privacy=example``: every step bounds each example's part and adds noise; None: not.
+    """
 
     def __post_init__(self) -> None:
         one_of("client.optimizer", self.optimizer, ("adamw", "sgd"))

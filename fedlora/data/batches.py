@@ -186,7 +186,8 @@ def step_indices(
 
     The last batch of an epoch may be smaller. With ``plan.steps`` epochs follow one another until
     so many steps are done. With ``plan.group_by_length`` examples of like length share a batch
-    (`epoch_order`).
+    (`epoch_order`). With ``plan.privacy`` each step has every example by itself with the
+    probability that gives a batch of the plan's size on average: none, or more, are possible.
 
     Args:
         n: number of examples.
@@ -196,6 +197,11 @@ def step_indices(
         client: the client's id.
         lengths: of the examples (`lengths_of`); may be left out where the plan does not group.
     """
+    if plan.privacy is not None:
+        steps = num_steps(n, plan)
+        stream = {"seed": seed, "round": round, "client": client}
+        yield from plan.privacy.batches(n, plan.batch_size, steps, **stream)
+        return
     order = generator(seed, "order", round, client)
     per_epoch = math.ceil(n / plan.batch_size)
     for step in range(num_steps(n, plan)):

@@ -249,6 +249,25 @@ def cohort(
     return [roster.clients[ids[i]] for i in sorted(chosen)]
 
 
+def poisson(roster: Roster, seed: int, round: int, rate: float, groups: int = 1) -> list[Client]:
+    """The clients of one round, each by itself with a probability; perhaps none. A function of
+    (seed, round).
+
+    Args:
+        roster: the population.
+        seed: of the run.
+        round: counted from 1.
+        rate: the probability with which a client that may take part does.
+        groups: into which clients are dealt once; they may take part by turns.
+    """
+    total = len(roster.trainable)
+    taken = generator(seed, "poisson", round).random(total) < rate
+    if groups > 1:
+        group = generator(seed, "poisson_groups").permutation(total) % groups
+        taken &= group == (round - 1) % groups
+    return [roster.clients[roster.trainable[i]] for i in np.flatnonzero(taken)]
+
+
 def panel(roster: Roster, group: str, size: int, seed: int, split: str) -> list[Client]:
     """A fixed evaluation cohort of one group, by id.
 

@@ -133,6 +133,8 @@ def most_training(plan: LocalPlan, supervised: NDArray[np.int64]) -> dict[str, i
     n = len(usable)
     passes, rest = divmod(examples_seen(n, plan), n) if n else (0, 0)
     tokens = passes * int(usable.sum()) + int(usable[:rest].sum())
+    if plan.privacy is not None:  # any step may draw all examples
+        tokens = num_steps(n, plan) * int(usable.sum()) if n else 0
     return {"examples": n, "tokens": tokens}
 
 

@@ -7,7 +7,7 @@ robust rule          state ← absorb(state, whole(R(x_1, ..., x_K)), 1)
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from fedlora.algebra.summand import Summands, total
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Update
-from fedlora.robust.rule import NO_RULE, Rule, Term
+from fedlora.robust.rule import NO_RULE, Centre, Rule, Term
 from fedlora.server.method import Method
 from fedlora.server.ownership import owned_elements
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -46,41 +46,41 @@ def combine(
     starts: Mapping[int, Payload],
     postprocessors: Sequence[Postprocessor] = (),
     rule: Rule = NO_RULE,
+    zero: Callable[[], Summands] | None = None,
 ) -> Combined:
     """The next state.
 
     Args:
         method: its `aggregate` is called, or its `adds` and `absorb`.
         state: the state after the round's messages.
-        updates: accepted, sorted by client id, at least one.
+        updates: accepted, sorted by client id; at least one, unless ``zero`` is given.
         now: seed and round.
         starts: client id -> its start of the round.
-        postprocessors: none: the method aggregates the updates themselves.
+        postprocessors: the first sees each change first and the sum last; none: the method
+            aggregates the updates themselves.
         rule: what takes the place of the mean.
+        zero: makes the summand of a client that did not move, for a round without clients.
 
     Raises:
         RunError: if there are postprocessors or a rule and the method needs the updates themselves,
             or if there are too few updates for the rule.
     """
-    weights = method.reference_weights(updates)
-    weight = math.fsum(weights)
     ids = [u.client.id for u in updates]
-    shares = {i: w / weight if weight else 0.0 for i, w in zip(ids, weights, strict=True)}
+    weights: Sequence[float] = method.reference_weights(updates) if updates else []
     if not postprocessors and not rule.acts:
-        return Combined(method.aggregate(state, updates), shares)
+        return Combined(method.aggregate(state, updates), _shares(ids, weights))
+    for p in postprocessors:
+        weights = p.weights(weights)
     terms = [added(method, state, starts[u.client.id], u, now, postprocessors) for u in updates]
+    shares, weight = _shares(ids, weights), math.fsum(weights)
     if rule.acts:
-        try:
-            rule.check(len(updates))
-        except ValueError as error:
-            raise RunError(f"round {now.round}: {error}") from error
         owned = owned_elements(method, state, updates, starts)
         of = [Term(x, u.num_examples, o) for x, u, o in zip(terms, updates, owned, strict=True)]
-        centre = rule.centre(of)
+        centre = _centre(rule, of, now)
         summed, weight = centre.value, 1.0
         shares = dict(zip(ids, centre.influence, strict=True))
     else:
-        summed = total(terms, weights)
+        summed = zero() if zero is not None and not terms else total(terms, weights)
     return Combined(absorbed(method, state, summed, weight, now, postprocessors), shares)
 
 
@@ -124,8 +124,29 @@ def absorbed(
         postprocessors: of the run.
     """
     for p in postprocessors:
+        weight = p.weight(weight)
+    for p in reversed(postprocessors):
         summed = p.whole(summed, weight, now)
     return method.absorb(state, summed, weight)
+
+
+def _centre(rule: Rule, terms: Sequence[Term], now: Moment) -> Centre:
+    """What a rule makes of the terms.
+
+    Raises:
+        RunError: if there are too few of them.
+    """
+    try:
+        rule.check(len(terms))
+    except ValueError as error:
+        raise RunError(f"round {now.round}: {error}") from error
+    return rule.centre(terms)
+
+
+def _shares(ids: Sequence[int], weights: Sequence[float]) -> dict[int, float]:
+    """Client id -> its fraction of all weights."""
+    whole = math.fsum(weights)
+    return {i: w / whole if whole else 0.0 for i, w in zip(ids, weights, strict=True)}
 
 
 def zero_summand(method: Method, state: State, client: Client) -> Summands:
@@ -137,12 +158,19 @@ def zero_summand(method: Method, state: State, client: Client) -> Summands:
         client: any of the population.
 
     Raises:
-        RunError: if the method needs the updates themselves.
+        RunError: for a method whose clients send something of another form than they receive.
     """
     enlisted = method.enlist(state, client)
     start = method.technique.payload(method.client_start(state, enlisted))
-    update = Update(enlisted, start, client.num_examples)
-    return added(method, state, start, update, Moment(0, 0), ())
+    factors = None if start.base() is None else start.low_rank()
+    sent = start if factors is None else start.trained(factors)  # factors over a moved base
+    try:
+        found = method.adds(state, start, Update(enlisted, sent, client.num_examples))
+    except TypeError as error:
+        raise RunError(f"{method.label} has no empty rounds: {error}") from error
+    if found is None:
+        raise RunError(f"between accepted and averaged: {method.needs_updates}")
+    return found
 
 
 def unusable(method: Method, state: State) -> str:

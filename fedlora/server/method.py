@@ -27,6 +27,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.models.head import FROZEN
 from fedlora.secagg.summed import Summed
 from fedlora.server.missed import seeded_bytes
 from fedlora.wire.codec import payload_bytes, update_bytes
@@ -50,6 +51,8 @@ class Setup:
     """Whether the base model is a classifier."""
     faults: bool = False
     """Whether workers make clients fail in training on purpose (``engine=faulty``)."""
+    head: str = FROZEN
+    """What becomes of a classifier's head (`fedlora.models.head`)."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ class Method(ABC):
 
     technique: ClassVar[type[Technique]]
     """The technique of its clients, whose results it averages."""
+    chooses: ClassVar[bool] = False
+    """Whether clients choose by their examples what they train and send."""
     private: ClassVar[str] = ""
     """The factors of an update that stay with its client: ``b``, or ``ab`` for a method that shares
     nothing. `aggregate` and `adds` do not read them, `kept` stores them, and the model of each
@@ -172,6 +177,10 @@ class Method(ABC):
                 "aggregator"
             )
         require(setup.client, self.technique, type(self).__name__)
+        if setup.client.privacy is not None:
+            raise ValueError(
+                "client.privacy is set by privacy=example, which accounts for it: leave it null"
+            )
         if setup.client.choice is not None:
             raise ValueError(
                 f"client.choice={type(setup.client.choice).__name__}: the strategy says which rank "

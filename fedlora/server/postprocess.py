@@ -2,14 +2,17 @@
 
 A postprocessor acts on summands (`fedlora.algebra.summand`), whatever the method and its ranks are:
 on each client's before they are summed, and on the sum. One class, one file under
-``conf/postprocess``; a run has any number of them, in their order.
+``conf/postprocess``; a run has any number of them: the first is the first to see a client's change
+and the last to see the sum.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.algebra.summand import Summands, norm, scaled
 from fedlora.core.checks import at_least
 from fedlora.core.types import Client
+from fedlora.server.composes import NORM_BOUND, Part
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,24 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Postprocessor:
+class Postprocessor(Part):
     """Does nothing. Pure: its inputs are never changed."""
+
+    def weights(self, weights: Sequence[float]) -> Sequence[float]:
+        """The clients' weights ``w_k`` in the sum.
+
+        Args:
+            weights: those of the method.
+        """
+        return weights
+
+    def weight(self, weight: float) -> float:
+        """What the sum is divided by.
+
+        Args:
+            weight: ``Σ_k w_k``, 0 if no client took part.
+        """
+        return weight
 
     def each(self, summands: Summands, client: Client, now: Moment) -> Summands:
         """The summand that replaces one client's change.
@@ -41,7 +60,7 @@ class Postprocessor:
 
         Args:
             total: ``Σ_k w_k x_k``.
-            weight: ``Σ_k w_k``.
+            weight: what it will be divided by.
             now: seed and round.
         """
         return total
@@ -61,6 +80,11 @@ class Bound(Postprocessor):
 
     def __post_init__(self) -> None:
         at_least("postprocess.bound.norm", self.norm, 0, strict=True)
+
+    @property
+    def traits(self) -> frozenset[str]:
+        """A norm bound."""
+        return frozenset({NORM_BOUND})
 
     def each(self, summands: Summands, client: Client, now: Moment) -> Summands:
         length = norm(summands)

@@ -28,7 +28,7 @@ from fedlora.server.method import Method
 def training_record(
     round: int, updates: Sequence[Update], failures: Sequence[Failure], seconds: float
 ) -> dict[str, float | int | str]:
-    """Numbers of clients, losses as means over tokens, and speed.
+    """Numbers of clients, losses as means over tokens (of no client there are none), and speed.
 
     Args:
         round: counted from 1.

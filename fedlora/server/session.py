@@ -30,7 +30,7 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.population.sampling import Roster, cohort, panel
+from fedlora.population.sampling import Roster, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
 from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
@@ -39,8 +39,9 @@ from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.secagg.config import REAL, SecAgg
 from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
+from fedlora.server.average import usable_average
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
+from fedlora.server.combine import Combined, combine, zero_summand
 from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
@@ -53,6 +54,7 @@ from fedlora.server.evaluation_round import (
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.server.protection import UNPROTECTED, Protection
 from fedlora.server.round_metrics import (
     diagnosis,
     engine_record,
@@ -112,6 +114,8 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    privacy: Protection = UNPROTECTED
+    """Who takes part, and what hides each client's change in the sum."""
     robust: Rule = NO_RULE
     """What takes the place of the method's mean."""
     compression: Compression = NO_COMPRESSION
@@ -170,6 +174,7 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
+        self.privacy.restore(found.extra)
         if self.virtual is not None:
             self.virtual.restore(found.extra[VIRTUAL], found.beside)
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
@@ -190,7 +195,11 @@ class Session:
         Raises:
             RunError: if evaluations do not report what is watched.
         """
-        if self.watch is None or self.done >= self.rounds.rounds:
+        if self.done >= self.rounds.rounds:
+            return ""
+        if why := self.privacy.exhausted(self.done):
+            return why
+        if self.watch is None:
             return ""
         return stopped(self.standing(self.watch), self.watch)
 
@@ -257,16 +266,21 @@ class Session:
         self._progress.done(reply.clients, reply.losses, reply.failed)
 
     def on_step(self, step: int, steps: int, loss: float) -> None:
-        """Show progress in a round whose clients take their steps together."""
+        """Show progress in a round whose clients step together."""
         self._progress.on_step(step, steps, loss)
 
     # --- training -----------------------------------------------------------------------------
+
+    def claims(self) -> list[str]:
+        """What is claimed of the run's privacy, line by line; nothing without any."""
+        method, client = self.method, self.roster.clients[0]
+        return self.privacy.statement(lambda: zero_summand(method, self.state, client))
 
     def drawn(self, round: int) -> list[Client]:
         """The clients that a round asks."""
         if self.virtual is not None:
             return self.virtual.drawn(self.roster, self.setting.seed, round)[1]
-        return cohort(self.roster, self.setting.seed, round)
+        return self.privacy.cohort(self.roster, self.setting.seed, round)
 
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
@@ -282,7 +296,8 @@ class Session:
 
     def _made(self, round: int, clients: Sequence[Client]) -> TrainingRound:
         """The round of these clients, which begins now."""
-        seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
+        seed = self.setting.seed
+        plan = self.privacy.plan(self.rounds.plan(self.plan, round))
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
@@ -306,9 +321,8 @@ class Session:
     def finish_training(
         self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
     ) -> Record:
-        """Validate and aggregate a round's results, write the records and the checkpoint.
-
-        Clients without a reply count as failed.
+        """Validate and aggregate a round's results, write the records and the checkpoint. Clients
+        without a reply count as failed.
 
         Args:
             results: the results of the round's clients.
@@ -331,14 +345,31 @@ class Session:
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
+        release = self.privacy.release(current.round)
         if self.secagg.on:
             combined, replies, summed = self._absorb(current, replies, state, summed)
             account = replace(current.account, sums=summed.traffic)
             current = replace(current, account=account)
         else:
-            combined, replies = self._aggregate(current, replies, state)
+            combined, replies = usable_average(
+                self.method,
+                state,
+                current,
+                replies,
+                average=self._combine(state),
+                now=Moment(self.setting.seed, current.round),
+                rounds=self.rounds,
+                postprocessors=self.postprocess,
+                release=release,
+                rule=self.robust,
+                safe=self.safe(),
+            )
         self.tracker.clients(client_rows(current, replies))
+        if not enough(current, replies, self.rounds):
+            self.privacy.aborted()
         require_enough(current, replies, self.rounds, self.emit, self.safe())
+        if release is not None:
+            self.privacy.released(release)
         before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
@@ -349,38 +380,12 @@ class Session:
         self._checkpoint(current, record)
         return record
 
-    def _aggregate(
-        self, current: TrainingRound, replies: Replies, state: State
-    ) -> tuple[Combined, Replies]:
-        """The next state, from which clients can go on, and the replies without those that would
-        have spoiled it; the state as it was if too few are left.
-
-        Args:
-            current: the round.
-            replies: its results, validated.
-            state: into which they are aggregated.
-        """
-        combined = combine if self.virtual is None else self.virtual.combine
-        while enough(current, replies, self.rounds):
-            try:
-                found = combined(
-                    self.method,
-                    state,
-                    replies.updates,
-                    Moment(self.setting.seed, current.round),
-                    starts={i: job.start for i, job in current.jobs.items()},
-                    postprocessors=self.postprocess,
-                    rule=self.robust,
-                )
-                wrong = unusable(self.method, found.state)
-            except NUMERICAL as error:
-                wrong = f"the average cannot be computed: {error}"
-            if not wrong:
-                return found, replies
-            if not replies.moves:
-                raise RunError(f"round {current.round}: {wrong}. {self.safe()}")
-            replies = replies.without_furthest(wrong)
-        return Combined(state, {}), replies
+    def _combine(self, state: State) -> Callable[..., Combined]:
+        """What makes the next state of a round's updates."""
+        if self.virtual is not None:
+            return self.virtual.combine
+        nothing = partial(zero_summand, self.method, state, self.roster.clients[0])
+        return partial(combine, zero=nothing)
 
     def _absorb(
         self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
@@ -426,6 +431,7 @@ class Session:
                 self.method, self.state, self.setting, current.round, updates, starts
             )
         record |= self.method.report(self.state)
+        record |= self.privacy.record(current.round)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)
         if self.audit is not None:
@@ -453,7 +459,7 @@ class Session:
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra=extra,
+            extra=extra | self.privacy.saved(),
             beside=beside,
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )

@@ -14,14 +14,13 @@ trained on. An ε is stated only where the library ``dp-accounting`` has compute
 
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedlora.core.checks import at_least
+from fedlora.privacy.account import LIBRARY, gaussian_epsilon, library
 
-LIBRARY = "dp-accounting"
 NOT_COVERED = (
     "Not covered: labels that are sent, sequence lengths, gradients, adapters, and what a trained "
     "client stage carries from one example into the releases of others; arithmetic in floating "
@@ -125,29 +124,21 @@ class Noise:
         """
         at_least("releases", releases, 0)
         at_least("rows", rows, 1)
-        library = _accounting() if self.sigma > 0 else None
+        known = self.sigma > 0 and library() is not None
         return Privacy(
             clip=self.clip,
             sigma=self.sigma,
             releases=releases,
             rows=rows,
             delta=self.delta,
-            row_epsilon=self._epsilon(library, releases),
-            example_epsilon=self._epsilon(library, releases * rows),
-            accountant=f"{LIBRARY} {version(LIBRARY)} (Rényi)" if library else "",
+            row_epsilon=self._epsilon(releases) if known else None,
+            example_epsilon=self._epsilon(releases * rows) if known else None,
+            accountant=f"{LIBRARY} {version(LIBRARY)} (Rényi)" if known else "",
         )
 
-    def _epsilon(self, library: Any | None, count: int) -> float | None:
-        """An upper bound of ε after ``count`` adaptive releases of rows of sensitivity ``2 C``.
-
-        The event's noise multiplier is the standard deviation over the sensitivity of *our*
-        relation, replacement; the accountant keeps its own, add-or-remove, lest it double that.
-        """
-        if library is None or count == 0:
-            return None if library is None else 0.0
-        accountant = library.rdp.RdpAccountant()
-        accountant.compose(library.GaussianDpEvent(self.sigma / 2), count)
-        return float(accountant.get_epsilon(self.delta))
+    def _epsilon(self, count: int) -> float:
+        """An upper bound of ε after ``count`` adaptive releases of rows of sensitivity ``2 C``."""
+        return gaussian_epsilon(self.sigma / 2, count, self.delta) if count else 0.0
 
 
 def clip_rows(h: Tensor, clip: float) -> Tensor:
@@ -155,12 +146,3 @@ def clip_rows(h: Tensor, clip: float) -> Tensor:
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True)
     clipped: Tensor = h * (clip / norm.clamp_min(clip))
     return clipped
-
-
-def _accounting() -> Any | None:
-    """The optional library; ``None`` if it is not (completely) installed."""
-    try:
-        import dp_accounting
-    except ImportError:
-        return None
-    return dp_accounting

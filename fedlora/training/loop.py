@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from fedlora.core.choice import Indices
@@ -28,6 +27,8 @@ from fedlora.data.batches import (
 )
 from fedlora.models.language_model import LanguageModel
 from fedlora.training.flat import ChosenScalars, FlatParameters, trained_state
+from fedlora.training.gradient import add_gradient
+from fedlora.training.private import add_private_gradient
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Trace:
         tokens = sum(self.tokens)
         total = math.fsum(x * n for x, n in zip(self.losses, self.tokens, strict=True))
         return {
-            "loss": total / tokens,
+            "loss": total / max(1, tokens),  # private steps may all be empty
             "loss_first": self.losses[0],
             "loss_last": self.losses[-1],
             "steps": float(len(self.losses)),
@@ -149,11 +150,20 @@ def optimise(
     seeds = dropout_seeds(seed, round, client)
     state = None if plan.term is None else trained_state(model, flat)
     try:
-        for rate, indices in zip(rates, order, strict=True):
-            batches = micro_batches(examples, indices, plan, model.collate)
-            tokens.append(sum(b.tokens for b in batches))
-            flat.zero_grad()
-            losses.append(backward(model, batches, seeds, tokens[-1], plan))
+        for step, (rate, indices) in enumerate(zip(rates, order, strict=True)):
+            if plan.privacy is None:
+                batches = micro_batches(examples, indices, plan, model.collate)
+                tokens.append(sum(b.tokens for b in batches))
+                flat.zero_grad()
+                losses.append(backward(model, batches, seeds, tokens[-1], plan))
+            else:
+                drawn = [examples[i] for i in indices]
+                loss, own = add_private_gradient(
+                    model, flat, drawn, plan, seeds, step=step, stream=stream
+                )
+                add_penalty(model, plan)
+                tokens.append(own)
+                losses.append(loss)
             if plan.term is not None and state is not None:
                 with torch.no_grad():
                     plan.term.add_gradient(state)
@@ -173,34 +183,25 @@ def backward(
     tokens: int,
     plan: LocalPlan,
 ) -> Tensor:
-    """Add the gradient of one step's loss to the parameters.
-
-    Args:
-        model: the parameters are mounted on it.
-        batches: the step's micro-batches.
-        seeds: the next seed of the dropout masks, one per micro-batch.
-        tokens: supervised tokens of the whole step.
-        plan: autocast and penalty.
+    """Add the gradient of one step's loss to the parameters: `add_gradient`, and of the penalty.
 
     Returns:
         The mean cross-entropy of the step without the penalty, a detached scalar.
+
+    Raises:
+        ValueError: under a plan with privacy, which a mean over a batch does not give.
     """
-    # Each micro-batch contributes its sum of losses divided by the tokens of the whole step.
-    total: Tensor | None = None
-    for batch in batches:
-        batch = batch.to(model.device)
-        model.seed_dropout(next(seeds), batch.inputs.numel(), batch.real)
-        with torch.autocast(
-            model.device.type, dtype=torch.bfloat16, enabled=plan.autocast == "bf16"
-        ):
-            logits = model.logits(batch)
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
-        loss.backward()
-        total = loss.detach() if total is None else total + loss.detach()
+    if plan.privacy is not None:
+        raise ValueError(f"{plan.technique.key}: its own steps have no gradients by example")
+    loss = add_gradient(model, batches, seeds, tokens, plan)
+    add_penalty(model, plan)
+    return loss
+
+
+def add_penalty(model: LanguageModel, plan: LocalPlan) -> None:
+    """Add the gradient of the technique's penalty, if it has one."""
     if plan.technique.penalises:
         plan.technique.penalty(model.parameters()).backward()
-    assert total is not None
-    return total
 
 
 def clip_and_step(

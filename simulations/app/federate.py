@@ -24,6 +24,7 @@ from fedlora.run.tracking import Trackers, missing_rounds, track
 from fedlora.server.buffered import check_averages
 from fedlora.server.flower import FederatedRun
 from fedlora.server.homes import Homes
+from fedlora.server.protection import PlannedRun
 from fedlora.server.session import Session
 from simulations.app.alone import UNDER_WAY
 from simulations.app.export import BEST, export
@@ -82,6 +83,8 @@ def run(
     with disk_faults(place), claim(folder):
         emit(f"run folder: {folder}")
         resume(session, parts, inputs)
+        for line in session.claims():
+            emit(line)
         if session.done:
             inputs = as_it_began(inputs, parts, folder, emit)
         with status_file(folder, session), disk_faults(folder):
@@ -121,6 +124,14 @@ def new_session(
     """
     info, roster = inputs.info, inputs.roster
     model = inputs.worker.model
+    planned = PlannedRun(
+        roster=roster,
+        plan=parts.client,
+        seed=parts.seed,
+        rounds=parts.federation.rounds,
+        folder=folder,
+        seeded=inputs.silos is None,
+    )
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
         method, setting = method_of(parts, inputs), inputs.setting(parts)
@@ -140,6 +151,7 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            privacy=parts.privacy.begin(planned),
             robust=parts.robust,
             compression=parts.compression,
             squad=inputs.worker.attack or NOBODY,

@@ -25,9 +25,21 @@ from fedlora.run.tracking import Tracking
 from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
 from fedlora.server.buffered import Buffered
+from fedlora.server.composes import (
+    MASKED,
+    SILOS,
+    STALE,
+    STATISTIC,
+    VIRTUAL_TIME,
+    Around,
+    Part,
+    Trait,
+    check_composition,
+)
 from fedlora.server.early_stop import Watch, watch_of
 from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
+from fedlora.server.protection import PrivacySpec
 from fedlora.server.schedule import BUFFERED, EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
 from fedlora.wire.tensors import Compression
@@ -67,6 +79,7 @@ class Parts:
     tracking: Tracking
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
+    privacy: PrivacySpec
     robust: Rule
     attack: Attack
     compression: Compression
@@ -74,6 +87,27 @@ class Parts:
     devices: Devices | None
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
+
+    @property
+    def between(self) -> dict[str, Part]:
+        """What is on of the parts that may exclude each other, by the words that choose it."""
+        found: dict[str, Part] = {
+            f"postprocess={name}": p
+            for name, p in zip(self.resolved["postprocess"], self.postprocess, strict=True)
+        }
+        if self.privacy.words:
+            found[f"privacy={self.privacy.words}"] = self.privacy
+        if self.robust.acts:
+            found[f"robust={type(self.robust).__name__.lower()}"] = Trait(STATISTIC, sums=True)
+        if self.secagg.on:
+            found[f"secagg={self.secagg.kind}"] = Trait(MASKED)
+        if isinstance(self.runtime, SiloRuntime):
+            found["runtime=silos"] = Trait(SILOS)
+        if self.buffered is not None:
+            found["federation.mode=buffered"] = Trait(STALE)
+        if self.devices is not None:
+            found["devices"] = Trait(VIRTUAL_TIME)
+        return found
 
     @property
     def buffered(self) -> Buffered | None:
@@ -130,7 +164,7 @@ def build_parts(cfg: DictConfig) -> Parts:
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
     parts = with_attack_measured(parts)
-    _check_strategy(parts, postprocess=[*cfg.postprocess])
+    _check_strategy(parts)
     check_compression(parts)
     check_secagg(parts)
     check_devices(parts)
@@ -202,6 +236,7 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
             build(node, Postprocessor, f"postprocess.{name}")
             for name, node in cfg.postprocess.items()
         ),
+        privacy=part("privacy", PrivacySpec),
         robust=part("robust", Rule),
         attack=part("attack", Attack),
         compression=part("compression", Compression),
@@ -290,26 +325,19 @@ def _check_head(parts: Parts) -> None:
         )
 
 
-def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
-    """Check that the strategy can be combined with the other groups.
-
-    Args:
-        parts: all groups.
-        postprocess: the names of the postprocessors.
+def _check_strategy(parts: Parts) -> None:
+    """Check that the strategy can be combined with the other groups, and these with each other.
 
     Raises:
         ConfigError: one sentence that says why not and what to use instead.
     """
     quantization = str(getattr(parts.model, "quantization", "none"))
+    wire, feedback = parts.federation.wire, parts.federation.error_feedback
+    classifies, faults = parts.model.classifies, parts.engine.faults is not None
+    head = parts.model.head
+    setup = Setup(parts.client, wire, quantization, feedback, classifies, faults, head)
     try:
-        wire, feedback = parts.federation.wire, parts.federation.error_feedback
-        classifies, faults = parts.model.classifies, parts.engine.faults is not None
-        setup = Setup(parts.client, wire, quantization, feedback, classifies, faults)
         parts.strategy.check(setup)
+        check_composition(parts.between, Around(parts.strategy, setup, parts.federation))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if parts.postprocess and parts.strategy.needs_updates:
-        raise ConfigError(f"postprocess={postprocess}: {parts.strategy.needs_updates}")
-    if parts.robust.acts and parts.strategy.needs_updates:
-        named = type(parts.robust).__name__.lower()
-        raise ConfigError(f"robust={named}: {parts.strategy.needs_updates}")

@@ -9,6 +9,7 @@ BENCHMARKS = {
     "methods": "one experiment under every method: quality over seeds, bytes and CPU time",
     "costs": "every method beside FedIT: times, traffic by formula, exactness, what clients keep",
     "prefix": "frozen blocks once per example, beside a plain PEFT loop with the same adapters",
+    "privacy": "time and memory of a private average, beside the same without",
     "silos": "seconds a round for three silos over TLS, beside the floor of Flower's transport",
     "gpu": "everything to check on a GPU, within ten minutes",
 }

@@ -39,6 +39,7 @@ from fedlora.engine.fused.bank import AdapterBank, Layout, Layouts
 from fedlora.engine.fused.lanes import Lane
 from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.fused.parametrised import Parametrised
+from fedlora.engine.fused.private import ExampleRows
 from fedlora.engine.fused.schedule import Forward, Policy, Schedule, Work
 from fedlora.models.layers import dropped_share
 from fedlora.models.modules import check_adapter, check_head
@@ -61,6 +62,15 @@ class Chain:
     """The same forward passes as the schedule sees them: rows, widths and tokens."""
     version: str = ""
     """Version of the moved base under its factors; empty: the model's own base."""
+    empty: frozenset[int] = frozenset()
+    """Private steps that drew no example; a forward pass of the first one stands in for them."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a bank that it needs beside its own: one per example of a private pass."""
+        if self.job.plan.privacy is None:
+            return 0
+        return max(len(part) for step in self.steps for part in step)
 
     @property
     def forwards(self) -> list[tuple[int, int]]:
@@ -110,6 +120,8 @@ class Planner:
                 len(examples), job.plan, **who, lengths=lengths_of(examples)
             )
         )
+        empty = frozenset(i for i, step in enumerate(steps) if not step)
+        steps = tuple(step or ((0,),) for step in steps)
 
         # Their size in input tokens.
         lengths = [self._inputs(e) for e in examples]
@@ -125,7 +137,7 @@ class Planner:
             packed = layout.pack(adapter, self._dtype, self._device, head)
             starts[id(job.start)] = layout, packed
         version = "" if base is None else base.version
-        return Chain(job, *starts[id(job.start)], steps, Work(forwards), version)
+        return Chain(job, *starts[id(job.start)], steps, Work(forwards), version, empty)
 
 
 @dataclass(eq=False)
@@ -139,6 +151,8 @@ class Resident:
     grad: Tensor
     """``[layout.size]``: their gradients, a view of the bank."""
     examples: Sequence[TokenExample]
+    rows: ExampleRows | None = None
+    """Under privacy: rows of the bank for the examples of a forward pass."""
     buffers: list[nn.Parameter] = field(init=False)
     """What is trained: sections of the row, and scalars that make its factors."""
     losses: list[Tensor] = field(default_factory=list)
@@ -166,6 +180,7 @@ class Resident:
         job = self.chain.job
         self._seeds = dropout_seeds(job.seed, job.round, job.client.id)
         self._dropped = dropped_share(plan.dropout)
+        self._trained = trained
         self._state = None if plan.term is None else self._trained_state(trained)
 
     def _masks(self, trained: Sequence[slice]) -> list[Tensor] | None:
@@ -236,6 +251,47 @@ class Resident:
             next(self._seeds),
         )
 
+    def lanes(self, index: int) -> list[Lane]:
+        """The client's parts of a batch: one, or under privacy one of each example, with rows of
+        their own."""
+        if self.rows is None:
+            return [self.lane(index)]
+        plan, (step, part) = self.chain.job.plan, self._forwards[index]
+        empty = step in self.chain.empty
+        if part == 0:
+            drawn = [] if empty else [i for indices in self.chain.steps[step] for i in indices]
+            own = [supervised_tokens(self.examples[i], plan.loss) for i in drawn]
+            self.tokens.append(sum(own))
+        examples = [self.examples[i] for i in self.chain.steps[step][part]]
+        self.rows.load(self.row, [supervised_tokens(e, plan.loss) for e in examples], empty)
+        return [
+            Lane(
+                slot,
+                self.chain.layout,
+                [example],
+                plan.loss,
+                tokens,
+                *self._sides,
+                self._dropped,
+                0 if empty else next(self._seeds),
+            )
+            for slot, example, tokens in zip(
+                self.rows.slots, examples, self.rows.tokens, strict=True
+            )
+        ]
+
+    def taken(self, losses: Tensor) -> Tensor:
+        """The loss of a forward pass, a scalar; under privacy the clipped gradients of its examples
+        are added to the client's.
+
+        Args:
+            losses: ``[lanes]``, of its lanes.
+        """
+        if self.rows is None:
+            return losses[0]
+        self.rows.add_clipped(self.grad, self._trained)
+        return self.rows.loss(losses) / max(1, self.tokens[-1])
+
     def learn(self, index: int, loss: Tensor) -> None:
         """Record the loss of one forward pass; after the last part of a step, step the optimizer.
 
@@ -252,6 +308,8 @@ class Resident:
             return
 
         # The gradient of the step is complete: add penalty and local term, then clip and step.
+        if self.rows is not None:
+            self.rows.finish(self.grad, self.chain.job, self.chain.layout, step)
         self._regularise()
         if self._made is not None:
             self._made.pull()
@@ -340,8 +398,12 @@ class FusedTrainer:
     def train(self, chains: Sequence[Chain], limits: Limits) -> Iterator[Update | Failure]:
         """One result per chain, as they finish, except those that are left in `rescue`."""
         for autocast in dict.fromkeys(c.job.plan.autocast for c in chains):
-            alike = [c for c in chains if c.job.plan.autocast == autocast]
-            yield from self._train(alike, limits, autocast == "bf16")
+            for private in (False, True):
+                alike = [
+                    c for c in chains if c.job.plan.autocast == autocast and bool(c.rows) == private
+                ]
+                if alike:
+                    yield from self._train(alike, limits, autocast == "bf16")
 
     def _train(
         self, chains: Sequence[Chain], limits: Limits, autocast: bool
@@ -357,8 +419,9 @@ class FusedTrainer:
             limits.slots,
             padded=not fused.is_ragged,
         )
+        rows = max(c.rows for c in chains)  # of each client beside its own, under privacy
         bank = AdapterBank(
-            limits.slots,
+            limits.slots * (1 + rows),
             max(c.layout.size for c in chains),
             fused.model.dtype,
             fused.model.device,
@@ -372,7 +435,8 @@ class FusedTrainer:
             for step in schedule:
                 for who, slot in step.admitted:
                     try:
-                        residents[who] = self._admit(bank, chains[who], slot)
+                        first = limits.slots + slot * rows
+                        residents[who] = self._admit(bank, chains[who], slot, first)
                     except CLIENT_ERRORS as error:
                         schedule.drop(who)
                         yield failure(chains[who].job.client, error)
@@ -388,9 +452,12 @@ class FusedTrainer:
                 for who in [w for w in step.finished if w in residents]:
                     yield self._finish(residents.pop(who))
 
-    def _admit(self, bank: AdapterBank, chain: Chain, slot: int) -> Resident:
+    def _admit(self, bank: AdapterBank, chain: Chain, slot: int, first: int) -> Resident:
+        """Seat a client in a slot, and under privacy its examples in rows from ``first`` on."""
         row, grad = bank.load(slot, chain.start)
-        return Resident(chain, slot, row, grad, training_examples(self._store, chain.job))
+        examples, privacy = training_examples(self._store, chain.job), chain.job.plan.privacy
+        rows = None if privacy is None else ExampleRows(bank, first, privacy)
+        return Resident(chain, slot, row, grad, examples, rows)
 
     def _step(self, active: Sequence[tuple[Resident, int]]) -> None:
         """One fused step: forward, backward and the clients' own optimizer steps."""
@@ -398,10 +465,11 @@ class FusedTrainer:
             return
         wall, cpu = time.perf_counter(), time.process_time()
         # One loss per lane, [K]; gradients are in the rows of the bank.
-        batch = self._fused.batch([resident.lane(index) for resident, index in active])
-        losses = self._fused.backward(batch)
-        for (resident, index), loss in zip(active, losses.unbind(), strict=True):
-            resident.learn(index, loss)
+        lanes = [resident.lanes(index) for resident, index in active]
+        batch = self._fused.batch([lane for own in lanes for lane in own])
+        losses = self._fused.backward(batch).split([len(own) for own in lanes])
+        for (resident, index), own in zip(active, losses, strict=True):
+            resident.learn(index, resident.taken(own))
 
         # The time of the step, divided among the clients by their tokens.
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu

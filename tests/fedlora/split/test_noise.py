@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import torch_generator
+from fedlora.privacy import account
 from fedlora.split import noise
 from fedlora.split.noise import NOT_COVERED, Noise, clip_rows
 from tests.generators import seeds
 
-needs_library = pytest.mark.skipif(noise._accounting() is None, reason="needs dp-accounting")
+needs_library = pytest.mark.skipif(account.library() is None, reason="needs dp-accounting")
 
 
 def hidden(seed: int = 0, scale: float = 1.0) -> torch.Tensor:

@@ -1,0 +1,95 @@
+"""Private runs: what they record, how they end and go on, and what they refuse."""
+
+import pytest
+
+from fedlora.core.errors import ConfigError, RunError
+from simulations.app.compose import load
+from simulations.app.parts import build_parts
+
+PRIVATE = (
+    "strategy=fedit",
+    "strategy.weights=uniform",
+    "federation.norm_bound=off",
+    "privacy=client",
+)
+SHARP = ("privacy.epsilon=0", "privacy.sigma=0.5")
+
+
+def test_a_private_run_records_its_epsilon_and_a_resumed_one_draws_the_same_noise(federate):
+    whole = federate(*PRIVATE, *SHARP, "rounds=3", "evaluate=none", output="whole")
+    spent = [r["privacy/epsilon"] for r in whole.rounds]
+    assert 0 < spent[0] < spent[1] < spent[2]
+    assert all(r["privacy/clip"] > 0 for r in whole.rounds)
+    assert len({r["clients"] for r in whole.rounds}) > 1, "cohorts of one size are not Poisson"
+    for part in ("privacy=client: epsilon", "after 3 rounds", "clips each", "Not covered"):
+        assert part in whole.said
+    federate(*PRIVATE, *SHARP, "rounds=1", "evaluate=none", output="cut")
+    cut = federate(*PRIVATE, *SHARP, "rounds=3", "evaluate=none", "resume=auto", output="cut")
+    assert cut.hash == whole.hash
+    assert [r["privacy/epsilon"] for r in cut.rounds] == spent
+    assert [r["privacy/clip"] for r in cut.rounds] == [r["privacy/clip"] for r in whole.rounds]
+
+
+@pytest.mark.slow
+def test_the_run_ends_before_its_budget_is_exceeded_and_empty_rounds_go_on(federate):
+    """One client in ten rounds or so: most rounds are empty and release noise alone."""
+    done = federate(
+        *PRIVATE,
+        *SHARP,
+        "privacy.max_epsilon=12",
+        "population.per_round=1",
+        "rounds=60",
+        "evaluate=none",
+    )
+    assert 0 < len(done.rounds) < 60
+    assert done.rounds[-1]["privacy/epsilon"] <= 12
+    assert "the run ends after round" in done.said
+    empty = [r for r in done.rounds if r["clients"] == 0]
+    assert empty
+    assert len({r["state/hash"] for r in done.rounds}) == len(done.rounds)
+
+
+def test_too_many_failures_end_a_private_run_and_count_as_a_release(federate, tmp_path):
+    broken = ["engine=faulty", "engine.raise_fraction=0.9", "federation.min_success=0.9"]
+    with pytest.raises(RunError, match="min_success"):
+        federate(*PRIVATE, *SHARP, *broken, "evaluate=none")
+    (noted,) = tmp_path.glob("out/*/privacy_aborted.json")
+    assert noted.read_text() == '{"rounds": 1}'
+
+
+def test_examples_are_private_under_both_engines_with_one_result(federate):
+    words = ["strategy=flexlora", "privacy=example", "privacy.epsilon=0", "privacy.sigma=1.0"]
+    words += ["rounds=1", "evaluate=none", "client.dropout=0"]
+    one = federate(*words, "engine=sequential", output="one")
+    many = federate(*words, "engine=fused", output="many")
+    assert one.rounds[0]["privacy/epsilon"] == many.rounds[0]["privacy/epsilon"] > 0
+    assert one.rounds[0]["train/loss"] == pytest.approx(many.rounds[0]["train/loss"], rel=1e-4)
+    assert "privacy=example: epsilon at most" in one.said
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["strategy.weights=examples"], "use strategy.weights=uniform"),
+        (["federation.norm_bound=cohort"], "use federation.norm_bound=off"),
+        (["federation.min_clients=2"], "use federation.min_clients=1"),
+        (["strategy=flexlora"], "choose strategy.residual=carry"),
+        (["strategy=heterolora"], "strategy.average"),
+        (["robust=median"], "use robust=none"),
+        (["secagg=simulated"], "use secagg=none, or privacy=example"),
+        (
+            ["strategy=slora", "strategy@strategy.aggregator=fedit"],
+            "its aggregator FedIT weighs clients by their examples",
+        ),
+        (["runtime=silos", "data=jsonl", "data.path=x.jsonl"], "use privacy=example"),
+    ],
+)
+def test_what_breaks_the_claim_is_refused_in_one_sentence(words, why):
+    with pytest.raises(ConfigError, match=why) as found:
+        build_parts(load([*PRIVATE, *words]))
+    assert "privacy=client" in str(found.value)
+
+
+def test_a_norm_bound_goes_with_privacy():
+    parts = build_parts(load([*PRIVATE, "postprocess=bound"]))
+    assert list(parts.between) == ["postprocess=bound", "privacy=client"]
