@@ -59,6 +59,11 @@ class Attack:
     poisons: ClassVar[bool] = False
     """Whether attackers train on other records than they hold (`examples`)."""
 
+    @property
+    def colludes(self) -> bool:
+        """Whether what attackers send depends on the changes of others (`together`)."""
+        return type(self).together is not Attack.together
+
     def begins(self, round: int) -> bool:
         """Whether attackers act in this round, counted from 1."""
         return False

@@ -26,7 +26,17 @@ from fedlora.privacy.account import Releases, accountant, calibrated, required
 from fedlora.privacy.adaptive import Adaptive
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import Noise, noised, scalars, shapes_of
-from fedlora.server.composes import MASKED, NOISE, SILOS, STALE, STATISTIC, VIRTUAL_TIME, Around
+from fedlora.server.composes import (
+    COLLUSION,
+    MASKED,
+    MEMORY,
+    NOISE,
+    SILOS,
+    STALE,
+    STATISTIC,
+    VIRTUAL_TIME,
+    Around,
+)
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
 from fedlora.server.postprocess import Moment, Postprocessor
@@ -144,6 +154,11 @@ class ClientLevel(PrivacySpec):
             "counts; use secagg=none, or privacy=example, whose clients add the noise",
             SILOS: "a few silos take part in every round, where this claim is worth nothing; use "
             "privacy=example",
+            MEMORY: "what a client has left behind in earlier rounds was clipped in none of them; "
+            "use compression.error_feedback=false and federation.error_feedback=false",
+            COLLUSION: "attackers who look at the changes of others move the sum for every one of "
+            "them, and the clip bounds one client; use an attack of each client alone, such as "
+            "attack=sign",
             STALE: "changes that are weighted by age have no fixed bound, and their clients are "
             "not sampled anew each round; use synchronous rounds",
         }

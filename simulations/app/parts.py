@@ -26,7 +26,9 @@ from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
 from fedlora.server.buffered import Buffered
 from fedlora.server.composes import (
+    COLLUSION,
     MASKED,
+    MEMORY,
     SILOS,
     STALE,
     STATISTIC,
@@ -99,6 +101,12 @@ class Parts:
             found[f"privacy={self.privacy.words}"] = self.privacy
         if self.robust.acts:
             found[f"robust={type(self.robust).__name__.lower()}"] = Trait(STATISTIC, sums=True)
+        if self.compression.error_feedback:
+            found["compression.error_feedback=true"] = Trait(MEMORY)
+        if self.federation.error_feedback:
+            found["federation.error_feedback=true"] = Trait(MEMORY)
+        if self.attack.colludes:
+            found[f"attack={type(self.attack).__name__.lower()}"] = Trait(COLLUSION)
         if self.secagg.on:
             found[f"secagg={self.secagg.kind}"] = Trait(MASKED)
         if isinstance(self.runtime, SiloRuntime):

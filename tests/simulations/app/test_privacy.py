@@ -77,6 +77,9 @@ def test_examples_are_private_under_both_engines_with_one_result(federate):
         (["strategy=heterolora"], "strategy.average"),
         (["robust=median"], "use robust=none"),
         (["secagg=simulated"], "use secagg=none, or privacy=example"),
+        (["attack=little"], "use an attack of each client alone"),
+        (["compression=int8", "compression.error_feedback=true"], "error_feedback=false"),
+        (["federation.wire=bfloat16", "federation.error_feedback=true"], "error_feedback=false"),
         (
             ["strategy=slora", "strategy@strategy.aggregator=fedit"],
             "its aggregator FedIT weighs clients by their examples",
