@@ -38,7 +38,13 @@ from simulations.study.figures import FIGURES, all_figures, pdf
 from simulations.study.page import PAGE, report_html
 from simulations.study.plan import Planned, command, label, plan, tuning_plan, write_plan
 from simulations.study.record import record_of, write_record
-from simulations.study.results import PARQUET, check_metrics, recorded, write_parquet
+from simulations.study.results import (
+    PARQUET,
+    check_costs,
+    check_metrics,
+    recorded,
+    write_parquet,
+)
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
 from simulations.study.spec import Study, read_study
 from simulations.study.stages import chosen_before, label_of, reported, tune, warnings
@@ -150,6 +156,7 @@ def write_results(
     if not study.metrics:
         return None
     check_metrics(list(study.metrics), runs, f"study {study.name}: metrics")
+    check_costs([*study.budgets, *study.equal], runs, f"study {study.name}: budgets")
     analysis = analyse(study, runs, tuned)
     for name, text_of in WRITERS.items():
         write_file(folder / name, text_of(study, analysis))

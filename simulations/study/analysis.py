@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from fedlora.run.progress import clock, size
 from simulations.study import statistics
 from simulations.study.choice import Tuned
-from simulations.study.results import Recorded
+from simulations.study.results import VIRTUAL, Recorded
 from simulations.study.spec import Study
 from simulations.study.statistics import Difference, Estimate, Ranking
 from simulations.study.values import Cell
 
 FINAL, AREA = "final", "mean over rounds"
 AT_EQUAL = "at equal "
-UNITS = {"rounds": "round", "bytes": "bytes", "seconds": "seconds"}
+UNITS = {"rounds": "round", "bytes": "bytes", "seconds": "seconds", "virtual": "virtual"}
 """Kinds of budgets, and the cost that each is compared with."""
+_CLOCKS = {VIRTUAL: "virtual time"}
+"""Kinds that are not their own unit."""
 
 
 @dataclass(frozen=True, order=True)
@@ -31,7 +33,8 @@ class Quantity:
     """``final``, ``mean over rounds``, ``at 5 rounds``, ``at equal bytes, 1.2 MiB``, ``bytes to
     0.5``."""
     unit: str = ""
-    """``bytes``, ``seconds`` or ``rounds`` of a cost; empty: that of the metric."""
+    """``bytes``, ``seconds``, ``virtual`` (seconds of the virtual clock) or ``rounds`` of a cost;
+    empty: that of the metric."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def amount(cost: float, kind: str) -> str:
     """A budget in words."""
     if kind == "bytes":
         return size(cost)
-    return clock(cost) if kind == "seconds" else f"{cost:g}"
+    return clock(cost) if kind in ("seconds", "virtual") else f"{cost:g}"
 
 
 Found = Mapping[tuple[Cell, int], Mapping[Quantity, float | None]]
@@ -119,22 +122,31 @@ def quantities(
         for kind, budgets in study.budgets.items():
             costs, _ = one.curve(UNITS[kind], metric)
             for budget in budgets:
-                unit = kind.removesuffix("s") if budget == 1 else kind
                 yield (
-                    Quantity(metric, f"at {budget:,g} {unit}"),
+                    Quantity(metric, f"at {budget:,g} {_unit(kind, budget)}"),
                     statistics.at_budget(costs, values, budget),
                 )
         for kind, budget in equal.items():
             costs, _ = one.curve(UNITS[kind], metric)
             at = statistics.at_budget(costs, values, budget)
-            yield Quantity(metric, f"{AT_EQUAL}{kind}, {amount(budget, kind)}"), at
+            name = _CLOCKS.get(kind, kind)
+            yield Quantity(metric, f"{AT_EQUAL}{name}, {amount(budget, kind)}"), at
         for target in study.targets.get(metric, ()):
             for kind, cost in UNITS.items():
-                costs, _ = one.curve(cost, metric)
+                costs, reached = one.curve(cost, metric)
+                if kind == VIRTUAL and not costs:
+                    continue  # its clients have no devices
                 yield (
-                    Quantity(metric, f"{kind} to {target:g}", kind),
-                    statistics.cost_to_target(costs, values, target, higher),
+                    Quantity(metric, f"{_CLOCKS.get(kind, kind)} to {target:g}", kind),
+                    statistics.cost_to_target(costs, reached, target, higher),
                 )
+
+
+def _unit(kind: str, budget: float) -> str:
+    """The unit of a budget, in words."""
+    if kind in _CLOCKS:
+        return f"{'second' if budget == 1 else 'seconds'} of {_CLOCKS[kind]}"
+    return kind.removesuffix("s") if budget == 1 else kind
 
 
 def _lines(study: Study, quantity: Quantity, found: Found) -> list[Line]:

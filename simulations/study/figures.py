@@ -29,7 +29,11 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 BAND = "#e9e9ee"
 """A colour that pages replace in their dark scheme."""
-_AXES = {"bytes": "MiB sent and received, all clients", "seconds": "seconds"}
+_AXES = {
+    "bytes": "MiB sent and received, all clients",
+    "seconds": "seconds",
+    "virtual": "seconds of virtual time",
+}
 
 
 def all_figures(
@@ -111,6 +115,8 @@ def _points(
         if one.run.cell == cell:
             rounds, values = one.curve("round", metric)
             costs, _ = one.curve(cost, metric)
+            if not costs:
+                continue  # its clients have no devices: no virtual time
             for at, c, v in zip(rounds, costs, values, strict=True):
                 by_round_.setdefault(at, {})[one.run.seed] = (c, v)
     scale = 2**20 if cost == "bytes" else 1

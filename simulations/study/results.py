@@ -3,7 +3,7 @@
 Everything comes from the run folders (`simulations.reporting.run_folder`) of complete runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +20,11 @@ from simulations.study.plan import Planned
 from simulations.study.values import panel_of
 
 PARQUET = "results.parquet"
-COSTS = ("round", "bytes", "seconds")
+VIRTUAL = "virtual"
+COSTS = ("round", "bytes", "seconds", VIRTUAL)
 """What a quality is bought with, each up to an evaluation: rounds, bytes that all clients together
-have sent and received, and seconds of training rounds."""
+have sent and received, seconds of training rounds, and seconds of the virtual clock where clients
+have devices."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Recorded:
 
     def curve(self, cost: str, metric: str) -> tuple[list[float], list[float]]:
         """Cost and metric of the evaluations of the run's first group and adapter, or of those that
-        the metric names; what is null or missing is left out.
+        the metric names; what is null or missing is left out, so that a run without devices has no
+        curve over virtual time.
 
         Args:
             cost: of `COSTS`.
@@ -44,7 +47,7 @@ class Recorded:
         pairs = [
             (float(row[cost]), value)
             for row in self.rows_of(metric)
-            if (value := number(row.get(panel_of(metric)[0]))) is not None
+            if (value := number(row.get(panel_of(metric)[0]))) is not None and cost in row
         ]
         return [c for c, _ in pairs], [v for _, v in pairs]
 
@@ -72,6 +75,9 @@ def recorded(run: Planned, folder: Path, metrics: Mapping[str, bool] | None = No
     for name in ("wire/up_bytes", "wire/down_bytes", "round/seconds"):
         sums = accumulate(number(r.get(name)) or 0.0 for r in found.rounds)
         spent[name] = {0: 0.0} | dict(zip(rounds, sums, strict=True))
+    clock = {
+        int(r["round"]): x for r in found.rounds if (x := number(r.get("time/virtual"))) is not None
+    }
     rows = []
     for record in found.evaluations:
         at = int(record["round"])
@@ -86,6 +92,7 @@ def recorded(run: Planned, folder: Path, metrics: Mapping[str, bool] | None = No
             | {"group": group, "adapter": adapter}
             | {"round": at, "bytes_up": up, "bytes_down": down, "bytes": up + down}
             | {"seconds": seconds}
+            | ({VIRTUAL: clock.get(at, 0.0)} if clock else {})
         )
     return Recorded(run, rows)
 
@@ -93,12 +100,27 @@ def recorded(run: Planned, folder: Path, metrics: Mapping[str, bool] | None = No
 def write_parquet(file: Path, runs: Sequence[Recorded], axes: Sequence[str]) -> None:
     """Write all rows: axes and seed first, then cost, then every number of the evaluations."""
     rows = [row for one in runs for row in one.rows]
-    first = [*axes, "seed", "run", "group", "adapter", *COSTS, "bytes_up", "bytes_down"]
+    costs = [cost for cost in COSTS if cost != VIRTUAL or any(cost in row for row in rows)]
+    first = [*axes, "seed", "run", "group", "adapter", *costs, "bytes_up", "bytes_down"]
     columns = [*first, *sorted({key for row in rows for key in row} - set(first))]
     table = pa.table({name: [row.get(name) for row in rows] for name in columns})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     write_file(file, sink.getvalue().to_pybytes())
+
+
+def check_costs(kinds: Iterable[str], runs: Sequence[Recorded], where: str) -> None:
+    """Refuse budgets of virtual time if a run's clients have no devices.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    without = [one.run.name for one in runs if not any(VIRTUAL in row for row in one.rows)]
+    if VIRTUAL in kinds and without:
+        raise ConfigError(
+            f"{where}.{VIRTUAL}: the clients of {without[0]} have no devices, so that it takes no "
+            "virtual time; choose devices=lognormal for every run, or budgets of rounds or bytes"
+        )
 
 
 def check_metrics(metrics: Sequence[str], runs: Sequence[Recorded], where: str) -> None:

@@ -53,12 +53,15 @@ KEYS = (
     *("base", "axes", "seeds", "seeds_for", "only", "skip", "evaluation", "metrics", "reference"),
     *("budgets", "targets", "tuning"),
 )
-BUDGETS = ("rounds", "bytes", "seconds")
+BUDGETS = ("rounds", "bytes", "seconds", "virtual")
 EQUAL = "equal"
 """A budget: what every complete run has spent by its end."""
 PRUNE = "prune="
 """Begins the word of the command line that is the study's own, not one of its runs."""
-COLUMNS = ("run", "seed", "group", "adapter", "round", "bytes", "bytes_up", "bytes_down", "seconds")
+COLUMNS = (
+    *("run", "seed", "group", "adapter", "round", "bytes", "bytes_up", "bytes_down", "seconds"),
+    "virtual",
+)
 """Columns of the results that no axis may take the name of."""
 ADAPTERS = ("full", "largest", "own", "auto")
 """What clients are evaluated with; ``auto``: their own where a method has no global model."""
@@ -88,7 +91,7 @@ class Study:
     reference: tuple[str, str] | None = None
     """An axis and the level that its other levels are compared with."""
     budgets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """By kind: rounds, bytes or seconds."""
+    """By kind: rounds, bytes, seconds, or virtual: seconds of the virtual clock."""
     equal: tuple[str, ...] = ()
     """Kinds of which the least that a complete run has spent is a budget too."""
     targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)

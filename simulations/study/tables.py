@@ -28,7 +28,7 @@ def value(x: float, unit: str = "") -> str:
     """A number in its unit: bytes, seconds, rounds, or that of a metric."""
     if unit == "bytes":
         return traffic(x / 2**20)
-    if unit == "seconds":
+    if unit in ("seconds", "virtual"):
         return clock(x)
     if unit == "rounds":
         return f"{x:.1f}"

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import statistics
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from simulations.study.analysis import FINAL, Quantity, analyse
 from simulations.study.cost import cost_file
 from simulations.study.plan import Planned
 from simulations.study.record import record_of, write_record
-from simulations.study.results import recorded
+from simulations.study.results import check_costs, recorded
 from simulations.study.runner import progress_of
 from simulations.study.spec import parse
 from simulations.study.tables import table_csv, table_md, table_tex, tex
@@ -99,6 +100,33 @@ def analysed(folder):
     standing = progress_of(runs, place)
     found = [recorded(one.run, one.folder) for one in standing if one.state.name == "DONE"]
     return analyse(study, found)
+
+
+def test_virtual_time_is_a_budget_where_clients_have_devices(folder):
+    study, runs, place = folder
+    timed = replace(study, budgets={"virtual": (4.0,)}, equal=("virtual",))
+    standing = [one for one in progress_of(runs, place) if one.state.name == "DONE"]
+    without = [recorded(one.run, one.folder) for one in standing]
+    with pytest.raises(ConfigError, match=r"budgets.virtual: the clients of .* have no devices"):
+        check_costs(["bytes", "virtual"], without, "study mine: budgets")
+    for one in standing:
+        file = one.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        clock = [
+            r | ({"time/virtual": 3.0 * r["round"]} if r["kind"] == "round" else {}) for r in lines
+        ]
+        file.write_text("".join(json.dumps(r) + "\n" for r in clock))
+    found = [recorded(one.run, one.folder) for one in standing]
+    check_costs(["virtual"], found, "study mine: budgets")
+    assert [row["virtual"] for row in found[0].rows] == [0, 0, 3, 3, 6, 6]
+    analysis = analyse(timed, found)
+    lines = {(q.what, x.cell): x for x in analysis.lines if (q := x.quantity).metric == "accuracy"}
+    cell = found[0].run.cell
+    within = lines["at 4 seconds of virtual time", cell].estimate
+    assert within is not None and within.mean == pytest.approx(
+        statistics.fmean(accuracy(cell, one.run.seed, 1) for one in found if one.run.cell == cell)
+    )
+    assert any(what.startswith("at equal virtual time, ") for what, _ in lines)
 
 
 def test_every_evaluation_is_a_row_with_its_costs(whole):
