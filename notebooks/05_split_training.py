@@ -43,9 +43,9 @@ from fedlora.data import Sotu, TokenStore, prepare
 from fedlora.models.spec import Tiny
 from fedlora.models.stages import Span, Stages
 from fedlora.split.batches import pack, pad, step_of
-from fedlora.split.compression import Wire
 from fedlora.split.loss import sum_loss
 from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.wire.rows import Wire
 from simulations.app.client_app import app
 from simulations.app.compose import load
 from simulations.app.federate import run

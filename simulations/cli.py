@@ -60,7 +60,7 @@ Runs write into outputs/ of the current folder. Configuration: {conf}
 """
 
 STUDY = """\
-usage: fedlora study NAME [--jobs N] [--list] [key=value ...]
+usage: fedlora study NAME [--jobs N] [--list] [key=value ...] [--only KEY=VALUE ...]
        fedlora study [group=choice,choice ...] [key=value,value ...]
 
 NAME is a study of conf/study, or a YAML file: methods, settings and seeds, several runs at a time.
@@ -69,6 +69,8 @@ What is complete is kept, what was stopped continues, a failed run is named and 
 
   fedlora study smoke --jobs 2
   fedlora study mine.yaml --list                       the runs, without starting them
+  fedlora study smoke --only seed=0                    a part of the runs
+  fedlora study smoke --sweep-yaml                     the same as a sweep of Weights & Biases
 
 Without a name, runs every combination of the values that commas separate, one run after another: a
 sweep, the same as `fedlora run --multirun`. In both, a failed run does not keep the others from

@@ -147,7 +147,7 @@ class DriftCorrected(FactorAverage, LoRAStrategy):
     def needs_updates(self) -> str:
         return (
             f"strategy {self.label} also averages what clients keep, which moves even if a client "
-            "does not; choose postprocess=none, or strategy=fedit"
+            "does not; choose postprocess=none and robust=none, or strategy=fedit"
         )
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:

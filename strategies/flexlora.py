@@ -210,6 +210,10 @@ class FlexLoRA(LoRAStrategy):
         sent = over(update.adapter, start) if self.train == "b" else update.adapter
         return {p: product_change(p, start[p], f) for p, f in sent.items()}
 
+    def adds_state(self, state: State) -> State:
+        """Nothing: a client knows its start."""
+        return {}
+
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """``W + total / weight``, then its SVD."""
         averages = {}

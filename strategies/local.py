@@ -52,7 +52,7 @@ class Local(LoRAStrategy):
     def needs_updates(self) -> str:
         return (
             "strategy local sends no update that a postprocessor could change; choose "
-            "postprocess=none"
+            "postprocess=none and robust=none"
         )
 
     def kept(

@@ -211,6 +211,10 @@ class Rebase(LoRAStrategy):
             return None
         return {p: Product(f.scale * f.b, f.a) for p, f in update.adapter.items()}
 
+    def adds_state(self, state: State) -> State:
+        """Nothing: a client knows what it has trained."""
+        return {}
+
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """``g + total / weight``. A sum does not say which clients took part, so the bytes that a
         client is sent next are counted as if it had missed this round."""

@@ -27,6 +27,13 @@ NEEDED = {
     "client/technique=spp": ["strategy=spp"],
     "client/technique=switchlora": ["strategy=switchlora"],
     "postprocess=bound": ["strategy=fedit"],
+    **{
+        f"robust={name}": ["strategy=fedit"]
+        for name in ("bound", "median", "trimmed", "krum", "multikrum", "geometric")
+    },
+    "ranks=by_device": ["devices=lognormal"],
+    "secagg=simulated": ["strategy=fedit"],
+    "secagg=real": ["strategy=fedit"],
     "runtime=silos": ["data=jsonl", "data.path=records.jsonl"],
     "data=intents": ["model.task=classification"],
     "model=minilm": ["data=intents"],
@@ -156,6 +163,31 @@ def test_the_hash_ignores_what_cannot_matter():
             "strategy=spp federation.wire=bfloat16 strategy.mode=stack",
             "federation.wire=bfloat16 with strategy.mode=stack",
         ),
+        ("robust=median", "robust=median: strategy.residual=drop, strategy.weighting=all"),
+        ("robust=krum robust.attackers=0.5", "robust.attackers=0.5 must be below 0.5"),
+        ("attack=sign attack.start=3 attack.end=2", "attack.end=2 must be 0 (never) or at least"),
+        ("attack=sign strategy=splitlora", "attack=sign: clients of SplitLoRA train together"),
+        (
+            "attack=sign runtime=silos data=jsonl data.path=x",
+            "attack=sign: a silo does what its own operator says",
+        ),
+        (
+            "strategy=fedit compression=int8 federation.wire=bfloat16",
+            "compression: federation.wire=bfloat16, federation.error_feedback=False: one rounding",
+        ),
+        (
+            "strategy=splitlora compression=int8",
+            "compression: clients of SplitLoRA send activations",
+        ),
+        ("strategy=fedsa compression=int8", "compression: clients of FedSA keep a part of what"),
+        ("strategy=ffa compression=int8", "use compression.down.kind=none"),
+        (
+            "strategy=flora compression=int8 compression.down.kind=none",
+            "compression: what clients of Rebase exchange must not be rounded",
+        ),
+        ("strategy=fedit compression.error_feedback=true", "nothing is rounded off"),
+        ("strategy=fedit compression.down.kind=int8", "use compression.up.kind=fp32, or another"),
+        ("strategy=fedit compression.up.kind=int2", "'int2' is not one of"),
         ("strategy=spp model.pattern=0", "pattern='0' must be the fraction of weights"),
         ("strategy=spp model.base.targets=[q_proj]", "model.base.targets=[q_proj] says nothing"),
         (

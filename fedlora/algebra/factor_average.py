@@ -143,6 +143,10 @@ class FactorAverage:
             found |= factor_changes(path, start[path], f)
         return found
 
+    def adds_state(self, state: State) -> State:
+        """The state if factors are aligned to it; otherwise nothing: a client knows its start."""
+        return {} if self.align == "none" else state
+
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """The factors plus ``total / weight``, passed through the server optimizer."""
         old = pack(factors(state))

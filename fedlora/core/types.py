@@ -292,6 +292,9 @@ class TrainJob:
     residual: Mapping[str, Tensor] | None = None
     """The rounding error of the client's changes on the wire, summed so far; ``None``: not
     tracked (`fedlora.wire.change`)."""
+    sent: Payload | None = None
+    """What travels as its start, where that is rounded; None: the start itself. Its client trains
+    from this, and its change is added to the start."""
     chosen: Chosen | None = None
     """The rank indices that train, by the plan's choice. The engine that executes the job decides
     them, so that they never travel to a client; None: not decided, or there is no choice."""
@@ -320,6 +323,8 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     residual: Mapping[str, Tensor] | None = None
     """The new rounding error on the wire; ``None``: not tracked."""
+    sent_bytes: int = 0
+    """Bytes of the array in which its change came (`fedlora.wire.tensors`); 0: values came."""
 
     @cached_property
     def adapter(self) -> Adapter:

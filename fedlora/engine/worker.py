@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fedlora.attack.base import Squad
 from fedlora.core.config import build, describe
 from fedlora.data.store import TokenStore
+from fedlora.engine.attacked import AttackedEngine
 from fedlora.engine.base import Engine, EngineSpec
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.spec import ModelSpec
@@ -30,6 +32,8 @@ class WorkerSpec:
     """``auto``: the first CUDA device that Ray left visible, else the CPU."""
     client: int | None = None
     """Id of the only client that the store is of; None: the store has the clients of all."""
+    attack: Squad | None = None
+    """The clients that attack; None: there are none."""
 
     def to_json(self) -> str:
         """The description that `worker` understands."""
@@ -40,7 +44,8 @@ class WorkerSpec:
             "device": self.device,
         }
         only = {} if self.client is None else {"client": self.client}
-        return json.dumps(plain | only, sort_keys=True)
+        attack = {} if self.attack is None else {"attack": describe(self.attack)}
+        return json.dumps(plain | only | attack, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> "WorkerSpec":
@@ -52,6 +57,7 @@ class WorkerSpec:
             build(raw["engine"], EngineSpec, "engine"),  # type: ignore[type-abstract]
             raw["device"],
             raw.get("client"),
+            build(raw["attack"], Squad, "attack") if "attack" in raw else None,
         )
 
     def open(self) -> Engine:
@@ -60,7 +66,10 @@ class WorkerSpec:
         Raises:
             ValueError: for a device that is not there.
         """
-        return self.engine.open(*resident(self.to_json()))
+        model, store = resident(self.to_json())
+        if self.attack is None:
+            return self.engine.open(model, store)
+        return AttackedEngine(self.attack, self.engine, model, store)
 
 
 @functools.lru_cache(maxsize=1)

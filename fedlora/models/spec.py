@@ -150,8 +150,7 @@ class ModelSpec(ABC):
     def _describe(self, folder: Path, identity: str) -> ModelInfo:
         """What transformers makes of a complete folder with this fingerprint."""
         config = self._config(folder)
-        with torch.device("meta"):
-            network = self._auto().from_config(config, **self._trust())
+        network = self._skeleton(config)
         splits, found = self._split(network), limits(config, network)
         head = head_modules(network) if self.classifies else ()
         modules = find_modules(network, self.targets, self.layers, outside=head)
@@ -174,6 +173,20 @@ class ModelSpec(ABC):
             head_modules=head,
             head=head_tensors(network) if self.classifies else (),
         )
+
+    def skeleton(self) -> Any:
+        """The network without weights, on the ``meta`` device: for formulas of its shapes.
+
+        Raises:
+            ModelError: if the folder is incomplete or holds no model for the task.
+        """
+        network = self._skeleton(self._config(self.folder()))
+        self._split(network)
+        return network
+
+    def _skeleton(self, config: "PretrainedConfig") -> Any:
+        with torch.device("meta"):
+            return self._auto().from_config(config, **self._trust())
 
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The model's tokenizer; where none is defined, padding is the end-of-sequence token."""

@@ -13,11 +13,7 @@ from fedlora.core.checks import at_least, fraction
 from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import generator
 from fedlora.core.types import Client, Module
-from fedlora.population.ranks import (
-    RankDistribution,
-    module_ranks,
-    quotas,
-)
+from fedlora.population.ranks import RankDistribution, Tier, module_ranks, quotas
 
 
 class Shard(Protocol):
@@ -101,6 +97,8 @@ def enroll(
     model_parameters: int,
     seed: int,
     loss: str = "full",
+    *,
+    assigned: Sequence[str | None] | None = None,
 ) -> Roster:
     """Give every client its tier, and set apart those who never train.
 
@@ -112,6 +110,9 @@ def enroll(
         model_parameters: parameters of the base model.
         seed: of the run; ``population.seed`` is used instead where it is given.
         loss: which tokens have a loss (`LocalPlan.loss`): a client that has none never trains.
+        assigned: the name of each client's tier, by id, where devices decide
+            (`fedlora.devices.ranks`), of at least one; None in its place: the client never trains,
+            and is evaluated at the smallest ranks of those that do. None: tiers are drawn.
 
     Raises:
         ConfigError: if more clients are asked for than there are, a category does not exist, no
@@ -122,20 +123,25 @@ def enroll(
     tiers = ranks.resolve(modules, model_parameters)
     patterns = {t.name: module_ranks(t, modules, clamp=ranks.clamp) for t in tiers}
     drawn_by = population.drawn_by(seed)
-    fractions = [t.fraction for t in tiers]
-    names = _assign([t.name for t in tiers], fractions, total, ranks.quotas, drawn_by)
+    names = assigned or _assign(tiers, total, ranks.quotas, drawn_by)
+    smallest = next(t.name for t in tiers if t.name in names)
     clients = tuple(
-        Client(s.id, patterns[name], s.num_train, name)
+        Client(s.id, patterns[smallest if name is None else name], s.num_train, name or "")
         for s, name in zip(shards, names, strict=True)
     )
     task, unseen = held_out(population, shards, seed)
     apart = task | unseen
-    trainable = tuple(s.id for s in shards if s.id not in apart and s.trains(loss))
+    trainable = tuple(
+        s.id
+        for s, name in zip(shards, names, strict=True)
+        if s.id not in apart and s.trains(loss) and name is not None
+    )
     if not trainable:
         raise ConfigError(
             f"no client is left to train: of {total}, {len(task)} are held out by category, "
             f"{len(unseen)} by population.unseen_fraction={population.unseen_fraction}, and the "
             f"others hold no training example with a token that has a loss (client.loss={loss})"
+            f"{' or have a device that cannot train' if assigned else ''}"
         )
     wanted = population.per_round or max(1, math.floor(population.fraction * total + 1e-9))
     if wanted > len(trainable) and population.per_round:
@@ -193,9 +199,8 @@ def held_out(
     return task, {rest[i] for i in drawn.tolist()}
 
 
-def _assign(
-    names: Sequence[str], fractions: Sequence[float], total: int, how: str, seed: int
-) -> list[str]:
+def _assign(tiers: Sequence[Tier], total: int, how: str, seed: int) -> Sequence[str | None]:
+    names, fractions = [t.name for t in tiers], [t.fraction for t in tiers]
     rng = generator(seed, "tiers")
     if how == "iid":
         drawn = rng.choice(len(names), total, p=np.asarray(fractions) / sum(fractions))
@@ -221,11 +226,27 @@ def _in_categories(shards: Sequence[Shard], categories: Sequence[str]) -> set[in
     return {s.id for s in shards if group(s.category) in set(categories)}
 
 
-def cohort(roster: Roster, seed: int, round: int) -> list[Client]:
-    """The clients of one round, uniformly without replacement: a function of (seed, round)."""
+def cohort(
+    roster: Roster,
+    seed: int,
+    round: int,
+    *,
+    among: Sequence[int] | None = None,
+    count: int | None = None,
+) -> list[Client]:
+    """The clients of one round, uniformly without replacement: a function of the arguments.
+
+    Args:
+        roster: the population.
+        seed: of the run.
+        round: of the draw, counted from 1.
+        among: ids from which they are drawn; None: all that can train.
+        count: how many, at most as many as there are; None: as many as a round needs.
+    """
     rng = generator(seed, "cohort", round)
-    chosen = rng.choice(len(roster.trainable), roster.per_round, replace=False)
-    return [roster.clients[roster.trainable[i]] for i in sorted(chosen)]
+    ids = roster.trainable if among is None else among
+    chosen = rng.choice(len(ids), roster.per_round if count is None else count, replace=False)
+    return [roster.clients[ids[i]] for i in sorted(chosen)]
 
 
 def panel(roster: Roster, group: str, size: int, seed: int, split: str) -> list[Client]:

@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 FORMAT = 3
 STRUCTURE = "structure"
+BESIDE = "beside:"
+"""What names of tensors begin with that are no part of the state."""
 _NAME = re.compile(r"round_(\d{5,})")
 
 
@@ -44,6 +46,8 @@ class Checkpoint:
     """`config_hash` of the run that wrote it; empty if it named none."""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Plain values that belong to the state, such as the index of what clients keep."""
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    """Named tensors that are no part of the state, such as results that are under way."""
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -109,6 +113,7 @@ def save(
     *,
     config_hash: str = "",
     extra: Mapping[str, Any] | None = None,
+    beside: Mapping[str, Tensor] | None = None,
     also: Collection[int] = (),
 ) -> Path:
     """Write the state after a round, then remove what is no longer kept.
@@ -123,6 +128,7 @@ def save(
         keep: how many checkpoints to keep; 0: all.
         config_hash: hash of the run's configuration; a resumed run must have the same.
         extra: plain values for JSON that belong to the state.
+        beside: tensors that belong to the run and not to the state.
         also: earlier rounds whose checkpoints are kept beside the last ones.
 
     Returns:
@@ -132,7 +138,8 @@ def save(
     at_least("checkpoints.keep", keep, 0)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"round_{round:05d}"
-    blob = safetensors.torch.save({name: _standalone(t) for name, t in state.items()})
+    named = {**state, **{BESIDE + name: t for name, t in (beside or {}).items()}}
+    blob = safetensors.torch.save({name: _standalone(t) for name, t in named.items()})
     meta = {
         "format": FORMAT,
         "round": round,
@@ -169,9 +176,11 @@ def load(path: Path) -> Checkpoint:
     try:
         tensors = safetensors.torch.load(blob)
         state = {name: tensors[name] for name in meta["names"]}
+        others = [name for name in tensors if name.startswith(BESIDE) and name not in state]
     except (SafetensorError, KeyError) as error:
         raise CheckpointError(f"{file} does not hold what meta.json lists: {error}") from error
-    return Checkpoint(meta["round"], state, meta["config_hash"], meta["extra"])
+    beside = {name.removeprefix(BESIDE): tensors[name] for name in others}
+    return Checkpoint(meta["round"], state, meta["config_hash"], meta["extra"], beside)
 
 
 def latest(folder: Path) -> Checkpoint | None:

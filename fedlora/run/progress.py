@@ -126,6 +126,8 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     if "clients" in record:
         parts.append(f"{record['clients']} clients")
     parts += [f"{record[key]} {key}" for key in ("failed", "rejected") if record.get(key)]
+    for key, name in (("device/late", "late"), ("device/away", "went away")):
+        parts += [f"{record[key]} {name}"] if record.get(key) else []
     if "train/loss" in record:
         ends = [record.get(f"train/loss_{end}") for end in ("first", "last")]
         steps = f" (first step {ends[0]:.3f}, last {ends[1]:.3f})" if None not in ends else ""
@@ -135,6 +137,8 @@ def _training(record: Mapping[str, Any]) -> list[str]:
     if "wire/up_bytes" in record:
         down = record.get("wire/down_bytes", 0)
         parts.append(f"sent {size(record['wire/up_bytes'])}, received {size(down)}")
+    if "time/virtual" in record:
+        parts.append(f"virtual time {clock(record['time/virtual'])}")
     if "round/seconds" in record:
         parts.append(f"{record['round/seconds']:.1f} s")
     if "state/hash" in record:

@@ -12,6 +12,7 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -22,6 +23,22 @@ log = logging.getLogger(__name__)
 
 Record: TypeAlias = Mapping[str, Any]
 """Names and scalars of one round (``kind="round"``) or one evaluation (``kind="evaluate"``)."""
+
+
+Table: TypeAlias = tuple[Sequence[str], Sequence[Sequence[Any]]]
+"""Names of columns, and rows with a value for each."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What many runs have found together (`Tracking.summarise`)."""
+
+    config: Mapping[str, Any]
+    """What was compared."""
+    tables: Mapping[str, Table]
+    """By name."""
+    figures: Mapping[str, bytes]
+    """By name: PNG files."""
 
 
 class Tracker(Protocol):
@@ -53,6 +70,10 @@ class Tracking(ABC):
     def check(self, name: str) -> None:  # noqa: B027 - most trackers take every name
         """Raise a ValueError for what the tracker would refuse of a run of this name."""
 
+    def summarise(self, folder: Path, name: str, found: Findings) -> None:  # noqa: B027
+        """Write what many runs have found as a run of this name beside them, its files in a folder;
+        may raise. Most trackers have no such thing."""
+
 
 @dataclass(frozen=True)
 class Silent(Tracking):
@@ -73,6 +94,8 @@ class Wandb(Tracking):
     """User or team; empty: the account's default."""
     group: str = ""
     """What the runs of one experiment share; empty: none."""
+    job_type: str = "train"
+    """What kind of run it is within its group."""
     tags: tuple[str, ...] = ()
     notes: str = ""
     client_table: bool = True
@@ -86,6 +109,16 @@ class Wandb(Tracking):
 
     def open(self, folder: Path, name: str) -> Sequence[Tracker]:
         return () if self.mode == "disabled" else (WandbTracker(self, folder, name),)
+
+    def summarise(self, folder: Path, name: str, found: Findings) -> None:
+        if self.mode == "disabled":
+            return
+        self.check(name)
+        tracker = WandbTracker(self, folder, name)
+        try:
+            tracker.findings(found)
+        finally:
+            tracker.close()
 
     def check(self, name: str) -> None:
         """Raise a ValueError for what W&B refuses: by its own rules, which it applies when it is
@@ -363,6 +396,21 @@ class WandbTracker:
     def evaluated(self, rows: Sequence[Record]) -> None:
         """Nothing: the means are in the record, the clients in ``evaluations.jsonl``."""
 
+    def findings(self, found: Findings) -> None:
+        """Tables and pictures of many runs, in the place of those that the run had before."""
+        from PIL import Image
+
+        self.config(found.config)
+        shown: dict[str, Any] = {
+            f"table/{name}": self._wandb.Table(
+                columns=list(columns), data=[plain(row) for row in rows], allow_mixed_types=True
+            )
+            for name, (columns, rows) in found.tables.items()
+        }
+        for name, picture in found.figures.items():
+            shown[f"figure/{name}"] = self._wandb.Image(Image.open(BytesIO(picture)))
+        self._run.log(shown)
+
     def close(self) -> None:
         self._run.finish()
         if self._data_dir_before is None:
@@ -392,7 +440,7 @@ class WandbTracker:
             group=settings.group or None,
             tags=list(settings.tags) or None,
             notes=settings.notes or None,
-            job_type="train",
+            job_type=settings.job_type or None,
             settings=self._wandb.Settings(
                 console="off",
                 disable_git=True,

@@ -28,6 +28,8 @@ METHOD = "method"
 """Namespace of what a method's `kept` returns."""
 WIRE = "wire"
 """Namespace of what rounding has withheld of a client's replies (`fedlora.wire.change`)."""
+STARTS = "starts"
+"""Namespace of what a client was sent last, if starts are compressed (`fedlora.wire.tensors`)."""
 CACHED_BYTES = 256 * 2**20
 """Bytes of tensors that stay in memory; the least recently used are read again when needed."""
 

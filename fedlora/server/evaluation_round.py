@@ -3,6 +3,7 @@
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from fedlora.algebra.state import Kept, State
@@ -10,6 +11,7 @@ from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
+from fedlora.run.tracking import read_jsonl
 from fedlora.server.claims import REJECTED, not_numbers
 from fedlora.server.method import Method
 from fedlora.server.training_round import Shared, same_payload, variant_key
@@ -95,6 +97,13 @@ def evaluation_rows(
         }
         for r in sorted(found, key=lambda r: r.client.id)
     ]
+
+
+def evaluated_pairs(folder: Path, round: int) -> set[tuple[str, str]]:
+    """The (group, adapter) pairs of a round that a run folder's metrics.jsonl already holds."""
+    records = read_jsonl(folder / "metrics.jsonl")
+    mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
+    return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
 
 
 def validate_evaluations(found: Iterable[Evaluation | Failure]) -> list[Evaluation | Failure]:

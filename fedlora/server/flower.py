@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -25,15 +26,19 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.secagg.config import REAL
 from fedlora.server.claims import checked
 from fedlora.server.delivery import POLL_S, Delivery, Parcel, Phase
 from fedlora.server.homes import Homes
 from fedlora.server.incidents import EVALUATE, TRAIN, Incidents
 from fedlora.server.method import ClientChannel, RoundOutcome
 from fedlora.server.norm_bound import COHORT
+from fedlora.server.secure_round import SecureRound
 from fedlora.server.session import Session
+from fedlora.server.training_round import UNASKED
 from fedlora.server.workers import check_workers
 from fedlora.wire.messages import decode_results, encode_jobs, glance
+from fedlora.wire.tensors import NO_FORMAT, Format
 
 log = logging.getLogger(__name__)
 
@@ -121,12 +126,17 @@ class FederatedRun:
         jobs = [job for jobs in cohorts for job in jobs if job.client.id not in out]
         jobs.sort(key=lambda job: job.client.id)
         channel = FlowerChannel(self, delivery, phase)
-        outcome = session.method.run_round(session.state, jobs, channel) if jobs else None
+        outcome = None
+        if jobs and session.secagg.kind == REAL:
+            outcome = SecureRound(session.sum_plan(jobs), channel, session.store).run()
+        elif jobs:
+            outcome = session.method.run_round(session.state, jobs, channel)
         if outcome is None:
             found = self._results(cohorts, MessageType.TRAIN, delivery, phase)
-            results = [r for part in found for r in part if not isinstance(r, Evaluation)]
-            outcome = RoundOutcome(session.state, results)
-        session.finish_training([*outcome.results, *out.values()], outcome.state)
+            trained = [r for part in found for r in part if not isinstance(r, Evaluation)]
+            outcome = RoundOutcome(session.state, trained)
+        results = [*outcome.results, *out.values()]
+        session.finish_training(results, outcome.state, outcome.summed)
 
     def _evaluate(self, round: int, delivery: Delivery) -> None:
         phase = self.phase(round, EVALUATE)
@@ -142,7 +152,7 @@ class FederatedRun:
 
     def _left_out(self, jobs: Sequence[Job], phase: Phase) -> dict[int, Failure]:
         """The clients of these jobs that are not sent anything, as failures."""
-        out, kind = self._out(phase), "Unavailable" if self.homes else "LeftOut"
+        out, kind = self._out(phase), UNASKED[0] if self.homes else UNASKED[1]
         clients = {job.client.id: job.client for job in jobs}
         return {i: Failure(c, kind, out[i]) for i, c in clients.items() if i in out}
 
@@ -165,15 +175,16 @@ class FederatedRun:
         if not parts:
             return [[] for _ in batches]
         wire, nonce = self.session.rounds.wire, secrets.token_hex(8)
-        described = {"source": self.source, "wire": wire, "nonce": nonce}
+        up = self.session.compression.up if kind == MessageType.TRAIN else NO_FORMAT
+        written = partial(encode_jobs, source=self.source, wire=wire, nonce=nonce, up=up)
         parcels = []
         for (_, jobs), (node, worker) in zip(parts, self._routes(parts, delivery), strict=True):
-            message = Message(encode_jobs(jobs, worker=worker, **described), node, kind)
+            message = Message(written(jobs, worker=worker), node, kind)
             parcels.append(self.parcel(message, [job.client for job in jobs], phase))
         found: list[list[Update | Evaluation | Failure]] = [[] for _ in batches]
         for (i, jobs), reply in zip(parts, delivery.send(parcels, phase), strict=True):
             asked = {job.client.id: job for job in jobs}
-            read = _read(reply, jobs, wire, nonce)
+            read = _read(reply, jobs, wire, nonce, up)
             found[i] += [checked(asked[r.client.id], r, self.session.store) for r in read]
         return found
 
@@ -219,6 +230,11 @@ class FlowerChannel(ClientChannel):
         self._run, self._delivery, self._phase = run, delivery, phase
         self._nodes: list[int] = []
 
+    def worker_of(self, clients: Sequence[Client]) -> str:
+        """See `ClientChannel.worker_of`: a silo is told what is meant for it."""
+        homes = self._run.homes
+        return homes.workers[clients[0].id] if homes else self.worker
+
     def say(self, line: str) -> None:
         """Show one line to the user."""
         self._run.session.emit(line)
@@ -233,14 +249,16 @@ class FlowerChannel(ClientChannel):
         action: str,
         content: Callable[[Sequence[Client]], RecordDict],
     ) -> list[tuple[Sequence[Client], RecordDict | str]]:
-        """See `ClientChannel.exchange`: client ``i`` lives on node ``i`` modulo their number."""
-        self._nodes = self._nodes or nodes_of(self._delivery.grid)
-        incidents, phase = self._run.incidents, self._phase
+        """See `ClientChannel.exchange`: client ``i`` lives on node ``i`` modulo their number, or is
+        a node of its own."""
+        homes, incidents, phase = self._run.homes, self._run.incidents, self._phase
+        if homes is None:
+            self._nodes = self._nodes or nodes_of(self._delivery.grid)
         single = incidents.one_by_one(phase.name, phase.round)
-        out = incidents.left_out(phase.name, phase.round)
+        out = homes.away() if homes else incidents.left_out(phase.name, phase.round)
         groups: dict[tuple[int, int | None], list[Client]] = {}
         for client in (c for c in clients if c.id not in out):
-            node = self._nodes[client.id % len(self._nodes)]
+            node = homes.nodes[client.id] if homes else self._nodes[client.id % len(self._nodes)]
             own = client.id if client.id in single else None
             groups.setdefault((node, own), []).append(client)
         kind = f"{MessageType.TRAIN}.{action}"
@@ -263,7 +281,7 @@ def _answer(reply: Message | None) -> RecordDict | str:
 
 
 def _read(
-    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str
+    reply: Message | None, jobs: Sequence[Job], wire: str, nonce: str, up: Format
 ) -> Sequence[Update | Evaluation | Failure]:
     """The results of one reply to these jobs, whatever it holds."""
     clients = {j.client.id: j.client for j in jobs}
@@ -274,7 +292,7 @@ def _read(
         return [Failure(c, "WorkerError", essence(reason), reason) for c in clients.values()]
     try:
         starts = {j.client.id: j.start for j in jobs if isinstance(j, TrainJob)}
-        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce)
+        return decode_results(reply.content, clients, starts, wire=wire, nonce=nonce, up=up)
     except Exception as error:  # a reply is foreign input: it must not end the run
         why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
         return [Failure(c, "WorkerError", why) for c in clients.values()]

@@ -133,6 +133,10 @@ class Headed(Method):
         before, after = _head(start), _head(update.payload)
         return {**found, **{f"{HEAD}{name}": t - before[name] for name, t in after.items()}}
 
+    def adds_state(self, state: State) -> State:
+        """As the inner method: a client knows the head that it started from."""
+        return self.inner.adds_state(_without(state))
+
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """The inner state, and the head moved by the mean of its changes."""
         own = {name: x for name, x in total.items() if not name.startswith(HEAD)}

@@ -27,6 +27,7 @@ from fedlora.core.types import (
     TrainJob,
     Update,
 )
+from fedlora.secagg.summed import Summed
 from fedlora.server.missed import seeded_bytes
 from fedlora.wire.codec import payload_bytes, update_bytes
 
@@ -59,6 +60,8 @@ class RoundOutcome:
     """The server's state after all messages and before the aggregation."""
     results: Sequence[Update | Failure]
     """At most one result per client."""
+    summed: Summed | None = None
+    """The secure sum that the updates went into, which are withheld; None: the updates are here."""
 
 
 class ClientChannel(ABC):
@@ -77,6 +80,10 @@ class ClientChannel(ABC):
     norm_factor: float = 0.0
     """How many medians of the clients' changes an average takes in (`fedlora.server.norm_bound`);
     0: any."""
+
+    def worker_of(self, clients: Sequence[Client]) -> str:
+        """What the node of these clients has to open: `worker`, unless nodes are clients."""
+        return self.worker
 
     @abstractmethod
     def say(self, line: str) -> None:
@@ -275,7 +282,7 @@ class Method(ABC):
         empty: a sum is enough, and `adds` is never ``None``."""
         return (
             f"strategy {type(self).__name__} averages whole updates, not a sum of their changes; "
-            "choose postprocess=none, or a strategy that says what clients add, such as fedit"
+            "choose none, or a strategy that says what clients add, such as fedit"
         )
 
     def adds(self, state: State, start: Payload, update: Update) -> Summands | None:
@@ -295,6 +302,11 @@ class Method(ABC):
             Tensors or products by name; ``None``: as `needs_updates` says.
         """
         return None
+
+    def adds_state(self, state: State) -> State:
+        """The part of a state that `adds` looks at: what each client of a secure sum is sent, for
+        there the clients call `adds` themselves. By default the whole state."""
+        return state
 
     def absorb(self, state: State, total: Summands, weight: float) -> State:
         """The state after a sum of what clients add.

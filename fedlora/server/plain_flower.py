@@ -240,7 +240,7 @@ class PlainFlower(Strategy):
         now = Moment(self.seed, server_round)
         while len(moves) >= max(1, self.min_nodes):
             try:
-                after = combine(self.method, self.state, _updates(moves), now, starts=starts)
+                after = combine(self.method, self.state, _updates(moves), now, starts=starts).state
                 wrong = unusable(self.method, after)
             except NUMERICAL as error:
                 wrong = f"the average cannot be computed: {error}"

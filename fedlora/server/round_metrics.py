@@ -21,6 +21,7 @@ from fedlora.core.types import (
     Setting,
     Update,
 )
+from fedlora.robust.rule import Rule
 from fedlora.server.method import Method
 
 
@@ -43,19 +44,32 @@ def training_record(
         values = [u.metrics.get(name, 0.0) for u in updates]
         return sum(w * v for w, v in zip(weights, values, strict=True)) / (sum(weights) or 1)
 
+    losses = ("loss", "loss_first", "loss_last") if updates else ()
     return {
         "kind": "round",
         "round": round,
         "clients": len(updates),
         "failed": len(failures) - rejected,
         "rejected": rejected,
-        "train/loss": mean("loss"),
-        "train/loss_first": mean("loss_first"),
-        "train/loss_last": mean("loss_last"),
+        **{f"train/{name}": mean(name) for name in losses},
         "train/tokens": tokens,
         "round/train_seconds": seconds,
         "round/clients_per_second": (len(updates) + len(failures)) / max(seconds, 1e-9),
     }
+
+
+def influence_record(rule: Rule, influence: Mapping[int, float]) -> dict[str, float]:
+    """How many clients are in a robust average, and the largest fraction of one; empty: there is no
+    rule.
+
+    Args:
+        rule: of the run.
+        influence: client id -> its fraction of what was absorbed.
+    """
+    if not rule.acts or not influence:
+        return {}
+    there = [v for v in influence.values() if v > 0]
+    return {"robust/clients": len(there), "robust/largest": max(there, default=0.0)}
 
 
 def engine_record(updates: Sequence[Update], notes: Iterable[str]) -> dict[str, float | int | str]:

@@ -1,5 +1,6 @@
 """Configuration of a run's length, of its rounds, and of when it is evaluated."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 from fedlora.core.checks import MOST_THREADS, at_least, distinct, fraction, one_of, within
@@ -9,6 +10,7 @@ from fedlora.server.norm_bound import COHORT, OFF
 from fedlora.wire.codec import ROUNDING, WIRE_BYTES
 
 AUTO = "auto"
+SYNC, BUFFERED = "sync", "buffered"
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Rounds:
     max_update_norm: float = 0.0
     """Updates with a larger change (Frobenius norm) are rejected; 0: no absolute bound but
     `fedlora.server.validation.LARGEST`."""
+    max_factor_norm: float = 0.0
+    """The same for the tensors that are sent (of LoRA the factors): ``(c B, A / c)`` are the same
+    weights, and ruin an average of factors; 0: no absolute bound."""
+    rebalance: bool = False
+    """Whether factors are turned back towards the start before they are compared and averaged
+    (`fedlora.server.gauge`): then no client chooses which factors of its product are averaged."""
     norm_bound: str = COHORT
     """``cohort``: updates that move much further than those of most clients of their round are
     rejected (`fedlora.server.norm_bound`); ``off``: they are averaged."""
@@ -80,6 +88,26 @@ class Rounds:
     clients_per_message: int = 0
     """Most clients in one Flower message; 0: as many as the engine likes (sequential: a fourth of
     a worker's share of the round), and no more than `fedlora.server.packing.MOST_PER_MESSAGE`."""
+    over: float = 1.0
+    """How many times the clients that a round needs are asked; the first results count. Needs
+    ``devices``."""
+    deadline: float = math.inf
+    """Seconds of virtual time after which a round no longer waits for results. Needs
+    ``devices``."""
+    mode: str = SYNC
+    """``sync``: a round waits for its clients; ``buffered``: the model is changed whenever some
+    results have arrived (`fedlora.server.buffered`). Needs ``devices``."""
+    buffer: int = 10
+    """Buffered: results of which a version of the model is made; a round is the making of one."""
+    concurrency: int = 80
+    """Buffered: clients at work at once."""
+    staleness: float = 0.5
+    """Buffered: a change that is ``τ`` versions old counts ``(1 + τ)^-staleness``."""
+    max_staleness: int = 100
+    """Buffered: older changes are dropped."""
+    normalise: str = "weights"
+    """Buffered: what the sum of changes is divided by, ``weights`` or ``staleness``: weights times
+    the factor above."""
     wire: str = "float32"
     """Number format of payloads on the wire: ``float32``, ``bfloat16`` or ``float64``. Clients'
     replies in bfloat16 are changes of what they started from (`fedlora.wire.change`)."""
@@ -114,9 +142,14 @@ class Rounds:
         fraction("min_success", self.min_success)
         at_least("min_clients", self.min_clients, 1)
         at_least("max_update_norm", self.max_update_norm, 0)
+        at_least("max_factor_norm", self.max_factor_norm, 0)
         one_of("norm_bound", self.norm_bound, (COHORT, OFF))
         at_least("norm_factor", self.norm_factor, 1)
         at_least("clients_per_message", self.clients_per_message, 0)
+        one_of("mode", self.mode, (SYNC, BUFFERED))
+        at_least("over", self.over, 1)
+        if not self.deadline > 0:
+            raise ValueError(f"deadline={self.deadline!r} must be > 0; .inf: none")
         at_least("timeout_s", self.timeout_s, 0, strict=True)
         at_least("keep", self.keep, 1)
         at_least("patience", self.patience, 0)

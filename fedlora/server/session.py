@@ -7,13 +7,19 @@ driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results o
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from fedlora.algebra.state import State
+from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
+    Client,
     EvaluateJob,
     Evaluation,
     Failure,
@@ -26,14 +32,19 @@ from fedlora.core.types import (
 from fedlora.data.store import TokenStore
 from fedlora.population.sampling import Roster, cohort, panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
+from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
 from fedlora.run.tracking import Tracker, read_jsonl
+from fedlora.secagg.config import REAL, SecAgg
+from fedlora.secagg.summed import Summed
 from fedlora.server.analyses import Analyses
 from fedlora.server.client_state import ClientStore
-from fedlora.server.combine import NUMERICAL, combine, unusable
+from fedlora.server.combine import NUMERICAL, Combined, combine, unusable
+from fedlora.server.compressed import with_compressed_starts
 from fedlora.server.early_stop import Standing, Watch, standing, stopped, watched_values
 from fedlora.server.evaluation_round import (
+    evaluated_pairs,
     evaluation_jobs,
     evaluation_record,
     evaluation_rows,
@@ -42,8 +53,14 @@ from fedlora.server.evaluation_round import (
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.round_metrics import diagnosis, engine_record, training_record
+from fedlora.server.round_metrics import (
+    diagnosis,
+    engine_record,
+    influence_record,
+    training_record,
+)
 from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.secure_sum import SumPlan, after_sum, simulated_round
 from fedlora.server.training_round import (
     Replies,
     TrainingRound,
@@ -55,13 +72,19 @@ from fedlora.server.training_round import (
     stage_kept,
     training_jobs,
     validate,
+    with_collusion,
     with_residuals,
+    withheld,
 )
 from fedlora.server.validation import absurd
+from fedlora.server.virtual_time import VirtualTime
 from fedlora.wire.messages import Glance
+from fedlora.wire.tensors import NO_COMPRESSION, Compression
 
 log = logging.getLogger(__name__)
 
+VIRTUAL = "virtual"
+"""The key of the virtual clock in a checkpoint."""
 CLIENT_STATE = "client_state"
 """The key of the client states' index in a checkpoint, and the name of their folder."""
 Record = dict[str, float | int | str]
@@ -89,12 +112,22 @@ class Session:
     """Checks the global model after every round, for the round's record."""
     postprocess: Sequence[Postprocessor] = ()
     """Applied to accepted changes before they are averaged; empty: none."""
+    robust: Rule = NO_RULE
+    """What takes the place of the method's mean."""
+    compression: Compression = NO_COMPRESSION
+    """The formats of changes on the wire."""
+    squad: Squad = NOBODY
+    """The clients that attack; what they do together is done here."""
+    secagg: SecAgg = field(default_factory=SecAgg)
+    """How sums are secure, or simulated to be."""
     analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
     """What a round's record says of the global update and the clients' changes."""
     store: TokenStore | None = None
     """What clients hold: what they say of it is compared with it; None: it is not known."""
     watch: Watch | None = None
     """What ends the run early; None: nothing does."""
+    virtual: VirtualTime | None = None
+    """The clock of a run whose clients have devices; None: rounds take no virtual time."""
     emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
@@ -103,6 +136,9 @@ class Session:
     """Rounds complete."""
 
     def __post_init__(self) -> None:
+        self.robust.check(self.roster.per_round)
+        if self.secagg.on:
+            self.secagg.check_cohort(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
@@ -134,6 +170,8 @@ class Session:
             )
         self.state, self.done = found.state, found.round
         self.client_store.restore(found.round, found.extra.get(CLIENT_STATE, {}))
+        if self.virtual is not None:
+            self.virtual.restore(found.extra[VIRTUAL], found.beside)
         self.client_store.prune(checkpoint.saved_rounds(self.folder / "checkpoints")[0])
         return self.done
 
@@ -142,13 +180,7 @@ class Session:
         was killed between a checkpoint and its evaluation."""
         due = self.schedule.due(self.done, self.rounds.rounds)
         panels = {(g, a) for g in self.schedule.groups for a in self.schedule.adapters}
-        return due and bool(panels - self._evaluated_pairs(self.done))
-
-    def _evaluated_pairs(self, round: int) -> set[tuple[str, str]]:
-        """The (group, adapter) pairs of a round that metrics.jsonl already holds."""
-        records = read_jsonl(self.folder / "metrics.jsonl")
-        mine = (r for r in records if r.get("kind") == "evaluate" and r.get("round") == round)
-        return {(str(r.get("group")), str(r.get("adapter"))) for r in mine}
+        return due and bool(panels - evaluated_pairs(self.folder, self.done))
 
     # --- early stopping -----------------------------------------------------------------------
 
@@ -230,22 +262,50 @@ class Session:
 
     # --- training -----------------------------------------------------------------------------
 
+    def drawn(self, round: int) -> list[Client]:
+        """The clients that a round asks."""
+        if self.virtual is not None:
+            return self.virtual.drawn(self.roster, self.setting.seed, round)[1]
+        return cohort(self.roster, self.setting.seed, round)
+
     def train_cohorts(self, round: int) -> list[list[TrainJob]]:
         """The round's jobs, split over messages by the tokens that each will probably need."""
+        if self.virtual is None:
+            current = self._made(round, self.drawn(round))
+        else:
+            made = partial(self._made, round)
+            current = self.virtual.open(self.roster, self.setting.seed, round, made)
+        self._current, jobs = current, list(current.jobs.values())
+        self._begin_phase(round, "train", len(jobs))
+        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
+        return self._packing.training(jobs, weights)
+
+    def _made(self, round: int, clients: Sequence[Client]) -> TrainingRound:
+        """The round of these clients, which begins now."""
         seed, plan = self.setting.seed, self.rounds.plan(self.plan, round)
-        clients = cohort(self.roster, seed, round)
         kept = self.client_store.get
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
-        if self.rounds.error_feedback:
+        if self.rounds.error_feedback or self.compression.error_feedback:
             jobs = with_residuals(jobs, self.client_store)
-        self._begin_phase(round, "train", len(jobs))
-        self._current = begin(self.method, self.state, jobs, round, self.rounds.wire)
-        weights = [training_tokens(self.roster.shards[j.client.id], j.plan) for j in jobs]
-        return self._packing.training(jobs, weights)
+        jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
+        return begin(self.method, self.state, jobs, round, self.rounds.wire, down)
 
-    def finish_training(self, results: Iterable[Update | Failure], state: State) -> Record:
+    def sum_plan(self, jobs: Sequence[TrainJob]) -> SumPlan:
+        """The secure sum of the current round.
+
+        Args:
+            jobs: of the clients that are asked, by id, at least one.
+        """
+        assert self._current is not None
+        account, ranks = self._current.account, self.setting.max_ranks
+        run = self.secagg, self.method, self.state, jobs, self.postprocess
+        return SumPlan.open(*run, ranks, account.starts, self.safe())
+
+    def finish_training(
+        self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
+    ) -> Record:
         """Validate and aggregate a round's results, write the records and the checkpoint.
 
         Clients without a reply count as failed.
@@ -254,30 +314,44 @@ class Session:
             results: the results of the round's clients.
             state: the state into which they are aggregated: that of the round's start, or the one
                 that a split round returned (`fedlora.server.method.RoundOutcome`).
+            summed: the secure sum that the updates went into; None: they are here.
 
         Raises:
             RunError: if too few clients succeeded. Completed rounds stay on disk.
         """
         current, arrived = self._current, time.monotonic()
         assert current is not None
-        replies = validate(current, collect(current, results), self.rounds, self.setting)
+        found = collect(current, results)
+        if summed is None:
+            found = with_collusion(self.squad, current, found)
+            replies = validate(current, found, self.rounds, self.setting)
+        else:
+            replies = withheld(current, found, self.setting)
         if state is not self.state and (wrong := absurd(state.items())):
             raise RunError(
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
-        after, replies = self._aggregate(current, replies, state)
+        if self.secagg.on:
+            combined, replies, summed = self._absorb(current, replies, state, summed)
+            account = replace(current.account, sums=summed.traffic)
+            current = replace(current, account=account)
+        else:
+            combined, replies = self._aggregate(current, replies, state)
         self.tracker.clients(client_rows(current, replies))
         require_enough(current, replies, self.rounds, self.emit, self.safe())
-        before, self.state = self.state, after
+        before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
         record = self._record(current, replies, arrived)
+        record |= {} if summed is None else summed.record()
+        record |= influence_record(self.robust, combined.influence)
+        record |= self.squad.record(current.jobs, combined.influence)
         self._checkpoint(current, record)
         return record
 
     def _aggregate(
         self, current: TrainingRound, replies: Replies, state: State
-    ) -> tuple[State, Replies]:
+    ) -> tuple[Combined, Replies]:
         """The next state, from which clients can go on, and the replies without those that would
         have spoiled it; the state as it was if too few are left.
 
@@ -286,23 +360,43 @@ class Session:
             replies: its results, validated.
             state: into which they are aggregated.
         """
+        combined = combine if self.virtual is None else self.virtual.combine
         while enough(current, replies, self.rounds):
             try:
-                after = combine(
+                found = combined(
                     self.method,
                     state,
                     replies.updates,
                     Moment(self.setting.seed, current.round),
                     starts={i: job.start for i, job in current.jobs.items()},
                     postprocessors=self.postprocess,
+                    rule=self.robust,
                 )
-                wrong = unusable(self.method, after)
+                wrong = unusable(self.method, found.state)
             except NUMERICAL as error:
                 wrong = f"the average cannot be computed: {error}"
             if not wrong:
-                return after, replies
+                return found, replies
+            if not replies.moves:
+                raise RunError(f"round {current.round}: {wrong}. {self.safe()}")
             replies = replies.without_furthest(wrong)
-        return state, replies
+        return Combined(state, {}), replies
+
+    def _absorb(
+        self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
+    ) -> tuple[Combined, Replies, Summed]:
+        """The next state from a secure sum, the replies of those in it, and the sum; it is
+        simulated unless it has been computed.
+
+        Raises:
+            RunError: if too few clients are in it, or no client could go on from the state.
+        """
+        if summed is None:
+            asked = [j for i, j in current.jobs.items() if i in replies.asked]
+            replies, summed = simulated_round(self.sum_plan(asked), replies)
+        now = Moment(self.setting.seed, current.round)
+        after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())
+        return Combined(after, summed.influence), replies, summed
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.
@@ -318,14 +412,19 @@ class Session:
         record |= engine_record(updates, self._notes)
         if replies.bound.median:
             record["round/median_change_norm"] = replies.bound.median
-        record |= current.account.record(replies.by_client)
+        record |= current.account.record({**replies.by_client, **current.absent})
+        record |= {**current.timing, **(self.virtual.report() if self.virtual else {})}
         record |= self.client_store.record()
         record["round/aggregate_seconds"] = seconds
         starts = {i: job.start for i, job in current.jobs.items()}
-        record |= diagnosis(self.method, self.state, self.setting, updates, starts)
-        record |= self.analyses.record(
-            self.method, self.state, self.setting, current.round, updates, starts
-        )
+        known = bool(updates) and self.secagg.kind != REAL  # whose sum alone is seen
+        mixed = self.virtual is not None and self.virtual.mixes
+        if known and not mixed:  # of one state alone is there an exact mean
+            record |= diagnosis(self.method, self.state, self.setting, updates, starts)
+        if known:
+            record |= self.analyses.record(
+                self.method, self.state, self.setting, current.round, updates, starts
+            )
         record |= self.method.report(self.state)
         if self._state_audit is not None:
             record |= self._state_audit(self.state)
@@ -343,13 +442,19 @@ class Session:
         """
         self.tracker.round(record)
         folder, index = self.folder / "checkpoints", self.client_store.index()
+        extra: dict[str, Any] = {CLIENT_STATE: index} if index else {}
+        beside: dict[str, Tensor] = {}
+        if self.virtual is not None:
+            self.virtual.close()
+            extra[VIRTUAL], beside = self.virtual.saved()
         checkpoint.save(
             folder,
             current.round,
             self.state,
             self.rounds.keep,
             config_hash=self.config_hash,
-            extra={CLIENT_STATE: index} if index else {},
+            extra=extra,
+            beside=beside,
             also=[self.standing(self.watch).best_round] if self.watch else (),
         )
         self.client_store.prune(checkpoint.saved_rounds(folder)[0])
@@ -370,7 +475,7 @@ class Session:
         if not self.schedule.due(round, self.rounds.rounds):
             return []
         batches: list[tuple[str, list[EvaluateJob]]] = []
-        evaluated = self._evaluated_pairs(round)
+        evaluated = evaluated_pairs(self.folder, round)
         for group in self.schedule.groups:
             for adapter in self.schedule.adapters:
                 if (group, adapter) in evaluated:
@@ -387,8 +492,7 @@ class Session:
         schedule, roster, split = self.schedule, self.roster, self.schedule.plan.split
         seed = roster.seed if schedule.seed is None else schedule.seed
         if group == "participants":
-            drawn = cohort(roster, self.setting.seed, round + 1)
-            clients = [c for c in drawn if roster.shards[c.id].holds(split)[0]]
+            clients = [c for c in self.drawn(round + 1) if roster.shards[c.id].holds(split)[0]]
         else:
             clients = panel(roster, group, schedule.clients, seed, split)
         return evaluation_jobs(

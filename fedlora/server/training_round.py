@@ -1,26 +1,33 @@
 """One round of training: its jobs, the acceptance of replies, and its record."""
 
 import logging
+import math
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 import torch
 
 from fedlora.algebra.state import Kept, State
+from fedlora.attack.base import Squad
 from fedlora.core.checks import one_line
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
-from fedlora.server.client_state import WIRE, ClientStore
+from fedlora.server.client_state import STARTS, WIRE, ClientStore
+from fedlora.server.gauge import turned_back
 from fedlora.server.method import Method
-from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move
+from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move, steps_of
 from fedlora.server.schedule import Rounds
 from fedlora.server.validation import absurd, check_update
 
 log = logging.getLogger(__name__)
+
+
+UNASKED = ("Unavailable", "LeftOut")
+"""Kinds of failures of clients that were sent nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,13 @@ class TrainingRound:
     account: ByteAccount
     started: float
     """Start of the round in seconds of the monotonic clock."""
+    absent: Mapping[int, Failure] = field(default_factory=dict)
+    """Clients that were asked and have no job, for their results would not arrive in time
+    (`fedlora.server.virtual_time`)."""
+    timing: Mapping[str, float] = field(default_factory=dict)
+    """What the round's record says of virtual time."""
+    about: Mapping[int, Mapping[str, object]] = field(default_factory=dict)
+    """Client id -> more of its row in clients.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,12 @@ class Replies:
     """All other clients."""
     bound: NormBound
     """What the accepted ones were compared with."""
+
+    @property
+    def asked(self) -> frozenset[int]:
+        """The clients that were sent something."""
+        unasked = {f.client.id for f in self.failures if f.kind in UNASKED}
+        return frozenset(self.by_client.keys() - unasked)
 
     @property
     def updates(self) -> list[Update]:
@@ -66,6 +86,16 @@ class Replies:
             if m.update.client.id in refused
         ]
         return replace(self, moves=kept, failures=[*self.failures, *more])
+
+    def only(self, clients: Collection[int], lost: Sequence[Failure]) -> "Replies":
+        """The replies whose updates went into a secure sum.
+
+        Args:
+            clients: in the sum.
+            lost: failures of the others that were accepted.
+        """
+        kept = [m for m in self.moves if m.update.client.id in clients]
+        return replace(self, moves=kept, failures=[*self.failures, *lost])
 
     def without_furthest(self, why: str) -> "Replies":
         """The replies without the update that moved furthest.
@@ -189,10 +219,15 @@ def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJo
 
 
 def begin(
-    method: Method, state: State, jobs: Sequence[TrainJob], round: int, wire: str
+    method: Method,
+    state: State,
+    jobs: Sequence[TrainJob],
+    round: int,
+    wire: str,
+    down: Mapping[int, int] | None = None,
 ) -> TrainingRound:
-    """The round of these jobs, whose clock starts now."""
-    account = ByteAccount.open(method, state, jobs, wire)
+    """The round of these jobs, whose clock starts now (`ByteAccount.open`)."""
+    account = ByteAccount.open(method, state, jobs, wire, down)
     return TrainingRound(round, {j.client.id: j for j in jobs}, account, time.monotonic())
 
 
@@ -208,6 +243,15 @@ def collect(
         i: found[i] if i in found else Failure(job.client, "NoReply", "no reply came")
         for i, job in sorted(current.jobs.items())
     }
+
+
+def with_collusion(
+    squad: Squad, current: TrainingRound, by_client: Mapping[int, Update | Failure]
+) -> dict[int, Update | Failure]:
+    """The results after the attackers have seen all of them (`Attack.together`)."""
+    updates = {i: r for i, r in by_client.items() if isinstance(r, Update)}
+    starts = {i: job.start for i, job in current.jobs.items()}
+    return {**by_client, **squad.together(current.round, updates, starts)}
 
 
 def validate(
@@ -228,7 +272,11 @@ def validate(
             expected = Expected(job.client, job.start, job.plan, setting.density)
             check_update(result, expected, rounds.max_update_norm)
             _check_residual(result, job)
-            moves.append(move(result, expected))
+            if rounds.rebalance:
+                result = turned_back(result, job.start, job.plan)
+            moved = move(result, expected)
+            _check_factors(moved, rounds.max_factor_norm)
+            moves.append(moved)
         except RejectedUpdate as error:
             failures.append(_rejected(job.client, error.reason))
     replies = Replies(by_client, moves, failures, NormBound({}))
@@ -236,6 +284,33 @@ def validate(
         return replies
     bound = compare(moves, rounds.norm_factor)
     return replace(replies.without(bound.refused), bound=bound)
+
+
+def _check_factors(moved: Move, most: float) -> None:
+    """Refuse an update whose tensors have moved further than ``most``; 0: any."""
+    if most and not moved.sent <= most:
+        raise RejectedUpdate(
+            moved.update.client.id,
+            f"the change of what it sent has norm {moved.sent:.6g}, above "
+            f"federation.max_factor_norm={most:g}",
+        )
+
+
+def withheld(
+    current: TrainingRound, by_client: Mapping[int, Update | Failure], setting: Setting
+) -> Replies:
+    """The replies of a round whose updates went into a secure sum: nothing of them is known but
+    their clients' reports."""
+    moves, failures = [], []
+    for i, result in by_client.items():
+        if isinstance(result, Failure):
+            failures.append(result)
+            continue
+        job = current.jobs[i]
+        expected = Expected(job.client, job.start, job.plan, setting.density)
+        steps = steps_of(job.client.num_examples, expected)
+        moves.append(Move(result, math.nan, math.nan, steps, 1))
+    return Replies(by_client, moves, failures, NormBound({}))
 
 
 def _rejected(client: Client, reason: str) -> Failure:
@@ -263,27 +338,36 @@ def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, obje
     """One row per client for clients.jsonl, accepted clients first. What the server knows wins over
     what a client says."""
 
+    by_client = {**replies.by_client, **current.absent}
+
     def row(client: Client, said: Mapping[str, object]) -> dict[str, object]:
-        reply = replies.by_client[client.id]
-        return {"round": current.round, "examples": client.num_examples, **said} | {
+        reply = by_client[client.id]
+        known: dict[str, object] = {
             "round": current.round,
             "client": client.id,
             "tier": client.tier,
             "rank": client.ranks.label,
             "bytes_down": current.account.down(reply),
             "bytes_up": current.account.up(reply),
+            **current.about.get(client.id, {}),
         }
+        return {"round": current.round, "examples": client.num_examples, **said} | known
 
     rows = [
-        row(m.update.client, m.update.metrics) | {"change_norm": m.weights} for m in replies.moves
+        row(m.update.client, m.update.metrics)
+        | ({"change_norm": m.weights} if math.isfinite(m.weights) else {})
+        for m in replies.moves
     ]
     return rows + [
-        row(f.client, {}) | {"failure": f.kind, "message": f.message} for f in replies.failures
+        row(f.client, {}) | {"failure": f.kind, "message": f.message}
+        for f in (*replies.failures, *current.absent.values())
     ]
 
 
 def enough(current: TrainingRound, replies: Replies, rounds: Rounds) -> bool:
-    """Whether as many clients succeeded as a round needs."""
+    """Whether as many clients succeeded as a round needs; one that asked no client needs none."""
+    if not current.jobs:
+        return True
     needed = max(rounds.min_clients, rounds.min_success * len(current.jobs), 1)
     return len(replies.moves) >= needed
 
@@ -344,3 +428,7 @@ def stage_kept(
             store.stage(job.client.id, kept)
         if update.residual is not None:
             store.stage(job.client.id, update.residual, WIRE)
+    for i, reply in replies.by_client.items():
+        sent = current.jobs[i].sent
+        if sent is not None and isinstance(reply, Update):  # it has arrived
+            store.stage(i, dict(sent.tensors()), STARTS)

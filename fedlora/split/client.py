@@ -15,12 +15,12 @@ from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Order, Seeds, Shape, Step, pack, pad, step_of
-from fedlora.split.compression import Parts
 from fedlora.split.loss import sum_loss
 from fedlora.split.protocol import Cut, Down, InitMessage, Up
 from fedlora.split.trainable import TrainableStage
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.wire.rows import Parts
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ of both, and of a node's state:
     arrays  ArrayRecord   "<client>/<what>/<name>": activations, gradients, labels, adapters,
             optimizer state
 
-Activations and gradients are the arrays of `fedlora.split.compression`, so the values of both
+Activations and gradients are the arrays of `fedlora.wire.rows`, so the values of both
 transports are bitwise identical.
 """
 

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from fedlora.core.checks import at_least, one_of
-from fedlora.split.compression import Wire
 from fedlora.split.noise import Noise
 from fedlora.split.server import Rule
+from fedlora.wire.rows import Wire
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 from fedlora.models.modules import find_modules
 from fedlora.models.stages import block_of
-from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut
+from fedlora.wire.rows import Wire
 
 LABEL_BYTES = 4
 """Bytes of an int32 label."""
@@ -37,12 +37,15 @@ Reads = Literal["input", "attention", "middle", "inner"]
 """What a linear layer of a block reads: the block's (normed) input, the attention's output, the
 (normed) input of the MLP, or the MLP's inner activations."""
 
-_ENTRANCES = ("c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value")
+_ENTRANCES = (
+    *("c_attn", "q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"),
+    *("query", "key", "value", "q_lin", "k_lin", "v_lin"),
+)
 _READS: Mapping[str, Reads] = {
     **dict.fromkeys(_ENTRANCES, "input"),
-    **dict.fromkeys(("o_proj", "out_proj"), "attention"),
-    **dict.fromkeys(("c_fc", "fc1", "gate_proj", "up_proj", "gate_up_proj"), "middle"),
-    **dict.fromkeys(("fc2", "down_proj"), "inner"),
+    **dict.fromkeys(("o_proj", "out_proj", "out_lin"), "attention"),
+    **dict.fromkeys(("c_fc", "fc1", "gate_proj", "up_proj", "gate_up_proj", "lin1"), "middle"),
+    **dict.fromkeys(("fc2", "down_proj", "lin2"), "inner"),
 }
 
 
@@ -237,6 +240,9 @@ def _reads(path: str, attention: bool) -> Reads:
     name = path.rpartition(".")[2]
     if name == "c_proj":  # GPT-2 calls both of its exits so
         return "attention" if attention else "inner"
+    if name == "dense":  # and so does BERT, with the entrance of its MLP
+        middle = ".intermediate." in path
+        return "attention" if attention else "middle" if middle else "inner"
     if name not in _READS:
         raise ValueError(
             f"{path} is no layer of a block that the cost formulas know: c_proj, {sorted(_READS)}"

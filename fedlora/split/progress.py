@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from fedlora.core.types import Adapter, Client, Failure
-from fedlora.split.compression import Parts
 from fedlora.split.protocol import Down, Up, label_bytes, parts_bytes
 from fedlora.training.loop import Trace
+from fedlora.wire.rows import Parts
 
 MOST_MISSES = 2
 """After this number of missing or wrong answers in a row a client is out for the round."""

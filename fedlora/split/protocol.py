@@ -15,9 +15,9 @@ from fedlora.core.types import (
     LocalPlan,
 )
 from fedlora.split.batches import Labels, Shape
-from fedlora.split.compression import Parts, Wire
 from fedlora.split.noise import Noise
 from fedlora.split.trainable import OptimizerState
+from fedlora.wire.rows import Parts, Wire
 
 
 @dataclass(frozen=True)

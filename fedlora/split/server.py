@@ -25,10 +25,10 @@ from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
 from fedlora.split.batches import Seeds, Shape, pad
 from fedlora.split.client import autocast
-from fedlora.split.compression import Parts, Wire
 from fedlora.split.loss import Loss, sum_loss
 from fedlora.split.protocol import Cut, Terms, Up
 from fedlora.split.trainable import TrainableStage
+from fedlora.wire.rows import Parts, Wire
 
 UPDATES = ("concat", "sequential", "per_client")
 

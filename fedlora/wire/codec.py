@@ -28,6 +28,7 @@ from fedlora.core.payload import Payload, payload_class, target_of
 from fedlora.core.types import EvaluatePlan, LocalPlan
 from fedlora.wire import change
 from fedlora.wire.change import Named
+from fedlora.wire.tensors import NO_FORMAT, Format
 
 WIRE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 """Bytes per number on the wire, by wire dtype."""
@@ -94,7 +95,12 @@ def _memory(t: Tensor) -> tuple[Any, ...]:
 
 
 def encode_reply(
-    payload: Payload, dtype: str, start: Payload, residual: Named | None = None
+    payload: Payload,
+    dtype: str,
+    start: Payload,
+    residual: Named | None = None,
+    up: Format = NO_FORMAT,
+    generator: torch.Generator | None = None,
 ) -> tuple[Flat, str, Named | None]:
     """A client's payload: as `encode_payload`, or its change from the start if ``dtype`` rounds.
 
@@ -103,21 +109,30 @@ def encode_reply(
         dtype: wire format.
         start: what it started from, as it received it.
         residual: what earlier replies have withheld; ``None``: no account is kept.
+        up: format of its change in place of ``dtype``, if it acts.
+        generator: of random rounding; None: of a seed of its own.
 
     Returns:
         Array, header, and what is withheld now (``None``: no account is kept).
     """
-    if dtype not in ROUNDING:
+    if dtype not in ROUNDING and not up.acts:
         return *encode_payload(payload, dtype), residual
+    draw = torch.Generator().manual_seed(0) if generator is None else generator
+
+    def written(tensors: Named) -> tuple[Flat, str]:
+        if not up.acts:
+            return _encoded(payload, tensors, dtype, CHANGE)
+        return up.encode(tensors, draw), json.dumps(_header(payload, tensors, up.kind, CHANGE))
+
     _require_floats(dict(payload.tensors()))
     moved = change.change(_on_cpu(payload), _on_cpu(start))
     if residual is None:
-        return *_encoded(payload, moved, dtype, CHANGE), None
+        return *written(moved), None
     # A tensor that did not move, as a frozen one, sends no correction: that waits until it moves.
     waits = {name: e for name, e in residual.items() if name in moved and not moved[name].any()}
     due = {name: e for name, e in residual.items() if name not in waits}
-    array, header = _encoded(payload, change.corrected(moved, due), dtype, CHANGE)
-    read = unflatten(array, json.loads(header))
+    array, header = written(change.corrected(moved, due))
+    read = up.decode(array, _sizes(moved)) if up.acts else unflatten(array, json.loads(header))
     return array, header, change.residual(due, moved, read) | waits
 
 
@@ -129,6 +144,7 @@ def decode_payload(
     start: Payload | None = None,
     wire: str = "",
     shared: Sequence[Tensor] = (),
+    up: Format = NO_FORMAT,
 ) -> Payload:
     """The inverse of `encode_payload` and `encode_reply`. Tensors are fresh (float32, or float64 if
     sent so), but for those that it shares with others of its message.
@@ -140,6 +156,7 @@ def decode_payload(
         start: what a change is added to, as this end holds it.
         wire: the wire dtype that is due; empty: any.
         shared: what `decode_shared` gave for its message.
+        up: the format of changes that is due in place of ``wire``, if it acts.
 
     Raises:
         ValueError: if the array is not what the header promises, its class is none that may travel,
@@ -147,13 +164,17 @@ def decode_payload(
             refers to tensors that its message does not share.
     """
     h = json.loads(header)
-    if wire and h["dtype"] != wire:
+    if up.acts and (h["dtype"] != up.kind or h["of"] != CHANGE):
+        raise ValueError(f"it is sent as {h['dtype']!r}, compression.up.kind={up.kind} is due")
+    if wire and not up.acts and h["dtype"] != wire:
         raise ValueError(f"it is sent as {h['dtype']!r}, federation.wire={wire} is due")
     kind = payload_class(h["_target_"], load=trusted)
     for part in h["header"].values():  # the class of a payload within
         if trusted and isinstance(part, dict) and "_target_" in part:
             payload_class(part["_target_"], load=True)
-    named = _own_and_shared(array, h, shared)
+    named = (
+        up.decode(array, _shapes_within(h, start)) if up.acts else _own_and_shared(array, h, shared)
+    )
     one_of("of", h["of"], (VALUE, CHANGE))
     if h["of"] == CHANGE:
         if start is None:
@@ -191,17 +212,38 @@ def _encoded(
     if dtype not in WIRE_BYTES:
         raise ValueError(f"wire dtype {dtype!r} is not one of {sorted(WIRE_BYTES)}")
     _require_floats(tensors)
-    header = {
+    header = _header(payload, tensors, dtype, of)
+    if shared:
+        header["shared"] = dict(shared)
+    own = {name: t for name, t in tensors.items() if name not in shared}
+    return flatten(own, dtype), json.dumps(header)
+
+
+def _header(payload: Payload, tensors: Named, dtype: str, of: str) -> dict[str, Any]:
+    return {
         "_target_": target_of(type(payload)),
         "dtype": dtype,
         "of": of,
         "tensors": shapes_of(tensors),
         "header": payload.header(),
     }
-    if shared:
-        header["shared"] = dict(shared)
-    own = {name: t for name, t in tensors.items() if name not in shared}
-    return flatten(own, dtype), json.dumps(header)
+
+
+def _sizes(tensors: Named) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def _shapes_within(header: Mapping[str, Any], start: Payload | None) -> dict[str, tuple[int, ...]]:
+    """The shapes that a header states, which together must not be larger than twice the start: a
+    few bytes can stand for many zeros."""
+    shapes = {str(name): tuple(shape) for name, *shape in header["tensors"]}
+    if any(type(n) is not int or n < 0 for shape in shapes.values() for n in shape):
+        raise ValueError("its header states shapes that are none")
+    most = 2 * sum(t.numel() for _, t in start.tensors()) if start is not None else 0
+    promised = sum(math.prod(shape) for shape in shapes.values())
+    if promised > most:
+        raise ValueError(f"its header promises {promised} scalars, at most {most} can be due")
+    return shapes
 
 
 def _require_floats(tensors: Named) -> None:

@@ -31,9 +31,11 @@ from typing import Any, TypeAlias, cast
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.core.checks import is_real, one_line, real
+from fedlora.core.config import build, describe
 from fedlora.core.confusion import Confusion
 from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload
+from fedlora.core.seeding import torch_generator
 from fedlora.core.types import (
     Client,
     EvaluateJob,
@@ -57,6 +59,7 @@ from fedlora.wire.codec import (
     shapes_of,
     unflatten,
 )
+from fedlora.wire.tensors import NO_FORMAT, Format
 
 log = logging.getLogger(__name__)
 
@@ -83,6 +86,8 @@ class Envelope:
     other client's."""
     nonce: str = ""
     """Identifies the request; the reply repeats it."""
+    up: Format = NO_FORMAT
+    """The format of replies, if it acts."""
 
 
 class _Distinct:
@@ -100,14 +105,20 @@ class _Distinct:
 
 
 def encode_jobs(
-    jobs: Sequence[Job], *, worker: str, source: str, wire: str, nonce: str = ""
+    jobs: Sequence[Job],
+    *,
+    worker: str,
+    source: str,
+    wire: str,
+    nonce: str = "",
+    up: Format = NO_FORMAT,
 ) -> RecordDict:
     """A cohort as the content of one Flower message. Payloads shared by identity travel once, and
     so do tensors that several payloads hold."""
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
     for job in jobs:
-        payload = job.start if isinstance(job, TrainJob) else job.adapter
+        payload = _sent(job)
         start = -1 if payload is None else payloads.add(id(payload), payload)
         plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
         client = [job.client.id, job.client.num_examples, job.client.tier]
@@ -133,11 +144,19 @@ def encode_jobs(
             "source": source,
             "wire": wire,
             "nonce": nonce,
+            **({"up": json.dumps(describe(up))} if up.acts else {}),
         }
     )
     arrays = {str(i): Array(a) for i, (a, _) in enumerate(encoded)}
     starts = ArrayRecord(arrays | ({SHARED: Array(common)} if common.size else {}))
     return RecordDict({"starts": starts, "residuals": _put_residuals(residuals), "cohort": config})
+
+
+def _sent(job: Job) -> Payload | None:
+    """What a job's client is to start from."""
+    if isinstance(job, EvaluateJob):
+        return job.adapter
+    return job.start if job.sent is None else job.sent
 
 
 def decode_jobs(content: RecordDict) -> Envelope:
@@ -169,6 +188,7 @@ def decode_jobs(content: RecordDict) -> Envelope:
         wire=str(config["wire"]),
         jobs=jobs,
         nonce=str(config["nonce"]),
+        up=build(json.loads(str(config["up"])), Format, "up") if "up" in config else NO_FORMAT,
     )
 
 
@@ -192,6 +212,7 @@ def encode_results(
     notes: Sequence[str] = (),
     jobs: Sequence[Job] = (),
     nonce: str = "",
+    up: Format = NO_FORMAT,
 ) -> RecordDict:
     """Results of a cohort, and what its engine says of itself, as the content of one reply.
 
@@ -204,6 +225,7 @@ def encode_results(
         notes: of the engine.
         jobs: as they were received; updates of a format that rounds are changes from their starts.
         nonce: of the request (`Envelope`).
+        up: format of updates in place of ``wire``, if it acts.
     """
     trained = {j.client.id: j for j in jobs if isinstance(j, TrainJob)}
     reply = _Reply({}, {})
@@ -214,7 +236,7 @@ def encode_results(
             log.warning("client %d has a second result, which is left out", who.id)
             continue
         try:
-            rows[who.id] = json.dumps(_encode_row(result, wire, trained.get(who.id), reply))
+            rows[who.id] = json.dumps(_encode_row(result, wire, trained.get(who.id), reply, up))
         except Exception as error:  # whatever a client returned, it costs that client alone
             why = f"its result cannot be sent: {type(error).__name__}: {error}"
             failure = Failure(who, "RejectedUpdate", why)
@@ -243,7 +265,9 @@ class _Reply:
     residuals: dict[str, Named]
 
 
-def _encode_row(result: Result, wire: str, job: TrainJob | None, reply: _Reply) -> dict[str, Any]:
+def _encode_row(
+    result: Result, wire: str, job: TrainJob | None, reply: _Reply, up: Format = NO_FORMAT
+) -> dict[str, Any]:
     """One result as JSON; its arrays are added to the reply."""
     row: dict[str, Any] = {"client": result.client.id}
     if isinstance(result, Failure):
@@ -255,7 +279,8 @@ def _encode_row(result: Result, wire: str, job: TrainJob | None, reply: _Reply) 
     if job is None:
         array, header = encode_payload(result.payload, wire)
     else:
-        array, header, left = encode_reply(result.payload, wire, job.start, job.residual)
+        draw = torch_generator(job.seed, "compress", job.round, job.client.id)
+        array, header, left = encode_reply(result.payload, wire, job.start, job.residual, up, draw)
     key = str(result.client.id)
     reply.arrays[key] = Array(array)
     if left is not None:
@@ -299,6 +324,7 @@ def decode_results(
     *,
     wire: str = "",
     nonce: str = "",
+    up: Format = NO_FORMAT,
 ) -> list[Result]:
     """The inverse of `encode_results`.
 
@@ -313,6 +339,7 @@ def decode_results(
         starts: what they were to train from, by client id, as it is here: changes are added to it.
         wire: the wire dtype that is due; empty: any.
         nonce: of the request; a reply to another one answers for no client.
+        up: the format that is due in place of ``wire``, if it acts.
 
     Raises:
         ValueError: if the reply answers another request.
@@ -330,7 +357,7 @@ def decode_results(
             continue
         try:
             start = starts.get(client.id)
-            results[client.id] = _decode_row(row, client, content, start, wire)
+            results[client.id] = _decode_row(row, client, content, start, wire, up)
         except Exception as error:  # whatever a foreign row can do wrong, it is that row's fault
             why = one_line(f"its reply cannot be read: {type(error).__name__}: {error}")
             results[client.id] = Failure(client, "RejectedUpdate", why)
@@ -345,6 +372,7 @@ def _decode_row(
     content: RecordDict,
     start: Payload | None,
     wire: str,
+    up: Format,
 ) -> Result:
     if "failure" in row:
         return failure_from(client, row["failure"])
@@ -353,14 +381,15 @@ def _decode_row(
         return Evaluation(client, {name: _decode_metric(name, m) for name, m in measured})
     metrics = {name: real(f"its metric {name:.64}", v) for name, v in row["metrics"].items()}
     array = content.array_records["payloads"][str(client.id)].numpy()
-    payload = decode_payload(array, row["payload"], trusted=False, start=start, wire=wire)
+    payload = decode_payload(array, row["payload"], trusted=False, start=start, wire=wire, up=up)
     residual = None
     if "residual" in row:
         residual = _take_residuals(content, {str(client.id): row["residual"]})[client.id]
     sender = client
     if dict(client.ranks) != row["ranks"]:
         sender = Client(client.id, Ranks(row["ranks"]), client.num_examples, client.tier)
-    return Update(sender, payload, row["num_examples"], metrics, residual)
+    sent = array.nbytes if up.acts else 0
+    return Update(sender, payload, row["num_examples"], metrics, residual, sent)
 
 
 def _decode_metric(name: str, fields: Sequence[Any]) -> Metric:

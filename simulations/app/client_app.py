@@ -7,8 +7,9 @@ quote a record, so the server hears its kind alone, or a sentence of this projec
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import cast
 
 import psutil
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -19,7 +20,10 @@ from fedlora.core.package import ROOT
 from fedlora.core.source_hash import source_hash
 from fedlora.core.types import EvaluateJob, Failure, TrainJob, Update
 from fedlora.engine.memory import limit_freed_memory
+from fedlora.engine.secure import answer as answer_stage
+from fedlora.engine.secure import trained
 from fedlora.engine.worker import worker
+from fedlora.secagg.codec import decode_request, encode_answers
 from fedlora.silo.card import KEY, SiloCard, read_card
 from fedlora.silo.site import MARK, Assignment, introduce, worker_of
 from fedlora.split.codec import decode_downs, encode_ups
@@ -55,12 +59,7 @@ def answer(message: Message, card: SiloCard | None = None) -> Message:
     limit_freed_memory()  # what the last message has left
     envelope = decode_jobs(message.content)
     check_source(envelope.source)
-    described = envelope.worker
-    if card is not None:
-        described = worker_of(card, described).to_json()
-    elif f'"{MARK}":' in described:
-        raise not_a_silo()
-    engine = worker(described)
+    engine = worker(described_for(envelope.worker, card)())
     results: list[Result] = []
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
@@ -73,8 +72,26 @@ def answer(message: Message, card: SiloCard | None = None) -> Message:
         notes=engine.notes(),
         jobs=envelope.jobs,
         nonce=envelope.nonce,
+        up=envelope.up,
     )
     return Message(content, reply_to=message)
+
+
+def described_for(text: str, card: SiloCard | None) -> Callable[[], str]:
+    """What this process has to open for a message, when it is called.
+
+    Args:
+        text: what the message says of it.
+        card: of the silo that this node is; None: it is a slot.
+
+    Raises:
+        ConfigError: if the message is for silos and this node is none.
+    """
+    if card is not None:
+        return lambda: worker_of(card, text).to_json()
+    if f'"{MARK}":' in text:
+        raise not_a_silo()
+    return lambda: text
 
 
 class SourceError(RuntimeError):
@@ -176,6 +193,42 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the virtual clients that the message names, or the silo's own."""
     return at_home(context, lambda card: answer(message, card))
+
+
+@app.train("secagg")
+def secagg(message: Message, context: Context) -> Message:
+    """Answer one stage of a secure sum for the clients of this node."""
+    return at_home(context, lambda card: summed(message, context, card))
+
+
+def summed(message: Message, context: Context, card: SiloCard | None) -> Message:
+    """The clients' part in one stage of a secure sum.
+
+    Raises:
+        RuntimeError: if this process imported other sources than the server's.
+        ConfigError: if the message is for silos and this node is none, or the other way round.
+    """
+    request = decode_request(message.content)
+    check_source(request.source)
+    described = described_for(request.worker, card)
+    notes: list[str] = []
+
+    def train(jobs: Sequence[TrainJob]) -> list[Update | Failure]:
+        limit_freed_memory()
+        engine = worker(described())
+        results = list(engine.train(jobs))
+        notes.extend(engine.notes())
+        return [cast(Update | Failure, discreet(r, card)) if card else r for r in results]
+
+    answers = answer_stage(request, message.content, context.state, train)
+    if card is not None:
+        answers = {
+            i: cast(Failure, discreet(a, card)) if isinstance(a, Failure) else a
+            for i, a in answers.items()
+        }
+    sys.stdout.flush()
+    content = encode_answers(answers, nonce=request.nonce, notes=notes, trained=trained(request))
+    return Message(content, reply_to=message)
 
 
 @app.train("split")

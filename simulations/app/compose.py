@@ -97,6 +97,10 @@ def _anchor(cfg: DictConfig) -> None:
         file_like = any(c in path for c in "*?[") or path.endswith(endings)
         if absolute(path).exists() or (group == "data" and file_like):
             node.path = str(absolute(path))
+    for key in ("table", "trace"):
+        file = OmegaConf.select(cfg, f"devices.{key}")
+        if isinstance(file, str) and file:
+            cfg.devices[key] = str(absolute(file))
     template = cfg.data.get("template")
     if isinstance(template, str) and absolute(template).is_file():
         cfg.data.template = str(absolute(template))

@@ -10,6 +10,7 @@ import torch
 from flwr.serverapp import Grid
 from omegaconf import DictConfig
 
+from fedlora.attack.base import NOBODY
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.files import claim
 from fedlora.core.reading import disk_faults
@@ -20,6 +21,7 @@ from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
 from fedlora.run.tracking import Trackers, missing_rounds, track
+from fedlora.server.buffered import check_averages
 from fedlora.server.flower import FederatedRun
 from fedlora.server.homes import Homes
 from fedlora.server.session import Session
@@ -121,9 +123,12 @@ def new_session(
     model = inputs.worker.model
     audit = parts.client.technique.audit(model.folder(), getattr(torch, model.dtype))
     try:
+        method, setting = method_of(parts, inputs), inputs.setting(parts)
+        if parts.buffered is not None:
+            check_averages(method, setting)
         return Session(
-            method=method_of(parts, inputs),
-            setting=inputs.setting(parts),
+            method=method,
+            setting=setting,
             roster=roster,
             plan=parts.client,
             schedule=parts.evaluate,
@@ -135,9 +140,14 @@ def new_session(
             config_hash=parts.hash(inputs.data, info.fingerprint),
             audit=audit,
             postprocess=parts.postprocess,
+            robust=parts.robust,
+            compression=parts.compression,
+            squad=inputs.worker.attack or NOBODY,
+            secagg=parts.secagg,
             analyses=parts.analyses,
             store=inputs.store,
             watch=parts.watch,
+            virtual=inputs.virtual,
             emit=emit,
         )
     except ValueError as error:

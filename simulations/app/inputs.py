@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from flwr.serverapp import Grid
 
+from fedlora.attack.base import Squad
 from fedlora.core.cache import cache_root
 from fedlora.core.config import describe
 from fedlora.core.errors import ConfigError, ModelError
@@ -31,11 +32,13 @@ from fedlora.server.headed import Headed
 from fedlora.server.method import Method
 from fedlora.server.schedule import EvaluationSchedule
 from fedlora.server.session import Session
+from fedlora.server.virtual_time import VirtualTime
 from simulations.app.limits import check_model, check_rounds, check_tokens, data_notes
 from simulations.app.parts import Parts
 from simulations.app.prefix import settled_prefix
 from simulations.app.silos import Silos, meet
 from simulations.app.unseen import unseen_model
+from simulations.app.virtual import timed_clients
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,8 @@ class RunInputs:
     """What was done to the examples so that they fit (`simulations.app.limits.data_notes`)."""
     silos: Silos | None = None
     """The silos of the run; None: its clients are virtual."""
+    virtual: VirtualTime | None = None
+    """The clock of a run whose clients have devices."""
 
     def setting(self, parts: Parts) -> Setting:
         """What the method of the run is told."""
@@ -86,6 +91,7 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
     if model.head == LOCAL or parts.strategy.private:
         emit(f"clients that never took part are evaluated with {unseen_of(parts)}")
     check_tokens(store, info)
+    timed = timed_clients(parts, model, info, store, emit)
     roster = enroll(
         parts.population,
         parts.ranks,
@@ -94,12 +100,18 @@ def prepare_inputs(parts: Parts, emit: Callable[[str], None]) -> RunInputs:
         info.parameters,
         parts.seed,
         parts.client.loss,
+        assigned=timed.assigned if timed else None,
     )
     check_groups(parts.evaluate, roster)
     check_rounds(parts.federation, roster, emit)
     engine = settled_prefix(parts, settled_engine(parts, info, emit), info, roster, emit)
-    worker = WorkerSpec(model, folder, engine, parts.runtime.worker_device)
-    return RunInputs(info, store, store.folder.name, roster, worker, pruned, data_notes(store))
+    squad = Squad.drawn(parts.attack, roster.trainable, parts.seed) if parts.attack.acts else None
+    device = parts.runtime.worker_device
+    worker = WorkerSpec(model, folder, engine, device, attack=squad)
+    data = f"{store.folder.name}{f'+{timed.files}' if timed and timed.files else ''}"
+    virtual = timed.clock if timed else None
+    notes = data_notes(store)
+    return RunInputs(info, store, data, roster, worker, pruned, notes, virtual=virtual)
 
 
 def prepare_silos(parts: Parts, grid: Grid, emit: Callable[[str], None]) -> RunInputs:

@@ -8,27 +8,36 @@ from typing import Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from fedlora.attack.base import Attack
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.data.source import Source
+from fedlora.devices.table import Devices
 from fedlora.engine.base import EngineSpec
-from fedlora.evaluation.scorers import scorers_of
+from fedlora.evaluation.scorers import DEFAULT, scorers_of
 from fedlora.models.head import AVERAGED, FROZEN, LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.population.ranks import RankDistribution
 from fedlora.population.sampling import Population
+from fedlora.robust.rule import Rule
 from fedlora.run.tracking import Tracking
+from fedlora.secagg.config import SecAgg
 from fedlora.server.analyses import Analyses
+from fedlora.server.buffered import Buffered
 from fedlora.server.early_stop import Watch, watch_of
-from fedlora.server.method import Setup
+from fedlora.server.method import Method, Setup
 from fedlora.server.postprocess import Postprocessor
-from fedlora.server.schedule import EvaluationSchedule, Rounds
+from fedlora.server.schedule import BUFFERED, EvaluationSchedule, Rounds
 from fedlora.techniques.lora.technique import LoRA
+from fedlora.wire.tensors import Compression
 from simulations.app.compose import CONF
+from simulations.app.compression import check_compression
+from simulations.app.device_checks import check_devices
 from simulations.app.hints import meant
 from simulations.app.identity import run_hash
 from simulations.app.runtime import Runtime
+from simulations.app.secagg_checks import check_secagg
 from simulations.app.silo_checks import check_silos
 from simulations.app.silo_runtime import SiloRuntime
 from strategies.base import LoRAStrategy
@@ -58,8 +67,31 @@ class Parts:
     tracking: Tracking
     federation: Rounds
     postprocess: tuple[Postprocessor, ...]
+    robust: Rule
+    attack: Attack
+    compression: Compression
+    secagg: SecAgg
+    devices: Devices | None
     resolved: dict[str, Any]
     """The whole configuration as plain values, for the run folder."""
+
+    @property
+    def buffered(self) -> Buffered | None:
+        """How results are buffered; None: rounds are synchronous.
+
+        Raises:
+            ValueError: naming a setting that makes no sense.
+        """
+        rounds = self.federation
+        if rounds.mode != BUFFERED:
+            return None
+        return Buffered(
+            rounds.buffer,
+            rounds.concurrency,
+            rounds.staleness,
+            rounds.max_staleness,
+            rounds.normalise,
+        )
 
     @property
     def watch(self) -> Watch | None:
@@ -97,7 +129,11 @@ def build_parts(cfg: DictConfig) -> Parts:
             raise ConfigError(f"unknown key {key!s}={value!r}{hint}; known: {sorted(known)}")
     _check_plain_keys(cfg)
     parts = _of_task(_build_groups(cfg, {str(k): v for k, v in resolved.items()}))
+    parts = with_attack_measured(parts)
     _check_strategy(parts, postprocess=[*cfg.postprocess])
+    check_compression(parts)
+    check_secagg(parts)
+    check_devices(parts)
     if isinstance(parts.runtime, SiloRuntime):
         check_silos(parts)
     _ = parts.watch  # refuses what no evaluation reports
@@ -166,6 +202,11 @@ def _build_groups(cfg: DictConfig, resolved: dict[str, Any]) -> Parts:
             build(node, Postprocessor, f"postprocess.{name}")
             for name, node in cfg.postprocess.items()
         ),
+        robust=part("robust", Rule),
+        attack=part("attack", Attack),
+        compression=part("compression", Compression),
+        secagg=part("secagg", SecAgg),
+        devices=part("devices", Devices) if cfg.devices else None,
         resolved=resolved,
     )
 
@@ -191,6 +232,33 @@ def _of_task(parts: Parts) -> Parts:
     if not classifies or not parts.evaluate.plan.generate:
         return parts
     plan = dataclasses.replace(parts.evaluate.plan, generate=False)
+    return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
+
+
+def with_attack_measured(parts: Parts) -> Parts:
+    """The parts whose evaluations also measure the attack, if it can be measured.
+
+    Raises:
+        ConfigError: if no client of the run could carry it out.
+    """
+    attack, plan = parts.attack, parts.evaluate.plan
+    if not attack.acts:
+        return parts
+    named = f"attack={type(attack).__name__.lower()}"
+    if isinstance(parts.runtime, SiloRuntime):
+        raise ConfigError(
+            f"{named}: a silo does what its own operator says; use attack=none, or a simulation"
+        )
+    if type(parts.strategy).run_round is not Method.run_round:
+        raise ConfigError(
+            f"{named}: clients of {parts.strategy.label} train together with the server, and "
+            "attacks are on clients that train alone; use another strategy, such as fedit"
+        )
+    scorer = attack.scorer(parts.model.classifies)
+    if scorer is None:
+        return parts
+    metrics = (*(DEFAULT if plan.metrics is None else plan.metrics), scorer)
+    plan = dataclasses.replace(plan, metrics=metrics)
     return dataclasses.replace(parts, evaluate=dataclasses.replace(parts.evaluate, plan=plan))
 
 
@@ -242,3 +310,6 @@ def _check_strategy(parts: Parts, postprocess: list[str]) -> None:
         raise ConfigError(str(error)) from error
     if parts.postprocess and parts.strategy.needs_updates:
         raise ConfigError(f"postprocess={postprocess}: {parts.strategy.needs_updates}")
+    if parts.robust.acts and parts.strategy.needs_updates:
+        named = type(parts.robust).__name__.lower()
+        raise ConfigError(f"robust={named}: {parts.strategy.needs_updates}")

@@ -41,8 +41,8 @@ def _readable(word: str, sweep: bool) -> str:
     if not equals or _parses(word) or _STRUCTURE.match(value):
         return word
     parts = value.split(",") if sweep else [value]
-    quoted = [part if sweep and _parses(f"{key}={part}") else _quoted(part) for part in parts]
-    candidate = f"{key}={','.join(quoted)}"
+    values = [part if sweep and _parses(f"{key}={part}") else quoted(part) for part in parts]
+    candidate = f"{key}={','.join(values)}"
     return candidate if _parses(candidate) else word
 
 
@@ -54,7 +54,7 @@ def _parses(word: str) -> bool:
     return True
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """A string in Hydra's quotes: backslashes count double before a quote and at the end."""
     escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)
     return "'" + re.sub(r"(\\+)$", r"\1\1", escaped) + "'"
@@ -75,7 +75,7 @@ def with_search_path(words: Sequence[str]) -> list[str]:
             left.append(word)
     if not folders:
         return left
-    paths = [_quoted(f if _SCHEME.match(f) else f"file://{_existing(f)}") for f in folders]
+    paths = [quoted(f if _SCHEME.match(f) else f"file://{_existing(f)}") for f in folders]
     return [*left, f"{SEARCH_PATH}=[{','.join(paths)}]"]
 
 

@@ -40,7 +40,6 @@ from fedlora.engine.memory import keep_freed_memory
 from fedlora.models.stages import Stages, block_of
 from fedlora.split.batches import ROUND, Seeds
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
-from fedlora.split.compression import Wire
 from fedlora.split.cost import client_part
 from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
 from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_exchanges
@@ -50,6 +49,7 @@ from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.layer import LowRank
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.training.loop import optimise
+from fedlora.wire.rows import Wire
 from simulations.bench.engine.cases import (
     SEED,
     Case,

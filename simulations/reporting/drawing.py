@@ -4,6 +4,7 @@ Figures are built without pyplot, so nothing global is touched and any thread ma
 """
 
 import io
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -88,8 +89,15 @@ def _scheme_colour(found: re.Match[str]) -> str:
     return f"var(--{name})" if name else found[0]
 
 
-def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
-    """Draw on new axes; the legend goes below them, where it hides nothing."""
+def framed(draw: Draw, width: float = 6.2, height: float = 3.6, most: int = 12) -> Figure:
+    """Draw on new axes; the legend goes below them, where it hides nothing.
+
+    Args:
+        draw: draws.
+        width: in inches.
+        height: in inches, with a legend of few rows.
+        most: entries of a legend; with more there is none.
+    """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         ax = figure.add_subplot()
@@ -98,15 +106,14 @@ def framed(draw: Draw, width: float = 6.2, height: float = 3.6) -> Figure:
         if low == high:
             ax.set_xlim(low - 0.5, low + 0.5)
         handles, labels = _keys(ax)
-        if 1 < len(labels) <= 12:
+        if 1 < len(labels) <= most:
             points = sum(5.2 * len(label) + 42 for label in labels)  # of all in one row
             few = max(1, min(4, 64 // max(map(len, labels))))
+            columns = len(labels) if points <= 72 * width else few
+            rows = math.ceil(len(labels) / columns)
+            figure.set_figheight(height + 0.19 * max(0, rows - 3))
             figure.legend(
-                handles,
-                labels,
-                loc="outside lower center",
-                ncols=len(labels) if points <= 72 * width else few,
-                handlelength=2.6,
+                handles, labels, loc="outside lower center", ncols=columns, handlelength=2.6
             )
     return figure
 

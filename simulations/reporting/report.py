@@ -29,6 +29,7 @@ from simulations.reporting import (
     fairness_figures,
     figures,
     run_tables,
+    time_figures,
 )
 from simulations.reporting.run_folder import RecordError, Run, read_run
 
@@ -37,6 +38,7 @@ TEMPLATES = "simulations/reporting/templates"
 _BAND = "Of all examples together; the band reaches down to the worst tenth of the clients."
 _MAP = "A row that grows dark: rank collapse. Dashed: the ranks that clients have."
 _DRIFT = "Mean over the clients of the round; band: one standard deviation."
+_PART = "Time of a client's part of a round, by rank"
 _BOXES = "All rounds. Box: middle half; line: median; outliers hidden."
 
 
@@ -117,6 +119,14 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.traffic(only), "As a deployment would send it: each client its own adapter."),
             (figures.seconds(run), "Wall time of the simulation."),
         ),
+        "devices": _section(
+            "Devices",
+            (time_figures.quality_by_time(only), "Nothing is known between two evaluations."),
+            (time_figures.outcomes(run), "Late and absent clients are not trained."),
+            (figures.by_rank(run, "device_seconds", _PART, "s", log=True), _BOXES),
+            (time_figures.staleness(run), "Versions made since a change's client started."),
+        ),
+        "budgets": [time_figures.budget_table(only), time_figures.cost_table(only)],
         "clients": _clients(run),
         "drift": _section(
             "Client drift",
@@ -183,6 +193,16 @@ def comparison_page(runs: Sequence[Run]) -> dict[str, Any]:
             (analysis_figures.diversity(runs), ""),
             (figures.update_norm(runs), ""),
         ),
+        "devices": _section(
+            "Devices",
+            (time_figures.quality_by_time(runs), "Nothing is known between two evaluations."),
+            (time_figures.round_times(runs), ""),
+        ),
+        "budgets": [
+            time_figures.budget_table(runs),
+            time_figures.cost_table(runs),
+            time_figures.robust_table(runs),
+        ],
         "differences": run_tables.difference_table(runs),
     }
 

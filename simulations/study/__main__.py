@@ -4,7 +4,10 @@ fedlora study smoke                        # conf/study/smoke.yaml
 fedlora study mine.yaml --jobs 4           # a file of your own, four runs at a time
 fedlora study smoke rounds=2               # overrides of every run
 fedlora study smoke --list                 # the runs, and what is done; nothing is started
+fedlora study tuned prune=[2,4]            # of the study itself: end worse values early
 fedlora study smoke --record               # results as JSON into docs/results
+fedlora study smoke --only seed=0          # a part of the runs, without results
+fedlora study smoke --sweep-yaml           # the same study as a sweep of Weights & Biases
 
 Results are in outputs/study-<name>. The same command continues a study that was stopped: complete
 runs are kept, half ones go on from their checkpoints, and what has changed is done anew.
@@ -15,6 +18,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from fedlora.core import variables
 from fedlora.core.errors import ConfigError, RunFolderError
 from fedlora.core.files import claim, write_file
 from fedlora.core.package import ROOT
+from fedlora.run.tracking import Silent, Tracking
 from simulations.app.own_modules import find_own_modules
 from simulations.app.words import SEARCH_PATH, absolute, with_search_path
 from simulations.reporting.run_folder import RecordError
@@ -37,8 +42,12 @@ from simulations.study.results import PARQUET, check_metrics, recorded, write_pa
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
 from simulations.study.spec import Study, read_study
 from simulations.study.stages import chosen_before, label_of, reported, tune, warnings
+from simulations.study.summary import tracking_of, write_summary
+from simulations.study.sweep import selected, sweep_yaml
 from simulations.study.tables import WRITERS
 from simulations.study.tuning_tables import TUNING_CSV, tuning_csv
+
+NO_TRACKING = Silent()
 
 
 def main(arguments: Sequence[str] | None = None, start: Start = start_process) -> int:
@@ -59,8 +68,18 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         plan(study, paths)  # mistakes show before anything is started
         if given.list:
             return _listed(study, tuning, folder, paths)
+        if given.sweep_yaml is not None:
+            stages = known_runs(study, tuning, folder, paths)
+            name = given.study if study.name == given.study else str(absolute(given.study))
+            _write_or_print(given.sweep_yaml, sweep_yaml(study, stages[-1], name, words))
+            return 0
+        if given.only:
+            known = list(chain(*known_runs(study, tuning, folder, paths)))
+            with interrupts():
+                return _some(selected(study, known, given.only), folder, given.jobs, start)
+        did = shlex.join(["fedlora", "study", study.name, *(w for w in words if w not in paths)])
         with interrupts(), claim(folder):
-            code, record = _done(study, tuning, folder, given.jobs, start, paths)
+            code, record = _done(study, tuning, folder, given.jobs, start, paths, did)
             if given.record is not None and record is not None:
                 print(f"recorded: {write_record(given.record, record)}")
             return code
@@ -79,6 +98,7 @@ def _done(
     jobs: int,
     start: Start,
     paths: Sequence[str],
+    did: str,
 ) -> tuple[int, dict[str, Any] | None]:
     """Do what is missing, then write the results; the exit code, and what can be recorded."""
     if tuning and chosen_before(folder, tuning) is None:
@@ -94,17 +114,21 @@ def _done(
         for line in warnings(tuned):
             print(line)
         print(f"study folder: {folder}", flush=True)
-    analysis = write_results(study, standing, folder, tuned)
+    analysis = write_results(study, standing, folder, tuned, tracking_of(study, runs))
     failed = any(one.state is State.FAILED for one in (*tried, *standing))
-    did = shlex.join(["fedlora", "study", study.name, *study.last])
     record = None if analysis is None else record_of(study, analysis, tried, standing, did)
     return int(failed or any(one.chosen is None for one in tuned)), record
 
 
 def write_results(
-    study: Study, standing: Sequence[Progress], folder: Path, tuned: Sequence[Tuned] = ()
+    study: Study,
+    standing: Sequence[Progress],
+    folder: Path,
+    tuned: Sequence[Tuned] = (),
+    tracking: Tracking = NO_TRACKING,
 ) -> Analysis | None:
-    """Write results.parquet, tables, figures and report.html from the complete runs.
+    """Write results.parquet, tables, figures and report.html from the complete runs, and the
+    summary run of a tracker.
 
     Returns:
         The statistics; None if there is no complete run, or the study has no metrics.
@@ -117,7 +141,8 @@ def write_results(
         old.unlink(missing_ok=True)  # of other runs, if the study has changed
     if study.tuning is not None:
         write_file(folder / TUNING_CSV, tuning_csv(study, tuned))
-    runs = [recorded(one.run, one.folder) for one in standing if one.state is State.DONE]
+    done = [one for one in standing if one.state is State.DONE]
+    runs = [recorded(one.run, one.folder, study.metrics) for one in done]
     runs = [one for one in runs if one.rows]
     if not runs:
         return None
@@ -133,7 +158,36 @@ def write_results(
     for name, figure in figures:
         write_file(folder / FIGURES / f"{name}.pdf", pdf(figure))
     write_file(folder / PAGE, report_html(study, analysis, figures))
+    if problem := write_summary(study, tracking, folder, analysis, figures):
+        print(problem)
     return analysis
+
+
+def known_runs(
+    study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]
+) -> list[Sequence[Planned]]:
+    """The runs of each stage whose words are known: reported ones have none before the choice."""
+    tuned = chosen_before(folder, tuning) if tuning else []
+    runs = [] if tuned is None else reported(study, tuned, paths)
+    return [stage for stage in (tuning, runs) if stage]
+
+
+def _some(runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
+    """Do some runs of a study, which other processes may also do a part of."""
+    standing, board = progress_of(runs, folder), Board()
+    try:
+        do_all(standing, jobs, start, board.show)
+    finally:
+        board.finish(standing)
+    return int(any(one.state is State.FAILED for one in standing))
+
+
+def _write_or_print(file: str, text: str) -> None:
+    """Write a text into a file, or print it where the file is ``-``."""
+    if file == "-":
+        print(text, end="")
+    else:
+        write_file(absolute(file), text)
 
 
 def _listed(study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]) -> int:
@@ -166,6 +220,19 @@ def _parser() -> argparse.ArgumentParser:
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--jobs", type=_jobs, default=cores, help=f"runs at a time ({cores})")
     parser.add_argument("--list", action="store_true", help="show the runs, start nothing")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="do these runs alone: levels of axes, tuned values, seed=0, run=NAME; no results",
+    )
+    parser.add_argument(
+        "--sweep-yaml",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="print the file for `wandb sweep` that does the same runs, or write it",
+    )
     results = ROOT / "docs" / "results"
     parser.add_argument(
         "--record", type=Path, nargs="?", const=results, metavar="FOLDER",

@@ -8,6 +8,7 @@ by seed against the cell with the reference level.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from fedlora.run.progress import clock, size
 from simulations.study import statistics
 from simulations.study.choice import Tuned
 from simulations.study.results import Recorded
@@ -16,6 +17,7 @@ from simulations.study.statistics import Difference, Estimate, Ranking
 from simulations.study.values import Cell
 
 FINAL, AREA = "final", "mean over rounds"
+AT_EQUAL = "at equal "
 UNITS = {"rounds": "round", "bytes": "bytes", "seconds": "seconds"}
 """Kinds of budgets, and the cost that each is compared with."""
 
@@ -26,7 +28,8 @@ class Quantity:
 
     metric: str
     what: str
-    """``final``, ``mean over rounds``, ``at 5 rounds``, ``bytes to 0.5``."""
+    """``final``, ``mean over rounds``, ``at 5 rounds``, ``at equal bytes, 1.2 MiB``, ``bytes to
+    0.5``."""
     unit: str = ""
     """``bytes``, ``seconds`` or ``rounds`` of a cost; empty: that of the metric."""
 
@@ -73,18 +76,42 @@ class Analysis:
 
 def analyse(study: Study, runs: Sequence[Recorded], tuned: Sequence[Tuned] = ()) -> Analysis:
     """All statistics that a study asks for, from its complete runs and what was tuned."""
-    found = {(one.run.cell, one.run.seed): dict(quantities(study, one)) for one in runs}
+    equal = equal_budgets(study, runs)
+    found = {(one.run.cell, one.run.seed): dict(quantities(study, one, equal)) for one in runs}
     lines: list[Line] = []
     for quantity in dict.fromkeys(q for values in found.values() for q in values):
         lines += _lines(study, quantity, found)
     return Analysis(lines, dict(_rankings(study, found)), tuned)
 
 
+def amount(cost: float, kind: str) -> str:
+    """A budget in words."""
+    if kind == "bytes":
+        return size(cost)
+    return clock(cost) if kind == "seconds" else f"{cost:g}"
+
+
 Found = Mapping[tuple[Cell, int], Mapping[Quantity, float | None]]
 
 
-def quantities(study: Study, one: Recorded) -> Iterator[tuple[Quantity, float | None]]:
-    """The numbers of a run; None for what it does not have."""
+def equal_budgets(study: Study, runs: Sequence[Recorded]) -> dict[str, float]:
+    """By kind: the least that a complete run has spent by its last evaluation, so that all methods
+    can be compared at that cost."""
+    return {
+        kind: min(float(one.rows[-1][UNITS[kind]]) for one in runs) for kind in study.equal if runs
+    }
+
+
+def quantities(
+    study: Study, one: Recorded, equal: Mapping[str, float]
+) -> Iterator[tuple[Quantity, float | None]]:
+    """The numbers of a run; None for what it does not have.
+
+    Args:
+        study: what it asks for.
+        one: the run.
+        equal: of `equal_budgets`.
+    """
     for metric, higher in study.metrics.items():
         rounds, values = one.curve("round", metric)
         yield Quantity(metric, FINAL), values[-1] if values else None
@@ -92,10 +119,15 @@ def quantities(study: Study, one: Recorded) -> Iterator[tuple[Quantity, float | 
         for kind, budgets in study.budgets.items():
             costs, _ = one.curve(UNITS[kind], metric)
             for budget in budgets:
+                unit = kind.removesuffix("s") if budget == 1 else kind
                 yield (
-                    Quantity(metric, f"at {budget:,g} {kind}"),
+                    Quantity(metric, f"at {budget:,g} {unit}"),
                     statistics.at_budget(costs, values, budget),
                 )
+        for kind, budget in equal.items():
+            costs, _ = one.curve(UNITS[kind], metric)
+            at = statistics.at_budget(costs, values, budget)
+            yield Quantity(metric, f"{AT_EQUAL}{kind}, {amount(budget, kind)}"), at
         for target in study.targets.get(metric, ()):
             for kind, cost in UNITS.items():
                 costs, _ = one.curve(cost, metric)

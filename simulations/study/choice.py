@@ -171,7 +171,7 @@ def score(
     left_out = []
     for one in standing:
         if one.run.cell in cells:
-            value, why = _number(one, study.tuning.metric, until or at)
+            value, why = _number(one, study.tuning.metric, study.tuning.higher, until or at)
             if value is None:
                 left_out.append(f"{one.run.label}: {why}")
             else:
@@ -180,11 +180,11 @@ def score(
     return Candidate(values, scores, tuple(left_out), at)
 
 
-def _number(one: Progress, metric: str, until: int) -> tuple[float | None, str]:
+def _number(one: Progress, metric: str, higher: bool, until: int) -> tuple[float | None, str]:
     """The metric of a run after so many rounds, or why there is none."""
     if one.state not in (State.DONE, State.PRUNED):
         return None, one.why or "not done"
-    rounds, values = recorded(one.run, one.folder).curve("round", metric)
+    rounds, values = recorded(one.run, one.folder, {metric: higher}).curve("round", metric)
     value = at_budget(rounds, values, until or one.run.rounds)
     return value, "" if value is not None else f"no finite {metric} at the validation split"
 

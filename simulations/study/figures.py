@@ -18,7 +18,7 @@ from simulations.study.choice import Tuned, as_number
 from simulations.study.plan import label
 from simulations.study.results import COSTS, Recorded
 from simulations.study.spec import Study
-from simulations.study.statistics import estimate
+from simulations.study.statistics import Ranking, estimate
 from simulations.study.tuning import Tuning
 from simulations.study.tuning_tables import Sensitivity, sensitivity, values_of
 from simulations.study.values import Cell
@@ -26,6 +26,9 @@ from simulations.study.values import Cell
 FIGURES = "figures"
 """Their folder."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+BAND = "#e9e9ee"
+"""A colour that pages replace in their dark scheme."""
 _AXES = {"bytes": "MiB sent and received, all clients", "seconds": "seconds"}
 
 
@@ -33,10 +36,13 @@ def all_figures(
     study: Study, runs: Sequence[Recorded], analysis: Analysis
 ) -> Iterator[tuple[str, Figure]]:
     """File names without ending, and figures: for each metric and setting the curves over each
-    cost, and for each metric the final values."""
+    cost, for each metric the final values and the mean ranks, and what was tuned."""
     for metric in study.metrics:
         name = re.sub(r"[^\w.-]", "_", metric)
         yield f"{name}-final", final(study, metric, analysis)
+        ranking = analysis.rankings.get(metric)
+        if ranking is not None and ranking.critical is not None and study.compared:
+            yield f"{name}-ranks", mean_ranks(metric, ranking, list(study.axes[study.compared]))
         for number, (setting, cells) in enumerate(settings(study).items()):
             for cost in COSTS:
                 title = f"{metric}: {label(setting)}" if setting else metric
@@ -60,9 +66,13 @@ def settings(study: Study) -> dict[Cell, dict[str, Cell]]:
 
 
 def pen(index: int) -> dict[str, Any]:
-    """Colour and style of the i-th level."""
+    """Colour and style of the i-th level; a line that another one hides shows by its markers."""
     style = STYLES[index // len(COLOURS) % len(STYLES)]
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style}
+    size = 4 if len(STYLES) <= index else 7 - index
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": style} | {
+        "marker": MARKERS[index % len(MARKERS)],
+        "markersize": size,
+    }
 
 
 def curves(
@@ -80,7 +90,7 @@ def curves(
         for index, (name, points) in enumerate(found.items()):
             if points:
                 x, y, low, high = zip(*points, strict=True)
-                ax.plot(x, y, label=name, marker="o" if len(x) <= 30 else "", **pen(index))
+                ax.plot(x, y, label=name, **pen(index) | ({} if len(x) <= 30 else {"marker": ""}))
                 ax.fill_between(x, low, high, color=pen(index)["color"], alpha=0.15, linewidth=0)
         if cost == "round":
             by_round(ax, title, metric)
@@ -89,7 +99,7 @@ def curves(
         ax.set_xlabel(_AXES[cost])
         ax.set_ylabel(metric)
 
-    return framed(draw)
+    return framed(draw, most=len(found))
 
 
 def _points(
@@ -136,6 +146,33 @@ def final(study: Study, metric: str, analysis: Analysis) -> Figure:
     return framed(draw, height=max(2.0, 0.9 + 0.28 * len(lines)))
 
 
+def mean_ranks(metric: str, ranking: Ranking, levels: Sequence[str]) -> Figure:
+    """The mean rank of each level of the compared axis, the best first; a band has those that
+    Nemenyi's critical difference does not tell from it.
+
+    Args:
+        metric: that is ranked.
+        ranking: with a critical difference.
+        levels: in the order of their colours.
+    """
+    ordered = sorted(ranking.ranks.items(), key=lambda pair: pair[1])
+    best, right = ordered[0][1], len(ordered) + 0.25
+
+    def draw(ax: Axes) -> None:
+        if ranking.critical is not None:
+            ax.axvspan(best, min(best + ranking.critical, right), color=BAND, zorder=0)
+        for row, (name, mean) in enumerate(ordered):
+            ax.plot([mean], [row], "o", markersize=7, color=pen(levels.index(name))["color"])
+        ax.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+        ax.set_ylim(len(ordered) - 0.5, -0.5)
+        ax.set_xlim(0.75, right)
+        ax.set_xticks(range(1, len(ordered) + 1))
+        ax.set_title(f"{metric}: ranks")
+        ax.set_xlabel(f"mean of {ranking.blocks} blocks, 1 is best; band: not told from the best")
+
+    return framed(draw, height=max(2.0, 0.9 + 0.28 * len(ordered)))
+
+
 def sensitivities(study: Study, analysis: Analysis) -> Iterator[tuple[str, Figure]]:
     """For each tuned key and setting of the groups' other axes: the metric by value, with standard
     deviations over tuning seeds; the chosen values are large."""
@@ -173,11 +210,10 @@ def _by_value(
             if not points:
                 continue
             x, y, spread, tried = zip(*points, strict=True)
-            ax.errorbar(x, y, spread, label=name, marker="o", capsize=3, **pen(index))
+            ax.errorbar(x, y, spread, label=name, capsize=3, **pen(index))
             best = [at for at, c in enumerate(tried) if c is one.chosen]
-            ax.plot(
-                [x[i] for i in best], [y[i] for i in best], "o", ms=9, color=pen(index)["color"]
-            )
+            large = {"linestyle": "", "markersize": 10}
+            ax.plot([x[i] for i in best], [y[i] for i in best], **pen(index) | large)
         ax.set_title(title)
         ax.set_xlabel(key)
         ax.set_ylabel(f"{tuning.metric}, validation")
@@ -190,7 +226,14 @@ def _by_value(
         else:
             ax.set_xticks(known, values)
 
-    return framed(draw)
+    return framed(draw, most=len(groups))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a picture of 150 dots per inch."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def pdf(figure: Figure) -> bytes:

@@ -118,6 +118,7 @@ _INK = {"#ffffff": "var(--card)", "#000000": "var(--ink)", "#444444": "var(--ink
     "#555555": "var(--soft)",
     "#bbbbbb": "var(--line)",
     "#e9e9ee": "var(--line)",
+    "#7a5195": "var(--violet)",
 }
 """Colours of figures that follow the page's, light or dark."""
 

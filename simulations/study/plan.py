@@ -5,7 +5,6 @@ depend on (`simulations.app.identity`). It is a part of the name of the run's fo
 whose configuration has changed is another run, and all others keep what they have.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -25,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from simulations.app.compose import load
-from simulations.app.identity import stable
+from simulations.app.identity import digest
 from simulations.app.words import readable
 from simulations.study.spec import Evaluation, Study
+from simulations.study.tracked import labels_of
 from simulations.study.tuning import VALIDATION, key_words
 from simulations.study.values import Cell, panel_of
 
@@ -53,6 +53,8 @@ class Planned:
     """``tuning``, or empty for a reported run."""
     until: int = 0
     """Rounds that are wanted for now, where tuning compares halfway; 0: all."""
+    labels: tuple[str, ...] = ()
+    """Words that tell a tracker what the run is within its study; results depend on none."""
 
     @property
     def wanted(self) -> int:
@@ -79,7 +81,7 @@ class Planned:
             "cell": dict(self.cell),
             "seed": self.seed,
             "rounds": self.rounds,
-            "words": list(self.words),
+            "words": [*self.words, *self.labels],
             "identity": self.identity,
         }
 
@@ -167,6 +169,7 @@ class _Composed:
     words: tuple[str, ...]
     cfg: Any
     where: str
+    study: str
 
     def run(self, cell: Cell, seed: int, stage: str = "") -> Planned:
         """The run of a seed."""
@@ -176,11 +179,10 @@ class _Composed:
         rounds = resolved["rounds"]
         if not isinstance(rounds, int):
             raise ConfigError(f"{self.where}: rounds={rounds!r} is no number")
-        values = {str(k): v for k, v in resolved.items()}
-        content = stable(values) | {"rounds": rounds}
-        text = json.dumps(content, sort_keys=True, default=str)
-        identity = hashlib.sha256(text.encode()).hexdigest()
-        return Planned(cell, seed, (*self.words, f"seed={seed}"), rounds, identity, stage)
+        identity = digest({str(k): v for k, v in resolved.items()})
+        words = (*self.words, f"seed={seed}")
+        labels = labels_of(self.study, self.cfg.tracking, cell, seed, stage)
+        return Planned(cell, seed, words, rounds, identity, stage, labels=labels)
 
 
 def _composed(
@@ -208,7 +210,7 @@ def _composed(
         cfg = _followed(all_words, tuple(evaluated), cfg)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return _Composed((*all_words, *evaluated), cfg, where)
+    return _Composed((*all_words, *evaluated), cfg, where, study.name)
 
 
 def _followed(words: tuple[str, ...], last: tuple[str, ...], cfg: Any = None) -> Any:
@@ -295,4 +297,4 @@ def write_plan(
 
 def command(run: Planned) -> str:
     """The command that does one run by itself, into a folder of the same name."""
-    return shlex.join(["fedlora", "run", *run.words, f"name={run.name}"])
+    return shlex.join(["fedlora", "run", *run.words, *run.labels, f"name={run.name}"])

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
 from simulations.reporting.run_folder import number, read_run
+from simulations.study.clients import apart
 from simulations.study.plan import Planned
 from simulations.study.values import panel_of
 
@@ -55,14 +56,17 @@ class Recorded:
         return [row for row in self.rows if (row["group"], row["adapter"]) == panel]
 
 
-def recorded(run: Planned, folder: Path) -> Recorded:
+def recorded(run: Planned, folder: Path, metrics: Mapping[str, bool] | None = None) -> Recorded:
     """Read a complete run.
 
     Args:
         run: of the plan.
         folder: its run folder.
+        metrics: that are asked for, and whether higher is better; what records lack of them over
+            clients and tiers is computed (`simulations.study.clients`).
     """
     found = read_run(folder)
+    over_clients = apart(found, {panel_of(m)[0]: higher for m, higher in (metrics or {}).items()})
     rounds = [int(r["round"]) for r in found.rounds]
     spent: dict[str, dict[int, float]] = {}
     for name in ("wire/up_bytes", "wire/down_bytes", "round/seconds"):
@@ -72,13 +76,14 @@ def recorded(run: Planned, folder: Path) -> Recorded:
     for record in found.evaluations:
         at = int(record["round"])
         up, down, seconds = (spent[name].get(at, 0.0) for name in spent)
-        metrics = found.analyses(at) | {
-            k: v for k, x in record.items() if (v := number(x)) is not None
-        }
+        group, adapter = str(record.get("group", "")), str(record.get("adapter", ""))
+        numbers = {k: v for k, x in record.items() if (v := number(x)) is not None}
         rows.append(
-            metrics
+            found.analyses(at)
+            | over_clients.get((at, group, adapter), {})
+            | numbers
             | {"run": run.name, "seed": run.seed, **dict(run.cell)}
-            | {"group": str(record.get("group", "")), "adapter": str(record.get("adapter", ""))}
+            | {"group": group, "adapter": adapter}
             | {"round": at, "bytes_up": up, "bytes_down": down, "bytes": up + down}
             | {"seconds": seconds}
         )

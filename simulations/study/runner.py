@@ -241,7 +241,7 @@ def start_process(run: Planned, folder: Path) -> Process:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
     with log_of(folder / run.name).open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "simulations.study.worker", *run.words, *place],
+            [sys.executable, "-m", "simulations.study.worker", *run.words, *run.labels, *place],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -13,7 +13,7 @@
     evaluation: {group: seen, adapter: auto}      # what the clients are evaluated on
     metrics: {accuracy_weighted: higher, loss_weighted: lower}     # and which way is better
     reference: {method: fedit}             # what the other levels of that axis are compared with
-    budgets: {rounds: [5], bytes: [1e8]}   # metrics are also reported at these costs
+    budgets: {rounds: [5], bytes: equal}   # metrics are also reported at these costs
     targets: {accuracy_weighted: [0.5]}    # and what it costs to reach these values
     tuning: {...}                          # see `simulations.study.tuning`
 
@@ -32,7 +32,7 @@ import yaml
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
 from simulations.app.words import absolute
-from simulations.study.tuning import Tuning, read_tuning
+from simulations.study.tuning import Tuning, read_tuning, with_prune
 from simulations.study.values import (
     Axes,
     Cell,
@@ -54,6 +54,10 @@ KEYS = (
     *("budgets", "targets", "tuning"),
 )
 BUDGETS = ("rounds", "bytes", "seconds")
+EQUAL = "equal"
+"""A budget: what every complete run has spent by its end."""
+PRUNE = "prune="
+"""Begins the word of the command line that is the study's own, not one of its runs."""
 COLUMNS = ("run", "seed", "group", "adapter", "round", "bytes", "bytes_up", "bytes_down", "seconds")
 """Columns of the results that no axis may take the name of."""
 ADAPTERS = ("full", "largest", "own", "auto")
@@ -85,6 +89,8 @@ class Study:
     """An axis and the level that its other levels are compared with."""
     budgets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By kind: rounds, bytes or seconds."""
+    equal: tuple[str, ...] = ()
+    """Kinds of which the least that a complete run has spent is a budget too."""
     targets: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """By metric."""
     last: tuple[str, ...] = ()
@@ -180,6 +186,7 @@ def parse(name: str, found: Any, more: Sequence[str] = ()) -> Study:
     axes = _axes(found.get("axes", {}), where)
     own_seeds = seeds(found.get("seeds", [0]), f"{where}: seeds")
     seeds_for = tuple(_seeds_for(found.get("seeds_for", []), axes, f"{where}: seeds_for"))
+    last = words(list(more), where)
     reported = [*own_seeds, *(seed for _, some in seeds_for for seed in some)]
     study = Study(
         name,
@@ -189,13 +196,17 @@ def parse(name: str, found: Any, more: Sequence[str] = ()) -> Study:
         _some(found.get("skip", []), axes, f"{where}: skip"),
         metrics(found.get("metrics", {}), f"{where}: metrics"),
         _reference(found.get("reference"), axes, where),
-        _budgets(found.get("budgets", {}), where),
+        *_budgets(found.get("budgets", {}), where),
         _targets(found.get("targets", {}), found.get("metrics", {}), where),
-        words(list(more), where),
+        tuple(word for word in last if not word.startswith(PRUNE)),
         _some(found.get("only", []), axes, f"{where}: only"),
         seeds_for,
         _evaluation(found.get("evaluation", {}), f"{where}: evaluation"),
-        read_tuning(found.get("tuning"), axes, reported, f"{where}: tuning"),
+        with_prune(
+            read_tuning(found.get("tuning"), axes, reported, f"{where}: tuning"),
+            [word for word in last if word.startswith(PRUNE)],
+            where,
+        ),
     )
     all_cells = list(study.cells())
     if not all_cells:
@@ -273,15 +284,23 @@ def _reference(found: Any, axes: Axes, where: str) -> tuple[str, str] | None:
     return axis, levels[0]
 
 
-def _budgets(found: Any, where: str) -> dict[str, tuple[float, ...]]:
+def _budgets(found: Any, where: str) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
+    """Numbers by kind, and the kinds with an equal budget."""
     here = f"{where}: budgets"
     if not isinstance(found, Mapping) or not set(found) <= set(BUDGETS):
         raise ConfigError(f"{here} is {found!r}; it may have {', '.join(BUDGETS)}")
-    budgets = {kind: numbers(values, f"{here}.{kind}") for kind, values in found.items()}
-    for kind, values in budgets.items():
-        if min(values) <= 0:
-            raise ConfigError(f"{here}.{kind} has {min(values):g}; a budget is more than 0")
-    return budgets
+    budgets: dict[str, tuple[float, ...]] = {}
+    equal = []
+    for kind, values in found.items():
+        listed = values if isinstance(values, list) else [values]
+        rest = [value for value in listed if value != EQUAL]
+        equal += [kind] if len(rest) < len(listed) else []
+        if rest or not listed:
+            budgets[kind] = numbers(rest, f"{here}.{kind}")
+            if min(budgets[kind]) <= 0:
+                least = min(budgets[kind])
+                raise ConfigError(f"{here}.{kind} has {least:g}; a budget is more than 0")
+    return budgets, tuple(equal)
 
 
 def _targets(found: Any, metrics: Any, where: str) -> dict[str, tuple[float, ...]]:

@@ -10,6 +10,7 @@ difference.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import stats
@@ -131,8 +132,14 @@ def rank(
 
 def critical_difference(methods: int, blocks: int, level: float = LEVEL) -> float:
     """Nemenyi's: ``q sqrt(k (k + 1) / 6 n)``, q the studentized range's quantile over sqrt 2."""
-    q = float(stats.studentized_range.ppf(level, methods, np.inf)) / math.sqrt(2)
+    q = _studentized_range(methods, level) / math.sqrt(2)
     return q * math.sqrt(methods * (methods + 1) / (6 * blocks))
+
+
+@cache
+def _studentized_range(methods: int, level: float) -> float:
+    """Quantile of the range of so many normal variables; half a second of integration."""
+    return float(stats.studentized_range.ppf(level, methods, np.inf))
 
 
 # --- curves: a quality over rounds, bytes or seconds ----------------------------------------------

@@ -3,10 +3,11 @@
 import csv
 import io
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from fedlora.run.progress import clock
 from simulations.reporting.tables import markdown, traffic
-from simulations.study.analysis import FINAL, Analysis, Line, Quantity
+from simulations.study.analysis import AT_EQUAL, FINAL, Analysis, Line, Quantity
 from simulations.study.spec import Study
 from simulations.study.statistics import LEVEL, Estimate
 from simulations.study.tuning_tables import NOTHING, basis, tuning_sections
@@ -74,8 +75,9 @@ def _md_sections(study: Study, analysis: Analysis) -> Iterator[str]:
     for metric in study.metrics:
         of_metric = [q for q in _asked(analysis) if q.metric == metric]
         yield _wide(metric, axes, [q for q in of_metric if q.what != FINAL], analysis, titled=False)
-        if study.reference is not None:
-            yield _differences(study, metric, analysis)
+        for quantity in of_metric if study.reference is not None else ():
+            if quantity.what == FINAL or quantity.what.startswith(AT_EQUAL):
+                yield _differences(study, quantity, analysis)
         if metric in analysis.rankings:
             yield _ranks(metric, analysis)
     yield from tuning_sections(study, analysis.tuned)
@@ -105,12 +107,12 @@ def _wide(
     return f"## {title}\n\n{markdown([*axes, 'seeds', *heads], rows)}"
 
 
-def _differences(study: Study, metric: str, analysis: Analysis) -> str:
+def _differences(study: Study, quantity: Quantity, analysis: Analysis) -> str:
     assert study.reference is not None
     axis, level = study.reference
     rows = []
     for line in analysis.lines:
-        if line.quantity != Quantity(metric, FINAL) or dict(line.cell)[axis] == level:
+        if line.quantity != quantity or dict(line.cell)[axis] == level:
             continue
         apart = line.difference
         told = [NOTHING, "0", NOTHING, NOTHING]
@@ -120,7 +122,9 @@ def _differences(study: Study, metric: str, analysis: Analysis) -> str:
             told.append(p_text(line.p_holm))
         rows.append([*(at for _, at in line.cell), *told])
     names = [*study.axes, "difference", "pairs", "p", "p (Holm)"]
-    return f"### {metric} at the end, less that of {axis} {level}\n\n{markdown(names, rows)}"
+    when = "at the end" if quantity.what == FINAL else quantity.what
+    head = f"### {quantity.metric} {when}, less that of {axis} {level}"
+    return f"{head}\n\n{markdown(names, rows)}"
 
 
 def _ranks(metric: str, analysis: Analysis) -> str:
@@ -156,12 +160,19 @@ def table_csv(study: Study, analysis: Analysis) -> str:
     """A row for each cell and quantity, numbers in full."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
+    columns, rows = csv_table(study, analysis)
+    writer.writerows([columns, *rows])
+    return out.getvalue()
+
+
+def csv_table(study: Study, analysis: Analysis) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of table.csv: axes, tuned keys, then `CSV`."""
     keys = list(study.tuning.grid) if study.tuning else []
-    writer.writerow([*study.axes, *keys, *CSV])
+    rows: list[list[Any]] = []
     for line in analysis.lines:
         mean, apart = line.estimate, line.difference
         of = apart.estimate if apart else None
-        writer.writerow(
+        rows.append(
             [
                 *(level for _, level in line.cell),
                 *analysis.values_of(study, line.cell).values(),
@@ -174,7 +185,7 @@ def table_csv(study: Study, analysis: Analysis) -> str:
                 " ".join(map(str, line.missing)),
             ]
         )
-    return out.getvalue()
+    return [*study.axes, *keys, *CSV], rows
 
 
 def table_tex(study: Study, analysis: Analysis) -> str:
@@ -196,7 +207,7 @@ def table_tex(study: Study, analysis: Analysis) -> str:
         values_ = analysis.values_of(study, cell).values()
         names = [level for _, level in cell] + [value_ or NOTHING for value_ in values_]
         cells = [*map(tex, names), seeds_text(of_cell[0])]
-        lines.append(_tex_row([*cells, *map(_tex_value, of_cell)]))
+        lines.append(_tex_row([*cells, *(_tex_value(line, study) for line in of_cell)]))
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
@@ -213,10 +224,13 @@ def _tex_row(cells: Sequence[str]) -> str:
     return f"{' & '.join(cells)} \\\\"
 
 
-def _tex_value(line: Line) -> str:
+def _tex_value(line: Line, study: Study) -> str:
+    """Mean and half-width; as wide with a star as without, so that columns stay aligned."""
     if line.estimate is None:
         return tex(NOTHING)
-    star = "^{*}" if line.p_holm is not None and line.p_holm < 1 - LEVEL else ""
+    star = r"^{\phantom{*}}" if study.reference else ""
+    if line.p_holm is not None and line.p_holm < 1 - LEVEL:
+        star = "^{*}"
     high = line.estimate.high
     spread = "" if high is None else f" \\pm {value(high - line.estimate.mean)}"
     return f"${value(line.estimate.mean)}{spread}{star}$"

@@ -8,14 +8,19 @@ tuning:
   at: {spread: alpha_0.1}                  # levels of the other axes; default: all
   words: [rounds=6]                        # of tuning runs alone
   grid_for: [{cells: {method: fedavg}, grid: {client.lr: [0.1, 0.5, 2]}}]
-  prune: {rounds: [2, 4], keep: 0.5}       # after these rounds this fraction of a group goes on
+  prune: {rounds: [2, 4], keep: 0.5}       # after these rounds this fraction of a group goes on;
+                                           # [2, 4] is the same
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from fedlora.core.errors import ConfigError
 from simulations.study.values import (
@@ -203,9 +208,35 @@ def _grids(
         yield cells(given["cells"], tuned, f"{where}.cells"), {key: other[key] for key in grid}
 
 
+def with_prune(tuning: Tuning | None, given: Sequence[str], where: str) -> Tuning | None:
+    """The stage with the pruning that words of the command line ask for, the last one of them.
+
+    Args:
+        tuning: of the file.
+        given: ``prune=false``, ``prune=4``, ``prune=[2,4]``, ``prune={rounds:[2,4],keep:0.3}``.
+        where: of the file, for messages.
+
+    Raises:
+        ConfigError: for another value, and if there is no tuning stage.
+    """
+    for word in given:
+        if tuning is None:
+            raise ConfigError(
+                f"{where}: {word!r} ends values of a tuning stage early, and there is no such stage"
+            )
+        found: Any = word.partition("=")[2]
+        with suppress(HydraException):
+            read = OverridesParser.create().parse_override(word)
+            found = found if read.is_sweep_override() else read.value()
+        tuning = replace(tuning, prune=_prune(found, f"{where}: prune"))
+    return tuning
+
+
 def _prune(found: Any, where: str) -> Prune | None:
     if found is None or found is False:
         return None
+    if isinstance(found, list) or type(found) is int:
+        found = {"rounds": found}
     given = mapping(found, ("rounds", "keep"), where)
     rounds = numbers(given.get("rounds"), f"{where}.rounds")
     rising = all(a < b for a, b in pairwise(rounds))

@@ -109,3 +109,22 @@ def test_no_byte_that_the_server_receives_is_of_a_record(tmp_path):
         for blob in (received, *stored):
             assert not leaks(blob, hidden)
     assert rounds(tmp_path)[0]["state/hash"] == simulate(tmp_path / "sim", data, "rounds=1").hash
+
+
+def test_a_secure_sum_over_tls_is_the_simulated_one(tmp_path):
+    """Each stage is a process of its own at a silo: secrets live in its node's state."""
+    data = write_records(tmp_path / "data")
+    cards = caches(tmp_path, write_cards(tmp_path, data))
+    write_keys(tmp_path / "keys", ["127.0.0.1"], [*RANKS])
+    with Loopback(tmp_path, keys=tmp_path / "keys") as deployed:
+        for name in RANKS:
+            deployed.register(name)
+            deployed.start_node(name, cards[name])
+        run = deployed.submit(words(tmp_path, "rounds=1", "strategy=ffa", "secagg=real"))
+        status = deployed.wait(run, PATIENCE_S)
+        log = deployed.log(run)
+        assert status == "finished:completed", log[-4000:]
+    (done,) = rounds(tmp_path)
+    assert done["secagg/clients"] == 3
+    same = simulate(tmp_path / "sim", data, "rounds=1", "strategy=ffa", "secagg=simulated")
+    assert done["state/hash"] == same.hash

@@ -14,9 +14,10 @@ import torch
 from fedlora.core import confusion
 from fedlora.evaluation import beam_search, corpus_metrics, metrics, rouge, scorers, summary
 from fedlora.prune import methods, pattern, prune, spec, statistics
-from fedlora.split import batches, client, compression, loss, noise, rounds, server, trainable
+from fedlora.split import batches, client, loss, noise, rounds, server, trainable
 from fedlora.split.protocol import Cut
 from fedlora.techniques.switchlora import controller, layer, local, optimizer, replica, schedule
+from fedlora.wire import rows
 from tests.fedlora.core import test_confusion
 from tests.fedlora.evaluation import (
     test_beam_search,
@@ -28,7 +29,6 @@ from tests.fedlora.evaluation import (
 )
 from tests.fedlora.prune import test_prune, test_spec
 from tests.fedlora.split import (
-    test_compression,
     test_loss,
     test_noise,
     test_rounds,
@@ -42,6 +42,7 @@ from tests.fedlora.techniques.switchlora import (
     test_replica,
     test_schedule,
 )
+from tests.fedlora.wire import test_rows
 from tests.planted import planted
 
 Function = Callable[..., Any]
@@ -265,22 +266,22 @@ SPLIT: list[Fault] = [
         CUT,
     ),
     (
-        compression._Int8._scales,
-        "largest / LEVELS",
-        "largest / LEVELS * 2",
-        test_compression.test_a_hand_made_row_of_int8,
+        rows._Codes._scales,
+        "largest / self._levels",
+        "largest / self._levels * 2",
+        test_rows.test_a_hand_made_row_of_int8,
     ),
     (
-        compression._round_at_random,
+        rows._round_at_random,
         "drawn < x - below",
         "drawn < 0.5",
-        test_compression.test_stochastic_rounding_has_no_bias_and_is_a_function_of_its_generator,
+        test_rows.test_stochastic_rounding_has_no_bias_and_is_a_function_of_its_generator,
     ),
     (
-        compression._TopK.encode,
+        rows._TopK.encode,
         "x.abs().topk",
         "x.topk",
-        test_compression.test_a_hand_made_row_of_topk,
+        test_rows.test_a_hand_made_row_of_topk,
     ),
     (
         noise.clip_rows,

@@ -7,12 +7,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
-from fedlora.core.types import Failure, LocalPlan, TrainJob, Update
+from fedlora.core.types import Evaluation, Failure, LocalPlan, TrainJob, Update
+from fedlora.engine import secure
 from fedlora.engine.client import completed
 from fedlora.population.sampling import Roster
 from fedlora.run.tracking import JsonlTracker, Trackers, read_jsonl
+from fedlora.secagg.codec import decode_request, encode_answers
+from fedlora.secagg.config import SecAgg
 from fedlora.server import flower
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
@@ -92,6 +95,8 @@ class World:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The records of the rounds."""
     said: list[str] = field(default_factory=list)
+    secagg: SecAgg = field(default_factory=SecAgg)
+    postprocess: Sequence[Postprocessor] = ()
 
     def play(self, rounds: int) -> "World":
         """Run, or go on from the checkpoint, to the end of a round."""
@@ -119,11 +124,12 @@ class World:
             folder=self.folder,
             tracker=Trackers(()),
             emit=self.said.append,
-            postprocess=(Postprocessor(),) if sums else (),
+            postprocess=(Postprocessor(),) if sums and not self.secagg.on else self.postprocess,
+            secagg=self.secagg,
         )
         session.resume()
         session.tracker = Trackers([JsonlTracker(self.folder, session.done or -1)])
-        grid = InProcessGrid(lambda m, _: self.answer(m), 3)
+        grid = InProcessGrid(self.on_message, 3)
         with mock.patch.object(flower, "nodes_of", lambda grid: sorted(grid.get_node_ids())):
             flower.FederatedRun(session, worker="{}", source="").start(grid)
         assert session.done == rounds
@@ -139,6 +145,12 @@ class World:
         rows = read_jsonl(self.folder / "clients.jsonl")
         return {r["client"]: r for r in rows if r["round"] == round}
 
+    def on_message(self, message: Message, context: Context) -> Message:
+        """A whole round's work, or a stage of a secure sum."""
+        if message.metadata.message_type == "train.secagg":
+            return self.answer_stage(message, context)
+        return self.answer(message)
+
     def answer(self, message: Message) -> Message:
         """All jobs of a message one after another, as a worker does them."""
         envelope = decode_jobs(message.content)
@@ -153,6 +165,23 @@ class World:
         )
         if edit is not None and any(j.client.id == BAD for j in envelope.jobs):
             edit(content)
+        return Message(content, reply_to=message)
+
+    def answer_stage(self, message: Message, context: Context) -> Message:
+        """A stage of a secure sum."""
+        request = decode_request(message.content)
+
+        def train(jobs: Sequence[TrainJob]) -> list[Update | Failure]:
+            found: list[Update | Failure] = []
+            for job in jobs:
+                spoil, _ = self.attack(job.round)
+                update = moved(job)
+                results = spoil(job, update) if job.client.id == BAD else [update]
+                found += [r for r in results if not isinstance(r, Evaluation)]
+            return found
+
+        answers = secure.answer(request, message.content, context.state, train)
+        content = encode_answers(answers, nonce=request.nonce, trained=secure.trained(request))
         return Message(content, reply_to=message)
 
 

@@ -1001,12 +1001,17 @@ def absorbing_nothing_changes_nothing(
 def summands_do_not_show_ranks(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    """Names and shapes are those of every other client."""
+    """Names and shapes are those of every other client. A client of a secure sum, which is sent a
+    part of the state, adds the same."""
     for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
-        shapes = [
-            {name: tuple(t.shape) for name, t in x.items()} for x in added(strategy, state, updates)
-        ]
+        terms = added(strategy, state, updates)
+        shapes = [{name: tuple(t.shape) for name, t in x.items()} for x in terms]
         assert all(s == shapes[0] for s in shapes), f"{what}: {shapes}"
+        start = strategy.client_start(state, updates[0].client)
+        own = strategy.adds(strategy.adds_state(state), start, updates[0])
+        assert own is not None
+        for name, t in _tensors(own).items():
+            assert torch.equal(t, _tensors(terms[0])[name]), f"{what}: {name} at the client"
 
 
 def summands_have_the_norm_of_dense_ones(

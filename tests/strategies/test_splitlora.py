@@ -24,13 +24,13 @@ from fedlora.server.method import Setup
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
 from fedlora.split.codec import decode_downs, encode_ups
-from fedlora.split.compression import Wire
 from fedlora.split.context import RunContext
 from fedlora.split.run_round import SERVER
 from fedlora.split.server import Rule
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.payload import LowRankPayload
 from fedlora.wire.messages import encode_results
+from fedlora.wire.rows import Wire
 from simulations.app.grid import InProcessGrid
 from strategies.fedit import FedIT
 from strategies.flexlora import FlexLoRA

@@ -8,9 +8,9 @@ from flwr.app import ArrayRecord, RecordDict
 from fedlora.core.types import Client, Failure, LocalPlan, Ranks
 from fedlora.split.batches import Labels, Shape
 from fedlora.split.codec import decode_downs, decode_ups, encode_downs, encode_ups
-from fedlora.split.compression import Wire
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, InitMessage, Terms, Up
+from fedlora.wire.rows import Wire
 from tests.fedlora.split.world import MODELS, assert_same, assert_same_state, start
 
 MODEL = MODELS["llama"](double=False)

@@ -10,9 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.modules import find_modules
-from fedlora.split.compression import Wire
 from fedlora.split.cost import ClientPart, client_part
 from fedlora.split.protocol import Cut
+from fedlora.wire.rows import Wire
 from simulations.bench.saved_bytes import saved_bytes
 from tests.fedlora.models.families import family
 from tests.fedlora.models.networks import adapter, wrap

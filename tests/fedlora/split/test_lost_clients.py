@@ -12,10 +12,10 @@ import torch
 
 from fedlora.core.types import Adapter, Factors, Failure, LocalPlan
 from fedlora.split.batches import Labels, Shape
-from fedlora.split.compression import Wire
 from fedlora.split.protocol import Cut, Down, Terms, Up
 from fedlora.split.rounds import Finished, Link, run_exchanges
 from fedlora.split.server import Rule
+from fedlora.wire.rows import Wire
 from tests.fedlora.engine.world import SEED
 from tests.fedlora.split.world import (
     MODELS,

@@ -9,13 +9,13 @@ import torch
 from fedlora.core.types import Adapter, LocalPlan
 from fedlora.models.language_model import LanguageModel
 from fedlora.split.batches import ROUND
-from fedlora.split.compression import Wire
 from fedlora.split.cost import client_part
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, run_exchanges
 from fedlora.split.server import Rule
 from fedlora.training.loop import optimise
+from fedlora.wire.rows import Wire
 from tests.fedlora.engine.world import SEED, example, examples
 from tests.fedlora.split.world import (
     BLOCKS,

@@ -10,12 +10,12 @@ from fedlora.core.types import Failure, LocalPlan
 from fedlora.models.stages import Stages
 from fedlora.split.batches import Seeds
 from fedlora.split.client import SplitClient
-from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
 from fedlora.split.noise import Noise
 from fedlora.split.protocol import Cut, Down, Terms
 from fedlora.split.rounds import Finished, Link, run_exchanges
 from fedlora.split.server import Rule
+from fedlora.wire.rows import Wire
 from tests.fedlora.engine.world import SEED, FakeExample, example, examples
 from tests.fedlora.split.world import (
     MODELS,

@@ -15,7 +15,6 @@ from fedlora.models.stages import Stages, block_of
 from fedlora.server.method import ClientChannel
 from fedlora.split.batches import Seeds
 from fedlora.split.codec import decode_downs, encode_ups
-from fedlora.split.compression import Wire
 from fedlora.split.link import MessageLink
 from fedlora.split.protocol import Cut, InitMessage, Terms
 from fedlora.split.rounds import Finished, Link, LocalLink, RoundPlan, run_exchanges
@@ -23,6 +22,7 @@ from fedlora.split.server import ClientInfo, Rule, SplitServer
 from fedlora.split.trainable import OptimizerState, TrainableStage
 from fedlora.split.worker import SplitWorker
 from fedlora.techniques.lora.payload import LowRankPayload
+from fedlora.wire.rows import Wire
 from tests.fedlora.engine.world import SEED, FakeExample, client, exact, examples
 from tests.fedlora.models import networks
 from tests.fedlora.models.networks import adapter, wrap

@@ -273,6 +273,36 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(federate, finished):
     assert "resuming after round 1 of 2" in again.said
 
 
+COMPRESSED = ("strategy=fedit", "engine=sequential", "compression=int4")
+
+
+def test_compressed_changes_are_counted_as_they_travel(federate, finished):
+    plain, small = finished(*COMPRESSED[:2]), federate(*COMPRESSED)
+    for done, whole in zip(small.rounds, plain.rounds, strict=True):
+        assert 0 < done["wire/up_bytes"] < 0.2 * whole["wire/up_bytes"]
+        assert done["client_state/bytes"] > 0  # what clients were sent last
+
+
+@pytest.mark.slow
+def test_compression_resumes_bit_by_bit(federate):
+    few = ("population.clients=10", "population.per_round=8")  # who takes part has done so before
+    words = (*COMPRESSED, "compression.error_feedback=true", *few)
+    whole = federate(*words, "rounds=3")
+    federate(*words, "rounds=2", output="cut")
+    resumed = federate(*words, "rounds=3", "resume=auto", output="cut")
+    assert resumed.hash == whole.hash
+
+
+@pytest.mark.slow
+def test_an_attack_that_ends_is_over(federate, finished):
+    words = ("strategy=fedit", "engine=sequential", "population.per_round=8")
+    plain = federate(*words)
+    later = federate(*words, "attack=sign", "attack.fraction=0.5", "attack.start=2")
+    assert later.rounds[0]["state/hash"] == plain.rounds[0]["state/hash"]
+    assert later.hash != plain.hash
+    assert 0 < later.rounds[1]["attack/accepted"] <= 1
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

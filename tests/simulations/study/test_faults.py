@@ -17,7 +17,7 @@ __all__ = ["folder"]
 PLAIN = [
     (statistics.holm, "max(largest, min(1.0, (len(ordered) - i) * value))",
      "min(1.0, (len(ordered) - i) * value)",
-     test_statistics.test_holm_is_statsmodels_monotone_and_never_smaller),
+     test_statistics.test_holm_is_the_closed_bonferroni_test_monotone_and_never_smaller),
     (statistics.estimate, "found.size - 1", "found.size",
      test_statistics.test_the_interval_is_scipys),
     (statistics.estimate, "stats.t.ppf((1 + level) / 2, found.size - 1)",

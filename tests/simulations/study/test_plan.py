@@ -1,6 +1,5 @@
 """Studies as plans: what a file says, which runs it makes, what is refused."""
 
-import hashlib
 import json
 import re
 import shlex
@@ -14,7 +13,7 @@ from omegaconf import OmegaConf
 from fedlora.core.errors import ConfigError
 from fedlora.core.package import ROOT
 from simulations.app.compose import load
-from simulations.app.identity import stable
+from simulations.app.identity import digest
 from simulations.study.__main__ import main
 from simulations.study.plan import command, plan, tuning_plan, write_plan
 from simulations.study.spec import Study, parse, read_study, study_names
@@ -72,11 +71,7 @@ def test_a_run_has_the_identity_of_its_whole_command():
                    "metric": {"loss": "lower"}, "per": ["method"], "words": ["rounds=2"]},
     })  # fmt: skip
     for run in [*tuning_plan(found), *plan(found)]:
-        values = {
-            str(k): v for k, v in OmegaConf.to_container(load(run.words), resolve=True).items()
-        }
-        content = json.dumps(stable(values) | {"rounds": run.rounds}, sort_keys=True, default=str)
-        assert run.identity == hashlib.sha256(content.encode()).hexdigest()
+        assert run.identity == digest(OmegaConf.to_container(load(run.words), resolve=True))
 
 
 def test_coupled_levels_seeds_and_names():

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -41,8 +42,7 @@ def accuracy(cell, seed, at):
     return base + 0.1 * at + 0.01 * seed * (1 + (dict(cell)["ranks"] == "normal"))
 
 
-@pytest.fixture
-def folder(tmp_path):
+def some_runs(place):
     """All runs but one, two rounds each, as run folders."""
     study = parse("mine", SPEC)
     runs = [
@@ -50,7 +50,7 @@ def folder(tmp_path):
         for i, cell in enumerate(study.cells())
         for seed in study.seeds
     ]
-    for one in progress_of(runs, tmp_path)[:-1]:
+    for one in progress_of(runs, place)[:-1]:
         one.folder.mkdir(parents=True)
         records = []
         for at in range(3):
@@ -64,7 +64,28 @@ def folder(tmp_path):
         lines = "".join(json.dumps(r) + "\n" for r in records)
         (one.folder / "metrics.jsonl").write_text(lines)
         (one.folder / "status.json").write_text('{"status": "completed"}')
-    return study, runs, tmp_path
+    return study, runs, place
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Study, runs and a place that has their records."""
+    return some_runs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same with all results: to be read only."""
+    found = some_runs(tmp_path_factory.mktemp("whole"))
+    written(found)
+    return found
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    """The same in a copy that may be changed."""
+    study, runs, place = whole
+    return study, runs, shutil.copytree(place, tmp_path / "copy")
 
 
 def written(folder):
@@ -80,9 +101,8 @@ def analysed(folder):
     return analyse(study, found)
 
 
-def test_every_evaluation_is_a_row_with_its_costs(folder):
-    written(folder)
-    table = pq.read_table(folder[2] / "results.parquet")
+def test_every_evaluation_is_a_row_with_its_costs(whole):
+    table = pq.read_table(whole[2] / "results.parquet")
     assert table.column_names[:8] == [
         "method", "ranks", "seed", "run", "group", "adapter", "round", "bytes",
     ]  # fmt: skip
@@ -103,7 +123,7 @@ def test_lines_are_means_and_paired_differences_of_the_records(folder):
     final = found[cell, Quantity("accuracy", FINAL)]
     assert final.estimate.mean == pytest.approx(0.61) and final.missing == ()
     assert final.difference.estimate.mean == pytest.approx(0.1)
-    assert found[cell, Quantity("accuracy", "at 1 rounds")].estimate.mean == pytest.approx(0.51)
+    assert found[cell, Quantity("accuracy", "at 1 round")].estimate.mean == pytest.approx(0.51)
     assert found[cell, Quantity("accuracy", "at 3.14573e+06 bytes")].estimate.mean == (
         pytest.approx(0.51)
     )
@@ -115,6 +135,26 @@ def test_lines_are_means_and_paired_differences_of_the_records(folder):
     assert some.estimate is None and some.without == (0, 1)
     reference = found[(("method", "fe_dit"), cell[1]), Quantity("accuracy", FINAL)]
     assert reference.difference is None and reference.p_holm is None
+
+
+def test_an_equal_budget_is_the_least_that_a_run_has_spent(folder):
+    _, runs, place = folder
+    file = place / "runs" / runs[0].name / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    shorter = [line for line in lines if line["round"] < 2]
+    file.write_text("".join(json.dumps(line) + "\n" for line in shorter))
+    study = parse("mine", SPEC | {"budgets": {"rounds": "equal", "bytes": ["equal", 6 * MIB]}})
+    assert study.budgets == {"bytes": (6.0 * MIB,)}
+    found = {(x.cell, x.quantity.what): x for x in analysed((study, runs, place)).lines
+             if x.quantity.metric == "accuracy"}  # fmt: skip
+    for cell in list(study.cells())[1:3]:
+        last, at = found[cell, FINAL], found[cell, "at 6.29146e+06 bytes"]
+        assert last.estimate == at.estimate
+        expected = [accuracy(cell, seed, 1) for seed in study.seeds]
+        for what in ("at equal bytes, 3.0 MiB", "at equal rounds, 1"):
+            assert found[cell, what].estimate.mean == pytest.approx(sum(expected) / 3)
+    text = table_md(study, analysed((study, runs, place)))
+    assert "### accuracy at equal bytes, 3.0 MiB, less that of method fe_dit" in text
 
 
 def test_a_missing_run_is_said_and_its_seed_is_no_pair(folder):
@@ -201,6 +241,8 @@ def test_a_metric_is_read_from_the_group_and_the_adapter_that_it_names(folder):
         ({"reference": "fedit"}, "one axis with a level"),
         ({"reference": {"method": "x"}}, "reference names method='x'; its levels are fe_dit, 50%"),
         ({"budgets": {"rounds": [0]}}, "budgets.rounds has 0; a budget is more than 0"),
+        ({"budgets": {"bytes": []}}, "budgets.bytes is []; it must be a list of numbers"),
+        ({"budgets": {"bytes": "same"}}, "it must be a list of numbers"),
         ({"budgets": {"euros": [1]}}, "it may have rounds, bytes, seconds"),
         ({"budgets": {"bytes": ["many"]}}, "it must be a list of numbers"),
         ({"targets": {"f1": [1]}}, "it may have those of metrics: accuracy, loss"),
@@ -286,30 +328,28 @@ def test_the_page_stands_alone_and_has_every_line(folder):
     means = page.keys[5::9]
     assert means == [str(x.estimate.mean) if x.estimate else "" for x in analysis.lines]
     figures = sorted(f.stem for f in (folder[2] / "figures").glob("*.pdf"))
-    # for each metric the final values, and three costs in two settings
-    assert len(figures) == page.tags["svg"] == 2 * (1 + 3 * 2)
+    # for each metric the final values, the ranks, and three costs in two settings
+    assert len(figures) == page.tags["svg"] == 2 * (2 + 3 * 2)
     assert "no complete run of seed 2" in text and "prefers-color-scheme: dark" in text
     assert not re.search(r"(?:#ffffff|#000000)\b(?![^<]*</style>)", text.partition("<svg")[2])
 
 
-def test_the_page_escapes_what_was_recorded(folder):
+def test_the_page_escapes_what_was_recorded(folder, monkeypatch):
     study, runs, place = folder
+    monkeypatch.setattr("simulations.study.__main__.all_figures", lambda *found: [])
     odd = replace(study, name="<b>&")
     write_results(odd, progress_of(runs, place), place)
     text = (place / "report.html").read_text()
     assert "<b>&" not in text and "&lt;b&gt;&amp;" in text
 
 
-def test_results_of_a_study_that_has_changed_do_not_stay(folder):
-    study, _, place = folder
-    written(folder)
+def test_results_of_a_study_that_has_changed_do_not_stay(copied):
+    study, _, place = copied
     write_results(study, [], place)
     assert [f.name for f in place.rglob("*") if f.is_file() and "runs" not in f.parts] == []
 
 
-def test_files_are_the_same_for_the_same_records(folder):
-    written(folder)
-    names = ["report.html", "table.md", "results.parquet", "figures/accuracy-final.pdf"]
-    before = [(folder[2] / name).read_bytes() for name in names]
-    written(folder)
-    assert [(folder[2] / name).read_bytes() for name in names] == before
+def test_files_are_the_same_for_the_same_records(whole, copied):
+    written(copied)
+    for name in ("report.html", "table.md", "results.parquet", "figures/accuracy-final.pdf"):
+        assert (copied[2] / name).read_bytes() == (whole[2] / name).read_bytes()

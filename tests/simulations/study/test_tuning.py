@@ -251,6 +251,33 @@ def test_pruning_ends_the_worse_values_of_each_group_and_says_so(place):
     assert "(2, ended after round 1)" in text and "(2, ended after round 2)" in text
 
 
+def test_pruning_from_the_command_line_is_that_of_the_file(place):
+    file, folder = place(prune={"rounds": [1, 2], "keep": 0.5})
+    assert study.main([file], Starter()) == 0
+    wanted = files(folder)
+    assert study.main([file, "prune=false"], rest := Starter()) == 0
+    assert rest.started and files(folder) != wanted
+    file, folder = place()
+    assert study.main([file, "prune={rounds:[1,2],keep:0.5}"], Starter()) == 0
+    assert files(folder) == wanted
+    assert parse("s", TUNED, ["prune=[1,2]"]) == parse("s", TUNED, ["prune={rounds:[1,2]}"])
+
+
+@pytest.mark.parametrize(
+    ("change", "word", "said"),
+    [
+        ({}, "prune=true", "study mine: prune is True; it must have the keys rounds, keep"),
+        ({}, "prune=2,4", "study mine: prune is '2,4'; it must have the keys"),
+        ({}, "prune=[4,2]", "study mine: prune.rounds is [4, 2]; it must be rising"),
+        ({"tuning": None}, "prune=[2]", "'prune=[2]' ends values of a tuning stage early, and"),
+    ],
+)
+def test_mistakes_of_pruning_from_the_command_line(change, word, said):
+    with pytest.raises(ConfigError) as error:
+        parse("mine", TUNED | change, [word])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
 def test_tuning_happens_at_some_levels_and_counts_for_all():
     axes = TUNED["axes"] | {"client.steps": [1, 2]}
     found = parse("s", TUNED | {"axes": axes, "tuning": TUNED["tuning"] | {"at": {

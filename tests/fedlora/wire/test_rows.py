@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
 from fedlora.core.seeding import torch_generator
-from fedlora.split.compression import Wire
+from fedlora.wire.rows import LEVELS, Wire
 from tests.generators import seeds
 
 TINY = 2e-36  # 127 of the smallest normal float32
@@ -32,7 +32,7 @@ wires = st.one_of(
     st.builds(Wire, kind=st.sampled_from(["fp32", "fp64", "fp16", "bf16"])),
     st.builds(
         Wire,
-        kind=st.just("int8"),
+        kind=st.sampled_from(["int8", "int4"]),
         group=st.sampled_from([0, 1, 7, 64]),
         keep=st.sampled_from([0, 1, 8]),
         stochastic=st.booleans(),
@@ -95,8 +95,10 @@ def test_half_precision_errs_by_half_a_step(x: torch.Tensor, kind: tuple[str, fl
     assert (error <= step * x.abs() + floor + TINY).all()
 
 
-@given(rows(), st.sampled_from([0, 1, 7, 64]), st.booleans())
-def test_int8_errs_by_half_a_step_of_its_group(x: torch.Tensor, group: int, stochastic: bool):
+@given(rows(), st.sampled_from(["int8", "int4"]), st.sampled_from([0, 1, 7, 64]), st.booleans())
+def test_codes_err_by_half_a_step_of_their_group(
+    x: torch.Tensor, kind: str, group: int, stochastic: bool
+):
     size = min(group, x.shape[1]) if group else x.shape[1]
     pad = torch.nn.functional.pad(x.abs(), (0, -x.shape[1] % size))
     largest = (
@@ -104,8 +106,8 @@ def test_int8_errs_by_half_a_step_of_its_group(x: torch.Tensor, group: int, stoc
         .amax(2)
         .repeat_interleave(size, 1)[:, : x.shape[1]]
     )
-    got = there(Wire("int8", group=group, stochastic=stochastic), x)
-    bound = largest / 127 * (1.002 if stochastic else 0.502)
+    got = there(Wire(kind, group=group, stochastic=stochastic), x)
+    bound = largest / LEVELS[kind] * (1.002 if stochastic else 0.502)
     assert ((got - x).abs() <= bound + TINY).all()
     assert (got.abs() <= largest).all()
 
@@ -133,6 +135,13 @@ def test_a_hand_made_row_of_int8():
     assert parts["codes"].tolist() == [[127, -64, 127, 0], [0, 0, 0, 0]]
     assert parts["scales"][0] == pytest.approx([1.0, 0.4 / 127], rel=1e-4)
     assert Wire("int8", group=2).decode(parts)[0] == pytest.approx([127, -64, 0.4, 0], rel=1e-4)
+
+
+def test_a_hand_made_row_of_int4():
+    x = torch.tensor([[7.0, -3.4, 0.4, 0.0, -14.0]])
+    parts = Wire("int4", group=4).encode(x)
+    assert parts["codes"].tolist() == [[0xD7, 0x00, 0x09]]  # 7 and -3, 0 and 0, -7
+    assert Wire("int4", group=4).decode(parts)[0] == pytest.approx([7, -3, 0, 0, -14], rel=1e-4)
 
 
 def test_a_hand_made_row_of_topk():
@@ -246,8 +255,8 @@ def test_a_missing_array_is_named():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"kind": "int4"}, {"group": -1}, {"keep": -1}, {"k": 0}, {"kind": "fp16", "stochastic": True}],
+    [{"kind": "int3"}, {"group": -1}, {"keep": -1}, {"k": 0}, {"kind": "fp16", "stochastic": True}],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object]):
     with pytest.raises(ConfigError, match=str(next(iter(settings)))):
-        build({"_target_": "fedlora.split.compression.Wire"} | settings, Wire, "wire")
+        build({"_target_": "fedlora.wire.rows.Wire"} | settings, Wire, "wire")

@@ -1,4 +1,5 @@
-"""Number formats of activations and gradients across the cut: rows of scalars as NumPy arrays.
+"""Number formats of rows of scalars as NumPy arrays: activations and gradients across the cut of a
+split, and rank directions of adapters (`fedlora.wire.tensors`).
 
 A wire takes the rows ``x [tokens, d]`` of a detached tensor and returns arrays for a Flower
 message. Decoding them gives float32 (float64 for ``fp64``). Both sides continue with the decoded
@@ -11,6 +12,7 @@ tensor; gradients do not pass through this module.
     int8        q = round(x / s), s = max|x| / 127 over ``group`` neighbouring scalars of a row; the
                 ``keep`` largest scalars of a row can be excluded and sent as float32, because a
                 few channels of a transformer are far larger than all others
+    int4        the same with s = max|x| / 7, two codes to a byte
     topk        the ``k`` largest scalars of a row, as fp16, with their positions; the rest is zero
 
 All kinds except fp64 are applied to float32. Encoding a decoded tensor again changes nothing,
@@ -32,9 +34,9 @@ from fedlora.core.checks import at_least, one_of
 Parts: TypeAlias = dict[str, NDArray[Any]]
 """The arrays that are sent, by name."""
 
-KINDS = ("fp32", "fp64", "fp16", "bf16", "int8", "topk")
-LEVELS = 127
-"""Largest code of ``int8``: codes are symmetric."""
+KINDS = ("fp32", "fp64", "fp16", "bf16", "int8", "int4", "topk")
+LEVELS = {"int8": 127, "int4": 7}
+"""Largest code of each kind that has codes: they are symmetric."""
 _HALF_EXPONENT = 15  # a row is scaled below 2^15, within reach of float16 (65504)
 _LOWEST, _HIGHEST = -126, 127  # exponents of powers of two that float32 holds exactly
 _ROUNDED_UP = 1 + 2**-11  # as far as eleven bits may move a number: beyond float32 at its very end
@@ -45,23 +47,27 @@ class Wire:
     """The wire format of one direction, as configuration."""
 
     kind: str = "fp32"
-    """``fp32``, ``fp64``, ``fp16``, ``bf16``, ``int8`` or ``topk``."""
+    """``fp32``, ``fp64``, ``fp16``, ``bf16``, ``int8``, ``int4`` or ``topk``."""
     group: int = 64
-    """``int8`` only: scalars of a row that share a scale (float32); 0: the whole row."""
+    """``int8``, ``int4`` only: scalars of a row that share a scale (float32); 0: the whole row."""
     keep: int = 0
-    """``int8`` only: the number of largest scalars of each row that are sent as they are."""
+    """``int8``, ``int4`` only: the number of largest scalars of each row that are sent as they
+    are."""
     k: int = 64
     """``topk`` only: scalars of a row that are sent; a narrower row is sent whole."""
     stochastic: bool = False
-    """``int8`` only: round up or down at random, without bias, instead of to the nearest."""
+    """``int8``, ``int4`` only: round up or down at random, without bias, instead of to the
+    nearest."""
 
     def __post_init__(self) -> None:
         one_of("wire.kind", self.kind, KINDS)
         at_least("wire.group", self.group, 0)
         at_least("wire.keep", self.keep, 0)
         at_least("wire.k", self.k, 1)
-        if self.stochastic and self.kind != "int8":
-            raise ValueError(f"wire.stochastic=True needs wire.kind=int8, not {self.kind!r}")
+        if self.stochastic and self.kind not in LEVELS:
+            raise ValueError(
+                f"wire.stochastic=True needs wire.kind=int8 or int4, not {self.kind!r}"
+            )
 
     def encode(self, x: Tensor, generator: torch.Generator | None = None) -> Parts:
         """Encode rows as arrays.
@@ -96,7 +102,7 @@ class Wire:
             ValueError: naming the array that is missing, unknown, of another type or length, or not
                 finite.
         """
-        if shape is not None and self.kind == "topk":  # before memory is taken for it
+        if shape is not None and self.kind in ("topk", "int4"):  # before memory is taken for it
             one_of("width", _narrow_width(parts), (shape[1],))
         x = self._format.decode(parts)
         if shape is not None:
@@ -107,10 +113,16 @@ class Wire:
         """Bytes of the arrays of ``tokens`` rows of ``d`` scalars, without headers."""
         return self._format.bytes(tokens, d)
 
+    def layout(self, tokens: int, d: int) -> dict[str, tuple[Any, tuple[int, ...]]]:
+        """Name -> NumPy type and shape of the arrays of ``tokens`` rows of ``d`` scalars, for a
+        receiver that knows these numbers: without ``width``, which would tell it."""
+        parts = self.encode(torch.zeros(tokens, d), torch.Generator())
+        return {n: (a.dtype, a.shape) for n, a in parts.items() if n != "width"}
+
     @property
     def _format(self) -> "_Format":
-        if self.kind == "int8":
-            return _Int8(self.group, self.keep)
+        if self.kind in LEVELS:
+            return _Codes(self.kind, self.group, self.keep)
         if self.kind == "topk":
             return _TopK(self.k)
         return _Half() if self.kind == "fp16" else _PLAIN[self.kind]
@@ -171,9 +183,10 @@ class _Half:
 
 
 @dataclass(frozen=True)
-class _Int8:
-    """Codes of eight bits, a scale for each group, and the largest scalars as they are."""
+class _Codes:
+    """Codes of eight or four bits, a scale for each group, and the largest scalars as they are."""
 
+    kind: str
     group: int
     keep: int
 
@@ -193,15 +206,26 @@ class _Int8:
         spread = self._spread(scales, x.shape[1])
         steps = torch.where(spread > 0, x / spread, 0.0)
         codes = steps.round() if generator is None else _round_at_random(steps, generator)
-        parts["codes"] = _numpy(codes.clamp(-LEVELS, LEVELS).to(torch.int8))
+        parts["codes"] = _numpy(codes.clamp(-self._levels, self._levels).to(torch.int8))
+        if self._half:
+            parts["codes"] = _nibbles(parts["codes"])
+            parts["width"] = np.array([x.shape[1]], np.uint32)
         return parts | {"scales": _numpy(scales)}
 
     def decode(self, parts: Mapping[str, NDArray[Any]]) -> Tensor:
-        d = _width(parts, "codes")
+        if self._half:
+            d = _narrow_width(parts)
+            parts = {n: a for n, a in parts.items() if n != "width"}
+        else:
+            d = _width(parts, "codes")
         kept = min(self.keep, d)
         extra = {"kept": (np.float32, 2), "kept_at": (_position(d), 2)} if kept else {}
-        taken = _take(parts, codes=(np.int8, 2), scales=(np.float32, 2), **extra)
+        code = np.uint8 if self._half else np.int8
+        taken = _take(parts, codes=(code, 2), scales=(np.float32, 2), **extra)
         codes, scales = taken[0], _finite("scales", taken[1])
+        if self._half:
+            _fits("codes", codes, (len(codes), -(-d // 2)))
+            codes = _whole_codes(codes, d)
         _fits("scales", scales, (len(codes), self._groups(d)))
         x = codes.to(torch.float32) * self._spread(scales, d)
         if kept:
@@ -211,7 +235,17 @@ class _Int8:
 
     def bytes(self, tokens: int, d: int) -> int:
         kept = min(self.keep, d) * (4 + _position_bytes(d))
-        return tokens * (d + 4 * self._groups(d) + kept)
+        codes = -(-d // 2) if self._half else d
+        return tokens * (codes + 4 * self._groups(d) + kept) + (4 if self._half else 0)
+
+    @property
+    def _half(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.kind == "int4"
+
+    @property
+    def _levels(self) -> int:
+        return LEVELS[self.kind]
 
     def _groups(self, d: int) -> int:
         return -(-d // self._size(d))
@@ -225,7 +259,7 @@ class _Int8:
         return wide.flatten(1)[:, :d]
 
     def _scales(self, x: Tensor) -> Tensor:
-        """``max|x| / 127`` of each group, ``[tokens, groups]``, cut to 17 significant bits.
+        """``max|x| / 127`` (or 7) of each group, ``[tokens, groups]``, cut to 17 significant bits.
 
         Then ``127 s`` is exact in float32 and not larger than ``max|x|``: encoding a decoded scalar
         gives the same code, and no decoded scalar is larger than those that were kept. Neither
@@ -235,7 +269,7 @@ class _Int8:
         size, groups = self._size(d), self._groups(d)
         padded = torch.nn.functional.pad(x.abs(), (0, groups * size - d))
         largest = padded.view(tokens, groups, size).amax(dim=2)
-        scales = ((largest / LEVELS).view(torch.int32) & ~0x7F).view(torch.float32)
+        scales = ((largest / self._levels).view(torch.int32) & ~0x7F).view(torch.float32)
         return torch.where(scales < torch.finfo(torch.float32).tiny, 0.0, scales)
 
 
@@ -313,6 +347,19 @@ def _round_at_random(x: Tensor, generator: torch.Generator) -> Tensor:
     below = x.floor()
     drawn = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
     return below + (drawn < x - below).to(x.dtype)
+
+
+def _nibbles(codes: NDArray[Any]) -> NDArray[Any]:
+    """Codes in -8..7, ``[tokens, d]`` int8, two to a byte: the first in its lower half."""
+    odd = np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))).view(np.uint8) & 0xF
+    packed: NDArray[Any] = odd[:, ::2] | (odd[:, 1::2] << 4)
+    return packed
+
+
+def _whole_codes(packed: Tensor, d: int) -> Tensor:
+    """The inverse of `_nibbles`: ``[tokens, d]`` int8."""
+    both = torch.stack([packed & 0xF, packed >> 4], dim=2).flatten(1)[:, :d].to(torch.int8)
+    return torch.where(both > 7, both - 16, both)
 
 
 # ------------------------------------------------------------------------------------- what is sent

@@ -1,0 +1,1 @@
+"""Secure aggregation: the server learns the sum of what clients add, and no summand."""

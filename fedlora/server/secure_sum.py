@@ -1,0 +1,286 @@
+r"""A round's secure sum as the server plans it, and its simulation.
+
+    x_k ← each(adds(state, start_k, update_k)),   e_k = codes of w_k x_k,   w_k = n_k / max_j n_j
+    state ← absorb(state, whole(decode(Σ_k e_k mod 2^b)), Σ_k w_k)
+
+Weights are those of the cohort as it was asked, so that a client knows its own before anybody is
+lost. The simulation rounds, loses clients, sums and counts bytes as the protocol does, without
+masks. Masks cancel exactly, so it gives the same state.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from fedlora.algebra.state import State
+from fedlora.algebra.summand import Summands
+from fedlora.core.errors import RunError
+from fedlora.core.payload import Payload
+from fedlora.core.types import Failure, TrainJob, Update
+from fedlora.secagg.config import SecAgg
+from fedlora.secagg.cost import Traffic, summed, traffic
+from fedlora.secagg.fixed import Codes
+from fedlora.secagg.form import Form
+from fedlora.secagg.graph import Graph, graph_of
+from fedlora.secagg.stages import Stages, simulated_stages
+from fedlora.secagg.summed import Summed
+from fedlora.server.combine import NUMERICAL, absorbed, added, unusable
+from fedlora.server.method import Method
+from fedlora.server.postprocess import Moment, Postprocessor
+from fedlora.server.training_round import Replies
+
+LOST = "Lost"
+"""The kind of a failure of a client that did not get into the sum."""
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """What is fixed of a round's secure sum before anybody trains."""
+
+    config: SecAgg
+    method: Method
+    state: State
+    """From which the round began."""
+    jobs: Mapping[int, TrainJob]
+    """Of the clients that are asked, by id."""
+    postprocessors: Sequence[Postprocessor]
+    now: Moment
+    form: Form
+    template: Summands
+    """A summand of the round: its names, shapes and types are those of all."""
+    weights: Mapping[int, float]
+    """By client id; the largest is 1."""
+    needed: int
+    """``t``."""
+    safe: str
+    """What of the run is on disk, for messages."""
+    job_bytes: Mapping[int, int]
+    """Client id -> bytes of its start and of the state that its summand is made with."""
+
+    @classmethod
+    def open(
+        cls,
+        config: SecAgg,
+        method: Method,
+        state: State,
+        jobs: Sequence[TrainJob],
+        postprocessors: Sequence[Postprocessor],
+        ranks: Mapping[str, int],
+        starts: Mapping[int, int],
+        safe: str,
+    ) -> "SumPlan":
+        """The plan of a round.
+
+        Args:
+            config: of the run.
+            method: of the run; it needs no more than a sum.
+            state: at the start of the round.
+            jobs: of the clients that are asked, at least one.
+            postprocessors: of the run.
+            ranks: the largest rank of any client, by module path.
+            starts: client id -> bytes of its start.
+            safe: what of the run is on disk, for messages.
+
+        Raises:
+            RunError: if the method needs the updates themselves.
+        """
+        now = Moment(jobs[0].seed, jobs[0].round)
+        still = [Update(j.client, untrained(j), j.client.num_examples) for j in jobs]
+        template = added(method, state, jobs[0].start, still[0], now, ())
+        weights = method.reference_weights(still)
+        most = max(weights)
+        own = sum(t.numel() * t.element_size() for t in method.adds_state(state).values())
+        return cls(
+            config=config,
+            method=method,
+            state=state,
+            jobs={j.client.id: j for j in jobs},
+            postprocessors=postprocessors,
+            now=now,
+            form=Form.of(config, template, ranks, now.seed, now.round),
+            template=template,
+            weights={j.client.id: w / most for j, w in zip(jobs, weights, strict=True)},
+            needed=config.shares_needed(len(jobs)),
+            safe=safe,
+            job_bytes={j.client.id: starts[j.client.id] + own for j in jobs},
+        )
+
+    @property
+    def exchanges(self) -> int:
+        """Instances of the protocol."""
+        return self.form.sketch.exchanges
+
+    def graph(self, clients: Collection[int], exchange: int) -> Graph:
+        """Who shares secrets with whom, of those that sent keys."""
+        seed, round = self.now.seed, self.now.round
+        return graph_of(sorted(clients), self.config.degree, seed, round, exchange)
+
+    def lost(self, client: int, exchange: int, stage: str) -> bool:
+        """Whether a client is lost in a stage on purpose."""
+        return self.config.lost(self.now.seed, self.now.round, client, exchange, stage)
+
+    def failure(self, client: int, stage: str) -> Failure:
+        """The failure of a client that was lost."""
+        return Failure(self.jobs[client].client, LOST, f"it was lost in stage {stage}")
+
+
+@dataclass
+class Tally:
+    """The sum of a round as its exchanges go on."""
+
+    plan: SumPlan
+
+    def __post_init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.lost: dict[int, str] = {}
+        self.parts: list[tuple[Stages, Graph, int, int]] = []
+        self.cut = 0
+
+    @property
+    def bases(self) -> Mapping[str, Tensor]:
+        """What a second exchange begins with."""
+        return self.plan.form.sketch.bases(self.sums) if self.parts else {}
+
+    @property
+    def members(self) -> list[int]:
+        """The clients that are asked in the next exchange: those in the last sum."""
+        return sorted(self.parts[-1][0].vector if self.parts else self.plan.jobs)
+
+    def add(self, stages: Stages, graph: Graph, codes: Codes, cut: int) -> None:
+        """Take in the sum of an exchange.
+
+        Args:
+            stages: of it.
+            graph: over those that sent keys.
+            codes: ``Σ e`` over those that sent vectors.
+            cut: their numbers that were beyond ``±ρ``.
+        """
+        plan, exchange, bases = self.plan, len(self.parts), self.bases
+        layout = plan.form.layout(plan.template, exchange, bases)
+        self.sums |= plan.form.decoded(codes, layout, len(stages.vector))
+        self.cut += cut
+        for i in stages.asked - stages.vector:
+            self.lost.setdefault(i, stages.lost_in(i))
+        sent = sum(8 * t.numel() for t in bases.values())
+        self.parts.append((stages, graph, codes.nbytes, sent))
+
+    def summed(self, seconds: Mapping[str, float] | None = None) -> Summed:
+        """The result, after the last exchange."""
+        plan, inside = self.plan, self.parts[-1][0].vector
+        found: dict[int, Traffic] = {}
+        for i in plan.jobs:
+            parts = [
+                traffic(
+                    stages,
+                    graph,
+                    i,
+                    vector=size,
+                    job=0 if n else plan.job_bytes[i],
+                    bases=bases,
+                )
+                for n, (stages, graph, size, bases) in enumerate(self.parts)
+            ]
+            found[i] = summed(parts)
+        width = plan.form.fixed.dtype.itemsize
+        return Summed(
+            total=plan.form.summed(self.sums, plan.template),
+            weights={i: plan.weights[i] for i in sorted(inside)},
+            lost=self.lost,
+            traffic=found,
+            numbers=sum(size for _, _, size, _ in self.parts) // width,
+            cut=self.cut,
+            seconds=seconds or {},
+        )
+
+
+def untrained(job: TrainJob) -> Payload:
+    """What a client would send that has not moved."""
+    start, due = job.start, job.plan.technique.sends(job.start)
+    factors = start.low_rank()
+    if factors is None or (type(start) is due and start.base() is None):
+        return start
+    still = start.trained(factors)
+    return still if type(still) is due else start
+
+
+def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
+    """The sum of a round as the protocol would give it.
+
+    Args:
+        plan: of the round.
+        updates: accepted, sorted by client id.
+
+    Raises:
+        RunError: if too many clients are lost.
+    """
+    of = {u.client.id: u for u in updates}
+
+    def term(i: int) -> Summands:  # of one client at a time: all of them may not fit into memory
+        start = plan.jobs[i].start
+        return added(plan.method, plan.state, start, of[i], plan.now, plan.postprocessors)
+
+    tally = Tally(plan)
+    for exchange in range(plan.exchanges):
+        stages, graph, why = simulated_stages(
+            tally.members,
+            of,
+            lambda ids, e=exchange: plan.graph(ids, e),  # type: ignore[misc]
+            lambda i, stage, e=exchange: plan.lost(i, e, stage),  # type: ignore[misc]
+            plan.needed,
+        )
+        if why:
+            raise RunError(f"round {plan.now.round}: {why}. {plan.safe}")
+        total, cut, bases = np.zeros(0, plan.form.fixed.dtype), 0, tally.bases
+        for i in sorted(stages.vector):
+            codes, beyond = plan.form.codes(term(i), plan.weights[i], i, exchange, bases)
+            total = codes if not total.size else total + codes
+            cut += beyond
+        tally.add(stages, graph, total, cut)
+    return tally.summed()
+
+
+def simulated_round(plan: SumPlan, replies: Replies) -> tuple[Replies, Summed]:
+    """The sum of a round's accepted updates, and the replies of the clients in it.
+
+    Raises:
+        RunError: if too many clients are lost.
+    """
+    summed = simulate(plan, replies.updates)
+    had = {u.client.id for u in replies.updates}
+    lost = [plan.failure(i, stage) for i, stage in sorted(summed.lost.items()) if i in had]
+    return replies.only(had - summed.lost.keys(), lost), summed
+
+
+def after_sum(
+    method: Method,
+    state: State,
+    summed: Summed,
+    now: Moment,
+    postprocessors: Sequence[Postprocessor],
+    safe: str,
+) -> State:
+    """The state after a secure sum.
+
+    Args:
+        method: absorbs it.
+        state: from which the round began.
+        summed: the sum.
+        now: seed and round.
+        postprocessors: of the run.
+        safe: what of the run is on disk, for messages.
+
+    Raises:
+        RunError: if no client could go on from the state: of a sum nobody can be left out.
+    """
+    try:
+        after = absorbed(method, state, summed.total, summed.weight, now, postprocessors)
+        wrong = unusable(method, after)
+    except NUMERICAL as error:
+        wrong = f"the average cannot be computed: {error}"
+    if wrong:
+        raise RunError(
+            f"round {now.round}: {wrong}, and of a secure sum no client can be left out. {safe}"
+        )
+    return after
