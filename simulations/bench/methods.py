@@ -4,10 +4,10 @@
     python -m simulations.bench.methods --experiment intents_clinc150 --seeds 0 --methods ffa fedit
     python -m simulations.bench.methods --seeds 0 -- rounds=2         overrides of every run
 
-The methods are the files of conf/strategy, each with what it needs beside its name (`BESIDE`), and
-two bounds: every client alone, and one client that holds all data (`<experiment>_centralised`).
-Runs of equal seeds share partition, head, starts and batches, and all learning rates are the
-experiment's but that of plain SGD: nothing is tuned. Every run is a process of its own on one
+The methods are the files of conf/strategy, and two bounds: every client alone, and one client that
+holds all data (`<experiment>_centralised`). Runs of equal seeds share partition, head, starts and
+batches, and learning rates are the experiment's, but for methods whose file brings one (that of
+plain SGD, of cores): nothing is tuned. Every run is a process of its own on one
 thread, `--jobs` of them at a time; its cost is the CPU time of that process. A row goes into the
 JSON file as soon as there is one, with the machine that it comes from, and what is there with the
 same configuration is not run again. A method that the experiment cannot run is recorded with the
@@ -23,7 +23,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,20 +36,10 @@ from simulations.app.compose import load as compose
 from simulations.app.identity import digest
 from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.reporting.tables import by_method
+from simulations.study.plan import is_personal
 
 CENTRALISED = "centralised"
-SGD_RATE = ("client.lr=0.5",)  # of conf/client/sgd.yaml, which an experiment's rate replaces
-PLAIN_RATE = ("client.lr=0.1",)  # of conf/client/sgd_plain.yaml
-CORE_RATE = ("client.lr=0.02",)  # of conf/client/cores.yaml
 FULL, OWN = ("evaluate.adapters=[full]",), ("evaluate.adapters=[own]",)
-BESIDE: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("fedavg", "feddyn"), SGD_RATE),
-    "scaffold": PLAIN_RATE,
-    **dict.fromkeys(("fedsb", "ravan"), CORE_RATE),
-}
-"""What a method needs beside ``strategy=<name>``."""
-PERSONAL = ("fedsa", "local")
-"""Methods whose clients keep a part: each is evaluated with its own. The rest have one model."""
 REFUSED = 2
 """The exit code of a configuration that cannot be run."""
 SHOWN = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth", "loss_weighted")
@@ -70,8 +60,9 @@ class Case:
             chosen = [f"experiment={self.experiment}_{CENTRALISED}"]
         else:
             chosen = [f"experiment={self.experiment}", f"strategy={self.method}"]
-        beside = (*(OWN if self.method in PERSONAL else FULL), *BESIDE.get(self.method, ()))
-        return [*chosen, *beside, *self.overrides, f"seed={self.seed}"]
+        beside = () if self.method == CENTRALISED else rate_of_its_own(self.method)
+        evaluated = OWN if self.method in personal() else FULL
+        return [*chosen, *evaluated, *beside, *self.overrides, f"seed={self.seed}"]
 
     @cached_property
     def identity(self) -> str:
@@ -84,6 +75,26 @@ class Case:
 def presets() -> list[str]:
     """All of conf/strategy."""
     return sorted(f.stem for f in (ROOT / "conf/strategy").glob("*.yaml"))
+
+
+@cache
+def rate_of_its_own(preset: str) -> tuple[str, ...]:
+    """The word that keeps the learning rate of a preset that brings one (of plain SGD, of cores),
+    which an experiment's rate would replace; none for the others.
+
+    Args:
+        preset: a file of conf/strategy.
+    """
+    usual, own = compose([]).client.lr, compose([f"strategy={preset}"]).client.lr
+    return () if own == usual else (f"client.lr={own}",)
+
+
+@cache
+def personal() -> frozenset[str]:
+    """The presets whose clients keep a part: each client is evaluated with its own. The rest have
+    one model."""
+    targets = {p: str(compose([f"strategy={p}"]).strategy["_target_"]) for p in presets()}
+    return frozenset(p for p, target in targets.items() if is_personal(target))
 
 
 def methods() -> list[str]:

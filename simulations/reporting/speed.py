@@ -86,6 +86,35 @@ def _bfloat16(found: Any) -> str:
     return ", ".join(f"{times(gain(width))} (d = {width})" for width in (768, 256))
 
 
+def beside(found: Any, side: str, other: str = "peft loop") -> str:
+    """How many times the CPU time of a side another one takes."""
+    mine, theirs = (statistics.median(found["cpu_s"][name]) for name in (side, other))
+    return times(theirs / mine)
+
+
+def _classifiers(found: Any) -> str:
+    return ", ".join(
+        f"{beside(found, side)} a plain PEFT loop ({side})" for side in ("fused", "sequential")
+    )
+
+
+def _states(found: Any) -> str:
+    sides = [side for side in found["cpu_s"] if side.endswith(", states")]
+    frozen, blocks = found["blocks"]
+    fill = found["fill"]
+    return (
+        ", ".join(f"{beside(found, s)} ({s.removesuffix(', states')})" for s in sides)
+        + f"; {frozen} of {blocks} blocks frozen, {fill['cpu_s']:.0f} CPU s and "
+        f"{fill['bytes'] / 1e6:,.0f} MB once for {found['clients']} clients"
+    )
+
+
+def _formats(found: Any) -> str:
+    spent = {(s["engine"], s["format"]): statistics.median(s["cpu_s"]) for s in found["sides"]}
+    engines = dict.fromkeys(engine for engine, _ in spent)
+    return ", ".join(f"{times(spent[e, DTYPES[0]] / spent[e, DTYPES[1]])} ({e})" for e in engines)
+
+
 def _split(found: Any) -> str:
     def ratio(case: str, side: str) -> float:
         rows = found["cases"][case]
@@ -151,6 +180,11 @@ COSTS = (
     Cost("the same, Natural Instructions", "engine-ni", _limits, "60 %"),
     Cost("the same, wide layers", "engine-d768", _limits, "85 %"),
     Cost("bfloat16 base against float32, CPU time", "engine-sweep-bf16", _bfloat16, "1.4x"),
+    Cost("the same, SmolLM2-135M, all blocks adapted", "formats-smollm2", _formats, "1.8x"),
+    Cost("MiniLM, BANKING77, 30 clients, all blocks", "classification-banking77", _classifiers),
+    Cost("the same, 1,000 clients of 8 examples", "classification-small", _classifiers),
+    Cost("frozen blocks once, MiniLM, a plain PEFT loop's time", "prefix-minilm", _states, "4x"),
+    Cost("the same, SmolLM2-135M, Natural Instructions", "prefix-smollm2", _states, "8x"),
     Cost("split step against an unsplit one, CPU time", "split", _split, "1.15x, one process"),
     Cost("SwitchLoRA step against LoRA's", "switchlora-steps-d128", _switch_step, "1.1x"),
     Cost("the same, wide layers", "switchlora-steps-d768", _switch_step, "1.1x"),

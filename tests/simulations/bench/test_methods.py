@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from fedlora.core.package import ROOT
 from simulations.app.compose import load as compose
 from simulations.bench import methods
-from simulations.bench.methods import BESIDE, CENTRALISED, Case, Record, row
+from simulations.bench.methods import CENTRALISED, Case, Record, rate_of_its_own, row
 from simulations.reporting.tables import by_method
 
 ROUNDS = [
@@ -37,7 +37,14 @@ def test_a_run_without_an_evaluation_is_no_result():
 
 def test_every_method_of_conf_is_compared():
     assert {f.stem for f in (ROOT / "conf/strategy").glob("*.yaml")} < set(methods.methods())
-    assert {*BESIDE, *methods.PERSONAL} < set(methods.methods())
+
+
+def test_a_method_of_ones_own_needs_no_line_here():
+    assert methods.personal() == {"fedsa", "local"}
+    own = {p: rate_of_its_own(p) for p in methods.presets()}
+    assert own["scaffold"] == ("client.lr=0.1",)
+    assert own["fedavg"] == own["feddyn"] == ("client.lr=0.5",)
+    assert own["fedit"] == own["flexlora"] == ()
 
 
 def test_the_bound_has_an_experiment_and_methods_share_the_seed():
@@ -46,7 +53,7 @@ def test_the_bound_has_an_experiment_and_methods_share_the_seed():
     words = Case("x", "local", 3, ("rounds=1",)).words()
     assert words == ["experiment=x", "strategy=local", own, "rounds=1", "seed=3"]
     words = Case("x", "scaffold", 3).words()
-    assert words == ["experiment=x", "strategy=scaffold", full, *BESIDE["scaffold"], "seed=3"]
+    assert words == ["experiment=x", "strategy=scaffold", full, "client.lr=0.1", "seed=3"]
 
 
 def test_what_was_measured_with_this_configuration_is_not_run_again(tmp_path, monkeypatch):
