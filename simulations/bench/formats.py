@@ -6,7 +6,8 @@
 
 All sides train the first cohort of a run in this process on one thread, from the same start and in
 the same order of batches; repeats are interleaved and CPU time counts. Losses differ by what
-bfloat16 rounds; by how much stands in the table. In one format the engines must agree.
+bfloat16 rounds; by how much stands in the table. In float32 the engines must agree, and in bfloat16
+they may not be further apart than bfloat16 is from float32.
 """
 
 import argparse
@@ -98,8 +99,15 @@ def table(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def rounding(number_format: str, record: Mapping[str, Any]) -> float:
+    """The largest difference of a loss between engines that is rounding of their format."""
+    if number_format == FORMATS[0]:
+        return TOLERANCE[number_format][0]
+    return max(s["loss_difference"] for s in record["sides"] if s["format"] == number_format)
+
+
 def main(words: Sequence[str] | None = None) -> int:
-    """Measure, print, write; 1 if the engines do not agree within what their format rounds."""
+    """Measure, print, write; 1 if the engines are further apart than their format rounds."""
     about = (__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser("simulations.bench.formats", description=about)
     parser.add_argument("overrides", nargs="*", help="of the configuration: client.lr=...")
@@ -116,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
     print(table(record))
     about_run = {"command": command("formats"), "load_before": before, "load_after": load()}
     write(args.out or RESULTS / f"formats-{args.model}-{machine()}.json", about_run | record)
-    return int(any(s["engines_apart"][0] > TOLERANCE[s["format"]][0] for s in record["sides"]))
+    return int(any(s["engines_apart"][0] > rounding(s["format"], record) for s in record["sides"]))
 
 
 if __name__ == "__main__":
