@@ -8,7 +8,6 @@ Abadi et al., "Deep Learning with Differential Privacy", arXiv:1607.00133. Engin
 (`fedlora.training.private`); accounts are in `fedlora.privacy.example`.
 """
 
-import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -33,8 +32,8 @@ class ExamplePrivacy:
     sigma: float
     """``σ``: standard deviation of the sum's noise in clips; 0: none."""
     seeded: bool = True
-    """Whether batches and noise follow from the run's seed, as in a simulation; False: from the
-    operating system, as a silo needs, whose server knows the seed."""
+    """Whether batches and noise follow from the run's seed, as in a simulation; False: from 128
+    bits of the operating system, as a silo needs, whose server knows the seed."""
 
     def __post_init__(self) -> None:
         if not self.clip > 0:
@@ -77,8 +76,9 @@ class ExamplePrivacy:
             round: counted from 1.
             client: its id.
         """
-        drawn = torch_generator(seed, "example_noise", round, client, step)
-        if not self.seeded:
-            drawn.manual_seed(secrets.randbits(63))
         std = self.sigma * self.clip if self.sigma else 0.0  # the clip may be infinite
+        if not self.seeded:  # torch's generator has 32 bits of seed, which could be searched
+            system = np.random.default_rng()
+            return [torch.from_numpy(std * system.standard_normal(tuple(s))) for s in shapes]
+        drawn = torch_generator(seed, "example_noise", round, client, step)
         return [std * torch.randn(*s, generator=drawn, dtype=torch.float64) for s in shapes]

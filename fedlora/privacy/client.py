@@ -305,7 +305,7 @@ class ClientPrivacy(Protection):
 
     @property
     def _scale(self) -> float:
-        """Of the noise of a sum: ``m / M``, 1 without a larger run."""
+        """The factor of a sum's noise: ``m / M``, 1 without a larger run."""
         larger = self.spec.stands_for.cohort
         return self.cohort_size / larger if larger else 1.0
 
@@ -325,9 +325,10 @@ class ClientPrivacy(Protection):
         """Releases that one client can be in: under bands, every so many rounds."""
         return -(-rounds // self.spec.bands)
 
-    def epsilon(self, rounds: int) -> float:
-        """``ε`` after this many rounds, infinite without noise."""
-        return self.releases.epsilon(self._events(rounds), self.spec.delta)
+    def epsilon(self, rounds: int, aborted: int = 0) -> float:
+        """``ε`` after this many rounds, infinite without noise. A round that was aborted counts for
+        every client: under bands its repetition asks the same group."""
+        return self.releases.epsilon(self._events(rounds) + aborted, self.spec.delta)
 
     @property
     def budget(self) -> float:
@@ -344,7 +345,7 @@ class ClientPrivacy(Protection):
     def exhausted(self, done: int) -> str:
         if math.isinf(self.budget):
             return ""
-        found = self.epsilon(done + self._aborted() + 1)
+        found = self.epsilon(done + 1, self._aborted())
         if found <= self.budget:
             return ""
         return (
@@ -377,7 +378,7 @@ class ClientPrivacy(Protection):
     def record(self, done: int) -> dict[str, float | int | str]:
         found: dict[str, float | int | str] = {"privacy/clip": self.used}
         if self.multiplier:
-            found["privacy/epsilon"] = self.epsilon(done + self._aborted())
+            found["privacy/epsilon"] = self.epsilon(done, self._aborted())
         return found
 
     def saved(self) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 r"""Differential privacy of examples: every client trains by DP-SGD, and its server is not trusted.
 
 Two runs are neighbours if one example of one client is added or removed; observers see all that the
-client sends. A client of ``n`` examples whose rounds have ``S`` steps with batches of ``L`` on
+client sends, and a server that keeps to the protocol (it sends the clip and the noise that clients
+use). A client of ``n`` examples whose rounds have ``S`` steps with batches of ``L`` on
 average releases ``S`` sampled Gaussians of rate ``L / n`` in every round in which it takes part, so
 each client has an ``ε`` of its own (`fedlora.core.example_privacy` has the mechanism).
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +16,10 @@ from typing import Any
 
 from fedlora.algebra.summand import Summands
 from fedlora.core.checks import at_least
+from fedlora.core.errors import RunError
 from fedlora.core.example_privacy import ExamplePrivacy
+from fedlora.core.files import write_file
+from fedlora.core.reading import json_in
 from fedlora.core.technique import default_technique
 from fedlora.core.types import LocalPlan
 from fedlora.data.batches import num_steps
@@ -25,11 +30,14 @@ from fedlora.server.composes import VIRTUAL_TIME, Around
 from fedlora.server.method import Method
 from fedlora.server.protection import SAVED, PlannedRun, PrivacySpec, Protection
 
+BEGUN = "privacy_rounds.json"
+"""In the run folder of real clients: how many rounds were begun, repeated ones among them."""
 NOT_COVERED = (
     "Not covered: the number of a client's examples and steps, its losses, tokens and failures in "
     "what it reports, examples that are evaluated, statistics of inputs by which a base was "
-    "pruned, two clients that hold the same example, the choice of hyperparameters, arithmetic in "
-    "floating point, and in a simulation anybody who knows the seed."
+    "pruned, a server that sends clients another clip or noise than it says, two clients that hold "
+    "the same example, the choice of hyperparameters, arithmetic in floating point, and in a "
+    "simulation anybody who knows the seed."
 )
 Point = tuple[float, int]
 """Sampling rate and number of releases."""
@@ -133,7 +141,7 @@ class ExampleLevelRun(Protection):
 
     def __init__(self, spec: ExampleLevel, run: PlannedRun) -> None:
         self.spec, self.roster, self.base, self.seed = spec, run.roster, run.plan, run.seed
-        self.rounds, self._seeded = run.rounds, run.seeded
+        self.rounds, self._seeded, self._file = run.rounds, run.seeded, run.folder / BEGUN
         if spec.epsilon or spec.sigma:
             required()
         self.multiplier = spec.sigma
@@ -161,32 +169,36 @@ class ExampleLevelRun(Protection):
         n = self.examples(client)
         return min(1.0, self.base.batch_size / n), rounds * num_steps(n, self.base)
 
-    def _frontier(self, rounds: int) -> list[Point]:
-        """What could be told most: no other client has both a larger rate and more releases."""
+    def _frontier(self, rounds: int, repeats: int = 0) -> list[Point]:
+        """What could be told most: no other client has both a larger rate and more releases. Every
+        client counts in all repeated rounds."""
         took_part = Counter(
             c.id for t in range(1, rounds + 1) for c in cohort(self.roster, self.seed, t)
         )
-        points = {self._point(client, times) for client, times in took_part.items()}
+        points = {self._point(client, n + repeats) for client, n in took_part.items()}
         return _maximal(points)
 
-    def epsilon(self, rounds: int) -> float:
-        """The largest ``ε`` of a client after this many rounds, infinite without noise."""
+    def epsilon(self, rounds: int, repeats: int = 0) -> float:
+        """The largest ``ε`` of a client after this many rounds, of which some were done again,
+        infinite without noise."""
         found = (
             Releases(self.multiplier, q).epsilon(n, self.spec.delta)
-            for q, n in self._frontier(rounds)
+            for q, n in self._frontier(rounds, repeats)
         )
         return max(found, default=0.0)
 
     # --- rounds ---------------------------------------------------------------------------------
 
     def plan(self, base: LocalPlan) -> LocalPlan:
+        if not self._seeded:  # what was sent before a round is repeated was other noise
+            write_file(self._file, json.dumps({"rounds": self._begun() + 1}))
         privacy = ExamplePrivacy(self.spec.clip, self.multiplier, self._seeded)
         return replace(base, privacy=privacy)
 
     def exhausted(self, done: int) -> str:
         if math.isinf(self.budget):
             return ""
-        found = self.epsilon(done + 1)
+        found = self.epsilon(done + 1, self._repeats(done))
         if found <= self.budget:
             return ""
         return (
@@ -195,7 +207,18 @@ class ExampleLevelRun(Protection):
         )
 
     def record(self, done: int) -> dict[str, float | int | str]:
-        return {"privacy/epsilon": self.epsilon(done)} if self.multiplier else {}
+        if not self.multiplier:
+            return {}
+        return {"privacy/epsilon": self.epsilon(done, self._repeats(done))}
+
+    def _begun(self) -> int:
+        if not self._file.is_file():
+            return 0
+        return int(json_in(self._file, "the number of rounds that were begun,", RunError)["rounds"])
+
+    def _repeats(self, done: int) -> int:
+        """Rounds that were begun and never completed; in a simulation they repeat the same bits."""
+        return max(0, self._begun() - done)
 
     def saved(self) -> dict[str, Any]:
         return {SAVED: {"multiplier": self.multiplier}}

@@ -40,7 +40,7 @@ class Request:
 
     stage: str
     instance: str
-    """Of the protocol; the node's clients are members of it."""
+    """The protocol's; the node's clients are members of it."""
     clients: Mapping[int, Mapping[str, Any]]
     """Client id -> what concerns it alone, as JSON values."""
     common: Mapping[str, Any]

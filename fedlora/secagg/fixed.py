@@ -32,7 +32,7 @@ class FixedPoint:
 
     @property
     def dtype(self) -> np.dtype[np.unsignedinteger[Any]]:
-        """Of codes; little-endian, as they travel and as key streams are read."""
+        """The type of codes: little-endian, as they travel and as key streams are read."""
         return np.dtype("<u2" if self.bits == 16 else "<u4")
 
     def encode(self, x: Reals, uniform: Reals) -> tuple[Codes, int]:

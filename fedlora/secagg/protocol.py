@@ -90,6 +90,11 @@ class Member:
             raise ValueError("the server names one key for several clients")
         if len(everyone) < self.needed:
             raise ValueError(f"{len(everyone)} clients would hold shares, {self.needed} are needed")
+        if 2 * self.needed <= len(everyone):
+            raise ValueError(
+                f"the server asks for {self.needed} of {len(everyone)} shares: two groups of "
+                "clients could give it both secrets of one, so it must be more than half"
+            )
         pairs = zip(
             split(self.secret, self.needed, len(everyone)),
             split(self.seed, self.needed, len(everyone)),

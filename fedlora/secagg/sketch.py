@@ -39,7 +39,7 @@ class Sketch:
     kind: str
     """``none``, ``one`` or ``two``."""
     seed: int
-    """Of the run; public."""
+    """The run's; public."""
     round: int
     """Counted from 1."""
     widths: Mapping[str, int]

@@ -29,12 +29,12 @@ class PlannedRun:
     roster: Roster
     """The population."""
     plan: LocalPlan
-    """Of the clients, as configured."""
+    """What clients do in a round, as configured."""
     seed: int
     rounds: int
     """That are planned."""
     folder: Path
-    """Of the run."""
+    """The run's."""
     seeded: bool = True
     """Whether clients draw from the run's seed; False: real ones, from their operating systems."""
 

@@ -123,6 +123,7 @@ class Exchange:
         vectors, cut = self._vectors(stages.shares)
         stages = Stages(stages.asked, stages.keys, stages.shares, frozenset(vectors))
         self._require(too_few(stages, VECTOR, self.plan.needed))
+        self._require(self.plan.hidden(stages, self.number))
         told = self._unmask(stages)
         done = stages.asked, stages.keys, stages.shares, stages.vector
         stages = Stages(*done, frozenset(told))
@@ -237,7 +238,7 @@ class Exchange:
         }
 
     def _owners(self, i: int, stages: Stages) -> list[int]:
-        """Of whom a client is asked a share: the survivors first, then the lost."""
+        """The clients of whom one is asked a share: the survivors first, then the lost."""
         near = {i, *self.graph[i]}
         return [*sorted(near & stages.vector), *sorted(near & stages.lost)]
 

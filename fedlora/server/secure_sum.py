@@ -19,7 +19,7 @@ from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import Failure, TrainJob, Update
-from fedlora.secagg.config import SecAgg
+from fedlora.secagg.config import VECTOR, SecAgg
 from fedlora.secagg.cost import Traffic, summed, traffic
 from fedlora.secagg.fixed import Codes
 from fedlora.secagg.form import Form
@@ -44,7 +44,7 @@ class SumPlan:
     state: State
     """From which the round began."""
     jobs: Mapping[int, TrainJob]
-    """Of the clients that are asked, by id."""
+    """By client id: those of the clients that are asked."""
     postprocessors: Sequence[Postprocessor]
     now: Moment
     form: Form
@@ -54,6 +54,8 @@ class SumPlan:
     """By client id; the largest is 1."""
     needed: int
     """``t``."""
+    least: int
+    """Clients that the round needs in its sum (`fedlora.server.training_round.fewest`)."""
     safe: str
     """What of the run is on disk, for messages."""
     job_bytes: Mapping[int, int]
@@ -70,6 +72,7 @@ class SumPlan:
         ranks: Mapping[str, int],
         starts: Mapping[int, int],
         safe: str,
+        least: int = 1,
     ) -> "SumPlan":
         """The plan of a round.
 
@@ -82,6 +85,7 @@ class SumPlan:
             ranks: the largest rank of any client, by module path.
             starts: client id -> bytes of its start.
             safe: what of the run is on disk, for messages.
+            least: clients that the round needs in its sum.
 
         Raises:
             RunError: if the method needs the updates themselves.
@@ -103,6 +107,7 @@ class SumPlan:
             template=template,
             weights={j.client.id: w / most for j, w in zip(jobs, weights, strict=True)},
             needed=config.shares_needed(len(jobs)),
+            least=least,
             safe=safe,
             job_bytes={j.client.id: starts[j.client.id] + own for j in jobs},
         )
@@ -116,6 +121,25 @@ class SumPlan:
         """Who shares secrets with whom, of those that sent keys."""
         seed, round = self.now.seed, self.now.round
         return graph_of(sorted(clients), self.config.degree, seed, round, exchange)
+
+    def hidden(self, stages: Stages, exchange: int) -> str:
+        """Why the sum of an exchange must stay masked; empty: it may be unmasked.
+
+        A round that fails after its sum is known is repeated with other survivors, and the
+        difference of the two sums is what the others sent. So is the difference between the two
+        sums of a sketch of products, if fewer clients are in the second.
+        """
+        if len(stages.vector) < self.least:
+            return (
+                f"{len(stages.vector)} of {len(self.jobs)} clients are left after stage {VECTOR}, "
+                f"and federation.min_success and federation.min_clients need {self.least}"
+            )
+        if exchange and (gone := sorted(stages.asked - stages.vector)):
+            return (
+                f"client {gone[0]} was lost between the two sums of secagg.sketch=two, and both "
+                "together would show what it sent; secagg.sketch=one goes on without lost clients"
+            )
+        return ""
 
     def lost(self, client: int, exchange: int, stage: str) -> bool:
         """Whether a client is lost in a stage on purpose."""
@@ -230,7 +254,7 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
             lambda i, stage, e=exchange: plan.lost(i, e, stage),  # type: ignore[misc]
             plan.needed,
         )
-        if why:
+        if why := why or plan.hidden(stages, exchange):
             raise RunError(f"round {plan.now.round}: {why}. {plan.safe}")
         total, cut, bases = np.zeros(0, plan.form.fixed.dtype), 0, tally.bases
         for i in sorted(stages.vector):

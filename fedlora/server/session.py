@@ -70,6 +70,7 @@ from fedlora.server.training_round import (
     client_rows,
     collect,
     enough,
+    fewest,
     require_enough,
     stage_kept,
     training_jobs,
@@ -316,7 +317,8 @@ class Session:
         assert self._current is not None
         account, ranks = self._current.account, self.setting.max_ranks
         run = self.secagg, self.method, self.state, jobs, self.postprocess
-        return SumPlan.open(*run, ranks, account.starts, self.safe())
+        least = fewest(self.rounds, len(self._current.jobs))
+        return SumPlan.open(*run, ranks, account.starts, self.safe(), least)
 
     def finish_training(
         self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
@@ -398,6 +400,8 @@ class Session:
         """
         if summed is None:
             asked = [j for i, j in current.jobs.items() if i in replies.asked]
+            if not asked:
+                require_enough(current, replies, self.rounds, self.emit, self.safe())
             replies, summed = simulated_round(self.sum_plan(asked), replies)
         now = Moment(self.setting.seed, current.round)
         after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())

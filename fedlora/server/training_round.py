@@ -366,10 +366,14 @@ def client_rows(current: TrainingRound, replies: Replies) -> list[dict[str, obje
 
 def enough(current: TrainingRound, replies: Replies, rounds: Rounds) -> bool:
     """Whether as many clients succeeded as a round needs; one that asked no client needs none."""
-    if not current.jobs:
-        return True
-    needed = max(rounds.min_clients, rounds.min_success * len(current.jobs), 1)
-    return len(replies.moves) >= needed
+    return len(replies.moves) >= fewest(rounds, len(current.jobs))
+
+
+def fewest(rounds: Rounds, asked: int) -> int:
+    """How many of the clients that a round asks must succeed; of none: none."""
+    if not asked:
+        return 0
+    return math.ceil(max(rounds.min_clients, rounds.min_success * asked, 1))
 
 
 def require_enough(

@@ -103,7 +103,8 @@ def rounding(number_format: str, record: Mapping[str, Any]) -> float:
     """The largest difference of a loss between engines that is rounding of their format."""
     if number_format == FORMATS[0]:
         return TOLERANCE[number_format][0]
-    return max(s["loss_difference"] for s in record["sides"] if s["format"] == number_format)
+    sides = [s for s in record["sides"] if s["format"] == number_format]
+    return max(float(s["loss_difference"]) for s in sides)
 
 
 def main(words: Sequence[str] | None = None) -> int:

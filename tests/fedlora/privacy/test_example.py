@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedlora.core.config import build
 from fedlora.core.errors import ConfigError
+from fedlora.core.example_privacy import ExamplePrivacy
 from fedlora.core.types import Client, LocalPlan, Ranks
 from fedlora.population.sampling import Roster
 from fedlora.privacy.account import Releases
@@ -72,12 +74,35 @@ def test_the_noise_is_calibrated_for_the_whole_run_and_the_budget_ends_it() -> N
         ExampleLevelRun(replace(SPEC, max_epsilon=0.01), planned())
 
 
-def test_the_plan_carries_the_mechanism_and_silos_draw_their_own_noise() -> None:
+def test_the_plan_carries_the_mechanism_and_silos_draw_their_own_noise(tmp_path) -> None:
     for seeded in (True, False):
-        run = ExampleLevelRun(SPEC, replace(planned(), seeded=seeded))
+        run = ExampleLevelRun(SPEC, replace(planned(), seeded=seeded, folder=tmp_path))
         privacy = run.plan(PLAN).privacy
         assert privacy is not None
         assert (privacy.clip, privacy.sigma, privacy.seeded) == (1.0, 1.0, seeded)
+
+
+def test_a_round_that_real_clients_do_again_counts_again(tmp_path) -> None:
+    """They draw other noise than before; in a simulation the same bits come back."""
+    for seeded in (True, False):
+        where = replace(planned(), seeded=seeded, folder=tmp_path)
+        run = ExampleLevelRun(SPEC, where)
+        for _ in range(3):
+            run.plan(PLAN)
+        later = ExampleLevelRun(SPEC, where)  # after a kill
+        assert later.record(2)["privacy/epsilon"] == later.epsilon(2, 0 if seeded else 1)
+    assert later.epsilon(2, 1) > later.epsilon(2)
+
+
+def test_noise_of_real_clients_has_more_than_32_bits_of_seed(monkeypatch) -> None:
+    """Planted: torch's generator would take the low 32 bits of any seed."""
+    privacy = ExamplePrivacy(1.0, 2.0, seeded=False)
+    keys = {"seed": 0, "round": 1, "client": 2}
+    (one,), (other,) = (privacy.noise([(50, 40)], 0, **keys) for _ in range(2))
+    assert not torch.equal(one, other) and one.dtype == torch.float64
+    assert float(one.std()) == pytest.approx(2.0, rel=0.1)
+    monkeypatch.setattr(torch, "randn", None)
+    privacy.noise([(2, 3)], 0, **keys)
 
 
 def test_what_is_claimed() -> None:

@@ -129,8 +129,8 @@ FAULTS = [
         RESUMED,
     ),
     # One round too many.
-    (client.ClientPrivacy.exhausted, "+ 1)", ")", BUDGET),
-    (client.ClientPrivacy.record, "done + self._aborted()", "done", BUDGET),
+    (client.ClientPrivacy.exhausted, "done + 1,", "done,", BUDGET),
+    (client.ClientPrivacy.record, "done, self._aborted()", "done", BUDGET),
     # Bands: the rate without their factor (as in a published benchmark), columns not of norm one.
     (
         client.ClientPrivacy.releases.fget,

@@ -200,6 +200,13 @@ def test_a_client_refuses_a_second_vector():
         member.masked(codes(1)[0], {})
 
 
+def test_a_client_refuses_shares_of_which_two_groups_have_enough():
+    """One group would tell its key and the other its seed."""
+    member = Member.begin(0, "run", 3)
+    with pytest.raises(ValueError, match="more than half"):
+        member.shared({i: Member.begin(i, "run", 3).public for i in range(1, 6)})
+
+
 def test_a_client_refuses_one_key_for_two():
     member = Member.begin(0, "run|1|0", 2)
     other = Member.begin(1, "run|1|0", 2).public

@@ -15,6 +15,7 @@ from fedlora.core.types import LocalPlan
 from fedlora.run.tracking import read_jsonl
 from fedlora.secagg.config import STAGES, SecAgg
 from fedlora.secagg.masks import opened
+from fedlora.server import secure_round
 from fedlora.server.combine import combine
 from fedlora.server.method import Method
 from fedlora.server.postprocess import Bound, Moment
@@ -65,10 +66,11 @@ def play(folder: Path, name: str, kind: str, rounds: int = 2, **given: object) -
     config = {"range": RANGE, **given}
     attack = config.pop("attack", None)
     post = config.pop("postprocess", ())
+    least = {"min_success": config.pop("min_success")} if "min_success" in config else {}
     world = Recorded(
         METHODS[name],
         folder / f"{name}-{kind}",
-        options=OFF,
+        options={**OFF, **least},
         secagg=SecAgg(kind=kind, **config),
         postprocess=post,
         **({"attack": attack} if attack else {}),
@@ -125,10 +127,21 @@ def test_real_equals_simulated_with_two_clients_lost(tmp_path, stage):
     assert sum("failure" in row for row in real.rows(1).values()) == record["secagg/lost"]
 
 
-def test_real_equals_simulated_with_clients_lost_in_both_exchanges(tmp_path):
-    real, _ = same(tmp_path, "flexlora", sketch="two", losses={"shares": 0.16}, rounds=1)
-    (record,) = read_jsonl(real.folder / "metrics.jsonl")
-    assert record["secagg/clients"] == 4, "one is lost in each"
+def test_nobody_may_be_lost_between_the_sums_of_a_sketch(tmp_path):
+    """Planted: with both sums the server has ``w B A Ω`` of a client that is in the first alone."""
+    for kind in ("real", "simulated"):
+        with pytest.raises(RunError, match=r"client \d+ was lost between the two sums"):
+            play(tmp_path / kind, "flexlora", kind, sketch="two", losses={"shares": 0.16}, rounds=1)
+
+
+def test_a_round_that_will_be_repeated_tells_no_sum(tmp_path, monkeypatch):
+    """Of the same clients' same codes: the difference of two sums is what one of them sent."""
+    told = []
+    monkeypatch.setattr(secure_round, "unmasked", lambda *a, **k: told.append(a))
+    for kind in ("real", "simulated"):
+        with pytest.raises(RunError, match=r"4 of 6 clients .* federation.min_success .* need 5"):
+            play(tmp_path / kind, "fedit", kind, losses={"vector": 0.1}, rounds=1, min_success=0.8)
+    assert not told
 
 
 def test_a_client_that_cannot_train_is_not_in_the_sum(tmp_path):
