@@ -128,7 +128,7 @@ def index_of(target: str, labels: Sequence[str]) -> int:
 class _Hits(TriggerScorer):
     name: str = FALSE
     target: str = ""
-    """Of the backdoor."""
+    """The response that the backdoor asks for."""
 
     def with_trigger(self) -> TriggerScorer:
         return replace(self, name=SUCCESS)

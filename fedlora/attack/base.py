@@ -44,7 +44,7 @@ class TriggerScorer(Scorer):
     name, on the same examples with it."""
 
     name: str = "trigger_false"
-    """Of the metric."""
+    """The metric's name."""
 
     def with_trigger(self) -> "TriggerScorer":
         """The scorer of examples with the trigger."""
@@ -128,7 +128,7 @@ class Attackers(Attack):
 
     acts: ClassVar[bool] = True
     fraction: float = 0.1
-    """Of the clients that can be drawn for training, rounded to the nearest number."""
+    """Which fraction of the clients that can be drawn for training; rounded to whole clients."""
     start: int = 1
     """First round in which they act, counted from 1."""
     end: int = 0

@@ -2,7 +2,7 @@ r"""Gauge: the same product from other factors.
 
     (B, A)  →  (c B, A / c)        s B A does not change
 
-Whoever looks at the change of the weights sees an honest client; an average of factors is ruined.
+The change of the weights is that of an honest client; an average of factors is ruined.
 One of 20 clients that trained as all others and rescales by 3, 10 or 30 moves the FedIT average by
 a few per cent to more than its whole length; averages of products do not notice
 (docs/robustness.md).

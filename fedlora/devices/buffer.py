@@ -29,7 +29,7 @@ class Flight:
 
     client: int
     version: int
-    """Of the model from which it started, counted from 0."""
+    """The version of the model from which it started, counted from 0."""
     ends: float
     """Virtual time in seconds at which its result arrives, or it is given up."""
     kind: str = FINISHED

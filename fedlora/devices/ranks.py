@@ -66,7 +66,7 @@ class Demand:
     tokens_at_once: int
     """Tokens of its largest forward pass, padding included."""
     lengths: NDArray[np.int64]
-    """Of the sequences of a round."""
+    """Tokens of each sequence of a round."""
 
     @classmethod
     def of(cls, store: TokenStore, plan: LocalPlan, seed: int, client: int) -> "Demand":

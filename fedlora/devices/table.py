@@ -21,7 +21,7 @@ from fedlora.core.seeding import generator
 from fedlora.devices.trace import Trace, always, daily, read_trace
 
 COLUMNS = ("id", "flops", "memory", "up", "down", "latency", "watts")
-"""Of a table, all required but the last two."""
+"""Columns of a table; all are required but the last two."""
 OPTIONAL = ("latency", "watts", "radio_watts")
 
 

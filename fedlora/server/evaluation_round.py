@@ -11,7 +11,7 @@ from fedlora.core.metric import Metric
 from fedlora.core.payload import Payload
 from fedlora.core.types import Client, EvaluateJob, EvaluatePlan, Evaluation, Failure, Ranks
 from fedlora.evaluation.summary import summarise
-from fedlora.run.tracking import read_jsonl
+from fedlora.run.tracking import Tracker, read_jsonl
 from fedlora.server.claims import REJECTED, not_numbers
 from fedlora.server.method import Method
 from fedlora.server.training_round import Shared, same_payload, variant_key
@@ -198,3 +198,36 @@ def evaluation_record(
         "failed": len(found) - len(good),
         "round/evaluate_seconds": seconds,
     }
+
+
+def recorded(
+    tracker: Tracker,
+    tag: str,
+    arrived: Sequence[Evaluation | Failure],
+    emit: Callable[[str], None],
+    round: int,
+    seconds: float,
+    trained: Collection[int],
+) -> dict[str, float | int | str]:
+    """Validate the results of one group and adapter, write rows and record, say what failed.
+
+    Args:
+        tracker: of the run.
+        tag: ``<group>:<adapter>``.
+        arrived: one per client.
+        emit: shows one line.
+        round: after which they were evaluated.
+        seconds: that the evaluation has taken.
+        trained: ids of the clients that keep a state.
+    """
+    found = validate_evaluations(arrived)
+    failed = [r for r in found if isinstance(r, Failure)]
+    for f in failed[:3]:
+        emit(f"round {round}: evaluating client {f.client.id} failed: {f.kind}: {f.message}")
+    if len(failed) == len(found):
+        group = tag.partition(":")[0]
+        emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
+    record = evaluation_record(tag, found, round=round, seconds=seconds, trained=trained)
+    tracker.evaluated(evaluation_rows(tag, found, round=round))
+    tracker.round(record)
+    return record

@@ -47,9 +47,7 @@ from fedlora.server.early_stop import Standing, Watch, standing, stopped, watche
 from fedlora.server.evaluation_round import (
     evaluated_pairs,
     evaluation_jobs,
-    evaluation_record,
-    evaluation_rows,
-    validate_evaluations,
+    recorded,
 )
 from fedlora.server.method import Method
 from fedlora.server.packing import Packing
@@ -522,18 +520,7 @@ class Session:
     ) -> None:
         """Summarise tagged results: one record per tag, ``<group>:<adapter>``."""
         trained = self.client_store.clients()
-        for tag, arrived in results.items():
-            found = validate_evaluations(arrived)
-            failed = [r for r in found if isinstance(r, Failure)]
-            for f in failed[:3]:
-                self.emit(
-                    f"round {round}: evaluating client {f.client.id} failed: {f.kind}: {f.message}"
-                )
-            if len(failed) == len(found):
-                group = tag.partition(":")[0]
-                self.emit(f"round {round}: evaluation of {group} gave nothing: all clients failed")
+        for tag, found in results.items():
             seconds = time.monotonic() - self._evaluation_started
-            record = evaluation_record(tag, found, round=round, seconds=seconds, trained=trained)
-            self.tracker.evaluated(evaluation_rows(tag, found, round=round))
-            self.tracker.round(record)
+            record = recorded(self.tracker, tag, found, self.emit, round, seconds, trained)
             self.emit(round_summary(record | {"rounds": self.rounds.rounds}))

@@ -136,10 +136,10 @@ class Compression:
     """What travels in few bytes, in either direction."""
 
     up: Format = Format()
-    """Of clients' replies: their changes of what they were sent."""
+    """Format of clients' replies: their changes of what they were sent."""
     down: Format = Format()
-    """Of what clients are sent: its change of what they were sent last, or itself where they hold
-    nothing of that shape."""
+    """Format of what clients are sent: its change of what they were sent last, or itself where they
+    hold nothing of that shape."""
     error_feedback: bool = False
     """Whether what rounding withholds of a client's reply is stored, and added to its next one."""
 

@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
-from fedlora.core.errors import ConfigError
 from fedlora.core.types import LocalPlan
 from fedlora.server.method import Method, Setup
 from fedlora.server.schedule import Rounds
 from fedlora.wire.tensors import Compression
+from simulations.app.refusals import refuse
 from simulations.app.silo_runtime import SiloRuntime
 
 
@@ -33,11 +33,8 @@ def check_compression(parts: Asked) -> None:
     Raises:
         ConfigError: one sentence that says why and what to use instead.
     """
-    if not parts.compression.acts:
-        return
-    for wrong, why in _refusals(parts):
-        if wrong:
-            raise ConfigError(f"compression: {why}")
+    if parts.compression.acts:
+        refuse(_refusals(parts), "compression")
 
 
 def _refusals(parts: Asked) -> Iterator[tuple[bool, str]]:

@@ -12,6 +12,7 @@ from fedlora.server.buffered import Buffered
 from fedlora.server.method import Method
 from fedlora.server.schedule import BUFFERED, Rounds
 from fedlora.wire.tensors import Compression
+from simulations.app.refusals import refuse
 from simulations.app.silo_runtime import SiloRuntime
 
 
@@ -46,11 +47,9 @@ def check_devices(parts: Asked) -> None:
         buffered = parts.buffered
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    refusals = [*_without_devices(parts)] if parts.devices is None else [*_with_devices(parts)]
-    refusals += [*_buffered(parts)] if buffered else []
-    for wrong, why in refusals:
-        if wrong:
-            raise ConfigError(why)
+    refuse(_without_devices(parts) if parts.devices is None else _with_devices(parts))
+    if buffered:
+        refuse(_buffered(parts))
 
 
 def _without_devices(parts: Asked) -> Iterator[tuple[bool, str]]:

@@ -3,7 +3,6 @@
 from typing import Protocol
 
 from fedlora.attack.base import Attack
-from fedlora.core.errors import ConfigError
 from fedlora.models.head import LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.robust.rule import Rule
@@ -13,7 +12,8 @@ from fedlora.server.norm_bound import OFF
 from fedlora.server.schedule import Rounds
 from fedlora.wire.codec import ROUNDING
 from fedlora.wire.tensors import Compression
-from simulations.app.silo_checks import keeps
+from simulations.app.refusals import refuse
+from simulations.app.silo_checks import keeping
 
 
 class Asked(Protocol):
@@ -41,18 +41,14 @@ def check_secagg(parts: Asked) -> None:
     Raises:
         ConfigError: one sentence that says why and what to use instead.
     """
-    if not parts.secagg.on:
-        return
-    for wrong, why in _refusals(parts):
-        if wrong:
-            raise ConfigError(f"secagg={parts.secagg.kind}: {why}")
+    if parts.secagg.on:
+        refuse(_refusals(parts), f"secagg={parts.secagg.kind}")
 
 
 def _refusals(parts: Asked) -> list[tuple[bool, str]]:
     """Conditions with the sentences that refuse them."""
     strategy, rounds, model = parts.strategy, parts.federation, parts.model
-    nested = getattr(strategy, "aggregator", None)
-    state = next((m for m in (strategy, nested) if isinstance(m, Method) and keeps(m)), None)
+    state = keeping(strategy)
     return [
         (
             type(strategy).run_round is not Method.run_round,

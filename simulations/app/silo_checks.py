@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-from fedlora.core.errors import ConfigError
 from fedlora.data.jsonl import Jsonl
 from fedlora.data.source import Source
 from fedlora.data.template import CHAT, TEMPLATES
@@ -11,6 +10,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.population.sampling import Population
 from fedlora.server.method import Method
 from fedlora.server.schedule import Rounds
+from simulations.app.refusals import refuse
 
 
 class Asked(Protocol):
@@ -36,16 +36,13 @@ def check_silos(parts: Asked) -> None:
     Raises:
         ConfigError: one sentence that says why and what to use instead.
     """
-    for wrong, why in _refusals(parts):
-        if wrong:
-            raise ConfigError(f"runtime=silos: {why}")
+    refuse(_refusals(parts), "runtime=silos")
 
 
 def _refusals(parts: Asked) -> list[tuple[bool, str]]:
     """Conditions with the sentences that refuse them."""
     data, strategy, model = parts.data, parts.strategy, parts.model
-    nested = getattr(strategy, "aggregator", None)
-    state = next((m for m in (strategy, nested) if isinstance(m, Method) and keeps(m)), None)
+    state = keeping(strategy)
     return [
         (
             not isinstance(data, Jsonl),
@@ -89,6 +86,12 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             "leave it at 0",
         ),
     ]
+
+
+def keeping(method: Method) -> Method | None:
+    """The method, or the one within it, whose clients keep a state at the server; None: neither."""
+    nested = getattr(method, "aggregator", None)
+    return next((m for m in (method, nested) if isinstance(m, Method) and keeps(m)), None)
 
 
 def keeps(method: Method) -> bool:

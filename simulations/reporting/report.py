@@ -119,13 +119,7 @@ def run_page(run: Run) -> dict[str, Any]:
             (figures.traffic(only), "As a deployment would send it: each client its own adapter."),
             (figures.seconds(run), "Wall time of the simulation."),
         ),
-        "devices": _section(
-            "Devices",
-            (time_figures.quality_by_time(only), "Nothing is known between two evaluations."),
-            (time_figures.outcomes(run), "Late and absent clients are not trained."),
-            (figures.by_rank(run, "device_seconds", _PART, "s", log=True), _BOXES),
-            (time_figures.staleness(run), "Versions made since a change's client started."),
-        ),
+        "devices": _devices(run),
         "budgets": [time_figures.budget_table(only), time_figures.cost_table(only)],
         "clients": _clients(run),
         "drift": _section(
@@ -148,6 +142,17 @@ def run_page(run: Run) -> dict[str, Any]:
         "configuration": run_tables.config_table(run),
         "yaml": OmegaConf.to_yaml(OmegaConf.create(dict(run.config))) if run.config else "",
     }
+
+
+def _devices(run: Run) -> Section:
+    """Quality, clients and staleness by the virtual clock."""
+    return _section(
+        "Devices",
+        (time_figures.quality_by_time([run]), "Nothing is known between two evaluations."),
+        (time_figures.outcomes(run), "Late and absent clients are not trained."),
+        (figures.by_rank(run, "device_seconds", _PART, "s", log=True), _BOXES),
+        (time_figures.staleness(run), "Versions made since a change's client started."),
+    )
 
 
 def _loss_by_rank(run: Run) -> tuple[Figure | None, str]:
