@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.run import checkpoint
-from fedlora.server import session as sessions
+from fedlora.server import evaluation_round
 from fedlora.server.session import Session
 from tests.planted import planted
 
@@ -25,12 +25,12 @@ def scripted(monkeypatch):
     """Evaluations whose loss is scripted by round; everything else is as it is."""
 
     def do(*losses: float) -> None:
-        real = sessions.evaluation_record
+        real = evaluation_round.evaluation_record
 
         def record(tag, found, *, round, **rest):
             return real(tag, found, round=round, **rest) | {"loss_response_weighted": losses[round]}
 
-        monkeypatch.setattr(sessions, "evaluation_record", record)
+        monkeypatch.setattr(evaluation_round, "evaluation_record", record)
 
     return do
 
