@@ -164,6 +164,20 @@ def methods(records: Records) -> str:
     return by_method(records["methods-intents_banking77"]["runs"])
 
 
+def published(records: Records) -> str:
+    """Accuracy on BANKING77 as published, beside ours of the same method in another setting."""
+    record, runs = records["published-banking77"], records["methods-intents_banking77"]["runs"]
+    spreads = list(dict.fromkeys(a for row in record["rows"] for a in row["accuracy"]))
+    rows = []
+    for row in record["rows"]:
+        theirs = [row["accuracy"].get(a) for a in spreads]
+        ours = [100 * r["metrics"][OF_METHODS[0]][-1] for r in runs[row["method"]].values()]
+        shown = ["–" if value is None else f"{value:.1f}" for value in theirs]
+        rows.append([code(row["method"]), row["ranks"], *shown, deviation(ours)])
+    heads = ["method", "ranks", *(f"Dirichlet {a}" for a in spreads), "ours, above"]
+    return f"{record['source']}: {record['about']}.\n\n{markdown(heads, rows)}"
+
+
 def _of(records: Records, metric: str) -> list[Mapping[str, Any]]:
     """The runs that measured this."""
     return [r for r in records["runs"]["rows"] if metric in r["last"]]
@@ -250,6 +264,7 @@ TABLES: dict[str, Table] = {
     "learning": learning,
     "classification": classification,
     "methods": methods,
+    "published": published,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,
