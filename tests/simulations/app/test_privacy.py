@@ -75,13 +75,23 @@ def test_too_many_failures_end_a_private_run_and_count_as_a_release(federate, tm
     assert noted.read_text() == '{"rounds": 1}'
 
 
-def test_examples_are_private_under_both_engines_with_one_result(federate):
-    words = ["strategy=flexlora", "privacy=example", "privacy.epsilon=0", "privacy.sigma=1.0"]
-    words += ["rounds=1", "evaluate=none", "client.dropout=0"]
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        ("strategy=flexlora", "rounds=1"),
+        # sparse values in the first round, factors in the second
+        ("strategy=slora", "strategy.stage1_rounds=1", "rounds=2"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_examples_are_private_under_both_engines_with_one_result(federate, strategy):
+    words = [*strategy, "privacy=example", "privacy.epsilon=0", "privacy.sigma=1.0"]
+    words += ["evaluate=none", "client.dropout=0"]
     one = federate(*words, "engine=sequential", output="one")
     many = federate(*words, "engine=fused", output="many")
-    assert one.rounds[0]["privacy/epsilon"] == many.rounds[0]["privacy/epsilon"] > 0
-    assert one.rounds[0]["train/loss"] == pytest.approx(many.rounds[0]["train/loss"], rel=1e-4)
+    for a, b in zip(one.rounds, many.rounds, strict=True):
+        assert a["privacy/epsilon"] == b["privacy/epsilon"] > 0
+        assert a["train/loss"] == pytest.approx(b["train/loss"], rel=1e-4)
     assert "privacy=example: epsilon at most" in one.said
 
 
