@@ -268,6 +268,27 @@ def poisson(roster: Roster, seed: int, round: int, rate: float, groups: int = 1)
     return [roster.clients[roster.trainable[i]] for i in np.flatnonzero(taken)]
 
 
+def outside(others: int, rate: float, least: int, most: int) -> float:
+    """A bound of the probability that one client decides whether a sampled cohort has from
+    ``least`` to ``most`` clients: without it, fewer than ``least`` or at least ``most`` are drawn.
+
+    Args:
+        others: clients that are drawn, each by itself.
+        rate: the probability of each.
+        least: at least 1.
+        most: above ``rate * others``, or the bound is 1.
+    """
+    few = range(min(least, others + 1))
+    low = math.fsum(math.comb(others, j) * rate**j * (1 - rate) ** (others - j) for j in few)
+    if most > others:
+        return low
+    a = most / others
+    if a <= rate:
+        return 1.0
+    rest = (1 - a) * math.log((1 - a) / (1 - rate)) if a < 1 else 0.0
+    return low + math.exp(-others * (a * math.log(a / rate) + rest))  # Chernoff's bound
+
+
 def panel(roster: Roster, group: str, size: int, seed: int, split: str) -> list[Client]:
     """A fixed evaluation cohort of one group, by id.
 

@@ -62,19 +62,28 @@ class Adaptive:
         return float((multiplier**-2 - (2 * sigma) ** -2) ** -0.5)
 
     def moved(
-        self, clip: float, norms: Iterable[float], cohort: float, std: float, seed: int, round: int
+        self, clip: float, count: float, cohort: float, std: float, seed: int, round: int
     ) -> float:
         """``C`` of the next round.
 
         Args:
             clip: ``C`` of the round.
-            norms: of the changes that arrived, before the clip; clients that failed add nothing.
+            count: ``Σ_k (b_k - 1/2)`` over the changes that arrived (`counted`).
             cohort: ``m``, the expected number of clients.
             std: standard deviation of the noise of the count.
             seed: of the run.
             round: counted from 1.
         """
-        count = math.fsum(0.5 if n <= clip else -0.5 for n in norms)
         noise = std * float(generator(seed, COUNT, round).standard_normal())
         fraction = 0.5 + (count + noise) / cohort
         return clip * math.exp(-self.rate * (fraction - self.quantile))
+
+
+def counted(clip: float, norms: Iterable[float]) -> float:
+    """``Σ_k (b_k - 1/2)``.
+
+    Args:
+        clip: ``C`` of the round.
+        norms: of the changes that arrived, before the clip; clients that failed add nothing.
+    """
+    return math.fsum(0.5 if n <= clip else -0.5 for n in norms)

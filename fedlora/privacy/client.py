@@ -21,14 +21,15 @@ from fedlora.core.errors import RunError
 from fedlora.core.files import write_file
 from fedlora.core.reading import json_in
 from fedlora.core.types import Client
-from fedlora.population.sampling import Roster, cohort, poisson
+from fedlora.population.sampling import Roster, cohort, outside, poisson
 from fedlora.privacy.account import Releases, accountant, calibrated, required
-from fedlora.privacy.adaptive import Adaptive
+from fedlora.privacy.adaptive import Adaptive, counted
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import Noise, noised, scalars, shapes_of
+from fedlora.secagg.config import FEWEST, SecAgg
+from fedlora.secagg.limit import Limit
 from fedlora.server.composes import (
     COLLUSION,
-    MASKED,
     MEMORY,
     NOISE,
     SILOS,
@@ -45,6 +46,8 @@ from fedlora.server.protection import SAVED, PlannedRun, PrivacySpec, Protection
 POISSON, FIXED, GAUSSIAN, BANDED = "poisson", "fixed", "gaussian", "banded"
 ABORTED = "privacy_aborted.json"
 """In the run folder: how many rounds ended because too few clients succeeded."""
+NEGLIGIBLE = 1e-3
+"""Of ``δ``, the probability with which all rounds together may fail for the size of a cohort."""
 NOT_COVERED = (
     "Not covered: training losses, failures, cohorts, ranks, norms and bytes in the run folder "
     "(they are for the experimenter), evaluation on clients that train, statistics of inputs by "
@@ -150,8 +153,6 @@ class ClientLevel(PrivacySpec):
             "bound of norms itself, so use robust=none",
             VIRTUAL_TIME: "devices decide who takes part, which no account here knows; use "
             "devices=none",
-            MASKED: "rounding to the format of secure sums has a sensitivity that no account here "
-            "counts; use secagg=none, or privacy=example, whose clients add the noise",
             SILOS: "a few silos take part in every round, where this claim is worth nothing; use "
             "privacy=example",
             MEMORY: "what a client has left behind in earlier rounds was clipped in none of them; "
@@ -357,15 +358,37 @@ class ClientPrivacy(Protection):
         std = self._left() * self.clip * self._scale if self.multiplier else 0.0
         return Release(round, self.clip, std, self.cohort_size, self._noise)
 
-    def released(self, release: Postprocessor) -> None:
+    def limit(self) -> Limit:
+        return Limit(self.clip, self.spec.adaptive is not None)
+
+    def check_sums(self, secagg: SecAgg, zero: Callable[[], Summands]) -> None:
+        if not math.isinf(self.clip):
+            self.limit().radius(secagg.levels, scalars(shapes_of(zero())))
+        if self.spec.sampling == FIXED or self.spec.stands_for.cohort or not self.multiplier:
+            return
+        n, bands = len(self.roster.trainable), self.spec.bands
+        chance = self.rounds * max(
+            outside(max(0, group - 1), self.actual_rate, FEWEST, secagg.capacity)
+            for group in (n // bands, -(-n // bands))
+        )
+        if chance > self.spec.delta * NEGLIGIBLE:
+            raise ValueError(
+                f"privacy=client with secagg={secagg.kind}: a sampled round may have fewer than "
+                f"{FEWEST} clients or more than {secagg.capacity:,}, of which there is no secure "
+                f"sum (probability {chance:.2g}, more than {NEGLIGIBLE:g} of privacy.delta); "
+                "change population.per_round, or use secagg=none"
+            )
+
+    def released(self, release: Postprocessor, short: float | None = None) -> None:
         assert isinstance(release, Release)
         self.used, adaptive = release.clip, self.spec.adaptive
         if adaptive is not None:
             std = 0.0
             if self.multiplier:
                 std = adaptive.noise(self.multiplier, self._made_for) * self._scale
-            norms, size = release.norms.values(), self.cohort_size
-            self.clip = adaptive.moved(release.clip, norms, size, std, self.seed, release.round)
+            count = counted(release.clip, release.norms.values()) if short is None else short
+            size, round = self.cohort_size, release.round
+            self.clip = adaptive.moved(release.clip, count, size, std, self.seed, round)
 
     def aborted(self) -> None:
         write_file(self._file, json.dumps({"rounds": self._aborted() + 1}))

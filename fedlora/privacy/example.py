@@ -172,11 +172,13 @@ class ExampleLevelRun(Protection):
     def _frontier(self, rounds: int, repeats: int = 0) -> list[Point]:
         """What could be told most: no other client has both a larger rate and more releases. Every
         client counts in all repeated rounds."""
-        took_part = Counter(
-            c.id for t in range(1, rounds + 1) for c in cohort(self.roster, self.seed, t)
-        )
-        points = {self._point(client, n + repeats) for client, n in took_part.items()}
-        return _maximal(points)
+        took_part = self._took_part(rounds)
+        return _maximal({self._point(client, n + repeats) for client, n in took_part.items()})
+
+    def _took_part(self, rounds: int) -> Counter[int]:
+        """Client id -> in how many of the first rounds it takes part."""
+        drawn = (cohort(self.roster, self.seed, t) for t in range(1, rounds + 1))
+        return Counter(c.id for clients in drawn for c in clients)
 
     def epsilon(self, rounds: int, repeats: int = 0) -> float:
         """The largest ``ε`` of a client after this many rounds, of which some were done again,
@@ -240,10 +242,22 @@ class ExampleLevelRun(Protection):
             f"who see what the client sends. sigma={self.multiplier:.4g}; clients hold "
             f"{sizes[0]} to {sizes[-1]} examples (median {middle}), batches of "
             f"{self.base.batch_size} expected; {accountant(Releases(self.multiplier, 0.5))}",
+            *([] if self._seeded else [self._of_each()]),
             f"privacy: every entry of a step's gradient has noise of {noise:.3g} clips; the mean "
             "of examples that all agree has a norm of at most one",
             f"privacy: {NOT_COVERED}",
         ]
+
+    def _of_each(self) -> str:
+        """What is claimed of every real client, each with its own examples and rounds."""
+        told = []
+        for client, n in sorted(self._took_part(self.rounds).items()):
+            q, releases = self._point(client, n)
+            found = Releases(self.multiplier, q).epsilon(releases, self.spec.delta)
+            name = self.roster.clients[client].tier or f"client {client}"
+            held = self.examples(client)
+            told.append(f"{name} {min(found, self.budget):.4g} ({held} examples, {n} rounds)")
+        return f"privacy: epsilon of each, at most: {', '.join(told)}"
 
 
 def _maximal(points: Iterable[Point]) -> list[Point]:

@@ -102,6 +102,17 @@ class SecAgg:
                 f"secagg.kind={self.kind}: a round has {clients} client, whose sum is its own "
                 f"update; draw at least {FEWEST} (population.per_round or population.fraction)"
             )
+        self.check_most(clients)
+
+    def check_most(self, clients: int) -> None:
+        """Refuse a cohort that is too large for its numbers.
+
+        Args:
+            clients: of a round.
+
+        Raises:
+            ValueError: one sentence.
+        """
         if clients > self.capacity:
             raise ValueError(
                 f"secagg.levels={self.levels} and secagg.bits={self.bits}: sums of more than "

@@ -1,14 +1,17 @@
 """What all clients of a round and its server know of a secure sum: how a change becomes codes."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from fedlora.algebra.summand import Summand, Summands
 from fedlora.secagg.config import SecAgg
-from fedlora.secagg.fixed import Codes, FixedPoint, uniform
+from fedlora.secagg.fixed import Codes, FixedPoint, Reals, uniform
+from fedlora.secagg.limit import MARGIN, Limit
 from fedlora.secagg.sketch import Sketch, sketch_of
 from fedlora.secagg.vector import Layout
 
@@ -19,23 +22,45 @@ class Form:
 
     fixed: FixedPoint
     sketch: Sketch
+    bounded: bool = False
+    """Whether a client shortens its numbers to a norm of at most the range."""
+    counts: bool = False
+    """Whether one more number, at either end of the range, says if they were not shortened."""
 
     @staticmethod
     def of(
-        config: SecAgg, template: Summands, ranks: Mapping[str, int], seed: int, round: int
+        config: SecAgg,
+        template: Summands,
+        ranks: Mapping[str, int],
+        seed: int,
+        round: int,
+        limit: Limit | None = None,
     ) -> "Form":
-        """That of a round; the arguments are those of `fedlora.secagg.sketch.sketch_of`."""
+        """That of a round; the other arguments are those of `fedlora.secagg.sketch.sketch_of`.
+
+        Args:
+            limit: of privacy, whose clip gives the range; None: there is none.
+
+        Raises:
+            ValueError: if the numbers are too coarse for the limit.
+        """
+        sketch = sketch_of(config, template, ranks, seed, round)
         fixed = FixedPoint(config.bits, config.levels, config.range)
-        return Form(fixed, sketch_of(config, template, ranks, seed, round))
+        if limit is None or math.isinf(limit.clip):
+            return Form(fixed, sketch)
+        numbers = Layout.of(sketch.tensors(template)).size
+        fixed = replace(fixed, range=limit.radius(config.levels, numbers))
+        return Form(fixed, sketch, True, limit.counts)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"fixed": asdict(self.fixed), "sketch": asdict(self.sketch)}
+        return asdict(self)
 
     @staticmethod
     def from_json(raw: Mapping[str, Any]) -> "Form":
         """The inverse of `to_json`."""
-        return Form(FixedPoint(**raw["fixed"]), Sketch(**raw["sketch"]))
+        parts = {"fixed": FixedPoint(**raw["fixed"]), "sketch": Sketch(**raw["sketch"])}
+        return Form(**{**raw, **parts})
 
     def codes(
         self,
@@ -58,12 +83,26 @@ class Form:
             FloatingPointError: if a number is not finite.
         """
         tensors = self.sketch.tensors(summands, exchange, bases)
-        x = weight * Layout.of(tensors).flat(tensors)
+        x = self._bounded(weight * Layout.of(tensors).flat(tensors))
         who = (self.sketch.seed, self.sketch.round, client, exchange)
         return self.fixed.encode(x, uniform(*who, x.size))
 
+    def _bounded(self, x: Reals) -> Reals:
+        """The numbers at a norm of at most the range, with the one that counts, if the form asks
+        for them."""
+        if not self.bounded:
+            return x
+        length, most = math.sqrt(float(np.square(x).sum())), self.fixed.range
+        short = length <= most
+        x = x if short else x * (MARGIN * most / length)
+        return np.append(x, most if short else -most) if self.counts else x
+
+    def size(self, template: Summands, exchange: int, bases: Mapping[str, Tensor]) -> int:
+        """Numbers of a client's vector in an exchange."""
+        return self.layout(template, exchange, bases).size + self.counts
+
     def layout(self, template: Summands, exchange: int, bases: Mapping[str, Tensor]) -> Layout:
-        """Names and shapes of an exchange's vector."""
+        """Names and shapes of an exchange's vector, without the number that counts."""
         return Layout.of(self.sketch.tensors(template, exchange, bases))
 
     def decoded(self, total: Codes, layout: Layout, clients: int) -> dict[str, Tensor]:
@@ -74,7 +113,15 @@ class Form:
             layout: of the exchange.
             clients: in the sum.
         """
-        return layout.tensors(self.fixed.decode(total, clients))
+        return layout.tensors(self.fixed.decode(total, clients)[: layout.size])
+
+    def short(self, total: Codes, clients: int) -> float | None:
+        """``Σ_k (b_k - 1/2)``, where ``b_k`` is 1 if client ``k`` did not shorten its numbers and 0
+        if it did; None: nothing was counted. The arguments are those of `decoded`."""
+        if not self.counts:
+            return None
+        top = (1 << self.fixed.levels) - 1
+        return float(total[-1]) / top - clients / 2
 
     def summed(self, sums: Mapping[str, Tensor], template: Summands) -> dict[str, Summand]:
         """``Σ_k w_k x_k`` from the sums of all exchanges."""

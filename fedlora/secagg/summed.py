@@ -25,8 +25,20 @@ class Summed:
     """Numbers of a client's vectors."""
     cut: int
     """Numbers of all clients that were beyond ``±ρ``."""
+    short: float | None = None
+    """``Σ_k (b_k - 1/2)``, where ``b_k`` is 1 if privacy did not shorten what client ``k`` adds and
+    0 if it did; None: nothing was counted."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall-clock seconds by stage, and of unmasking (``server``); empty: nothing was sent."""
+
+    @staticmethod
+    def of_nobody(zero: Summands) -> "Summed":
+        """The sum of a round that asked no client.
+
+        Args:
+            zero: what a client adds that did not move.
+        """
+        return Summed(zero, {}, {}, {}, numbers=0, cut=0)
 
     @property
     def weight(self) -> float:

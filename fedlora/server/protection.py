@@ -14,6 +14,8 @@ from typing import Any
 from fedlora.algebra.summand import Summands
 from fedlora.core.types import Client, LocalPlan
 from fedlora.population.sampling import Roster, cohort
+from fedlora.secagg.config import SecAgg
+from fedlora.secagg.limit import Limit
 from fedlora.server.composes import Part
 from fedlora.server.postprocess import Postprocessor
 
@@ -69,11 +71,28 @@ class Protection:
         round, however often it is asked; None: sums are left as they are."""
         return None
 
-    def released(self, release: Postprocessor) -> None:
+    def limit(self) -> Limit | None:
+        """What bounds each change of the next round in a secure sum, whose clients do it
+        themselves; None: nothing."""
+        return None
+
+    def check_sums(self, secagg: SecAgg, zero: Callable[[], Summands]) -> None:
+        """Refuse secure sums in which a change cannot be hidden.
+
+        Args:
+            secagg: of the run.
+            zero: makes a summand of the run.
+
+        Raises:
+            ValueError: one sentence.
+        """
+
+    def released(self, release: Postprocessor, short: float | None = None) -> None:
         """A round was aggregated.
 
         Args:
             release: what `release` gave for it, after its use.
+            short: `fedlora.secagg.summed.Summed.short`; None: the release has seen each change.
         """
 
     def aborted(self) -> None:

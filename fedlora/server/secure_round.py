@@ -16,7 +16,6 @@ from torch import Tensor
 
 from fedlora.core.checks import one_line
 from fedlora.core.config import describe
-from fedlora.core.errors import RunError
 from fedlora.core.types import Client, Failure, Update
 from fedlora.data.store import TokenStore
 from fedlora.secagg.codec import (
@@ -152,7 +151,7 @@ class Exchange:
         if why:
             lost = list(self.round.failures.values())
             first = f"; first failure: {lost[0].kind}: {lost[0].message}" if lost else ""
-            raise RunError(f"round {self.plan.now.round}: {why}{first}. {self.plan.safe}")
+            self.plan.end(f"{why}{first}")
 
     # --- stages -------------------------------------------------------------------------------
 
@@ -176,7 +175,7 @@ class Exchange:
         """The vectors by client, and how many of their numbers were cut."""
         plan = self.plan
         dtype = plan.form.fixed.dtype
-        size = plan.form.layout(plan.template, self.number, self.bases).size
+        size = plan.form.size(plan.template, self.number, self.bases)
         near = {i: [j for j in self.graph[i] if j in clients] for i in clients}
         own = {i: {"ids": near[i], "weight": plan.weights[i]} for i in clients}
         blocks = {f"{i}/boxes": block_of([self.boxes[j][i] for j in near[i]], BOX) for i in clients}

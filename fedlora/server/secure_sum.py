@@ -4,12 +4,15 @@ r"""A round's secure sum as the server plans it, and its simulation.
     state ← absorb(state, whole(decode(Σ_k e_k mod 2^b)), Σ_k w_k)
 
 Weights are those of the cohort as it was asked, so that a client knows its own before anybody is
-lost. The simulation rounds, loses clients, sums and counts bytes as the protocol does, without
-masks. Masks cancel exactly, so it gives the same state.
+lost. Under privacy they are 1, clients shorten what they add (`fedlora.secagg.limit`), and the
+server adds noise to the sum, whose denominator does not depend on who is in it. The simulation
+rounds, loses clients, sums and counts bytes as the protocol does, without masks. Masks cancel
+exactly, so it gives the same state.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from torch import Tensor
@@ -18,18 +21,20 @@ from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands
 from fedlora.core.errors import RunError
 from fedlora.core.payload import Payload
-from fedlora.core.types import Failure, TrainJob, Update
+from fedlora.core.types import Client, Failure, TrainJob, Update
 from fedlora.secagg.config import VECTOR, SecAgg
 from fedlora.secagg.cost import Traffic, summed, traffic
 from fedlora.secagg.fixed import Codes
 from fedlora.secagg.form import Form
 from fedlora.secagg.graph import Graph, graph_of
+from fedlora.secagg.limit import Limit
 from fedlora.secagg.stages import Stages, simulated_stages
 from fedlora.secagg.summed import Summed
-from fedlora.server.combine import NUMERICAL, absorbed, added, unusable
+from fedlora.server.combine import NUMERICAL, Combined, absorbed, added, unusable
 from fedlora.server.method import Method
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.training_round import Replies
+from fedlora.server.schedule import Rounds
+from fedlora.server.training_round import Replies, TrainingRound, enough
 
 LOST = "Lost"
 """The kind of a failure of a client that did not get into the sum."""
@@ -60,6 +65,8 @@ class SumPlan:
     """What of the run is on disk, for messages."""
     job_bytes: Mapping[int, int]
     """Client id -> bytes of its start and of the state that its summand is made with."""
+    aborted: Callable[[], None] = lambda: None
+    """Told of a round that ends without a sum."""
 
     @classmethod
     def open(
@@ -73,6 +80,8 @@ class SumPlan:
         starts: Mapping[int, int],
         safe: str,
         least: int = 1,
+        limit: Limit | None = None,
+        aborted: Callable[[], None] = lambda: None,
     ) -> "SumPlan":
         """The plan of a round.
 
@@ -86,16 +95,25 @@ class SumPlan:
             starts: client id -> bytes of its start.
             safe: what of the run is on disk, for messages.
             least: clients that the round needs in its sum.
+            limit: of privacy: weights are 1 and summands bounded; None: there is none.
+            aborted: told of a round that ends without a sum.
 
         Raises:
-            RunError: if the method needs the updates themselves.
+            RunError: if the method needs the updates themselves, more clients are asked than a sum
+                can hold, or its numbers are too coarse for the limit.
         """
         now = Moment(jobs[0].seed, jobs[0].round)
         still = [Update(j.client, untrained(j), j.client.num_examples) for j in jobs]
         template = added(method, state, jobs[0].start, still[0], now, ())
-        weights = method.reference_weights(still)
+        weights = [1.0] * len(jobs) if limit else method.reference_weights(still)
         most = max(weights)
         own = sum(t.numel() * t.element_size() for t in method.adds_state(state).values())
+        try:
+            config.check_most(len(jobs))
+            form = Form.of(config, template, ranks, now.seed, now.round, limit)
+        except ValueError as error:
+            aborted()
+            raise RunError(f"round {now.round}: {error}. {safe}") from error
         return cls(
             config=config,
             method=method,
@@ -103,13 +121,14 @@ class SumPlan:
             jobs={j.client.id: j for j in jobs},
             postprocessors=postprocessors,
             now=now,
-            form=Form.of(config, template, ranks, now.seed, now.round),
+            form=form,
             template=template,
             weights={j.client.id: w / most for j, w in zip(jobs, weights, strict=True)},
             needed=config.shares_needed(len(jobs)),
             least=least,
             safe=safe,
             job_bytes={j.client.id: starts[j.client.id] + own for j in jobs},
+            aborted=aborted,
         )
 
     @property
@@ -141,13 +160,27 @@ class SumPlan:
             )
         return ""
 
+    def end(self, why: str) -> NoReturn:
+        """End the round without its sum.
+
+        Raises:
+            RunError: always.
+        """
+        self.aborted()
+        raise RunError(f"round {self.now.round}: {why}. {self.safe}")
+
     def lost(self, client: int, exchange: int, stage: str) -> bool:
         """Whether a client is lost in a stage on purpose."""
         return self.config.lost(self.now.seed, self.now.round, client, exchange, stage)
 
     def failure(self, client: int, stage: str) -> Failure:
         """The failure of a client that was lost."""
-        return Failure(self.jobs[client].client, LOST, f"it was lost in stage {stage}")
+        return failure(self.jobs[client].client, stage)
+
+
+def failure(client: Client, stage: str) -> Failure:
+    """The failure of a client that was lost in a stage."""
+    return Failure(client, LOST, f"it was lost in stage {stage}")
 
 
 @dataclass
@@ -161,6 +194,7 @@ class Tally:
         self.lost: dict[int, str] = {}
         self.parts: list[tuple[Stages, Graph, int, int]] = []
         self.cut = 0
+        self.short: float | None = None
 
     @property
     def bases(self) -> Mapping[str, Tensor]:
@@ -183,7 +217,9 @@ class Tally:
         """
         plan, exchange, bases = self.plan, len(self.parts), self.bases
         layout = plan.form.layout(plan.template, exchange, bases)
-        self.sums |= plan.form.decoded(codes, layout, len(stages.vector))
+        clients = len(stages.vector)
+        self.sums |= plan.form.decoded(codes, layout, clients)
+        self.short = plan.form.short(codes, clients)
         self.cut += cut
         for i in stages.asked - stages.vector:
             self.lost.setdefault(i, stages.lost_in(i))
@@ -215,6 +251,7 @@ class Tally:
             traffic=found,
             numbers=sum(size for _, _, size, _ in self.parts) // width,
             cut=self.cut,
+            short=self.short,
             seconds=seconds or {},
         )
 
@@ -255,7 +292,7 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
             plan.needed,
         )
         if why := why or plan.hidden(stages, exchange):
-            raise RunError(f"round {plan.now.round}: {why}. {plan.safe}")
+            plan.end(why)
         total, cut, bases = np.zeros(0, plan.form.fixed.dtype), 0, tally.bases
         for i in sorted(stages.vector):
             codes, beyond = plan.form.codes(term(i), plan.weights[i], i, exchange, bases)
@@ -265,16 +302,64 @@ def simulate(plan: SumPlan, updates: Sequence[Update]) -> Summed:
     return tally.summed()
 
 
-def simulated_round(plan: SumPlan, replies: Replies) -> tuple[Replies, Summed]:
-    """The sum of a round's accepted updates, and the replies of the clients in it.
+def usable_sum(
+    method: Method,
+    state: State,
+    current: TrainingRound,
+    replies: Replies,
+    summed: Summed | None,
+    *,
+    plan: Callable[[Sequence[TrainJob]], SumPlan],
+    zero: Callable[[], Summands],
+    now: Moment,
+    rounds: Rounds,
+    postprocessors: Sequence[Postprocessor],
+    release: Postprocessor | None,
+    safe: str,
+) -> tuple[Combined, Replies, Summed]:
+    """The next state from a secure sum, the replies of those in it, and the sum; the state as it
+    was if too few clients could be asked.
+
+    Args:
+        method: absorbs the sum.
+        state: from which the round began.
+        current: the round.
+        replies: its results, validated.
+        summed: the sum; None: it is simulated here, and nothing if no client was asked.
+        plan: of the sum over these jobs.
+        zero: makes the summand of a client that did not move.
+        now: seed and round.
+        rounds: how many clients must succeed.
+        postprocessors: of the run.
+        release: adds noise to the sum first and knows its denominator; None: no privacy.
+        safe: what of the run is on disk, for messages.
 
     Raises:
-        RunError: if too many clients are lost.
+        RunError: if too few clients are in the sum, or no client could go on from the state.
     """
-    summed = simulate(plan, replies.updates)
+    if summed is None:
+        asked = [j for i, j in current.jobs.items() if i in replies.asked]
+        if asked:
+            summed = simulate(plan(asked), replies.updates)
+            replies = _without_lost(replies, summed, current)
+        elif enough(current, replies, rounds):
+            summed = Summed.of_nobody(zero())
+        else:
+            return Combined(state, {}), replies, Summed.of_nobody({})
+    between = [*postprocessors, *([] if release is None else [release])]
+    after = after_sum(method, state, summed, now, between, safe)
+    return Combined(after, summed.influence), replies, summed
+
+
+def _without_lost(replies: Replies, summed: Summed, current: TrainingRound) -> Replies:
+    """The replies of the clients in a sum, and the others as failures."""
     had = {u.client.id for u in replies.updates}
-    lost = [plan.failure(i, stage) for i, stage in sorted(summed.lost.items()) if i in had]
-    return replies.only(had - summed.lost.keys(), lost), summed
+    lost = [
+        failure(current.jobs[i].client, stage)
+        for i, stage in sorted(summed.lost.items())
+        if i in had
+    ]
+    return replies.only(had - summed.lost.keys(), lost)
 
 
 def after_sum(

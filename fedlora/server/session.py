@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fedlora.algebra.state import State
+from fedlora.algebra.summand import Summands
 from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
@@ -60,7 +61,7 @@ from fedlora.server.round_metrics import (
     training_record,
 )
 from fedlora.server.schedule import EvaluationSchedule, Rounds
-from fedlora.server.secure_sum import SumPlan, after_sum, simulated_round
+from fedlora.server.secure_sum import SumPlan, usable_sum
 from fedlora.server.training_round import (
     Replies,
     TrainingRound,
@@ -143,6 +144,8 @@ class Session:
         if self.secagg.on:
             self.secagg.check_cohort(self.roster.per_round)
         self.state = self.method.init_state(self.setting)
+        if self.secagg.on:
+            self.privacy.check_sums(self.secagg, self._nothing)
         self.client_store = ClientStore(self.folder / CLIENT_STATE)
         self._packing = Packing(
             self.workers, self.messages_per_worker, self.rounds.clients_per_message
@@ -272,8 +275,11 @@ class Session:
 
     def claims(self) -> list[str]:
         """What is claimed of the run's privacy, line by line; nothing without any."""
-        method, client = self.method, self.roster.clients[0]
-        return self.privacy.statement(lambda: zero_summand(method, self.state, client))
+        return self.privacy.statement(self._nothing)
+
+    def _nothing(self) -> Summands:
+        """What a client adds that did not move."""
+        return zero_summand(self.method, self.state, self.roster.clients[0])
 
     def drawn(self, round: int) -> list[Client]:
         """The clients that a round asks."""
@@ -313,10 +319,11 @@ class Session:
             jobs: of the clients that are asked, by id, at least one.
         """
         assert self._current is not None
-        account, ranks = self._current.account, self.setting.max_ranks
+        account, ranks, privacy = self._current.account, self.setting.max_ranks, self.privacy
         run = self.secagg, self.method, self.state, jobs, self.postprocess
         least = fewest(self.rounds, len(self._current.jobs))
-        return SumPlan.open(*run, ranks, account.starts, self.safe(), least)
+        more = least, privacy.limit(), privacy.aborted
+        return SumPlan.open(*run, ranks, account.starts, self.safe(), *more)
 
     def finish_training(
         self, results: Iterable[Update | Failure], state: State, summed: Summed | None = None
@@ -346,30 +353,16 @@ class Session:
                 f"round {current.round}: after its exchanges the server's {wrong}. {self.safe()}"
             )
         release = self.privacy.release(current.round)
-        if self.secagg.on:
-            combined, replies, summed = self._absorb(current, replies, state, summed)
+        combined, replies, summed = self._combined(current, replies, state, summed, release)
+        if summed is not None:
             account = replace(current.account, sums=summed.traffic)
             current = replace(current, account=account)
-        else:
-            combined, replies = usable_average(
-                self.method,
-                state,
-                current,
-                replies,
-                average=self._combine(state),
-                now=Moment(self.setting.seed, current.round),
-                rounds=self.rounds,
-                postprocessors=self.postprocess,
-                release=release,
-                rule=self.robust,
-                safe=self.safe(),
-            )
         self.tracker.clients(client_rows(current, replies))
         if not enough(current, replies, self.rounds):
             self.privacy.aborted()
         require_enough(current, replies, self.rounds, self.emit, self.safe())
         if release is not None:
-            self.privacy.released(release)
+            self.privacy.released(release, summed.short if summed else None)
         before, self.state = self.state, combined.state
         stage_kept(self.method, before, current, replies, self.client_store)
         self.client_store.commit(current.round)
@@ -380,30 +373,48 @@ class Session:
         self._checkpoint(current, record)
         return record
 
-    def _combine(self, state: State) -> Callable[..., Combined]:
-        """What makes the next state of a round's updates."""
-        if self.virtual is not None:
-            return self.virtual.combine
-        nothing = partial(zero_summand, self.method, state, self.roster.clients[0])
-        return partial(combine, zero=nothing)
-
-    def _absorb(
-        self, current: TrainingRound, replies: Replies, state: State, summed: Summed | None
-    ) -> tuple[Combined, Replies, Summed]:
-        """The next state from a secure sum, the replies of those in it, and the sum; it is
-        simulated unless it has been computed.
-
-        Raises:
-            RunError: if too few clients are in it, or no client could go on from the state.
-        """
-        if summed is None:
-            asked = [j for i, j in current.jobs.items() if i in replies.asked]
-            if not asked:
-                require_enough(current, replies, self.rounds, self.emit, self.safe())
-            replies, summed = simulated_round(self.sum_plan(asked), replies)
+    def _combined(
+        self,
+        current: TrainingRound,
+        replies: Replies,
+        state: State,
+        summed: Summed | None,
+        release: Postprocessor | None,
+    ) -> tuple[Combined, Replies, Summed | None]:
+        """The next state, the replies of those who are in it, and the secure sum, if one is asked
+        for (`usable_sum`, `usable_average`)."""
         now = Moment(self.setting.seed, current.round)
-        after = after_sum(self.method, state, summed, now, self.postprocess, self.safe())
-        return Combined(after, summed.influence), replies, summed
+        if self.secagg.on:
+            return usable_sum(
+                self.method,
+                state,
+                current,
+                replies,
+                summed,
+                plan=self.sum_plan,
+                zero=self._nothing,
+                now=now,
+                rounds=self.rounds,
+                postprocessors=self.postprocess,
+                release=release,
+                safe=self.safe(),
+            )
+        virtual = self.virtual
+        average = virtual.combine if virtual else partial(combine, zero=self._nothing)
+        averaged = usable_average(
+            self.method,
+            state,
+            current,
+            replies,
+            average=average,
+            now=now,
+            rounds=self.rounds,
+            postprocessors=self.postprocess,
+            release=release,
+            rule=self.robust,
+            safe=self.safe(),
+        )
+        return *averaged, None
 
     def _record(self, current: TrainingRound, replies: Replies, arrived: float) -> Record:
         """The record of a round whose updates are aggregated.

@@ -7,6 +7,7 @@ Flower's run config holds scalars only, so it holds ``experiment`` (a file of co
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -49,6 +50,15 @@ def load(overrides: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: one sentence for a misspelt or renamed group, option, key or value.
     """
+    return load_chosen(overrides)[0]
+
+
+def load_chosen(overrides: Sequence[str]) -> tuple[DictConfig, dict[str, Any]]:
+    """`load`, and the chosen file of each group as Hydra names both; None where there is none.
+
+    Raises:
+        ConfigError: as `load`.
+    """
     words = readable(with_search_path(overrides))
     with _hydra():
         try:
@@ -64,7 +74,7 @@ def load(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(sentence(error, overrides, CONF)) from error
     assert isinstance(cfg, DictConfig)
     _train_answers(cfg, words)
-    return cfg
+    return cfg, dict(choices)
 
 
 def refused(error: Exception, overrides: Sequence[str]) -> ConfigError:

@@ -88,7 +88,7 @@ def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) ->
         return f". What differs is not known: {file} cannot be read ({type(error).__name__})"
     if not isinstance(before, dict):
         return f". What differs is not known: {file} holds no mapping"
-    old, new = (dict(_flat(values)) for values in (before, resolved))
+    old, new = (dict(flat(values)) for values in (before, resolved))
     free = {*VOLATILE, *(f"{group}.{key}" for group, keys in ELSEWHERE.items() for key in keys)}
     found = [
         f"{key}={new.get(key)!r}, was {old.get(key)!r}"
@@ -106,9 +106,15 @@ def changed(folder: Path, resolved: Mapping[str, Any], data: str, model: str) ->
     return f". What differs: {'; '.join(found)}" if found else ""
 
 
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys with their values; lists are one value, and mappings without keys are left out.
+
+    Args:
+        values: a configuration.
+        prefix: of the keys.
+    """
     for key, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

@@ -6,9 +6,11 @@ from fedlora.attack.base import Attack
 from fedlora.models.head import LOCAL
 from fedlora.models.spec import ModelSpec
 from fedlora.robust.rule import Rule
-from fedlora.secagg.config import SecAgg
+from fedlora.secagg.config import NONE, SecAgg
+from fedlora.server.composes import NOISE
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import OFF
+from fedlora.server.protection import PrivacySpec
 from fedlora.server.schedule import Rounds
 from fedlora.wire.codec import ROUNDING
 from fedlora.wire.tensors import Compression
@@ -33,6 +35,8 @@ class Asked(Protocol):
     def attack(self) -> Attack: ...
     @property
     def compression(self) -> Compression: ...
+    @property
+    def privacy(self) -> PrivacySpec: ...
 
 
 def check_secagg(parts: Asked) -> None:
@@ -42,7 +46,7 @@ def check_secagg(parts: Asked) -> None:
         ConfigError: one sentence that says why and what to use instead.
     """
     if parts.secagg.on:
-        refuse(_refusals(parts), f"secagg={parts.secagg.kind}")
+        refuse([*_refusals(parts), *_private(parts)], f"secagg={parts.secagg.kind}")
 
 
 def _refusals(parts: Asked) -> list[tuple[bool, str]]:
@@ -93,5 +97,24 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             rounds.wire in ROUNDING,
             f"federation.wire={rounds.wire} rounds updates, and sums have a fixed-point format of "
             "their own; use federation.wire=float32 with secagg.bits and secagg.levels",
+        ),
+    ]
+
+
+def _private(parts: Asked) -> list[tuple[bool, str]]:
+    """The same, where noise is added to the sum."""
+    secagg, privacy = parts.secagg, parts.privacy
+    noisy = NOISE in privacy.traits
+    return [
+        (
+            noisy and secagg.sketch != NONE,
+            f"secagg.sketch={secagg.sketch} with privacy={privacy.words}: one client can turn what "
+            "sketches give back by more than the clip of its change; use secagg.sketch=none",
+        ),
+        (
+            noisy and secagg.degree > 0,
+            f"secagg.degree={secagg.degree} with privacy={privacy.words}: a client counts only if "
+            "enough of its neighbours stay, so that one client decides about others; use "
+            "secagg.degree=0",
         ),
     ]

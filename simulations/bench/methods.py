@@ -7,11 +7,12 @@
 The methods are the files of conf/strategy, and two bounds: every client alone, and one client that
 holds all data (`<experiment>_centralised`). Runs of equal seeds share partition, head, starts and
 batches, and learning rates are the experiment's, but for methods whose file brings one (that of
-plain SGD, of cores): nothing is tuned. Every run is a process of its own on one
-thread, `--jobs` of them at a time; its cost is the CPU time of that process. A row goes into the
-JSON file as soon as there is one, with the machine that it comes from, and what is there with the
-same configuration is not run again. A method that the experiment cannot run is recorded with the
-sentence of its refusal.
+plain SGD, of cores): nothing is tuned. Every run is a process of its own on one thread, `--jobs` of
+them at a time; its cost is the CPU time of that process. A row goes into the JSON file as soon as
+there is one, with the machine that it comes from and its configuration. What is there with today's
+configuration is not run again: keys that are new since then, at their defaults, change nothing
+(`simulations.app.since`). A method that the experiment cannot run is recorded with the sentence of
+its refusal.
 """
 
 import argparse
@@ -22,18 +23,19 @@ import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.package import ROOT
 from fedlora.core.reading import json_in
 from fedlora.run.tracking import read_jsonl
-from simulations.app.compose import load as compose
-from simulations.app.identity import digest
+from simulations.app.compose import load_chosen
+from simulations.app.since import Configuration, configuration, difference, recorded, shared
 from simulations.bench.machine import RESULTS, command, load, machine, write
 from simulations.reporting.tables import by_method
 from simulations.study.plan import is_personal
@@ -42,6 +44,10 @@ CENTRALISED = "centralised"
 FULL, OWN = ("evaluate.adapters=[full]",), ("evaluate.adapters=[own]",)
 REFUSED = 2
 """The exit code of a configuration that cannot be run."""
+PARTS = ("values", "choices")
+"""Of a recorded configuration."""
+At = tuple[str, int]
+"""Method and seed."""
 SHOWN = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth", "loss_weighted")
 
 
@@ -65,11 +71,21 @@ class Case:
         return [*chosen, *evaluated, *beside, *self.overrides, f"seed={self.seed}"]
 
     @cached_property
-    def identity(self) -> str:
-        """What tells its configuration from others, the experiment's own keys among them."""
-        resolved = OmegaConf.to_container(compose(self.words()), resolve=True)
+    def configuration(self) -> Configuration:
+        """What tells it from other runs, the experiment's own keys among it."""
+        *words, _ = self.words()
+        cfg, choices = composed(tuple(words))
+        cfg = deepcopy(cfg)
+        cfg.seed = self.seed
+        resolved = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(resolved, dict)
-        return digest({str(k): v for k, v in resolved.items()})[:16]
+        return configuration(resolved, choices)
+
+
+@cache
+def composed(words: tuple[str, ...]) -> tuple[DictConfig, dict[str, Any]]:
+    """A configuration, which is not to be changed, and its choices."""
+    return load_chosen(words)
 
 
 def presets() -> list[str]:
@@ -85,7 +101,7 @@ def rate_of_its_own(preset: str) -> tuple[str, ...]:
     Args:
         preset: a file of conf/strategy.
     """
-    usual, own = compose([]).client.lr, compose([f"strategy={preset}"]).client.lr
+    usual, own = (composed(words)[0].client.lr for words in ((), (f"strategy={preset}",)))
     return () if own == usual else (f"client.lr={own}",)
 
 
@@ -93,7 +109,8 @@ def rate_of_its_own(preset: str) -> tuple[str, ...]:
 def personal() -> frozenset[str]:
     """The presets whose clients keep a part: each client is evaluated with its own. The rest have
     one model."""
-    targets = {p: str(compose([f"strategy={p}"]).strategy["_target_"]) for p in presets()}
+    found = {p: composed((f"strategy={p}",))[0] for p in presets()}
+    targets = {p: str(cfg.strategy["_target_"]) for p, cfg in found.items()}
     return frozenset(p for p, target in targets.items() if is_personal(target))
 
 
@@ -164,22 +181,68 @@ class Record:
         self.path = path
         old = json_in(path, "the record") if path.is_file() else {}
         self.runs: dict[str, dict[str, Any]] = old.get("runs", {})
+        self.configurations = self._read(old.get("configurations", {}))
         self.commands = sorted({*old.get("commands", []), command("methods")})
         self._lock = threading.Lock()
 
     def has(self, case: Case) -> bool:
-        """Whether it was measured with this configuration."""
-        found = self.runs.get(case.method, {}).get(str(case.seed), {})
-        return bool(found.get("identity") == case.identity)
+        """Whether it was measured with today's configuration; else it is said what has changed."""
+        if str(case.seed) not in self.runs.get(case.method, {}):
+            return False
+        then = self.configurations.get((case.method, case.seed))
+        why = "recorded without its configuration"
+        if then is not None and not (why := difference(then, case.configuration)):
+            return True
+        print(f"{case.method}, seed {case.seed}, is run again: {why}", flush=True)
+        return False
 
     def add(self, case: Case) -> None:
         """Measure and write it."""
-        found = {"identity": case.identity, "machine": machine()} | measure(case)
+        found = {"machine": machine()} | measure(case)
         with self._lock:
             self.runs.setdefault(case.method, {})[str(case.seed)] = found
-            self.runs = dict(sorted(self.runs.items()))
-            write(self.path, {"commands": self.commands, "runs": self.runs})
+            self.configurations[case.method, case.seed] = case.configuration
+            self.write()
             print(f"{case.method}, seed {case.seed}: {_said(found)}", flush=True)
+
+    def write(self) -> None:
+        """Write the file. What all configurations share is in it once, and likewise what those of a
+        method share."""
+        self.runs = dict(sorted(self.runs.items()))
+        there = {at: one.record() for at, one in sorted(self.configurations.items())}
+        common: dict[str, Any] = {}
+        for part in PARTS:
+            parts = {at: one[part] for at, one in there.items()}
+            kept, parts = _taken_out(parts)
+            common.setdefault("all", {})[part] = kept
+            for method in {method: None for method, _ in parts}:
+                kept, own = _taken_out({at: one for at, one in parts.items() if at[0] == method})
+                common.setdefault(method, {})[part] = kept
+                for at, one in own.items():
+                    there[at][part] = one
+        for (method, seed), one in there.items():
+            self.runs[method][str(seed)]["configuration"] = one
+        content = {"commands": self.commands, "configurations": common, "runs": self.runs}
+        write(self.path, content)
+
+    def _read(self, common: Mapping[str, Any]) -> dict[At, Configuration]:
+        """The configurations of the rows that have one."""
+        found = {}
+        for method, rows in self.runs.items():
+            for seed, row in rows.items():
+                if own := row.get("configuration"):
+                    levels = (common["all"], common[method], own)
+                    parts = {p: {k: v for one in levels for k, v in one[p].items()} for p in PARTS}
+                    found[method, int(seed)] = recorded(parts)
+        return found
+
+
+def _taken_out(
+    parts: Mapping[At, dict[str, Any]],
+) -> tuple[dict[str, Any], dict[At, dict[str, Any]]]:
+    """What all have in common, and what each has beside that."""
+    common, rests = shared(list(parts.values()))
+    return common, dict(zip(parts, rests, strict=True))
 
 
 def _said(found: Mapping[str, Any]) -> str:

@@ -5,7 +5,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from simulations.reporting.tables import Records, change, code, markdown, times
+from simulations.reporting.tables import (
+    Records,
+    change,
+    code,
+    deviation,
+    markdown,
+    percent,
+    times,
+)
 
 DTYPES = ("float32", "bfloat16")
 BACKENDS = ("dense", "core", "random")
@@ -198,7 +206,7 @@ COSTS = (
 
 
 def overview(records: Records) -> str:
-    """README's six rows."""
+    """README's rows."""
     runs = {r["command"].split(maxsplit=3)[-1]: r for r in records["runs"]["rows"]}
     split = {r["experiment"]: r for r in records["e2e"]["rows"]}
     switch, spp = records["switchlora-d"], records["sparse-smollm2"]
@@ -211,6 +219,11 @@ def overview(records: Records) -> str:
     def seeds(side: str) -> str:
         return f"{statistics.mean(r['perplexity'] for r in switch['runs'][side].values()):.1f}"
 
+    banking = records["methods-intents_banking77"]["runs"]
+
+    def accuracy(method: str) -> str:
+        return f"`{method}` {deviation(percent(banking[method].values()))}"
+
     default, instructions = "strategy=flexlora", "experiment=ni1613_flexlora engine=fused"
     fused = records["engine-short"]
     tiny = next(iter(fused["cases"].values()))
@@ -218,6 +231,12 @@ def overview(records: Records) -> str:
     rows = [
         ["FlexLoRA, 1,600 clients, default", losses(default), runs[default]["command"]],
         ["FlexLoRA, Natural Instructions", losses(instructions), runs[instructions]["command"]],
+        [
+            "BANKING77, 30 clients, three seeds",
+            "accuracy, % "
+            + ", ".join(map(accuracy, ("heterolora", "fedit", "flexlora", "flora", "fedsa"))),
+            "python -m simulations.bench.methods --seeds 0 1 2",
+        ],
         [
             "SplitLoRA on E2E",
             f"perplexity {split['e2e_splitlora']['perplexity']:.3f}; "

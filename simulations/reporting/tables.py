@@ -136,18 +136,20 @@ def classification(records: Records) -> str:
     return markdown(names, rows)
 
 
+def percent(runs: Iterable[Mapping[str, Any]], metric: str = OF_METHODS[0]) -> list[float]:
+    """The last value of a metric of each run of ``simulations.bench.methods``, in percent."""
+    return [100 * run["metrics"][metric][-1] for run in runs]
+
+
 def by_method(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Runs by method and seed as ``simulations.bench.methods`` records them, the best accuracy
     first; below the table why a method cannot run."""
     all_of = {method: list(seeds.values()) for method, seeds in runs.items()}
     ran = {m: found for m, found in all_of.items() if not any("refused" in r for r in found)}
 
-    def percent(method: str, metric: str) -> list[float]:
-        return [100 * r["metrics"][metric][-1] for r in ran[method]]
-
     rows = []
-    for method in sorted(ran, key=lambda m: -statistics.mean(percent(m, "accuracy_weighted"))):
-        scores = [deviation(percent(method, metric)) for metric in OF_METHODS]
+    for method in sorted(ran, key=lambda m: -statistics.mean(percent(ran[m]))):
+        scores = [deviation(percent(ran[method], metric)) for metric in OF_METHODS]
         sent = [statistics.mean(r[way] for r in ran[method]) for way in ("up_bytes", "down_bytes")]
         cpu = deviation([r["cpu_s"] for r in ran[method]], 0)
         cost = [*(traffic(x / 2**20) for x in sent), cpu]
@@ -162,6 +164,20 @@ def by_method(runs: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
 def methods(records: Records) -> str:
     """BANKING77 under the methods that have been run so far."""
     return by_method(records["methods-intents_banking77"]["runs"])
+
+
+def published(records: Records) -> str:
+    """Accuracy on BANKING77 as published, beside ours of the same method in another setting."""
+    record, runs = records["published-banking77"], records["methods-intents_banking77"]["runs"]
+    spreads = list(dict.fromkeys(a for row in record["rows"] for a in row["accuracy"]))
+    rows = []
+    for row in record["rows"]:
+        theirs = [row["accuracy"].get(a) for a in spreads]
+        ours = deviation(percent(runs[row["method"]].values()))
+        shown = ["–" if value is None else f"{value:.1f}" for value in theirs]
+        rows.append([code(row["method"]), row["ranks"], *shown, ours])
+    heads = ["method", "ranks", *(f"Dirichlet {a}" for a in spreads), "ours, above"]
+    return f"{record['source']}: {record['about']}.\n\n{markdown(heads, rows)}"
 
 
 def _of(records: Records, metric: str) -> list[Mapping[str, Any]]:
@@ -250,6 +266,7 @@ TABLES: dict[str, Table] = {
     "learning": learning,
     "classification": classification,
     "methods": methods,
+    "published": published,
     "e2e": e2e,
     "switchlora": switchlora,
     "switchlora-rounds": switchlora_rounds,

@@ -128,3 +128,28 @@ def test_a_secure_sum_over_tls_is_the_simulated_one(tmp_path):
     assert done["secagg/clients"] == 3
     same = simulate(tmp_path / "sim", data, "rounds=1", "strategy=ffa", "secagg=simulated")
     assert done["state/hash"] == same.hash
+
+
+def test_silos_train_with_noise_of_their_own_and_the_server_says_each_ones_epsilon(tmp_path):
+    """The clip and the noise of `privacy=example` reach silos, which do not draw from the seed: the
+    state is not that of the simulation, whose accounts it has."""
+    data = write_records(tmp_path / "data")
+    cards = caches(tmp_path, write_cards(tmp_path, data))
+    private = ("rounds=1", "privacy=example", "privacy.epsilon=0", "privacy.sigma=2.0")
+    with Loopback(tmp_path) as deployed:
+        for name in RANKS:
+            deployed.start_node(name, cards[name])
+        run = deployed.submit(words(tmp_path, *private))
+        status = deployed.wait(run, PATIENCE_S)
+        log = deployed.log(run)
+        assert status == "finished:completed", log[-4000:]
+    (done,) = rounds(tmp_path)
+    same = simulate(tmp_path / "sim", data, *private)
+    assert done["privacy/epsilon"] == same.rounds[0]["privacy/epsilon"] > 0
+    assert done["state/hash"] != same.hash
+    assert not any("failure" in row for row in clients(tmp_path, 1).values())
+    (line,) = [s for s in log.splitlines() if "epsilon of each, at most:" in s]
+    for name in RANKS:
+        assert f"{name} " in line
+    assert f"{done['privacy/epsilon']:.4g} (" in line
+    assert "privacy=example: epsilon at most" in log

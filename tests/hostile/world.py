@@ -18,6 +18,7 @@ from fedlora.secagg.codec import decode_request, encode_answers
 from fedlora.secagg.config import SecAgg
 from fedlora.server import flower
 from fedlora.server.postprocess import Postprocessor
+from fedlora.server.protection import PlannedRun, PrivacySpec
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
 from fedlora.techniques.lora.payload import LowRankPayload
@@ -97,6 +98,7 @@ class World:
     said: list[str] = field(default_factory=list)
     secagg: SecAgg = field(default_factory=SecAgg)
     postprocess: Sequence[Postprocessor] = ()
+    privacy: PrivacySpec = field(default_factory=PrivacySpec)
 
     def play(self, rounds: int) -> "World":
         """Run, or go on from the checkpoint, to the end of a round."""
@@ -113,10 +115,11 @@ class World:
             plan = replace(plan, technique=Scaling())
         sums = isinstance(self.method, FlexLoRA) and not self.method.needs_updates
         options = {"min_success": 0.1, "clients_per_message": 2, "keep": 1, **self.options}
+        roster = Roster(population.clients, ids, {"seen": ids}, len(ids), shards, 0)
         session = Session(
             method=self.method,
             setting=population,
-            roster=Roster(population.clients, ids, {"seen": ids}, len(ids), shards, 0),
+            roster=roster,
             plan=plan,
             schedule=EvaluationSchedule(every=0),
             rounds=Rounds(rounds=rounds, **options),
@@ -126,6 +129,7 @@ class World:
             emit=self.said.append,
             postprocess=(Postprocessor(),) if sums and not self.secagg.on else self.postprocess,
             secagg=self.secagg,
+            privacy=self.privacy.begin(PlannedRun(roster, plan, 0, rounds, self.folder)),
         )
         session.resume()
         session.tracker = Trackers([JsonlTracker(self.folder, session.done or -1)])

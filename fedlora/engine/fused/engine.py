@@ -157,6 +157,8 @@ class FusedEngine:
         factors, moved = start.low_rank(), start.base() is not None
         if factors is None or (moved and (not factors or model.network.dtype != model.dtype)):
             return start.alone
+        if job.plan.privacy is not None and start.parametrisation(model.dtype, model.device):
+            return "private steps of scalars that make factors one by one"
         return ""
 
     def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:

@@ -113,6 +113,25 @@ def test_what_is_claimed() -> None:
     assert "no guarantee" in nothing
 
 
+def test_every_real_client_is_told_its_own_epsilon() -> None:
+    """The largest of them is the run's; a simulation of many clients does not list them."""
+    where = planned()
+    clients = tuple(replace(c, tier=f"silo{c.id}") for c in where.roster.clients)
+    where = replace(where, roster=replace(where.roster, clients=clients), seeded=False)
+    run = ExampleLevelRun(SPEC, where)
+    (line,) = (s for s in run.statement(dict) if "epsilon of each" in s)
+    each = {
+        f"silo{i}": Releases(1.0, min(1.0, 4 / n)).epsilon(3 * 2 * math.ceil(n / 4), SPEC.delta)
+        for i, n in enumerate(SIZES)
+    }
+    for (name, epsilon), n in zip(each.items(), SIZES, strict=True):
+        assert f"{name} {epsilon:.4g} ({n} examples, 3 rounds)" in line
+    assert max(each.values()) == run.epsilon(3)
+    assert len(set(each.values())) == len(SIZES)
+    seeded = ExampleLevelRun(SPEC, replace(where, seeded=True)).statement(dict)
+    assert not any("epsilon of each" in s for s in seeded)
+
+
 @pytest.mark.parametrize(
     ("strategy", "setup", "why"),
     [

@@ -14,7 +14,7 @@ from fedlora.core.config import build
 from fedlora.core.errors import ConfigError, RunError
 from fedlora.core.types import Client, Ranks
 from fedlora.population.sampling import poisson
-from fedlora.privacy.adaptive import Adaptive
+from fedlora.privacy.adaptive import Adaptive, counted
 from fedlora.privacy.client import ClientLevel, ClientPrivacy, Release, StandsFor
 from fedlora.privacy.noise import Noise, coefficients, noised, shapes_of
 from fedlora.server.postprocess import Moment
@@ -158,16 +158,18 @@ def test_the_clip_reaches_the_quantile_of_the_norms(first: float, quantile: floa
     adaptive = Adaptive(quantile=quantile)
     for t in range(200):
         drawn = rng.choice(norms, 80, replace=False)
-        clip = adaptive.moved(clip, drawn, 80, 0.0, seed=1, round=t + 1)
+        clip = adaptive.moved(clip, counted(clip, drawn), 80, 0.0, seed=1, round=t + 1)
     assert (norms <= clip).mean() == pytest.approx(quantile, abs=0.06)
 
 
 def test_a_client_that_is_missing_counts_as_neither_short_nor_long() -> None:
-    adaptive = Adaptive(quantile=0.5)
-    assert adaptive.moved(1.0, [], 10, 0.0, 1, 1) == 1.0
-    assert adaptive.moved(1.0, [0.5, 2.0], 10, 0.0, 1, 1) == 1.0
-    assert adaptive.moved(1.0, [0.5], 10, 0.0, 1, 1) == pytest.approx(math.exp(-0.2 * 0.05))
-    assert adaptive.moved(1.0, [0.5], 10, 0.0, 1, 1) < 1 < adaptive.moved(1.0, [2.0], 10, 0.0, 1, 1)
+    def after(*norms: float) -> float:
+        return Adaptive(quantile=0.5).moved(1.0, counted(1.0, norms), 10, 0.0, 1, 1)
+
+    assert after() == 1.0
+    assert after(0.5, 2.0) == 1.0
+    assert after(0.5) == pytest.approx(math.exp(-0.2 * 0.05))
+    assert after(0.5) < 1 < after(2.0)
 
 
 @given(st.floats(0.3, 5), st.integers(4, 500))

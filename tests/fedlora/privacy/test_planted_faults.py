@@ -73,7 +73,7 @@ FAULTS = [
     (client.ClientPrivacy.release, "* self._scale", "", LARGER),
     # Clips are counted the wrong way round.
     (
-        adaptive.Adaptive.moved,
+        adaptive.counted,
         "0.5 if n <= clip else -0.5",
         "-0.5 if n <= clip else 0.5",
         partial(test_mechanism.test_the_clip_reaches_the_quantile_of_the_norms, 0.1, 0.5),
@@ -81,7 +81,7 @@ FAULTS = [
     (
         adaptive.Adaptive.moved,
         "(count + noise) / cohort",
-        "(count + noise) / max(1, len(list(norms)))",
+        "(count + noise) / max(1, 2 * abs(count))",
         test_mechanism.test_a_client_that_is_missing_counts_as_neither_short_nor_long,
     ),
     (

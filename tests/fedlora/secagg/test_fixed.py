@@ -120,7 +120,7 @@ FAULTS = {
         test_rounding_is_unbiased,
     ),
     "capacity exceeded silently": (
-        SecAgg.check_cohort,
+        SecAgg.check_most,
         "clients > self.capacity",
         "clients > 2 * self.capacity",
         lambda: test_the_largest_cohort_passes_and_one_more_is_refused(16, 8, 257),

@@ -279,7 +279,7 @@ def test_a_sum_counts_those_in_it_not_those_asked():
     got = simulate(plan, updates)
     inside = [u for u in updates if u.client.id not in got.lost]
     assert len(inside) == 4
-    wrong = Tally.add, "len(stages.vector))", "len(stages.asked))"
+    wrong = Tally.add, "len(stages.vector)", "len(stages.asked)"
     with planted(*wrong):
         other = simulate(plan, updates)
     terms = [plan.method.adds(plan.state, plan.jobs[u.client.id].start, u) for u in inside]

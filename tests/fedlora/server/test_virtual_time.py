@@ -6,12 +6,19 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from fedlora.algebra.summand import scaled
 from fedlora.core.types import Client, LocalPlan, Module, Ranks, Setting, Update
 from fedlora.devices.trace import windows
 from fedlora.population.sampling import Roster
+from fedlora.robust.bound import Bound
+from fedlora.robust.coordinate import Median, Trimmed
+from fedlora.robust.geometric import Geometric
+from fedlora.robust.krum import Krum, MultiKrum
+from fedlora.robust.rule import Term
 from fedlora.run.checkpoint import state_hash
 from fedlora.run.tracking import JsonlTracker, read_jsonl
 from fedlora.server.buffered import Buffered, BufferedTime, check_averages
+from fedlora.server.ownership import owned_elements
 from fedlora.server.postprocess import Postprocessor
 from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.session import Session
@@ -34,6 +41,7 @@ class World:
 
     method: object = FlexLoRA(residual="carry")
     rounds: int = 4
+    per_round: int = PER_ROUND
 
     def session(self, folder, virtual=None, **given) -> Session:
         clients = tuple(
@@ -45,7 +53,7 @@ class World:
         return Session(
             method=self.method,
             setting=Setting(MODULES, 1000, 12.0, clients, 3),
-            roster=Roster(clients, ids, {"seen": ids}, PER_ROUND, held, 3),
+            roster=Roster(clients, ids, {"seen": ids}, self.per_round, held, 3),
             plan=LocalPlan(batch_size=2),
             schedule=EvaluationSchedule(every=0),
             rounds=given.pop("rounds", Rounds(rounds=self.rounds)),
@@ -191,11 +199,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, make):
     check_resume(tmp_path, make)
 
 
-def check_resume(tmp_path, make) -> None:
+def check_resume(tmp_path, make, **given) -> None:
     """Law: a run cut in two has the state and the clock of the whole one."""
-    whole, records = World().run(tmp_path / "whole", make())
-    World().run(tmp_path / "cut", make(), until=2)
-    resumed, rest = World().run(tmp_path / "cut", make())
+    whole, records = World().run(tmp_path / "whole", make(), **given)
+    World().run(tmp_path / "cut", make(), until=2, **given)
+    resumed, rest = World().run(tmp_path / "cut", make(), **given)
     assert state_hash(resumed.state) == state_hash(whole.state)
     assert [r["time/virtual"] for r in rest] == [r["time/virtual"] for r in records[2:]]
     assert [r["state/hash"] for r in rest] == [r["state/hash"] for r in records[2:]]
@@ -216,6 +224,60 @@ def check_synchronous(tmp_path, method, rule) -> None:
     found, records = World(method).run(tmp_path / "buffered", buffered(**rule))
     assert state_hash(found.state) == state_hash(summed.state)
     assert [r["staleness/max"] for r in records] == [0] * 4
+
+
+RULES = (
+    Bound(),
+    Median(),
+    Trimmed(),
+    Krum(attackers=0.1),
+    MultiKrum(attackers=0.1),
+    Geometric(),
+)
+
+
+@pytest.mark.parametrize(
+    "method", [FlexLoRA(residual="carry"), FedIT()], ids=["product", "factors"]
+)
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+def test_a_robust_rule_over_a_buffer_is_the_rule_over_those_clients(tmp_path, method, rule):
+    """Law: if nobody is stale, bit for bit the synchronous round with that rule."""
+    world = World(method, rounds=2, per_round=6)
+    summed, _ = world.run(tmp_path / "sync", robust=rule)
+    found, records = world.run(tmp_path / "buffered", buffered(6, 6), robust=rule)
+    assert state_hash(found.state) == state_hash(summed.state)
+    assert [r["staleness/max"] for r in records] == [0, 0]
+    plain, _ = world.run(tmp_path / "plain", buffered(6, 6))
+    assert state_hash(found.state) != state_hash(plain.state)
+
+
+def test_a_robust_rule_over_stale_changes_sees_each_by_its_age(tmp_path):
+    """Law: a client that waits in the buffer counts as its change times its discount, with what
+    its ranks can move; and a run cut in two goes on with both."""
+    rule, kept, stale = Median(), {}, False
+    one = buffered(3, 6, windowed(1.0))
+    session = World(FedIT(), rounds=5).session(tmp_path / "byhand", one, robust=rule)
+    for round in range(1, 6):
+        before, method = session.state, session.method
+        jobs = [job for message in session.train_cohorts(round) for job in message]
+        updates = [
+            Update(j.client, trained(j.start, round, 0.1), j.client.num_examples) for j in jobs
+        ]
+        starts = {j.client.id: j.start for j in jobs}
+        for u, own in zip(updates, owned_elements(method, before, updates, starts), strict=True):
+            kept[u.client.id] = round - 1, method.adds(before, starts[u.client.id], u), own
+        arrived = sorted(f.client for f in one._next.arrived)
+        session.finish_training(updates, session.state)
+        terms = []
+        for i in arrived:
+            born, x, own = kept.pop(i)
+            stale |= born < round - 1
+            terms.append(Term(scaled(x, (round - born) ** -0.5), 1, own))
+        want = method.absorb(before, rule.centre(terms).value, 1.0)
+        for name, t in want.items():
+            torch.testing.assert_close(session.state[name], t, rtol=1e-12, atol=1e-12)
+    assert stale, "the schedule makes no change wait"
+    check_resume(tmp_path, lambda: buffered(3, 6, windowed(1.0)), robust=rule)
 
 
 def check_weights(tmp_path) -> None:

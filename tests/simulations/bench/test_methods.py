@@ -1,13 +1,15 @@
 """The comparison of methods: what is kept of a run, what is run again, and its table."""
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from fedlora.core.package import ROOT
-from simulations.app.compose import load as compose
+from simulations.app import since
+from simulations.app.compose import load_chosen
 from simulations.bench import methods
 from simulations.bench.methods import CENTRALISED, Case, Record, rate_of_its_own, row
 from simulations.reporting.tables import by_method
@@ -56,24 +58,71 @@ def test_the_bound_has_an_experiment_and_methods_share_the_seed():
     assert words == ["experiment=x", "strategy=scaffold", full, "client.lr=0.1", "seed=3"]
 
 
-def test_what_was_measured_with_this_configuration_is_not_run_again(tmp_path, monkeypatch):
+@pytest.fixture
+def today(monkeypatch):
+    """Changes what is composed today: the keys of runs, and their defaults."""
+
+    def change(of_runs: dict[str, object], defaults: dict[str, object] | None = None) -> None:
+        def chosen(words: Sequence[str]) -> tuple[Any, dict[str, Any]]:
+            cfg, choices = load_chosen(words)
+            OmegaConf.set_struct(cfg, False)
+            return OmegaConf.merge(cfg, of_runs), choices
+
+        def usual(words: Sequence[str]) -> Any:
+            cfg, _ = load_chosen(words)
+            OmegaConf.set_struct(cfg, False)
+            return OmegaConf.merge(cfg, of_runs if defaults is None else defaults)
+
+        monkeypatch.setattr(methods, "load_chosen", chosen)
+        monkeypatch.setattr(since, "load", usual)
+        for cached in (methods.composed, since._chosen):
+            cached.cache_clear()
+
+    yield change
+    for cached in (methods.composed, since._chosen):
+        cached.cache_clear()
+
+
+def test_what_was_measured_with_todays_configuration_is_not_run_again(
+    tmp_path, monkeypatch, today, capsys
+):  # fmt: skip
     def measured(case: Case) -> dict[str, object]:
         return {"words": case.words(), "refused": "no"}
 
-    def rate(words: list[str]) -> DictConfig:
-        return OmegaConf.merge(compose(words), {"client": {"lr": 0.125}})
-
     monkeypatch.setattr(methods, "measure", measured)
     file = tmp_path / "record.json"
-    case = Case("smoke", "fedit", 0)
-    Record(file).add(case)
-    again = Record(Path(file))
-    assert again.has(Case("smoke", "fedit", 0))
-    assert not again.has(Case("smoke", "fedit", 1))
-    assert not again.has(Case("smoke", "fedit", 0, ("rounds=9",)))
-    monkeypatch.setattr(methods, "compose", rate)  # the experiment's file has another rate now
-    assert not again.has(Case("smoke", "fedit", 0))
+    today({"federation": {"old": 1}})
+    for method, seed in (("fedit", 0), ("fedit", 1), ("rolora", 0)):
+        Record(file).add(Case("smoke", method, seed))
+    content = json.loads(file.read_text())
+    own = content["runs"]["fedit"]["1"]["configuration"]
+    assert own["choices"] == {} and own["values"]["seed"] == 1 and len(own["values"]) < 5
+    assert content["configurations"]["all"]["values"]["federation.old"] == 1
+    assert Record(file).has(Case("smoke", "fedit", 0))
+    assert not Record(file).has(Case("smoke", "fedit", 2))
+    assert not Record(file).has(Case("smoke", "fedit", 0, ("rounds=9",)))
+    planted = {"federation": {"old": 1, "planted": 3}, "strategy": {"mine": "x"}}
+    today(planted)
+    for method, seed in (("fedit", 0), ("fedit", 1), ("rolora", 0)):
+        assert Record(file).has(Case("smoke", method, seed))
+    capsys.readouterr()
+    for of_runs, said in (
+        (planted, "federation.planted=3 is new, its default is 4"),
+        ({"federation": {"old": 2}}, "federation.old=2, was 1"),
+        ({}, "federation.old is no key any more, it was 1"),
+        ({"client": {"lr": 0.125}}, "client.lr=0.125, was"),
+    ):
+        today(of_runs, {"federation": {"old": 1, "planted": 4}, "strategy": {"mine": "x"}})
+        assert not Record(file).has(Case("smoke", "fedit", 0))
+        assert said in capsys.readouterr().out
     assert json.loads(file.read_text())["runs"]["fedit"]["0"]["refused"] == "no"
+
+
+def test_a_row_without_a_configuration_is_run_again(tmp_path, capsys):
+    file = tmp_path / "record.json"
+    file.write_text(json.dumps({"runs": {"fedit": {"0": {"identity": "x"}}}}))
+    assert not Record(file).has(Case("smoke", "fedit", 0))
+    assert "recorded without its configuration" in capsys.readouterr().out
 
 
 def test_the_table_has_the_best_first_and_says_who_cannot_run():

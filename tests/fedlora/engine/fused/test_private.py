@@ -8,11 +8,24 @@ import torch
 from torch.nn import functional
 
 from fedlora.core.example_privacy import ExamplePrivacy
+from fedlora.core.payload import Payload
+from fedlora.core.seeding import mask_noise
 from fedlora.core.types import Factors, LocalPlan
+from fedlora.techniques.sparse.payload import SparseDelta
+from fedlora.techniques.sparse.technique import Sparse
 from fedlora.training import private
 from fedlora.training.flat import FlatParameters
-from tests.fedlora.engine.fused.harness import alone, assert_equal, mixed, resident, trained
-from tests.fedlora.engine.world import FakeStore, examples, job, start
+from tests.fedlora.engine.fused.harness import (
+    alone,
+    assert_equal,
+    by_client,
+    engine,
+    mixed,
+    resident,
+    trained,
+)
+from tests.fedlora.engine.world import FakeStore, examples, job, start, vector
+from tests.fedlora.techniques.cores.test_training import cores
 
 PLAN = LocalPlan(optimizer="sgd", lr=0.1, batch_size=4, dropout=0.0, max_grad_norm=0.0, steps=3)
 SHARP = ExamplePrivacy(clip=0.05, sigma=0.7)
@@ -23,10 +36,31 @@ def with_privacy(privacy: ExamplePrivacy, **changes: object) -> LocalPlan:
     return dataclasses.replace(PLAN, privacy=privacy, **changes)  # type: ignore[arg-type]
 
 
-def gradient_of(held, plan: LocalPlan, on: str = "llama") -> torch.Tensor:
+def sparse(on) -> Payload:
+    """A start of the first stage of ``strategy=slora``."""
+    masks = {m.path: mask_noise(5, m.path, m.d_out, m.d_in) < 0.2 for m in on.info.modules}
+    g = torch.Generator().manual_seed(1)
+    values = {
+        p: 0.1 * torch.randn(int(m.sum()), generator=g, dtype=torch.float64)
+        for p, m in masks.items()
+    }
+    return SparseDelta(5, 0.2, values)
+
+
+STARTS = {
+    "sparse": (sparse, Sparse(), True),
+    "cores": (lambda on: cores(on, (2, 1), 1), PLAN.technique, False),
+    "gains": (lambda on: cores(on, (2, 1), 1, gains=True), PLAN.technique, False),
+}
+"""What trains beside factors: a start, the technique, and whether its plan has ``train_a``."""
+
+
+def gradient_of(
+    held, plan: LocalPlan, on: str = "llama", begin: Payload | None = None
+) -> torch.Tensor:
     """The gradient of one private step over these examples, as one row."""
     model = resident(on)
-    begin = start(model, mixed, seed=1)
+    begin = begin or start(model, mixed, seed=1)
     try:
         parameters = model.mount(begin, train_a=plan.train_a, train_b=plan.train_b)
         flat = FlatParameters(parameters)
@@ -36,14 +70,15 @@ def gradient_of(held, plan: LocalPlan, on: str = "llama") -> torch.Tensor:
         model.unmount()
 
 
-def by_autograd(held, plan: LocalPlan, on: str = "llama") -> list[torch.Tensor]:
+def by_autograd(
+    held, plan: LocalPlan, on: str = "llama", begin: Payload | None = None
+) -> list[torch.Tensor]:
     """The gradient of each example's own mean loss, without any code of the product's steps."""
     model, found = resident(on), []
+    begin = begin or start(model, mixed, seed=1)
     for example in held:
         try:
-            parameters = model.mount(
-                start(model, mixed, seed=1), train_a=plan.train_a, train_b=plan.train_b
-            )
+            parameters = model.mount(begin, train_a=plan.train_a, train_b=plan.train_b)
             batch = model.collate([example], plan.loss)
             loss = functional.cross_entropy(model.logits(batch), batch.targets)
             grads = torch.autograd.grad(loss, parameters)
@@ -65,6 +100,40 @@ def test_a_step_without_noise_and_clip_is_the_mean_of_gradients_by_example(sides
     each = [g * min(1, 0.05 / float(g.norm())) for g in by_autograd(held, plan, on)]
     assert float((gradient_of(held, clipped, on) - sum(each) / 4).norm()) <= 2e-6 * 0.05
     assert gradient_of([], clipped, on).norm() == 0
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_every_scalar_that_trains_in_place_of_factors_is_clipped_and_noised(kind: str) -> None:
+    """Law: of values under a mask and of cores too, the step is the noised mean of the gradients of
+    single examples, each clipped as a whole; one example moves it by at most the clip."""
+    make, technique, train_a = STARTS[kind]
+    begin = make(resident("llama"))
+    quiet = with_privacy(ExamplePrivacy(0.05, 0.0), technique=technique, train_a=train_a)
+    held = examples(4, 5)
+    grads = by_autograd(held, quiet, begin=begin)
+    assert min(float(g.norm()) for g in grads) > 0.05, "nothing is clipped: the test says nothing"
+    each = [g * min(1, 0.05 / float(g.norm())) for g in grads]
+    got = gradient_of(held, quiet, begin=begin)
+    assert float((got - sum(each) / 4).norm()) <= 2e-6 * 0.05
+    noisy = gradient_of(held, dataclasses.replace(quiet, privacy=SHARP), begin=begin)
+    assert bool(((noisy - got) != 0).all()), "some scalar that trains has no noise"
+    assert float((noisy - got).std()) == pytest.approx(0.05 * 0.7 / 4, rel=0.3)
+    less = gradient_of(held[1:], dataclasses.replace(quiet, privacy=SHARP), begin=begin)
+    assert float((noisy - less).norm()) <= 0.05 / 4 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kind", STARTS)
+def test_the_fused_engine_trains_them_as_the_sequential_one_and_says_so(kind: str) -> None:
+    make, technique, train_a = STARTS[kind]
+    plan = with_privacy(SHARP, technique=technique, train_a=train_a)
+    store = FakeStore({k: examples(5, k) for k in range(2)})
+    jobs = [job(make(resident("llama")), plan, 0), job(start(resident("llama")), PLAN, 1)]
+    fused, wanted = engine(store=store), alone(jobs, store)
+    got = by_client(fused.train(jobs))
+    assert any("one by one" in note for note in fused.notes())
+    assert not any("failed" in note for note in fused.notes())
+    assert torch.equal(vector(got[0].payload), vector(wanted[0].payload))
+    assert_equal(got[1], wanted[1])
 
 
 def test_one_example_moves_a_step_by_at_most_the_clip_over_the_batch() -> None:
