@@ -9,7 +9,6 @@ from fedlora.core.errors import ConfigError, RunError
 from fedlora.run import checkpoint
 from fedlora.server import evaluation_round
 from fedlora.server.session import Session
-from simulations.reporting.report import write_report
 from tests.planted import planted
 from tests.simulations.conftest import Run, small_run
 
@@ -136,8 +135,8 @@ def test_the_best_round_is_exported_beside_the_last(federate, scripted):
     assert not (best.folder / "best").exists()
 
 
-def test_the_report_says_that_and_why_a_run_stopped(stopped):
-    page = write_report(stopped.folder).read_text()
+def test_the_report_says_that_and_why_a_run_stopped(federate, stopped):
+    page = (federate(*WAITING, "report=true", "resume=auto").folder / "report.html").read_text()
     assert "stopped at round 3: no improvement" in page
     assert "stopped early" in page
 
