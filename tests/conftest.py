@@ -1,9 +1,12 @@
 """What holds for every test: laws are checked on the same examples each time, on one thread."""
 
 from copy import deepcopy
+from functools import cache
 
 import pytest
 import torch
+from hydra import version
+from hydra._internal import defaults_list
 from hypothesis import HealthCheck, settings
 from omegaconf import OmegaConf
 
@@ -19,10 +22,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _texts_are_parsed_once():
-    """Hydra parses all files of a configuration whenever it composes one: a text that has been
-    parsed is copied."""
+def _configurations_are_composed_quickly():
+    """Hydra repeats itself whenever it composes a configuration. A text that has been parsed is
+    copied, a version that has been read is kept, and choices are gathered for interpolations only
+    where a defaults list has some. What is composed is the same."""
     load, parsed = OmegaConf.load, {}
+    choices = defaults_list._create_interpolation_map
 
     def load_once(file):
         if not hasattr(file, "read"):
@@ -33,8 +38,14 @@ def _texts_are_parsed_once():
             parsed[text] = load(file)
         return deepcopy(parsed[text])
 
+    def choices_to_fill_in(overrides, defaults, self_added):
+        named = any(not d.is_self() and d.is_interpolation() for d in defaults)
+        return choices(overrides, defaults, self_added) if named else None
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(OmegaConf, "load", load_once)
+        patch.setattr(version, "_get_version", cache(version._get_version))
+        patch.setattr(defaults_list, "_create_interpolation_map", choices_to_fill_in)
         yield
 
 

@@ -8,6 +8,7 @@ value and what is allowed.
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -114,12 +115,8 @@ def _base_of(hint: Any) -> type:
 
 def _convert(cls: type, fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Convert and check plain fields against the annotations of a dataclass."""
-    hints = get_type_hints(cls)
-    schema = dataclasses.make_dataclass(
-        cls.__name__, [(name, _schema_type(hints[name])) for name in fields]
-    )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), fields)
+        merged = OmegaConf.merge(_schema(cls, tuple(fields)), fields)
         values = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         key = error.full_key or error.key
@@ -128,6 +125,16 @@ def _convert(cls: type, fields: dict[str, Any], where: str) -> dict[str, Any]:
             error
         )
     return {name: _frozen(getattr(values, name)) for name in fields}
+
+
+@lru_cache(maxsize=1024)  # a process builds the same few classes again and again
+def _schema(cls: type, names: tuple[str, ...]) -> DictConfig:
+    """What OmegaConf checks these fields of a dataclass by; merging copies it."""
+    hints = get_type_hints(cls)
+    checked = [(name, _schema_type(hints[name])) for name in names]
+    node = OmegaConf.structured(dataclasses.make_dataclass(cls.__name__, checked))
+    assert isinstance(node, DictConfig)
+    return node
 
 
 _PLAIN = (int, float, bool, str)

@@ -6,6 +6,7 @@ CRC keeps streams of different purposes apart even when all other arguments agre
 
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -23,6 +24,11 @@ def generator(seed: int, purpose: str, *keys: int) -> np.random.Generator:
 
 def torch_seed(seed: int, purpose: str, *keys: int) -> int:
     """A 63-bit seed for a torch generator."""
+    return _torch_seed(seed, purpose, keys)
+
+
+@lru_cache(maxsize=2**16)  # every start of a client asks for the seeds of the same tensors
+def _torch_seed(seed: int, purpose: str, keys: tuple[int, ...]) -> int:
     return int(_entropy(seed, purpose, *keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

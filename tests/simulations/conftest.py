@@ -5,11 +5,16 @@ import itertools
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+from fedlora.core.payload import Payload
+from fedlora.models.spec import ModelSpec
 from fedlora.run.tracking import read_jsonl
+from simulations.app import export
 from simulations.app.client_app import app
 from simulations.app.compose import load
 from simulations.app.federate import run
@@ -60,21 +65,28 @@ class Run:
         return json.loads((self.folder / "status.json").read_text())
 
 
-def small_run(output: Path, *overrides: str) -> Run:
-    """Do a small run with overrides."""
+def small_run(output: Path, *overrides: str, read_back: bool = False) -> Run:
+    """Do a small run with overrides. What it exports is read back by PEFT where a test looks at
+    that."""
     said: list[str] = []
     text = [] if any(w.startswith("data=") for w in overrides) else TEXT
     cfg = load([*SMALL, *text, f"output_dir={output}", *overrides])
-    folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
+    reading = nullcontext() if read_back else mock.patch.object(export, "read_back", _unread)
+    with reading:
+        folder = run(cfg, lambda p: InProcessGrid(app, p.runtime.nodes), said.append)
     return Run(folder, said)
+
+
+def _unread(payload: Payload, folder: Path, spec: ModelSpec) -> None:
+    """As for a folder that no other program reads."""
 
 
 @pytest.fixture
 def federate(tmp_path):
     """Do a small run with overrides."""
 
-    def do(*overrides: str, output: str = "out") -> Run:
-        return small_run(tmp_path / output, *overrides)
+    def do(*overrides: str, output: str = "out", read_back: bool = False) -> Run:
+        return small_run(tmp_path / output, *overrides, read_back=read_back)
 
     return do
 
@@ -83,7 +95,9 @@ def federate(tmp_path):
 def once(tmp_path_factory):
     """Small runs that are done once in a session: to be read only."""
     root, number = tmp_path_factory.mktemp("finished"), itertools.count()
-    return functools.cache(lambda *overrides: small_run(root / str(next(number)), *overrides))
+    return functools.cache(
+        lambda *overrides, **how: small_run(root / str(next(number)), *overrides, **how)
+    )
 
 
 @pytest.fixture
@@ -91,8 +105,8 @@ def finished(once, tmp_path):
     """A small run that several tests look at, in a copy of its folder that may be changed and
     continued (``federate("resume=auto", ...)`` finds it). Nothing is to be patched before it."""
 
-    def do(*overrides: str, output: str = "out") -> Run:
-        done = once(*overrides)
+    def do(*overrides: str, output: str = "out", **how: bool) -> Run:
+        done = once(*overrides, **how)
         folder = shutil.copytree(done.folder, tmp_path / output / done.folder.name)
         return Run(folder, done.said.splitlines())
 

@@ -925,14 +925,15 @@ def added(strategy: LoRAStrategy, state: State, updates: Sequence[Update]) -> li
 
 def _summing(
     strategy: LoRAStrategy, seed: int, precision: Precision, rounds: Sequence[int] = (0, 1, 2)
-) -> Iterator[tuple[str, Setting, State, list[Update]]]:
-    """Every rank distribution, some rounds in, where the next state needs a sum alone."""
+) -> Iterator[tuple[str, Setting, State, list[Update], list[Summands]]]:
+    """Every rank distribution, some rounds in, where the next state needs a sum alone; with what
+    its clients add."""
     for name, tiers in DISTRIBUTIONS.items():
         population = population_for(strategy, tiers)
         for t in rounds:
             state, updates = after_rounds(strategy, population, seed, t, precision)
-            if added(strategy, state, updates):
-                yield f"{name}, round {t}", population, state, updates
+            if terms := added(strategy, state, updates):
+                yield f"{name}, round {t}", population, state, updates, terms
 
 
 def says_whether_sums_are_enough(
@@ -952,11 +953,9 @@ def absorbing_the_sum_is_aggregating(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """``aggregate(s, U) = absorb(s, Σ w adds, Σ w)``."""
-    for what, population, state, updates in _summing(strategy, seed, precision):
+    for what, population, state, updates, terms in _summing(strategy, seed, precision):
         w = strategy.reference_weights(updates)
-        absorbed = strategy.absorb(
-            state, summand.total(added(strategy, state, updates), w), math.fsum(w)
-        )
+        absorbed = strategy.absorb(state, summand.total(terms, w), math.fsum(w))
         aggregated = strategy.aggregate(state, updates)
         assert absorbed.keys() == aggregated.keys(), f"{what}: states of other names"
         one, other = (strategy.global_update(s) for s in (absorbed, aggregated))
@@ -973,7 +972,7 @@ def who_did_not_move_adds_nothing(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Exactly zero, in the sum as well."""
-    for what, _, state, updates in _summing(strategy, seed, precision):
+    for what, _, state, updates, _ in _summing(strategy, seed, precision):
         still = [
             dataclasses.replace(u, payload=_untrained(strategy, state, u.client)) for u in updates
         ]
@@ -988,10 +987,8 @@ def absorbing_nothing_changes_nothing(
 ) -> None:
     """As a product. Where a round hands over to another kind of update (SLoRA's last sparse round),
     the new kind holds what it can."""
-    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1, 2)):
-        nothing = summand.scaled(
-            summand.total(added(strategy, state, updates), [0.0] * len(updates)), 0.0
-        )
+    for what, _, state, _, terms in _summing(strategy, seed, precision, rounds=(1, 2)):
+        nothing = summand.scaled(summand.total(terms, [0.0] * len(terms)), 0.0)
         after = strategy.absorb(state, nothing, 3.0)
         before, now = strategy.global_update(state), strategy.global_update(after)
         if type(before) is type(now):
@@ -1003,8 +1000,7 @@ def summands_do_not_show_ranks(
 ) -> None:
     """Names and shapes are those of every other client. A client of a secure sum, which is sent a
     part of the state, adds the same."""
-    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
-        terms = added(strategy, state, updates)
+    for what, _, state, updates, terms in _summing(strategy, seed, precision, rounds=(1,)):
         shapes = [{name: tuple(t.shape) for name, t in x.items()} for x in terms]
         assert all(s == shapes[0] for s in shapes), f"{what}: {shapes}"
         start = strategy.client_start(state, updates[0].client)
@@ -1018,8 +1014,8 @@ def summands_have_the_norm_of_dense_ones(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     tolerance = max(1e-10, precision.tolerance)
-    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
-        for x in added(strategy, state, updates):
+    for what, _, _, _, terms in _summing(strategy, seed, precision, rounds=(1,)):
+        for x in terms:
             whole = summand.norm({name: summand.dense(t).double() for name, t in x.items()})
             assert abs(summand.norm(x) - whole) <= tolerance * whole, what
 
@@ -1027,11 +1023,12 @@ def summands_have_the_norm_of_dense_ones(
 def order_of_summands_does_not_matter(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
-    for what, population, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+    for what, population, state, updates, terms in _summing(strategy, seed, precision, rounds=(1,)):
         results = []
-        for order in (updates, random.Random(seed).sample(updates, len(updates))):
-            w = strategy.reference_weights(order)
-            total = summand.total(added(strategy, state, order), w)
+        pairs = list(zip(updates, terms, strict=True))
+        for order in (pairs, random.Random(seed).sample(pairs, len(pairs))):
+            w = strategy.reference_weights([u for u, _ in order])
+            total = summand.total([x for _, x in order], w)
             results.append(effects(strategy, strategy.absorb(state, total, sum(w)), population))
         for x, y in zip(*results, strict=True):
             assert_close(x, y, precision, f"{what}: another order")
@@ -1041,7 +1038,7 @@ def adding_and_absorbing_are_pure(
     strategy: LoRAStrategy, seed: int, precision: Precision = DOUBLE
 ) -> None:
     """Nothing is changed, nothing of the sum is in the state, and the same comes twice."""
-    for what, _, state, updates in _summing(strategy, seed, precision, rounds=(1,)):
+    for what, _, state, updates, _ in _summing(strategy, seed, precision, rounds=(1,)):
         given = [state, *(dict(u.payload.tensors()) for u in updates)]
         copies = [{k: t.clone() for k, t in tensors.items()} for tensors in given]
         w = strategy.reference_weights(updates)

@@ -46,7 +46,8 @@ def exported_head(done):
     ],
 )
 def test_a_run_trains_exports_and_is_read_by_plain_peft(finished, strategy, mode):
-    done = finished(*INTENTS, *OWN, f"strategy={strategy}", f"model.head={mode}")
+    words = (*INTENTS, *OWN, f"strategy={strategy}", f"model.head={mode}")
+    done = finished(*words, read_back=True)
     assert "WARNING" not in done.said
     folder, spec = done.folder / "adapter", spec_of(done)
     assert len(spec.labels) == 77

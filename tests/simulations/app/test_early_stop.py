@@ -1,5 +1,7 @@
 """Whole runs that stop early: the state, the words and the folder of the best round."""
 
+import shutil
+
 import pytest
 from safetensors.torch import load_file
 
@@ -8,6 +10,7 @@ from fedlora.run import checkpoint
 from fedlora.server import evaluation_round
 from fedlora.server.session import Session
 from tests.planted import planted
+from tests.simulations.conftest import Run, small_run
 
 EVALUATED = [
     *("evaluate=loss", "evaluate.clients=1", "evaluate.plan.max_examples=1"),
@@ -20,19 +23,37 @@ METHODS = [
 ]
 
 
+WORSE = (5, 3, 4, 4, 4, 4, 4)
+
+
 @pytest.fixture
 def scripted(monkeypatch):
     """Evaluations whose loss is scripted by round; everything else is as it is."""
+    return lambda *losses: script(monkeypatch, losses)
 
-    def do(*losses: float) -> None:
-        real = evaluation_round.evaluation_record
 
-        def record(tag, found, *, round, **rest):
-            return real(tag, found, round=round, **rest) | {"loss_response_weighted": losses[round]}
+def script(patch, losses) -> None:
+    real = evaluation_round.evaluation_record
 
-        monkeypatch.setattr(evaluation_round, "evaluation_record", record)
+    def record(tag, found, *, round, **rest):
+        return real(tag, found, round=round, **rest) | {"loss_response_weighted": losses[round]}
 
-    return do
+    patch.setattr(evaluation_round, "evaluation_record", record)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The run that waits and stops after `WORSE`, done once: to be read only."""
+    with pytest.MonkeyPatch.context() as patch:
+        script(patch, WORSE)
+        return small_run(tmp_path_factory.mktemp("straight"), *WAITING)
+
+
+@pytest.fixture
+def stopped(straight, tmp_path):
+    """The same in a folder that ``federate("resume=auto", ...)`` finds and may change."""
+    folder = shutil.copytree(straight.folder, tmp_path / "out" / straight.folder.name)
+    return Run(folder, straight.said.splitlines())
 
 
 def states(run) -> list[str]:
@@ -41,7 +62,7 @@ def states(run) -> list[str]:
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m[0])
 def test_a_run_that_stops_is_the_beginning_of_one_that_does_not(federate, scripted, method):
-    scripted(5, 3, 4, 4, 4, 4, 4)
+    scripted(*WORSE)
     whole = federate(*method, *WAITING, "federation.patience=0", output="whole")
     early = federate(*method, *WAITING)
     assert len(whole.rounds) == 6
@@ -59,18 +80,16 @@ def test_a_run_that_stops_is_the_beginning_of_one_that_does_not(federate, script
 
 
 @pytest.mark.parametrize("first", [1, 3])
-def test_a_run_that_is_continued_stops_where_it_would_have(federate, scripted, first):
-    scripted(5, 3, 4, 4, 4, 4, 4)
-    straight = federate(*WAITING, output="straight")
+def test_a_run_that_is_continued_stops_where_it_would_have(federate, scripted, straight, first):
+    scripted(*WORSE)
     federate(*WAITING, f"rounds={first}")
     resumed = federate(*WAITING, "resume=auto")
     assert states(resumed) == states(straight)
     assert resumed.status == straight.status
 
 
-def test_a_run_killed_before_its_evaluation_stops_where_it_would_have(federate, scripted):
-    scripted(5, 3, 4, 4, 4, 4, 4)
-    straight = federate(*WAITING, output="straight")
+def test_a_run_killed_before_its_evaluation_stops_where_it_would_have(federate, scripted, straight):
+    scripted(*WORSE)
     killed = federate(*WAITING, "rounds=3")
     file = killed.folder / "metrics.jsonl"
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
@@ -79,9 +98,9 @@ def test_a_run_killed_before_its_evaluation_stops_where_it_would_have(federate, 
     assert resumed.status == straight.status
 
 
-def test_a_stopped_run_stays_stopped_until_it_is_given_more_patience(federate, scripted):
-    scripted(5, 3, 4, 4, 4, 4, 4)
-    early = federate(*WAITING)
+def test_a_stopped_run_stays_stopped_until_it_is_given_more_patience(federate, scripted, stopped):
+    scripted(*WORSE)
+    early = stopped
     again = federate(*WAITING, "resume=auto")
     assert again.folder == early.folder
     assert "starting rounds" not in again.said
@@ -99,7 +118,7 @@ def test_an_evaluation_that_only_once_was_the_last_does_not_count(federate, scri
 
 
 def test_the_best_round_is_exported_beside_the_last(federate, scripted):
-    scripted(5, 3, 4, 4, 4, 4, 4)
+    scripted(*WORSE)
     early = federate(*WAITING, "federation.keep=1")
     best = federate(*EVALUATED, "rounds=1", output="one")
 
@@ -116,9 +135,8 @@ def test_the_best_round_is_exported_beside_the_last(federate, scripted):
     assert not (best.folder / "best").exists()
 
 
-def test_the_report_says_that_and_why_a_run_stopped(federate, scripted):
-    scripted(5, 3, 4, 4, 4, 4, 4)
-    page = (federate(*WAITING, "report=true").folder / "report.html").read_text()
+def test_the_report_says_that_and_why_a_run_stopped(federate, stopped):
+    page = (federate(*WAITING, "report=true", "resume=auto").folder / "report.html").read_text()
     assert "stopped at round 3: no improvement" in page
     assert "stopped early" in page
 

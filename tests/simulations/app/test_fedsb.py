@@ -60,7 +60,7 @@ def test_classifiers_with_a_head_and_rounded_replies(federate, strategy, engine)
 @pytest.mark.parametrize("ranks", [EQUAL, ("ranks=uniform",)], ids=["equal", "unequal"])
 def test_peft_and_the_merged_model_compute_what_was_trained(federate, tmp_path, ranks):
     """``A = V`` has orthonormal rows, and ``B = U R`` lies in the span of as many columns."""
-    done = federate(*ranks, "strategy=ravan", "rounds=2")
+    done = federate(*ranks, "strategy=ravan", "rounds=2", read_back=True)
     assert not any(r["rejected"] for r in done.rounds)
     record = json.loads((done.folder / "adapter" / "fedlora.json").read_text())
     assert record[READ_BACK]["agrees"]

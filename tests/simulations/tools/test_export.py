@@ -28,7 +28,7 @@ def front_matter(card):
 
 
 def test_the_folder_has_a_card_a_tokenizer_and_ordinary_modes(federate):
-    done = federate(*EVALUATED)
+    done = federate(*EVALUATED, read_back=True)
     folder = done.folder / "adapter"
     head, body = front_matter((folder / "README.md").read_text())
     assert head["library_name"] == "peft" and {"fedlora", "lora"} <= set(head["tags"])
@@ -48,7 +48,7 @@ def test_the_folder_has_a_card_a_tokenizer_and_ordinary_modes(federate):
 
 def test_an_adapter_that_peft_reads_otherwise_is_said_at_the_end(federate, monkeypatch):
     monkeypatch.setattr(read_back, "_ROOM", 1e9)
-    done = federate()
+    done = federate(read_back=True)
     assert "WARNING: adapter/: PEFT" in done.said and "was not checked on it" in done.said
     assert not output_record(done.folder / "adapter")["read_back"]["checked"]
     assert "was not checked on it" in (done.folder / "adapter/README.md").read_text()
