@@ -46,7 +46,7 @@ def straight(tmp_path_factory):
     """The run that waits and stops after `WORSE`, done once: to be read only."""
     with pytest.MonkeyPatch.context() as patch:
         script(patch, WORSE)
-        return small_run(tmp_path_factory.mktemp("straight"), *WAITING)
+        return small_run(tmp_path_factory.mktemp("straight"), *WAITING, "report=true")
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def test_the_best_round_is_exported_beside_the_last(federate, scripted):
     assert not (best.folder / "best").exists()
 
 
-def test_the_report_says_that_and_why_a_run_stopped(federate, stopped):
-    page = (federate(*WAITING, "report=true", "resume=auto").folder / "report.html").read_text()
+def test_the_report_says_that_and_why_a_run_stopped(straight):
+    page = (straight.folder / "report.html").read_text()
     assert "stopped at round 3: no improvement" in page
     assert "stopped early" in page
 
