@@ -364,7 +364,10 @@ class ClientPrivacy(Protection):
     def check_sums(self, secagg: SecAgg, zero: Callable[[], Summands]) -> None:
         if not math.isinf(self.clip):
             self.limit().radius(secagg.levels, scalars(shapes_of(zero())))
-        if self.spec.sampling == FIXED or self.spec.stands_for.cohort or not self.multiplier:
+        if self.spec.sampling == FIXED:
+            return
+        if self.spec.stands_for.cohort or not self.multiplier:
+            self._check_drawn(secagg)  # nothing is claimed of these clients
             return
         n, bands = len(self.roster.trainable), self.spec.bands
         chance = self.rounds * max(
@@ -378,6 +381,18 @@ class ClientPrivacy(Protection):
                 f"sum (probability {chance:.2g}, more than {NEGLIGIBLE:g} of privacy.delta); "
                 "change population.per_round, or use secagg=none"
             )
+
+    def _check_drawn(self, secagg: SecAgg) -> None:
+        """Refuse a run that would end at a round of one client, or of more than can be summed: the
+        same clients would be drawn whenever it is continued."""
+        for round in range(1, self.rounds + 1):
+            drawn = len(self.cohort(self.roster, self.seed, round))
+            if drawn and not FEWEST <= drawn <= secagg.capacity:
+                raise ValueError(
+                    f"privacy=client with secagg={secagg.kind}: round {round} has a cohort of "
+                    f"{drawn:,}, and there are secure sums of {FEWEST} to {secagg.capacity:,} "
+                    "clients; change population.per_round or seed, or use secagg=none"
+                )
 
     def released(self, release: Postprocessor, short: float | None = None) -> None:
         assert isinstance(release, Release)

@@ -99,8 +99,8 @@ class SumPlan:
             aborted: told of a round that ends without a sum.
 
         Raises:
-            RunError: if the method needs the updates themselves, more clients are asked than a sum
-                can hold, or its numbers are too coarse for the limit.
+            RunError: if the method needs the updates themselves, or the clients are too many or
+                the numbers too coarse for a sum.
         """
         now = Moment(jobs[0].seed, jobs[0].round)
         still = [Update(j.client, untrained(j), j.client.num_examples) for j in jobs]

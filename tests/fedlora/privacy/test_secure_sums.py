@@ -17,9 +17,9 @@ from hypothesis.extra import numpy as arrays
 from fedlora.algebra.summand import dense, norm, total
 from fedlora.core.errors import RunError
 from fedlora.core.types import LocalPlan, Update
-from fedlora.population.sampling import outside
+from fedlora.population.sampling import outside, poisson
 from fedlora.privacy.adaptive import Adaptive, counted
-from fedlora.privacy.client import ABORTED, ClientLevel, ClientPrivacy, Release
+from fedlora.privacy.client import ABORTED, ClientLevel, ClientPrivacy, Release, StandsFor
 from fedlora.privacy.clip import clipped
 from fedlora.privacy.noise import standard
 from fedlora.run import checkpoint
@@ -46,6 +46,7 @@ FFA = Alternate(weights="uniform")
 FIXED = ClientLevel(epsilon=0, sigma=1.0, clip=0.4, adaptive=None)
 ADAPTIVE = replace(FIXED, adaptive=Adaptive())
 SILENT = replace(FIXED, sigma=0)
+LARGER = replace(FIXED, stands_for=StandsFor(cohort=5000, population=1_000_000))
 
 
 # --- one client ---------------------------------------------------------------------------------
@@ -275,10 +276,34 @@ def test_cohorts_that_may_be_too_small_or_too_large_are_refused() -> None:
     with pytest.raises(ValueError, match="fewer than 2 clients or more than 257"):
         checked(400, 250)
     checked(400, 4, replace(FIXED, sampling="fixed"))
-    checked(400, 4, SILENT)
     run = ClientPrivacy(FIXED, roster(400, 80), 7, 10, Path("unused"))
     with pytest.raises(ValueError, match=r"secagg\.levels=8: rounding 90,000 numbers"):
         run.check_sums(COARSE, lambda: {"x": torch.zeros(300, 300)})
+
+
+@pytest.mark.parametrize("spec", [SILENT, LARGER], ids=["no noise", "a larger run's"])
+@pytest.mark.parametrize("most", [257, 4])
+def test_where_nothing_is_claimed_only_rounds_that_have_no_sum_are_refused(
+    spec: ClientLevel, most: int
+) -> None:
+    """Law: a run is refused if and only if a round of it draws one client, or more than a sum
+    holds; a round that draws none releases noise alone."""
+    secagg = SecAgg(kind="simulated", bits=16, levels=8 if most == 257 else 14)
+    assert secagg.capacity == most
+    told, empty = set(), False
+    for seed in range(12):
+        run = ClientPrivacy(spec, roster(400, 3), seed, 3, Path("unused"))
+        sizes = [len(poisson(run.roster, seed, t, 3 / 400)) for t in (1, 2, 3)]
+        wrong = [t for t, n in enumerate(sizes, 1) if n == 1 or n > most]
+        if wrong:
+            said = f"round {wrong[0]} has a cohort of {sizes[wrong[0] - 1]}, .* 2 to {most} clients"
+            with pytest.raises(ValueError, match=said):
+                run.check_sums(secagg, lambda: {"x": torch.zeros(9)})
+        else:
+            run.check_sums(secagg, lambda: {"x": torch.zeros(9)})
+            empty |= 0 in sizes
+        told.add(bool(wrong))
+    assert told == {True, False} and empty
 
 
 # --- do these tests bite? -----------------------------------------------------------------------
