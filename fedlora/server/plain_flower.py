@@ -51,6 +51,7 @@ from fedlora.core.types import (
     Setting,
     Update,
 )
+from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.server.combine import NUMERICAL, combine, unusable
 from fedlora.server.flower import essence, nodes_of
 from fedlora.server.method import Method
@@ -129,6 +130,10 @@ class PlainFlower(Strategy):
         norm_factor: medians of a round's changes up to which an answer is averaged
             (`fedlora.server.norm_bound`; how many steps a node takes is not known); 0: any.
         max_examples: up to which a node's claim to examples counts; 0: as it claims at first.
+        robust: what takes the place of the method's mean (`fedlora.robust`); all count alike.
+
+    Raises:
+        ValueError: with a rule, if the method says of no sum what a client adds to it.
     """
 
     def __init__(
@@ -140,7 +145,11 @@ class PlainFlower(Strategy):
         max_update_norm: float = 0.0,
         norm_factor: float = 50.0,
         max_examples: int = 0,
+        robust: Rule = NO_RULE,
     ) -> None:
+        if robust.acts and method.needs_updates:
+            raise ValueError(f"robust={type(robust).__name__}: {method.needs_updates}")
+        self.robust = robust
         self.method, self.seed, self.min_nodes = method, seed, min_nodes
         self.max_update_norm, self.norm_factor = max_update_norm, norm_factor
         self.max_examples = max_examples
@@ -234,13 +243,16 @@ class PlainFlower(Strategy):
             refuse: says it of one more.
 
         Raises:
-            RunError: if fewer than ``min_nodes`` are left.
+            RunError: if fewer than ``min_nodes`` are left, or too few for the rule.
         """
-        starts = {asked.client.id: asked.start for asked in self._asked.values()}
-        now = Moment(self.seed, server_round)
+        clients = {node: m.update.client for node, m in moves.items()}
+        starts = {c.id: self._expected(self._asked[n], c).start for n, c in clients.items()}
+        now, rule = Moment(self.seed, server_round), self.robust
         while len(moves) >= max(1, self.min_nodes):
             try:
-                after = combine(self.method, self.state, _updates(moves), now, starts=starts).state
+                updates = _updates(moves)
+                done = combine(self.method, self.state, updates, now, starts=starts, rule=rule)
+                after = done.state
                 wrong = unusable(self.method, after)
             except NUMERICAL as error:
                 wrong = f"the average cannot be computed: {error}"

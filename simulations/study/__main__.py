@@ -7,6 +7,8 @@ fedlora study smoke --list                 # the runs, and what is done; nothing
 fedlora study tuned prune=[2,4]            # of the study itself: end worse values early
 fedlora study smoke --record               # results as JSON into docs/results
 fedlora study smoke --only seed=0          # a part of the runs, without results
+fedlora study smoke --from --record        # go on from the runs that were recorded, record again
+fedlora study smoke --list --record        # record what is complete; nothing is started
 fedlora study smoke --sweep-yaml           # the same study as a sweep of Weights & Biases
 
 Results are in outputs/study-<name>. The same command continues a study that was stopped: complete
@@ -17,10 +19,9 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from fedlora.core import variables
 from fedlora.core.errors import ConfigError, RunFolderError
@@ -31,29 +32,35 @@ from simulations.app.own_modules import find_own_modules
 from simulations.app.words import SEARCH_PATH, absolute, with_search_path
 from simulations.reporting.run_folder import RecordError
 from simulations.run import INTERRUPTED, interrupts
-from simulations.study.analysis import Analysis, analyse
+from simulations.study.analysis import Analysis
+from simulations.study.archive import read_archive
 from simulations.study.board import Board
 from simulations.study.choice import Tuned
 from simulations.study.figures import FIGURES, all_figures, pdf
 from simulations.study.page import PAGE, report_html
-from simulations.study.plan import Planned, command, label, plan, tuning_plan, write_plan
-from simulations.study.record import record_of, write_record
-from simulations.study.results import (
-    PARQUET,
-    check_costs,
-    check_metrics,
-    recorded,
-    write_parquet,
-)
+from simulations.study.parts import halts_of, take
+from simulations.study.plan import TUNING, Planned, command, label, plan, tuning_plan, write_plan
+from simulations.study.recording import analysed, archive_file, complete_runs, record
+from simulations.study.results import PARQUET, write_parquet
 from simulations.study.runner import Progress, Start, State, do_all, progress_of, start_process
 from simulations.study.spec import Study, read_study
-from simulations.study.stages import chosen_before, label_of, reported, tune, warnings
+from simulations.study.stages import (
+    choice,
+    chosen_before,
+    label_of,
+    reported,
+    tune,
+    warnings,
+)
 from simulations.study.summary import tracking_of, write_summary
 from simulations.study.sweep import selected, sweep_yaml
 from simulations.study.tables import WRITERS
 from simulations.study.tuning_tables import TUNING_CSV, tuning_csv
 
 NO_TRACKING = Silent()
+RESULTS = ROOT / "docs" / "results"
+Take = Callable[[str, Sequence[Planned]], None]
+"""Takes the runs of a stage from an archive, as far as it has them."""
 
 
 def main(arguments: Sequence[str] | None = None, start: Start = start_process) -> int:
@@ -72,29 +79,63 @@ def main(arguments: Sequence[str] | None = None, start: Start = start_process) -
         folder = absolute(os.environ.get(variables.OUTPUT, "outputs")) / f"study-{study.name}"
         tuning = tuning_plan(study, paths)
         plan(study, paths)  # mistakes show before anything is started
-        if given.list:
-            return _listed(study, tuning, folder, paths)
+        from_archive = _taker(study, folder, given.source)
+        if given.record is not None and (file := archive_file(given.record, study)).is_file():
+            read_archive(file, study.name)  # so do those of the archive
+        from_archive(TUNING, tuning)
+        did = shlex.join(["fedlora", "study", study.name, *(w for w in words if w not in paths)])
         if given.sweep_yaml is not None:
             stages = known_runs(study, tuning, folder, paths)
             name = given.study if study.name == given.study else str(absolute(given.study))
             _write_or_print(given.sweep_yaml, sweep_yaml(study, stages[-1], name, words))
             return 0
-        if given.only:
-            known = list(chain(*known_runs(study, tuning, folder, paths)))
-            with interrupts():
-                return _some(selected(study, known, given.only), folder, given.jobs, start)
-        did = shlex.join(["fedlora", "study", study.name, *(w for w in words if w not in paths)])
-        with interrupts(), claim(folder):
-            code, record = _done(study, tuning, folder, given.jobs, start, paths, did)
-            if given.record is not None and record is not None:
-                print(f"recorded: {write_record(given.record, record)}")
-            return code
+        if given.list or given.only:
+            code = _part(study, tuning, folder, paths, from_archive, given, start)
+        else:
+            with interrupts(), claim(folder):
+                code = _done(study, tuning, folder, given.jobs, start, paths, from_archive)
+        if given.record is not None:
+            print("\n".join(record(study, tuning, folder, paths, given.record, did)))
+        return code
     except (ConfigError, RunFolderError, RecordError) as error:
         print(f"fedlora study: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fedlora study: interrupted; the same command continues it", file=sys.stderr)
         return INTERRUPTED
+
+
+def _taker(study: Study, folder: Path, source: Path | None) -> Take:
+    """Takes what an archive has; without an archive, nothing."""
+    if source is None:
+        return lambda stage, runs: None
+    file = archive_file(RESULTS, study) if source == Path() else source
+    archive = read_archive(file, study.name)
+
+    def from_archive(stage: str, runs: Sequence[Planned]) -> None:
+        if runs:
+            what = f"{file}, {stage}" if stage else str(file)
+            print("\n".join(take(archive, stage, runs, folder, halts_of(study)).lines(what)))
+
+    return from_archive
+
+
+def _part(
+    study: Study,
+    tuning: Sequence[Planned],
+    folder: Path,
+    paths: Sequence[str],
+    from_archive: Take,
+    given: argparse.Namespace,
+    start: Start,
+) -> int:
+    """List the runs, or do some of them."""
+    stages = known_runs(study, tuning, folder, paths)
+    from_archive("", [run for run in chain(*stages) if not run.stage])
+    if given.list:
+        return _listed(study, tuning, folder, paths)
+    with interrupts():
+        return _some(selected(study, list(chain(*stages)), given.only), folder, given.jobs, start)
 
 
 def _done(
@@ -104,14 +145,15 @@ def _done(
     jobs: int,
     start: Start,
     paths: Sequence[str],
-    did: str,
-) -> tuple[int, dict[str, Any] | None]:
-    """Do what is missing, then write the results; the exit code, and what can be recorded."""
+    from_archive: Take,
+) -> int:
+    """Do what is missing, then write the results; the exit code."""
     if tuning and chosen_before(folder, tuning) is None:
         write_plan(folder, study, tuning)
     tried, tuned = tune(study, tuning, folder, jobs, start, Board())
     runs = reported(study, tuned, paths)
     write_plan(folder, study, [*tuning, *runs], [one.record() for one in tuned])
+    from_archive("", runs)
     standing, board = progress_of(runs, folder), Board()
     try:
         do_all(standing, jobs, start, board.show)
@@ -120,10 +162,9 @@ def _done(
         for line in warnings(tuned):
             print(line)
         print(f"study folder: {folder}", flush=True)
-    analysis = write_results(study, standing, folder, tuned, tracking_of(study, runs))
+    write_results(study, standing, folder, tuned, tracking_of(study, runs))
     failed = any(one.state is State.FAILED for one in (*tried, *standing))
-    record = None if analysis is None else record_of(study, analysis, tried, standing, did)
-    return int(failed or any(one.chosen is None for one in tuned)), record
+    return int(failed or any(one.chosen is None for one in tuned))
 
 
 def write_results(
@@ -147,17 +188,13 @@ def write_results(
         old.unlink(missing_ok=True)  # of other runs, if the study has changed
     if study.tuning is not None:
         write_file(folder / TUNING_CSV, tuning_csv(study, tuned))
-    done = [one for one in standing if one.state is State.DONE]
-    runs = [recorded(one.run, one.folder, study.metrics) for one in done]
-    runs = [one for one in runs if one.rows]
+    runs = complete_runs(study, standing)
     if not runs:
         return None
     write_parquet(folder / PARQUET, runs, list(study.axes))
     if not study.metrics:
         return None
-    check_metrics(list(study.metrics), runs, f"study {study.name}: metrics")
-    check_costs([*study.budgets, *study.equal], runs, f"study {study.name}: budgets")
-    analysis = analyse(study, runs, tuned)
+    analysis = analysed(study, runs, tuned)
     for name, text_of in WRITERS.items():
         write_file(folder / name, text_of(study, analysis))
     figures = list(all_figures(study, runs, analysis))
@@ -174,7 +211,8 @@ def known_runs(
     study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]
 ) -> list[Sequence[Planned]]:
     """The runs of each stage whose words are known: reported ones have none before the choice."""
-    tuned = chosen_before(folder, tuning) if tuning else []
+    found = choice(study, tuning, folder)
+    tuned = None if found is None else found[1]
     runs = [] if tuned is None else reported(study, tuned, paths)
     return [stage for stage in (tuning, runs) if stage]
 
@@ -199,7 +237,8 @@ def _write_or_print(file: str, text: str) -> None:
 
 def _listed(study: Study, tuning: Sequence[Planned], folder: Path, paths: Sequence[str]) -> int:
     """Print the runs with their commands; what awaits its tuning has none yet."""
-    tuned = chosen_before(folder, tuning) if tuning else []
+    known = choice(study, tuning, folder)
+    tuned = None if known is None else known[1]
     runs = [*tuning, *(reported(study, tuned, paths) if tuned is not None else [])]
     for one in progress_of(runs, folder):
         print(f"{one.state.value:<8} {command(one.run)}")
@@ -240,10 +279,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="print the file for `wandb sweep` that does the same runs, or write it",
     )
-    results = ROOT / "docs" / "results"
     parser.add_argument(
-        "--record", type=Path, nargs="?", const=results, metavar="FOLDER",
-        help="write the results as JSON into docs/results, or into another folder",
+        "--record", type=Path, nargs="?", const=RESULTS, metavar="FOLDER",
+        help="write results (JSON) and runs (zip) into docs/results, or into another folder",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="source", type=Path, nargs="?", const=Path(), metavar="FILE",
+        help="take the runs of an archive that --record wrote; by default that of docs/results",
     )  # fmt: skip
     parser.add_argument(
         "--config-dir", type=lambda p: f"--config-dir={p}", nargs=1, default=[],

@@ -75,6 +75,15 @@ def missing(runs: Sequence[Progress]) -> list[str]:
     return lines
 
 
+def anew(runs: Sequence[Progress]) -> list[str]:
+    """A line for each run of an archive that could not be continued."""
+    return [
+        f"done anew {one.run.label}: of the archive's {one.anew} rounds there is no checkpoint"
+        for one in runs
+        if one.anew
+    ]
+
+
 @dataclass
 class Board:
     """Shows a study while it goes on: one table that is redrawn on a terminal, and elsewhere a line
@@ -110,7 +119,7 @@ class Board:
         if not runs:
             return
         lines = [*table(runs), summary(runs, self.now() - self._began)]
-        self._draw([*lines, *failures(runs), *missing(runs)])
+        self._draw([*lines, *anew(runs), *failures(runs), *missing(runs)])
         self._drawn = 0
 
     def _draw(self, lines: Sequence[str]) -> None:

@@ -53,13 +53,19 @@ def add_cost(folder: Path, began: float) -> None:
         os.fsync(file.fileno())
 
 
-def cost_of(folder: Path) -> Cost | None:
-    """The cost of a run; None if no attempt has left a line."""
+def cost_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's attempts, without one that was cut off."""
     file = cost_file(folder)
     lines = []
     for text in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        with suppress(ValueError):  # a line that was cut off
+        with suppress(ValueError):
             lines.append(json.loads(text))
+    return lines
+
+
+def cost_of(folder: Path) -> Cost | None:
+    """The cost of a run; None if no attempt has left a line."""
+    lines = cost_lines(folder)
     if not lines:
         return None
     return Cost(

@@ -2,7 +2,8 @@
 
 The identity of a run is a hash of its whole resolved configuration without what results do not
 depend on (`simulations.app.identity`). It is a part of the name of the run's folder, so that a run
-whose configuration has changed is another run, and all others keep what they have.
+whose configuration has changed is another run, and all others keep what they have. Keys that are
+new since a folder got its name, at their defaults, are no change (`simulations.app.since`).
 """
 
 import json
@@ -10,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -23,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
-from simulations.app.compose import load
+from simulations.app.compose import load_chosen
 from simulations.app.identity import digest
-from simulations.app.words import readable
+from simulations.app.since import Configuration, configuration, difference
+from simulations.app.words import SEARCH_PATH, readable
 from simulations.study.spec import Evaluation, Study
 from simulations.study.tracked import labels_of
 from simulations.study.tuning import VALIDATION, key_words
@@ -55,6 +57,8 @@ class Planned:
     """Rounds that are wanted for now, where tuning compares halfway; 0: all."""
     labels: tuple[str, ...] = ()
     """Words that tell a tracker what the run is within its study; results depend on none."""
+    configuration: Configuration | None = field(default=None, repr=False, compare=False)
+    """What `identity` is a hash of."""
 
     @property
     def wanted(self) -> int:
@@ -65,6 +69,18 @@ class Planned:
     def label(self) -> str:
         """The run in words, for messages."""
         return f"{label(self.cell)}, seed {self.seed}"
+
+    def differs(self, then: Configuration) -> str:
+        """In words, what of a recorded configuration is not the run's; empty if it is."""
+        if self.configuration is None:
+            return "its configuration is not known"
+        paths = [word for word in self.words if word.startswith(SEARCH_PATH)]
+        return difference(then, self.configuration, paths)
+
+    @property
+    def stem(self) -> str:
+        """The name of its folder without the part that tells its configuration."""
+        return self.name[:-_DIGITS]
 
     @property
     def name(self) -> str:
@@ -168,6 +184,7 @@ class _Composed:
 
     words: tuple[str, ...]
     cfg: Any
+    choices: Mapping[str, Any]
     where: str
     study: str
 
@@ -182,7 +199,10 @@ class _Composed:
         identity = digest({str(k): v for k, v in resolved.items()})
         words = (*self.words, f"seed={seed}")
         labels = labels_of(self.study, self.cfg.tracking, cell, seed, stage)
-        return Planned(cell, seed, words, rounds, identity, stage, labels=labels)
+        content = configuration(resolved, self.choices)
+        return Planned(
+            cell, seed, words, rounds, identity, stage, labels=labels, configuration=content
+        )
 
 
 def _composed(
@@ -204,39 +224,42 @@ def _composed(
     where = f"study {study.name}, {label(cell)}"
     all_words = (*search_path, *WHERE, *words)
     try:
-        cfg = _followed(all_words, tuple(last))
+        found = _followed(all_words, tuple(last))
         all_words = (*all_words, *last)
-        evaluated = evaluation_words(study, cfg)
-        cfg = _followed(all_words, tuple(evaluated), cfg)
+        evaluated = evaluation_words(study, found[0])
+        cfg, choices = _followed(all_words, tuple(evaluated), found)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
-    return _Composed((*all_words, *evaluated), cfg, where, study.name)
+    return _Composed((*all_words, *evaluated), cfg, choices, where, study.name)
 
 
-def _followed(words: tuple[str, ...], last: tuple[str, ...], cfg: Any = None) -> Any:
-    """A configuration with further words. Those that set a value which is there are set without
-    composing all anew, as Hydra would do it: a study has many runs that differ in little else.
+def _followed(
+    words: tuple[str, ...], last: tuple[str, ...], found: tuple[Any, dict[str, Any]] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A configuration with further words, and its choices. Words that set a value which is there
+    are set without composing all anew, as Hydra would do it: a study has many runs that differ in
+    little else.
 
     Args:
         words: of the configuration.
         last: further ones.
-        cfg: the configuration, if it has been composed.
+        found: configuration and choices, if they have been composed.
     """
-    found = deepcopy(_loaded(words) if cfg is None else cfg)
+    cfg, choices = deepcopy(_loaded(words) if found is None else found)
     for override in OverridesParser.create().parse_overrides(readable(last)):
         key = override.key_or_group
         plain = "." in key and "@" not in key and not (override.is_add() or override.is_delete())
-        there = OmegaConf.select(found, key) if plain else None
+        there = OmegaConf.select(cfg, key) if plain else None
         if there is None or isinstance(there, DictConfig):
             return deepcopy(_loaded((*words, *last)))
-        OmegaConf.update(found, key, override.value(), merge=True)
-    return found
+        OmegaConf.update(cfg, key, override.value(), merge=True)
+    return cfg, choices
 
 
 @cache
-def _loaded(words: tuple[str, ...]) -> Any:
-    """A configuration, which is not to be changed."""
-    return load(words)
+def _loaded(words: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    """A configuration, which is not to be changed, and the chosen file of each group."""
+    return load_chosen(words)
 
 
 def evaluation_words(study: Study, cfg: Any) -> list[str]:

@@ -27,6 +27,10 @@ have sent and received, seconds of training rounds, and seconds of the virtual c
 have devices."""
 
 
+COST_KEYS = ("wire/up_bytes", "wire/down_bytes", "round/seconds", "time/virtual")
+"""Keys of the rounds' records that costs are computed from."""
+
+
 @dataclass(frozen=True)
 class Recorded:
     """The evaluations of one complete run."""
@@ -72,11 +76,11 @@ def recorded(run: Planned, folder: Path, metrics: Mapping[str, bool] | None = No
     over_clients = apart(found, {panel_of(m)[0]: higher for m, higher in (metrics or {}).items()})
     rounds = [int(r["round"]) for r in found.rounds]
     spent: dict[str, dict[int, float]] = {}
-    for name in ("wire/up_bytes", "wire/down_bytes", "round/seconds"):
+    for name in COST_KEYS[:3]:
         sums = accumulate(number(r.get(name)) or 0.0 for r in found.rounds)
         spent[name] = {0: 0.0} | dict(zip(rounds, sums, strict=True))
     clock = {
-        int(r["round"]): x for r in found.rounds if (x := number(r.get("time/virtual"))) is not None
+        int(r["round"]): x for r in found.rounds if (x := number(r.get(COST_KEYS[3]))) is not None
     }
     rows = []
     for record in found.evaluations:

@@ -4,11 +4,13 @@ Every run is a process of its own (`simulations.study.worker`) with a folder of 
 ``runs`` in the study's folder, and a log beside that. What a run is, is in the name of its folder
 (`simulations.study.plan`): a complete one is never done again, a half one continues from its last
 checkpoint, and one that failed is tried again by the next attempt. A failed run does not keep the
-others from being done.
+others from being done. A run that comes from an archive has no checkpoint: where it has too few
+rounds, it is done anew.
 """
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,9 +27,12 @@ from filelock import FileLock, Timeout
 from fedlora.core.files import RUN_LOCK
 from fedlora.core.package import ROOT
 from simulations.app.attempts import FAILED_LINE
+from simulations.app.since import in_file
 from simulations.app.status import COMPLETED, read_status
 from simulations.study.plan import RUNS, Planned
 
+PACKED = "packed.json"
+"""Marks a run folder that comes from an archive: nothing in it can be continued."""
 POLL_S = 0.2
 ENDING_S = 30.0
 """Seconds that a run is given to end when the study is interrupted."""
@@ -74,6 +79,8 @@ class Progress:
     """Why it failed."""
     before: int = 0
     """Rounds that an earlier attempt has done."""
+    anew: int = 0
+    """Rounds of an archive that are done once more, for it has no checkpoint."""
     process: Process | None = field(default=None, repr=False)
 
     @property
@@ -89,11 +96,27 @@ def progress_of(runs: Sequence[Planned], folder: Path) -> list[Progress]:
         runs: of the plan.
         folder: of the study.
     """
-    found = [Progress(run, folder / RUNS / run.name) for run in runs]
+    place = folder / RUNS
+    names = sorted(found.name for found in place.iterdir()) if place.is_dir() else []
+    found = [Progress(run, place / run.name) for run in runs]
     for one in found:
-        one.state = State.DONE if is_complete(one.folder, one.run.wanted) else State.WAITING
+        done = is_complete(one.folder, one.run.wanted)
+        if not done and (earlier := _earlier(one.run, place, names)):
+            one.folder, done = earlier, True
+        one.state = State.DONE if done else State.WAITING
         one.before = one.rounds
     return found
+
+
+def _earlier(run: Planned, place: Path, names: Sequence[str]) -> Path | None:
+    """A complete folder of a run that got its name before the configuration had some keys, which
+    change nothing; None if there is none."""
+    for name in names:
+        if name.startswith(run.stem) and len(name) == len(run.name) and name != run.name:
+            then = in_file(place / name / "config.yaml")
+            if then and is_complete(place / name, run.wanted) and not run.differs(then):
+                return place / name
+    return None
 
 
 def do_all(
@@ -139,6 +162,9 @@ def _begin(one: Progress, start: Start) -> None:
         one.state = State.DONE
         return
     one.folder.parent.mkdir(parents=True, exist_ok=True)
+    if (one.folder / PACKED).is_file():
+        one.anew, one.before = rounds_done(one.folder), 0
+        shutil.rmtree(one.folder)
     one.process = start(one.run, one.folder.parent)
     one.state = State.RUNNING
 

@@ -1,7 +1,8 @@
 """The stages of a study, one after the other: tuning runs, the choice, reported runs."""
 
+import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,44 @@ def tune(
     Returns:
         The tuning runs and what is chosen for each group.
     """
+    return _tuned(study, runs, folder, lambda all_: do_all(all_, jobs, start, board.show), board)
+
+
+class _WaitingError(Exception):
+    """A run that the choice depends on is not complete."""
+
+
+def choice(
+    study: Study, runs: Sequence[Planned], folder: Path
+) -> tuple[list[Progress], list[Tuned]] | None:
+    """The tuning runs and what is chosen, if all runs that it depends on are complete; else None.
+    Nothing is started.
+
+    Args:
+        study: the study.
+        runs: of the tuning stage.
+        folder: of the study.
+    """
+
+    def look(standing: Sequence[Progress]) -> None:
+        if any(one.state is State.WAITING for one in standing):
+            raise _WaitingError
+
+    try:
+        return _tuned(study, runs, folder, look, Board(io.StringIO()))
+    except _WaitingError:
+        before = chosen_before(folder, runs)  # what has failed then is no record
+        return None if before is None else (progress_of(runs, folder), before)
+
+
+def _tuned(
+    study: Study,
+    runs: Sequence[Planned],
+    folder: Path,
+    do: Callable[[list[Progress]], None],
+    board: Board,
+) -> tuple[list[Progress], list[Tuned]]:
+    """`tune`, whatever brings the runs up to date."""
     if study.tuning is None:
         return [], []
     halts = study.tuning.prune.rounds if study.tuning.prune else ()
@@ -40,8 +79,10 @@ def tune(
             alive = [run for run in runs if run.cell not in pruned]
             failed = {name for name, one in standing.items() if one.state is State.FAILED}
             again = [replace(run, until=until) for run in alive if run.name not in failed]
-            standing |= {one.run.name: one for one in progress_of(again, folder)}
-            do_all(list(standing.values()), jobs, start, board.show)
+            for one in progress_of(again, folder):
+                one.anew = standing[one.run.name].anew
+                standing[one.run.name] = one
+            do(list(standing.values()))
             if until:
                 compared = [standing[run.name] for run in alive]
                 for cell in ended_after(study, compared, until):

@@ -7,6 +7,11 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.clientapp import ClientApp
 
 from fedlora.core.errors import RunError
+from fedlora.robust.bound import Bound
+from fedlora.robust.coordinate import Median, Trimmed
+from fedlora.robust.geometric import Geometric
+from fedlora.robust.krum import Krum, MultiKrum
+from fedlora.robust.rule import NO_RULE
 from fedlora.server.plain_flower import PlainFlower, from_arrays, to_arrays
 from simulations.app.grid import InProcessGrid
 from strategies.alternate import Alternate
@@ -113,6 +118,70 @@ def test_fedit_averages_factors_of_one_rank_and_names_who_has_another(caplog):
     mean = (a[0] + 2 * a[1]) / 3
     assert np.allclose(result.arrays[NAME.format(PATHS[0], "A")].numpy(), mean, atol=1e-6)
     assert "rank 2" in caplog.text
+
+
+RULES = (
+    Bound(),
+    Median(),
+    Trimmed(),
+    Krum(attackers=0.15),
+    MultiKrum(attackers=0.15),
+    Geometric(),
+)
+METHODS = (
+    FedIT(weights="uniform"),
+    FlexLoRA(residual="carry", weights="uniform"),
+    HeteroLoRA(average="change", weights="uniform", prune=False),
+)
+
+
+def near_one_another(ranks, liar=None, spread=0.01):
+    """Answers that differ little, but for a liar's, which is sent the other way and 20 times."""
+
+    def answer(i, content):
+        rng, found = np.random.default_rng(i), {}
+        for name, array in adapter(ranks[i], seed=7).items():
+            values = array.numpy() * (1 + spread * rng.normal(size=array.numpy().shape))
+            sign = -20 if i == liar and "lora_B" in name else 1
+            found[name] = Array((sign * values).astype(np.float32))
+        content["arrays"] = ArrayRecord(found)
+        return content
+
+    return answer
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda r: type(r).__name__)
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.label)
+def test_a_rule_withstands_a_node_that_lies(method, rule):
+    """Law: with a rule the liar moves the average by a small part of what it moves the mean; of
+    answers that are all alike the rule is the mean."""
+    ranks = [3] * 7 if isinstance(method, FedIT) else [3, 3, 2, 3, 3, 2, 3]
+    given = {"num_rounds": 1, "train_config": CONFIG}
+
+    def end(rule, liar, ranks=ranks, spread=0.01):
+        answers = near_one_another(ranks, liar, spread)
+        grid = InProcessGrid(app_of(ranks, {}, answers), nodes=7)
+        run = PlainFlower(method, robust=rule)
+        return deltas(run.start(grid, adapter(3, 0, b=False), **given).arrays)
+
+    def apart(one, other):
+        return sum(float((one[p] - other[p]).norm() ** 2) for p in PATHS) ** 0.5
+
+    honest = end(NO_RULE, None)
+    moved, withstood = apart(end(NO_RULE, 4), honest), apart(end(rule, 4), honest)
+    assert moved > 1
+    assert withstood < 0.2 * moved
+    alike = {"liar": None, "ranks": [3] * 7, "spread": 0.0}
+    assert apart(end(rule, **alike), end(NO_RULE, **alike)) < 1e-4
+
+
+def test_a_rule_that_cannot_act_is_refused():
+    with pytest.raises(ValueError, match=r"^robust=Median: .*strategy.residual=carry"):
+        PlainFlower(FlexLoRA(), robust=Median())
+    grid = InProcessGrid(app_of([3, 3], {}), nodes=2)
+    run = PlainFlower(FedIT(), robust=Krum())
+    with pytest.raises(RunError, match="round 1: robust=Krum needs at least 5 clients"):
+        run.start(grid, adapter(3, 0, b=False), num_rounds=1, train_config=CONFIG)
 
 
 def test_heterolora_takes_any_rank():
