@@ -1,5 +1,6 @@
 """What holds for every test: laws are checked on the same examples each time, on one thread."""
 
+from collections import Counter
 from copy import deepcopy
 from functools import cache
 
@@ -47,6 +48,15 @@ def _configurations_are_composed_quickly():
         patch.setattr(version, "_get_version", cache(version._get_version))
         patch.setattr(defaults_list, "_create_interpolation_map", choices_to_fill_in)
         yield
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of two test processes, neither is to wait for the other's last file: files of few long tests
+    (whole runs) come first, then all others by their number of tests."""
+    if not hasattr(config, "workerinput"):
+        return
+    number = Counter(item.path for item in items)
+    items.sort(key=lambda x: ("simulations" not in x.path.parts, -number[x.path], str(x.path)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -10,7 +10,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -42,6 +41,7 @@ from fedlora.models.modules import CAUSAL_LM, CLASSIFICATION, find_modules
 from fedlora.models.modules import ModelInfo as ModelInfo
 from fedlora.models.number_format import AUTO, number_format
 from fedlora.models.qkv import Split, split_qkv
+from fedlora.models.quantized import placement, require_bitsandbytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -473,7 +473,7 @@ class HuggingFace(ModelSpec):
 
     def network(self, device: torch.device) -> Any:
         if self.quantization != "none":
-            _require_bitsandbytes(self.quantization)
+            require_bitsandbytes(self.quantization)
         return super().network(device)
 
     def _trust(self) -> dict[str, Any]:
@@ -483,24 +483,4 @@ class HuggingFace(ModelSpec):
         return split_qkv(network) if self.split_qkv else ()
 
     def _placement(self, device: torch.device) -> dict[str, Any]:
-        if self.quantization == "none":
-            return {}
-        from transformers import BitsAndBytesConfig
-
-        eight = self.quantization == "int8"
-        schema: Any = BitsAndBytesConfig
-        config = schema(
-            load_in_8bit=eight,
-            load_in_4bit=not eight,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
-        )
-        return {"quantization_config": config, "device_map": {"": device}}
-
-
-def _require_bitsandbytes(quantization: str) -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ModelError(
-            f"model.quantization={quantization} needs bitsandbytes (pip install bitsandbytes); "
-            "without it use model.quantization=none"
-        )
+        return placement(self.quantization, self.dtype, device)

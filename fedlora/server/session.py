@@ -4,19 +4,16 @@
 driven by `fedlora.server.flower.FederatedRun`, which carries jobs and results over the wire.
 """
 
-import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fedlora.algebra.state import State
 from fedlora.algebra.summand import Summands
-from fedlora.attack.base import NOBODY, Squad
 from fedlora.core.errors import CheckpointError, RunError
 from fedlora.core.payload import Payload
 from fedlora.core.types import (
@@ -24,22 +21,17 @@ from fedlora.core.types import (
     EvaluateJob,
     Evaluation,
     Failure,
-    LocalPlan,
     Ranks,
-    Setting,
     TrainJob,
     Update,
 )
-from fedlora.data.store import TokenStore
-from fedlora.population.sampling import Roster, panel
+from fedlora.population.sampling import panel
 from fedlora.population.workload import evaluation_tokens, training_tokens
-from fedlora.robust.rule import NO_RULE, Rule
 from fedlora.run import checkpoint
 from fedlora.run.progress import RoundProgress, round_summary
-from fedlora.run.tracking import Tracker, read_jsonl
-from fedlora.secagg.config import REAL, SecAgg
+from fedlora.run.tracking import read_jsonl
+from fedlora.secagg.config import REAL
 from fedlora.secagg.summed import Summed
-from fedlora.server.analyses import Analyses
 from fedlora.server.average import usable_average
 from fedlora.server.client_state import ClientStore
 from fedlora.server.combine import Combined, combine, zero_summand
@@ -50,18 +42,16 @@ from fedlora.server.evaluation_round import (
     evaluation_jobs,
     recorded,
 )
-from fedlora.server.method import Method
 from fedlora.server.packing import Packing
 from fedlora.server.postprocess import Moment, Postprocessor
-from fedlora.server.protection import UNPROTECTED, Protection
 from fedlora.server.round_metrics import (
     diagnosis,
     engine_record,
     influence_record,
     training_record,
 )
-from fedlora.server.schedule import EvaluationSchedule, Rounds
 from fedlora.server.secure_sum import SumPlan, usable_sum
+from fedlora.server.session_parts import SessionParts
 from fedlora.server.training_round import (
     Replies,
     TrainingRound,
@@ -79,11 +69,7 @@ from fedlora.server.training_round import (
     withheld,
 )
 from fedlora.server.validation import absurd
-from fedlora.server.virtual_time import VirtualTime
 from fedlora.wire.messages import Glance
-from fedlora.wire.tensors import NO_COMPRESSION, Compression
-
-log = logging.getLogger(__name__)
 
 VIRTUAL = "virtual"
 """The key of the virtual clock in a checkpoint."""
@@ -93,46 +79,9 @@ Record = dict[str, float | int | str]
 
 
 @dataclass
-class Session:
+class Session(SessionParts):
     """The state of a run, and all steps of a run except the transport of messages."""
 
-    method: Method
-    setting: Setting
-    roster: Roster
-    plan: LocalPlan
-    schedule: EvaluationSchedule
-    rounds: Rounds
-    workers: int
-    """Processes that train at once, as far as the server knows: how finely cohorts are split."""
-    folder: Path
-    """The run folder; checkpoints go to its ``checkpoints/``."""
-    tracker: Tracker
-    messages_per_worker: int = 4
-    """Messages into which a worker's part of a round is split; the engine's preference."""
-    config_hash: str = ""
-    audit: Callable[[Payload], Mapping[str, float | int | str]] | None = None
-    """Checks the global model after every round, for the round's record."""
-    postprocess: Sequence[Postprocessor] = ()
-    """Applied to accepted changes before they are averaged; empty: none."""
-    privacy: Protection = UNPROTECTED
-    """Who takes part, and what hides each client's change in the sum."""
-    robust: Rule = NO_RULE
-    """What takes the place of the method's mean."""
-    compression: Compression = NO_COMPRESSION
-    """The formats of changes on the wire."""
-    squad: Squad = NOBODY
-    """The clients that attack; what they do together is done here."""
-    secagg: SecAgg = field(default_factory=SecAgg)
-    """How sums are secure, or simulated to be."""
-    analyses: Analyses = field(default_factory=lambda: Analyses(spectrum="none"))
-    """What a round's record says of the global update and the clients' changes."""
-    store: TokenStore | None = None
-    """What clients hold: what they say of it is compared with it; None: it is not known."""
-    watch: Watch | None = None
-    """What ends the run early; None: nothing does."""
-    virtual: VirtualTime | None = None
-    """The clock of a run whose clients have devices; None: rounds take no virtual time."""
-    emit: Callable[[str], None] = log.info
     state: State = field(init=False)
     client_store: ClientStore = field(init=False)
     """What clients keep, in the run folder's ``client_state/``."""

@@ -44,8 +44,18 @@ def test_unequal_ranks_send_what_they_hold_and_who_missed_rounds_is_sent_more(fe
     assert len(set(sizes.values())) == len(sizes) >= 3
 
 
-@pytest.mark.parametrize("engine", ["sequential", "fused"])
-@pytest.mark.parametrize("strategy", ["ffa", "rolora", "fedsvd"])
+@pytest.mark.parametrize(
+    ("strategy", "engine"),
+    [
+        ("ffa", "sequential"),
+        ("rolora", "fused"),
+        ("fedsvd", "fused"),
+        *(
+            pytest.param(*pair, marks=pytest.mark.slow)
+            for pair in [("ffa", "fused"), ("rolora", "sequential"), ("fedsvd", "sequential")]
+        ),
+    ],
+)
 def test_classifiers_with_a_head_and_rounded_replies(federate, strategy, engine):
     """Error feedback keeps what rounding lost of a factor until that factor trains again."""
     done = federate(

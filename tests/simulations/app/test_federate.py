@@ -143,7 +143,7 @@ def test_a_rounding_wire_halves_the_bytes_and_keeps_the_account(federate, finish
 
 def test_error_feedback_resumes_bit_by_bit(federate):
     few = ("population.clients=10", "population.per_round=8")  # who takes part has done so before
-    words = (*BF16, "federation.error_feedback=true", *few)
+    words = (*BF16, "federation.error_feedback=true", "client.steps=1", *few)
     whole = federate(*words, "rounds=3")
     federate(*words, "rounds=2", output="cut")
     resumed = federate(*words, "rounds=3", "resume=auto", output="cut")

@@ -43,8 +43,15 @@ def test_engines_agree_traffic_is_the_core_and_runs_resume(federate, strategy):
     assert federate(*alone, "resume=auto", output="cut").hash == whole.hash
 
 
-@pytest.mark.parametrize("engine", ["sequential", "fused"])
-@pytest.mark.parametrize("strategy", SENT)
+@pytest.mark.parametrize(
+    ("strategy", "engine"),
+    [
+        ("fedsb", "fused"),
+        ("ravan", "sequential"),
+        pytest.param("fedsb", "sequential", marks=pytest.mark.slow),
+        pytest.param("ravan", "fused", marks=pytest.mark.slow),
+    ],
+)
 def test_classifiers_with_a_head_and_rounded_replies(federate, strategy, engine):
     done = federate(
         *("data=intents", "model.task=classification", "model.layers=top:1", "rounds=3"),
