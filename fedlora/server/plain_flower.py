@@ -130,7 +130,8 @@ class PlainFlower(Strategy):
         norm_factor: medians of a round's changes up to which an answer is averaged
             (`fedlora.server.norm_bound`; how many steps a node takes is not known); 0: any.
         max_examples: up to which a node's claim to examples counts; 0: as it claims at first.
-        robust: what takes the place of the method's mean (`fedlora.robust`); all count alike.
+        robust: what takes the place of the method's mean (`fedlora.robust`); clients count
+            alike, or as its ``cap`` says.
 
     Raises:
         ValueError: with a rule, if the method says of no sum what a client adds to it.

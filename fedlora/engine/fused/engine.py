@@ -140,7 +140,8 @@ class FusedEngine:
 
         # The others in groups over the same base: a fused step has one frozen weight per layer.
         chains: dict[str, list[Chain]] = {}
-        for planned in self._planner.chains([j for j in jobs if not self._why_alone(j)]):
+        together = [j for j, why in zip(jobs, reasons, strict=True) if not why]
+        for planned in self._planner.chains(together):
             if isinstance(planned, Chain):
                 chains.setdefault(planned.version, []).append(planned)
             else:
@@ -157,8 +158,10 @@ class FusedEngine:
         factors, moved = start.low_rank(), start.base() is not None
         if factors is None or (moved and (not factors or model.network.dtype != model.dtype)):
             return start.alone
-        if job.plan.privacy is not None and start.parametrisation(model.dtype, model.device):
-            return "private steps of scalars that make factors one by one"
+        if job.plan.privacy is not None:
+            parts = start.parametrisation(model.dtype, model.device)
+            if parts is not None:
+                return "private steps of scalars that make factors one by one"
         return ""
 
     def _train(self, chains: Sequence[Chain]) -> Iterator[Update | Failure]:
