@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from fedlora.core.files import whole_folder, write_file
 from fedlora.run.tracking import read_jsonl
@@ -151,8 +151,8 @@ def unpack(one: Packed, folder: Path) -> None:
             apart[part][base] = row.pop(key)
         clients.append(row | apart)
     with whole_folder(folder) as draft:
-        config = yaml.safe_dump(nested(one.configuration.values), sort_keys=False)
-        write_file(draft / CONFIG, config)
+        config = OmegaConf.create(nested(one.configuration.values))
+        write_file(draft / CONFIG, OmegaConf.to_yaml(config))  # with quotes around "1e5"
         write_file(draft / PACKED, json.dumps({"choices": dict(one.configuration.choices)}) + "\n")
         for name, rows in (("metrics.jsonl", records), ("evaluations.jsonl", clients)):
             if rows:

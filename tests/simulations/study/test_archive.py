@@ -11,7 +11,7 @@ import yaml
 
 from fedlora.core.errors import ConfigError
 from fedlora.core.files import write_file
-from simulations.app.since import Configuration, nested
+from simulations.app.since import Configuration, in_file, nested
 from simulations.study import __main__ as study
 from simulations.study.archive import Packed, read_archive, table, write_archive
 from simulations.study.cost import cost_file
@@ -202,6 +202,15 @@ def test_a_new_key_at_its_default_is_no_reason_and_any_other_change_is(one, tmp_
     assert "it ended after round 1" in next(iter(taken(short, run, tmp_path / "b").left))
     early = replace(short, status=short.status | {"message": "stopped early"})
     assert taken(early, run, tmp_path / "b").taken == 1
+
+
+def test_texts_that_look_like_numbers_are_unpacked_as_texts(one, tmp_path):
+    run, folder, metrics = one
+    packed = pack(run, folder, metrics)
+    values = packed.configuration.values | {"model.revision": "1e5", "data.texts": ["on", "2e3"]}
+    then = Configuration(values, {})
+    unpack(replace(packed, configuration=then), tmp_path / "there")
+    assert in_file(tmp_path / "there" / "config.yaml") == then
 
 
 def test_a_half_run_of_this_machine_gives_way_and_a_complete_one_stays(one, tmp_path):
