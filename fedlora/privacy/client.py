@@ -51,8 +51,9 @@ NEGLIGIBLE = 1e-3
 NOT_COVERED = (
     "Not covered: training losses, failures, cohorts, ranks, norms and bytes in the run folder "
     "(they are for the experimenter), evaluation on clients that train, statistics of inputs by "
-    "which a base was pruned, the choice of hyperparameters, arithmetic in floating point, and "
-    "anybody who knows the seed, from which a simulation draws its noise."
+    "which a base was pruned, that a round ended for too few answers, the choice of "
+    "hyperparameters, arithmetic in floating point, and anybody who knows the seed, from "
+    "which a simulation draws its noise."
 )
 
 

@@ -22,11 +22,10 @@ VOLATILE = (
     "experiment",
 )
 """Keys that may change between a run and its continuation: results do not depend on them."""
+STOPPING = ("patience", "min_delta", "watch", "watch_group", "watch_adapter", "better")
+"""Keys of ``federation`` that say when a run stops early, and change no round of it."""
 ELSEWHERE = {
-    "federation": (
-        *("rounds", "timeout_s", "keep", "clients_per_message"),
-        *("patience", "min_delta", "watch", "watch_group", "watch_adapter", "better"),
-    ),
+    "federation": ("rounds", "timeout_s", "keep", "clients_per_message", *STOPPING),
     "data": ("path",),
     "model": ("path",),
 }
@@ -59,14 +58,26 @@ def stable(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def whole(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that results of a whole run depend on: `stable`, the number of
+    rounds, and what ends it early.
+
+    Args:
+        resolved: the whole configuration as plain values, or such a part.
+    """
+    kept = stable(resolved) | {"rounds": resolved["rounds"]}
+    kept["federation"] |= {k: v for k, v in resolved["federation"].items() if k in STOPPING}
+    return kept
+
+
 def digest(resolved: Mapping[str, Any]) -> str:
-    """SHA-256 of what results depend on and of the number of rounds, without the contents of data
-    and base model: to tell runs apart that have not begun.
+    """SHA-256 of what results of a whole run depend on (`whole`), without the contents of data and
+    base model: to tell runs apart that have not begun.
 
     Args:
         resolved: the whole configuration as plain values.
     """
-    content = stable(resolved) | {"rounds": resolved["rounds"]}
+    content = whole(resolved)
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from fedlora.core.errors import ConfigError
 from simulations.app.compose import load
-from simulations.app.identity import VOLATILE, flat, stable
+from simulations.app.identity import VOLATILE, flat, whole
 
 _DIGITS = 16
 _SHOWN = 3
@@ -56,8 +56,7 @@ def configuration(resolved: Mapping[Any, Any], choices: Mapping[str, Any]) -> Co
         resolved: the whole configuration as plain values, or the part that results depend on.
         choices: the chosen file of each group, as Hydra names both.
     """
-    kept = stable(resolved) | {"rounds": resolved["rounds"]}
-    values = {key: _plain(value) for key, value in flat(kept)}
+    values = {key: _plain(value) for key, value in flat(whole(resolved))}
     return Configuration(values, {k: str(v) for k, v in choices.items() if v and _decides(k)})
 
 

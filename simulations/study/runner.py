@@ -162,9 +162,11 @@ def _begin(one: Progress, start: Start) -> None:
         one.state = State.DONE
         return
     one.folder.parent.mkdir(parents=True, exist_ok=True)
-    if (one.folder / PACKED).is_file():
-        one.anew, one.before = rounds_done(one.folder), 0
+    done = rounds_done(one.folder)
+    with suppress(FileNotFoundError):
+        (one.folder / PACKED).unlink()  # of several processes one can, and that one removes the run
         shutil.rmtree(one.folder)
+        one.anew, one.before = done, 0
     one.process = start(one.run, one.folder.parent)
     one.state = State.RUNNING
 

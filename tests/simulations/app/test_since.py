@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from simulations.app import since
 from simulations.app.compose import load_chosen
+from simulations.app.identity import digest, run_hash
 from simulations.app.since import Configuration, configuration, difference, in_file, nested, shared
 
 SMALL = {
@@ -43,6 +44,19 @@ def test_keys_and_groups_at_their_defaults_are_no_difference(rolora):
     assert difference(before(rolora, *NEW), rolora) == ""
     assert difference(before(rolora, *NEW, "strategy.schedule"), rolora) == ""
     assert not any(key.startswith(("tracking", "runtime", "experiment")) for key in rolora.choices)
+
+
+def test_what_ends_a_run_early_is_a_difference_of_whole_runs(rolora):
+    words = ("experiment=intents_banking77", "strategy=rolora", "seed=3")
+    patient = composed(*words, "federation.patience=2")
+    assert difference(before(rolora, "federation.patience"), rolora) == ""
+    assert difference(rolora, patient) == "federation.patience=2, was 0"
+    plain, other = (
+        OmegaConf.to_container(load_chosen([*words, *more])[0], resolve=True)
+        for more in ((), ("federation.patience=2",))
+    )
+    assert digest(plain) != digest(other)
+    assert run_hash(plain, "d", "m") == run_hash(other, "d", "m"), "a run goes on under another"
 
 
 def test_a_changed_value_and_a_removed_key_are_named(rolora):

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 
 from fedlora.core.package import ROOT
 from simulations.study import __main__ as study
+from simulations.study import runner
 from simulations.study.board import Board, failures, missing, summary, table
 from simulations.study.plan import Planned
-from simulations.study.runner import State, do_all, is_held, log_of, progress_of
+from simulations.study.runner import PACKED, State, do_all, is_held, log_of, progress_of
 
 TINY = {
     "base": "experiment=smoke evaluate=loss evaluate.clients=1 rounds=1 client.steps=1",
@@ -122,6 +123,29 @@ def test_a_half_run_is_started_again(tmp_path):
     starter = Starter()
     do(runs, tmp_path, starter)
     assert starter.started == [run.name for run in runs]
+
+
+def test_a_packed_run_is_removed_by_one_process_and_never_what_another_has_begun(
+    tmp_path, monkeypatch
+):
+    """Two processes that share a folder both see that the run is packed."""
+    (run, *_) = planned()
+    folder = tmp_path / "runs" / run.name
+    folder.mkdir(parents=True)
+    (folder / PACKED).write_text("{}")
+    read = runner.rounds_done
+
+    def the_other_is_first(place):
+        done = read(place)
+        (folder / PACKED).unlink(missing_ok=True)
+        (folder / "begun").touch()
+        return done
+
+    monkeypatch.setattr(runner, "rounds_done", the_other_is_first)
+    starter = Starter()
+    do([run], tmp_path, starter)
+    assert starter.started == [run.name]
+    assert (folder / "begun").exists()
 
 
 def test_a_run_that_ends_well_but_is_not_complete_has_failed(tmp_path):
