@@ -1,5 +1,6 @@
 """A method and a data source outside the checkout, as docs/own_method.md shows them."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -9,6 +10,13 @@ import pytest
 
 from fedlora.run.tracking import read_jsonl
 from tests.simulations.app.launched import ROOT, SAME
+from tests.strategies.laws import (
+    DOUBLE,
+    LAWS,
+    examples_are_what_is_averaged,
+    splitting_a_client_in_two_doubles_its_vote,
+    why_not,
+)
 
 DOCUMENT = (ROOT / "docs" / "own_method.md").read_text(encoding="utf-8")
 SOURCE = """
@@ -47,6 +55,18 @@ def work(tmp_path) -> Path:
     (tmp_path / "conf" / "strategy" / "mine.yaml").write_text("_target_: mymethod.EqualFedIT\n")
     (tmp_path / "conf" / "data" / "mine.yaml").write_text("_target_: mysource.Counting\n")
     return tmp_path
+
+
+def test_the_smallest_method_obeys_the_contract(work, monkeypatch):
+    """Its weights are its own, so laws of averages by examples are not about it; others are."""
+    monkeypatch.syspath_prepend(str(work))
+    method = importlib.import_module("mymethod").EqualFedIT()
+    about = [law for law in LAWS if not why_not(law, method)]
+    assert splitting_a_client_in_two_doubles_its_vote in about
+    assert examples_are_what_is_averaged not in about
+    for law in about:
+        law(method, 1, DOUBLE)
+    monkeypatch.delitem(sys.modules, "mymethod")
 
 
 def run(work: Path, *words: str) -> tuple[int, str]:
