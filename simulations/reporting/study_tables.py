@@ -1,6 +1,6 @@
 """The tables of recorded studies (``docs/results/study-<name>.json``) in docs/results.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.core.reading import json_in
@@ -8,6 +8,8 @@ from fedlora.run.progress import clock
 from simulations.reporting.tables import FOLDERS, Records, code, markdown
 
 NONE = "No study has been recorded yet."
+SHOWN = 8
+"""Lines about what is missing that a document has."""
 
 
 def studies(records: Records) -> str:
@@ -24,8 +26,8 @@ def _study(found: Mapping[str, Any]) -> str:
             f"Mean over seeds [95 % interval]; \\*: differs from {axis} {level}, p (Holm) < 0.05."
         )
         parts.append(star)
-    parts += [_ranks(metric, rank) for metric, rank in found["ranks"].items()]
-    parts.append("\n".join(f"- {line}" for line in found["missing"]))
+    parts += [_ranks(metric, rank) for metric, rank in found["ranks"].items() if rank["blocks"] > 1]
+    parts += [_to_come(found["rows"]), "\n".join(f"- {line}" for line in _said(found))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -43,13 +45,35 @@ def _cost(found: Mapping[str, Any]) -> str:
     )
 
 
+def _to_come(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How much of a study has not been run."""
+    waiting = sum(not row["complete"] for row in rows)
+    return f"{waiting} of {len(rows)} cells have no complete run yet." if waiting else ""
+
+
+def _said(found: Mapping[str, Any]) -> list[str]:
+    """What is missing in cells that have a complete run, its first lines."""
+    cells = (row["cell"] for row in found["rows"] if not row["complete"])
+    waiting = {", ".join(f"{axis} {level}" for axis, level in cell.items()) for cell in cells}
+    lines = [line for line in found["missing"] if line.partition(": ")[0] not in waiting]
+    more = [f"and {len(lines) - SHOWN} more in the record"] if len(lines) > SHOWN else []
+    return lines[:SHOWN] + more
+
+
 def _table(found: Mapping[str, Any]) -> str:
-    heads = [*found["axes"], *found["tuned"], "seeds", *found["metrics"], "CPU s", "wall s"]
+    metric = next(iter(found["metrics"]), "")
+    budgets = list(dict.fromkeys(k for row in found["rows"] for k in row.get("budgets", {})))
+    budgets = [k for k in budgets if k.startswith(f"{metric}, ")]
+    heads = [*found["axes"], *found["tuned"], "seeds", *found["metrics"], *budgets]
+    heads += ["CPU s", "wall s"]
     rows = []
     for row in found["rows"]:
+        if not row["complete"]:
+            continue
         cells = [*row["cell"].values(), *(row["values"].get(key, "") for key in found["tuned"])]
         cells.append(f"{row['complete']} of {row['seeds']}")
         cells += [_value(row["metrics"].get(metric)) for metric in found["metrics"]]
+        cells += [_value(row.get("budgets", {}).get(budget)) for budget in budgets]
         cells += [_seconds(row["cpu_s"]), _seconds(row["wall_s"])]
         rows.append(cells)
     return markdown(heads, rows)

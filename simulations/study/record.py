@@ -71,10 +71,11 @@ def _rows(
     standing: Sequence[Progress],
     costs: Mapping[str, Cost | None],
 ) -> list[dict[str, Any]]:
-    """A row for each cell: what its metrics are at the end, and the cost of a run."""
+    """A row for each cell: what its metrics are at the end and at budgets, and a run's cost."""
     rows: dict[Any, dict[str, Any]] = {}
     for line in analysis.lines:
-        if line.quantity.what != FINAL:
+        is_last = line.quantity.what == FINAL
+        if not is_last and not line.quantity.what.startswith("at "):
             continue
         of_cell = [one for one in standing if one.run.cell == line.cell]
         known = [cost for one in of_cell if (cost := costs[one.run.name]) is not None]
@@ -88,11 +89,14 @@ def _rows(
                 "cpu_s": round(fmean(c.cpu_s for c in known), 1) if known else None,
                 "wall_s": round(fmean(c.wall_s for c in known), 1) if known else None,
                 "metrics": {},
+                "budgets": {},
             },
         )
         found = line.estimate
         numbers = [found.mean, found.low, found.high] if found else [None] * 3
-        row["metrics"][line.quantity.metric] = {
+        place = row["metrics"] if is_last else row["budgets"]
+        name = line.quantity.metric
+        place[name if is_last else f"{name}, {line.quantity.what}"] = {
             "interval": [None if x is None else round(x, DIGITS) for x in numbers],
             "p_holm": None if line.p_holm is None else round(line.p_holm, DIGITS),
         }

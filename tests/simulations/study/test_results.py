@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from fedlora.core.errors import ConfigError
-from simulations.reporting.study_tables import studies
+from simulations.reporting.study_tables import SHOWN, studies
 from simulations.reporting.tables import Records
 from simulations.study.__main__ import write_results
 from simulations.study.analysis import FINAL, Quantity, analyse
@@ -307,6 +307,17 @@ def test_a_record_has_every_cell_with_its_cost_and_makes_a_table(folder, tmp_pat
     text = studies(Records(tmp_path))
     assert "`fedlora study mine`: 11 runs, 132 CPU seconds" in text and "on box" in text
     assert "no complete run of seed 2" in text
+    budgets = {key for row in record["rows"] for key in row["budgets"]}
+    assert budgets and all(", at " in key for key in budgets)
+    assert all((key in text) == key.startswith("accuracy, ") for key in budgets)
+    empty, *rest = record["rows"]
+    level = ", ".join(f"{axis} {level}" for axis, level in empty["cell"].items())
+    lines = [f"{level}: no complete run of seed 0", *(f"x: {n}" for n in range(20))]
+    rows = [empty | {"complete": 0}, *rest]
+    write_record(results, record | {"rows": rows, "missing": lines})
+    fewer = studies(Records(tmp_path))
+    assert f"1 of {len(rows)} cells have no complete run yet." in fewer and level not in fewer
+    assert fewer.count("\n- x: ") == SHOWN and "and 12 more in the record" in fewer
     for block in text.split("\n\n"):
         assert len({line.count("|") for line in block.splitlines() if line[:1] == "|"}) <= 1
 
