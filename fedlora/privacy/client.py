@@ -47,7 +47,7 @@ POISSON, FIXED, GAUSSIAN, BANDED = "poisson", "fixed", "gaussian", "banded"
 ABORTED = "privacy_aborted.json"
 """In the run folder: how many rounds ended because too few clients succeeded."""
 NEGLIGIBLE = 1e-3
-"""Of ``δ``, the probability with which all rounds together may fail for the size of a cohort."""
+"""The probability, as a fraction of ``δ``, that any round fails for the size of its cohort."""
 NOT_COVERED = (
     "Not covered: training losses, failures, cohorts, ranks, norms and bytes in the run folder "
     "(they are for the experimenter), evaluation on clients that train, statistics of inputs by "

@@ -32,7 +32,7 @@ class Summed:
     """Wall-clock seconds by stage, and of unmasking (``server``); empty: nothing was sent."""
 
     @staticmethod
-    def of_nobody(zero: Summands) -> "Summed":
+    def empty(zero: Summands) -> "Summed":
         """The sum of a round that asked no client.
 
         Args:

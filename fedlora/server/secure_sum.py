@@ -343,9 +343,9 @@ def usable_sum(
             summed = simulate(plan(asked), replies.updates)
             replies = _without_lost(replies, summed, current)
         elif enough(current, replies, rounds):
-            summed = Summed.of_nobody(zero())
+            summed = Summed.empty(zero())
         else:
-            return Combined(state, {}), replies, Summed.of_nobody({})
+            return Combined(state, {}), replies, Summed.empty({})
     between = [*postprocessors, *([] if release is None else [release])]
     after = after_sum(method, state, summed, now, between, safe)
     return Combined(after, summed.influence), replies, summed

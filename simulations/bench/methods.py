@@ -45,7 +45,7 @@ FULL, OWN = ("evaluate.adapters=[full]",), ("evaluate.adapters=[own]",)
 REFUSED = 2
 """The exit code of a configuration that cannot be run."""
 PARTS = ("values", "choices")
-"""Of a recorded configuration."""
+"""Keys of a recorded configuration."""
 At = tuple[str, int]
 """Method and seed."""
 SHOWN = ("accuracy_weighted", "macro_f1_weighted", "accuracy_worst_tenth", "loss_weighted")

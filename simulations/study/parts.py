@@ -25,7 +25,7 @@ from simulations.study.values import panel_of
 
 CONFIG = "config.yaml"
 _CLIENT = ("round", "client", "tier")
-"""Of a client's row, what says whose it is and when."""
+"""Columns of a client's row that say whose it is and when."""
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def _numbers(row: Record) -> dict[str, Any]:
 
 
 def _rounds(found: Run) -> Iterator[dict[str, Any]]:
-    """Of each round what it cost, and of the analyses those that an evaluation is the next to."""
+    """The cost of each round, and the analyses last recorded before each evaluation."""
     kept: set[tuple[int, str]] = set()
     for end in {int(row["round"]) for row in found.evaluations}:
         last: dict[str, int] = {}

@@ -7,7 +7,9 @@ import pytest
 from fedlora.privacy import account
 from fedlora.privacy.account import Releases, calibrated, gaussian_epsilon
 
-pytestmark = pytest.mark.skipif(account.library() is None, reason="needs dp-accounting")
+pytestmark = pytest.mark.skipif(
+    account.library() is None, reason="dp-accounting is not installed: pip install fedlora[privacy]"
+)
 DELTA = 1e-5
 
 

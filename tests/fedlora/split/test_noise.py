@@ -17,7 +17,9 @@ from fedlora.split import noise
 from fedlora.split.noise import NOT_COVERED, Noise, clip_rows
 from tests.generators import seeds
 
-needs_library = pytest.mark.skipif(account.library() is None, reason="needs dp-accounting")
+needs_library = pytest.mark.skipif(
+    account.library() is None, reason="dp-accounting is not installed: pip install fedlora[privacy]"
+)
 
 
 def hidden(seed: int = 0, scale: float = 1.0) -> torch.Tensor:
