@@ -5,6 +5,7 @@ Flower's run config holds scalars only, so it holds ``experiment`` (a file of co
 """
 
 import shlex
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -24,6 +25,8 @@ from simulations.app.words import absolute, readable, with_search_path
 CONF = ROOT / "conf"
 REFUSALS = (HydraException, OmegaConfBaseException)
 """What Hydra raises for a configuration that cannot be composed."""
+_ALONE = threading.RLock()
+"""Hydra's state is one for the whole process: one thread at a time composes."""
 
 
 def split_overrides(experiment: str, overrides: str) -> list[str]:
@@ -85,10 +88,11 @@ def refused(error: Exception, overrides: Sequence[str]) -> ConfigError:
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Hydra initialized on conf/, whatever it was before."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+    """Hydra initialized on conf/, whatever it was before, and no other thread's."""
+    with _ALONE:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
 
 
 def _anchor(cfg: DictConfig) -> None:
