@@ -17,6 +17,7 @@ from fedlora.core.choice import Chosen, IndexChoice
 from fedlora.core.example_privacy import ExamplePrivacy
 from fedlora.core.metric import Metric, Scorer
 from fedlora.core.payload import Payload, plain_factors
+from fedlora.core.recall import Recall
 from fedlora.core.technique import Technique, default_technique
 from fedlora.core.terms import LocalTerm
 
@@ -302,6 +303,9 @@ class TrainJob:
     chosen: Chosen | None = None
     """The rank indices that train, by the plan's choice. The engine that executes the job decides
     them, so that they never travel to a client; None: not decided, or there is no choice."""
+    recall: Recall | None = None
+    """What a client on a machine of its own takes up from what it keeps there; None: what it keeps
+    is kept for it."""
 
 
 @dataclass(frozen=True)

@@ -432,7 +432,7 @@ class WandbTracker:
         return self._wandb.init(
             mode=mode,
             dir=str(folder),
-            id=_run_id(folder),
+            id=kept_id(folder / "wandb_run_id"),
             resume="allow",
             name=name,
             project=settings.project,
@@ -479,8 +479,8 @@ def distributions(rows: Sequence[Record]) -> dict[str, list[float]]:
     return found
 
 
-def _run_id(folder: Path) -> str:
-    file = folder / "wandb_run_id"
+def kept_id(file: Path) -> str:
+    """A random name, twelve hexadecimal digits, that stays the same once the file has it."""
     if not file.exists():
         file.write_text(secrets.token_hex(6))
     return file.read_text().strip()

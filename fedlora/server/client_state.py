@@ -30,6 +30,9 @@ WIRE = "wire"
 """Namespace of what rounding has withheld of a client's replies (`fedlora.wire.change`)."""
 STARTS = "starts"
 """Namespace of what a client was sent last, if starts are compressed (`fedlora.wire.tensors`)."""
+HOME = "home"
+"""Namespace of clients that keep themselves what the wire needs of them (`fedlora.wire.recall`): an
+empty state, of the round in which their last reply was accepted."""
 CACHED_BYTES = 256 * 2**20
 """Bytes of tensors that stay in memory; the least recently used are read again when needed."""
 
@@ -56,7 +59,7 @@ class ClientStore:
         self.folder, self._most = folder, cached_bytes
         self._current: dict[tuple[str, int], Version] = {}
         self._written: dict[tuple[str, int], list[int]] = {}  # rounds whose files exist, ascending
-        self._staged: dict[tuple[str, int], Kept] = {}
+        self._staged: dict[tuple[str, int], Kept | None] = {}
         self._cache: OrderedDict[tuple[str, int], Kept] = OrderedDict()
         self._cached = 0
 
@@ -76,13 +79,23 @@ class ClientStore:
             return self._cache[key]
         return self._remember(key, self._load(key))
 
-    def stage(self, client: int, kept: Kept, namespace: str = METHOD) -> None:
-        """Take note of what a client keeps from now on; `get` sees it after `commit`."""
+    def round(self, client: int, namespace: str = METHOD) -> int:
+        """The round in which a client kept what it keeps; 0: it keeps nothing."""
+        found = self._current.get((namespace, client))
+        return found.round if found else 0
+
+    def stage(self, client: int, kept: Kept | None, namespace: str = METHOD) -> None:
+        """Take note of what a client keeps from now on (None: nothing); `get` sees it after
+        `commit`."""
         self._staged[namespace, client] = kept
 
     def commit(self, round: int) -> None:
         """Write what was staged, at the end of a round and before its checkpoint."""
-        for key, kept in sorted(self._staged.items()):
+        for key, kept in sorted(self._staged.items(), key=lambda item: item[0]):
+            if kept is None:
+                self._current.pop(key, None)
+                self._forget(key)
+                continue
             blob = safetensors.torch.save({name: _standalone(t) for name, t in kept.items()})
             file = self._file(key, round)
             file.parent.mkdir(parents=True, exist_ok=True)

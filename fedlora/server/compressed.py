@@ -5,7 +5,8 @@
 
 The client's reply is its change from ``H``, and the server adds it to its own ``A⁰``: rounding on
 the way down is no part of what the client learnt, and is not repeated, for the next ``d`` is a
-change of what the client has.
+change of what the client has. A simulation hands its virtual clients ``H`` itself; a client on a
+machine of its own is sent ``d``, and keeps ``H`` there (`fedlora.wire.recall`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,12 @@ from torch import Tensor
 
 from fedlora.algebra.init import sample_a
 from fedlora.core.payload import Payload, plain_factors
+from fedlora.core.recall import CompressedStart
 from fedlora.core.seeding import torch_generator
 from fedlora.core.types import TrainJob
 from fedlora.server.client_state import STARTS, ClientStore
 from fedlora.wire.change import Named, change, restored
+from fedlora.wire.recall import digest
 from fedlora.wire.tensors import Format
 
 
@@ -32,23 +35,24 @@ def with_compressed_starts(
     """
     if not down.acts:
         return list(jobs), None
-    first = dict[int, tuple[Payload, int]]()
+    first = dict[int, tuple[Payload, CompressedStart]]()
     found, sizes = [], dict[int, int]()
     for job in jobs:
         held = store.get(job.client.id, STARTS)
         if held is None and id(job.start) in first:
-            sent, size = first[id(job.start)]
+            sent, told = first[id(job.start)]
         else:
-            sent, size = compressed_start(job, down, held or {})
+            sent, told = compressed_start(job, down, held or {})
         if held is None:
-            first.setdefault(id(job.start), (sent, size))
-        found.append(replace(job, sent=sent))
-        sizes[job.client.id] = size
+            first.setdefault(id(job.start), (sent, told))
+        recall = None if job.recall is None else replace(job.recall, start=told)
+        found.append(replace(job, sent=sent, recall=recall))
+        sizes[job.client.id] = len(told.data)
     return found, sizes
 
 
-def compressed_start(job: TrainJob, down: Format, held: Named) -> tuple[Payload, int]:
-    """What a client trains from, and the bytes that tell it so.
+def compressed_start(job: TrainJob, down: Format, held: Named) -> tuple[Payload, CompressedStart]:
+    """What a client trains from, and what tells it so.
 
     Args:
         job: with the server's own start.
@@ -56,14 +60,17 @@ def compressed_start(job: TrainJob, down: Format, held: Named) -> tuple[Payload,
         held: what the client was sent last.
     """
     own = {name: t.detach().cpu() for name, t in job.start.tensors()}
-    known = {**seeded(job, own), **held}
+    drawn = {name: t for name, t in seeded(job, own).items() if name not in held}
+    known = {**drawn, **held}
     moved = change(own, known)
     draw = torch_generator(job.seed, "compress-start", job.round, job.client.id)
     data = down.encode(moved, draw)
     read = down.decode(data, {name: tuple(t.shape) for name, t in moved.items()})
     told = restored(read, known)
     cast = {name: told[name].to(t.dtype) for name, t in own.items()}
-    return type(job.start).from_header(job.start.header(), cast), len(data)
+    before = "" if job.recall is None else digest(held)
+    sent = type(job.start).from_header(job.start.header(), cast)
+    return sent, CompressedStart(data, tuple(drawn), before)
 
 
 def seeded(job: TrainJob, own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -176,7 +176,8 @@ class FederatedRun:
             return [[] for _ in batches]
         wire, nonce = self.session.rounds.wire, secrets.token_hex(8)
         up = self.session.compression.up if kind == MessageType.TRAIN else NO_FORMAT
-        written = partial(encode_jobs, source=self.source, wire=wire, nonce=nonce, up=up)
+        down = self.session.compression.down if kind == MessageType.TRAIN else NO_FORMAT
+        written = partial(encode_jobs, source=self.source, wire=wire, nonce=nonce, up=up, down=down)
         parcels = []
         for (_, jobs), (node, worker) in zip(parts, self._routes(parts, delivery), strict=True):
             message = Message(written(jobs, worker=worker), node, kind)

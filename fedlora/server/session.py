@@ -65,6 +65,7 @@ from fedlora.server.training_round import (
     training_jobs,
     validate,
     with_collusion,
+    with_recalls,
     with_residuals,
     withheld,
 )
@@ -256,7 +257,10 @@ class Session(SessionParts):
         jobs = training_jobs(
             self.method, self.state, clients, plan, seed=seed, round=round, kept=kept
         )
-        if self.rounds.error_feedback or self.compression.error_feedback:
+        feedback = self.rounds.error_feedback or self.compression.error_feedback
+        if self.at_home and (feedback or self.compression.down.acts):
+            jobs = with_recalls(jobs, self.client_store, feedback)
+        elif feedback:
             jobs = with_residuals(jobs, self.client_store)
         jobs, down = with_compressed_starts(jobs, self.compression.down, self.client_store)
         return begin(self.method, self.state, jobs, round, self.rounds.wire, down)

@@ -63,6 +63,8 @@ class SessionParts:
     """What clients hold: what they say of it is compared with it; None: it is not known."""
     watch: Watch | None = None
     """What ends the run early; None: nothing does."""
+    at_home: bool = False
+    """Whether clients are on machines of their own, and keep there what the wire needs of them."""
     virtual: VirtualTime | None = None
     """The clock of a run whose clients have devices; None: rounds take no virtual time."""
     emit: Callable[[str], None] = log.info

@@ -14,14 +14,16 @@ from fedlora.attack.base import Squad
 from fedlora.core.checks import one_line
 from fedlora.core.errors import RejectedUpdate, RunError
 from fedlora.core.payload import Payload
+from fedlora.core.recall import Recall
 from fedlora.core.types import Client, Expected, Failure, LocalPlan, Setting, TrainJob, Update
 from fedlora.server.byte_account import ByteAccount
-from fedlora.server.client_state import STARTS, WIRE, ClientStore
+from fedlora.server.client_state import HOME, STARTS, WIRE, ClientStore
 from fedlora.server.gauge import turned_back
 from fedlora.server.method import Method
 from fedlora.server.norm_bound import COHORT, Move, NormBound, compare, furthest, move, steps_of
 from fedlora.server.schedule import Rounds
 from fedlora.server.validation import absurd, check_update
+from fedlora.wire.recall import FORGOTTEN
 
 log = logging.getLogger(__name__)
 
@@ -216,6 +218,18 @@ def variant_key(method: Method, state: State, client: Client, kept: Kept | None)
 def with_residuals(jobs: Iterable[TrainJob], store: ClientStore) -> list[TrainJob]:
     """The jobs with the rounding errors of their clients' earlier replies, for error feedback."""
     return [replace(job, residual=store.get(job.client.id, WIRE) or {}) for job in jobs]
+
+
+def with_recalls(jobs: Iterable[TrainJob], store: ClientStore, feedback: bool) -> list[TrainJob]:
+    """The jobs of clients that keep what the wire needs themselves.
+
+    Args:
+        jobs: of the round.
+        store: knows in which round each client's last reply was accepted.
+        feedback: whether rounding errors are fed back.
+    """
+    since = {job.client.id: store.round(job.client.id, HOME) for job in jobs}
+    return [replace(job, recall=Recall(since[job.client.id], feedback)) for job in jobs]
 
 
 def begin(
@@ -415,7 +429,7 @@ def stage_kept(
     method: Method, state: State, current: TrainingRound, replies: Replies, store: ClientStore
 ) -> None:
     """Stage what accepted clients keep: the method's client state and the rounding error of the
-    wire. All other clients keep what they had.
+    wire. All other clients keep what they had, but for those that say that they have lost it.
 
     Args:
         method: its `kept` is called.
@@ -432,7 +446,13 @@ def stage_kept(
             store.stage(job.client.id, kept)
         if update.residual is not None:
             store.stage(job.client.id, update.residual, WIRE)
+        if job.recall is not None:
+            store.stage(job.client.id, {}, HOME)
     for i, reply in replies.by_client.items():
         sent = current.jobs[i].sent
         if sent is not None and isinstance(reply, Update):  # it has arrived
             store.stage(i, dict(sent.tensors()), STARTS)
+        lost = isinstance(reply, Failure) and reply.kind == FORGOTTEN
+        if lost and current.jobs[i].recall is not None:
+            for namespace in (HOME, STARTS):
+                store.stage(i, None, namespace)

@@ -47,6 +47,9 @@ class Assignment:
     """Fingerprint of the server's base model."""
     records: str = ""
     """Key of the token store that the silo has introduced itself with; empty: not yet."""
+    run: str = ""
+    """Names the run for what the silo keeps of it (`fedlora.silo.memory`); empty: before round 1.
+    """
 
     def to_json(self) -> str:
         """For a message."""

@@ -168,10 +168,7 @@ def decode_payload(
         raise ValueError(f"it is sent as {h['dtype']!r}, compression.up.kind={up.kind} is due")
     if wire and not up.acts and h["dtype"] != wire:
         raise ValueError(f"it is sent as {h['dtype']!r}, federation.wire={wire} is due")
-    kind = payload_class(h["_target_"], load=trusted)
-    for part in h["header"].values():  # the class of a payload within
-        if trusted and isinstance(part, dict) and "_target_" in part:
-            payload_class(part["_target_"], load=True)
+    kind = _kind_of(h, trusted)
     named = (
         up.decode(array, _shapes_within(h, start)) if up.acts else _own_and_shared(array, h, shared)
     )
@@ -184,6 +181,25 @@ def decode_payload(
     if unread := sorted(named.keys() - {name for name, _ in payload.tensors()}):
         raise ValueError(f"it holds {unread[0]}, which is no tensor of {payload.noun}")
     return payload
+
+
+def described(payload: Payload, kind: str) -> str:
+    """A payload without its elements, as the JSON header of its change in some format."""
+    return json.dumps(_header(payload, _on_cpu(payload), kind, CHANGE))
+
+
+def opened(header: Mapping[str, Any], named: Named) -> Payload:
+    """The payload of a header that `described` wrote, with these tensors."""
+    return _kind_of(header, True).from_header(header["header"], named)
+
+
+def _kind_of(header: Mapping[str, Any], trusted: bool) -> type[Payload]:
+    """The class of a header's payload, and that of a payload within it, imported if need be."""
+    kind = payload_class(header["_target_"], load=trusted)
+    for part in header["header"].values():
+        if trusted and isinstance(part, dict) and "_target_" in part:
+            payload_class(part["_target_"], load=True)
+    return kind
 
 
 def _own_and_shared(

@@ -6,6 +6,7 @@ one row per job. Layout of a request (`RecordDict`):
     starts  ArrayRecord   "0", "1", ...: the flat array of each distinct payload; "shared": that of
                           the tensors that several of them hold, as a moved base under factors
     residuals ArrayRecord by client id, float32: what rounding has withheld of its replies so far
+    changes ArrayRecord by client id, bytes: starts as changes of what their clients keep themselves
     cohort  ConfigRecord  header (JSON, see `encode_jobs`), worker (JSON), source, wire, nonce
 
 and of a reply:
@@ -15,6 +16,9 @@ and of a reply:
     results  ConfigRecord rows (JSON): one update, evaluation or failure per job; notes (JSON): of
                           the engine; nonce: that of the request
 
+A client on a machine of its own keeps what is withheld itself (`fedlora.wire.recall`): nothing of
+it is in either message.
+
 A reply is foreign input. Nothing in it is cast: what has another type, shape or format than the
 request asked for costs only the client whose row it is.
 """
@@ -23,8 +27,8 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias, cast
 
@@ -59,6 +63,15 @@ from fedlora.wire.codec import (
     shapes_of,
     unflatten,
 )
+from fedlora.wire.recall import (
+    FORGOTTEN,
+    Forgotten,
+    Held,
+    Memory,
+    Recalls,
+    compressed,
+    recalls_to_json,
+)
 from fedlora.wire.tensors import NO_FORMAT, Format
 
 log = logging.getLogger(__name__)
@@ -88,6 +101,10 @@ class Envelope:
     """Identifies the request; the reply repeats it."""
     up: Format = NO_FORMAT
     """The format of replies, if it acts."""
+    lost: list[Failure] = field(default_factory=list)
+    """Clients whose jobs cannot be read, for they have forgotten what these build on."""
+    memory: Memory | None = None
+    """Where the client keeps what it needs; None: no job asks for it."""
 
 
 class _Distinct:
@@ -112,13 +129,24 @@ def encode_jobs(
     wire: str,
     nonce: str = "",
     up: Format = NO_FORMAT,
+    down: Format = NO_FORMAT,
 ) -> RecordDict:
     """A cohort as the content of one Flower message. Payloads shared by identity travel once, and
-    so do tensors that several payloads hold."""
+    so do tensors that several payloads hold.
+
+    Args:
+        jobs: one for each client.
+        worker: JSON description of what is to be opened.
+        source: hash of the server's sources.
+        wire: number format of starts and replies.
+        nonce: identifies the message.
+        up: the format of replies in place of ``wire``, if it acts.
+        down: that of the starts that clients know in part (`TrainJob.recall`).
+    """
     payloads, plans, ranks = _Distinct(), _Distinct(), _Distinct()
     rows = []
     for job in jobs:
-        payload = _sent(job)
+        payload = None if compressed(job) else _sent(job)
         start = -1 if payload is None else payloads.add(id(payload), payload)
         plan, pattern = plans.add(job.plan, job.plan), ranks.add(job.client.ranks, job.client.ranks)
         client = [job.client.id, job.client.num_examples, job.client.tier]
@@ -136,6 +164,7 @@ def encode_jobs(
         "plans": [plan_to_json(p) for p in plans.values],
         "ranks": [dict(r) for r in ranks.values],
         "residuals": {cid: shapes_of(t) for cid, t in residuals.items()},
+        "recalls": recalls_to_json(jobs, down),
     }
     config = ConfigRecord(
         {
@@ -145,11 +174,20 @@ def encode_jobs(
             "wire": wire,
             "nonce": nonce,
             **({"up": json.dumps(describe(up))} if up.acts else {}),
+            **({"down": json.dumps(describe(down))} if down.acts else {}),
         }
     )
     arrays = {str(i): Array(a) for i, (a, _) in enumerate(encoded)}
     starts = ArrayRecord(arrays | ({SHARED: Array(common)} if common.size else {}))
-    return RecordDict({"starts": starts, "residuals": _put_residuals(residuals), "cohort": config})
+    changes = {str(j.client.id): Array(told.data) for j in jobs if (told := compressed(j))}
+    return RecordDict(
+        {
+            "starts": starts,
+            "residuals": _put_residuals(residuals),
+            "changes": ArrayRecord(changes),
+            "cohort": config,
+        }
+    )
 
 
 def _sent(job: Job) -> Payload | None:
@@ -159,8 +197,16 @@ def _sent(job: Job) -> Payload | None:
     return job.start if job.sent is None else job.sent
 
 
-def decode_jobs(content: RecordDict) -> Envelope:
-    """The inverse of `encode_jobs`."""
+def decode_jobs(content: RecordDict, memory: Callable[[str], Memory] | None = None) -> Envelope:
+    """The inverse of `encode_jobs`.
+
+    Args:
+        content: of a request.
+        memory: of this client, by the description of the worker; None: it has none of its own.
+
+    Raises:
+        ValueError: if a job builds on a memory and there is none.
+    """
     config = content.config_records["cohort"]
     header = json.loads(str(config["header"]))
     arrays = content.array_records["starts"]
@@ -172,24 +218,49 @@ def decode_jobs(content: RecordDict) -> Envelope:
     plans = [plan_from_json(p) for p in header["plans"]]
     ranks = [Ranks(r) for r in header["ranks"]]
     residuals = _take_residuals(content, header["residuals"])
-    jobs: list[Job] = []
+    changes = {cid: array.numpy() for cid, array in content.array_records["changes"].items()}
+    own = _memory(header["recalls"], str(config["worker"]), memory)
+    recalls = Recalls(header["recalls"], changes, _format(config, "down"), own)
+    jobs, lost = list[Job](), list[Failure]()
     for seed, round_, cid, n, tier, pattern, start, plan in header["rows"]:
         client = Client(cid, ranks[pattern], n, tier)
-        payload = None if start < 0 else payloads[start]
-        local = plans[plan]
-        if isinstance(local, LocalPlan):
-            begun = cast(Payload, payload).copy()
-            jobs.append(TrainJob(seed, round_, client, begun, local, residuals.get(cid)))
-        else:
+        payload, local = None if start < 0 else payloads[start], plans[plan]
+        if not isinstance(local, LocalPlan):
             jobs.append(EvaluateJob(seed, round_, client, payload, local))
+            continue
+        try:
+            mine = recalls.of(cid, seed)
+        except Forgotten as error:
+            lost.append(Failure(client, FORGOTTEN, str(error)))
+            continue
+        begun = cast(Payload, payload if mine.start is None else mine.start).copy()
+        left = residuals.get(cid) if mine.recall is None else mine.withheld
+        jobs.append(TrainJob(seed, round_, client, begun, local, left, recall=mine.recall))
     return Envelope(
         worker=str(config["worker"]),
         source=str(config["source"]),
         wire=str(config["wire"]),
         jobs=jobs,
         nonce=str(config["nonce"]),
-        up=build(json.loads(str(config["up"])), Format, "up") if "up" in config else NO_FORMAT,
+        up=_format(config, "up"),
+        lost=lost,
+        memory=own,
     )
+
+
+def _format(config: ConfigRecord, name: str) -> Format:
+    return build(json.loads(str(config[name])), Format, name) if name in config else NO_FORMAT
+
+
+def _memory(
+    recalls: Mapping[str, Any], worker: str, memory: Callable[[str], Memory] | None
+) -> Memory | None:
+    """The client's memory, if a job asks for it."""
+    if not recalls:
+        return None
+    if memory is None:
+        raise ValueError("a job builds on what its client keeps, and this one keeps nothing itself")
+    return memory(worker)
 
 
 def _put_residuals(residuals: Mapping[str, Named]) -> ArrayRecord:
@@ -213,6 +284,7 @@ def encode_results(
     jobs: Sequence[Job] = (),
     nonce: str = "",
     up: Format = NO_FORMAT,
+    memory: Memory | None = None,
 ) -> RecordDict:
     """Results of a cohort, and what its engine says of itself, as the content of one reply.
 
@@ -226,9 +298,10 @@ def encode_results(
         jobs: as they were received; updates of a format that rounds are changes from their starts.
         nonce: of the request (`Envelope`).
         up: format of updates in place of ``wire``, if it acts.
+        memory: of a client that keeps what it needs itself (`Envelope.memory`).
     """
     trained = {j.client.id: j for j in jobs if isinstance(j, TrainJob)}
-    reply = _Reply({}, {})
+    reply = _Reply({}, {}, memory)
     rows: dict[int, str] = {}
     for result in results:
         who = result.client
@@ -263,6 +336,7 @@ class _Reply:
 
     arrays: dict[str, Array]
     residuals: dict[str, Named]
+    memory: Memory | None = None
 
 
 def _encode_row(
@@ -282,6 +356,10 @@ def _encode_row(
         draw = torch_generator(job.seed, "compress", job.round, job.client.id)
         array, header, left = encode_reply(result.payload, wire, job.start, job.residual, up, draw)
     key = str(result.client.id)
+    if job is not None and job.recall is not None and reply.memory is not None:
+        sent = dict(job.start.tensors()) if job.recall.start is not None else {}
+        reply.memory.keep(job.round, Held(sent, left or {}), job.recall.since)
+        left = None
     reply.arrays[key] = Array(array)
     if left is not None:
         reply.residuals[key] = left

@@ -25,6 +25,7 @@ from fedlora.engine.secure import trained
 from fedlora.engine.worker import worker
 from fedlora.secagg.codec import decode_request, encode_answers
 from fedlora.silo.card import KEY, SiloCard, read_card
+from fedlora.silo.memory import SiloMemory, memory_of
 from fedlora.silo.site import MARK, Assignment, introduce, worker_of
 from fedlora.split.codec import decode_downs, encode_ups
 from fedlora.split.context import split_worker
@@ -57,10 +58,10 @@ def answer(message: Message, card: SiloCard | None = None) -> Message:
         ConfigError: if the message is for silos and this node is none, or the other way round.
     """
     limit_freed_memory()  # what the last message has left
-    envelope = decode_jobs(message.content)
+    envelope = decode_jobs(message.content, lambda text: remembered(card, text))
     check_source(envelope.source)
     engine = worker(described_for(envelope.worker, card)())
-    results: list[Result] = []
+    results: list[Result] = [*envelope.lost]
     results += engine.train([j for j in envelope.jobs if isinstance(j, TrainJob)])
     results += engine.evaluate([j for j in envelope.jobs if isinstance(j, EvaluateJob)])
     sys.stdout.flush()
@@ -73,8 +74,24 @@ def answer(message: Message, card: SiloCard | None = None) -> Message:
         jobs=envelope.jobs,
         nonce=envelope.nonce,
         up=envelope.up,
+        memory=envelope.memory,
     )
     return Message(content, reply_to=message)
+
+
+def remembered(card: SiloCard | None, text: str) -> SiloMemory:
+    """What this silo keeps of the run of a message.
+
+    Args:
+        card: of the silo that this node is; None: it is a slot.
+        text: what the message says of the worker.
+
+    Raises:
+        ConfigError: if this node is none.
+    """
+    if card is None:
+        raise not_a_silo()
+    return memory_of(card, text)
 
 
 def described_for(text: str, card: SiloCard | None) -> Callable[[], str]:

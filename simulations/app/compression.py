@@ -9,7 +9,6 @@ from fedlora.server.method import Method, Setup
 from fedlora.server.schedule import Rounds
 from fedlora.wire.tensors import Compression
 from simulations.app.refusals import refuse
-from simulations.app.silo_runtime import SiloRuntime
 
 
 class Asked(Protocol):
@@ -21,8 +20,6 @@ class Asked(Protocol):
     def client(self) -> LocalPlan: ...
     @property
     def federation(self) -> Rounds: ...
-    @property
-    def runtime(self) -> object: ...
     @property
     def compression(self) -> Compression: ...
 
@@ -61,15 +58,6 @@ def _refusals(parts: Asked) -> Iterator[tuple[bool, str]]:
         down and kind.bytes_down is not Method.bytes_down,
         f"{label} sends clients what they missed in a form of its own; use "
         "compression.down.kind=none",
-    )
-    yield (
-        down and isinstance(parts.runtime, SiloRuntime),
-        "runtime=silos sends starts as values; use compression.down.kind=none",
-    )
-    yield (
-        compression.error_feedback and isinstance(parts.runtime, SiloRuntime),
-        "runtime=silos, and rounding errors of each client would be kept at the server; use "
-        "compression.error_feedback=false",
     )
     refusal = _rounding(parts)
     yield bool(refusal), f"what clients of {label} exchange must not be rounded ({refusal})"

@@ -20,7 +20,7 @@ from fedlora.models.spec import ModelSpec
 from fedlora.models.stored import PrunedBase
 from fedlora.prune.spec import calibration_traffic
 from fedlora.run.environment import environment
-from fedlora.run.tracking import Trackers, missing_rounds, track
+from fedlora.run.tracking import Trackers, kept_id, missing_rounds, track
 from fedlora.server.buffered import check_averages
 from fedlora.server.flower import FederatedRun
 from fedlora.server.homes import Homes
@@ -95,7 +95,7 @@ def run(
                     worker=inputs.worker.to_json(),
                     source=source_hash(),
                     journal=folder / UNDER_WAY if watched else None,
-                    homes=homes_of(parts, inputs),
+                    homes=homes_of(parts, inputs, folder),
                 )
                 if session.evaluation_missing() or not over(session):
                     emit("starting rounds: workers load the model")
@@ -160,18 +160,25 @@ def new_session(
             store=inputs.store,
             watch=parts.watch,
             virtual=inputs.virtual,
+            at_home=inputs.silos is not None,
             emit=emit,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
 
-def homes_of(parts: Parts, inputs: RunInputs) -> Homes | None:
-    """Where the clients of the run live; None: they are virtual."""
+def homes_of(parts: Parts, inputs: RunInputs, folder: Path) -> Homes | None:
+    """Where the clients of the run live; None: they are virtual.
+
+    Args:
+        parts: of the run.
+        inputs: of the run.
+        folder: of the run; keeps the name by which silos know it, however often it is continued.
+    """
     if inputs.silos is None:
         return None
     assert isinstance(parts.runtime, SiloRuntime)
-    return inputs.silos.homes(parts.runtime, inputs.worker)
+    return inputs.silos.homes(parts.runtime, inputs.worker, kept_id(folder / "silo_run_id"))
 
 
 def over(session: Session) -> bool:

@@ -9,7 +9,6 @@ from fedlora.engine.base import EngineSpec
 from fedlora.models.spec import ModelSpec
 from fedlora.population.sampling import Population
 from fedlora.server.method import Method
-from fedlora.server.schedule import Rounds
 from simulations.app.refusals import refuse
 
 
@@ -26,8 +25,6 @@ class Asked(Protocol):
     def engine(self) -> EngineSpec: ...
     @property
     def population(self) -> Population: ...
-    @property
-    def federation(self) -> Rounds: ...
 
 
 def check_silos(parts: Asked) -> None:
@@ -69,11 +66,6 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             f"{(state or strategy).label} keeps a state of each client at the server, and a silo "
             "shares only what it sends; use a strategy whose clients keep nothing, such as "
             "flexlora",
-        ),
-        (
-            parts.federation.error_feedback,
-            "federation.error_feedback=true keeps rounding errors of each client at the server; "
-            "use error_feedback=false",
         ),
         (
             getattr(parts.engine, "prefix", "off") == "on",

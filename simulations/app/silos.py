@@ -74,12 +74,13 @@ class Silos:
         ranks = module_ranks(tier, modules, clamp=clamp)
         return dataclasses.replace(client, ranks=ranks, tier=silo.name)
 
-    def homes(self, runtime: SiloRuntime, worker: WorkerSpec) -> Homes:
+    def homes(self, runtime: SiloRuntime, worker: WorkerSpec, run: str) -> Homes:
         """Where messages to each client go.
 
         Args:
             runtime: of the run.
             worker: its engine and its model's number format as they were decided when it began.
+            run: names it for what silos keep of it.
         """
         names = [one.name for one in self.infos]
 
@@ -91,7 +92,7 @@ class Silos:
         workers = {}
         for a in self.assignments:
             model = dataclasses.replace(a.model, dtype=worker.model.dtype)
-            began = dataclasses.replace(a, engine=worker.engine, model=model)
+            began = dataclasses.replace(a, engine=worker.engine, model=model, run=run)
             workers[a.client] = began.to_json()
         return Homes(
             dict(enumerate(names)), workers, dict(enumerate(self.nodes)), find, runtime.poll_s

@@ -9,7 +9,9 @@ from simulations.app.compose import load
 
 def test_threads_compose_what_each_would_alone():
     """A sweep that runs its cases in threads composes in them; Hydra refuses a second beginning."""
-    words = [(f"strategy={s}", f"seed={i}") for i, s in enumerate(("fedit", "ffa", "flora", "slora"))]
+    words = [
+        (f"strategy={s}", f"seed={i}") for i, s in enumerate(("fedit", "ffa", "flora", "slora"))
+    ]
 
     def composed(one):
         return OmegaConf.to_container(load(one), resolve=True)

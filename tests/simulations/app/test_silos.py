@@ -281,7 +281,6 @@ def test_other_sources_are_refused_before_anything_is_read(tmp_path, cards, monk
         ("strategy=local", "keeps a state of each client at the server"),
         ("strategy=fedsa", "keeps a state of each client at the server"),
         ("strategy=scaffold", "keeps a state of each client at the server"),
-        ("federation.wire=bfloat16 federation.error_feedback=true", "error_feedback=true keeps"),
         ("engine.prefix=on", "engine.prefix=on"),
         ("population.clients=2", "the connected silos are the clients"),
         ("data.label_field=label model=minilm model.task=classification", "number the labels"),
