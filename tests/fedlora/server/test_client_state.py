@@ -303,3 +303,22 @@ def test_what_is_staged_is_seen_after_the_round(tmp_path):
     store.restore(1, store.index())
     store.commit(2)
     assert torch.equal(store.get(1)["x"], tensors(1)["x"])
+
+
+def test_what_is_forgotten_is_gone_and_an_older_checkpoint_still_has_it(tmp_path) -> None:
+    store = ClientStore(tmp_path)
+    assert store.round(1) == 0
+    store.stage(1, {"b": torch.ones(2)})
+    store.commit(1)
+    before = store.index()
+    store.stage(1, None)
+    assert store.get(1) is not None, "staged, not yet committed"
+    store.commit(2)
+    assert store.get(1) is None
+    assert store.round(1) == 0
+    assert store.index() == {}
+    store.restore(1, before)
+    assert store.round(1) == 1
+    kept = store.get(1)
+    assert kept is not None
+    assert torch.equal(kept["b"], torch.ones(2))
