@@ -211,7 +211,8 @@ class TokenStore:
         self._meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         self._index: NDArray[np.int64] = np.load(self.folder / "index.npy", mmap_mode="r")
         self._bounds: list[int] = np.load(self.folder / "clients.npy").tolist()
-        self._tokens: NDArray[Any] = np.load(self.folder / "tokens.npy", mmap_mode="r")
+        # A plain view of the mapped file: slices of np.memmap itself cost microseconds each.
+        self._tokens: NDArray[Any] = np.asarray(np.load(self.folder / "tokens.npy", mmap_mode="r"))
         flags = np.load(self.folder / "responses.npy", mmap_mode="r")
         self._responses: NDArray[np.bool_] | None = flags if len(flags) else None
 

@@ -26,6 +26,7 @@ from fedlora.data.store import TokenStore
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.prefix import DTYPES, PrefixCache, why_not_prefix
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.modules import ModelInfo
 
 
@@ -97,6 +98,10 @@ class EngineSpec:
         """The engine on this model and these data."""
 
 
+OFF, AUTO, ON, STATES = "off", "auto", "on", "states"
+"""Values of ``engine.prefix``."""
+
+
 @dataclass(frozen=True)
 class WorkerEngine(EngineSpec):
     """What engines that train on a worker's resident model have in common."""
@@ -107,10 +112,11 @@ class WorkerEngine(EngineSpec):
     reuse_memory: bool = True
     """Keep up to 512 MiB of freed memory in the process if glibc is used (`keep_freed_memory`):
     faster on CPU, bitwise identical results."""
-    prefix: str = "auto"
+    prefix: str = AUTO
     """Whether hidden states behind the blocks without adapters are computed once per example and
-    kept on disk (`fedlora.engine.prefix`): ``off``, ``on``, or ``auto``, which a run decides by
-    their cost when it begins."""
+    kept on disk (`fedlora.engine.prefix`): ``off``; ``on``, with the frozen products of a last
+    block where the engine has a use for them; ``states``, without; or ``auto``, which a run decides
+    by their cost when it begins."""
     prefix_gb: float = 16.0
     """The most that they may take on disk, in 10^9 bytes. Examples beyond it run through all
     blocks."""
@@ -119,7 +125,7 @@ class WorkerEngine(EngineSpec):
 
     def __post_init__(self) -> None:
         within("engine.threads", self.threads, 0, MOST_THREADS)
-        one_of("engine.prefix", self.prefix, ("off", "auto", "on"))
+        one_of("engine.prefix", self.prefix, (OFF, AUTO, ON, STATES))
         at_least("engine.prefix_gb", self.prefix_gb, 0, strict=True)
         one_of("engine.prefix_dtype", self.prefix_dtype, DTYPES)
 
@@ -130,20 +136,29 @@ class WorkerEngine(EngineSpec):
         if self.reuse_memory:
             keep_freed_memory()
 
+    def readers(self, model: LanguageModel) -> Sequence[AdaptedLinear]:
+        """The adapted layers whose frozen products this engine wants beside the states."""
+        return ()
+
+    def state_width(self, info: ModelInfo) -> int:
+        """The most numbers that are kept of a token, for what they take on disk."""
+        return info.width
+
     def with_states(
         self, model: LanguageModel, store: TokenStore
     ) -> tuple[TokenStore, Callable[[], tuple[str, ...]]]:
         """The store of an engine on this model, and what is to be said of it: with a prefix its
         examples bring their states.
 
-        Only ``on`` has one: what ``auto`` means is decided before an engine is opened.
+        What ``auto`` means is decided before an engine is opened: until then there is none.
         """
-        if self.prefix != "on":
+        if self.prefix not in (ON, STATES):
             return store, tuple
         reason = why_not_prefix(model)
         if reason:
             return store, lambda: (f"no prefix, for {reason}",)
-        cache = PrefixCache(model, store, self.prefix_dtype, 1e9 * self.prefix_gb)
+        readers = self.readers(model) if self.prefix == ON else ()
+        cache = PrefixCache(model, store, self.prefix_dtype, 1e9 * self.prefix_gb, readers)
         return store.with_states(cache.attach), cache.notes
 
 

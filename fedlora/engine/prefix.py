@@ -30,6 +30,7 @@ from fedlora.core.files import write_file
 from fedlora.core.seeding import torch_generator
 from fedlora.data.store import Example, TokenStore
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.prefix import Prefix
 
 log = logging.getLogger(__name__)
@@ -93,16 +94,24 @@ class PrefixCache:
         store: the examples.
         dtype: ``float32``: states as the base computes them; ``bfloat16``: rounded to it.
         most: bytes that the files may take.
+        readers: adapted layers whose frozen products stand beside the states.
 
     Raises:
         ModelError: if the model's blocks cannot be left out (`why_not_prefix`).
     """
 
-    def __init__(self, model: LanguageModel, store: TokenStore, dtype: str, most: float) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: TokenStore,
+        dtype: str,
+        most: float,
+        readers: Sequence[AdaptedLinear] = (),
+    ) -> None:
         self._model, self._store, self._most = model, store, most
-        self._prefix = model.prefix = Prefix(model.network, model.info.frozen_blocks)
+        self._prefix = model.prefix = Prefix(model.network, model.info.frozen_blocks, readers)
         self._rounded = dtype == "bfloat16" and model.network.dtype != torch.bfloat16
-        self._key = cache_key(model, store, dtype)
+        self._key = cache_key(model, store, dtype, readers)
         self.folder = cache_root() / "prefix" / f"{store.folder.name}-{self._key[:16]}"
         self._open: OrderedDict[Key, list[Tensor]] = OrderedDict()
         self._lost = 0.0, 0.0  # squared norms of what was rounded off, and of the states
@@ -140,7 +149,8 @@ class PrefixCache:
         if self._lost[0]:
             rounded = f", rounded to bfloat16 by {math.sqrt(self._lost[0] / self._lost[1]):.0e}"
         used = f"the first {info.frozen_blocks} of {info.blocks} blocks computed once per example"
-        return (used + rounded, *([self._full] if self._full else []))
+        beside = ["frozen products of the last block too"] if self._prefix.readers else []
+        return (used + rounded, *beside, *([self._full] if self._full else []))
 
     def _file(self, key: Key) -> Path:
         return self.folder / f"{key[0] // 1000}" / f"{'-'.join(map(str, key))}.safetensors"
@@ -222,7 +232,9 @@ class PrefixCache:
         }
 
 
-def cache_key(model: LanguageModel, store: TokenStore, dtype: str) -> str:
+def cache_key(
+    model: LanguageModel, store: TokenStore, dtype: str, readers: Sequence[AdaptedLinear] = ()
+) -> str:
     """Hash of everything that the states depend on."""
     info, network = model.info, model.network
     config: Any = network.config
@@ -234,6 +246,8 @@ def cache_key(model: LanguageModel, store: TokenStore, dtype: str) -> str:
         "examples": store.key,
         "dtype": dtype,
     }
+    if readers:
+        parts["readers"] = [path for path, layer in model.layers.items() if layer in readers]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedlora.models.blocks import entering, find_blocks, forward_replaced, with_entering
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.ragged import Geometry, RaggedAttention, ragged
 
 
@@ -41,6 +42,11 @@ class LastBlock:
         be there when a backward pass computes it again."""
         self.is_narrowed = False
         self._block, self._projections = block, projections
+
+    @property
+    def readers(self) -> tuple[AdaptedLinear, ...]:
+        """The projections that carry an adapter: they are given all tokens."""
+        return tuple(m for m in self._projections if isinstance(m, AdaptedLinear))
 
     @contextmanager
     def narrowed(self, attention: RaggedAttention) -> Iterator[None]:

@@ -189,6 +189,9 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.base = base
         self.update: LinearUpdate | None = None
+        self.product: Tensor | None = None
+        """``[..., d_out]``: what the base gives for the whole input of the next forward pass, where
+        that has been computed before (`fedlora.models.prefix`)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Any leading shape: ``x [..., d_in]`` to ``[..., d_out]``."""

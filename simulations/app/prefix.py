@@ -11,7 +11,7 @@ from typing import Any
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import ConfigError
-from fedlora.engine.base import EngineSpec, WorkerEngine
+from fedlora.engine.base import AUTO, OFF, ON, STATES, EngineSpec, WorkerEngine
 from fedlora.models.modules import ModelInfo
 from fedlora.population.sampling import Roster, panel
 from fedlora.population.workload import training_tokens
@@ -46,39 +46,51 @@ def settled_prefix(
     Raises:
         ConfigError: if ``on`` is impossible, or does not fit ``engine.prefix_gb``.
     """
-    if not isinstance(engine, WorkerEngine) or engine.prefix == "off":
+    if not isinstance(engine, WorkerEngine) or engine.prefix == OFF:
         return engine
+    asked = engine.prefix
     reason = _impossible(parts.strategy, info)
-    if reason and engine.prefix == "on":
-        raise ConfigError(f"engine.prefix=on: {reason}; use engine.prefix=auto or off")
+    if reason and asked != AUTO:
+        raise ConfigError(f"engine.prefix={asked}: {reason}; use engine.prefix=auto or off")
     if not info.frozen_blocks:
-        return replace(engine, prefix="off")
+        return replace(engine, prefix=OFF)
     visits = _visits(parts, roster)
-    size = visits.computed * info.width * _bytes(parts, engine) / 1e9
+    room = engine.prefix_gb if asked != AUTO else min(engine.prefix_gb, _free())
+    sizes = {
+        kind: _gigabytes(parts, replace(engine, prefix=kind), info, visits)
+        for kind in ((ON, STATES) if asked == AUTO else (asked,))
+    }
+    chosen = next((kind for kind, size in sizes.items() if size <= room), OFF)
+    size = sizes.get(chosen, min(sizes.values()))
     takes = f"the states of all examples take about {size:.2g} GB"
-    if engine.prefix == "on":
-        if size > engine.prefix_gb:
+    if asked != AUTO:
+        if chosen == OFF:
             raise ConfigError(
-                f"engine.prefix=on: {takes}, more than engine.prefix_gb={engine.prefix_gb:g}: give "
-                "more room, use engine.prefix_dtype=bfloat16, or engine.prefix=auto"
+                f"engine.prefix={asked}: {takes}, more than engine.prefix_gb="
+                f"{engine.prefix_gb:g}: give more room, use engine.prefix_dtype=bfloat16, or "
+                "engine.prefix=auto"
             )
         return engine
-    room = min(engine.prefix_gb, _free())
     if not reason and visits.each < WORTH:
         reason = f"an example is visited {visits.each:.1f} times, which is too seldom"
-    if not reason and size > room:
+    if not reason and chosen == OFF:
         reason = (
             f"{takes}, more than engine.prefix_gb={engine.prefix_gb:g} or the disk has room for"
         )
     about = f"the first {info.frozen_blocks} of {info.blocks} blocks carry no adapter"
     if reason:
         emit(f"engine.prefix=off: {about}, but {reason}")
-        return replace(engine, prefix="off")
+        return replace(engine, prefix=OFF)
     emit(
-        f"engine.prefix=on: {about}, and an example is visited {visits.each:.1f} times: they are "
-        f"computed once; {takes}"
+        f"engine.prefix={chosen}: {about}, and an example is visited {visits.each:.1f} times: they "
+        f"are computed once; {takes}"
     )
-    return replace(engine, prefix="on")
+    return replace(engine, prefix=chosen)
+
+
+def _gigabytes(parts: Parts, engine: WorkerEngine, info: ModelInfo, visits: Visits) -> float:
+    """What all examples that are visited take on disk, in 10^9 bytes."""
+    return visits.computed * engine.state_width(info) * _bytes(parts, engine) / 1e9
 
 
 def _impossible(strategy: Any, info: ModelInfo) -> str:

@@ -5,7 +5,7 @@ from typing import Protocol
 from fedlora.data.jsonl import Jsonl
 from fedlora.data.source import Source
 from fedlora.data.template import CHAT, TEMPLATES
-from fedlora.engine.base import EngineSpec
+from fedlora.engine.base import OFF, ON, STATES, EngineSpec
 from fedlora.models.spec import ModelSpec
 from fedlora.population.sampling import Population
 from fedlora.server.method import Method
@@ -68,7 +68,7 @@ def _refusals(parts: Asked) -> list[tuple[bool, str]]:
             "flexlora",
         ),
         (
-            getattr(parts.engine, "prefix", "off") == "on",
+            getattr(parts.engine, "prefix", OFF) in (ON, STATES),
             "engine.prefix=on: states of frozen blocks are kept for a store of all clients; use "
             "engine.prefix=off",
         ),

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedlora.core.memo import remembered
 from fedlora.core.seeding import torch_generator
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.ragged import Geometry, RaggedAttention, is_exchangeable, ragged
 from fedlora.models.two_parts import RaggedClassifier, Sample
 
@@ -86,6 +87,20 @@ def why_not_fused(model: LanguageModel) -> str:
             handle.remove()
     name = type(model.network).__name__
     return f"{name} gives {wrong[0]} more than the tokens" if wrong else ""
+
+
+def readers_of_all(model: LanguageModel) -> tuple[AdaptedLinear, ...]:
+    """The adapted layers of a classifier's last block that read all tokens, where the rest of it is
+    computed for pooled rows alone; none if the block is of another kind, or its weights are
+    quantised."""
+    if not is_exchangeable(model.network):
+        return ()
+    try:
+        last = RaggedClassifier(model).last
+    except Exception:  # of the architecture's own code: why_not_ragged says which
+        return ()
+    found = () if last is None else last.readers
+    return tuple(layer for layer in found if layer.weight.is_floating_point())
 
 
 def reason_of(check: Callable[[LanguageModel], str], model: LanguageModel) -> str:

@@ -16,9 +16,14 @@ from fedlora.core.types import (
     Update,
 )
 from fedlora.data.store import TokenStore
-from fedlora.engine.base import Engine, WorkerEngine
+from fedlora.engine.base import STATES, Engine, WorkerEngine
 from fedlora.engine.choice import with_choices
-from fedlora.engine.fused.check import reason_of, why_not_fused, why_not_ragged
+from fedlora.engine.fused.check import (
+    readers_of_all,
+    reason_of,
+    why_not_fused,
+    why_not_ragged,
+)
 from fedlora.engine.fused.cost import CostModel, slots_for, total_memory
 from fedlora.engine.fused.evaluation import FusedEvaluator
 from fedlora.engine.fused.model import FusedModel
@@ -26,6 +31,7 @@ from fedlora.engine.fused.schedule import POLICIES, Schedule, policy
 from fedlora.engine.fused.trainer import Chain, FusedTrainer, Limits, Planner
 from fedlora.engine.sequential import SequentialEngine
 from fedlora.models.language_model import LanguageModel
+from fedlora.models.layers import AdaptedLinear
 from fedlora.models.modules import ModelInfo
 
 log = logging.getLogger(__name__)
@@ -90,6 +96,19 @@ class Fused(WorkerEngine):
                 raise ValueError(f"engine.layout=ragged: {reason}; use auto, or engine=sequential")
             return SequentialEngine(model, store, f"one by one, for {reason}", said)
         return self._engine()(self, model, store, said)
+
+    def readers(self, model: LanguageModel) -> Sequence[AdaptedLinear]:
+        """The layers of the last block that read all tokens, if it alone has adapters: what else is
+        in it is computed for pooled rows, so their products are most of a forward pass."""
+        return readers_of_all(model) if self._may_narrow(model.info) else ()
+
+    def state_width(self, info: ModelInfo) -> int:
+        """With keys and values beside the states, if the model turns out to be of that kind."""
+        beside = self.prefix != STATES and self._may_narrow(info)
+        return (3 if beside else 1) * info.width
+
+    def _may_narrow(self, info: ModelInfo) -> bool:
+        return info.classifies and info.frozen_blocks == info.blocks - 1 and self.layout != "padded"
 
     def _engine(self) -> "type[FusedEngine]":
         return FusedEngine

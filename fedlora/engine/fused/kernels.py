@@ -309,15 +309,25 @@ class FusedLinear(torch.autograd.Function):
 
 
 class FusedDelta(torch.autograd.Function):
-    """The adapters' part alone, beside a layer whose weight is not a plain matrix (quantised)."""
+    """The adapters' part alone, beside a layer whose weight is not a plain matrix (quantised), or
+    on what that weight is known to give."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, anchor: Tensor, d_out: int, rows: Tensor | None, plan: LayerPlan
+        ctx: Any,
+        x: Tensor,
+        anchor: Tensor,
+        d_out: int,
+        known: Tensor | None,
+        rows: Tensor | None,
+        plan: LayerPlan,
     ) -> Tensor:
-        """``x [..., d_in]`` and its copy, if rows are spread -> ``[..., d_out]``."""
+        """``x [..., d_in]``, what it is added to ``[..., d_out]`` (which gets no gradient; None:
+        nothing), and the copy of x, if rows are spread -> ``[..., d_out]``."""
         flat = x.reshape(-1, x.shape[-1])
         out = flat.new_zeros(*x.shape[:-1], d_out)
+        if known is not None:
+            out.copy_(known)
         rows = flat if rows is None else rows
         hidden = add_adapters(out.view(-1, d_out), rows, plan)
         ctx.save_for_backward(rows if plan.trains_a else None, *hidden)
@@ -325,11 +335,11 @@ class FusedDelta(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         """Gradient of the input; the factors' gradients go into the bank."""
         rows, *hidden = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         wanted = ctx.needs_input_grad[0]
         dx = g.new_zeros(g.shape[0], ctx.shape[-1]) if wanted else None
         add_gradients(dx, g, rows, hidden, ctx.plan)
-        return None if dx is None else dx.view(ctx.shape), None, None, None, None
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, None

@@ -70,6 +70,7 @@ class FusedModel:
             self._last = rows.last
         elif model.info.classifies:
             self._classifier = PaddedClassifier(model)
+        self._layers = list(model.layers.values())
         paths = frozenset() if self._last is None else self._last.pooled
         self._reads_pooled = [path in paths for path in model.layers]
         self._plain_head = self._classifier is None and is_plain(model)
@@ -312,11 +313,11 @@ class FusedModel:
         plan = self._plan(index, x)
         weight = base.weight
         assert isinstance(weight, Tensor)
+        if (known := self._product(index, x)) is not None:
+            return self._added(x, known.shape[-1], known, plan)
         if not weight.is_floating_point():
             y: Tensor = base(x)
-            rows = self._copy(x, x.dtype, plan.spread)
-            delta: Tensor = FusedDelta.apply(x, self._anchor, y.shape[-1], rows, plan)  # type: ignore[no-untyped-call]
-            return y + delta
+            return y + self._added(x, y.shape[-1], None, plan)
         bias: Any = base.bias
         weight = self._moved.get(index, dense_weight(base))
         if self._autocast:
@@ -327,6 +328,20 @@ class FusedModel:
         across = weight.t()
         rows = self._copy(x, weight.dtype, plan.spread)
         out: Tensor = FusedLinear.apply(x, self._anchor, across, bias, rows, plan)  # type: ignore[no-untyped-call]
+        return out
+
+    def _product(self, index: int, x: Tensor) -> Tensor | None:
+        """What the frozen weight of a layer is known to give for ``x``; None: that is not known, or
+        would be another if it were computed now, or again in the backward pass."""
+        known = self._layers[index].product
+        if known is None or index in self._moved or self._autocast or self.checkpoint:
+            return None
+        return known if known.shape[:-1] == x.shape[:-1] and not x.requires_grad else None
+
+    def _added(self, x: Tensor, d_out: int, known: Tensor | None, plan: LayerPlan) -> Tensor:
+        """The adapters' part ``[..., d_out]``, and what is known of the frozen weight's."""
+        rows = self._copy(x, x.dtype, plan.spread)
+        out: Tensor = FusedDelta.apply(x, self._anchor, d_out, known, rows, plan)  # type: ignore[no-untyped-call]
         return out
 
     def _copy(self, x: Tensor, dtype: torch.dtype, spread: Spread | None) -> Tensor | None:

@@ -18,6 +18,8 @@ from fedlora.core.types import EvaluateJob, EvaluatePlan, Failure, LocalPlan, Up
 from fedlora.data.batches import padded_states
 from fedlora.engine import prefix as prefixes
 from fedlora.engine.fused import Fused, batch
+from fedlora.engine.fused.kernels import FusedDelta
+from fedlora.engine.fused.model import FusedModel
 from fedlora.engine.prefix import cache_key, why_not_prefix
 from fedlora.engine.sequential import Sequential
 from fedlora.models.head import head_parameters
@@ -184,6 +186,58 @@ def headed(on, factors, seed, travels):
     return WithHead(factors, {n: p.detach() + 0.1 * noise[n] for n, p in own.items()}, travels)
 
 
+PRODUCTS = "frozen products of the last block too"
+NARROW = ("bert", "roberta", "distilbert")
+
+
+def moved(modules):
+    """Factors over a base that has moved: its frozen products are not the model's own."""
+    g = torch.Generator().manual_seed(7)
+    shift = {
+        m.path: 0.1 * torch.randn(m.d_out, m.d_in, generator=g, dtype=torch.float64)
+        for m in modules
+    }
+    return Rebased(shift, dict(adapter(modules, 2)))
+
+
+def last_blocks(name, spec, layers=(1,)):
+    """A round of a classifier whose last block alone has adapters: clients on its own base, and one
+    on a base that has moved."""
+    on = classifiers.wrap(classifiers.network(name), layers=list(layers))
+    held = FakeStore({k: classifiers.examples(6, seed=k) for k in range(3)})
+    starts = [adapter(on.info.modules, 2 + k, seed=k) for k in range(2)] + [moved(on.info.modules)]
+    return results(spec, on, held, starts, replace(PLAN, loss="full"))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("name", NARROW)
+def test_frozen_products_stand_beside_the_states(name, checkpoint):
+    """Where a last block is computed for pooled rows, keys and values of all tokens are what is
+    left of it: their frozen part is of the example alone, unless the base has moved."""
+    spec = replace(ENGINES["ragged"], checkpoint=checkpoint)
+    wanted, _ = last_blocks(name, spec)
+    found, engine = last_blocks(name, replace(spec, prefix="on"))
+    assert_same(found, wanted)
+    assert PRODUCTS in engine.notes()
+    assert not any("failed" in note for note in engine.notes()), "done one by one"
+
+
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [("bert", "sequential"), ("bert", "padded"), ("gpt2", "ragged"), ("modernbert_mean", "ragged")],
+)
+def test_no_products_where_a_block_is_computed_for_all_rows(name, engine):
+    _, opened = last_blocks(name, replace(ENGINES[engine], prefix="on"))
+    assert PRODUCTS not in opened.notes()
+
+
+def test_products_and_states_have_files_of_their_own(cache):
+    """Sequential and fused runs of one model: neither reads what the other needs."""
+    for engine in ("sequential", "ragged", "sequential"):
+        last_blocks("bert", replace(ENGINES[engine], prefix="on"))
+    assert len(list(cache.glob("prefix/*"))) == 2
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_evaluation_is_that_without_states(engine):
     """Likelihoods and generated texts, with an adapter and without one."""
@@ -211,13 +265,9 @@ def test_states_are_right_under_every_payload(engine):
     def trained(spec):
         on = world()
         modules, g = on.info.modules, torch.Generator().manual_seed(0)
-        shift = {
-            m.path: 0.1 * torch.randn(m.d_out, m.d_in, generator=g, dtype=torch.float64)
-            for m in modules
-        }
         values = {m.path: torch.randn(m.d_out * m.d_in, generator=g).double() for m in modules}
         starts = [
-            Rebased(shift, dict(adapter(modules, 2))),
+            moved(modules),
             adapter(modules, 3),
             SparseDelta(3, 1.0, values),
         ]
@@ -471,6 +521,14 @@ FAULTS = {
     "of the block before": (Prefix.__init__, "found[blocks]", "found[blocks - 1]"),
     "a row too far": (padded_states, "row[: len(states)]", "row[-len(states) :]"),
     "rows of pads": (batch._states, "rows.of_token", "np.arange(len(tokens))"),
+    "products of something else": (Prefix.capture, "base(reached.states)", "base(-reached.states)"),
+    "products of a base that has moved": (FusedModel._product, " or index in self._moved", ""),
+    "products without adapters": (
+        FusedDelta.forward,
+        "hidden = add",
+        "rows = rows * 0; hidden = add",
+    ),
+    "products computed again": (FusedModel._product, " or self.checkpoint", ""),
 }
 
 
@@ -481,6 +539,8 @@ def test_planted_faults_are_noticed(fault, cache):
     def laws():
         test_models_layers_and_data_share_no_states(cache)
         test_a_round_is_that_without_states("llama", "padded", cache)
+        for checkpoint in (False, True):
+            test_frozen_products_stand_beside_the_states("bert", checkpoint)
 
     with planted(*FAULTS[fault]), pytest.raises((AssertionError, RuntimeError)):
         laws()

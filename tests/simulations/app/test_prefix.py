@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 
 from fedlora.core.errors import ConfigError
+from fedlora.engine.fused import Fused
 from fedlora.engine.sequential import Sequential
+from fedlora.models.modules import CLASSIFICATION
 from fedlora.models.spec import Tiny
 from fedlora.population.sampling import Roster
 from fedlora.server.schedule import Rounds
@@ -97,3 +99,28 @@ def test_a_run_has_the_losses_of_one_without_states(federate, engine):
     assert not any(note in r["engine"] for r in runs[1].rounds)
     worker = json.loads((runs[0].folder / "worker.json").read_text())
     assert worker["engine"]["prefix"] == "on"
+
+
+def test_products_are_left_out_before_states_are():
+    """A last block's keys and values take twice the states' room: if that is not there, the states
+    alone are kept."""
+    info = replace(Tiny(layers="top:1").describe(), task=CLASSIFICATION)
+    assert info.classifies
+    fused = Fused()
+
+    def chosen(gb, engine=fused, **words):
+        parts = build_parts(load([f"engine.prefix_gb={gb}", "evaluate=none"]))
+        parts = replace(parts, federation=replace(Rounds(), rounds=10))
+        roster = Roster((), tuple(range(10)), {}, 5, tuple(Shard() for _ in range(10)), 0)
+        given = replace(engine, prefix_gb=gb, **words)
+        return settled_prefix(parts, given, info, roster, lambda _: None).prefix
+
+    states = 10 * 200 * 128 * 4 / 1e9
+    assert chosen(3 * states) == "on"
+    assert chosen(2.9 * states) == "states"
+    assert chosen(0.9 * states) == "off"
+    assert chosen(1.1 * states, prefix="states") == "states"
+    assert chosen(1.1 * states, Fused(layout="padded")) == "on"
+    assert chosen(1.1 * states, Sequential()) == "on"
+    with pytest.raises(ConfigError, match=r"prefix=on: .* more than engine\.prefix_gb"):
+        chosen(1.1 * states, prefix="on")

@@ -158,7 +158,7 @@ class ThroughBank(torch.autograd.Function):
                     inner, anchor, layer.weight, layer.bias, layer.rows(x, plan), plan
                 )
             else:
-                out = FusedDelta.apply(inner, anchor, D_OUT, layer.rows(x, plan), plan)
+                out = FusedDelta.apply(inner, anchor, D_OUT, None, layer.rows(x, plan), plan)
         ctx.layer, ctx.inner, ctx.out, ctx.factors = layer, inner, out, factors
         result = out.detach().clone()
         return result if kind == "linear" else result + x @ layer.weight + layer.bias
