@@ -380,7 +380,8 @@ class ClientPrivacy(Protection):
                 f"privacy=client with secagg={secagg.kind}: a sampled round may have fewer than "
                 f"{FEWEST} clients or more than {secagg.capacity:,}, of which there is no secure "
                 f"sum (probability {chance:.2g}, more than {NEGLIGIBLE:g} of privacy.delta); "
-                "change population.per_round, or use secagg=none"
+                f"change the {self.roster.per_round} clients expected in a round "
+                "(population.per_round or population.fraction), or use secagg=none"
             )
 
     def _check_drawn(self, secagg: SecAgg) -> None:
@@ -392,7 +393,9 @@ class ClientPrivacy(Protection):
                 raise ValueError(
                     f"privacy=client with secagg={secagg.kind}: round {round} has a cohort of "
                     f"{drawn:,}, and there are secure sums of {FEWEST} to {secagg.capacity:,} "
-                    "clients; change population.per_round or seed, or use secagg=none"
+                    f"clients; change the {self.roster.per_round} clients expected in a round "
+                    f"(population.per_round or population.fraction) or seed={self.seed}, or use "
+                    "secagg=none"
                 )
 
     def released(self, release: Postprocessor, short: float | None = None) -> None:
