@@ -1,4 +1,4 @@
-"""What a client of its own machine is told of what it keeps there, in place of what it keeps."""
+"""What a client on a machine of its own is told of what it keeps there."""
 
 from dataclasses import dataclass
 

@@ -153,3 +153,25 @@ def test_silos_train_with_noise_of_their_own_and_the_server_says_each_ones_epsil
         assert f"{name} " in line
     assert f"{done['privacy/epsilon']:.4g} (" in line
     assert "privacy=example: epsilon at most" in log
+
+
+def test_what_a_silo_keeps_outlives_its_processes(tmp_path):
+    """Each round is a process of its own at a silo: starts compressed as changes of what it was
+    sent, and rounding errors fed back, are read from its files."""
+    data = write_records(tmp_path / "data")
+    cards = caches(tmp_path, write_cards(tmp_path, data))
+    small = ("rounds=3", "compression=int4", "compression.error_feedback=true")
+    with Loopback(tmp_path) as deployed:
+        for name in RANKS:
+            deployed.start_node(name, cards[name])
+        run = deployed.submit(words(tmp_path, *small))
+        status = deployed.wait(run, PATIENCE_S)
+        log = deployed.log(run)
+        assert status == "finished:completed", log[-4000:]
+    same = simulate(tmp_path / "sim", data, *small)
+    for one, other in zip(rounds(tmp_path), same.rounds, strict=True):
+        for key in ("state/hash", "wire/up_bytes", "wire/down_bytes"):
+            assert one[key] == other[key]
+    for name in RANKS:
+        kept = (tmp_path / f"cache-{name}").glob(f"silo_memory/{name}/*/*.memory")
+        assert sorted(file.name for file in kept) == [f"0000{r}.memory" for r in (1, 2, 3)]
