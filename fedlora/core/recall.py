@@ -15,7 +15,8 @@ class CompressedStart:
     seeded: tuple[str, ...]
     """Names of the tensors whose reference is drawn from the run's seed."""
     digest: str
-    """Of what the client was sent last (`fedlora.wire.recall.digest`): it must still have that."""
+    """`fedlora.wire.recall.digest` of the start that the client was sent last, and must still have.
+    """
 
 
 @dataclass(frozen=True)

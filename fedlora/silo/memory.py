@@ -70,7 +70,7 @@ class SiloMemory:
             round: in which it is kept.
             held: what.
             since: the round that the server builds on. It and the one before stay, for a server
-                that goes on from its last checkpoint but one.
+                that goes on from its last checkpoint but one; no server builds on the others.
 
         Raises:
             RunError: if it cannot be written.
@@ -82,8 +82,9 @@ class SiloMemory:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove_drafts(self.folder)
             write_file(self._file(round), hashlib.sha256(blob).digest() + blob)
-            for old in [r for r in self.rounds() if r < since][:-1]:
-                self._file(old).unlink(missing_ok=True)
+            needed = {round, since, *[r for r in self.rounds() if r < since][-1:]}
+            for other in [r for r in self.rounds() if r not in needed]:
+                self._file(other).unlink(missing_ok=True)
         except OSError as error:
             log.error("%s cannot be written: %s", self.folder, error)
             raise RunError("the silo cannot write what it keeps: its log says why") from None

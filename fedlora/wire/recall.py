@@ -112,7 +112,7 @@ class Recalls:
     down: Format
     """Their format."""
     memory: Memory | None
-    """Of the client that reads; None: no entry asks for it."""
+    """The memory of the client that reads the message; None: no entry asks for one."""
 
     def of(self, client: int, seed: int) -> "Remembered":
         """What a job builds on; nothing if its client is told of no memory.

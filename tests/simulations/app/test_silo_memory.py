@@ -205,7 +205,7 @@ def test_the_memory_that_counts_is_kept(tmp_path):
         memory.keep(round, held[round], since)
         if round != 4:  # its reply was lost
             since = round
-    assert memory.rounds() == [2, 3, 4, 5]
+    assert memory.rounds() == [2, 3, 5], "lost rounds would pile up while nothing is accepted"
     assert torch.equal(memory.held(3).start["u/a"], held[3].start["u/a"])
     assert torch.equal(memory.held(3).withheld["u/b"], torch.ones(3, 2))
     assert memory.held(0) == Held({}, {})
