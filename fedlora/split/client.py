@@ -3,6 +3,7 @@ its data, and trains on the gradients that it receives across the cut.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fedlora.core.seeding import torch_seed
 from fedlora.core.types import LocalPlan
-from fedlora.data.batches import TokenExample, lengths_of
+from fedlora.data.batches import Batch, TokenExample, lengths_of
 from fedlora.models.language_model import LanguageModel
 from fedlora.models.layers import padded_bits
 from fedlora.models.stages import Span, Stage, Stages
@@ -161,7 +162,7 @@ class SplitClient:
         batch = step.batch.to(device)
         self._mount(self.head, number, step.shape)
         try:
-            with autocast(self.model, self.init.plan):
+            with autocast(self.model, self.init.plan), self._entered(batch):
                 hidden = self.head.hidden(batch.inputs)
         finally:
             self.head.mount({})
@@ -172,6 +173,14 @@ class SplitClient:
             packed = terms.noise(packed, self._generator("noise", number))
         self._pending = _Pending(number, packed)
         return terms.activations.encode(packed.detach(), self._generator("wire", number))
+
+    def _entered(self, batch: Batch) -> AbstractContextManager[None]:
+        """While the context is open, the head begins where the batch's states enter, if that block
+        is one of its own; else it runs from the embeddings on."""
+        prefix = self.model.prefix
+        if prefix is None or prefix.blocks not in self.head.span:
+            return nullcontext()
+        return self.model.entered(batch)
 
     def _finish(self, number: int, middle: Parts) -> Up:
         """The tail of a U-shape: the client's mean loss over tokens, and its gradient."""

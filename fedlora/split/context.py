@@ -1,10 +1,11 @@
 """Everything that a process needs for a split: stages of its resident model, and the data."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedlora.core.types import LocalPlan
 from fedlora.data.store import Example, TokenStore
+from fedlora.engine.base import WorkerEngine
 from fedlora.engine.client import examples_for
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.worker import WorkerSpec, resident, worker
@@ -19,10 +20,21 @@ MOST_KEPT = 256
 
 
 class RunContext:
-    """Stages and examples; see `run_context`."""
+    """Stages and examples; see `run_context`.
 
-    def __init__(self, model: LanguageModel, store: TokenStore) -> None:
-        self.model, self.store = model, store
+    Args:
+        model: the resident one.
+        store: its examples, with the states of the frozen blocks where the run keeps them.
+        notes: what there is to say of those.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: TokenStore,
+        notes: Callable[[], tuple[str, ...]] = tuple,
+    ) -> None:
+        self.model, self.store, self.notes = model, store, notes
         self.stages = Stages(model)
         self._checked: set[Cut] = set()
         self._examples = functools.lru_cache(maxsize=MOST_KEPT)(self._read)
@@ -66,7 +78,11 @@ class RunContext:
 def run_context(spec: str) -> RunContext:
     """This process's context for a JSON `fedlora.engine.worker.WorkerSpec`."""
     keep_freed_memory()
-    return RunContext(*resident(spec))
+    model, store = resident(spec)
+    engine = WorkerSpec.from_json(spec).engine
+    if not isinstance(engine, WorkerEngine):
+        return RunContext(model, store)
+    return RunContext(model, *engine.with_states(model, store))
 
 
 @functools.lru_cache(maxsize=1)

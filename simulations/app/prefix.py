@@ -7,7 +7,6 @@ run that is continued, do the same.
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from fedlora.core.cache import cache_root
 from fedlora.core.errors import ConfigError
@@ -16,7 +15,6 @@ from fedlora.models.modules import ModelInfo
 from fedlora.population.sampling import Roster, panel
 from fedlora.population.workload import training_tokens
 from fedlora.server.schedule import EvaluationSchedule
-from fedlora.split.config import SplitConfig
 from simulations.app.parts import Parts
 
 WORTH = 2.0
@@ -49,11 +47,13 @@ def settled_prefix(
     if not isinstance(engine, WorkerEngine) or engine.prefix == OFF:
         return engine
     asked = engine.prefix
-    reason = _impossible(parts.strategy, info)
-    if reason and asked != AUTO:
-        raise ConfigError(f"engine.prefix={asked}: {reason}; use engine.prefix=auto or off")
     if not info.frozen_blocks:
-        return replace(engine, prefix=OFF)
+        if asked == AUTO:
+            return replace(engine, prefix=OFF)
+        raise ConfigError(
+            f"engine.prefix={asked}: no block of {info.name} lies before the first adapter "
+            "(model.layers=top:k leaves the others without); use engine.prefix=auto or off"
+        )
     visits = _visits(parts, roster)
     room = engine.prefix_gb if asked != AUTO else min(engine.prefix_gb, _free())
     sizes = {
@@ -71,9 +71,10 @@ def settled_prefix(
                 "engine.prefix=auto"
             )
         return engine
-    if not reason and visits.each < WORTH:
+    reason = ""
+    if visits.each < WORTH:
         reason = f"an example is visited {visits.each:.1f} times, which is too seldom"
-    if not reason and chosen == OFF:
+    elif chosen == OFF:
         reason = (
             f"{takes}, more than engine.prefix_gb={engine.prefix_gb:g} or the disk has room for"
         )
@@ -91,18 +92,6 @@ def settled_prefix(
 def _gigabytes(parts: Parts, engine: WorkerEngine, info: ModelInfo, visits: Visits) -> float:
     """What all examples that are visited take on disk, in 10^9 bytes."""
     return visits.computed * engine.state_width(info) * _bytes(parts, engine) / 1e9
-
-
-def _impossible(strategy: Any, info: ModelInfo) -> str:
-    """Why no run of this method and model can have states; empty: it can."""
-    if not info.frozen_blocks:
-        return (
-            f"no block of {info.name} lies before the first adapter (model.layers=top:k leaves the "
-            "others without)"
-        )
-    if isinstance(strategy, SplitConfig):
-        return "the stages of a split begin at the embeddings"
-    return ""
 
 
 def _visits(parts: Parts, roster: Roster) -> Visits:

@@ -75,12 +75,17 @@ def test_nothing_is_said_where_every_block_has_adapters():
         decided("engine.prefix=on", layers="all")
 
 
-def test_a_split_begins_at_the_embeddings():
-    engine, said = decided("strategy=splitlora")
-    assert engine.prefix == "off"
-    assert "but the stages of a split begin at the embeddings" in said[0]
-    with pytest.raises(ConfigError, match=r"prefix=on: the stages of a split begin"):
-        decided("strategy=splitlora", "engine.prefix=on")
+@pytest.mark.parametrize("transport", ["local", "messages"])
+def test_a_split_has_the_losses_and_bytes_of_one_without_states(federate, transport):
+    words = ["strategy=splitlora", "strategy.cut=2", f"strategy.transport={transport}"]
+    words += ["model.layers=top:3", "ranks=homogeneous", "population.per_round=2"]
+    with_states, without = (federate(*words, f"engine.prefix={p}", output=p) for p in ("on", "off"))
+    note = "split: the first 1 of 4 blocks computed once per example"
+    assert note in with_states.said and note not in without.said
+    for ours, theirs in zip(with_states.rounds, without.rounds, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
+        for way in ("up", "down"):
+            assert ours[f"wire/{way}_bytes"] == theirs[f"wire/{way}_bytes"] > 0
 
 
 def test_what_was_said_is_done():
