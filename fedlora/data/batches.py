@@ -112,12 +112,13 @@ def supervised_tokens(example: TokenExample, loss: str) -> int:
     return max(0, len(example.input_ids) - first_target(example, loss))
 
 
-def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
+def collate(examples: Sequence[TokenExample], loss: str, states: bool = True) -> Batch:
     """Examples as one batch, as wide as its longest one.
 
     Args:
         examples: at least one; each has at least one token.
         loss: ``full`` or ``response``, as in `LocalPlan.loss`.
+        states: whether the batch brings the examples' states, if they have some.
     """
     width = max(1, max(len(e.input_ids) for e in examples) - 1)
     inputs = np.full((len(examples), width), PAD, dtype=np.int64)
@@ -132,7 +133,7 @@ def collate(examples: Sequence[TokenExample], loss: str) -> Batch:
         torch.from_numpy(np.concatenate(positions)),
         torch.from_numpy(np.concatenate(targets).astype(np.int64)),
         real=real_of([len(e.input_ids) - 1 for e in examples], width),
-        states=padded_states(examples, width),
+        states=padded_states(examples, width) if states else None,
     )
 
 
@@ -149,11 +150,17 @@ def real_of(lengths: Sequence[int], width: int) -> Tensor | None:
     return torch.from_numpy(np.flatnonzero(mask))
 
 
+def states_of(examples: Sequence[TokenExample]) -> list[Tensor] | None:
+    """The states of each example, ``[inputs, d]``; None unless all have some."""
+    held = [e.states for e in examples if e.states is not None]
+    return held if len(held) == len(examples) else None
+
+
 def padded_states(examples: Sequence[TokenExample], width: int) -> Tensor | None:
     """The states of a batch ``[b, width, d]``, padded on the right with zeros; None unless all
     examples have some."""
-    held = [e.states for e in examples if e.states is not None]
-    if len(held) < len(examples):
+    held = states_of(examples)
+    if held is None:
         return None
     padded = held[0].new_zeros(len(held), width, held[0].shape[-1])
     for row, states in zip(padded, held, strict=True):

@@ -51,12 +51,13 @@ class Classifier(LanguageModel):
             layer = self.network.get_submodule(path).to(self.dtype)
             layer.register_forward_pre_hook(_cast(self.dtype))
 
-    def collate(self, examples: Sequence[TokenExample], loss: str) -> Batch:
+    def collate(self, examples: Sequence[TokenExample], loss: str, states: bool = True) -> Batch:
         """Examples as one batch, padded on the right with the model's padding token.
 
         Args:
             examples: at least one; each has at least one token and a label.
             loss: of no effect: an example has one label.
+            states: whether the batch brings the examples' states, if they have some.
         """
         lengths = np.array([len(e.input_ids) for e in examples])
         places = np.arange(lengths.max())  # [t]
@@ -72,7 +73,7 @@ class Classifier(LanguageModel):
             mask=torch.from_numpy(mask),
             real=real_of(lengths.tolist(), mask.shape[1]),
             segments=None if segments is None else torch.from_numpy(segments),
-            states=padded_states(examples, int(lengths.max())),
+            states=padded_states(examples, int(lengths.max())) if states else None,
         )
 
     def inputs(self, example: TokenExample) -> int:

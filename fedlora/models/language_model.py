@@ -69,14 +69,15 @@ class LanguageModel:
         self._payload: Payload | None = None
         self._kept: dict[str, OrderedDict[Any, Any]] = {}
 
-    def collate(self, examples: Sequence[TokenExample], loss: str) -> Batch:
+    def collate(self, examples: Sequence[TokenExample], loss: str, states: bool = True) -> Batch:
         """Examples as one batch on the CPU (`fedlora.data.batches.collate`).
 
         Args:
             examples: at least one.
             loss: ``full`` or ``response``.
+            states: whether the batch brings the examples' states, if they have some.
         """
-        return collate(examples, loss)
+        return collate(examples, loss, states)
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits ``[n, classes]`` of a batch on this device, a row for each of its targets; the

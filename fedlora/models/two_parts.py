@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedlora.core.seeding import torch_generator
-from fedlora.data.batches import Batch, TokenExample
+from fedlora.data.batches import Batch, TokenExample, states_of
 from fedlora.models.blocks import forward_replaced
 from fedlora.models.head import POOLER
 from fedlora.models.language_model import LanguageModel
@@ -181,10 +181,11 @@ class RaggedClassifier(PaddedClassifier):
     def batch(self, examples: Sequence[TokenExample]) -> Batch:
         """Examples end to end, on the CPU.
 
-        ``inputs``, ``position_ids`` and ``segments`` are ``[1, N]``. ``positions [S]`` are the rows
-        that the head reads; for the mean, the rows where the sequences begin.
+        ``inputs``, ``position_ids`` and ``segments`` are ``[1, N]``, ``states`` ``[1, N, d]``.
+        ``positions [S]`` are the rows that the head reads; for the mean, the rows where the
+        sequences begin.
         """
-        padded = self._model.collate(examples, "full")
+        padded, held = self._model.collate(examples, "full", states=False), states_of(examples)
         mask, inputs = padded.mask, padded.inputs  # [S, t]
         assert mask is not None
         lengths = mask.sum(1)  # [S]
@@ -196,13 +197,14 @@ class RaggedClassifier(PaddedClassifier):
         if self._position_pad is not None:
             real = (inputs != self._position_pad).long()
             places = real.cumsum(1) * real + self._position_pad
-        more = {"segments": padded.segments, "states": padded.states}
+        segments = padded.segments
         return Batch(
             inputs[mask][None],
             rows,
             padded.targets,
             places[mask][None],
-            **{name: x[mask][None] for name, x in more.items() if x is not None},
+            segments=None if segments is None else segments[mask][None],
+            states=None if held is None else torch.cat(held)[None],
         )
 
     def logits(self, batch: Batch, heads: Heads = ()) -> Tensor:

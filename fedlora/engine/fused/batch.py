@@ -43,7 +43,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedlora.data.batches import PAD, Batch, TokenExample, targets_of
+from fedlora.data.batches import PAD, Batch, TokenExample, states_of, targets_of
 from fedlora.engine.fused.lanes import Group, Lane, Shares, Spread
 from fedlora.models.layers import threshold
 from fedlora.models.ragged import Geometry, indices
@@ -274,8 +274,8 @@ def _fill(rows: _Rows, values: NDArray[np.integer], pad: int) -> Ids:
 def _states(held: _Sequences, rows: _Rows) -> Tensor | None:
     """What enters the first adapted block at every row, ``[*shape, d]``, zero at pads; None unless
     all sequences have it (`Example.states`)."""
-    found = [e.states for e in held.examples if e.states is not None]
-    if len(found) < len(held.examples):
+    found = states_of(held.examples)
+    if found is None:
         return None
     tokens = torch.cat(found)  # [T, d]
     if len(tokens) < rows.total:
