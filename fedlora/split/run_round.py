@@ -162,8 +162,9 @@ class SplitRound:
         else:
             held += "; the server is given the labels, which are the text itself"
         self.channel.say(f"split: {held}; {config.rule.update}, {config.transport}")
-        for note in self.context.notes():
-            self.channel.say(f"split: {note}")
+        if any(first > self.context.model.info.frozen_blocks for first in cuts):
+            for note in self.context.notes():
+                self.channel.say(f"split: {note}")
 
     def _account(self, found: Mapping[int, Finished]) -> None:
         """Print what the noise guarantees after the steps so far."""
