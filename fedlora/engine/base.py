@@ -93,6 +93,13 @@ class EngineSpec:
         """
         return self
 
+    def with_states(
+        self, model: LanguageModel, store: TokenStore
+    ) -> tuple[TokenStore, Callable[[], tuple[str, ...]]]:
+        """The store of an engine on this model, and what is to be said of it; here without states
+        of frozen blocks."""
+        return store, tuple
+
     @abstractmethod
     def open(self, model: LanguageModel, store: TokenStore) -> Engine:
         """The engine on this model and these data."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 from fedlora.core.types import LocalPlan
 from fedlora.data.store import Example, TokenStore
-from fedlora.engine.base import WorkerEngine
 from fedlora.engine.client import examples_for
 from fedlora.engine.memory import keep_freed_memory
 from fedlora.engine.worker import WorkerSpec, resident, worker
@@ -79,10 +78,7 @@ def run_context(spec: str) -> RunContext:
     """This process's context for a JSON `fedlora.engine.worker.WorkerSpec`."""
     keep_freed_memory()
     model, store = resident(spec)
-    engine = WorkerSpec.from_json(spec).engine
-    if not isinstance(engine, WorkerEngine):
-        return RunContext(model, store)
-    return RunContext(model, *engine.with_states(model, store))
+    return RunContext(model, *WorkerSpec.from_json(spec).engine.with_states(model, store))
 
 
 @functools.lru_cache(maxsize=1)
