@@ -133,8 +133,8 @@ def test_supervised_padding_would_be_caught(monkeypatch):
     """The law above bites: let one padded position have a loss, and the result depends on it."""
     from fedlora.data import batches
 
-    def faulty(rows, loss):
-        good = batches_collate(rows, loss)
+    def faulty(rows, loss, states):
+        good = batches_collate(rows, loss, states)
         flat = good.inputs.flatten()
         pads = [i for i in range(len(flat) - 1) if i not in set(good.positions.tolist())]
         extra = torch.tensor(pads[-1:], dtype=torch.int64)
