@@ -135,7 +135,16 @@ def _part(
     if given.list:
         return _listed(study, tuning, folder, paths)
     with interrupts():
-        return _some(selected(study, list(chain(*stages)), given.only), folder, given.jobs, start)
+        code, done = 0, set[str]()
+        while runs := [
+            run for run in selected(study, [*chain(*stages)], given.only) if run.name not in done
+        ]:
+            code |= _some(study, runs, folder, given.jobs, start)
+            done |= {run.name for run in runs}
+            if runs[0].stage:  # perhaps these were all that the choice waited for
+                stages = known_runs(study, tuning, folder, paths)
+                from_archive("", [run for run in chain(*stages) if not run.stage])
+        return code
 
 
 def _done(
@@ -217,14 +226,16 @@ def known_runs(
     return [stage for stage in (tuning, runs) if stage]
 
 
-def _some(runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
+def _some(study: Study, runs: Sequence[Planned], folder: Path, jobs: int, start: Start) -> int:
     """Do some runs of a study, which other processes may also do a part of."""
-    standing, board = progress_of(runs, folder), Board()
+    tuning = [run for run in runs if run.stage]
+    tried, _ = tune(study, tuning, folder, jobs, start, Board())
+    standing, board = progress_of([run for run in runs if not run.stage], folder), Board()
     try:
         do_all(standing, jobs, start, board.show)
     finally:
         board.finish(standing)
-    return int(any(one.state is State.FAILED for one in standing))
+    return int(any(one.state is State.FAILED for one in (*tried, *standing)))
 
 
 def _write_or_print(file: str, text: str) -> None:

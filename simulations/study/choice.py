@@ -185,6 +185,11 @@ def _number(one: Progress, metric: str, higher: bool, until: int) -> tuple[float
     if one.state not in (State.DONE, State.PRUNED):
         return None, one.why or "not done"
     rounds, values = recorded(one.run, one.folder, {metric: higher}).curve("round", metric)
+    if until and until not in rounds and any(at > until for at in rounds):
+        return None, (
+            f"not evaluated after round {until}, where values are compared; it was after rounds "
+            f"{', '.join(f'{at:g}' for at in rounds)} (prune=false compares at the end alone)"
+        )
     value = at_budget(rounds, values, until or one.run.rounds)
     return value, "" if value is not None else f"no finite {metric} at the validation split"
 

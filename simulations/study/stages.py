@@ -22,7 +22,8 @@ def tune(
 
     Args:
         study: the study; without a tuning stage nothing is done.
-        runs: of the tuning stage.
+        runs: of the tuning stage, all or some. Values of a group end early only if all of its runs
+            are among them; but all runs evaluate the rounds after which values are compared.
         folder: of the study.
         jobs: runs at a time.
         start: starts one.
@@ -72,7 +73,7 @@ def _tuned(
     if study.tuning is None:
         return [], []
     halts = study.tuning.prune.rounds if study.tuning.prune else ()
-    pruned: dict[Cell, int] = {}
+    whole, pruned = _whole_groups(study, runs), dict[Cell, int]()
     standing = {run.name: Progress(run, folder) for run in runs}
     try:
         for until in (*halts, 0):
@@ -86,13 +87,31 @@ def _tuned(
             if until:
                 compared = [standing[run.name] for run in alive]
                 for cell in ended_after(study, compared, until):
-                    pruned[cell] = until
+                    if study.tuning.group(cell) in whole:
+                        pruned[cell] = until
                 for one in compared:
                     if one.run.cell in pruned and one.state is State.DONE:
                         one.state = State.PRUNED
     finally:
         board.finish(list(standing.values()))
     return list(standing.values()), choose(study, list(standing.values()), pruned)
+
+
+def _whole_groups(study: Study, runs: Sequence[Planned]) -> set[Cell]:
+    """The groups all of whose tuning runs are among these."""
+    assert study.tuning is not None
+    tuning, all_cells = study.tuning, list(study.cells())
+    here = {(run.cell, run.seed) for run in runs}
+    return {
+        group
+        for group in study.groups()
+        if all(
+            ((*cell, *values), seed) in here
+            for cell in tuning.cells(all_cells, group)
+            for values in tuning.candidates(group)
+            for seed in tuning.seeds
+        )
+    }
 
 
 def chosen_values(tuned: Sequence[Tuned]) -> dict[Cell, Cell]:

@@ -44,10 +44,11 @@ def quality(run, at):
 
 
 class Starter:
-    """Starts runs that write what their rounds bring; remembers the rounds that were done."""
+    """Starts runs that write what their rounds bring; remembers the rounds that were done. Like
+    real ones they evaluate some rounds and the one at which they end, and keep what they have."""
 
-    def __init__(self, quality=quality, fails=lambda run: False, dies_after=10**9):
-        self.quality, self.fails, self.left = quality, fails, dies_after
+    def __init__(self, quality=quality, fails=lambda run: False, dies_after=10**9, every=1):
+        self.quality, self.fails, self.left, self.every = quality, fails, dies_after, every
         self.started, self.rounds = [], 0
 
     def __call__(self, run, folder):
@@ -62,9 +63,13 @@ class Starter:
             return Stub(folder / run.name, 1, 1)
         place = folder / run.name
         place.mkdir(exist_ok=True)
-        lines = []
+        file, lines = place / "metrics.jsonl", []
+        before = map(json.loads, file.read_text().splitlines() if file.exists() else [])
+        kept = {line["round"] for line in before if line["kind"] == "evaluate"}
         for at in range(run.wanted + 1):
             lines += [{"kind": "round", "round": at}] if at else []
+            if at % self.every and at != run.wanted and at not in kept:
+                continue
             lines.append(
                 {"kind": "evaluate", "round": at, "group": "g", "adapter": "full"}
                 | {"accuracy": self.quality(run, at)}
@@ -249,6 +254,35 @@ def test_pruning_ends_the_worse_values_of_each_group_and_says_so(place):
     assert [c.get("pruned", 0) for c in tuned["fedit"]["candidates"]] == [1, 0, 2]
     text = (folder / "table.md").read_text()
     assert "(2, ended after round 1)" in text and "(2, ended after round 2)" in text
+
+
+def test_parts_compare_where_the_whole_study_does_and_the_choice_is_the_same(place):
+    prune = {"rounds": [1, 2], "keep": 0.5}  # a whole run evaluates round 3 first
+    file, folder = place(prune=prune)
+    assert study.main([file], whole := Starter(every=3)) == 0
+    wanted = files(folder)
+    file, folder = place(prune=prune)
+    some, rest = Starter(every=3), Starter(every=3)
+    assert study.main([file, "--only", "method=fedit", "client.lr=0.1"], some) == 0
+    assert {run.wanted for run in some.started} == {1, 2, 4}  # part of a group: nothing ends
+    assert study.main([file, "--only", "method=fedit"], some) == 0
+    assert study.main([file, "--only", "method=fedavg"], rest) == 0
+    assert {run.stage for run in rest.started} == {"tuning", ""}  # it goes on once it is known how
+    assert all(dict(run.cell)["method"] == "fedavg" for run in rest.started)
+    assert rest.rounds == sum(r.wanted for r in whole.started if dict(r.cell)["method"] == "fedavg")
+    assert study.main([file], Starter(every=3)) == 0
+    assert files(folder) == wanted
+
+
+def test_whole_runs_that_lack_a_comparison_say_so_and_are_compared_at_the_end(place, capsys):
+    file, folder = place()
+    study.main([file], Starter(every=3))
+    wanted = recorded(folder)[0]
+    assert study.main([file, "prune=[2]"], Starter(every=3)) == 1
+    said = "seed 101: not evaluated after round 2, where values are compared; it was after rounds "
+    assert said + "0, 3, 4 (prune=false" in capsys.readouterr().out
+    assert study.main([file, "prune=false"], last := Starter(every=3)) == 0
+    assert recorded(folder)[0] == wanted and last.started == []
 
 
 def test_pruning_from_the_command_line_is_that_of_the_file(place):
