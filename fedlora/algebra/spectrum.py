@@ -71,6 +71,33 @@ def energy_by_index(spectra: Spectra, ranges: Sequence[tuple[int, int]]) -> dict
     return {label: share / total for label, share in shares.items()}
 
 
+def geometric(first: Tensor, coverage: Sequence[Tensor], *, refilled: bool) -> Tensor:
+    r"""The singular values that averages of cut products predict, without their vectors.
+
+    A client of rank r sends the leading r directions of what it was sent, so index i of the average
+    keeps the weight ``π_i`` of the clients whose rank is at least i. Without training,
+    ``σ_i(t) = π_i(t) σ_i(t-1)``: geometric decay (rank collapse, raFLoRA, arXiv:2602.13486).
+    Refilled, each of these clients adds in every round what one of them added in the first, in the
+    same direction: ``σ_i(t) = π_i(t) (σ_i(t-1) + σ_i(1) / π_i(1))``, which stays below
+    ``σ_i(1) / (1 - π_i)`` for a constant ``π_i < 1`` and grows in proportion to t for ``π_i = 1``.
+
+    Args:
+        first: ``[indices]``, after round 1, which began with zero.
+        coverage: of each round from 1 on, ``[indices]``: ``π_i``.
+        refilled: whether clients train after round 1.
+
+    Returns:
+        ``[rounds, indices]`` float64; of an index that nobody held in round 1, zero where nothing
+        refills it and else NaN.
+    """
+    pi = [c.double() for c in coverage]
+    rows = [first.double()]
+    added = rows[0] / pi[0] if refilled else torch.zeros_like(rows[0])
+    for of_round in pi[1:]:
+        rows.append(of_round * (rows[-1] + added))
+    return torch.stack(rows)
+
+
 def effective_rank(s: Tensor) -> float:
     """``exp(-Σ_i q_i ln q_i)`` with ``q_i = σ_i / Σ_j σ_j`` (Roy and Vetterli, 2007); 0 of zero.
 

@@ -22,11 +22,12 @@ from fedlora.core.reading import json_in
 from simulations.reporting.cost_tables import COST_TABLES
 from simulations.reporting.run_folder import Run, read_run
 from simulations.reporting.speed import overview, speed
-from simulations.reporting.study_tables import studies
+from simulations.reporting.study_tables import rank_collapse, studies
 from simulations.reporting.tables import TABLES, Records
 
 DOCUMENTS = ("README.md", "docs/results.md", "docs/configuration.md")
-ALL = TABLES | {"speed": speed, "overview": overview, "studies": studies} | COST_TABLES
+OF_STUDIES = {"studies": studies, "rank-collapse": rank_collapse}
+ALL = TABLES | {"speed": speed, "overview": overview} | OF_STUDIES | COST_TABLES
 _MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- /table -->)", re.DOTALL)
 
 

@@ -18,6 +18,25 @@ def studies(records: Records) -> str:
     return "\n\n".join(_study(json_in(file, "the record of a study")) for file in files) or NONE
 
 
+def rank_collapse(records: Records) -> str:
+    """Energy by rank index, measured and predicted (``simulations.bench.collapse``)."""
+    if not records.has("collapse"):
+        return f"Not recorded yet: {code('python -m simulations.bench.collapse')}."
+    return collapse_table(records["collapse"])
+
+
+def collapse_table(record: Mapping[str, Any]) -> str:
+    """Ranges of rank indices as rows; what was measured and predicted after some rounds."""
+    shares, rounds = record["found"], record["rounds"]
+    heads = [f"{name}, {at}" for at in rounds for name in shares]
+    labels = next(iter(shares.values()))
+    rows = [
+        [label, *(f"{of[label][i]:.1e}" for i in range(len(rounds)) for of in shares.values())]
+        for label in labels
+    ]
+    return markdown(["rank index", *heads], rows)
+
+
 def _study(found: Mapping[str, Any]) -> str:
     parts = [f"### {found['study']}", found["question"], _cost(found), _table(found)]
     if found["reference"]:

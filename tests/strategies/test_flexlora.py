@@ -11,6 +11,7 @@ from torch import Tensor
 from fedlora.algebra.linalg import (
     BACKENDS,
     SPLITS,
+    coverage,
     covered_weights,
     exactness_gap,
     normalize,
@@ -18,8 +19,9 @@ from fedlora.algebra.linalg import (
     svd,
 )
 from fedlora.algebra.server_optimizer import FedAvgM
+from fedlora.algebra.spectrum import geometric
 from fedlora.algebra.state import State
-from fedlora.core.types import Ranks, Setting, Update
+from fedlora.core.types import Factors, Ranks, Setting, Update
 from strategies.flexlora import FlexLoRA
 from tests.generators import (
     dense,
@@ -66,6 +68,33 @@ def test_v5_through_the_hooks() -> None:
     rule = FlexLoRA(weighting="covered")
     state = rule.aggregate(rule.init_state(population), vector_updates((1, 2, 3)))
     assert float(whole(state)["w"].norm()) == pytest.approx(4.02866748949, rel=1e-11)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+@given(seed=seeds)
+def test_singular_values_are_those_of_the_geometric_prediction(trains: bool, seed: int) -> None:
+    """Clients add the same to each direction that they hold, in every round or in the first."""
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(n, 3, generator=g, dtype=torch.float64))[0] for n in (6, 5))
+    added = torch.rand(3, generator=g, dtype=torch.float64).add(0.1).sort(descending=True).values
+    population = single_module_setting(6, 5, (1, 2, 3), alpha=4.0)
+    rule, measured, covers = FlexLoRA(), [], []
+    state = rule.init_state(population)
+    for t in range(5):
+        some = population.clients[t % 2 :] if t else population.clients
+        updates = []
+        for c in some:
+            start, r = rule.client_start(state, c)["w"], c.ranks["w"]
+            end = start.delta() + float(trains or not t) * (u[:, :r] * added[:r]) @ v[:, :r].T
+            left, s, right = torch.linalg.svd(end, full_matrices=False)
+            sent = Factors(right[:r], (left[:, :r] * s[:r]) / start.scale, start.alpha)
+            updates.append(Update(client=c, payload={"w": sent}, num_examples=c.num_examples))
+        state = rule.aggregate(state, updates)
+        measured.append(torch.linalg.svdvals(whole(state)["w"])[:3])
+        weights = normalize([c.num_examples for c in some])
+        covers.append(coverage(weights, [c.ranks["w"] for c in some]))
+    wanted = geometric(measured[0], covers, refilled=trains)
+    close(torch.stack(measured), wanted)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -13,6 +13,7 @@ from fedlora.algebra.spectrum import (
     dense_spectra,
     effective_rank,
     energy_by_index,
+    geometric,
     index_ranges,
     mean_ranks,
     range_label,
@@ -174,3 +175,22 @@ def test_a_planted_fault_is_caught(name: str) -> None:
     law()
     with planted(function, right, wrong), pytest.raises(AssertionError):
         law()
+
+
+@given(st.floats(0.05, 0.95), st.floats(0.1, 10.0), st.integers(1, 30))
+def test_constant_coverage_gives_the_sums_of_geometric_series(pi, first, rounds) -> None:
+    cover = [torch.tensor([1.0, pi], dtype=torch.float64)] * rounds
+    start = torch.tensor([first, first], dtype=torch.float64)
+    decay = geometric(start, cover, refilled=False)[-1]
+    assert decay.tolist() == pytest.approx([first, first * pi ** (rounds - 1)])
+    filled = geometric(start, cover, refilled=True)[-1]
+    series = first * (1 - pi**rounds) / (1 - pi)
+    assert filled.tolist() == pytest.approx([first * rounds, series])
+    assert series < first / (1 - pi) or pi**rounds < 1e-15
+
+
+def test_what_nobody_held_in_round_one_has_no_prediction() -> None:
+    cover = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5])]
+    start = torch.tensor([2.0, 0.0])
+    assert geometric(start, cover, refilled=False).tolist() == [[2, 0], [2, 0]]
+    assert geometric(start, cover, refilled=True)[1].isnan().tolist() == [False, True]
