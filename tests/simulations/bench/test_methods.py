@@ -12,7 +12,7 @@ from simulations.app import since
 from simulations.app.compose import load_chosen
 from simulations.bench import methods
 from simulations.bench.methods import CENTRALISED, Case, Record, rate_of_its_own, row
-from simulations.reporting.tables import by_method
+from simulations.reporting.tables import TUNED_AT, Records, by_method, published
 
 ROUNDS = [
     {"kind": "round", "wire/up_bytes": 3, "wire/down_bytes": 5, "state/hash": hashed}
@@ -140,3 +140,30 @@ def test_the_table_has_the_best_first_and_says_who_cannot_run():
     assert lines[2] == "| `b` | 1 | 40.0 | 25.0 | 25.0 | 1 MiB | 2 MiB | 7 |"
     assert lines[3].startswith("| `a` | 2 | 20.0 ± 14.1 | 25.0 ± 0.0 |")
     assert lines[-1] == "- `c` cannot run: no"
+
+
+def test_published_rows_have_ours_beside_them_and_the_tuned_ones_of_the_common_setting(tmp_path):
+    place = tmp_path / "docs/results"
+    place.mkdir(parents=True)
+    theirs = {"method": "fedit", "ranks": "8", "accuracy": {"0.1": 90.47, "0.01": None}}
+    said = {"source": "They", "about": "another model", "rows": [theirs]}
+    ours = {
+        "fedit": {str(s): {"metrics": {"accuracy_weighted": [a]}} for s, a in enumerate((0.1, 0.3))}
+    }
+    (place / "published-banking77.json").write_text(json.dumps(said))
+    (place / "methods-intents_banking77.json").write_text(json.dumps({"runs": ours}))
+    start = "| `fedit` | 8 | 90.5 | – | 20.0 ± 14.1 | "
+    assert published(Records(tmp_path)).splitlines()[-1] == start + "– |"
+    cells = [
+        {"method": "fedit"} | TUNED_AT | {"spread": "alpha_0.5"},
+        {"method": "fedit"} | TUNED_AT,
+    ]
+    rows = [
+        {
+            "cell": cell,
+            "metrics": {"accuracy_weighted": {"interval": [mean, mean - 0.02, mean + 0.02]}},
+        }
+        for cell, mean in zip(cells, (0.9, 0.6), strict=True)
+    ]
+    (place / "study-banking77.json").write_text(json.dumps({"rows": rows}))
+    assert published(Records(tmp_path)).splitlines()[-1] == start + "60.0 ± 2.0 |"
