@@ -87,8 +87,8 @@ def geometric(first: Tensor, coverage: Sequence[Tensor], *, refilled: bool) -> T
         refilled: whether clients train after round 1.
 
     Returns:
-        ``[rounds, indices]`` float64; of an index that nobody held in round 1, zero where nothing
-        refills it and else NaN.
+        ``[rounds, indices]`` float64. An index that no client of round 1 covers is zero, or NaN if
+        refilled.
     """
     pi = [c.double() for c in coverage]
     rows = [first.double()]

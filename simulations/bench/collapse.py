@@ -80,7 +80,7 @@ def predicted(run: Run, rounds: Sequence[int], refilled: bool) -> dict[str, list
     first = measured(run, [1])
     amplitudes = torch.tensor([share for (share,) in first.values()], dtype=torch.float64).sqrt()
     squares = geometric(amplitudes, covered(run, list(first)), refilled=refilled).square()
-    squares = torch.nan_to_num(squares)  # what nobody held in round 1 has no prediction: none
+    squares = torch.nan_to_num(squares)  # indices that no client of round 1 covers
     shares = squares / squares.sum(dim=1, keepdim=True)
     return {label: [float(shares[at - 1, i]) for at in rounds] for i, label in enumerate(first)}
 

@@ -189,7 +189,7 @@ def test_constant_coverage_gives_the_sums_of_geometric_series(pi, first, rounds)
     assert series < first / (1 - pi) or pi**rounds < 1e-15
 
 
-def test_what_nobody_held_in_round_one_has_no_prediction() -> None:
+def test_an_index_that_no_client_of_round_one_covers_has_no_prediction() -> None:
     cover = [torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.5])]
     start = torch.tensor([2.0, 0.0])
     assert geometric(start, cover, refilled=False).tolist() == [[2, 0], [2, 0]]
